@@ -71,6 +71,8 @@ class Tiling:
         attends: Whether the tiles are for attend, where a query token need not be the last token of its sequence.
         many_tokens: Whether the rows of a tile are those of several query tokens, row_tile pairs of a token and a head:
             in the fused attend.
+        few_rows: Rows of a tile up to which the matmuls take no more of it; 0 where they take a tile whole.
+        few_groups: Token groups that qk_matmul takes at a time for few_rows.
     """
 
     strategy: ClassVar[str]
@@ -88,6 +90,8 @@ class Tiling:
     split_blocks: int
     attends: bool = dataclasses.field(default=False, kw_only=True)
     many_tokens: bool = dataclasses.field(default=False, kw_only=True)
+    few_rows: int = dataclasses.field(default=0, kw_only=True)
+    few_groups: int = dataclasses.field(default=1, kw_only=True)
 
     @property
     def padded_kv_tile(self) -> int:

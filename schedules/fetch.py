@@ -13,10 +13,17 @@ from tvm.s_tir.schedule import LoopRV
 
 PASS, GROUP, SHARE, HERE = "pa.fetch.pass", "pa.fetch.group", "pa.fetch.share", "pa.fetch.here"
 """The annotations of a loop; their value is the sblock that says what is fetched (kernels/ahead.py)."""
+AT_ONCE = "pa.fetch.at_once"
+"""How many token groups an iteration of the GROUP loop takes, where that is more than one."""
 
 
 def fetch(
-    sch: Schedule, what: str, group: LoopRV, passes: Sequence[LoopRV] = (), shares: Sequence[LoopRV] = ()
+    sch: Schedule,
+    what: str,
+    group: LoopRV,
+    passes: Sequence[LoopRV] = (),
+    shares: Sequence[LoopRV] = (),
+    at_once: int = 1,
 ) -> None:
     """Have a tile's lines fetched over the iterations of some loops, at the beginning of the innermost one's body.
 
@@ -32,8 +39,11 @@ def fetch(
         group: The loop over token groups.
         passes: Loops around it, each iteration of which goes through all token groups.
         shares: Loops within it.
+        at_once: Token groups that an iteration of group takes.
     """
     for mark, loops in ((PASS, passes), (GROUP, [group]), (SHARE, shares)):
         for loop in loops:
             sch.annotate(loop, mark, what)
     sch.annotate([group, *shares][-1], HERE, what)
+    if at_once > 1:
+        sch.annotate(group, AT_ONCE, at_once)

@@ -151,7 +151,8 @@ class Module:
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
                         has_next: T.let[T.bool] = tile_start + 128 < range_end
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 8 - 1) // 8 * 8)
+                        num_read: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_read)
                         last: T.let[T.int32] = range_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
@@ -236,6 +237,7 @@ class Module:
                                             T.call_extern("int32", "next_tile", value_cache[0], value_offsets[0], v_block, v_row, v_head, next_tile, next_head * v_head, wanted, num_kv_heads, vkv)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
+                                            num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))
                                             with T.sblock("qk_matmul"):
                                                 T.reads(q_tile[first, 0:16, 0:128], k_tile[0:128, 0:128], key_offsets[0:256])
                                                 T.writes(scores[0, 0:16, 0:128])

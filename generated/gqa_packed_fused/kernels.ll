@@ -1135,8 +1135,6 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor509.i = alloca [16 x float], align 16
-  %reach527.i = alloca [128 x i32], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1145,211 +1143,229 @@ entry:
   %query.handle = getelementptr inbounds nuw i8, ptr %2, i64 %query.handle.idx
   %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
   %key_cache.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %key_cache.type_index, 70
-  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %6 = load ptr, ptr %5, align 8
-  %key_cache.handle.idx = select i1 %4, i64 24, i64 0
-  %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
-  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %value_cache.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %value_cache.type_index, 70
-  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %10 = load ptr, ptr %9, align 8
-  %value_cache.handle.idx = select i1 %8, i64 24, i64 0
-  %value_cache.handle = getelementptr inbounds nuw i8, ptr %10, i64 %value_cache.handle.idx
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
-  %block_table.type_index = load i32, ptr %11, align 8
-  %12 = icmp eq i32 %block_table.type_index, 70
-  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %14 = load ptr, ptr %13, align 8
-  %block_table.handle.idx = select i1 %12, i64 24, i64 0
-  %block_table.handle = getelementptr inbounds nuw i8, ptr %14, i64 %block_table.handle.idx
-  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %17 = load ptr, ptr %16, align 8
+  %4 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %5 = load ptr, ptr %4, align 8
+  %6 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %value_cache.type_index = load i32, ptr %6, align 8
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %8 = load ptr, ptr %7, align 8
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %block_table.type_index = load i32, ptr %9, align 8
+  %10 = icmp eq i32 %block_table.type_index, 70
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %12 = load ptr, ptr %11, align 8
+  %block_table.handle.idx = select i1 %10, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %12, i64 %block_table.handle.idx
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %row_starts.type_index = load i32, ptr %13, align 8
+  %14 = icmp eq i32 %row_starts.type_index, 70
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %16 = load ptr, ptr %15, align 8
+  %row_starts.handle.idx = select i1 %14, i64 24, i64 0
+  %row_starts.handle = getelementptr inbounds nuw i8, ptr %16, i64 %row_starts.handle.idx
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 80
+  %context_lens.type_index = load i32, ptr %17, align 8
   %18 = getelementptr inbounds nuw i8, ptr %args, i64 88
   %19 = load ptr, ptr %18, align 8
-  %20 = getelementptr inbounds nuw i8, ptr %args, i64 104
-  %21 = load ptr, ptr %20, align 8
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 120
-  %23 = load ptr, ptr %22, align 8
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %20 = getelementptr inbounds nuw i8, ptr %args, i64 96
+  %tree_mask.type_index = load i32, ptr %20, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load ptr, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 112
+  %partial_max.type_index = load i32, ptr %23, align 8
+  %24 = getelementptr inbounds nuw i8, ptr %args, i64 120
   %25 = load ptr, ptr %24, align 8
-  %26 = getelementptr inbounds nuw i8, ptr %args, i64 152
-  %27 = load ptr, ptr %26, align 8
-  %28 = getelementptr inbounds nuw i8, ptr %args, i64 168
-  %29 = load ptr, ptr %28, align 8
-  %30 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %15, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
-  %31 = shufflevector <29 x i32> %30, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %32 = icmp eq <8 x i32> %31, splat (i32 70)
-  %33 = extractelement <8 x i1> %32, i64 0
-  %row_starts.handle.idx = select i1 %33, i64 24, i64 0
-  %row_starts.handle = getelementptr inbounds nuw i8, ptr %17, i64 %row_starts.handle.idx
-  %34 = extractelement <8 x i1> %32, i64 1
-  %context_lens.handle.idx = select i1 %34, i64 24, i64 0
-  %context_lens.handle = getelementptr inbounds nuw i8, ptr %19, i64 %context_lens.handle.idx
-  %35 = extractelement <8 x i1> %32, i64 2
-  %tree_mask.handle.idx = select i1 %35, i64 24, i64 0
-  %tree_mask.handle = getelementptr inbounds nuw i8, ptr %21, i64 %tree_mask.handle.idx
-  %36 = extractelement <8 x i1> %32, i64 3
-  %partial_max.handle.idx = select i1 %36, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %23, i64 %partial_max.handle.idx
-  %37 = extractelement <8 x i1> %32, i64 4
-  %partial_sum.handle.idx = select i1 %37, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %25, i64 %partial_sum.handle.idx
-  %38 = extractelement <8 x i1> %32, i64 5
-  %partial_acc.handle.idx = select i1 %38, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %27, i64 %partial_acc.handle.idx
-  %39 = extractelement <8 x i1> %32, i64 6
-  %out.handle.idx = select i1 %39, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %29, i64 %out.handle.idx
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 184
-  %41 = load ptr, ptr %40, align 8
-  %42 = extractelement <8 x i1> %32, i64 7
-  %lse.handle.idx = select i1 %42, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %41, i64 %lse.handle.idx
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 200
-  %k_block = load i64, ptr %43, align 8
-  %44 = getelementptr inbounds nuw i8, ptr %args, i64 216
-  %k_row = load i64, ptr %44, align 8
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 232
-  %k_head = load i64, ptr %45, align 8
-  %46 = getelementptr inbounds nuw i8, ptr %args, i64 248
-  %v_block = load i64, ptr %46, align 8
-  %47 = getelementptr inbounds nuw i8, ptr %args, i64 264
-  %v_row = load i64, ptr %47, align 8
-  %48 = getelementptr inbounds nuw i8, ptr %args, i64 280
-  %v_head = load i64, ptr %48, align 8
-  %49 = getelementptr inbounds nuw i8, ptr %args, i64 296
-  %50 = load i64, ptr %49, align 8
-  %51 = getelementptr inbounds nuw i8, ptr %args, i64 312
-  %52 = load i64, ptr %51, align 8
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 328
-  %54 = load i64, ptr %53, align 8
-  %55 = getelementptr inbounds nuw i8, ptr %args, i64 344
-  %56 = load i64, ptr %55, align 8
-  %57 = getelementptr inbounds nuw i8, ptr %args, i64 360
-  %58 = load i64, ptr %57, align 8
-  %59 = getelementptr inbounds nuw i8, ptr %args, i64 376
-  %60 = load i64, ptr %59, align 8
-  %61 = getelementptr inbounds nuw i8, ptr %args, i64 392
-  %62 = load i64, ptr %61, align 8
-  %63 = getelementptr inbounds nuw i8, ptr %args, i64 408
-  %64 = load i64, ptr %63, align 8
-  %65 = getelementptr inbounds nuw i8, ptr %args, i64 424
-  %66 = load i64, ptr %65, align 8
-  %67 = getelementptr inbounds nuw i8, ptr %args, i64 440
+  %26 = getelementptr inbounds nuw i8, ptr %args, i64 128
+  %partial_sum.type_index = load i32, ptr %26, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %28 = load ptr, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %args, i64 144
+  %partial_acc.type_index = load i32, ptr %29, align 8
+  %30 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %31 = load ptr, ptr %30, align 8
+  %32 = getelementptr inbounds nuw i8, ptr %args, i64 160
+  %out.type_index = load i32, ptr %32, align 8
+  %33 = icmp eq i32 %out.type_index, 70
+  %34 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %35 = load ptr, ptr %34, align 8
+  %out.handle.idx = select i1 %33, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %35, i64 %out.handle.idx
+  %36 = getelementptr inbounds nuw i8, ptr %args, i64 176
+  %lse.type_index = load i32, ptr %36, align 8
+  %37 = icmp eq i32 %lse.type_index, 70
+  %38 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %39 = load ptr, ptr %38, align 8
+  %lse.handle.idx = select i1 %37, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %39, i64 %lse.handle.idx
+  %40 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %k_block = load i64, ptr %40, align 8
+  %41 = getelementptr inbounds nuw i8, ptr %args, i64 216
+  %k_row = load i64, ptr %41, align 8
+  %42 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %k_head = load i64, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %v_block = load i64, ptr %43, align 8
+  %44 = getelementptr inbounds nuw i8, ptr %args, i64 264
+  %v_row = load i64, ptr %44, align 8
+  %45 = getelementptr inbounds nuw i8, ptr %args, i64 280
+  %v_head = load i64, ptr %45, align 8
+  %46 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %47 = load i64, ptr %46, align 8
+  %48 = getelementptr inbounds nuw i8, ptr %args, i64 312
+  %49 = load i64, ptr %48, align 8
+  %50 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %51 = load i64, ptr %50, align 8
+  %52 = getelementptr inbounds nuw i8, ptr %args, i64 344
+  %53 = load i64, ptr %52, align 8
+  %54 = getelementptr inbounds nuw i8, ptr %args, i64 360
+  %55 = load i64, ptr %54, align 8
+  %56 = getelementptr inbounds nuw i8, ptr %args, i64 376
+  %57 = load i64, ptr %56, align 8
+  %58 = getelementptr inbounds nuw i8, ptr %args, i64 392
+  %59 = load i64, ptr %58, align 8
+  %60 = getelementptr inbounds nuw i8, ptr %args, i64 408
+  %61 = load i64, ptr %60, align 8
+  %62 = getelementptr inbounds nuw i8, ptr %args, i64 424
+  %63 = load i64, ptr %62, align 8
+  %64 = getelementptr inbounds nuw i8, ptr %args, i64 440
+  %65 = load i64, ptr %64, align 8
+  %66 = getelementptr inbounds nuw i8, ptr %args, i64 456
+  %tree_start = load i64, ptr %66, align 8
+  %67 = getelementptr inbounds nuw i8, ptr %args, i64 472
   %68 = load i64, ptr %67, align 8
-  %69 = getelementptr inbounds nuw i8, ptr %args, i64 456
-  %tree_start = load i64, ptr %69, align 8
-  %70 = getelementptr inbounds nuw i8, ptr %args, i64 472
+  %69 = getelementptr inbounds nuw i8, ptr %args, i64 480
+  %query_scale.type_index = load i32, ptr %69, align 8
+  %70 = getelementptr inbounds nuw i8, ptr %args, i64 488
   %71 = load i64, ptr %70, align 8
-  %72 = getelementptr inbounds nuw i8, ptr %args, i64 480
-  %query_scale.type_index = load i32, ptr %72, align 8
-  %73 = getelementptr inbounds nuw i8, ptr %args, i64 488
+  %72 = getelementptr inbounds nuw i8, ptr %args, i64 496
+  %score_scale.type_index = load i32, ptr %72, align 8
+  %73 = getelementptr inbounds nuw i8, ptr %args, i64 504
   %74 = load i64, ptr %73, align 8
-  %75 = getelementptr inbounds nuw i8, ptr %args, i64 496
-  %score_scale.type_index = load i32, ptr %75, align 8
-  %76 = getelementptr inbounds nuw i8, ptr %args, i64 504
-  %77 = load i64, ptr %76, align 8
-  %78 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
-  %fused_attend.query_shape = load ptr, ptr %78, align 8
-  %79 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
-  %fused_attend.query_strides = load ptr, ptr %79, align 8
-  %80 = icmp eq ptr %fused_attend.query_strides, null
-  %81 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 16
-  %82 = getelementptr inbounds nuw i8, ptr %fused_attend.query_strides, i64 8
-  %q_head.in = select i1 %80, ptr %81, ptr %82
+  %75 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_attend.query_shape = load ptr, ptr %75, align 8
+  %76 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_attend.query_strides = load ptr, ptr %76, align 8
+  %77 = icmp eq ptr %fused_attend.query_strides, null
+  %78 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 16
+  %79 = getelementptr inbounds nuw i8, ptr %fused_attend.query_strides, i64 8
+  %q_head.in = select i1 %77, ptr %78, ptr %79
   %q_head = load i64, ptr %q_head.in, align 8
-  br i1 %80, label %if_then37, label %if_else38
+  br i1 %77, label %if_then37, label %if_else38
 
 if_then37:                                        ; preds = %entry
-  %83 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 8
-  %84 = load i64, ptr %83, align 8
-  %85 = load i64, ptr %81, align 8
-  %86 = mul nsw i64 %85, %84
+  %80 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 8
+  %81 = load i64, ptr %80, align 8
+  %82 = load i64, ptr %78, align 8
+  %83 = mul nsw i64 %82, %81
   br label %if_end39
 
 if_else38:                                        ; preds = %entry
-  %87 = load i64, ptr %fused_attend.query_strides, align 8
+  %84 = load i64, ptr %fused_attend.query_strides, align 8
   br label %if_end39
 
 if_end39:                                         ; preds = %if_else38, %if_then37
-  %q_batch = phi i64 [ %86, %if_then37 ], [ %87, %if_else38 ]
-  %88 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
-  %dev_id = load i32, ptr %88, align 4
-  %89 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
-  %fused_attend.block_table_shape = load ptr, ptr %89, align 8
-  %90 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
-  %fused_attend.block_table_strides = load ptr, ptr %90, align 8
-  %91 = icmp eq ptr %fused_attend.block_table_strides, null
-  %92 = getelementptr inbounds nuw i8, ptr %fused_attend.block_table_shape, i64 8
-  %table_seq.in = select i1 %91, ptr %92, ptr %fused_attend.block_table_strides
+  %q_batch = phi i64 [ %83, %if_then37 ], [ %84, %if_else38 ]
+  %85 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %85, align 4
+  %86 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_attend.block_table_shape = load ptr, ptr %86, align 8
+  %87 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_attend.block_table_strides = load ptr, ptr %87, align 8
+  %88 = icmp eq ptr %fused_attend.block_table_strides, null
+  %89 = getelementptr inbounds nuw i8, ptr %fused_attend.block_table_shape, i64 8
+  %table_seq.in = select i1 %88, ptr %89, ptr %fused_attend.block_table_strides
   %table_seq = load i64, ptr %table_seq.in, align 8
-  %93 = getelementptr inbounds nuw i8, ptr %row_starts.handle, i64 32
-  %fused_attend.row_starts_strides = load ptr, ptr %93, align 8
-  %94 = icmp eq ptr %fused_attend.row_starts_strides, null
-  br i1 %94, label %if_end45, label %if_else44
+  %90 = getelementptr inbounds nuw i8, ptr %row_starts.handle, i64 32
+  %fused_attend.row_starts_strides = load ptr, ptr %90, align 8
+  %91 = icmp eq ptr %fused_attend.row_starts_strides, null
+  br i1 %91, label %if_end45, label %if_else44
 
 if_else44:                                        ; preds = %if_end39
-  %95 = load i64, ptr %fused_attend.row_starts_strides, align 8
+  %92 = load i64, ptr %fused_attend.row_starts_strides, align 8
   br label %if_end45
 
 if_end45:                                         ; preds = %if_else44, %if_end39
-  %row_step = phi i64 [ %95, %if_else44 ], [ 1, %if_end39 ]
-  %96 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %fused_attend.out_shape = load ptr, ptr %96, align 8
-  %97 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %fused_attend.out_strides = load ptr, ptr %97, align 8
-  %98 = icmp eq ptr %fused_attend.out_strides, null
-  %99 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 16
-  %100 = getelementptr inbounds nuw i8, ptr %fused_attend.out_strides, i64 8
-  %out_head.in = select i1 %98, ptr %99, ptr %100
+  %row_step = phi i64 [ %92, %if_else44 ], [ 1, %if_end39 ]
+  %93 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_attend.out_shape = load ptr, ptr %93, align 8
+  %94 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_attend.out_strides = load ptr, ptr %94, align 8
+  %95 = icmp eq ptr %fused_attend.out_strides, null
+  %96 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 16
+  %97 = getelementptr inbounds nuw i8, ptr %fused_attend.out_strides, i64 8
+  %out_head.in = select i1 %95, ptr %96, ptr %97
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %98, label %if_then49, label %if_else50
+  br i1 %95, label %if_then49, label %if_else50
 
 if_then49:                                        ; preds = %if_end45
-  %101 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 8
-  %102 = load i64, ptr %101, align 8
-  %103 = load i64, ptr %99, align 8
-  %104 = mul nsw i64 %103, %102
+  %98 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 8
+  %99 = load i64, ptr %98, align 8
+  %100 = load i64, ptr %96, align 8
+  %101 = mul nsw i64 %100, %99
   br label %if_end51
 
 if_else50:                                        ; preds = %if_end45
-  %105 = load i64, ptr %fused_attend.out_strides, align 8
+  %102 = load i64, ptr %fused_attend.out_strides, align 8
   br label %if_end51
 
 if_end51:                                         ; preds = %if_else50, %if_then49
-  %out_batch = phi i64 [ %104, %if_then49 ], [ %105, %if_else50 ]
-  %106 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %fused_attend.lse_strides = load ptr, ptr %106, align 8
-  %107 = icmp eq ptr %fused_attend.lse_strides, null
-  br i1 %107, label %if_then52, label %if_end54
+  %out_batch = phi i64 [ %101, %if_then49 ], [ %102, %if_else50 ]
+  %103 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_attend.lse_strides = load ptr, ptr %103, align 8
+  %104 = icmp eq ptr %fused_attend.lse_strides, null
+  br i1 %104, label %if_then52, label %if_end54
 
 if_then52:                                        ; preds = %if_end51
-  %108 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %fused_attend.lse_shape = load ptr, ptr %108, align 8
-  %109 = getelementptr inbounds nuw i8, ptr %fused_attend.lse_shape, i64 8
+  %105 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_attend.lse_shape = load ptr, ptr %105, align 8
+  %106 = getelementptr inbounds nuw i8, ptr %fused_attend.lse_shape, i64 8
   br label %if_end54
 
 if_end54:                                         ; preds = %if_then52, %if_end51
-  %lse_batch.in = phi ptr [ %109, %if_then52 ], [ %fused_attend.lse_strides, %if_end51 ]
+  %lse_batch.in = phi ptr [ %106, %if_then52 ], [ %fused_attend.lse_strides, %if_end51 ]
+  %107 = icmp eq i32 %partial_max.type_index, 70
+  %partial_max.handle.idx = select i1 %107, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %25, i64 %partial_max.handle.idx
+  %108 = icmp eq i32 %tree_mask.type_index, 70
+  %tree_mask.handle.idx = select i1 %108, i64 24, i64 0
+  %tree_mask.handle = getelementptr inbounds nuw i8, ptr %22, i64 %tree_mask.handle.idx
+  %109 = icmp eq i32 %value_cache.type_index, 70
+  %value_cache.handle.idx = select i1 %109, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %8, i64 %value_cache.handle.idx
+  %110 = icmp eq i32 %key_cache.type_index, 70
+  %key_cache.handle.idx = select i1 %110, i64 24, i64 0
+  %key_cache.handle = getelementptr inbounds nuw i8, ptr %5, i64 %key_cache.handle.idx
+  %111 = icmp eq i32 %partial_acc.type_index, 70
+  %partial_acc.handle.idx = select i1 %111, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %31, i64 %partial_acc.handle.idx
+  %112 = icmp eq i32 %partial_sum.type_index, 70
+  %partial_sum.handle.idx = select i1 %112, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %28, i64 %partial_sum.handle.idx
+  %113 = icmp eq i32 %context_lens.type_index, 70
+  %context_lens.handle.idx = select i1 %113, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %19, i64 %context_lens.handle.idx
   %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %110 = icmp eq i32 %score_scale.type_index, 3
-  %.cast69 = bitcast i64 %77 to double
-  %111 = fptrunc double %.cast69 to float
-  %112 = sitofp i64 %77 to float
-  %score_scale = select i1 %110, float %111, float %112
-  %113 = icmp eq i32 %query_scale.type_index, 3
-  %.cast = bitcast i64 %74 to double
-  %114 = fptrunc double %.cast to float
-  %115 = sitofp i64 %74 to float
-  %query_scale = select i1 %113, float %114, float %115
-  %tree_size = trunc i64 %71 to i32
-  %block_end = trunc i64 %64 to i32
-  %block_begin = trunc i64 %62 to i32
-  %num_kv_heads = trunc i64 %60 to i32
-  %first_pos = trunc i64 %56 to i32
+  %114 = icmp eq i32 %score_scale.type_index, 3
+  %.cast69 = bitcast i64 %74 to double
+  %115 = fptrunc double %.cast69 to float
+  %116 = sitofp i64 %74 to float
+  %score_scale = select i1 %114, float %115, float %116
+  %117 = icmp eq i32 %query_scale.type_index, 3
+  %.cast = bitcast i64 %71 to double
+  %118 = fptrunc double %.cast to float
+  %119 = sitofp i64 %71 to float
+  %query_scale = select i1 %117, float %118, float %119
+  %tree_size = trunc i64 %68 to i32
+  %causal = trunc i64 %65 to i32
+  %partial_start = trunc i64 %63 to i32
+  %block_end = trunc i64 %61 to i32
+  %block_begin = trunc i64 %59 to i32
+  %num_kv_heads = trunc i64 %57 to i32
+  %kv_head_begin = trunc i64 %55 to i32
+  %first_pos = trunc i64 %53 to i32
+  %num_query = trunc i64 %51 to i32
+  %token_begin = trunc i64 %49 to i32
+  %seq = trunc i64 %47 to i32
   %query = load ptr, ptr %query.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   %key_cache = load ptr, ptr %key_cache.handle, align 8
@@ -1373,4718 +1389,8 @@ if_end54:                                         ; preds = %if_then52, %if_end5
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor509.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %reach527.i)
-  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %row_starts, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %116 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %q_tile.i = tail call ptr %116(i32 1, i32 %dev_id, i64 131072, i32 0, i32 32)
-  %117 = icmp eq ptr %q_tile.i, null
-  br i1 %117, label %fused_attend_compute_.exit, label %if_end.i, !prof !7
-
-if_end.i:                                         ; preds = %if_end54
-  %num_query = trunc i64 %54 to i32
-  %118 = shl nsw i32 %num_query, 2
-  %119 = add nsw i32 %118, 15
-  %120 = ashr i32 %119, 4
-  %121 = mul i32 %120, %num_kv_heads
-  %122 = tail call i32 @llvm.smin.i32(i32 %121, i32 32)
-  %123 = shl nsw i32 %122, 4
-  %124 = sext i32 %123 to i64
-  %125 = shl nuw nsw i64 %124, 2
-  %126 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %total_max.i = tail call ptr %126(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
-  %127 = icmp eq ptr %total_max.i, null
-  br i1 %127, label %fused_attend_compute_.exit, label %if_end2.i, !prof !7
-
-if_end2.i:                                        ; preds = %if_end.i
-  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %total_sum.i = tail call ptr %128(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
-  %129 = icmp eq ptr %total_sum.i, null
-  br i1 %129, label %fused_attend_compute_.exit, label %if_end5.i, !prof !7
-
-if_end5.i:                                        ; preds = %if_end2.i
-  %130 = shl nsw i32 %122, 11
-  %131 = sext i32 %130 to i64
-  %132 = shl nuw nsw i64 %131, 2
-  %133 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %total_acc.i = tail call ptr %133(i32 1, i32 %dev_id, i64 %132, i32 2, i32 32)
-  %134 = icmp eq ptr %total_acc.i, null
-  br i1 %134, label %fused_attend_compute_.exit, label %if_end8.i, !prof !7
-
-if_end8.i:                                        ; preds = %if_end5.i
-  %135 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %limits.i = tail call ptr %135(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
-  %136 = icmp eq ptr %limits.i, null
-  br i1 %136, label %fused_attend_compute_.exit, label %if_end11.i, !prof !7
-
-if_end11.i:                                       ; preds = %if_end8.i
-  %137 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %places.i = tail call ptr %137(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
-  %138 = icmp eq ptr %places.i, null
-  br i1 %138, label %fused_attend_compute_.exit, label %if_end14.i, !prof !7
-
-if_end14.i:                                       ; preds = %if_end11.i
-  %sext = shl i64 %50, 32
-  %139 = ashr exact i64 %sext, 32
-  %140 = getelementptr inbounds i32, ptr %context_lens, i64 %139
-  %context_len.i = load i32, ptr %140, align 4, !tbaa !4
-  %141 = icmp sgt i64 %tree_start, -1
-  %142 = icmp slt i32 %121, 1
-  br i1 %142, label %for_end_tile105.i, label %for_body_tile.lr.ph.i, !prof !11
-
-for_body_tile.lr.ph.i:                            ; preds = %if_end14.i
-  %143 = and i64 %68, 4294967295
-  %144 = icmp eq i64 %143, 0
-  %145 = icmp slt i32 %120, 0
-  %sext70 = shl i64 %58, 32
-  %146 = ashr exact i64 %sext70, 32
-  %sext71 = shl i64 %52, 32
-  %147 = ashr exact i64 %sext71, 32
-  %148 = icmp sgt i32 %120, -1
-  %.scalar.i = add i32 %first_pos, 1
-  %149 = insertelement <16 x i32> poison, i32 %.scalar.i, i64 0
-  %150 = shufflevector <16 x i32> %149, <16 x i32> poison, <16 x i32> zeroinitializer
-  %151 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
-  %152 = shufflevector <16 x i32> %151, <16 x i32> poison, <16 x i32> zeroinitializer
-  %153 = or i1 %144, %141
-  %154 = insertelement <16 x i1> poison, i1 %153, i64 0
-  %155 = shufflevector <16 x i1> %154, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count.i = zext nneg i32 %121 to i64
-  %scevgep150 = getelementptr i8, ptr %query, i64 256
-  %156 = shl i64 %q_batch, 1
-  %157 = shl i64 %q_head, 1
-  %broadcast.splatinsert = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat = shufflevector <8 x float> %broadcast.splatinsert, <8 x float> poison, <8 x i32> zeroinitializer
-  br label %for_body_tile.i
-
-for_begin_tile.i:                                 ; preds = %for_body_r79.peel.next.i
-  %indvars.iv.next1493.i = add nuw nsw i64 %indvars.iv1492.i, 1
-  %exitcond1495.not.i = icmp eq i64 %indvars.iv.next1493.i, %wide.trip.count.i
-  br i1 %exitcond1495.not.i, label %for_begin_tile103.preheader.i, label %for_body_tile.i, !prof !8
-
-for_begin_tile103.preheader.i:                    ; preds = %for_begin_tile.i
-  %158 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 4
-  %159 = load <2 x i32>, ptr %158, align 4
-  %exitcond1500.peel.not.i = icmp eq i32 %121, 1
-  %160 = extractelement <2 x i32> %159, i64 0
-  %161 = extractelement <2 x i32> %159, i64 1
-  br i1 %exitcond1500.peel.not.i, label %for_end_tile105.loopexit.i, label %iter.check, !prof !8
-
-iter.check:                                       ; preds = %for_begin_tile103.preheader.i
-  %162 = add nsw i64 %wide.trip.count.i, -1
-  %min.iters.check = icmp ult i32 %121, 6
-  br i1 %min.iters.check, label %if_end113.i.preheader, label %vector.main.loop.iter.check, !prof !11
-
-vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check164 = icmp ult i32 %121, 34
-  br i1 %min.iters.check164, label %vec.epilog.ph, label %vector.ph165, !prof !11
-
-vector.ph165:                                     ; preds = %vector.main.loop.iter.check
-  %n.mod.vf = and i64 %162, 31
-  %163 = icmp eq i64 %n.mod.vf, 0
-  %164 = select i1 %163, i64 32, i64 %n.mod.vf
-  %n.vec = sub nsw i64 %162, %164
-  %broadcast.splat167 = shufflevector <2 x i32> %159, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat169 = shufflevector <2 x i32> %159, <2 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body170
-
-vector.body170:                                   ; preds = %vector.body170, %vector.ph165
-  %index171 = phi i64 [ 0, %vector.ph165 ], [ %index.next191, %vector.body170 ]
-  %vec.phi = phi <8 x i32> [ %broadcast.splat167, %vector.ph165 ], [ %177, %vector.body170 ]
-  %vec.phi172 = phi <8 x i32> [ %broadcast.splat167, %vector.ph165 ], [ %178, %vector.body170 ]
-  %vec.phi173 = phi <8 x i32> [ %broadcast.splat167, %vector.ph165 ], [ %179, %vector.body170 ]
-  %vec.phi174 = phi <8 x i32> [ %broadcast.splat167, %vector.ph165 ], [ %180, %vector.body170 ]
-  %vec.phi175 = phi <8 x i32> [ %broadcast.splat169, %vector.ph165 ], [ %181, %vector.body170 ]
-  %vec.phi176 = phi <8 x i32> [ %broadcast.splat169, %vector.ph165 ], [ %182, %vector.body170 ]
-  %vec.phi177 = phi <8 x i32> [ %broadcast.splat169, %vector.ph165 ], [ %183, %vector.body170 ]
-  %vec.phi178 = phi <8 x i32> [ %broadcast.splat169, %vector.ph165 ], [ %184, %vector.body170 ]
-  %165 = shl i64 %index171, 4
-  %166 = shl i64 %index171, 4
-  %167 = shl i64 %index171, 4
-  %168 = shl i64 %index171, 4
-  %169 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %165
-  %170 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %166
-  %171 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %167
-  %172 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %168
-  %173 = getelementptr inbounds nuw i8, ptr %169, i64 20
-  %174 = getelementptr inbounds nuw i8, ptr %170, i64 148
-  %175 = getelementptr inbounds nuw i8, ptr %171, i64 276
-  %176 = getelementptr inbounds nuw i8, ptr %172, i64 404
-  %wide.vec179 = load <32 x i32>, ptr %173, align 4, !tbaa !12
-  %strided.vec180 = shufflevector <32 x i32> %wide.vec179, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec181 = shufflevector <32 x i32> %wide.vec179, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec182 = load <32 x i32>, ptr %174, align 4, !tbaa !12
-  %strided.vec183 = shufflevector <32 x i32> %wide.vec182, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec184 = shufflevector <32 x i32> %wide.vec182, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec185 = load <32 x i32>, ptr %175, align 4, !tbaa !12
-  %strided.vec186 = shufflevector <32 x i32> %wide.vec185, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec187 = shufflevector <32 x i32> %wide.vec185, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec188 = load <32 x i32>, ptr %176, align 4, !tbaa !12
-  %strided.vec189 = shufflevector <32 x i32> %wide.vec188, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec190 = shufflevector <32 x i32> %wide.vec188, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %177 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec181)
-  %178 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi172, <8 x i32> %strided.vec184)
-  %179 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi173, <8 x i32> %strided.vec187)
-  %180 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi174, <8 x i32> %strided.vec190)
-  %181 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi175, <8 x i32> %strided.vec180)
-  %182 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi176, <8 x i32> %strided.vec183)
-  %183 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi177, <8 x i32> %strided.vec186)
-  %184 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi178, <8 x i32> %strided.vec189)
-  %index.next191 = add nuw i64 %index171, 32
-  %185 = icmp eq i64 %index.next191, %n.vec
-  br i1 %185, label %vec.epilog.iter.check, label %vector.body170, !prof !14, !llvm.loop !15
-
-vec.epilog.iter.check:                            ; preds = %vector.body170
-  %rdx.minmax195 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %181, <8 x i32> %182)
-  %rdx.minmax196 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax195, <8 x i32> %183)
-  %rdx.minmax197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax196, <8 x i32> %184)
-  %186 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax197)
-  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %177, <8 x i32> %178)
-  %rdx.minmax193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %179)
-  %rdx.minmax194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax193, <8 x i32> %180)
-  %187 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax194)
-  %ind.end = add nsw i64 %n.vec, 1
-  %min.epilog.iters.check = icmp samesign ult i64 %164, 5
-  %188 = insertelement <2 x i32> poison, i32 %186, i64 0
-  %189 = insertelement <2 x i32> %188, i32 %187, i64 1
-  br i1 %min.epilog.iters.check, label %if_end113.i.preheader, label %vec.epilog.ph, !prof !20
-
-vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
-  %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
-  %190 = phi <2 x i32> [ %189, %vec.epilog.iter.check ], [ %159, %vector.main.loop.iter.check ]
-  %n.mod.vf199 = and i64 %162, 3
-  %191 = icmp eq i64 %n.mod.vf199, 0
-  %192 = select i1 %191, i64 4, i64 %n.mod.vf199
-  %n.vec200 = sub nsw i64 %162, %192
-  %193 = add nsw i64 %n.vec200, 1
-  %broadcast.splat202 = shufflevector <2 x i32> %190, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat204 = shufflevector <2 x i32> %190, <2 x i32> poison, <4 x i32> zeroinitializer
-  br label %vec.epilog.vector.body
-
-vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index205 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next211, %vec.epilog.vector.body ]
-  %vec.phi206 = phi <4 x i32> [ %broadcast.splat202, %vec.epilog.ph ], [ %196, %vec.epilog.vector.body ]
-  %vec.phi207 = phi <4 x i32> [ %broadcast.splat204, %vec.epilog.ph ], [ %197, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index205, 4
-  %194 = getelementptr i8, ptr %reach527.i, i64 %offset.idx
-  %195 = getelementptr i8, ptr %194, i64 20
-  %wide.vec208 = load <16 x i32>, ptr %195, align 4, !tbaa !12
-  %strided.vec209 = shufflevector <16 x i32> %wide.vec208, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec210 = shufflevector <16 x i32> %wide.vec208, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %196 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi206, <4 x i32> %strided.vec210)
-  %197 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi207, <4 x i32> %strided.vec209)
-  %index.next211 = add nuw i64 %index205, 4
-  %198 = icmp eq i64 %index.next211, %n.vec200
-  br i1 %198, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !21
-
-vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  %199 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %196)
-  %200 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %197)
-  br label %if_end113.i.preheader
-
-if_end113.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv1496.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %193, %vec.epilog.middle.block ]
-  %span526.sroa.0.01189.i.ph = phi i32 [ %161, %iter.check ], [ %187, %vec.epilog.iter.check ], [ %199, %vec.epilog.middle.block ]
-  %span526.sroa.3.01188.i.ph = phi i32 [ %160, %iter.check ], [ %186, %vec.epilog.iter.check ], [ %200, %vec.epilog.middle.block ]
-  br label %if_end113.i
-
-for_body_tile.i:                                  ; preds = %for_begin_tile.i, %for_body_tile.lr.ph.i
-  %indvars.iv1492.i = phi i64 [ 0, %for_body_tile.lr.ph.i ], [ %indvars.iv.next1493.i, %for_begin_tile.i ]
-  %201 = trunc nuw nsw i64 %indvars.iv1492.i to i32
-  %202 = shl i64 %indvars.iv1492.i, 13
-  %203 = and i64 %202, 17179860992
-  %scevgep1488.i = getelementptr i8, ptr %total_acc.i, i64 %203
-  %204 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %q_tile_global.i = tail call ptr %204(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
-  %205 = icmp eq ptr %q_tile_global.i, null
-  br i1 %205, label %fused_attend_compute_.exit, label %for_begin_r.preheader.i, !prof !7
-
-for_begin_r.preheader.i:                          ; preds = %for_body_tile.i
-  %rmod.i = srem i32 %201, %120
-  %rdiv.us.i = sdiv i32 %201, %120
-  %206 = icmp ne i32 %rmod.i, 0
-  %.not555.i = and i1 %145, %206
-  %207 = select i1 %.not555.i, i32 %120, i32 0
-  %208 = add nsw i32 %207, %rmod.i
-  %209 = shl nsw i32 %208, 4
-  %210 = sub nsw i32 %118, %209
-  %211 = sext i1 %.not555.i to i32
-  %212 = sext i32 %208 to i64
-  %213 = shl nsw i64 %212, 2
-  %invariant.op.i = add nsw i64 %213, %147
-  %214 = sext i32 %210 to i64
-  %scevgep = getelementptr i8, ptr %q_tile_global.i, i64 4096
-  %215 = add nsw i64 %147, %213
-  br label %for_begin_d.preheader.i
-
-for_begin_ax1_0.preheader.i:                      ; preds = %for_end_d.i
-  %216 = shl i64 %indvars.iv1492.i, 10
-  %217 = and i64 %216, 4294966272
-  %invariant.gep1756.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %217
-  br label %for_body_ax2_0.i
-
-for_begin_d.preheader.i:                          ; preds = %for_end_d.i, %for_begin_r.preheader.i
-  %indvar.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvar.next.i, %for_end_d.i ]
-  %218 = icmp slt i64 %indvar.i, %214
-  br i1 %218, label %for_begin_d.preheader.split.us.i, label %for_body_d.preheader.i
-
-for_body_d.preheader.i:                           ; preds = %for_begin_d.preheader.i
-  %219 = shl nuw nsw i64 %indvar.i, 8
-  %scevgep.i = getelementptr i8, ptr %q_tile_global.i, i64 %219
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(256) %scevgep.i, i8 0, i64 256, i1 false), !tbaa !4
-  br label %for_end_d.i
-
-for_begin_d.preheader.split.us.i:                 ; preds = %for_begin_d.preheader.i
-  %220 = lshr i64 %indvar.i, 2
-  %221 = add nsw i64 %215, %220
-  %222 = mul i64 %156, %221
-  %223 = lshr i64 %indvar.i, 2
-  %.reass.i = add nsw i64 %invariant.op.i, %223
-  %224 = mul nsw i64 %.reass.i, %q_batch
-  %225 = getelementptr i16, ptr %query, i64 %224
-  %226 = and i64 %indvar.i, 3
-  %227 = add nsw i32 %rdiv.us.i, %211
-  %228 = sext i32 %227 to i64
-  %229 = add nsw i64 %146, %228
-  %230 = shl nsw i64 %229, 2
-  %231 = or disjoint i64 %230, %226
-  %232 = mul nsw i64 %231, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %225, i64 %232
-  %.idx1727.i = shl nuw nsw i64 %indvar.i, 8
-  %invariant.gep1754.i = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1727.i
-  %233 = mul i64 %157, %231
-  %234 = getelementptr i8, ptr %scevgep150, i64 %222
-  %scevgep151 = getelementptr i8, ptr %234, i64 %233
-  %bound0 = icmp ult ptr %q_tile_global.i, %scevgep151
-  %bound1 = icmp ult ptr %invariant.gep.i, %scevgep
-  %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_d.us.i, label %vector.body, !prof !11
-
-vector.body:                                      ; preds = %for_begin_d.preheader.split.us.i
-  %235 = getelementptr i8, ptr %invariant.gep.i, i64 32
-  %236 = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %237 = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %wide.vec = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec152 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec153 = load <16 x i16>, ptr %235, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec154 = shufflevector <16 x i16> %wide.vec153, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec155 = shufflevector <16 x i16> %wide.vec153, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec156 = load <16 x i16>, ptr %236, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec157 = shufflevector <16 x i16> %wide.vec156, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec158 = shufflevector <16 x i16> %wide.vec156, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec159 = load <16 x i16>, ptr %237, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec160 = shufflevector <16 x i16> %wide.vec159, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec161 = shufflevector <16 x i16> %wide.vec159, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %238 = zext <8 x i16> %strided.vec152 to <8 x i32>
-  %239 = zext <8 x i16> %strided.vec155 to <8 x i32>
-  %240 = zext <8 x i16> %strided.vec158 to <8 x i32>
-  %241 = zext <8 x i16> %strided.vec161 to <8 x i32>
-  %242 = shl nuw <8 x i32> %238, splat (i32 16)
-  %243 = shl nuw <8 x i32> %239, splat (i32 16)
-  %244 = shl nuw <8 x i32> %240, splat (i32 16)
-  %245 = shl nuw <8 x i32> %241, splat (i32 16)
-  %246 = bitcast <8 x i32> %242 to <8 x float>
-  %247 = bitcast <8 x i32> %243 to <8 x float>
-  %248 = bitcast <8 x i32> %244 to <8 x float>
-  %249 = bitcast <8 x i32> %245 to <8 x float>
-  %250 = fmul <8 x float> %broadcast.splat, %246
-  %251 = fmul <8 x float> %broadcast.splat, %247
-  %252 = fmul <8 x float> %broadcast.splat, %248
-  %253 = fmul <8 x float> %broadcast.splat, %249
-  %254 = bitcast <8 x float> %250 to <8 x i32>
-  %255 = bitcast <8 x float> %251 to <8 x i32>
-  %256 = bitcast <8 x float> %252 to <8 x i32>
-  %257 = bitcast <8 x float> %253 to <8 x i32>
-  %258 = zext <8 x i16> %strided.vec to <8 x i32>
-  %259 = zext <8 x i16> %strided.vec154 to <8 x i32>
-  %260 = zext <8 x i16> %strided.vec157 to <8 x i32>
-  %261 = zext <8 x i16> %strided.vec160 to <8 x i32>
-  %262 = shl nuw <8 x i32> %258, splat (i32 16)
-  %263 = shl nuw <8 x i32> %259, splat (i32 16)
-  %264 = shl nuw <8 x i32> %260, splat (i32 16)
-  %265 = shl nuw <8 x i32> %261, splat (i32 16)
-  %266 = bitcast <8 x i32> %262 to <8 x float>
-  %267 = bitcast <8 x i32> %263 to <8 x float>
-  %268 = bitcast <8 x i32> %264 to <8 x float>
-  %269 = bitcast <8 x i32> %265 to <8 x float>
-  %270 = fmul <8 x float> %broadcast.splat, %266
-  %271 = fmul <8 x float> %broadcast.splat, %267
-  %272 = fmul <8 x float> %broadcast.splat, %268
-  %273 = fmul <8 x float> %broadcast.splat, %269
-  %274 = bitcast <8 x float> %270 to <8 x i32>
-  %275 = bitcast <8 x float> %271 to <8 x i32>
-  %276 = bitcast <8 x float> %272 to <8 x i32>
-  %277 = bitcast <8 x float> %273 to <8 x i32>
-  %278 = lshr <8 x i32> %274, splat (i32 16)
-  %279 = lshr <8 x i32> %275, splat (i32 16)
-  %280 = lshr <8 x i32> %276, splat (i32 16)
-  %281 = lshr <8 x i32> %277, splat (i32 16)
-  %282 = or <8 x i32> %278, %254
-  %283 = or <8 x i32> %279, %255
-  %284 = or <8 x i32> %280, %256
-  %285 = or <8 x i32> %281, %257
-  %286 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 32
-  %287 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 64
-  %288 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 96
-  store <8 x i32> %282, ptr %invariant.gep1754.i, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  store <8 x i32> %283, ptr %286, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  store <8 x i32> %284, ptr %287, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  store <8 x i32> %285, ptr %288, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  %289 = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %290 = getelementptr i8, ptr %invariant.gep.i, i64 160
-  %291 = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %292 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.vec.1 = load <16 x i16>, ptr %289, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec152.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec153.1 = load <16 x i16>, ptr %290, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec154.1 = shufflevector <16 x i16> %wide.vec153.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec155.1 = shufflevector <16 x i16> %wide.vec153.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec156.1 = load <16 x i16>, ptr %291, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec157.1 = shufflevector <16 x i16> %wide.vec156.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec158.1 = shufflevector <16 x i16> %wide.vec156.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec159.1 = load <16 x i16>, ptr %292, align 2, !tbaa !4, !alias.scope !23
-  %strided.vec160.1 = shufflevector <16 x i16> %wide.vec159.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec161.1 = shufflevector <16 x i16> %wide.vec159.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %293 = zext <8 x i16> %strided.vec152.1 to <8 x i32>
-  %294 = zext <8 x i16> %strided.vec155.1 to <8 x i32>
-  %295 = zext <8 x i16> %strided.vec158.1 to <8 x i32>
-  %296 = zext <8 x i16> %strided.vec161.1 to <8 x i32>
-  %297 = shl nuw <8 x i32> %293, splat (i32 16)
-  %298 = shl nuw <8 x i32> %294, splat (i32 16)
-  %299 = shl nuw <8 x i32> %295, splat (i32 16)
-  %300 = shl nuw <8 x i32> %296, splat (i32 16)
-  %301 = bitcast <8 x i32> %297 to <8 x float>
-  %302 = bitcast <8 x i32> %298 to <8 x float>
-  %303 = bitcast <8 x i32> %299 to <8 x float>
-  %304 = bitcast <8 x i32> %300 to <8 x float>
-  %305 = fmul <8 x float> %broadcast.splat, %301
-  %306 = fmul <8 x float> %broadcast.splat, %302
-  %307 = fmul <8 x float> %broadcast.splat, %303
-  %308 = fmul <8 x float> %broadcast.splat, %304
-  %309 = bitcast <8 x float> %305 to <8 x i32>
-  %310 = bitcast <8 x float> %306 to <8 x i32>
-  %311 = bitcast <8 x float> %307 to <8 x i32>
-  %312 = bitcast <8 x float> %308 to <8 x i32>
-  %313 = zext <8 x i16> %strided.vec.1 to <8 x i32>
-  %314 = zext <8 x i16> %strided.vec154.1 to <8 x i32>
-  %315 = zext <8 x i16> %strided.vec157.1 to <8 x i32>
-  %316 = zext <8 x i16> %strided.vec160.1 to <8 x i32>
-  %317 = shl nuw <8 x i32> %313, splat (i32 16)
-  %318 = shl nuw <8 x i32> %314, splat (i32 16)
-  %319 = shl nuw <8 x i32> %315, splat (i32 16)
-  %320 = shl nuw <8 x i32> %316, splat (i32 16)
-  %321 = bitcast <8 x i32> %317 to <8 x float>
-  %322 = bitcast <8 x i32> %318 to <8 x float>
-  %323 = bitcast <8 x i32> %319 to <8 x float>
-  %324 = bitcast <8 x i32> %320 to <8 x float>
-  %325 = fmul <8 x float> %broadcast.splat, %321
-  %326 = fmul <8 x float> %broadcast.splat, %322
-  %327 = fmul <8 x float> %broadcast.splat, %323
-  %328 = fmul <8 x float> %broadcast.splat, %324
-  %329 = bitcast <8 x float> %325 to <8 x i32>
-  %330 = bitcast <8 x float> %326 to <8 x i32>
-  %331 = bitcast <8 x float> %327 to <8 x i32>
-  %332 = bitcast <8 x float> %328 to <8 x i32>
-  %333 = lshr <8 x i32> %329, splat (i32 16)
-  %334 = lshr <8 x i32> %330, splat (i32 16)
-  %335 = lshr <8 x i32> %331, splat (i32 16)
-  %336 = lshr <8 x i32> %332, splat (i32 16)
-  %337 = or <8 x i32> %333, %309
-  %338 = or <8 x i32> %334, %310
-  %339 = or <8 x i32> %335, %311
-  %340 = or <8 x i32> %336, %312
-  %341 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 128
-  %342 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 160
-  %343 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 192
-  %344 = getelementptr inbounds nuw i8, ptr %invariant.gep1754.i, i64 224
-  store <8 x i32> %337, ptr %341, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  store <8 x i32> %338, ptr %342, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  store <8 x i32> %339, ptr %343, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  store <8 x i32> %340, ptr %344, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  br label %for_end_d.i
-
-for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %for_begin_d.preheader.split.us.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_d.us.i ], [ 0, %for_begin_d.preheader.split.us.i ]
-  %gep.idx.i = shl i64 %indvars.iv.i, 2
-  %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
-  %345 = getelementptr i8, ptr %gep.i, i64 2
-  %346 = load i16, ptr %345, align 2, !tbaa !4
-  %347 = zext i16 %346 to i32
-  %348 = shl nuw i32 %347, 16
-  %349 = bitcast i32 %348 to float
-  %350 = fmul float %query_scale, %349
-  %351 = bitcast float %350 to i32
-  %352 = load i16, ptr %gep.i, align 2, !tbaa !4
-  %353 = zext i16 %352 to i32
-  %354 = shl nuw i32 %353, 16
-  %355 = bitcast i32 %354 to float
-  %356 = fmul float %query_scale, %355
-  %357 = bitcast float %356 to i32
-  %358 = lshr i32 %357, 16
-  %359 = or i32 %358, %351
-  %gep1755.i = getelementptr inbounds nuw i32, ptr %invariant.gep1754.i, i64 %indvars.iv.i
-  store i32 %359, ptr %gep1755.i, align 4, !tbaa !4
-  %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
-  %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
-  %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
-  %360 = getelementptr i8, ptr %gep.i.1, i64 2
-  %361 = load i16, ptr %360, align 2, !tbaa !4
-  %362 = zext i16 %361 to i32
-  %363 = shl nuw i32 %362, 16
-  %364 = bitcast i32 %363 to float
-  %365 = fmul float %query_scale, %364
-  %366 = bitcast float %365 to i32
-  %367 = load i16, ptr %gep.i.1, align 2, !tbaa !4
-  %368 = zext i16 %367 to i32
-  %369 = shl nuw i32 %368, 16
-  %370 = bitcast i32 %369 to float
-  %371 = fmul float %query_scale, %370
-  %372 = bitcast float %371 to i32
-  %373 = lshr i32 %372, 16
-  %374 = or i32 %373, %366
-  %gep1755.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1754.i, i64 %indvars.iv.next.i
-  store i32 %374, ptr %gep1755.i.1, align 4, !tbaa !4
-  %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
-  %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
-  %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
-  %375 = getelementptr i8, ptr %gep.i.2, i64 2
-  %376 = load i16, ptr %375, align 2, !tbaa !4
-  %377 = zext i16 %376 to i32
-  %378 = shl nuw i32 %377, 16
-  %379 = bitcast i32 %378 to float
-  %380 = fmul float %query_scale, %379
-  %381 = bitcast float %380 to i32
-  %382 = load i16, ptr %gep.i.2, align 2, !tbaa !4
-  %383 = zext i16 %382 to i32
-  %384 = shl nuw i32 %383, 16
-  %385 = bitcast i32 %384 to float
-  %386 = fmul float %query_scale, %385
-  %387 = bitcast float %386 to i32
-  %388 = lshr i32 %387, 16
-  %389 = or i32 %388, %381
-  %gep1755.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1754.i, i64 %indvars.iv.next.i.1
-  store i32 %389, ptr %gep1755.i.2, align 4, !tbaa !4
-  %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
-  %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
-  %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
-  %390 = getelementptr i8, ptr %gep.i.3, i64 2
-  %391 = load i16, ptr %390, align 2, !tbaa !4
-  %392 = zext i16 %391 to i32
-  %393 = shl nuw i32 %392, 16
-  %394 = bitcast i32 %393 to float
-  %395 = fmul float %query_scale, %394
-  %396 = bitcast float %395 to i32
-  %397 = load i16, ptr %gep.i.3, align 2, !tbaa !4
-  %398 = zext i16 %397 to i32
-  %399 = shl nuw i32 %398, 16
-  %400 = bitcast i32 %399 to float
-  %401 = fmul float %query_scale, %400
-  %402 = bitcast float %401 to i32
-  %403 = lshr i32 %402, 16
-  %404 = or i32 %403, %396
-  %gep1755.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1754.i, i64 %indvars.iv.next.i.2
-  store i32 %404, ptr %gep1755.i.3, align 4, !tbaa !4
-  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
-  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !28, !llvm.loop !29
-
-for_end_d.i:                                      ; preds = %for_body_d.us.i, %vector.body, %for_body_d.preheader.i
-  %indvar.next.i = add nuw nsw i64 %indvar.i, 1
-  %exitcond1472.not.i = icmp eq i64 %indvar.next.i, 16
-  br i1 %exitcond1472.not.i, label %for_begin_ax1_0.preheader.i, label %for_begin_d.preheader.i, !prof !30
-
-for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv1473.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next1474.i.1, %for_body_ax2_0.i ]
-  %.idx1728.i = shl nuw nsw i64 %indvars.iv1473.i, 4
-  %405 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1728.i
-  %v.i = load <4 x i32>, ptr %405, align 4, !tbaa !4
-  %406 = getelementptr inbounds nuw i8, ptr %405, i64 256
-  %v27.i = load <4 x i32>, ptr %406, align 4, !tbaa !4
-  %407 = getelementptr inbounds nuw i8, ptr %405, i64 512
-  %v29.i = load <4 x i32>, ptr %407, align 4, !tbaa !4
-  %408 = getelementptr inbounds nuw i8, ptr %405, i64 768
-  %v31.i = load <4 x i32>, ptr %408, align 4, !tbaa !4
-  %409 = shufflevector <4 x i32> %v.i, <4 x i32> %v29.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %410 = shufflevector <4 x i32> %v27.i, <4 x i32> %v31.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %411 = shufflevector <4 x i32> %v.i, <4 x i32> %v29.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %412 = shufflevector <4 x i32> %v27.i, <4 x i32> %v31.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %413 = shufflevector <4 x i32> %409, <4 x i32> %410, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1729.i = shl nuw nsw i64 %indvars.iv1473.i, 8
-  %gep1757.i = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1729.i
-  store <4 x i32> %413, ptr %gep1757.i, align 4, !tbaa !4
-  %414 = shufflevector <4 x i32> %409, <4 x i32> %410, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %415 = getelementptr inbounds nuw i8, ptr %gep1757.i, i64 64
-  store <4 x i32> %414, ptr %415, align 4, !tbaa !4
-  %416 = shufflevector <4 x i32> %411, <4 x i32> %412, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %417 = getelementptr inbounds nuw i8, ptr %gep1757.i, i64 128
-  store <4 x i32> %416, ptr %417, align 4, !tbaa !4
-  %418 = shufflevector <4 x i32> %411, <4 x i32> %412, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %419 = getelementptr inbounds nuw i8, ptr %gep1757.i, i64 192
-  store <4 x i32> %418, ptr %419, align 4, !tbaa !4
-  %indvars.iv.next1474.i = or disjoint i64 %indvars.iv1473.i, 1
-  %.idx1728.i.1 = shl nuw nsw i64 %indvars.iv.next1474.i, 4
-  %420 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1728.i.1
-  %v.i.1 = load <4 x i32>, ptr %420, align 4, !tbaa !4
-  %421 = getelementptr inbounds nuw i8, ptr %420, i64 256
-  %v27.i.1 = load <4 x i32>, ptr %421, align 4, !tbaa !4
-  %422 = getelementptr inbounds nuw i8, ptr %420, i64 512
-  %v29.i.1 = load <4 x i32>, ptr %422, align 4, !tbaa !4
-  %423 = getelementptr inbounds nuw i8, ptr %420, i64 768
-  %v31.i.1 = load <4 x i32>, ptr %423, align 4, !tbaa !4
-  %424 = shufflevector <4 x i32> %v.i.1, <4 x i32> %v29.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %425 = shufflevector <4 x i32> %v27.i.1, <4 x i32> %v31.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %426 = shufflevector <4 x i32> %v.i.1, <4 x i32> %v29.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %427 = shufflevector <4 x i32> %v27.i.1, <4 x i32> %v31.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %428 = shufflevector <4 x i32> %424, <4 x i32> %425, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1729.i.1 = shl nuw nsw i64 %indvars.iv.next1474.i, 8
-  %gep1757.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1729.i.1
-  store <4 x i32> %428, ptr %gep1757.i.1, align 4, !tbaa !4
-  %429 = shufflevector <4 x i32> %424, <4 x i32> %425, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %430 = getelementptr inbounds nuw i8, ptr %gep1757.i.1, i64 64
-  store <4 x i32> %429, ptr %430, align 4, !tbaa !4
-  %431 = shufflevector <4 x i32> %426, <4 x i32> %427, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %432 = getelementptr inbounds nuw i8, ptr %gep1757.i.1, i64 128
-  store <4 x i32> %431, ptr %432, align 4, !tbaa !4
-  %433 = shufflevector <4 x i32> %426, <4 x i32> %427, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %434 = getelementptr inbounds nuw i8, ptr %gep1757.i.1, i64 192
-  store <4 x i32> %433, ptr %434, align 4, !tbaa !4
-  %indvars.iv.next1474.i.1 = add nuw nsw i64 %indvars.iv1473.i, 2
-  %exitcond1477.not.i.1 = icmp eq i64 %indvars.iv.next1474.i.1, 16
-  br i1 %exitcond1477.not.i.1, label %for_body_ax2_0.1.i, label %for_body_ax2_0.i, !prof !30, !llvm.loop !31
-
-for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i, %for_body_ax2_0.i
-  %indvars.iv1473.1.i = phi i64 [ %indvars.iv.next1474.1.i.1, %for_body_ax2_0.1.i ], [ 0, %for_body_ax2_0.i ]
-  %.idx1730.i = shl nuw nsw i64 %indvars.iv1473.1.i, 4
-  %435 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1730.i
-  %436 = getelementptr inbounds nuw i8, ptr %435, i64 1024
-  %v.1.i = load <4 x i32>, ptr %436, align 4, !tbaa !4
-  %437 = getelementptr inbounds nuw i8, ptr %435, i64 1280
-  %v27.1.i = load <4 x i32>, ptr %437, align 4, !tbaa !4
-  %438 = getelementptr inbounds nuw i8, ptr %435, i64 1536
-  %v29.1.i = load <4 x i32>, ptr %438, align 4, !tbaa !4
-  %439 = getelementptr inbounds nuw i8, ptr %435, i64 1792
-  %v31.1.i = load <4 x i32>, ptr %439, align 4, !tbaa !4
-  %440 = shufflevector <4 x i32> %v.1.i, <4 x i32> %v29.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %441 = shufflevector <4 x i32> %v27.1.i, <4 x i32> %v31.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %442 = shufflevector <4 x i32> %v.1.i, <4 x i32> %v29.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %443 = shufflevector <4 x i32> %v27.1.i, <4 x i32> %v31.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %444 = shufflevector <4 x i32> %440, <4 x i32> %441, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1731.i = shl nuw nsw i64 %indvars.iv1473.1.i, 8
-  %gep1759.i = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1731.i
-  %445 = getelementptr inbounds nuw i8, ptr %gep1759.i, i64 16
-  store <4 x i32> %444, ptr %445, align 4, !tbaa !4
-  %446 = shufflevector <4 x i32> %440, <4 x i32> %441, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %447 = getelementptr inbounds nuw i8, ptr %gep1759.i, i64 80
-  store <4 x i32> %446, ptr %447, align 4, !tbaa !4
-  %448 = shufflevector <4 x i32> %442, <4 x i32> %443, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %449 = getelementptr inbounds nuw i8, ptr %gep1759.i, i64 144
-  store <4 x i32> %448, ptr %449, align 4, !tbaa !4
-  %450 = shufflevector <4 x i32> %442, <4 x i32> %443, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %451 = getelementptr inbounds nuw i8, ptr %gep1759.i, i64 208
-  store <4 x i32> %450, ptr %451, align 4, !tbaa !4
-  %indvars.iv.next1474.1.i = or disjoint i64 %indvars.iv1473.1.i, 1
-  %.idx1730.i.1 = shl nuw nsw i64 %indvars.iv.next1474.1.i, 4
-  %452 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1730.i.1
-  %453 = getelementptr inbounds nuw i8, ptr %452, i64 1024
-  %v.1.i.1 = load <4 x i32>, ptr %453, align 4, !tbaa !4
-  %454 = getelementptr inbounds nuw i8, ptr %452, i64 1280
-  %v27.1.i.1 = load <4 x i32>, ptr %454, align 4, !tbaa !4
-  %455 = getelementptr inbounds nuw i8, ptr %452, i64 1536
-  %v29.1.i.1 = load <4 x i32>, ptr %455, align 4, !tbaa !4
-  %456 = getelementptr inbounds nuw i8, ptr %452, i64 1792
-  %v31.1.i.1 = load <4 x i32>, ptr %456, align 4, !tbaa !4
-  %457 = shufflevector <4 x i32> %v.1.i.1, <4 x i32> %v29.1.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %458 = shufflevector <4 x i32> %v27.1.i.1, <4 x i32> %v31.1.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %459 = shufflevector <4 x i32> %v.1.i.1, <4 x i32> %v29.1.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %460 = shufflevector <4 x i32> %v27.1.i.1, <4 x i32> %v31.1.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %461 = shufflevector <4 x i32> %457, <4 x i32> %458, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1731.i.1 = shl nuw nsw i64 %indvars.iv.next1474.1.i, 8
-  %gep1759.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1731.i.1
-  %462 = getelementptr inbounds nuw i8, ptr %gep1759.i.1, i64 16
-  store <4 x i32> %461, ptr %462, align 4, !tbaa !4
-  %463 = shufflevector <4 x i32> %457, <4 x i32> %458, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %464 = getelementptr inbounds nuw i8, ptr %gep1759.i.1, i64 80
-  store <4 x i32> %463, ptr %464, align 4, !tbaa !4
-  %465 = shufflevector <4 x i32> %459, <4 x i32> %460, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %466 = getelementptr inbounds nuw i8, ptr %gep1759.i.1, i64 144
-  store <4 x i32> %465, ptr %466, align 4, !tbaa !4
-  %467 = shufflevector <4 x i32> %459, <4 x i32> %460, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %468 = getelementptr inbounds nuw i8, ptr %gep1759.i.1, i64 208
-  store <4 x i32> %467, ptr %468, align 4, !tbaa !4
-  %indvars.iv.next1474.1.i.1 = add nuw nsw i64 %indvars.iv1473.1.i, 2
-  %exitcond1477.1.not.i.1 = icmp eq i64 %indvars.iv.next1474.1.i.1, 16
-  br i1 %exitcond1477.1.not.i.1, label %for_body_ax2_0.2.i, label %for_body_ax2_0.1.i, !prof !30, !llvm.loop !33
-
-for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_body_ax2_0.1.i
-  %indvars.iv1473.2.i = phi i64 [ %indvars.iv.next1474.2.i.1, %for_body_ax2_0.2.i ], [ 0, %for_body_ax2_0.1.i ]
-  %.idx1732.i = shl nuw nsw i64 %indvars.iv1473.2.i, 4
-  %469 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1732.i
-  %470 = getelementptr inbounds nuw i8, ptr %469, i64 2048
-  %v.2.i = load <4 x i32>, ptr %470, align 4, !tbaa !4
-  %471 = getelementptr inbounds nuw i8, ptr %469, i64 2304
-  %v27.2.i = load <4 x i32>, ptr %471, align 4, !tbaa !4
-  %472 = getelementptr inbounds nuw i8, ptr %469, i64 2560
-  %v29.2.i = load <4 x i32>, ptr %472, align 4, !tbaa !4
-  %473 = getelementptr inbounds nuw i8, ptr %469, i64 2816
-  %v31.2.i = load <4 x i32>, ptr %473, align 4, !tbaa !4
-  %474 = shufflevector <4 x i32> %v.2.i, <4 x i32> %v29.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %475 = shufflevector <4 x i32> %v27.2.i, <4 x i32> %v31.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %476 = shufflevector <4 x i32> %v.2.i, <4 x i32> %v29.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %477 = shufflevector <4 x i32> %v27.2.i, <4 x i32> %v31.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %478 = shufflevector <4 x i32> %474, <4 x i32> %475, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1733.i = shl nuw nsw i64 %indvars.iv1473.2.i, 8
-  %gep1761.i = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1733.i
-  %479 = getelementptr inbounds nuw i8, ptr %gep1761.i, i64 32
-  store <4 x i32> %478, ptr %479, align 4, !tbaa !4
-  %480 = shufflevector <4 x i32> %474, <4 x i32> %475, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %481 = getelementptr inbounds nuw i8, ptr %gep1761.i, i64 96
-  store <4 x i32> %480, ptr %481, align 4, !tbaa !4
-  %482 = shufflevector <4 x i32> %476, <4 x i32> %477, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %483 = getelementptr inbounds nuw i8, ptr %gep1761.i, i64 160
-  store <4 x i32> %482, ptr %483, align 4, !tbaa !4
-  %484 = shufflevector <4 x i32> %476, <4 x i32> %477, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %485 = getelementptr inbounds nuw i8, ptr %gep1761.i, i64 224
-  store <4 x i32> %484, ptr %485, align 4, !tbaa !4
-  %indvars.iv.next1474.2.i = or disjoint i64 %indvars.iv1473.2.i, 1
-  %.idx1732.i.1 = shl nuw nsw i64 %indvars.iv.next1474.2.i, 4
-  %486 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1732.i.1
-  %487 = getelementptr inbounds nuw i8, ptr %486, i64 2048
-  %v.2.i.1 = load <4 x i32>, ptr %487, align 4, !tbaa !4
-  %488 = getelementptr inbounds nuw i8, ptr %486, i64 2304
-  %v27.2.i.1 = load <4 x i32>, ptr %488, align 4, !tbaa !4
-  %489 = getelementptr inbounds nuw i8, ptr %486, i64 2560
-  %v29.2.i.1 = load <4 x i32>, ptr %489, align 4, !tbaa !4
-  %490 = getelementptr inbounds nuw i8, ptr %486, i64 2816
-  %v31.2.i.1 = load <4 x i32>, ptr %490, align 4, !tbaa !4
-  %491 = shufflevector <4 x i32> %v.2.i.1, <4 x i32> %v29.2.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %492 = shufflevector <4 x i32> %v27.2.i.1, <4 x i32> %v31.2.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %493 = shufflevector <4 x i32> %v.2.i.1, <4 x i32> %v29.2.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %494 = shufflevector <4 x i32> %v27.2.i.1, <4 x i32> %v31.2.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %495 = shufflevector <4 x i32> %491, <4 x i32> %492, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1733.i.1 = shl nuw nsw i64 %indvars.iv.next1474.2.i, 8
-  %gep1761.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1733.i.1
-  %496 = getelementptr inbounds nuw i8, ptr %gep1761.i.1, i64 32
-  store <4 x i32> %495, ptr %496, align 4, !tbaa !4
-  %497 = shufflevector <4 x i32> %491, <4 x i32> %492, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %498 = getelementptr inbounds nuw i8, ptr %gep1761.i.1, i64 96
-  store <4 x i32> %497, ptr %498, align 4, !tbaa !4
-  %499 = shufflevector <4 x i32> %493, <4 x i32> %494, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %500 = getelementptr inbounds nuw i8, ptr %gep1761.i.1, i64 160
-  store <4 x i32> %499, ptr %500, align 4, !tbaa !4
-  %501 = shufflevector <4 x i32> %493, <4 x i32> %494, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %502 = getelementptr inbounds nuw i8, ptr %gep1761.i.1, i64 224
-  store <4 x i32> %501, ptr %502, align 4, !tbaa !4
-  %indvars.iv.next1474.2.i.1 = add nuw nsw i64 %indvars.iv1473.2.i, 2
-  %exitcond1477.2.not.i.1 = icmp eq i64 %indvars.iv.next1474.2.i.1, 16
-  br i1 %exitcond1477.2.not.i.1, label %for_body_ax2_0.3.i, label %for_body_ax2_0.2.i, !prof !30, !llvm.loop !34
-
-for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_body_ax2_0.2.i
-  %indvars.iv1473.3.i = phi i64 [ %indvars.iv.next1474.3.i.1, %for_body_ax2_0.3.i ], [ 0, %for_body_ax2_0.2.i ]
-  %.idx1734.i = shl nuw nsw i64 %indvars.iv1473.3.i, 4
-  %503 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1734.i
-  %504 = getelementptr inbounds nuw i8, ptr %503, i64 3072
-  %v.3.i = load <4 x i32>, ptr %504, align 4, !tbaa !4
-  %505 = getelementptr inbounds nuw i8, ptr %503, i64 3328
-  %v27.3.i = load <4 x i32>, ptr %505, align 4, !tbaa !4
-  %506 = getelementptr inbounds nuw i8, ptr %503, i64 3584
-  %v29.3.i = load <4 x i32>, ptr %506, align 4, !tbaa !4
-  %507 = getelementptr inbounds nuw i8, ptr %503, i64 3840
-  %v31.3.i = load <4 x i32>, ptr %507, align 4, !tbaa !4
-  %508 = shufflevector <4 x i32> %v.3.i, <4 x i32> %v29.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %509 = shufflevector <4 x i32> %v27.3.i, <4 x i32> %v31.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %510 = shufflevector <4 x i32> %v.3.i, <4 x i32> %v29.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %511 = shufflevector <4 x i32> %v27.3.i, <4 x i32> %v31.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %512 = shufflevector <4 x i32> %508, <4 x i32> %509, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1735.i = shl nuw nsw i64 %indvars.iv1473.3.i, 8
-  %gep1763.i = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1735.i
-  %513 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 48
-  store <4 x i32> %512, ptr %513, align 4, !tbaa !4
-  %514 = shufflevector <4 x i32> %508, <4 x i32> %509, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %515 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 112
-  store <4 x i32> %514, ptr %515, align 4, !tbaa !4
-  %516 = shufflevector <4 x i32> %510, <4 x i32> %511, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %517 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 176
-  store <4 x i32> %516, ptr %517, align 4, !tbaa !4
-  %518 = shufflevector <4 x i32> %510, <4 x i32> %511, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %519 = getelementptr inbounds nuw i8, ptr %gep1763.i, i64 240
-  store <4 x i32> %518, ptr %519, align 4, !tbaa !4
-  %indvars.iv.next1474.3.i = or disjoint i64 %indvars.iv1473.3.i, 1
-  %.idx1734.i.1 = shl nuw nsw i64 %indvars.iv.next1474.3.i, 4
-  %520 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1734.i.1
-  %521 = getelementptr inbounds nuw i8, ptr %520, i64 3072
-  %v.3.i.1 = load <4 x i32>, ptr %521, align 4, !tbaa !4
-  %522 = getelementptr inbounds nuw i8, ptr %520, i64 3328
-  %v27.3.i.1 = load <4 x i32>, ptr %522, align 4, !tbaa !4
-  %523 = getelementptr inbounds nuw i8, ptr %520, i64 3584
-  %v29.3.i.1 = load <4 x i32>, ptr %523, align 4, !tbaa !4
-  %524 = getelementptr inbounds nuw i8, ptr %520, i64 3840
-  %v31.3.i.1 = load <4 x i32>, ptr %524, align 4, !tbaa !4
-  %525 = shufflevector <4 x i32> %v.3.i.1, <4 x i32> %v29.3.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %526 = shufflevector <4 x i32> %v27.3.i.1, <4 x i32> %v31.3.i.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %527 = shufflevector <4 x i32> %v.3.i.1, <4 x i32> %v29.3.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %528 = shufflevector <4 x i32> %v27.3.i.1, <4 x i32> %v31.3.i.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %529 = shufflevector <4 x i32> %525, <4 x i32> %526, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1735.i.1 = shl nuw nsw i64 %indvars.iv.next1474.3.i, 8
-  %gep1763.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1756.i, i64 %.idx1735.i.1
-  %530 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 48
-  store <4 x i32> %529, ptr %530, align 4, !tbaa !4
-  %531 = shufflevector <4 x i32> %525, <4 x i32> %526, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %532 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 112
-  store <4 x i32> %531, ptr %532, align 4, !tbaa !4
-  %533 = shufflevector <4 x i32> %527, <4 x i32> %528, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %534 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 176
-  store <4 x i32> %533, ptr %534, align 4, !tbaa !4
-  %535 = shufflevector <4 x i32> %527, <4 x i32> %528, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %536 = getelementptr inbounds nuw i8, ptr %gep1763.i.1, i64 240
-  store <4 x i32> %535, ptr %536, align 4, !tbaa !4
-  %indvars.iv.next1474.3.i.1 = add nuw nsw i64 %indvars.iv1473.3.i, 2
-  %exitcond1477.3.not.i.1 = icmp eq i64 %indvars.iv.next1474.3.i.1, 16
-  br i1 %exitcond1477.3.not.i.1, label %for_body_r79.peel.next.i, label %for_body_ax2_0.3.i, !prof !30, !llvm.loop !35
-
-for_body_r79.peel.next.i:                         ; preds = %for_body_ax2_0.3.i
-  %537 = icmp eq i32 %rmod.i, 0
-  %538 = or i1 %148, %537
-  %539 = select i1 %538, i32 0, i32 %120
-  %540 = add nsw i32 %539, %rmod.i
-  %541 = shl nsw i32 %540, 4
-  %542 = sub nsw i32 %118, %541
-  %543 = tail call i32 @llvm.smin.i32(i32 %542, i32 16)
-  %544 = add nsw i32 %543, -1
-  %545 = insertelement <16 x i32> poison, i32 %544, i64 0
-  %546 = shufflevector <16 x i32> %545, <16 x i32> poison, <16 x i32> zeroinitializer
-  %547 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %546, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
-  %548 = insertelement <16 x i32> poison, i32 %541, i64 0
-  %549 = shufflevector <16 x i32> %548, <16 x i32> poison, <16 x i32> zeroinitializer
-  %550 = add nsw <16 x i32> %547, %549
-  %551 = ashr <16 x i32> %550, splat (i32 2)
-  %552 = add <16 x i32> %551, %150
-  %553 = select <16 x i1> %155, <16 x i32> %152, <16 x i32> %552
-  %554 = shl nsw i64 %indvars.iv1492.i, 4
-  %555 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %554
-  store <16 x i32> %553, ptr %555, align 4, !tbaa !4
-  %556 = add nsw <16 x i32> %553, splat (i32 -1)
-  %557 = sitofp <16 x i32> %556 to <16 x float>
-  %558 = bitcast <16 x float> %557 to <16 x i32>
-  %559 = ashr <16 x i32> %558, splat (i32 23)
-  %560 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %559, <16 x i32> splat (i32 125))
-  %561 = add nsw <16 x i32> %560, splat (i32 -125)
-  %562 = getelementptr inbounds nuw i32, ptr %places.i, i64 %554
-  store <16 x i32> %561, ptr %562, align 4, !tbaa !4
-  %563 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %554
-  %564 = getelementptr inbounds nuw i8, ptr %563, i64 4
-  %565 = getelementptr inbounds nuw i8, ptr %563, i64 8
-  %566 = getelementptr inbounds nuw i8, ptr %563, i64 12
-  %567 = and i64 %554, 4294967280
-  %568 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %567
-  %own.peel.i = load i32, ptr %568, align 4, !tbaa !4
-  %gep1765.i = getelementptr inbounds nuw i8, ptr %568, i64 4
-  %own.i = load i32, ptr %gep1765.i, align 4, !tbaa !4
-  %569 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
-  %570 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1765.i.1 = getelementptr inbounds nuw i8, ptr %568, i64 8
-  %own.i.1 = load i32, ptr %gep1765.i.1, align 4, !tbaa !4
-  %571 = tail call i32 @llvm.smin.i32(i32 %569, i32 %own.i.1)
-  %572 = tail call i32 @llvm.smax.i32(i32 %570, i32 %own.i.1)
-  %gep1765.i.2 = getelementptr inbounds nuw i8, ptr %568, i64 12
-  %own.i.2 = load i32, ptr %gep1765.i.2, align 4, !tbaa !4
-  %573 = tail call i32 @llvm.smin.i32(i32 %571, i32 %own.i.2)
-  %574 = tail call i32 @llvm.smax.i32(i32 %572, i32 %own.i.2)
-  %gep1765.i.3 = getelementptr inbounds nuw i8, ptr %568, i64 16
-  %own.i.3 = load i32, ptr %gep1765.i.3, align 4, !tbaa !4
-  %575 = tail call i32 @llvm.smin.i32(i32 %573, i32 %own.i.3)
-  %576 = tail call i32 @llvm.smax.i32(i32 %574, i32 %own.i.3)
-  %gep1765.i.4 = getelementptr inbounds nuw i8, ptr %568, i64 20
-  %own.i.4 = load i32, ptr %gep1765.i.4, align 4, !tbaa !4
-  %577 = tail call i32 @llvm.smin.i32(i32 %575, i32 %own.i.4)
-  %578 = tail call i32 @llvm.smax.i32(i32 %576, i32 %own.i.4)
-  %gep1765.i.5 = getelementptr inbounds nuw i8, ptr %568, i64 24
-  %own.i.5 = load i32, ptr %gep1765.i.5, align 4, !tbaa !4
-  %579 = tail call i32 @llvm.smin.i32(i32 %577, i32 %own.i.5)
-  %580 = tail call i32 @llvm.smax.i32(i32 %578, i32 %own.i.5)
-  %gep1765.i.6 = getelementptr inbounds nuw i8, ptr %568, i64 28
-  %own.i.6 = load i32, ptr %gep1765.i.6, align 4, !tbaa !4
-  %581 = tail call i32 @llvm.smin.i32(i32 %579, i32 %own.i.6)
-  %582 = tail call i32 @llvm.smax.i32(i32 %580, i32 %own.i.6)
-  %gep1765.i.7 = getelementptr inbounds nuw i8, ptr %568, i64 32
-  %own.i.7 = load i32, ptr %gep1765.i.7, align 4, !tbaa !4
-  %583 = tail call i32 @llvm.smin.i32(i32 %581, i32 %own.i.7)
-  %584 = tail call i32 @llvm.smax.i32(i32 %582, i32 %own.i.7)
-  %gep1765.i.8 = getelementptr inbounds nuw i8, ptr %568, i64 36
-  %own.i.8 = load i32, ptr %gep1765.i.8, align 4, !tbaa !4
-  %585 = tail call i32 @llvm.smin.i32(i32 %583, i32 %own.i.8)
-  %586 = tail call i32 @llvm.smax.i32(i32 %584, i32 %own.i.8)
-  %gep1765.i.9 = getelementptr inbounds nuw i8, ptr %568, i64 40
-  %own.i.9 = load i32, ptr %gep1765.i.9, align 4, !tbaa !4
-  %587 = tail call i32 @llvm.smin.i32(i32 %585, i32 %own.i.9)
-  %588 = tail call i32 @llvm.smax.i32(i32 %586, i32 %own.i.9)
-  %gep1765.i.10 = getelementptr inbounds nuw i8, ptr %568, i64 44
-  %own.i.10 = load i32, ptr %gep1765.i.10, align 4, !tbaa !4
-  %589 = tail call i32 @llvm.smin.i32(i32 %587, i32 %own.i.10)
-  %590 = tail call i32 @llvm.smax.i32(i32 %588, i32 %own.i.10)
-  %gep1765.i.11 = getelementptr inbounds nuw i8, ptr %568, i64 48
-  %own.i.11 = load i32, ptr %gep1765.i.11, align 4, !tbaa !4
-  %591 = tail call i32 @llvm.smin.i32(i32 %589, i32 %own.i.11)
-  %592 = tail call i32 @llvm.smax.i32(i32 %590, i32 %own.i.11)
-  %gep1765.i.12 = getelementptr inbounds nuw i8, ptr %568, i64 52
-  %own.i.12 = load i32, ptr %gep1765.i.12, align 4, !tbaa !4
-  %593 = tail call i32 @llvm.smin.i32(i32 %591, i32 %own.i.12)
-  %594 = tail call i32 @llvm.smax.i32(i32 %592, i32 %own.i.12)
-  %gep1765.i.13 = getelementptr inbounds nuw i8, ptr %568, i64 56
-  %own.i.13 = load i32, ptr %gep1765.i.13, align 4, !tbaa !4
-  %595 = tail call i32 @llvm.smin.i32(i32 %593, i32 %own.i.13)
-  %596 = tail call i32 @llvm.smax.i32(i32 %594, i32 %own.i.13)
-  %gep1765.i.14 = getelementptr inbounds nuw i8, ptr %568, i64 60
-  %own.i.14 = load i32, ptr %gep1765.i.14, align 4, !tbaa !4
-  %597 = tail call i32 @llvm.smin.i32(i32 %595, i32 %own.i.14)
-  %598 = tail call i32 @llvm.smax.i32(i32 %596, i32 %own.i.14)
-  store i32 %597, ptr %563, align 16, !tbaa !12
-  store i32 %598, ptr %564, align 4, !tbaa !12
-  store i32 0, ptr %565, align 8, !tbaa !12
-  store i32 0, ptr %566, align 4, !tbaa !12
-  %599 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %554
-  store <16 x float> splat (float 0xC6293E5940000000), ptr %599, align 4, !tbaa !4
-  %600 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %554
-  store <16 x float> zeroinitializer, ptr %600, align 4, !tbaa !4
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep1488.i, i8 0, i64 8192, i1 false), !tbaa !4
-  %601 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %602 = tail call i32 %601(i32 1, i32 %dev_id, ptr nonnull %q_tile_global.i)
-  %.not552.i = icmp eq i32 %602, 0
-  br i1 %.not552.i, label %for_begin_tile.i, label %fused_attend_compute_.exit, !prof !36
-
-for_end_tile105.loopexit.i:                       ; preds = %if_end113.i, %for_begin_tile103.preheader.i
-  %.lcssa1468.i = phi i32 [ %161, %for_begin_tile103.preheader.i ], [ %638, %if_end113.i ]
-  %.lcssa1467.i = phi i32 [ %160, %for_begin_tile103.preheader.i ], [ %641, %if_end113.i ]
-  %603 = and i32 %.lcssa1468.i, -128
-  br label %for_end_tile105.i
-
-for_end_tile105.i:                                ; preds = %for_end_tile105.loopexit.i, %if_end14.i
-  %span526.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa1467.i, %for_end_tile105.loopexit.i ]
-  %span526.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %603, %for_end_tile105.loopexit.i ]
-  %604 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %604, i32 %span526.sroa.3.0.lcssa.i)
-  %605 = shl nsw i32 %block_begin, 4
-  %606 = sub nsw i32 %key_end.i, %605
-  %607 = tail call i32 @llvm.smax.i32(i32 %606, i32 0)
-  %608 = add nuw nsw i32 %607, 4095
-  %609 = lshr i32 %608, 12
-  %.not1340.i = icmp eq i32 %609, 0
-  br i1 %.not1340.i, label %for_begin_tile382.preheader.i, label %for_body_number.lr.ph.i, !prof !11
-
-for_body_number.lr.ph.i:                          ; preds = %for_end_tile105.i
-  %610 = mul nsw i64 %row_step, %139
-  %611 = getelementptr inbounds i32, ptr %row_starts, i64 %610
-  %612 = mul nsw i64 %table_seq, %139
-  %613 = getelementptr i32, ptr %block_table, i64 %612
-  %614 = icmp sgt i32 %num_kv_heads, 0
-  %615 = add i64 %60, 4294967295
-  %sext72 = shl i64 %58, 32
-  %616 = ashr exact i64 %sext72, 32
-  %617 = icmp sgt i32 %120, 0
-  %618 = add nsw i32 %120, -1
-  %619 = shl i64 %k_row, 4
-  %620 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %621 = shufflevector <16 x float> %620, <16 x float> poison, <16 x i32> zeroinitializer
-  %622 = sext i32 %context_len.i to i64
-  %sext73 = shl i64 %71, 32
-  %623 = ashr exact i64 %sext73, 32
-  %624 = add i64 %623, %tree_start
-  %625 = sub i64 %624, %622
-  %626 = zext i32 %618 to i64
-  %627 = and i64 %615, 4294967295
-  %sext74 = shl i64 %60, 32
-  %628 = ashr exact i64 %sext74, 32
-  %629 = zext i32 %120 to i64
-  %wide.trip.count1604.i = and i64 %60, 4294967295
-  %630 = getelementptr i8, ptr %tree_mask, i64 %625
-  %wide.trip.count1618.i = zext nneg i32 %121 to i64
-  %631 = add i32 %605, 4096
-  %632 = add i64 %tree_start, %623
-  %633 = sub i64 %632, %622
-  %634 = getelementptr i8, ptr %tree_mask, i64 %633
-  br label %for_body_number.i
-
-if_end113.i:                                      ; preds = %if_end113.i, %if_end113.i.preheader
-  %indvars.iv1496.i = phi i64 [ %indvars.iv.next1497.i, %if_end113.i ], [ %indvars.iv1496.i.ph, %if_end113.i.preheader ]
-  %span526.sroa.0.01189.i = phi i32 [ %638, %if_end113.i ], [ %span526.sroa.0.01189.i.ph, %if_end113.i.preheader ]
-  %span526.sroa.3.01188.i = phi i32 [ %641, %if_end113.i ], [ %span526.sroa.3.01188.i.ph, %if_end113.i.preheader ]
-  %.idx1737.i = shl nsw i64 %indvars.iv1496.i, 4
-  %635 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %.idx1737.i
-  %636 = getelementptr inbounds nuw i8, ptr %635, i64 8
-  %637 = load i32, ptr %636, align 8, !tbaa !12
-  %638 = tail call i32 @llvm.smin.i32(i32 %span526.sroa.0.01189.i, i32 %637)
-  %639 = getelementptr inbounds nuw i8, ptr %635, i64 4
-  %640 = load i32, ptr %639, align 4, !tbaa !12
-  %641 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.3.01188.i, i32 %640)
-  %indvars.iv.next1497.i = add nuw nsw i64 %indvars.iv1496.i, 1
-  %exitcond1500.not.i = icmp eq i64 %indvars.iv.next1497.i, %wide.trip.count.i
-  br i1 %exitcond1500.not.i, label %for_end_tile105.loopexit.i, label %if_end113.i, !prof !28, !llvm.loop !37
-
-for_begin_number.i:                               ; preds = %if_end377.i
-  %642 = add nuw nsw i32 %number1321.i, 1
-  %exitcond1620.not.i = icmp eq i32 %642, %609
-  %indvars.iv.next = add i32 %indvars.iv, 4096
-  br i1 %exitcond1620.not.i, label %for_begin_tile382.preheader.i, label %for_body_number.i, !prof !8
-
-for_begin_tile382.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile105.i
-  br i1 %142, label %for_end_tile384.i, label %for_body_tile383.lr.ph.i, !prof !11
-
-for_body_tile383.lr.ph.i:                         ; preds = %for_begin_tile382.preheader.i
-  %643 = and i64 %66, 2147483648
-  %.not = icmp eq i64 %643, 0
-  %644 = icmp slt i32 %120, 0
-  %sext79 = shl i64 %58, 32
-  %645 = ashr exact i64 %sext79, 32
-  %646 = and i64 %66, 4294967295
-  %647 = shl nuw nsw i64 %646, 5
-  %.idx537.i = shl nuw nsw i64 %646, 14
-  %sext80 = shl i64 %52, 32
-  %648 = ashr exact i64 %sext80, 32
-  %wide.trip.count1675.i = zext nneg i32 %121 to i64
-  br i1 %.not, label %for_body_tile383.i.preheader, label %for_body_tile383.us.i
-
-for_body_tile383.i.preheader:                     ; preds = %for_body_tile383.lr.ph.i
-  %scevgep269 = getelementptr i8, ptr %partial_acc, i64 %.idx537.i
-  %649 = getelementptr i8, ptr %partial_acc, i64 %.idx537.i
-  %scevgep272 = getelementptr i8, ptr %649, i64 512
-  %scevgep276 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile383.i
-
-for_body_tile383.us.i:                            ; preds = %if_end388.us.i, %for_body_tile383.lr.ph.i
-  %indvars.iv1672.i = phi i64 [ %indvars.iv.next1673.i, %if_end388.us.i ], [ 0, %for_body_tile383.lr.ph.i ]
-  %650 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %ordered.us.i = tail call ptr %650(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %651 = icmp eq ptr %ordered.us.i, null
-  br i1 %651, label %fused_attend_compute_.exit, label %if_end391.us.i, !prof !7
-
-if_end391.us.i:                                   ; preds = %for_body_tile383.us.i
-  %652 = shl nsw i64 %indvars.iv1672.i, 4
-  %653 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %652
-  %total.us.i = load <16 x float>, ptr %653, align 4, !tbaa !4
-  %654 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %655 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %656 = select <16 x i1> %655, <16 x float> zeroinitializer, <16 x float> %654
-  store <16 x float> %656, ptr %factor509.i, align 16, !tbaa !38
-  %657 = shl i64 %indvars.iv1672.i, 11
-  %658 = and i64 %657, 4294965248
-  %invariant.gep = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %658
-  br label %for_begin_d_0393.preheader.us.i
-
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0395.us.i
-  %659 = trunc nuw nsw i64 %indvars.iv1672.i to i32
-  %rmod427.us.i = srem i32 %659, %120
-  %rdiv439.us.i = sdiv i32 %659, %120
-  %660 = icmp ne i32 %rmod427.us.i, 0
-  %.not541.us.i = and i1 %644, %660
-  %661 = select i1 %.not541.us.i, i32 %120, i32 0
-  %662 = add nsw i32 %661, %rmod427.us.i
-  %663 = shl nsw i32 %662, 4
-  %664 = sub nsw i32 %118, %663
-  %665 = icmp sgt i32 %664, 0
-  br i1 %665, label %for_begin_d_0433.preheader.lr.ph.us.i, label %for_end_r444.us.i, !prof !3
-
-for_end_r444.us.i:                                ; preds = %if_end449.us.i.1, %for_end_r_0.us.i
-  %666 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %667 = tail call i32 %666(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not538.us.i = icmp eq i32 %667, 0
-  br i1 %.not538.us.i, label %if_end388.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end388.us.i:                                   ; preds = %for_end_r444.us.i
-  %indvars.iv.next1673.i = add nuw nsw i64 %indvars.iv1672.i, 1
-  %exitcond1676.not.i = icmp eq i64 %indvars.iv.next1673.i, %wide.trip.count1675.i
-  br i1 %exitcond1676.not.i, label %for_end_tile384.i, label %for_body_tile383.us.i, !prof !8
-
-for_body_r443.us.i:                               ; preds = %for_body_r443.lr.ph.us.i, %if_end449.us.i.1
-  %indvars.iv1666.i = phi i64 [ 0, %for_body_r443.lr.ph.us.i ], [ %indvars.iv.next1667.i.1, %if_end449.us.i.1 ]
-  %668 = add nuw nsw i64 %indvars.iv1666.i, %874
-  %669 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %668
-  %670 = load float, ptr %669, align 4, !tbaa !4
-  %671 = fcmp oeq float %670, 0.000000e+00
-  br i1 %671, label %if_end449.us.i, label %if_else448.us.i
-
-if_else448.us.i:                                  ; preds = %for_body_r443.us.i
-  %672 = getelementptr inbounds nuw i32, ptr %places.i, i64 %668
-  %673 = load i32, ptr %672, align 4, !tbaa !4
-  %674 = shl i32 %673, 23
-  %675 = add i32 %674, 1065353216
-  %676 = bitcast i32 %675 to float
-  %677 = fmul float %670, %676
-  %678 = tail call float @llvm.log.f32(float %677)
-  %679 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %668
-  %680 = load float, ptr %679, align 4, !tbaa !4
-  %681 = fadd float %680, %678
-  br label %if_end449.us.i
-
-if_end449.us.i:                                   ; preds = %if_else448.us.i, %for_body_r443.us.i
-  %682 = phi float [ %681, %if_else448.us.i ], [ 0xFFF0000000000000, %for_body_r443.us.i ]
-  %683 = and i64 %indvars.iv1666.i, 2
-  %684 = lshr i64 %indvars.iv1666.i, 2
-  %685 = add nsw i64 %684, %871
-  %686 = mul nsw i64 %685, %lse_batch
-  %687 = getelementptr float, ptr %873, i64 %686
-  %688 = getelementptr float, ptr %687, i64 %683
-  store float %682, ptr %688, align 4, !tbaa !4
-  %indvars.iv.next1667.i = or disjoint i64 %indvars.iv1666.i, 1
-  %689 = add nuw nsw i64 %indvars.iv.next1667.i, %874
-  %690 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %689
-  %691 = load float, ptr %690, align 4, !tbaa !4
-  %692 = fcmp oeq float %691, 0.000000e+00
-  br i1 %692, label %if_end449.us.i.1, label %if_else448.us.i.1
-
-if_else448.us.i.1:                                ; preds = %if_end449.us.i
-  %693 = getelementptr inbounds nuw i32, ptr %places.i, i64 %689
-  %694 = load i32, ptr %693, align 4, !tbaa !4
-  %695 = shl i32 %694, 23
-  %696 = add i32 %695, 1065353216
-  %697 = bitcast i32 %696 to float
-  %698 = fmul float %691, %697
-  %699 = tail call float @llvm.log.f32(float %698)
-  %700 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %689
-  %701 = load float, ptr %700, align 4, !tbaa !4
-  %702 = fadd float %701, %699
-  br label %if_end449.us.i.1
-
-if_end449.us.i.1:                                 ; preds = %if_else448.us.i.1, %if_end449.us.i
-  %703 = phi float [ %702, %if_else448.us.i.1 ], [ 0xFFF0000000000000, %if_end449.us.i ]
-  %704 = and i64 %indvars.iv.next1667.i, 3
-  %705 = lshr i64 %indvars.iv1666.i, 2
-  %706 = add nsw i64 %705, %871
-  %707 = mul nsw i64 %706, %lse_batch
-  %708 = getelementptr float, ptr %873, i64 %707
-  %709 = getelementptr float, ptr %708, i64 %704
-  store float %703, ptr %709, align 4, !tbaa !4
-  %indvars.iv.next1667.i.1 = add nuw nsw i64 %indvars.iv1666.i, 2
-  %exitcond1671.not.i.1 = icmp eq i64 %indvars.iv.next1667.i.1, %wide.trip.count1664.i
-  br i1 %exitcond1671.not.i.1, label %for_end_r444.us.i, label %for_body_r443.us.i, !prof !8, !llvm.loop !45
-
-for_end_d_0395.us.i:                              ; preds = %for_begin_ax1_0398.preheader.us.i
-  %indvars.iv.next1652.i = add nuw nsw i64 %indvars.iv1651.i, 1
-  %exitcond1655.not.i = icmp eq i64 %indvars.iv.next1652.i, 4
-  br i1 %exitcond1655.not.i, label %for_end_r_0.us.i, label %for_begin_d_0393.preheader.us.i, !prof !30
-
-for_begin_ax1_0398.preheader.us.i:                ; preds = %for_begin_d_0393.preheader.us.i, %for_begin_ax1_0398.preheader.us.i
-  %indvars.iv1646.i = phi i64 [ 0, %for_begin_d_0393.preheader.us.i ], [ %indvars.iv.next1647.i, %for_begin_ax1_0398.preheader.us.i ]
-  %.idx81 = shl nuw nsw i64 %indvars.iv1646.i, 10
-  %gep96 = getelementptr inbounds nuw i8, ptr %invariant.gep95, i64 %.idx81
-  %v404.us.i = load <4 x float>, ptr %gep96, align 4, !tbaa !4
-  %710 = getelementptr inbounds nuw i8, ptr %gep96, i64 64
-  %v406.us.i = load <4 x float>, ptr %710, align 4, !tbaa !4
-  %711 = getelementptr inbounds nuw i8, ptr %gep96, i64 128
-  %v408.us.i = load <4 x float>, ptr %711, align 4, !tbaa !4
-  %712 = getelementptr inbounds nuw i8, ptr %gep96, i64 192
-  %v410.us.i = load <4 x float>, ptr %712, align 4, !tbaa !4
-  %713 = shufflevector <4 x float> %v404.us.i, <4 x float> %v408.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %714 = shufflevector <4 x float> %v406.us.i, <4 x float> %v410.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %715 = shufflevector <4 x float> %v404.us.i, <4 x float> %v408.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %716 = shufflevector <4 x float> %v406.us.i, <4 x float> %v410.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %717 = shufflevector <4 x float> %713, <4 x float> %714, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %718 = shufflevector <4 x float> %713, <4 x float> %714, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %719 = shufflevector <4 x float> %715, <4 x float> %716, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %720 = shufflevector <4 x float> %715, <4 x float> %716, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %721 = getelementptr inbounds nuw i8, ptr %gep96, i64 256
-  %v404.us.1.i = load <4 x float>, ptr %721, align 4, !tbaa !4
-  %722 = getelementptr inbounds nuw i8, ptr %gep96, i64 320
-  %v406.us.1.i = load <4 x float>, ptr %722, align 4, !tbaa !4
-  %723 = getelementptr inbounds nuw i8, ptr %gep96, i64 384
-  %v408.us.1.i = load <4 x float>, ptr %723, align 4, !tbaa !4
-  %724 = getelementptr inbounds nuw i8, ptr %gep96, i64 448
-  %v410.us.1.i = load <4 x float>, ptr %724, align 4, !tbaa !4
-  %725 = shufflevector <4 x float> %v404.us.1.i, <4 x float> %v408.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %726 = shufflevector <4 x float> %v406.us.1.i, <4 x float> %v410.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %727 = shufflevector <4 x float> %v404.us.1.i, <4 x float> %v408.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %728 = shufflevector <4 x float> %v406.us.1.i, <4 x float> %v410.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %729 = shufflevector <4 x float> %725, <4 x float> %726, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %730 = shufflevector <4 x float> %725, <4 x float> %726, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %731 = shufflevector <4 x float> %727, <4 x float> %728, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %732 = shufflevector <4 x float> %727, <4 x float> %728, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %733 = getelementptr inbounds nuw i8, ptr %gep96, i64 512
-  %v404.us.2.i = load <4 x float>, ptr %733, align 4, !tbaa !4
-  %734 = getelementptr inbounds nuw i8, ptr %gep96, i64 576
-  %v406.us.2.i = load <4 x float>, ptr %734, align 4, !tbaa !4
-  %735 = getelementptr inbounds nuw i8, ptr %gep96, i64 640
-  %v408.us.2.i = load <4 x float>, ptr %735, align 4, !tbaa !4
-  %736 = getelementptr inbounds nuw i8, ptr %gep96, i64 704
-  %v410.us.2.i = load <4 x float>, ptr %736, align 4, !tbaa !4
-  %737 = shufflevector <4 x float> %v404.us.2.i, <4 x float> %v408.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %738 = shufflevector <4 x float> %v406.us.2.i, <4 x float> %v410.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %739 = shufflevector <4 x float> %v404.us.2.i, <4 x float> %v408.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %740 = shufflevector <4 x float> %v406.us.2.i, <4 x float> %v410.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %741 = shufflevector <4 x float> %737, <4 x float> %738, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %742 = shufflevector <4 x float> %737, <4 x float> %738, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %743 = shufflevector <4 x float> %739, <4 x float> %740, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %744 = shufflevector <4 x float> %739, <4 x float> %740, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %745 = getelementptr inbounds nuw i8, ptr %gep96, i64 768
-  %v404.us.3.i = load <4 x float>, ptr %745, align 4, !tbaa !4
-  %746 = getelementptr inbounds nuw i8, ptr %gep96, i64 832
-  %v406.us.3.i = load <4 x float>, ptr %746, align 4, !tbaa !4
-  %747 = getelementptr inbounds nuw i8, ptr %gep96, i64 896
-  %v408.us.3.i = load <4 x float>, ptr %747, align 4, !tbaa !4
-  %748 = getelementptr inbounds nuw i8, ptr %gep96, i64 960
-  %v410.us.3.i = load <4 x float>, ptr %748, align 4, !tbaa !4
-  %749 = shufflevector <4 x float> %v404.us.3.i, <4 x float> %v408.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %750 = shufflevector <4 x float> %v406.us.3.i, <4 x float> %v410.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %751 = shufflevector <4 x float> %v404.us.3.i, <4 x float> %v408.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %752 = shufflevector <4 x float> %v406.us.3.i, <4 x float> %v410.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %753 = shufflevector <4 x float> %749, <4 x float> %750, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %754 = shufflevector <4 x float> %717, <4 x float> %729, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %755 = shufflevector <4 x float> %741, <4 x float> %753, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %756 = shufflevector <8 x float> %754, <8 x float> %755, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %757 = shufflevector <4 x float> %749, <4 x float> %750, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %758 = shufflevector <4 x float> %718, <4 x float> %730, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %759 = shufflevector <4 x float> %742, <4 x float> %757, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %760 = shufflevector <8 x float> %758, <8 x float> %759, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %761 = shufflevector <4 x float> %751, <4 x float> %752, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %762 = shufflevector <4 x float> %719, <4 x float> %731, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %763 = shufflevector <4 x float> %743, <4 x float> %761, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %764 = shufflevector <8 x float> %762, <8 x float> %763, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %765 = shufflevector <4 x float> %751, <4 x float> %752, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %766 = shufflevector <4 x float> %720, <4 x float> %732, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %767 = shufflevector <4 x float> %744, <4 x float> %765, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %768 = shufflevector <8 x float> %766, <8 x float> %767, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %769 = fmul <16 x float> %851, %756
-  %.idx1743.i = shl nuw nsw i64 %indvars.iv1646.i, 6
-  %gep1776.i = getelementptr inbounds nuw i8, ptr %invariant.gep1775.i, i64 %.idx1743.i
-  store <16 x float> %769, ptr %gep1776.i, align 4, !tbaa !4
-  %770 = fmul <16 x float> %855, %760
-  %771 = getelementptr inbounds nuw i8, ptr %gep1776.i, i64 512
-  store <16 x float> %770, ptr %771, align 4, !tbaa !4
-  %772 = fmul <16 x float> %859, %764
-  %773 = getelementptr inbounds nuw i8, ptr %gep1776.i, i64 1024
-  store <16 x float> %772, ptr %773, align 4, !tbaa !4
-  %774 = fmul <16 x float> %863, %768
-  %775 = getelementptr inbounds nuw i8, ptr %gep1776.i, i64 1536
-  store <16 x float> %774, ptr %775, align 4, !tbaa !4
-  %indvars.iv.next1647.i = add nuw nsw i64 %indvars.iv1646.i, 1
-  %exitcond1650.not.i = icmp eq i64 %indvars.iv.next1647.i, 8
-  br i1 %exitcond1650.not.i, label %for_end_d_0395.us.i, label %for_begin_ax1_0398.preheader.us.i, !prof !30
-
-for_begin_d_0433.preheader.us.i:                  ; preds = %for_begin_d_0433.preheader.lr.ph.us.i, %for_begin_d_0433.preheader.us.i
-  %indvars.iv1660.i = phi i64 [ 0, %for_begin_d_0433.preheader.lr.ph.us.i ], [ %indvars.iv.next1661.i, %for_begin_d_0433.preheader.us.i ]
-  %776 = and i64 %indvars.iv1660.i, 3
-  %777 = or disjoint i64 %776, %868
-  %778 = mul nsw i64 %777, %out_head
-  %779 = lshr i64 %indvars.iv1660.i, 2
-  %780 = add nsw i64 %779, %871
-  %781 = mul nsw i64 %780, %out_batch
-  %782 = getelementptr i16, ptr %out, i64 %781
-  %invariant.gep1333.us.i = getelementptr i16, ptr %782, i64 %778
-  %.idx82 = shl nsw i64 %indvars.iv1660.i, 9
-  %783 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx82
-  %784 = load <16 x i32>, ptr %783, align 4, !tbaa !4
-  %785 = lshr <16 x i32> %784, splat (i32 16)
-  %786 = and <16 x i32> %785, splat (i32 1)
-  %787 = add nuw <16 x i32> %784, splat (i32 32767)
-  %788 = add nuw <16 x i32> %787, %786
-  %789 = lshr <16 x i32> %788, splat (i32 16)
-  %790 = trunc nuw <16 x i32> %789 to <16 x i16>
-  store <16 x i16> %790, ptr %invariant.gep1333.us.i, align 2, !tbaa !4
-  %791 = getelementptr inbounds nuw i8, ptr %783, i64 64
-  %792 = load <16 x i32>, ptr %791, align 4, !tbaa !4
-  %793 = lshr <16 x i32> %792, splat (i32 16)
-  %794 = and <16 x i32> %793, splat (i32 1)
-  %795 = add nuw <16 x i32> %792, splat (i32 32767)
-  %796 = add nuw <16 x i32> %795, %794
-  %797 = lshr <16 x i32> %796, splat (i32 16)
-  %798 = trunc nuw <16 x i32> %797 to <16 x i16>
-  %gep1334.us.1.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 32
-  store <16 x i16> %798, ptr %gep1334.us.1.i, align 2, !tbaa !4
-  %799 = getelementptr inbounds nuw i8, ptr %783, i64 128
-  %800 = load <16 x i32>, ptr %799, align 4, !tbaa !4
-  %801 = lshr <16 x i32> %800, splat (i32 16)
-  %802 = and <16 x i32> %801, splat (i32 1)
-  %803 = add nuw <16 x i32> %800, splat (i32 32767)
-  %804 = add nuw <16 x i32> %803, %802
-  %805 = lshr <16 x i32> %804, splat (i32 16)
-  %806 = trunc nuw <16 x i32> %805 to <16 x i16>
-  %gep1334.us.2.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 64
-  store <16 x i16> %806, ptr %gep1334.us.2.i, align 2, !tbaa !4
-  %807 = getelementptr inbounds nuw i8, ptr %783, i64 192
-  %808 = load <16 x i32>, ptr %807, align 4, !tbaa !4
-  %809 = lshr <16 x i32> %808, splat (i32 16)
-  %810 = and <16 x i32> %809, splat (i32 1)
-  %811 = add nuw <16 x i32> %808, splat (i32 32767)
-  %812 = add nuw <16 x i32> %811, %810
-  %813 = lshr <16 x i32> %812, splat (i32 16)
-  %814 = trunc nuw <16 x i32> %813 to <16 x i16>
-  %gep1334.us.3.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 96
-  store <16 x i16> %814, ptr %gep1334.us.3.i, align 2, !tbaa !4
-  %815 = getelementptr inbounds nuw i8, ptr %783, i64 256
-  %816 = load <16 x i32>, ptr %815, align 4, !tbaa !4
-  %817 = lshr <16 x i32> %816, splat (i32 16)
-  %818 = and <16 x i32> %817, splat (i32 1)
-  %819 = add nuw <16 x i32> %816, splat (i32 32767)
-  %820 = add nuw <16 x i32> %819, %818
-  %821 = lshr <16 x i32> %820, splat (i32 16)
-  %822 = trunc nuw <16 x i32> %821 to <16 x i16>
-  %gep1334.us.4.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 128
-  store <16 x i16> %822, ptr %gep1334.us.4.i, align 2, !tbaa !4
-  %823 = getelementptr inbounds nuw i8, ptr %783, i64 320
-  %824 = load <16 x i32>, ptr %823, align 4, !tbaa !4
-  %825 = lshr <16 x i32> %824, splat (i32 16)
-  %826 = and <16 x i32> %825, splat (i32 1)
-  %827 = add nuw <16 x i32> %824, splat (i32 32767)
-  %828 = add nuw <16 x i32> %827, %826
-  %829 = lshr <16 x i32> %828, splat (i32 16)
-  %830 = trunc nuw <16 x i32> %829 to <16 x i16>
-  %gep1334.us.5.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 160
-  store <16 x i16> %830, ptr %gep1334.us.5.i, align 2, !tbaa !4
-  %831 = getelementptr inbounds nuw i8, ptr %783, i64 384
-  %832 = load <16 x i32>, ptr %831, align 4, !tbaa !4
-  %833 = lshr <16 x i32> %832, splat (i32 16)
-  %834 = and <16 x i32> %833, splat (i32 1)
-  %835 = add nuw <16 x i32> %832, splat (i32 32767)
-  %836 = add nuw <16 x i32> %835, %834
-  %837 = lshr <16 x i32> %836, splat (i32 16)
-  %838 = trunc nuw <16 x i32> %837 to <16 x i16>
-  %gep1334.us.6.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 192
-  store <16 x i16> %838, ptr %gep1334.us.6.i, align 2, !tbaa !4
-  %839 = getelementptr inbounds nuw i8, ptr %783, i64 448
-  %840 = load <16 x i32>, ptr %839, align 4, !tbaa !4
-  %841 = lshr <16 x i32> %840, splat (i32 16)
-  %842 = and <16 x i32> %841, splat (i32 1)
-  %843 = add nuw <16 x i32> %840, splat (i32 32767)
-  %844 = add nuw <16 x i32> %843, %842
-  %845 = lshr <16 x i32> %844, splat (i32 16)
-  %846 = trunc nuw <16 x i32> %845 to <16 x i16>
-  %gep1334.us.7.i = getelementptr i8, ptr %invariant.gep1333.us.i, i64 224
-  store <16 x i16> %846, ptr %gep1334.us.7.i, align 2, !tbaa !4
-  %indvars.iv.next1661.i = add nuw nsw i64 %indvars.iv1660.i, 1
-  %exitcond1665.not.i = icmp eq i64 %indvars.iv.next1661.i, %wide.trip.count1664.i
-  br i1 %exitcond1665.not.i, label %for_body_r443.lr.ph.us.i, label %for_begin_d_0433.preheader.us.i, !prof !8
-
-for_begin_d_0393.preheader.us.i:                  ; preds = %for_end_d_0395.us.i, %if_end391.us.i
-  %indvars.iv1651.i = phi i64 [ %indvars.iv.next1652.i, %for_end_d_0395.us.i ], [ 0, %if_end391.us.i ]
-  %847 = shl nuw nsw i64 %indvars.iv1651.i, 2
-  %848 = getelementptr inbounds nuw float, ptr %factor509.i, i64 %847
-  %849 = load float, ptr %848, align 16, !tbaa !47
-  %850 = insertelement <16 x float> poison, float %849, i64 0
-  %851 = shufflevector <16 x float> %850, <16 x float> poison, <16 x i32> zeroinitializer
-  %852 = getelementptr inbounds nuw i8, ptr %848, i64 4
-  %853 = load float, ptr %852, align 4, !tbaa !47
-  %854 = insertelement <16 x float> poison, float %853, i64 0
-  %855 = shufflevector <16 x float> %854, <16 x float> poison, <16 x i32> zeroinitializer
-  %856 = getelementptr inbounds nuw i8, ptr %848, i64 8
-  %857 = load float, ptr %856, align 8, !tbaa !47
-  %858 = insertelement <16 x float> poison, float %857, i64 0
-  %859 = shufflevector <16 x float> %858, <16 x float> poison, <16 x i32> zeroinitializer
-  %860 = getelementptr inbounds nuw i8, ptr %848, i64 12
-  %861 = load float, ptr %860, align 4, !tbaa !47
-  %862 = insertelement <16 x float> poison, float %861, i64 0
-  %863 = shufflevector <16 x float> %862, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1744.i = shl nuw nsw i64 %indvars.iv1651.i, 11
-  %invariant.gep1775.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1744.i
-  %invariant.gep95 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %847
-  br label %for_begin_ax1_0398.preheader.us.i
-
-for_begin_d_0433.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %864 = sext i1 %.not541.us.i to i32
-  %865 = add nsw i32 %rdiv439.us.i, %864
-  %866 = sext i32 %865 to i64
-  %867 = add nsw i64 %645, %866
-  %868 = shl nsw i64 %867, 2
-  %869 = sext i32 %662 to i64
-  %870 = shl nsw i64 %869, 2
-  %871 = add nsw i64 %870, %648
-  %872 = tail call i32 @llvm.umin.i32(i32 %664, i32 16)
-  %wide.trip.count1664.i = zext nneg i32 %872 to i64
-  br label %for_begin_d_0433.preheader.us.i
-
-for_body_r443.lr.ph.us.i:                         ; preds = %for_begin_d_0433.preheader.us.i
-  %.idx542.us.i = shl nsw i64 %867, 4
-  %873 = getelementptr i8, ptr %lse, i64 %.idx542.us.i
-  %874 = and i64 %652, 4294967280
-  br label %for_body_r443.us.i
-
-for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv109.in = phi i32 [ %indvars.iv109, %for_begin_number.i ], [ %605, %for_body_number.lr.ph.i ]
-  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %605, %for_body_number.lr.ph.i ]
-  %number1321.i = phi i32 [ %642, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %875 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %876 = add i32 %875, %tree_size
-  %877 = shl nuw nsw i32 %number1321.i, 12
-  %878 = add i32 %631, %877
-  %smin249 = tail call i32 @llvm.smin.i32(i32 %span526.sroa.3.0.lcssa.i, i32 %878)
-  %smin250 = tail call i32 @llvm.smin.i32(i32 %smin249, i32 %604)
-  %smax251 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %879 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %smax226 = sext i32 %879 to i64
-  %880 = add i32 %879, %tree_size
-  %881 = sub i32 %context_len.i, %880
-  %882 = shl nuw nsw i32 %number1321.i, 12
-  %883 = add i32 %631, %882
-  %smin233 = tail call i32 @llvm.smin.i32(i32 %span526.sroa.3.0.lcssa.i, i32 %883)
-  %smin234 = tail call i32 @llvm.smin.i32(i32 %smin233, i32 %604)
-  %smax235 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %884 = sub i32 %smin234, %smax235
-  %885 = shl nuw nsw i32 %number1321.i, 12
-  %886 = add i32 %631, %885
-  %smin214 = tail call i32 @llvm.smin.i32(i32 %span526.sroa.3.0.lcssa.i, i32 %886)
-  %smin215 = tail call i32 @llvm.smin.i32(i32 %smin214, i32 %604)
-  %887 = add i32 %605, %885
-  %smax216 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %887)
-  %888 = sub i32 %smin215, %smax216
-  %889 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %887)
-  %890 = add i32 %889, %tree_size
-  %891 = sub i32 %context_len.i, %890
-  %indvars.iv109 = add i32 %indvars.iv109.in, 4096
-  %892 = tail call i32 @llvm.smax.i32(i32 %span526.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %893 = add i32 %892, %tree_size
-  %894 = sub i32 %context_len.i, %893
-  %smin = tail call i32 @llvm.smin.i32(i32 %span526.sroa.3.0.lcssa.i, i32 %indvars.iv109)
-  %smin111 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %604)
-  %895 = sub i32 %smin111, %892
-  %896 = sub i32 0, %892
-  %897 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %row_max.i = tail call ptr %897(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %898 = icmp eq ptr %row_max.i, null
-  br i1 %898, label %fused_attend_compute_.exit, label %if_end115.i, !prof !7
-
-if_end115.i:                                      ; preds = %for_body_number.i
-  %899 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %row_sum.i = tail call ptr %899(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %900 = icmp eq ptr %row_sum.i, null
-  br i1 %900, label %fused_attend_compute_.exit, label %if_end118.i, !prof !7
-
-if_end118.i:                                      ; preds = %if_end115.i
-  %901 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc.i = tail call ptr %901(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
-  %902 = icmp eq ptr %acc.i, null
-  br i1 %902, label %fused_attend_compute_.exit, label %if_end121.i, !prof !7
-
-if_end121.i:                                      ; preds = %if_end118.i
-  %903 = shl nsw i32 %number1321.i, 12
-  %904 = add nsw i32 %903, %605
-  %905 = add nsw i32 %904, 4096
-  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %904, i32 %span526.sroa.0.0.lcssa.i)
-  %906 = tail call i32 @llvm.smin.i32(i32 %905, i32 %key_end.i)
-  %907 = sub nsw i32 %906, %read_begin.i
-  %.fr1454.i = freeze i32 %907
-  %908 = icmp slt i32 %.fr1454.i, 1
-  %909 = tail call i32 @llvm.smax.i32(i32 %.fr1454.i, i32 0)
-  %910 = add nuw nsw i32 %909, 127
-  %911 = lshr i32 %910, 7
-  %.not1341.i = icmp eq i32 %911, 0
-  br i1 %.not1341.i, label %for_begin_tile313.preheader.i, label %for_body_step.lr.ph.i, !prof !11
-
-for_body_step.lr.ph.i:                            ; preds = %if_end121.i
-  %912 = add nsw i32 %906, -1
-  %913 = sext i32 %read_begin.i to i64
-  %914 = sext i32 %906 to i64
-  %wide.trip.count1609.i = zext nneg i32 %911 to i64
-  %invariant.op1772.i = add nsw i64 %914, -128
-  %915 = getelementptr i8, ptr %634, i64 %smax226
-  br label %for_body_step.i
-
-for_begin_step.i:                                 ; preds = %if_end308.i
-  %indvars.iv.next1607.i = add nuw nsw i64 %indvars.iv1606.i, 1
-  %exitcond1610.not.i = icmp eq i64 %indvars.iv.next1607.i, %wide.trip.count1609.i
-  %indvars.iv.next107 = add i32 %indvars.iv106, -128
-  %indvars.iv.next113 = add i32 %indvars.iv112, -128
-  %indvars.iv.next115 = add i32 %indvars.iv114, -128
-  br i1 %exitcond1610.not.i, label %for_begin_tile313.preheader.i, label %for_body_step.i, !prof !8
-
-for_begin_tile313.preheader.i:                    ; preds = %for_begin_step.i, %if_end121.i
-  %brmerge.i = or i1 %142, %908
-  br i1 %brmerge.i, label %for_end_tile315.i, label %for_body_tile314.i, !prof !48
-
-for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv114 = phi i32 [ %indvars.iv.next115, %for_begin_step.i ], [ %896, %for_body_step.lr.ph.i ]
-  %indvars.iv112 = phi i32 [ %indvars.iv.next113, %for_begin_step.i ], [ %895, %for_body_step.lr.ph.i ]
-  %indvars.iv106 = phi i32 [ %indvars.iv.next107, %for_begin_step.i ], [ %894, %for_body_step.lr.ph.i ]
-  %indvars.iv1606.i = phi i64 [ %indvars.iv.next1607.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %indvars.iv1606.i.tr325 = trunc i64 %indvars.iv1606.i to i32
-  %916 = shl i32 %indvars.iv1606.i.tr325, 7
-  %917 = add i32 %876, %916
-  %918 = sub i32 %context_len.i, %917
-  %smax322 = tail call i32 @llvm.smax.i32(i32 %918, i32 0)
-  %.mask = and i32 %smax322, 1
-  %919 = and i32 %smax322, 1
-  %smax248 = tail call i32 @llvm.smax.i32(i32 %indvars.iv106, i32 0)
-  %indvars.iv1606.i.tr = trunc i64 %indvars.iv1606.i to i32
-  %920 = shl i32 %indvars.iv1606.i.tr, 7
-  %921 = add i32 %smax251, %920
-  %922 = sub i32 %smin250, %921
-  %923 = shl nuw nsw i64 %indvars.iv1606.i, 7
-  %scevgep227 = getelementptr i8, ptr %915, i64 %923
-  %924 = mul nsw i64 %indvars.iv1606.i, -128
-  %925 = trunc i64 %924 to i32
-  %926 = add i32 %881, %925
-  %smax228 = tail call i32 @llvm.smax.i32(i32 %926, i32 0)
-  %927 = zext nneg i32 %smax228 to i64
-  %smax232 = tail call i32 @llvm.smax.i32(i32 %indvars.iv106, i32 0)
-  %928 = trunc i64 %924 to i32
-  %929 = add i32 %884, %928
-  %930 = shl i32 %smax228, 4
-  %931 = sext i32 %930 to i64
-  %932 = shl nsw i64 %931, 2
-  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv106, i32 0)
-  %933 = mul nsw i64 %indvars.iv1606.i, -128
-  %934 = trunc i64 %933 to i32
-  %935 = add i32 %888, %934
-  %936 = trunc i64 %933 to i32
-  %937 = sub i32 %936, %smax216
-  %938 = trunc i64 %933 to i32
-  %939 = add i32 %891, %938
-  %smax220 = tail call i32 @llvm.smax.i32(i32 %939, i32 0)
-  %940 = shl i32 %smax220, 4
-  %941 = sext i32 %940 to i64
-  %smax118 = tail call i32 @llvm.smax.i32(i32 %indvars.iv106, i32 0)
-  %942 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %key_offsets.i = tail call ptr %942(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %943 = icmp eq ptr %key_offsets.i, null
-  br i1 %943, label %fused_attend_compute_.exit, label %if_end124.i, !prof !7
-
-if_end124.i:                                      ; preds = %for_body_step.i
-  %944 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %value_offsets.i = tail call ptr %944(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %945 = icmp eq ptr %value_offsets.i, null
-  br i1 %945, label %fused_attend_compute_.exit, label %if_end127.i, !prof !7
-
-if_end127.i:                                      ; preds = %if_end124.i
-  %946 = shl nsw i64 %indvars.iv1606.i, 7
-  %947 = add nsw i64 %946, %913
-  %948 = trunc i64 %947 to i32
-  %949 = sub i32 %906, %948
-  %950 = tail call i32 @llvm.smin.i32(i32 %949, i32 128)
-  %951 = add nsw i32 %950, 7
-  %952 = and i32 %951, -8
-  %953 = icmp slt i64 %947, %invariant.op1772.i
-  %954 = select i1 %953, i32 256, i32 %952
-  %955 = icmp sgt i32 %954, 0
-  br i1 %955, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
-
-for_body_t.lr.ph.i:                               ; preds = %if_end127.i
-  %row_start.i = load i32, ptr %611, align 4, !tbaa !4
-  %956 = sext i32 %row_start.i to i64
-  %invariant.gep1193.i = getelementptr i32, ptr %613, i64 %956
-  %wide.trip.count1505.i = zext nneg i32 %954 to i64
-  br label %for_body_t.i
-
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv1502.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1503.i.3, %for_body_t.i ]
-  %957 = add nsw i64 %indvars.iv1502.i, %947
-  %958 = trunc nsw i64 %957 to i32
-  %959 = tail call i32 @llvm.smin.i32(i32 %958, i32 %912)
-  %960 = ashr i32 %959, 4
-  %961 = sext i32 %960 to i64
-  %gep1194.i = getelementptr i32, ptr %invariant.gep1193.i, i64 %961
-  %962 = load i32, ptr %gep1194.i, align 4, !tbaa !4
-  %block.i = sext i32 %962 to i64
-  %963 = mul nsw i64 %k_block, %block.i
-  %964 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1502.i
-  store i64 %963, ptr %964, align 8, !tbaa !4
-  %indvars.iv.next1503.i = or disjoint i64 %indvars.iv1502.i, 1
-  %965 = add nsw i64 %indvars.iv.next1503.i, %947
-  %966 = trunc nsw i64 %965 to i32
-  %967 = tail call i32 @llvm.smin.i32(i32 %966, i32 %912)
-  %968 = ashr i32 %967, 4
-  %969 = sext i32 %968 to i64
-  %gep1194.i.1 = getelementptr i32, ptr %invariant.gep1193.i, i64 %969
-  %970 = load i32, ptr %gep1194.i.1, align 4, !tbaa !4
-  %block.i.1 = sext i32 %970 to i64
-  %971 = mul nsw i64 %k_block, %block.i.1
-  %972 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1503.i
-  store i64 %971, ptr %972, align 8, !tbaa !4
-  %indvars.iv.next1503.i.1 = or disjoint i64 %indvars.iv1502.i, 2
-  %973 = add nsw i64 %indvars.iv.next1503.i.1, %947
-  %974 = trunc nsw i64 %973 to i32
-  %975 = tail call i32 @llvm.smin.i32(i32 %974, i32 %912)
-  %976 = ashr i32 %975, 4
-  %977 = sext i32 %976 to i64
-  %gep1194.i.2 = getelementptr i32, ptr %invariant.gep1193.i, i64 %977
-  %978 = load i32, ptr %gep1194.i.2, align 4, !tbaa !4
-  %block.i.2 = sext i32 %978 to i64
-  %979 = mul nsw i64 %k_block, %block.i.2
-  %980 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1503.i.1
-  store i64 %979, ptr %980, align 8, !tbaa !4
-  %indvars.iv.next1503.i.2 = or disjoint i64 %indvars.iv1502.i, 3
-  %981 = add nsw i64 %indvars.iv.next1503.i.2, %947
-  %982 = trunc nsw i64 %981 to i32
-  %983 = tail call i32 @llvm.smin.i32(i32 %982, i32 %912)
-  %984 = ashr i32 %983, 4
-  %985 = sext i32 %984 to i64
-  %gep1194.i.3 = getelementptr i32, ptr %invariant.gep1193.i, i64 %985
-  %986 = load i32, ptr %gep1194.i.3, align 4, !tbaa !4
-  %block.i.3 = sext i32 %986 to i64
-  %987 = mul nsw i64 %k_block, %block.i.3
-  %988 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1503.i.2
-  store i64 %987, ptr %988, align 8, !tbaa !4
-  %indvars.iv.next1503.i.3 = add nuw nsw i64 %indvars.iv1502.i, 4
-  %exitcond1506.not.i.3 = icmp eq i64 %indvars.iv.next1503.i.3, %wide.trip.count1505.i
-  br i1 %exitcond1506.not.i.3, label %for_body_t132.lr.ph.i, label %for_body_t.i, !prof !8, !llvm.loop !49
-
-for_body_t132.lr.ph.i:                            ; preds = %for_body_t.i
-  %row_start130.i = load i32, ptr %611, align 4, !tbaa !4
-  %989 = sext i32 %row_start130.i to i64
-  %invariant.gep1198.i = getelementptr i32, ptr %613, i64 %989
-  br label %for_body_t132.i
-
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t132.i, %if_end127.i
-  br i1 %614, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
-
-for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %990 = add i32 %tree_size, %948
-  %991 = sub i32 %context_len.i, %990
-  %992 = tail call i32 @llvm.smax.i32(i32 %991, i32 0)
-  %993 = zext nneg i32 %992 to i64
-  %994 = icmp eq i64 %indvars.iv1606.i, 0
-  %995 = insertelement <16 x i1> poison, i1 %994, i64 0
-  %996 = shufflevector <16 x i1> %995, <16 x i1> poison, <16 x i32> zeroinitializer
-  br i1 %617, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !3
-
-for_body_kv_head.us.preheader.i:                  ; preds = %for_body_kv_head.lr.ph.i
-  %997 = getelementptr i8, ptr %630, i64 %947
-  %998 = getelementptr i8, ptr %997, i64 %993
-  %scevgep229 = getelementptr i8, ptr %scevgep227, i64 %927
-  %scevgep231 = getelementptr i8, ptr %scevgep227, i64 %927
-  %broadcast.splatinsert261 = insertelement <8 x i32> poison, i32 %992, i64 0
-  %broadcast.splat262 = shufflevector <8 x i32> %broadcast.splatinsert261, <8 x i32> poison, <8 x i32> zeroinitializer
-  %999 = icmp eq i32 %.mask, 0
-  %1000 = select i1 %999, i32 -65536, i32 65535
-  %.not326 = icmp eq i32 %919, 0
-  %1001 = select i1 %.not326, i32 65535, i32 -65536
-  %1002 = icmp eq i32 %.mask, 0
-  %1003 = select i1 %1002, i32 -65536, i32 65535
-  %.not327 = icmp eq i32 %919, 0
-  %1004 = select i1 %.not327, i32 65535, i32 -65536
-  br label %for_body_kv_head.us.i
-
-for_body_kv_head.us.i:                            ; preds = %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, %for_body_kv_head.us.preheader.i
-  %indvars.iv1601.i = phi i64 [ 0, %for_body_kv_head.us.preheader.i ], [ %indvars.iv.next1602.i, %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i ]
-  %1005 = icmp eq i64 %indvars.iv1601.i, %627
-  %indvars.iv.next1602.i = add nuw nsw i64 %indvars.iv1601.i, 1
-  %1006 = select i1 %1005, i64 0, i64 %indvars.iv.next1602.i
-  %1007 = add nsw i64 %indvars.iv1601.i, %616
-  %1008 = mul nuw nsw i64 %indvars.iv1601.i, %629
-  %1009 = icmp slt i64 %indvars.iv.next1602.i, %628
-  %1010 = or i1 %953, %1009
-  %1011 = add nsw i64 %1006, %616
-  %1012 = mul nsw i64 %1011, %k_head
-  %1013 = select i1 %1005, i32 128, i32 0
-  %invariant.gep1213.us.i = getelementptr i32, ptr %key_cache, i64 %1012
-  %1014 = mul nsw i64 %1007, %k_head
-  %1015 = mul nsw i64 %1011, %v_head
-  %1016 = mul nsw i64 %1007, %v_head
-  %invariant.gep1293.us.i = getelementptr i32, ptr %value_cache, i64 %1016
-  br label %for_body_row_tile.us.i
-
-for_begin_row_tile.us.i:                          ; preds = %if_end302.us.i
-  %indvars.iv.next1597.i = add nuw nsw i64 %indvars.iv1596.i, 1
-  %exitcond1600.not.i = icmp eq i64 %indvars.iv.next1597.i, %629
-  br i1 %exitcond1600.not.i, label %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, label %for_body_row_tile.us.i, !prof !8
-
-for_body_row_tile.us.i:                           ; preds = %for_begin_row_tile.us.i, %for_body_kv_head.us.i
-  %indvars.iv1596.i = phi i64 [ 0, %for_body_kv_head.us.i ], [ %indvars.iv.next1597.i, %for_begin_row_tile.us.i ]
-  %1017 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scores.us.i = tail call ptr %1017(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1018 = icmp eq ptr %scores.us.i, null
-  br i1 %1018, label %fused_attend_compute_.exit, label %if_end143.us.i, !prof !7
-
-if_end143.us.i:                                   ; preds = %for_body_row_tile.us.i
-  %1019 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %edges.us.i = tail call ptr %1019(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
-  %1020 = icmp eq ptr %edges.us.i, null
-  br i1 %1020, label %fused_attend_compute_.exit, label %if_end146.us.i, !prof !7
-
-if_end146.us.i:                                   ; preds = %if_end143.us.i
-  %1021 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %prob_pairs.us.i = tail call ptr %1021(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
-  %1022 = icmp eq ptr %prob_pairs.us.i, null
-  br i1 %1022, label %fused_attend_compute_.exit, label %if_end149.us.i, !prof !7
-
-if_end149.us.i:                                   ; preds = %if_end146.us.i
-  %1023 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scaled.us.i = tail call ptr %1023(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1024 = icmp eq ptr %scaled.us.i, null
-  br i1 %1024, label %fused_attend_compute_.exit, label %if_end152.us.i, !prof !7
-
-if_end152.us.i:                                   ; preds = %if_end149.us.i
-  %1025 = add nuw nsw i64 %indvars.iv1596.i, %1008
-  %1026 = trunc nuw i64 %1025 to i32
-  %1027 = shl i64 %1025, 2
-  %1028 = and i64 %1027, 4294967292
-  %1029 = getelementptr i32, ptr %reach527.i, i64 %1028
-  %1030 = getelementptr i8, ptr %1029, i64 4
-  %1031 = load i32, ptr %1030, align 4, !tbaa !12
-  %1032 = sext i32 %1031 to i64
-  %1033 = icmp slt i64 %947, %1032
-  br i1 %1033, label %if_then154.us.i, label %if_end155.us.i, !prof !7
-
-if_then154.us.i:                                  ; preds = %if_end152.us.i
-  %1034 = icmp eq i64 %indvars.iv1596.i, %626
-  %1035 = sub nsw i32 %1031, %948
-  %valid_len157.us.i = tail call i32 @llvm.smin.i32(i32 %950, i32 %1035)
-  %1036 = add nsw i32 %valid_len157.us.i, 7
-  %1037 = ashr i32 %1036, 3
-  %1038 = icmp sgt i32 %1037, 0
-  %1039 = and i1 %1010, %1034
-  br i1 %1038, label %for_body_to.us.us.preheader.i, label %for_end_to162.us.i, !prof !3
-
-for_body_to.us.us.preheader.i:                    ; preds = %if_then154.us.i
-  %1040 = shl i64 %1025, 10
-  %1041 = and i64 %1040, 4294966272
-  %wide.trip.count1523.i = zext nneg i32 %1037 to i64
-  %invariant.gep1768.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %1041
-  br label %for_body_to.us.us.i
-
-for_end_to162.us.i:                               ; preds = %for_begin_ti.preheader.us.i, %if_then154.us.i
-  br i1 %141, label %if_then165.us.i, label %if_end166.us.i, !prof !7
-
-if_then165.us.i:                                  ; preds = %for_end_to162.us.i
-  %1042 = urem i32 %1026, %120
-  %1043 = shl nuw nsw i32 %1042, 4
-  %1044 = sub nsw i32 %118, %1043
-  %1045 = tail call i32 @llvm.smin.i32(i32 %1044, i32 16)
-  %1046 = icmp sgt i32 %1044, 0
-  br i1 %1046, label %for_body_r168.lr.ph.us.i, label %if_end166.us.i, !prof !3
-
-if_end166.us.i:                                   ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r168.lr.ph.us.i, %if_then165.us.i, %for_end_to162.us.i
-  br i1 %1038, label %for_begin_ti180.preheader.us.preheader.i, label %for_end_to177.us.i, !prof !3
-
-for_begin_ti180.preheader.us.preheader.i:         ; preds = %if_end166.us.i
-  %wide.trip.count1544.i = zext nneg i32 %1037 to i64
-  %xtraiter312 = and i64 %wide.trip.count1544.i, 1
-  %1047 = icmp eq i32 %1037, 1
-  br i1 %1047, label %for_begin_ti180.preheader.us.i.epil.preheader, label %for_begin_ti180.preheader.us.preheader.i.new, !prof !51
-
-for_begin_ti180.preheader.us.preheader.i.new:     ; preds = %for_begin_ti180.preheader.us.preheader.i
-  %unroll_iter = and i64 %wide.trip.count1544.i, 2147483646
-  br label %for_begin_ti180.preheader.us.i
-
-for_end_to177.us.i:                               ; preds = %if_end166.us.i
-  %1048 = icmp sgt i32 %valid_len157.us.i, 0
-  %1049 = insertelement <16 x i1> poison, i1 %1048, i64 0
-  %1050 = shufflevector <16 x i1> %1049, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1051 = select <16 x i1> %1050, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  %1052 = shl i64 %1025, 4
-  %1053 = and i64 %1052, 4294967280
-  br label %for_end_to187.us.i
-
-for_end_to187.us.i:                               ; preds = %for_end_ax0199.us.i, %for_end_to177.us.i
-  %1054 = phi i64 [ %1053, %for_end_to177.us.i ], [ %2567, %for_end_ax0199.us.i ]
-  %1055 = phi <16 x float> [ %1051, %for_end_to177.us.i ], [ %2565, %for_end_ax0199.us.i ]
-  %tile_sum524.sroa.0.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_end_to177.us.i ], [ %.us-phi.us.i, %for_end_ax0199.us.i ]
-  %1056 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %1054
-  %1057 = load <16 x float>, ptr %1056, align 4, !tbaa !4
-  %old_max.us.i = select <16 x i1> %996, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1057
-  %1058 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %1054
-  %1059 = load <16 x float>, ptr %1058, align 4, !tbaa !4
-  %old_sum.us.i = select <16 x i1> %996, <16 x float> zeroinitializer, <16 x float> %1059
-  %1060 = fcmp ogt <16 x float> %old_max.us.i, %1055
-  %1061 = fcmp oeq <16 x float> %tile_sum524.sroa.0.0.lcssa.us.i, zeroinitializer
-  %1062 = select <16 x i1> %1061, <16 x i1> splat (i1 true), <16 x i1> %1060
-  %old_or_both.us.i = select <16 x i1> %1062, <16 x float> %old_max.us.i, <16 x float> %1055
-  %1063 = fcmp oeq <16 x float> %old_sum.us.i, zeroinitializer
-  %m.us.i = select <16 x i1> %1063, <16 x float> %1055, <16 x float> %old_or_both.us.i
-  %1064 = fsub <16 x float> %old_max.us.i, %m.us.i
-  %1065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1064, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1066 = bitcast <16 x float> %1065 to <16 x i32>
-  %1067 = fadd <16 x float> %1065, splat (float 0xC168000FE0000000)
-  %1068 = fmul <16 x float> %1067, splat (float 0x3F2BD01060000000)
-  %1069 = fmul <16 x float> %1067, splat (float 0x3FE6300000000000)
-  %1070 = fsub <16 x float> %1064, %1069
-  %1071 = fadd <16 x float> %1068, %1070
-  %1072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1071, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1073 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1072, <16 x float> %1071, <16 x float> splat (float 0x3FA5558F20000000))
-  %1074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1073, <16 x float> %1071, <16 x float> splat (float 0x3FC5554920000000))
-  %1075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1074, <16 x float> %1071, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1076 = fmul <16 x float> %1071, %1071
-  %1077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1076, <16 x float> %1071)
-  %1078 = shl <16 x i32> %1066, splat (i32 23)
-  %1079 = bitcast <16 x i32> %1078 to <16 x float>
-  %1080 = fadd <16 x float> %1077, splat (float 1.000000e+00)
-  %1081 = fmul <16 x float> %1080, %1079
-  %1082 = fcmp olt <16 x float> %1064, splat (float -8.700000e+01)
-  %1083 = select <16 x i1> %1082, <16 x float> zeroinitializer, <16 x float> %1081
-  %1084 = fcmp one <16 x float> %old_sum.us.i, zeroinitializer
-  %1085 = select <16 x i1> %1084, <16 x float> %1083, <16 x float> zeroinitializer
-  %arg217.us.i = fsub <16 x float> %1055, %m.us.i
-  %1086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg217.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1087 = bitcast <16 x float> %1086 to <16 x i32>
-  %1088 = fadd <16 x float> %1086, splat (float 0xC168000FE0000000)
-  %1089 = fmul <16 x float> %1088, splat (float 0x3F2BD01060000000)
-  %1090 = fmul <16 x float> %1088, splat (float 0x3FE6300000000000)
-  %1091 = fsub <16 x float> %arg217.us.i, %1090
-  %1092 = fadd <16 x float> %1089, %1091
-  %1093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1092, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1093, <16 x float> %1092, <16 x float> splat (float 0x3FA5558F20000000))
-  %1095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1094, <16 x float> %1092, <16 x float> splat (float 0x3FC5554920000000))
-  %1096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1095, <16 x float> %1092, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1097 = fmul <16 x float> %1092, %1092
-  %1098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1096, <16 x float> %1097, <16 x float> %1092)
-  %1099 = shl <16 x i32> %1087, splat (i32 23)
-  %1100 = bitcast <16 x i32> %1099 to <16 x float>
-  %1101 = fadd <16 x float> %1098, splat (float 1.000000e+00)
-  %1102 = fmul <16 x float> %1101, %1100
-  %1103 = fcmp olt <16 x float> %arg217.us.i, splat (float -8.700000e+01)
-  %1104 = select <16 x i1> %1103, <16 x float> zeroinitializer, <16 x float> %1102
-  %1105 = fcmp one <16 x float> %tile_sum524.sroa.0.0.lcssa.us.i, zeroinitializer
-  %1106 = select <16 x i1> %1105, <16 x float> %1104, <16 x float> zeroinitializer
-  %1107 = fmul <16 x float> %old_sum.us.i, %1085
-  %1108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_sum524.sroa.0.0.lcssa.us.i, <16 x float> %1107)
-  store <16 x float> %m.us.i, ptr %1056, align 4, !tbaa !4
-  store <16 x float> %1108, ptr %1058, align 4, !tbaa !4
-  %1109 = load i32, ptr %1029, align 16, !tbaa !12
-  %1110 = sub nsw i32 %1109, %948
-  %1111 = tail call i32 @llvm.smin.i32(i32 %1110, i32 %valid_len157.us.i)
-  %1112 = tail call i32 @llvm.smin.i32(i32 %1111, i32 %991)
-  %1113 = select i1 %141, i32 %1112, i32 %1111
-  %1114 = tail call i32 @llvm.smax.i32(i32 %1113, i32 0)
-  %num_full.us.i = lshr i32 %1114, 3
-  %1115 = sub nsw i32 %1037, %num_full.us.i
-  %1116 = icmp sgt i32 %1115, 0
-  br i1 %1116, label %for_begin_ti240.preheader.lr.ph.us.i, label %for_end_to237.us.i, !prof !3
-
-for_end_to237.us.i:                               ; preds = %for_begin_ti240.preheader.us.i, %for_end_to187.us.i
-  br i1 %141, label %if_then245.us.i, label %if_end246.us.i, !prof !7
-
-if_then245.us.i:                                  ; preds = %for_end_to237.us.i
-  %1117 = urem i32 %1026, %120
-  %1118 = shl nuw nsw i32 %1117, 4
-  %1119 = sub nsw i32 %118, %1118
-  %1120 = tail call i32 @llvm.smin.i32(i32 %1119, i32 16)
-  %1121 = icmp sgt i32 %1119, 0
-  br i1 %1121, label %for_body_r248.lr.ph.us.i, label %if_end246.us.i, !prof !3
-
-if_end246.us.i:                                   ; preds = %for_begin_c252.for_end_c254_crit_edge.us.us.i, %for_body_r248.lr.ph.us.i, %if_then245.us.i, %for_end_to237.us.i
-  %.not1453.i = icmp eq i32 %num_full.us.i, 0
-  %1122 = shl nuw nsw i32 %num_full.us.i, 2
-  %1123 = add nsw i32 %valid_len157.us.i, 1
-  %1124 = ashr i32 %1123, 1
-  %1125 = sub nsw i32 %1124, %1122
-  %1126 = icmp sgt i32 %1125, 0
-  %1127 = shl i64 %1025, 11
-  %1128 = shl nuw nsw i32 %num_full.us.i, 6
-  %1129 = and i32 %1114, 2147483640
-  %1130 = fmul <16 x float> %1085, zeroinitializer
-  %1131 = zext nneg i32 %1128 to i64
-  %1132 = zext nneg i32 %1129 to i64
-  %1133 = and i64 %1127, 4294965248
-  %1134 = zext nneg i32 %num_full.us.i to i64
-  %wide.trip.count1590.i = zext nneg i32 %1125 to i64
-  %invariant.gep1770.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1132
-  br label %for_begin_to257.preheader.us.i
-
-if_end155.us.i:                                   ; preds = %if_end294.us.i, %if_end152.us.i
-  %1135 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1136 = tail call i32 %1135(i32 1, i32 %dev_id, ptr nonnull %scaled.us.i)
-  %.not548.us.i = icmp eq i32 %1136, 0
-  br i1 %.not548.us.i, label %if_end296.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end296.us.i:                                   ; preds = %if_end155.us.i
-  %1137 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1138 = tail call i32 %1137(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us.i)
-  %.not549.us.i = icmp eq i32 %1138, 0
-  br i1 %.not549.us.i, label %if_end299.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end299.us.i:                                   ; preds = %if_end296.us.i
-  %1139 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1140 = tail call i32 %1139(i32 1, i32 %dev_id, ptr nonnull %edges.us.i)
-  %.not550.us.i = icmp eq i32 %1140, 0
-  br i1 %.not550.us.i, label %if_end302.us.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end302.us.i:                                   ; preds = %if_end299.us.i
-  %1141 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1142 = tail call i32 %1141(i32 1, i32 %dev_id, ptr nonnull %scores.us.i)
-  %.not551.us.i = icmp eq i32 %1142, 0
-  br i1 %.not551.us.i, label %for_begin_row_tile.us.i, label %fused_attend_compute_.exit, !prof !36
-
-for_end_to259.us.i:                               ; preds = %for_begin_to257.preheader.us.i, %if_end263.us.i
-  %full_acc514.sroa.8.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i953.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.4.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i950.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.0.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i947.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.12.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i956.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.16.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i959.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.20.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i962.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.24.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i965.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.28.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to257.preheader.us.i ], [ %r.i968.us.3.i, %if_end263.us.i ]
-  br i1 %1126, label %for_body_ti275.lr.ph.us.i, label %for_end_ti276.us.i, !prof !3
-
-for_end_ti276.us.i:                               ; preds = %for_body_ti275.us.i, %for_end_to259.us.i
-  %tile_acc515.sroa.31.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.28.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i992.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.27.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.24.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i989.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.22.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.20.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i986.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.18.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.16.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i983.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.13.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.12.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i980.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.9.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.8.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i977.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.4.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.4.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i974.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.0.0.lcssa.us.i = phi <16 x float> [ %full_acc514.sroa.0.0.lcssa.us.i, %for_end_to259.us.i ], [ %r.i971.us.i, %for_body_ti275.us.i ]
-  %1143 = shl nuw nsw i64 %indvars.iv1592.i, 7
-  %1144 = add nuw nsw i64 %1143, %1133
-  %1145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1144
-  br i1 %994, label %if_then293.us.i, label %if_end292.us.i, !prof !7
-
-if_end292.us.i:                                   ; preds = %for_end_ti276.us.i
-  %1146 = load <16 x float>, ptr %1145, align 4, !tbaa !4
-  %1147 = fmul <16 x float> %1085, %1146
-  %1148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.0.0.lcssa.us.i, <16 x float> %1147)
-  store <16 x float> %1148, ptr %1145, align 4, !tbaa !4
-  %1149 = getelementptr i8, ptr %1145, i64 64
-  %1150 = load <16 x float>, ptr %1149, align 4, !tbaa !4
-  %1151 = fmul <16 x float> %1085, %1150
-  %1152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.4.0.lcssa.us.i, <16 x float> %1151)
-  store <16 x float> %1152, ptr %1149, align 4, !tbaa !4
-  %1153 = getelementptr i8, ptr %1145, i64 128
-  %1154 = load <16 x float>, ptr %1153, align 4, !tbaa !4
-  %1155 = fmul <16 x float> %1085, %1154
-  %1156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.9.0.lcssa.us.i, <16 x float> %1155)
-  store <16 x float> %1156, ptr %1153, align 4, !tbaa !4
-  %1157 = getelementptr i8, ptr %1145, i64 192
-  %1158 = load <16 x float>, ptr %1157, align 4, !tbaa !4
-  %1159 = fmul <16 x float> %1085, %1158
-  %1160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.13.0.lcssa.us.i, <16 x float> %1159)
-  store <16 x float> %1160, ptr %1157, align 4, !tbaa !4
-  %1161 = getelementptr i8, ptr %1145, i64 256
-  %1162 = load <16 x float>, ptr %1161, align 4, !tbaa !4
-  %1163 = fmul <16 x float> %1085, %1162
-  %1164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.18.0.lcssa.us.i, <16 x float> %1163)
-  store <16 x float> %1164, ptr %1161, align 4, !tbaa !4
-  %1165 = getelementptr i8, ptr %1145, i64 320
-  %1166 = load <16 x float>, ptr %1165, align 4, !tbaa !4
-  %1167 = fmul <16 x float> %1085, %1166
-  %1168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.22.0.lcssa.us.i, <16 x float> %1167)
-  store <16 x float> %1168, ptr %1165, align 4, !tbaa !4
-  %1169 = getelementptr i8, ptr %1145, i64 384
-  %1170 = load <16 x float>, ptr %1169, align 4, !tbaa !4
-  %1171 = fmul <16 x float> %1085, %1170
-  %1172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.27.0.lcssa.us.i, <16 x float> %1171)
-  store <16 x float> %1172, ptr %1169, align 4, !tbaa !4
-  %.phi.trans.insert.i = getelementptr i8, ptr %1145, i64 448
-  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %.pre1688.i = fmul <16 x float> %1085, %.pre.i
-  br label %if_end294.us.i
-
-if_then293.us.i:                                  ; preds = %for_end_ti276.us.i
-  %1173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.0.0.lcssa.us.i, <16 x float> %1130)
-  store <16 x float> %1173, ptr %1145, align 4, !tbaa !4
-  %1174 = getelementptr i8, ptr %1145, i64 64
-  %1175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.4.0.lcssa.us.i, <16 x float> %1130)
-  store <16 x float> %1175, ptr %1174, align 4, !tbaa !4
-  %1176 = getelementptr i8, ptr %1145, i64 128
-  %1177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.9.0.lcssa.us.i, <16 x float> %1130)
-  store <16 x float> %1177, ptr %1176, align 4, !tbaa !4
-  %1178 = getelementptr i8, ptr %1145, i64 192
-  %1179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.13.0.lcssa.us.i, <16 x float> %1130)
-  store <16 x float> %1179, ptr %1178, align 4, !tbaa !4
-  %1180 = getelementptr i8, ptr %1145, i64 256
-  %1181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.18.0.lcssa.us.i, <16 x float> %1130)
-  store <16 x float> %1181, ptr %1180, align 4, !tbaa !4
-  %1182 = getelementptr i8, ptr %1145, i64 320
-  %1183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.22.0.lcssa.us.i, <16 x float> %1130)
-  store <16 x float> %1183, ptr %1182, align 4, !tbaa !4
-  %1184 = getelementptr i8, ptr %1145, i64 384
-  %1185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.27.0.lcssa.us.i, <16 x float> %1130)
-  store <16 x float> %1185, ptr %1184, align 4, !tbaa !4
-  br label %if_end294.us.i
-
-if_end294.us.i:                                   ; preds = %if_then293.us.i, %if_end292.us.i
-  %.pre-phi.i = phi <16 x float> [ %1130, %if_then293.us.i ], [ %.pre1688.i, %if_end292.us.i ]
-  %1186 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1144
-  %1187 = getelementptr i8, ptr %1186, i64 448
-  %1188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %tile_acc515.sroa.31.0.lcssa.us.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %1188, ptr %1187, align 4, !tbaa !4
-  %indvars.iv.next1593.i = add nuw nsw i64 %indvars.iv1592.i, 1
-  %exitcond1595.not.i = icmp eq i64 %indvars.iv.next1593.i, 16
-  br i1 %exitcond1595.not.i, label %if_end155.us.i, label %for_begin_to257.preheader.us.i, !prof !30
-
-for_body_ti275.us.i:                              ; preds = %for_body_ti275.lr.ph.us.i, %for_body_ti275.us.i
-  %indvars.iv1587.i = phi i64 [ 0, %for_body_ti275.lr.ph.us.i ], [ %indvars.iv.next1588.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.0.01278.us.i = phi <16 x float> [ %full_acc514.sroa.0.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i971.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.4.01277.us.i = phi <16 x float> [ %full_acc514.sroa.4.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i974.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.9.01276.us.i = phi <16 x float> [ %full_acc514.sroa.8.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i977.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.13.01275.us.i = phi <16 x float> [ %full_acc514.sroa.12.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i980.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.18.01274.us.i = phi <16 x float> [ %full_acc514.sroa.16.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i983.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.22.01273.us.i = phi <16 x float> [ %full_acc514.sroa.20.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i986.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.27.01272.us.i = phi <16 x float> [ %full_acc514.sroa.24.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i989.us.i, %for_body_ti275.us.i ]
-  %tile_acc515.sroa.31.01271.us.i = phi <16 x float> [ %full_acc514.sroa.28.0.lcssa.us.i, %for_body_ti275.lr.ph.us.i ], [ %r.i992.us.i, %for_body_ti275.us.i ]
-  %1189 = shl nsw i64 %indvars.iv1587.i, 4
-  %1190 = add nuw nsw i64 %1189, %1131
-  %1191 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %1190
-  %1192 = load <32 x bfloat>, ptr %1191, align 4, !tbaa !4
-  %1193 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1190
-  %1194 = load <16 x i32>, ptr %1193, align 4, !tbaa !4
-  %gep1771.i = getelementptr inbounds nuw i8, ptr %invariant.gep1770.i, i64 %1189
-  %1195 = load i64, ptr %gep1771.i, align 8, !tbaa !4
-  %gep1291.us.i = getelementptr i32, ptr %gep1296.us.i, i64 %1195
-  %1196 = load i32, ptr %gep1291.us.i, align 4, !tbaa !4
-  %1197 = insertelement <16 x i32> poison, i32 %1196, i64 0
-  %1198 = shufflevector <16 x i32> %1197, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1199 = and <16 x i32> %1198, %1194
-  %y.i970.us.i = bitcast <16 x i32> %1199 to <32 x bfloat>
-  %r.i971.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.0.01278.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i970.us.i)
-  %1200 = getelementptr i8, ptr %gep1291.us.i, i64 4
-  %1201 = load i32, ptr %1200, align 4, !tbaa !4
-  %1202 = insertelement <16 x i32> poison, i32 %1201, i64 0
-  %1203 = shufflevector <16 x i32> %1202, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1204 = and <16 x i32> %1203, %1194
-  %y.i973.us.i = bitcast <16 x i32> %1204 to <32 x bfloat>
-  %r.i974.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.4.01277.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i973.us.i)
-  %1205 = getelementptr i8, ptr %gep1291.us.i, i64 8
-  %1206 = load i32, ptr %1205, align 4, !tbaa !4
-  %1207 = insertelement <16 x i32> poison, i32 %1206, i64 0
-  %1208 = shufflevector <16 x i32> %1207, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1209 = and <16 x i32> %1208, %1194
-  %y.i976.us.i = bitcast <16 x i32> %1209 to <32 x bfloat>
-  %r.i977.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.9.01276.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i976.us.i)
-  %1210 = getelementptr i8, ptr %gep1291.us.i, i64 12
-  %1211 = load i32, ptr %1210, align 4, !tbaa !4
-  %1212 = insertelement <16 x i32> poison, i32 %1211, i64 0
-  %1213 = shufflevector <16 x i32> %1212, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1214 = and <16 x i32> %1213, %1194
-  %y.i979.us.i = bitcast <16 x i32> %1214 to <32 x bfloat>
-  %r.i980.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.13.01275.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i979.us.i)
-  %1215 = getelementptr i8, ptr %gep1291.us.i, i64 16
-  %1216 = load i32, ptr %1215, align 4, !tbaa !4
-  %1217 = insertelement <16 x i32> poison, i32 %1216, i64 0
-  %1218 = shufflevector <16 x i32> %1217, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1219 = and <16 x i32> %1218, %1194
-  %y.i982.us.i = bitcast <16 x i32> %1219 to <32 x bfloat>
-  %r.i983.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.18.01274.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i982.us.i)
-  %1220 = getelementptr i8, ptr %gep1291.us.i, i64 20
-  %1221 = load i32, ptr %1220, align 4, !tbaa !4
-  %1222 = insertelement <16 x i32> poison, i32 %1221, i64 0
-  %1223 = shufflevector <16 x i32> %1222, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1224 = and <16 x i32> %1223, %1194
-  %y.i985.us.i = bitcast <16 x i32> %1224 to <32 x bfloat>
-  %r.i986.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.22.01273.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i985.us.i)
-  %1225 = getelementptr i8, ptr %gep1291.us.i, i64 24
-  %1226 = load i32, ptr %1225, align 4, !tbaa !4
-  %1227 = insertelement <16 x i32> poison, i32 %1226, i64 0
-  %1228 = shufflevector <16 x i32> %1227, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1229 = and <16 x i32> %1228, %1194
-  %y.i988.us.i = bitcast <16 x i32> %1229 to <32 x bfloat>
-  %r.i989.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.27.01272.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i988.us.i)
-  %1230 = getelementptr i8, ptr %gep1291.us.i, i64 28
-  %1231 = load i32, ptr %1230, align 4, !tbaa !4
-  %1232 = insertelement <16 x i32> poison, i32 %1231, i64 0
-  %1233 = shufflevector <16 x i32> %1232, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1234 = and <16 x i32> %1233, %1194
-  %y.i991.us.i = bitcast <16 x i32> %1234 to <32 x bfloat>
-  %r.i992.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc515.sroa.31.01271.us.i, <32 x bfloat> %1192, <32 x bfloat> %y.i991.us.i)
-  %indvars.iv.next1588.i = add nuw nsw i64 %indvars.iv1587.i, 1
-  %exitcond1591.not.i = icmp eq i64 %indvars.iv.next1588.i, %wide.trip.count1590.i
-  br i1 %exitcond1591.not.i, label %for_end_ti276.us.i, label %for_body_ti275.us.i, !prof !8
-
-for_body_to258.us.i:                              ; preds = %for_body_to258.lr.ph.us.i, %if_end263.us.i
-  %indvars.iv1582.i = phi i64 [ 0, %for_body_to258.lr.ph.us.i ], [ %indvars.iv.next1583.i, %if_end263.us.i ]
-  %full_acc514.sroa.28.01261.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i968.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.24.01260.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i965.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.20.01259.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i962.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.16.01258.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i959.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.12.01257.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i956.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.0.01256.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i947.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.4.01255.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i950.us.3.i, %if_end263.us.i ]
-  %full_acc514.sroa.8.01254.us.i = phi <16 x float> [ zeroinitializer, %for_body_to258.lr.ph.us.i ], [ %r.i953.us.3.i, %if_end263.us.i ]
-  br i1 %1039, label %for_begin_line264.preheader.us.i, label %if_end263.us.i, !prof !7
-
-if_end263.us.i:                                   ; preds = %for_begin_line264.preheader.us.i, %for_body_to258.us.i
-  %.idx77 = shl nsw i64 %indvars.iv1582.i, 8
-  %1235 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx77
-  %1236 = load <32 x bfloat>, ptr %1235, align 4, !tbaa !4
-  %.idx78 = shl nsw i64 %indvars.iv1582.i, 6
-  %1237 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx78
-  %1238 = load i64, ptr %1237, align 8, !tbaa !4
-  %gep1244.us.i = getelementptr i32, ptr %gep1294.us.i, i64 %1238
-  %1239 = load i32, ptr %gep1244.us.i, align 4, !tbaa !4
-  %1240 = insertelement <16 x i32> poison, i32 %1239, i64 0
-  %1241 = shufflevector <16 x i32> %1240, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i946.us.i = bitcast <16 x i32> %1241 to <32 x bfloat>
-  %r.i947.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.0.01256.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i946.us.i)
-  %1242 = getelementptr i8, ptr %gep1244.us.i, i64 4
-  %1243 = load i32, ptr %1242, align 4, !tbaa !4
-  %1244 = insertelement <16 x i32> poison, i32 %1243, i64 0
-  %1245 = shufflevector <16 x i32> %1244, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i949.us.i = bitcast <16 x i32> %1245 to <32 x bfloat>
-  %r.i950.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.4.01255.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i949.us.i)
-  %1246 = getelementptr i8, ptr %gep1244.us.i, i64 8
-  %1247 = load i32, ptr %1246, align 4, !tbaa !4
-  %1248 = insertelement <16 x i32> poison, i32 %1247, i64 0
-  %1249 = shufflevector <16 x i32> %1248, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i952.us.i = bitcast <16 x i32> %1249 to <32 x bfloat>
-  %r.i953.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.8.01254.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i952.us.i)
-  %1250 = getelementptr i8, ptr %gep1244.us.i, i64 12
-  %1251 = load i32, ptr %1250, align 4, !tbaa !4
-  %1252 = insertelement <16 x i32> poison, i32 %1251, i64 0
-  %1253 = shufflevector <16 x i32> %1252, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i955.us.i = bitcast <16 x i32> %1253 to <32 x bfloat>
-  %r.i956.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.12.01257.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i955.us.i)
-  %1254 = getelementptr i8, ptr %gep1244.us.i, i64 16
-  %1255 = load i32, ptr %1254, align 4, !tbaa !4
-  %1256 = insertelement <16 x i32> poison, i32 %1255, i64 0
-  %1257 = shufflevector <16 x i32> %1256, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i958.us.i = bitcast <16 x i32> %1257 to <32 x bfloat>
-  %r.i959.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.16.01258.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i958.us.i)
-  %1258 = getelementptr i8, ptr %gep1244.us.i, i64 20
-  %1259 = load i32, ptr %1258, align 4, !tbaa !4
-  %1260 = insertelement <16 x i32> poison, i32 %1259, i64 0
-  %1261 = shufflevector <16 x i32> %1260, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i961.us.i = bitcast <16 x i32> %1261 to <32 x bfloat>
-  %r.i962.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.20.01259.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i961.us.i)
-  %1262 = getelementptr i8, ptr %gep1244.us.i, i64 24
-  %1263 = load i32, ptr %1262, align 4, !tbaa !4
-  %1264 = insertelement <16 x i32> poison, i32 %1263, i64 0
-  %1265 = shufflevector <16 x i32> %1264, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i964.us.i = bitcast <16 x i32> %1265 to <32 x bfloat>
-  %r.i965.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.24.01260.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i964.us.i)
-  %1266 = getelementptr i8, ptr %gep1244.us.i, i64 28
-  %1267 = load i32, ptr %1266, align 4, !tbaa !4
-  %1268 = insertelement <16 x i32> poison, i32 %1267, i64 0
-  %1269 = shufflevector <16 x i32> %1268, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i967.us.i = bitcast <16 x i32> %1269 to <32 x bfloat>
-  %r.i968.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc514.sroa.28.01261.us.i, <32 x bfloat> %1236, <32 x bfloat> %y.i967.us.i)
-  %1270 = getelementptr inbounds nuw i8, ptr %1235, i64 64
-  %1271 = load <32 x bfloat>, ptr %1270, align 4, !tbaa !4
-  %1272 = getelementptr inbounds nuw i8, ptr %1237, i64 16
-  %1273 = load i64, ptr %1272, align 8, !tbaa !4
-  %gep1244.us.1.i = getelementptr i32, ptr %gep1294.us.i, i64 %1273
-  %1274 = load i32, ptr %gep1244.us.1.i, align 4, !tbaa !4
-  %1275 = insertelement <16 x i32> poison, i32 %1274, i64 0
-  %1276 = shufflevector <16 x i32> %1275, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i946.us.1.i = bitcast <16 x i32> %1276 to <32 x bfloat>
-  %r.i947.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i947.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i946.us.1.i)
-  %1277 = getelementptr i8, ptr %gep1244.us.1.i, i64 4
-  %1278 = load i32, ptr %1277, align 4, !tbaa !4
-  %1279 = insertelement <16 x i32> poison, i32 %1278, i64 0
-  %1280 = shufflevector <16 x i32> %1279, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i949.us.1.i = bitcast <16 x i32> %1280 to <32 x bfloat>
-  %r.i950.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i950.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i949.us.1.i)
-  %1281 = getelementptr i8, ptr %gep1244.us.1.i, i64 8
-  %1282 = load i32, ptr %1281, align 4, !tbaa !4
-  %1283 = insertelement <16 x i32> poison, i32 %1282, i64 0
-  %1284 = shufflevector <16 x i32> %1283, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i952.us.1.i = bitcast <16 x i32> %1284 to <32 x bfloat>
-  %r.i953.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i953.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i952.us.1.i)
-  %1285 = getelementptr i8, ptr %gep1244.us.1.i, i64 12
-  %1286 = load i32, ptr %1285, align 4, !tbaa !4
-  %1287 = insertelement <16 x i32> poison, i32 %1286, i64 0
-  %1288 = shufflevector <16 x i32> %1287, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i955.us.1.i = bitcast <16 x i32> %1288 to <32 x bfloat>
-  %r.i956.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i956.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i955.us.1.i)
-  %1289 = getelementptr i8, ptr %gep1244.us.1.i, i64 16
-  %1290 = load i32, ptr %1289, align 4, !tbaa !4
-  %1291 = insertelement <16 x i32> poison, i32 %1290, i64 0
-  %1292 = shufflevector <16 x i32> %1291, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i958.us.1.i = bitcast <16 x i32> %1292 to <32 x bfloat>
-  %r.i959.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i959.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i958.us.1.i)
-  %1293 = getelementptr i8, ptr %gep1244.us.1.i, i64 20
-  %1294 = load i32, ptr %1293, align 4, !tbaa !4
-  %1295 = insertelement <16 x i32> poison, i32 %1294, i64 0
-  %1296 = shufflevector <16 x i32> %1295, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i961.us.1.i = bitcast <16 x i32> %1296 to <32 x bfloat>
-  %r.i962.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i962.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i961.us.1.i)
-  %1297 = getelementptr i8, ptr %gep1244.us.1.i, i64 24
-  %1298 = load i32, ptr %1297, align 4, !tbaa !4
-  %1299 = insertelement <16 x i32> poison, i32 %1298, i64 0
-  %1300 = shufflevector <16 x i32> %1299, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i964.us.1.i = bitcast <16 x i32> %1300 to <32 x bfloat>
-  %r.i965.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i965.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i964.us.1.i)
-  %1301 = getelementptr i8, ptr %gep1244.us.1.i, i64 28
-  %1302 = load i32, ptr %1301, align 4, !tbaa !4
-  %1303 = insertelement <16 x i32> poison, i32 %1302, i64 0
-  %1304 = shufflevector <16 x i32> %1303, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i967.us.1.i = bitcast <16 x i32> %1304 to <32 x bfloat>
-  %r.i968.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i968.us.i, <32 x bfloat> %1271, <32 x bfloat> %y.i967.us.1.i)
-  %1305 = getelementptr inbounds nuw i8, ptr %1235, i64 128
-  %1306 = load <32 x bfloat>, ptr %1305, align 4, !tbaa !4
-  %1307 = getelementptr inbounds nuw i8, ptr %1237, i64 32
-  %1308 = load i64, ptr %1307, align 8, !tbaa !4
-  %gep1244.us.2.i = getelementptr i32, ptr %gep1294.us.i, i64 %1308
-  %1309 = load i32, ptr %gep1244.us.2.i, align 4, !tbaa !4
-  %1310 = insertelement <16 x i32> poison, i32 %1309, i64 0
-  %1311 = shufflevector <16 x i32> %1310, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i946.us.2.i = bitcast <16 x i32> %1311 to <32 x bfloat>
-  %r.i947.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i947.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i946.us.2.i)
-  %1312 = getelementptr i8, ptr %gep1244.us.2.i, i64 4
-  %1313 = load i32, ptr %1312, align 4, !tbaa !4
-  %1314 = insertelement <16 x i32> poison, i32 %1313, i64 0
-  %1315 = shufflevector <16 x i32> %1314, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i949.us.2.i = bitcast <16 x i32> %1315 to <32 x bfloat>
-  %r.i950.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i950.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i949.us.2.i)
-  %1316 = getelementptr i8, ptr %gep1244.us.2.i, i64 8
-  %1317 = load i32, ptr %1316, align 4, !tbaa !4
-  %1318 = insertelement <16 x i32> poison, i32 %1317, i64 0
-  %1319 = shufflevector <16 x i32> %1318, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i952.us.2.i = bitcast <16 x i32> %1319 to <32 x bfloat>
-  %r.i953.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i953.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i952.us.2.i)
-  %1320 = getelementptr i8, ptr %gep1244.us.2.i, i64 12
-  %1321 = load i32, ptr %1320, align 4, !tbaa !4
-  %1322 = insertelement <16 x i32> poison, i32 %1321, i64 0
-  %1323 = shufflevector <16 x i32> %1322, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i955.us.2.i = bitcast <16 x i32> %1323 to <32 x bfloat>
-  %r.i956.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i956.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i955.us.2.i)
-  %1324 = getelementptr i8, ptr %gep1244.us.2.i, i64 16
-  %1325 = load i32, ptr %1324, align 4, !tbaa !4
-  %1326 = insertelement <16 x i32> poison, i32 %1325, i64 0
-  %1327 = shufflevector <16 x i32> %1326, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i958.us.2.i = bitcast <16 x i32> %1327 to <32 x bfloat>
-  %r.i959.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i959.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i958.us.2.i)
-  %1328 = getelementptr i8, ptr %gep1244.us.2.i, i64 20
-  %1329 = load i32, ptr %1328, align 4, !tbaa !4
-  %1330 = insertelement <16 x i32> poison, i32 %1329, i64 0
-  %1331 = shufflevector <16 x i32> %1330, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i961.us.2.i = bitcast <16 x i32> %1331 to <32 x bfloat>
-  %r.i962.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i962.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i961.us.2.i)
-  %1332 = getelementptr i8, ptr %gep1244.us.2.i, i64 24
-  %1333 = load i32, ptr %1332, align 4, !tbaa !4
-  %1334 = insertelement <16 x i32> poison, i32 %1333, i64 0
-  %1335 = shufflevector <16 x i32> %1334, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i964.us.2.i = bitcast <16 x i32> %1335 to <32 x bfloat>
-  %r.i965.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i965.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i964.us.2.i)
-  %1336 = getelementptr i8, ptr %gep1244.us.2.i, i64 28
-  %1337 = load i32, ptr %1336, align 4, !tbaa !4
-  %1338 = insertelement <16 x i32> poison, i32 %1337, i64 0
-  %1339 = shufflevector <16 x i32> %1338, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i967.us.2.i = bitcast <16 x i32> %1339 to <32 x bfloat>
-  %r.i968.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i968.us.1.i, <32 x bfloat> %1306, <32 x bfloat> %y.i967.us.2.i)
-  %1340 = getelementptr inbounds nuw i8, ptr %1235, i64 192
-  %1341 = load <32 x bfloat>, ptr %1340, align 4, !tbaa !4
-  %1342 = getelementptr inbounds nuw i8, ptr %1237, i64 48
-  %1343 = load i64, ptr %1342, align 8, !tbaa !4
-  %gep1244.us.3.i = getelementptr i32, ptr %gep1294.us.i, i64 %1343
-  %1344 = load i32, ptr %gep1244.us.3.i, align 4, !tbaa !4
-  %1345 = insertelement <16 x i32> poison, i32 %1344, i64 0
-  %1346 = shufflevector <16 x i32> %1345, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i946.us.3.i = bitcast <16 x i32> %1346 to <32 x bfloat>
-  %r.i947.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i947.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i946.us.3.i)
-  %1347 = getelementptr i8, ptr %gep1244.us.3.i, i64 4
-  %1348 = load i32, ptr %1347, align 4, !tbaa !4
-  %1349 = insertelement <16 x i32> poison, i32 %1348, i64 0
-  %1350 = shufflevector <16 x i32> %1349, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i949.us.3.i = bitcast <16 x i32> %1350 to <32 x bfloat>
-  %r.i950.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i950.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i949.us.3.i)
-  %1351 = getelementptr i8, ptr %gep1244.us.3.i, i64 8
-  %1352 = load i32, ptr %1351, align 4, !tbaa !4
-  %1353 = insertelement <16 x i32> poison, i32 %1352, i64 0
-  %1354 = shufflevector <16 x i32> %1353, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i952.us.3.i = bitcast <16 x i32> %1354 to <32 x bfloat>
-  %r.i953.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i953.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i952.us.3.i)
-  %1355 = getelementptr i8, ptr %gep1244.us.3.i, i64 12
-  %1356 = load i32, ptr %1355, align 4, !tbaa !4
-  %1357 = insertelement <16 x i32> poison, i32 %1356, i64 0
-  %1358 = shufflevector <16 x i32> %1357, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i955.us.3.i = bitcast <16 x i32> %1358 to <32 x bfloat>
-  %r.i956.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i956.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i955.us.3.i)
-  %1359 = getelementptr i8, ptr %gep1244.us.3.i, i64 16
-  %1360 = load i32, ptr %1359, align 4, !tbaa !4
-  %1361 = insertelement <16 x i32> poison, i32 %1360, i64 0
-  %1362 = shufflevector <16 x i32> %1361, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i958.us.3.i = bitcast <16 x i32> %1362 to <32 x bfloat>
-  %r.i959.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i959.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i958.us.3.i)
-  %1363 = getelementptr i8, ptr %gep1244.us.3.i, i64 20
-  %1364 = load i32, ptr %1363, align 4, !tbaa !4
-  %1365 = insertelement <16 x i32> poison, i32 %1364, i64 0
-  %1366 = shufflevector <16 x i32> %1365, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i961.us.3.i = bitcast <16 x i32> %1366 to <32 x bfloat>
-  %r.i962.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i962.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i961.us.3.i)
-  %1367 = getelementptr i8, ptr %gep1244.us.3.i, i64 24
-  %1368 = load i32, ptr %1367, align 4, !tbaa !4
-  %1369 = insertelement <16 x i32> poison, i32 %1368, i64 0
-  %1370 = shufflevector <16 x i32> %1369, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i964.us.3.i = bitcast <16 x i32> %1370 to <32 x bfloat>
-  %r.i965.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i965.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i964.us.3.i)
-  %1371 = getelementptr i8, ptr %gep1244.us.3.i, i64 28
-  %1372 = load i32, ptr %1371, align 4, !tbaa !4
-  %1373 = insertelement <16 x i32> poison, i32 %1372, i64 0
-  %1374 = shufflevector <16 x i32> %1373, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i967.us.3.i = bitcast <16 x i32> %1374 to <32 x bfloat>
-  %r.i968.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i968.us.2.i, <32 x bfloat> %1341, <32 x bfloat> %y.i967.us.3.i)
-  %indvars.iv.next1583.i = add nuw nsw i64 %indvars.iv1582.i, 1
-  %exitcond1586.not.i = icmp eq i64 %indvars.iv.next1583.i, %1134
-  br i1 %exitcond1586.not.i, label %for_end_to259.us.i, label %for_body_to258.us.i, !prof !8
-
-for_begin_line264.preheader.us.i:                 ; preds = %for_body_to258.us.i
-  %1375 = add nuw nsw i64 %indvars.iv1582.i, %2654
-  %1376 = trunc nuw nsw i64 %1375 to i32
-  %1377 = lshr i32 %1376, 1
-  %1378 = add nuw nsw i32 %1377, %1013
-  %1379 = zext nneg i32 %1378 to i64
-  %1380 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1379
-  %1381 = load i64, ptr %1380, align 8, !tbaa !4
-  %1382 = shl nuw nsw i64 %1375, 5
-  %1383 = and i64 %1382, 32
-  %1384 = and i64 %1382, 64
-  %1385 = getelementptr i32, ptr %value_cache, i64 %1384
-  %1386 = getelementptr i32, ptr %1385, i64 %1383
-  %invariant.gep1236.us.i = getelementptr i32, ptr %1386, i64 %1381
-  %invariant.gep1238.us.i = getelementptr i32, ptr %invariant.gep1236.us.i, i64 %1015
-  tail call void @llvm.prefetch.p0(ptr readonly %invariant.gep1238.us.i, i32 0, i32 2, i32 1)
-  %gep1239.us.1.i = getelementptr i8, ptr %invariant.gep1238.us.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1239.us.1.i, i32 0, i32 2, i32 1)
-  br label %if_end263.us.i
-
-for_begin_to257.preheader.us.i:                   ; preds = %if_end294.us.i, %if_end246.us.i
-  %indvars.iv1592.i = phi i64 [ %indvars.iv.next1593.i, %if_end294.us.i ], [ 0, %if_end246.us.i ]
-  br i1 %.not1453.i, label %for_end_to259.us.i, label %for_body_to258.lr.ph.us.i, !prof !11
-
-for_begin_ti240.preheader.us.i:                   ; preds = %for_begin_ti240.preheader.lr.ph.us.i, %for_begin_ti240.preheader.us.i
-  %indvars.iv1567.i = phi i64 [ 0, %for_begin_ti240.preheader.lr.ph.us.i ], [ %indvars.iv.next1568.i, %for_begin_ti240.preheader.us.i ]
-  %indvars.iv1567.tr.i = trunc i64 %indvars.iv1567.i to i32
-  %1387 = shl i32 %indvars.iv1567.tr.i, 3
-  %1388 = add i32 %2575, %1387
-  %1389 = add i32 %num_full.us.i, %indvars.iv1567.tr.i
-  %1390 = shl i32 %1389, 6
-  %1391 = sext i32 %1390 to i64
-  %1392 = load <16 x i32>, ptr %2573, align 4, !tbaa !4
-  %1393 = or disjoint i32 %1388, 1
-  %1394 = insertelement <16 x i32> poison, i32 %1393, i64 0
-  %1395 = shufflevector <16 x i32> %1394, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1396 = icmp slt <16 x i32> %1395, %1392
-  %1397 = select <16 x i1> %1396, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1398 = insertelement <16 x i32> poison, i32 %1388, i64 0
-  %1399 = shufflevector <16 x i32> %1398, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1400 = icmp slt <16 x i32> %1399, %1392
-  %1401 = select <16 x i1> %1400, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1402 = or disjoint <16 x i32> %1397, %1401
-  %1403 = getelementptr inbounds i32, ptr %edges.us.i, i64 %1391
-  store <16 x i32> %1402, ptr %1403, align 4, !tbaa !4
-  %1404 = load <16 x i32>, ptr %2573, align 4, !tbaa !4
-  %1405 = add nuw nsw i32 %1388, 2
-  %1406 = or disjoint i32 %1405, 1
-  %1407 = insertelement <16 x i32> poison, i32 %1406, i64 0
-  %1408 = shufflevector <16 x i32> %1407, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1409 = icmp slt <16 x i32> %1408, %1404
-  %1410 = select <16 x i1> %1409, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1411 = insertelement <16 x i32> poison, i32 %1405, i64 0
-  %1412 = shufflevector <16 x i32> %1411, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1413 = icmp slt <16 x i32> %1412, %1404
-  %1414 = select <16 x i1> %1413, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1415 = or disjoint <16 x i32> %1410, %1414
-  %1416 = getelementptr i8, ptr %1403, i64 64
-  store <16 x i32> %1415, ptr %1416, align 4, !tbaa !4
-  %1417 = load <16 x i32>, ptr %2573, align 4, !tbaa !4
-  %1418 = add nuw nsw i32 %1388, 4
-  %1419 = or disjoint i32 %1418, 1
-  %1420 = insertelement <16 x i32> poison, i32 %1419, i64 0
-  %1421 = shufflevector <16 x i32> %1420, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1422 = icmp slt <16 x i32> %1421, %1417
-  %1423 = select <16 x i1> %1422, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1424 = insertelement <16 x i32> poison, i32 %1418, i64 0
-  %1425 = shufflevector <16 x i32> %1424, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1426 = icmp slt <16 x i32> %1425, %1417
-  %1427 = select <16 x i1> %1426, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1428 = or disjoint <16 x i32> %1423, %1427
-  %1429 = getelementptr i8, ptr %1403, i64 128
-  store <16 x i32> %1428, ptr %1429, align 4, !tbaa !4
-  %1430 = load <16 x i32>, ptr %2573, align 4, !tbaa !4
-  %1431 = add nuw nsw i32 %1388, 6
-  %1432 = or disjoint i32 %1431, 1
-  %1433 = insertelement <16 x i32> poison, i32 %1432, i64 0
-  %1434 = shufflevector <16 x i32> %1433, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1435 = icmp slt <16 x i32> %1434, %1430
-  %1436 = select <16 x i1> %1435, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
-  %1437 = insertelement <16 x i32> poison, i32 %1431, i64 0
-  %1438 = shufflevector <16 x i32> %1437, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1439 = icmp slt <16 x i32> %1438, %1430
-  %1440 = select <16 x i1> %1439, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
-  %1441 = or disjoint <16 x i32> %1440, %1436
-  %1442 = getelementptr i8, ptr %1403, i64 192
-  store <16 x i32> %1441, ptr %1442, align 4, !tbaa !4
-  %indvars.iv.next1568.i = add nuw nsw i64 %indvars.iv1567.i, 1
-  %exitcond1571.not.i = icmp eq i64 %indvars.iv.next1568.i, %wide.trip.count1570.i
-  br i1 %exitcond1571.not.i, label %for_end_to237.us.i, label %for_begin_ti240.preheader.us.i, !prof !8
-
-for_begin_ti190.preheader.us.i:                   ; preds = %for_begin_ti190.preheader.lr.ph.us.i, %for_end_ax0199.us.i
-  %indvars.iv1558.i = phi i64 [ 0, %for_begin_ti190.preheader.lr.ph.us.i ], [ %indvars.iv.next1559.i, %for_end_ax0199.us.i ]
-  %tile_sum524.sroa.0.01229.us.i = phi <16 x float> [ zeroinitializer, %for_begin_ti190.preheader.lr.ph.us.i ], [ %.us-phi.us.i, %for_end_ax0199.us.i ]
-  %1443 = icmp samesign ult i64 %indvars.iv1558.i, 16
-  br i1 %1443, label %for_body_ax0198.us.us.preheader.i, label %for_end_ax0199.us.i, !prof !7
-
-for_begin_ti180.preheader.us.i:                   ; preds = %for_begin_ti180.preheader.us.i, %for_begin_ti180.preheader.us.preheader.i.new
-  %indvars.iv1541.i = phi i64 [ 0, %for_begin_ti180.preheader.us.preheader.i.new ], [ %indvars.iv.next1542.i.1, %for_begin_ti180.preheader.us.i ]
-  %peak520.sroa.0.01221.us.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti180.preheader.us.preheader.i.new ], [ %1508, %for_begin_ti180.preheader.us.i ]
-  %niter = phi i64 [ 0, %for_begin_ti180.preheader.us.preheader.i.new ], [ %niter.next.1, %for_begin_ti180.preheader.us.i ]
-  %.idx = shl nsw i64 %indvars.iv1541.i, 9
-  %1444 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx
-  %1445 = load <16 x float>, ptr %1444, align 4, !tbaa !4
-  %1446 = fcmp ogt <16 x float> %peak520.sroa.0.01221.us.i, %1445
-  %1447 = select <16 x i1> %1446, <16 x float> %peak520.sroa.0.01221.us.i, <16 x float> %1445
-  %1448 = getelementptr inbounds nuw i8, ptr %1444, i64 64
-  %1449 = load <16 x float>, ptr %1448, align 4, !tbaa !4
-  %1450 = fcmp ogt <16 x float> %1447, %1449
-  %1451 = select <16 x i1> %1450, <16 x float> %1447, <16 x float> %1449
-  %1452 = getelementptr inbounds nuw i8, ptr %1444, i64 128
-  %1453 = load <16 x float>, ptr %1452, align 4, !tbaa !4
-  %1454 = fcmp ogt <16 x float> %1451, %1453
-  %1455 = select <16 x i1> %1454, <16 x float> %1451, <16 x float> %1453
-  %1456 = getelementptr inbounds nuw i8, ptr %1444, i64 192
-  %1457 = load <16 x float>, ptr %1456, align 4, !tbaa !4
-  %1458 = fcmp ogt <16 x float> %1455, %1457
-  %1459 = select <16 x i1> %1458, <16 x float> %1455, <16 x float> %1457
-  %1460 = getelementptr inbounds nuw i8, ptr %1444, i64 256
-  %1461 = load <16 x float>, ptr %1460, align 4, !tbaa !4
-  %1462 = fcmp ogt <16 x float> %1459, %1461
-  %1463 = select <16 x i1> %1462, <16 x float> %1459, <16 x float> %1461
-  %1464 = getelementptr inbounds nuw i8, ptr %1444, i64 320
-  %1465 = load <16 x float>, ptr %1464, align 4, !tbaa !4
-  %1466 = fcmp ogt <16 x float> %1463, %1465
-  %1467 = select <16 x i1> %1466, <16 x float> %1463, <16 x float> %1465
-  %1468 = getelementptr inbounds nuw i8, ptr %1444, i64 384
-  %1469 = load <16 x float>, ptr %1468, align 4, !tbaa !4
-  %1470 = fcmp ogt <16 x float> %1467, %1469
-  %1471 = select <16 x i1> %1470, <16 x float> %1467, <16 x float> %1469
-  %1472 = getelementptr inbounds nuw i8, ptr %1444, i64 448
-  %1473 = load <16 x float>, ptr %1472, align 4, !tbaa !4
-  %1474 = fcmp ogt <16 x float> %1471, %1473
-  %1475 = select <16 x i1> %1474, <16 x float> %1471, <16 x float> %1473
-  %indvars.iv.next1542.i = shl i64 %indvars.iv1541.i, 9
-  %1476 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %indvars.iv.next1542.i
-  %1477 = getelementptr inbounds nuw i8, ptr %1476, i64 512
-  %1478 = load <16 x float>, ptr %1477, align 4, !tbaa !4
-  %1479 = fcmp ogt <16 x float> %1475, %1478
-  %1480 = select <16 x i1> %1479, <16 x float> %1475, <16 x float> %1478
-  %1481 = getelementptr inbounds nuw i8, ptr %1476, i64 576
-  %1482 = load <16 x float>, ptr %1481, align 4, !tbaa !4
-  %1483 = fcmp ogt <16 x float> %1480, %1482
-  %1484 = select <16 x i1> %1483, <16 x float> %1480, <16 x float> %1482
-  %1485 = getelementptr inbounds nuw i8, ptr %1476, i64 640
-  %1486 = load <16 x float>, ptr %1485, align 4, !tbaa !4
-  %1487 = fcmp ogt <16 x float> %1484, %1486
-  %1488 = select <16 x i1> %1487, <16 x float> %1484, <16 x float> %1486
-  %1489 = getelementptr inbounds nuw i8, ptr %1476, i64 704
-  %1490 = load <16 x float>, ptr %1489, align 4, !tbaa !4
-  %1491 = fcmp ogt <16 x float> %1488, %1490
-  %1492 = select <16 x i1> %1491, <16 x float> %1488, <16 x float> %1490
-  %1493 = getelementptr inbounds nuw i8, ptr %1476, i64 768
-  %1494 = load <16 x float>, ptr %1493, align 4, !tbaa !4
-  %1495 = fcmp ogt <16 x float> %1492, %1494
-  %1496 = select <16 x i1> %1495, <16 x float> %1492, <16 x float> %1494
-  %1497 = getelementptr inbounds nuw i8, ptr %1476, i64 832
-  %1498 = load <16 x float>, ptr %1497, align 4, !tbaa !4
-  %1499 = fcmp ogt <16 x float> %1496, %1498
-  %1500 = select <16 x i1> %1499, <16 x float> %1496, <16 x float> %1498
-  %1501 = getelementptr inbounds nuw i8, ptr %1476, i64 896
-  %1502 = load <16 x float>, ptr %1501, align 4, !tbaa !4
-  %1503 = fcmp ogt <16 x float> %1500, %1502
-  %1504 = select <16 x i1> %1503, <16 x float> %1500, <16 x float> %1502
-  %1505 = getelementptr inbounds nuw i8, ptr %1476, i64 960
-  %1506 = load <16 x float>, ptr %1505, align 4, !tbaa !4
-  %1507 = fcmp ogt <16 x float> %1504, %1506
-  %1508 = select <16 x i1> %1507, <16 x float> %1504, <16 x float> %1506
-  %indvars.iv.next1542.i.1 = add nuw nsw i64 %indvars.iv1541.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa, label %for_begin_ti180.preheader.us.i, !prof !52, !llvm.loop !53
-
-for_begin_ti.preheader.us.i:                      ; preds = %for_end_i.us.i, %for_begin_ti.preheader.us.i
-  %indvars.iv1529.i = phi i64 [ 0, %for_end_i.us.i ], [ %indvars.iv.next1530.i, %for_begin_ti.preheader.us.i ]
-  %1509 = shl nsw i64 %indvars.iv1529.i, 7
-  %1510 = shl nsw i64 %indvars.iv1529.i, 3
-  %1511 = add nsw i64 %1510, %947
-  %1512 = trunc i64 %1511 to i32
-  %1513 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1509
-  %1514 = load <16 x float>, ptr %1513, align 4, !tbaa !4
-  %1515 = fmul <16 x float> %621, %1514
-  %1516 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
-  %1517 = insertelement <16 x i32> poison, i32 %1512, i64 0
-  %1518 = shufflevector <16 x i32> %1517, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1519 = icmp slt <16 x i32> %1518, %1516
-  %1520 = select <16 x i1> %1519, <16 x float> %1515, <16 x float> splat (float 0xFFF0000000000000)
-  %1521 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1509
-  store <16 x float> %1520, ptr %1521, align 4, !tbaa !4
-  %1522 = or disjoint i64 %1509, 16
-  %1523 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1522
-  %1524 = load <16 x float>, ptr %1523, align 4, !tbaa !4
-  %1525 = fmul <16 x float> %621, %1524
-  %1526 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
-  %1527 = or i32 %1512, 1
-  %1528 = insertelement <16 x i32> poison, i32 %1527, i64 0
-  %1529 = shufflevector <16 x i32> %1528, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1530 = icmp slt <16 x i32> %1529, %1526
-  %1531 = select <16 x i1> %1530, <16 x float> %1525, <16 x float> splat (float 0xFFF0000000000000)
-  %1532 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1522
-  store <16 x float> %1531, ptr %1532, align 4, !tbaa !4
-  %1533 = or disjoint i64 %1509, 32
-  %1534 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1533
-  %1535 = load <16 x float>, ptr %1534, align 4, !tbaa !4
-  %1536 = fmul <16 x float> %621, %1535
-  %1537 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
-  %1538 = or i32 %1512, 2
-  %1539 = insertelement <16 x i32> poison, i32 %1538, i64 0
-  %1540 = shufflevector <16 x i32> %1539, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1541 = icmp slt <16 x i32> %1540, %1537
-  %1542 = select <16 x i1> %1541, <16 x float> %1536, <16 x float> splat (float 0xFFF0000000000000)
-  %1543 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1533
-  store <16 x float> %1542, ptr %1543, align 4, !tbaa !4
-  %1544 = or disjoint i64 %1509, 48
-  %1545 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1544
-  %1546 = load <16 x float>, ptr %1545, align 4, !tbaa !4
-  %1547 = fmul <16 x float> %621, %1546
-  %1548 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
-  %1549 = or i32 %1512, 3
-  %1550 = insertelement <16 x i32> poison, i32 %1549, i64 0
-  %1551 = shufflevector <16 x i32> %1550, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1552 = icmp slt <16 x i32> %1551, %1548
-  %1553 = select <16 x i1> %1552, <16 x float> %1547, <16 x float> splat (float 0xFFF0000000000000)
-  %1554 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1544
-  store <16 x float> %1553, ptr %1554, align 4, !tbaa !4
-  %1555 = or disjoint i64 %1509, 64
-  %1556 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1555
-  %1557 = load <16 x float>, ptr %1556, align 4, !tbaa !4
-  %1558 = fmul <16 x float> %621, %1557
-  %1559 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
-  %1560 = or i32 %1512, 4
-  %1561 = insertelement <16 x i32> poison, i32 %1560, i64 0
-  %1562 = shufflevector <16 x i32> %1561, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1563 = icmp slt <16 x i32> %1562, %1559
-  %1564 = select <16 x i1> %1563, <16 x float> %1558, <16 x float> splat (float 0xFFF0000000000000)
-  %1565 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1555
-  store <16 x float> %1564, ptr %1565, align 4, !tbaa !4
-  %1566 = or disjoint i64 %1509, 80
-  %1567 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1566
-  %1568 = load <16 x float>, ptr %1567, align 4, !tbaa !4
-  %1569 = fmul <16 x float> %621, %1568
-  %1570 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
-  %1571 = or i32 %1512, 5
-  %1572 = insertelement <16 x i32> poison, i32 %1571, i64 0
-  %1573 = shufflevector <16 x i32> %1572, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1574 = icmp slt <16 x i32> %1573, %1570
-  %1575 = select <16 x i1> %1574, <16 x float> %1569, <16 x float> splat (float 0xFFF0000000000000)
-  %1576 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1566
-  store <16 x float> %1575, ptr %1576, align 4, !tbaa !4
-  %1577 = or disjoint i64 %1509, 96
-  %1578 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1577
-  %1579 = load <16 x float>, ptr %1578, align 4, !tbaa !4
-  %1580 = fmul <16 x float> %621, %1579
-  %1581 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
-  %1582 = or i32 %1512, 6
-  %1583 = insertelement <16 x i32> poison, i32 %1582, i64 0
-  %1584 = shufflevector <16 x i32> %1583, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1585 = icmp slt <16 x i32> %1584, %1581
-  %1586 = select <16 x i1> %1585, <16 x float> %1580, <16 x float> splat (float 0xFFF0000000000000)
-  %1587 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1577
-  store <16 x float> %1586, ptr %1587, align 4, !tbaa !4
-  %1588 = or disjoint i64 %1509, 112
-  %1589 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1588
-  %1590 = load <16 x float>, ptr %1589, align 4, !tbaa !4
-  %1591 = fmul <16 x float> %621, %1590
-  %1592 = load <16 x i32>, ptr %1601, align 4, !tbaa !4
-  %1593 = or i32 %1512, 7
-  %1594 = insertelement <16 x i32> poison, i32 %1593, i64 0
-  %1595 = shufflevector <16 x i32> %1594, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1596 = icmp slt <16 x i32> %1595, %1592
-  %1597 = select <16 x i1> %1596, <16 x float> %1591, <16 x float> splat (float 0xFFF0000000000000)
-  %1598 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1588
-  store <16 x float> %1597, ptr %1598, align 4, !tbaa !4
-  %indvars.iv.next1530.i = add nuw nsw i64 %indvars.iv1529.i, 1
-  %exitcond1533.not.i = icmp eq i64 %indvars.iv.next1530.i, %wide.trip.count1523.i
-  br i1 %exitcond1533.not.i, label %for_end_to162.us.i, label %for_begin_ti.preheader.us.i, !prof !8
-
-for_end_i.us.i:                                   ; preds = %for_end_d_0.us.us.i
-  %1599 = shl i64 %1025, 4
-  %1600 = and i64 %1599, 4294967280
-  %1601 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %1600
-  br label %for_begin_ti.preheader.us.i
-
-for_body_to.us.us.i:                              ; preds = %for_end_d_0.us.us.i, %for_body_to.us.us.preheader.i
-  %indvars.iv1520.i = phi i64 [ 0, %for_body_to.us.us.preheader.i ], [ %indvars.iv.next1521.i, %for_end_d_0.us.us.i ]
-  br i1 %1039, label %for_begin_line.preheader.us.us.i, label %for_body_to.us.us.if_end159.us.us_crit_edge.i, !prof !7
-
-for_body_to.us.us.if_end159.us.us_crit_edge.i:    ; preds = %for_body_to.us.us.i
-  %.pre1689.i = shl nuw nsw i64 %indvars.iv1520.i, 3
-  %.pre1691.i = trunc nuw nsw i64 %.pre1689.i to i32
-  %.pre1693.i = and i32 %.pre1691.i, 2147483632
-  br label %if_end159.us.us.i
-
-if_end159.us.us.i:                                ; preds = %for_begin_line.preheader.us.us.i, %for_body_to.us.us.if_end159.us.us_crit_edge.i
-  %.pre-phi1694.i = phi i32 [ %.pre1693.i, %for_body_to.us.us.if_end159.us.us_crit_edge.i ], [ %2195, %for_begin_line.preheader.us.us.i ]
-  %.pre-phi1690.i = phi i64 [ %.pre1689.i, %for_body_to.us.us.if_end159.us.us_crit_edge.i ], [ %2193, %for_begin_line.preheader.us.us.i ]
-  %1602 = and i64 %.pre-phi1690.i, 17179869168
-  %1603 = zext nneg i32 %.pre-phi1694.i to i64
-  %1604 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1603
-  %1605 = load i64, ptr %1604, align 8, !tbaa !4
-  %1606 = add i64 %.pre-phi1690.i, %1014
-  %invariant.op1201.us.us.i = add i64 %1606, %1605
-  %.reass1202.us.us.i = sub i64 %invariant.op1201.us.us.i, %1602
-  %1607 = getelementptr i32, ptr %key_cache, i64 %.reass1202.us.us.i
-  br label %for_body_d_0.us.us.i
-
-for_end_d_0.us.us.i:                              ; preds = %for_body_d_0.us.us.i
-  %.idx1739.i = shl nsw i64 %indvars.iv1520.i, 9
-  %1608 = getelementptr inbounds nuw i8, ptr %scores.us.i, i64 %.idx1739.i
-  store <16 x float> %r.i921.us.us.i, ptr %1608, align 4, !tbaa !4
-  %1609 = getelementptr inbounds nuw i8, ptr %1608, i64 64
-  store <16 x float> %r.i924.us.us.i, ptr %1609, align 4, !tbaa !4
-  %1610 = getelementptr inbounds nuw i8, ptr %1608, i64 128
-  store <16 x float> %r.i927.us.us.i, ptr %1610, align 4, !tbaa !4
-  %1611 = getelementptr inbounds nuw i8, ptr %1608, i64 192
-  store <16 x float> %r.i930.us.us.i, ptr %1611, align 4, !tbaa !4
-  %1612 = getelementptr inbounds nuw i8, ptr %1608, i64 256
-  store <16 x float> %r.i933.us.us.i, ptr %1612, align 4, !tbaa !4
-  %1613 = getelementptr inbounds nuw i8, ptr %1608, i64 320
-  store <16 x float> %r.i936.us.us.i, ptr %1613, align 4, !tbaa !4
-  %1614 = getelementptr inbounds nuw i8, ptr %1608, i64 384
-  store <16 x float> %r.i939.us.us.i, ptr %1614, align 4, !tbaa !4
-  %1615 = getelementptr inbounds nuw i8, ptr %1608, i64 448
-  store <16 x float> %r.i942.us.us.i, ptr %1615, align 4, !tbaa !4
-  %indvars.iv.next1521.i = add nuw nsw i64 %indvars.iv1520.i, 1
-  %exitcond1524.not.i = icmp eq i64 %indvars.iv.next1521.i, %wide.trip.count1523.i
-  br i1 %exitcond1524.not.i, label %for_end_i.us.i, label %for_body_to.us.us.i, !prof !8
-
-for_body_d_0.us.us.i:                             ; preds = %for_body_d_0.us.us.i, %if_end159.us.us.i
-  %indvars.iv1516.i = phi i64 [ %indvars.iv.next1517.i, %for_body_d_0.us.us.i ], [ 0, %if_end159.us.us.i ]
-  %scores_global521.sroa.0.01210.us.us.i = phi <16 x float> [ %r.i921.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
-  %scores_global521.sroa.34.01209.us.us.i = phi <16 x float> [ %r.i924.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
-  %scores_global521.sroa.68.01208.us.us.i = phi <16 x float> [ %r.i927.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
-  %scores_global521.sroa.102.01207.us.us.i = phi <16 x float> [ %r.i930.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
-  %scores_global521.sroa.136.01206.us.us.i = phi <16 x float> [ %r.i933.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
-  %scores_global521.sroa.170.01205.us.us.i = phi <16 x float> [ %r.i936.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
-  %scores_global521.sroa.204.01204.us.us.i = phi <16 x float> [ %r.i939.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
-  %scores_global521.sroa.238.01203.us.us.i = phi <16 x float> [ %r.i942.us.us.i, %for_body_d_0.us.us.i ], [ zeroinitializer, %if_end159.us.us.i ]
-  %.idx1738.i = shl nuw nsw i64 %indvars.iv1516.i, 10
-  %gep1769.i = getelementptr inbounds nuw i8, ptr %invariant.gep1768.i, i64 %.idx1738.i
-  %1616 = load <32 x bfloat>, ptr %gep1769.i, align 4, !tbaa !4
-  %1617 = mul i64 %619, %indvars.iv1516.i
-  %1618 = getelementptr i32, ptr %1607, i64 %1617
-  %1619 = load i32, ptr %1618, align 4, !tbaa !4
-  %1620 = insertelement <16 x i32> poison, i32 %1619, i64 0
-  %1621 = shufflevector <16 x i32> %1620, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i.us.us.i = bitcast <16 x i32> %1621 to <32 x bfloat>
-  %r.i.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.0.01210.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i.us.us.i)
-  %1622 = getelementptr i8, ptr %1618, i64 4
-  %1623 = load i32, ptr %1622, align 4, !tbaa !4
-  %1624 = insertelement <16 x i32> poison, i32 %1623, i64 0
-  %1625 = shufflevector <16 x i32> %1624, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i563.us.us.i = bitcast <16 x i32> %1625 to <32 x bfloat>
-  %r.i564.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.34.01209.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i563.us.us.i)
-  %1626 = getelementptr i8, ptr %1618, i64 8
-  %1627 = load i32, ptr %1626, align 4, !tbaa !4
-  %1628 = insertelement <16 x i32> poison, i32 %1627, i64 0
-  %1629 = shufflevector <16 x i32> %1628, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i566.us.us.i = bitcast <16 x i32> %1629 to <32 x bfloat>
-  %r.i567.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.68.01208.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i566.us.us.i)
-  %1630 = getelementptr i8, ptr %1618, i64 12
-  %1631 = load i32, ptr %1630, align 4, !tbaa !4
-  %1632 = insertelement <16 x i32> poison, i32 %1631, i64 0
-  %1633 = shufflevector <16 x i32> %1632, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i569.us.us.i = bitcast <16 x i32> %1633 to <32 x bfloat>
-  %r.i570.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.102.01207.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i569.us.us.i)
-  %1634 = getelementptr i8, ptr %1618, i64 16
-  %1635 = load i32, ptr %1634, align 4, !tbaa !4
-  %1636 = insertelement <16 x i32> poison, i32 %1635, i64 0
-  %1637 = shufflevector <16 x i32> %1636, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i572.us.us.i = bitcast <16 x i32> %1637 to <32 x bfloat>
-  %r.i573.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.136.01206.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i572.us.us.i)
-  %1638 = getelementptr i8, ptr %1618, i64 20
-  %1639 = load i32, ptr %1638, align 4, !tbaa !4
-  %1640 = insertelement <16 x i32> poison, i32 %1639, i64 0
-  %1641 = shufflevector <16 x i32> %1640, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i575.us.us.i = bitcast <16 x i32> %1641 to <32 x bfloat>
-  %r.i576.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.170.01205.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i575.us.us.i)
-  %1642 = getelementptr i8, ptr %1618, i64 24
-  %1643 = load i32, ptr %1642, align 4, !tbaa !4
-  %1644 = insertelement <16 x i32> poison, i32 %1643, i64 0
-  %1645 = shufflevector <16 x i32> %1644, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i578.us.us.i = bitcast <16 x i32> %1645 to <32 x bfloat>
-  %r.i579.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.204.01204.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i578.us.us.i)
-  %1646 = getelementptr i8, ptr %1618, i64 28
-  %1647 = load i32, ptr %1646, align 4, !tbaa !4
-  %1648 = insertelement <16 x i32> poison, i32 %1647, i64 0
-  %1649 = shufflevector <16 x i32> %1648, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i581.us.us.i = bitcast <16 x i32> %1649 to <32 x bfloat>
-  %r.i582.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global521.sroa.238.01203.us.us.i, <32 x bfloat> %1616, <32 x bfloat> %y.i581.us.us.i)
-  %1650 = getelementptr i8, ptr %gep1769.i, i64 64
-  %1651 = load <32 x bfloat>, ptr %1650, align 4, !tbaa !4
-  %1652 = shl nuw nsw i64 %indvars.iv1516.i, 4
-  %1653 = or disjoint i64 %1652, 1
-  %1654 = mul nsw i64 %1653, %k_row
-  %1655 = getelementptr i32, ptr %1607, i64 %1654
-  %1656 = load i32, ptr %1655, align 4, !tbaa !4
-  %1657 = insertelement <16 x i32> poison, i32 %1656, i64 0
-  %1658 = shufflevector <16 x i32> %1657, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i584.us.us.i = bitcast <16 x i32> %1658 to <32 x bfloat>
-  %r.i585.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i584.us.us.i)
-  %1659 = getelementptr i8, ptr %1655, i64 4
-  %1660 = load i32, ptr %1659, align 4, !tbaa !4
-  %1661 = insertelement <16 x i32> poison, i32 %1660, i64 0
-  %1662 = shufflevector <16 x i32> %1661, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i587.us.us.i = bitcast <16 x i32> %1662 to <32 x bfloat>
-  %r.i588.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i564.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i587.us.us.i)
-  %1663 = getelementptr i8, ptr %1655, i64 8
-  %1664 = load i32, ptr %1663, align 4, !tbaa !4
-  %1665 = insertelement <16 x i32> poison, i32 %1664, i64 0
-  %1666 = shufflevector <16 x i32> %1665, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i590.us.us.i = bitcast <16 x i32> %1666 to <32 x bfloat>
-  %r.i591.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i567.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i590.us.us.i)
-  %1667 = getelementptr i8, ptr %1655, i64 12
-  %1668 = load i32, ptr %1667, align 4, !tbaa !4
-  %1669 = insertelement <16 x i32> poison, i32 %1668, i64 0
-  %1670 = shufflevector <16 x i32> %1669, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i593.us.us.i = bitcast <16 x i32> %1670 to <32 x bfloat>
-  %r.i594.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i570.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i593.us.us.i)
-  %1671 = getelementptr i8, ptr %1655, i64 16
-  %1672 = load i32, ptr %1671, align 4, !tbaa !4
-  %1673 = insertelement <16 x i32> poison, i32 %1672, i64 0
-  %1674 = shufflevector <16 x i32> %1673, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i596.us.us.i = bitcast <16 x i32> %1674 to <32 x bfloat>
-  %r.i597.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i573.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i596.us.us.i)
-  %1675 = getelementptr i8, ptr %1655, i64 20
-  %1676 = load i32, ptr %1675, align 4, !tbaa !4
-  %1677 = insertelement <16 x i32> poison, i32 %1676, i64 0
-  %1678 = shufflevector <16 x i32> %1677, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i599.us.us.i = bitcast <16 x i32> %1678 to <32 x bfloat>
-  %r.i600.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i576.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i599.us.us.i)
-  %1679 = getelementptr i8, ptr %1655, i64 24
-  %1680 = load i32, ptr %1679, align 4, !tbaa !4
-  %1681 = insertelement <16 x i32> poison, i32 %1680, i64 0
-  %1682 = shufflevector <16 x i32> %1681, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i602.us.us.i = bitcast <16 x i32> %1682 to <32 x bfloat>
-  %r.i603.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i579.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i602.us.us.i)
-  %1683 = getelementptr i8, ptr %1655, i64 28
-  %1684 = load i32, ptr %1683, align 4, !tbaa !4
-  %1685 = insertelement <16 x i32> poison, i32 %1684, i64 0
-  %1686 = shufflevector <16 x i32> %1685, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i605.us.us.i = bitcast <16 x i32> %1686 to <32 x bfloat>
-  %r.i606.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i582.us.us.i, <32 x bfloat> %1651, <32 x bfloat> %y.i605.us.us.i)
-  %1687 = getelementptr i8, ptr %gep1769.i, i64 128
-  %1688 = load <32 x bfloat>, ptr %1687, align 4, !tbaa !4
-  %1689 = or disjoint i64 %1652, 2
-  %1690 = mul nsw i64 %1689, %k_row
-  %1691 = getelementptr i32, ptr %1607, i64 %1690
-  %1692 = load i32, ptr %1691, align 4, !tbaa !4
-  %1693 = insertelement <16 x i32> poison, i32 %1692, i64 0
-  %1694 = shufflevector <16 x i32> %1693, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i608.us.us.i = bitcast <16 x i32> %1694 to <32 x bfloat>
-  %r.i609.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i585.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i608.us.us.i)
-  %1695 = getelementptr i8, ptr %1691, i64 4
-  %1696 = load i32, ptr %1695, align 4, !tbaa !4
-  %1697 = insertelement <16 x i32> poison, i32 %1696, i64 0
-  %1698 = shufflevector <16 x i32> %1697, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i611.us.us.i = bitcast <16 x i32> %1698 to <32 x bfloat>
-  %r.i612.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i588.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i611.us.us.i)
-  %1699 = getelementptr i8, ptr %1691, i64 8
-  %1700 = load i32, ptr %1699, align 4, !tbaa !4
-  %1701 = insertelement <16 x i32> poison, i32 %1700, i64 0
-  %1702 = shufflevector <16 x i32> %1701, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i614.us.us.i = bitcast <16 x i32> %1702 to <32 x bfloat>
-  %r.i615.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i591.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i614.us.us.i)
-  %1703 = getelementptr i8, ptr %1691, i64 12
-  %1704 = load i32, ptr %1703, align 4, !tbaa !4
-  %1705 = insertelement <16 x i32> poison, i32 %1704, i64 0
-  %1706 = shufflevector <16 x i32> %1705, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i617.us.us.i = bitcast <16 x i32> %1706 to <32 x bfloat>
-  %r.i618.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i594.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i617.us.us.i)
-  %1707 = getelementptr i8, ptr %1691, i64 16
-  %1708 = load i32, ptr %1707, align 4, !tbaa !4
-  %1709 = insertelement <16 x i32> poison, i32 %1708, i64 0
-  %1710 = shufflevector <16 x i32> %1709, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i620.us.us.i = bitcast <16 x i32> %1710 to <32 x bfloat>
-  %r.i621.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i597.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i620.us.us.i)
-  %1711 = getelementptr i8, ptr %1691, i64 20
-  %1712 = load i32, ptr %1711, align 4, !tbaa !4
-  %1713 = insertelement <16 x i32> poison, i32 %1712, i64 0
-  %1714 = shufflevector <16 x i32> %1713, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i623.us.us.i = bitcast <16 x i32> %1714 to <32 x bfloat>
-  %r.i624.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i600.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i623.us.us.i)
-  %1715 = getelementptr i8, ptr %1691, i64 24
-  %1716 = load i32, ptr %1715, align 4, !tbaa !4
-  %1717 = insertelement <16 x i32> poison, i32 %1716, i64 0
-  %1718 = shufflevector <16 x i32> %1717, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i626.us.us.i = bitcast <16 x i32> %1718 to <32 x bfloat>
-  %r.i627.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i603.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i626.us.us.i)
-  %1719 = getelementptr i8, ptr %1691, i64 28
-  %1720 = load i32, ptr %1719, align 4, !tbaa !4
-  %1721 = insertelement <16 x i32> poison, i32 %1720, i64 0
-  %1722 = shufflevector <16 x i32> %1721, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i629.us.us.i = bitcast <16 x i32> %1722 to <32 x bfloat>
-  %r.i630.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i606.us.us.i, <32 x bfloat> %1688, <32 x bfloat> %y.i629.us.us.i)
-  %1723 = getelementptr i8, ptr %gep1769.i, i64 192
-  %1724 = load <32 x bfloat>, ptr %1723, align 4, !tbaa !4
-  %1725 = or disjoint i64 %1652, 3
-  %1726 = mul nsw i64 %1725, %k_row
-  %1727 = getelementptr i32, ptr %1607, i64 %1726
-  %1728 = load i32, ptr %1727, align 4, !tbaa !4
-  %1729 = insertelement <16 x i32> poison, i32 %1728, i64 0
-  %1730 = shufflevector <16 x i32> %1729, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i632.us.us.i = bitcast <16 x i32> %1730 to <32 x bfloat>
-  %r.i633.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i609.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i632.us.us.i)
-  %1731 = getelementptr i8, ptr %1727, i64 4
-  %1732 = load i32, ptr %1731, align 4, !tbaa !4
-  %1733 = insertelement <16 x i32> poison, i32 %1732, i64 0
-  %1734 = shufflevector <16 x i32> %1733, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i635.us.us.i = bitcast <16 x i32> %1734 to <32 x bfloat>
-  %r.i636.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i612.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i635.us.us.i)
-  %1735 = getelementptr i8, ptr %1727, i64 8
-  %1736 = load i32, ptr %1735, align 4, !tbaa !4
-  %1737 = insertelement <16 x i32> poison, i32 %1736, i64 0
-  %1738 = shufflevector <16 x i32> %1737, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i638.us.us.i = bitcast <16 x i32> %1738 to <32 x bfloat>
-  %r.i639.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i615.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i638.us.us.i)
-  %1739 = getelementptr i8, ptr %1727, i64 12
-  %1740 = load i32, ptr %1739, align 4, !tbaa !4
-  %1741 = insertelement <16 x i32> poison, i32 %1740, i64 0
-  %1742 = shufflevector <16 x i32> %1741, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i641.us.us.i = bitcast <16 x i32> %1742 to <32 x bfloat>
-  %r.i642.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i618.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i641.us.us.i)
-  %1743 = getelementptr i8, ptr %1727, i64 16
-  %1744 = load i32, ptr %1743, align 4, !tbaa !4
-  %1745 = insertelement <16 x i32> poison, i32 %1744, i64 0
-  %1746 = shufflevector <16 x i32> %1745, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i644.us.us.i = bitcast <16 x i32> %1746 to <32 x bfloat>
-  %r.i645.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i621.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i644.us.us.i)
-  %1747 = getelementptr i8, ptr %1727, i64 20
-  %1748 = load i32, ptr %1747, align 4, !tbaa !4
-  %1749 = insertelement <16 x i32> poison, i32 %1748, i64 0
-  %1750 = shufflevector <16 x i32> %1749, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i647.us.us.i = bitcast <16 x i32> %1750 to <32 x bfloat>
-  %r.i648.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i624.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i647.us.us.i)
-  %1751 = getelementptr i8, ptr %1727, i64 24
-  %1752 = load i32, ptr %1751, align 4, !tbaa !4
-  %1753 = insertelement <16 x i32> poison, i32 %1752, i64 0
-  %1754 = shufflevector <16 x i32> %1753, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i650.us.us.i = bitcast <16 x i32> %1754 to <32 x bfloat>
-  %r.i651.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i627.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i650.us.us.i)
-  %1755 = getelementptr i8, ptr %1727, i64 28
-  %1756 = load i32, ptr %1755, align 4, !tbaa !4
-  %1757 = insertelement <16 x i32> poison, i32 %1756, i64 0
-  %1758 = shufflevector <16 x i32> %1757, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i653.us.us.i = bitcast <16 x i32> %1758 to <32 x bfloat>
-  %r.i654.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i630.us.us.i, <32 x bfloat> %1724, <32 x bfloat> %y.i653.us.us.i)
-  %1759 = getelementptr i8, ptr %gep1769.i, i64 256
-  %1760 = load <32 x bfloat>, ptr %1759, align 4, !tbaa !4
-  %1761 = or disjoint i64 %1652, 4
-  %1762 = mul nsw i64 %1761, %k_row
-  %1763 = getelementptr i32, ptr %1607, i64 %1762
-  %1764 = load i32, ptr %1763, align 4, !tbaa !4
-  %1765 = insertelement <16 x i32> poison, i32 %1764, i64 0
-  %1766 = shufflevector <16 x i32> %1765, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i656.us.us.i = bitcast <16 x i32> %1766 to <32 x bfloat>
-  %r.i657.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i633.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i656.us.us.i)
-  %1767 = getelementptr i8, ptr %1763, i64 4
-  %1768 = load i32, ptr %1767, align 4, !tbaa !4
-  %1769 = insertelement <16 x i32> poison, i32 %1768, i64 0
-  %1770 = shufflevector <16 x i32> %1769, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i659.us.us.i = bitcast <16 x i32> %1770 to <32 x bfloat>
-  %r.i660.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i636.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i659.us.us.i)
-  %1771 = getelementptr i8, ptr %1763, i64 8
-  %1772 = load i32, ptr %1771, align 4, !tbaa !4
-  %1773 = insertelement <16 x i32> poison, i32 %1772, i64 0
-  %1774 = shufflevector <16 x i32> %1773, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i662.us.us.i = bitcast <16 x i32> %1774 to <32 x bfloat>
-  %r.i663.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i639.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i662.us.us.i)
-  %1775 = getelementptr i8, ptr %1763, i64 12
-  %1776 = load i32, ptr %1775, align 4, !tbaa !4
-  %1777 = insertelement <16 x i32> poison, i32 %1776, i64 0
-  %1778 = shufflevector <16 x i32> %1777, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i665.us.us.i = bitcast <16 x i32> %1778 to <32 x bfloat>
-  %r.i666.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i642.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i665.us.us.i)
-  %1779 = getelementptr i8, ptr %1763, i64 16
-  %1780 = load i32, ptr %1779, align 4, !tbaa !4
-  %1781 = insertelement <16 x i32> poison, i32 %1780, i64 0
-  %1782 = shufflevector <16 x i32> %1781, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i668.us.us.i = bitcast <16 x i32> %1782 to <32 x bfloat>
-  %r.i669.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i645.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i668.us.us.i)
-  %1783 = getelementptr i8, ptr %1763, i64 20
-  %1784 = load i32, ptr %1783, align 4, !tbaa !4
-  %1785 = insertelement <16 x i32> poison, i32 %1784, i64 0
-  %1786 = shufflevector <16 x i32> %1785, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i671.us.us.i = bitcast <16 x i32> %1786 to <32 x bfloat>
-  %r.i672.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i648.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i671.us.us.i)
-  %1787 = getelementptr i8, ptr %1763, i64 24
-  %1788 = load i32, ptr %1787, align 4, !tbaa !4
-  %1789 = insertelement <16 x i32> poison, i32 %1788, i64 0
-  %1790 = shufflevector <16 x i32> %1789, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i674.us.us.i = bitcast <16 x i32> %1790 to <32 x bfloat>
-  %r.i675.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i651.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i674.us.us.i)
-  %1791 = getelementptr i8, ptr %1763, i64 28
-  %1792 = load i32, ptr %1791, align 4, !tbaa !4
-  %1793 = insertelement <16 x i32> poison, i32 %1792, i64 0
-  %1794 = shufflevector <16 x i32> %1793, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i677.us.us.i = bitcast <16 x i32> %1794 to <32 x bfloat>
-  %r.i678.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i654.us.us.i, <32 x bfloat> %1760, <32 x bfloat> %y.i677.us.us.i)
-  %1795 = getelementptr i8, ptr %gep1769.i, i64 320
-  %1796 = load <32 x bfloat>, ptr %1795, align 4, !tbaa !4
-  %1797 = or disjoint i64 %1652, 5
-  %1798 = mul nsw i64 %1797, %k_row
-  %1799 = getelementptr i32, ptr %1607, i64 %1798
-  %1800 = load i32, ptr %1799, align 4, !tbaa !4
-  %1801 = insertelement <16 x i32> poison, i32 %1800, i64 0
-  %1802 = shufflevector <16 x i32> %1801, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i680.us.us.i = bitcast <16 x i32> %1802 to <32 x bfloat>
-  %r.i681.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i657.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i680.us.us.i)
-  %1803 = getelementptr i8, ptr %1799, i64 4
-  %1804 = load i32, ptr %1803, align 4, !tbaa !4
-  %1805 = insertelement <16 x i32> poison, i32 %1804, i64 0
-  %1806 = shufflevector <16 x i32> %1805, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i683.us.us.i = bitcast <16 x i32> %1806 to <32 x bfloat>
-  %r.i684.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i660.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i683.us.us.i)
-  %1807 = getelementptr i8, ptr %1799, i64 8
-  %1808 = load i32, ptr %1807, align 4, !tbaa !4
-  %1809 = insertelement <16 x i32> poison, i32 %1808, i64 0
-  %1810 = shufflevector <16 x i32> %1809, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i686.us.us.i = bitcast <16 x i32> %1810 to <32 x bfloat>
-  %r.i687.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i663.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i686.us.us.i)
-  %1811 = getelementptr i8, ptr %1799, i64 12
-  %1812 = load i32, ptr %1811, align 4, !tbaa !4
-  %1813 = insertelement <16 x i32> poison, i32 %1812, i64 0
-  %1814 = shufflevector <16 x i32> %1813, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i689.us.us.i = bitcast <16 x i32> %1814 to <32 x bfloat>
-  %r.i690.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i666.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i689.us.us.i)
-  %1815 = getelementptr i8, ptr %1799, i64 16
-  %1816 = load i32, ptr %1815, align 4, !tbaa !4
-  %1817 = insertelement <16 x i32> poison, i32 %1816, i64 0
-  %1818 = shufflevector <16 x i32> %1817, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i692.us.us.i = bitcast <16 x i32> %1818 to <32 x bfloat>
-  %r.i693.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i669.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i692.us.us.i)
-  %1819 = getelementptr i8, ptr %1799, i64 20
-  %1820 = load i32, ptr %1819, align 4, !tbaa !4
-  %1821 = insertelement <16 x i32> poison, i32 %1820, i64 0
-  %1822 = shufflevector <16 x i32> %1821, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i695.us.us.i = bitcast <16 x i32> %1822 to <32 x bfloat>
-  %r.i696.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i672.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i695.us.us.i)
-  %1823 = getelementptr i8, ptr %1799, i64 24
-  %1824 = load i32, ptr %1823, align 4, !tbaa !4
-  %1825 = insertelement <16 x i32> poison, i32 %1824, i64 0
-  %1826 = shufflevector <16 x i32> %1825, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i698.us.us.i = bitcast <16 x i32> %1826 to <32 x bfloat>
-  %r.i699.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i675.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i698.us.us.i)
-  %1827 = getelementptr i8, ptr %1799, i64 28
-  %1828 = load i32, ptr %1827, align 4, !tbaa !4
-  %1829 = insertelement <16 x i32> poison, i32 %1828, i64 0
-  %1830 = shufflevector <16 x i32> %1829, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i701.us.us.i = bitcast <16 x i32> %1830 to <32 x bfloat>
-  %r.i702.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i678.us.us.i, <32 x bfloat> %1796, <32 x bfloat> %y.i701.us.us.i)
-  %1831 = getelementptr i8, ptr %gep1769.i, i64 384
-  %1832 = load <32 x bfloat>, ptr %1831, align 4, !tbaa !4
-  %1833 = or disjoint i64 %1652, 6
-  %1834 = mul nsw i64 %1833, %k_row
-  %1835 = getelementptr i32, ptr %1607, i64 %1834
-  %1836 = load i32, ptr %1835, align 4, !tbaa !4
-  %1837 = insertelement <16 x i32> poison, i32 %1836, i64 0
-  %1838 = shufflevector <16 x i32> %1837, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i704.us.us.i = bitcast <16 x i32> %1838 to <32 x bfloat>
-  %r.i705.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i681.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i704.us.us.i)
-  %1839 = getelementptr i8, ptr %1835, i64 4
-  %1840 = load i32, ptr %1839, align 4, !tbaa !4
-  %1841 = insertelement <16 x i32> poison, i32 %1840, i64 0
-  %1842 = shufflevector <16 x i32> %1841, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i707.us.us.i = bitcast <16 x i32> %1842 to <32 x bfloat>
-  %r.i708.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i684.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i707.us.us.i)
-  %1843 = getelementptr i8, ptr %1835, i64 8
-  %1844 = load i32, ptr %1843, align 4, !tbaa !4
-  %1845 = insertelement <16 x i32> poison, i32 %1844, i64 0
-  %1846 = shufflevector <16 x i32> %1845, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i710.us.us.i = bitcast <16 x i32> %1846 to <32 x bfloat>
-  %r.i711.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i687.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i710.us.us.i)
-  %1847 = getelementptr i8, ptr %1835, i64 12
-  %1848 = load i32, ptr %1847, align 4, !tbaa !4
-  %1849 = insertelement <16 x i32> poison, i32 %1848, i64 0
-  %1850 = shufflevector <16 x i32> %1849, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i713.us.us.i = bitcast <16 x i32> %1850 to <32 x bfloat>
-  %r.i714.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i690.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i713.us.us.i)
-  %1851 = getelementptr i8, ptr %1835, i64 16
-  %1852 = load i32, ptr %1851, align 4, !tbaa !4
-  %1853 = insertelement <16 x i32> poison, i32 %1852, i64 0
-  %1854 = shufflevector <16 x i32> %1853, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i716.us.us.i = bitcast <16 x i32> %1854 to <32 x bfloat>
-  %r.i717.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i693.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i716.us.us.i)
-  %1855 = getelementptr i8, ptr %1835, i64 20
-  %1856 = load i32, ptr %1855, align 4, !tbaa !4
-  %1857 = insertelement <16 x i32> poison, i32 %1856, i64 0
-  %1858 = shufflevector <16 x i32> %1857, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i719.us.us.i = bitcast <16 x i32> %1858 to <32 x bfloat>
-  %r.i720.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i696.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i719.us.us.i)
-  %1859 = getelementptr i8, ptr %1835, i64 24
-  %1860 = load i32, ptr %1859, align 4, !tbaa !4
-  %1861 = insertelement <16 x i32> poison, i32 %1860, i64 0
-  %1862 = shufflevector <16 x i32> %1861, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i722.us.us.i = bitcast <16 x i32> %1862 to <32 x bfloat>
-  %r.i723.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i699.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i722.us.us.i)
-  %1863 = getelementptr i8, ptr %1835, i64 28
-  %1864 = load i32, ptr %1863, align 4, !tbaa !4
-  %1865 = insertelement <16 x i32> poison, i32 %1864, i64 0
-  %1866 = shufflevector <16 x i32> %1865, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i725.us.us.i = bitcast <16 x i32> %1866 to <32 x bfloat>
-  %r.i726.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i702.us.us.i, <32 x bfloat> %1832, <32 x bfloat> %y.i725.us.us.i)
-  %1867 = getelementptr i8, ptr %gep1769.i, i64 448
-  %1868 = load <32 x bfloat>, ptr %1867, align 4, !tbaa !4
-  %1869 = or disjoint i64 %1652, 7
-  %1870 = mul nsw i64 %1869, %k_row
-  %1871 = getelementptr i32, ptr %1607, i64 %1870
-  %1872 = load i32, ptr %1871, align 4, !tbaa !4
-  %1873 = insertelement <16 x i32> poison, i32 %1872, i64 0
-  %1874 = shufflevector <16 x i32> %1873, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i728.us.us.i = bitcast <16 x i32> %1874 to <32 x bfloat>
-  %r.i729.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i705.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i728.us.us.i)
-  %1875 = getelementptr i8, ptr %1871, i64 4
-  %1876 = load i32, ptr %1875, align 4, !tbaa !4
-  %1877 = insertelement <16 x i32> poison, i32 %1876, i64 0
-  %1878 = shufflevector <16 x i32> %1877, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i731.us.us.i = bitcast <16 x i32> %1878 to <32 x bfloat>
-  %r.i732.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i708.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i731.us.us.i)
-  %1879 = getelementptr i8, ptr %1871, i64 8
-  %1880 = load i32, ptr %1879, align 4, !tbaa !4
-  %1881 = insertelement <16 x i32> poison, i32 %1880, i64 0
-  %1882 = shufflevector <16 x i32> %1881, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i734.us.us.i = bitcast <16 x i32> %1882 to <32 x bfloat>
-  %r.i735.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i711.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i734.us.us.i)
-  %1883 = getelementptr i8, ptr %1871, i64 12
-  %1884 = load i32, ptr %1883, align 4, !tbaa !4
-  %1885 = insertelement <16 x i32> poison, i32 %1884, i64 0
-  %1886 = shufflevector <16 x i32> %1885, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i737.us.us.i = bitcast <16 x i32> %1886 to <32 x bfloat>
-  %r.i738.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i714.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i737.us.us.i)
-  %1887 = getelementptr i8, ptr %1871, i64 16
-  %1888 = load i32, ptr %1887, align 4, !tbaa !4
-  %1889 = insertelement <16 x i32> poison, i32 %1888, i64 0
-  %1890 = shufflevector <16 x i32> %1889, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i740.us.us.i = bitcast <16 x i32> %1890 to <32 x bfloat>
-  %r.i741.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i717.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i740.us.us.i)
-  %1891 = getelementptr i8, ptr %1871, i64 20
-  %1892 = load i32, ptr %1891, align 4, !tbaa !4
-  %1893 = insertelement <16 x i32> poison, i32 %1892, i64 0
-  %1894 = shufflevector <16 x i32> %1893, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i743.us.us.i = bitcast <16 x i32> %1894 to <32 x bfloat>
-  %r.i744.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i720.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i743.us.us.i)
-  %1895 = getelementptr i8, ptr %1871, i64 24
-  %1896 = load i32, ptr %1895, align 4, !tbaa !4
-  %1897 = insertelement <16 x i32> poison, i32 %1896, i64 0
-  %1898 = shufflevector <16 x i32> %1897, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i746.us.us.i = bitcast <16 x i32> %1898 to <32 x bfloat>
-  %r.i747.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i723.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i746.us.us.i)
-  %1899 = getelementptr i8, ptr %1871, i64 28
-  %1900 = load i32, ptr %1899, align 4, !tbaa !4
-  %1901 = insertelement <16 x i32> poison, i32 %1900, i64 0
-  %1902 = shufflevector <16 x i32> %1901, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i749.us.us.i = bitcast <16 x i32> %1902 to <32 x bfloat>
-  %r.i750.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i726.us.us.i, <32 x bfloat> %1868, <32 x bfloat> %y.i749.us.us.i)
-  %1903 = getelementptr i8, ptr %gep1769.i, i64 512
-  %1904 = load <32 x bfloat>, ptr %1903, align 4, !tbaa !4
-  %1905 = or disjoint i64 %1652, 8
-  %1906 = mul nsw i64 %1905, %k_row
-  %1907 = getelementptr i32, ptr %1607, i64 %1906
-  %1908 = load i32, ptr %1907, align 4, !tbaa !4
-  %1909 = insertelement <16 x i32> poison, i32 %1908, i64 0
-  %1910 = shufflevector <16 x i32> %1909, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i752.us.us.i = bitcast <16 x i32> %1910 to <32 x bfloat>
-  %r.i753.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i729.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i752.us.us.i)
-  %1911 = getelementptr i8, ptr %1907, i64 4
-  %1912 = load i32, ptr %1911, align 4, !tbaa !4
-  %1913 = insertelement <16 x i32> poison, i32 %1912, i64 0
-  %1914 = shufflevector <16 x i32> %1913, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i755.us.us.i = bitcast <16 x i32> %1914 to <32 x bfloat>
-  %r.i756.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i732.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i755.us.us.i)
-  %1915 = getelementptr i8, ptr %1907, i64 8
-  %1916 = load i32, ptr %1915, align 4, !tbaa !4
-  %1917 = insertelement <16 x i32> poison, i32 %1916, i64 0
-  %1918 = shufflevector <16 x i32> %1917, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i758.us.us.i = bitcast <16 x i32> %1918 to <32 x bfloat>
-  %r.i759.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i735.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i758.us.us.i)
-  %1919 = getelementptr i8, ptr %1907, i64 12
-  %1920 = load i32, ptr %1919, align 4, !tbaa !4
-  %1921 = insertelement <16 x i32> poison, i32 %1920, i64 0
-  %1922 = shufflevector <16 x i32> %1921, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i761.us.us.i = bitcast <16 x i32> %1922 to <32 x bfloat>
-  %r.i762.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i738.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i761.us.us.i)
-  %1923 = getelementptr i8, ptr %1907, i64 16
-  %1924 = load i32, ptr %1923, align 4, !tbaa !4
-  %1925 = insertelement <16 x i32> poison, i32 %1924, i64 0
-  %1926 = shufflevector <16 x i32> %1925, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i764.us.us.i = bitcast <16 x i32> %1926 to <32 x bfloat>
-  %r.i765.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i741.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i764.us.us.i)
-  %1927 = getelementptr i8, ptr %1907, i64 20
-  %1928 = load i32, ptr %1927, align 4, !tbaa !4
-  %1929 = insertelement <16 x i32> poison, i32 %1928, i64 0
-  %1930 = shufflevector <16 x i32> %1929, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i767.us.us.i = bitcast <16 x i32> %1930 to <32 x bfloat>
-  %r.i768.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i744.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i767.us.us.i)
-  %1931 = getelementptr i8, ptr %1907, i64 24
-  %1932 = load i32, ptr %1931, align 4, !tbaa !4
-  %1933 = insertelement <16 x i32> poison, i32 %1932, i64 0
-  %1934 = shufflevector <16 x i32> %1933, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i770.us.us.i = bitcast <16 x i32> %1934 to <32 x bfloat>
-  %r.i771.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i747.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i770.us.us.i)
-  %1935 = getelementptr i8, ptr %1907, i64 28
-  %1936 = load i32, ptr %1935, align 4, !tbaa !4
-  %1937 = insertelement <16 x i32> poison, i32 %1936, i64 0
-  %1938 = shufflevector <16 x i32> %1937, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i773.us.us.i = bitcast <16 x i32> %1938 to <32 x bfloat>
-  %r.i774.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i750.us.us.i, <32 x bfloat> %1904, <32 x bfloat> %y.i773.us.us.i)
-  %1939 = getelementptr i8, ptr %gep1769.i, i64 576
-  %1940 = load <32 x bfloat>, ptr %1939, align 4, !tbaa !4
-  %1941 = or disjoint i64 %1652, 9
-  %1942 = mul nsw i64 %1941, %k_row
-  %1943 = getelementptr i32, ptr %1607, i64 %1942
-  %1944 = load i32, ptr %1943, align 4, !tbaa !4
-  %1945 = insertelement <16 x i32> poison, i32 %1944, i64 0
-  %1946 = shufflevector <16 x i32> %1945, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i776.us.us.i = bitcast <16 x i32> %1946 to <32 x bfloat>
-  %r.i777.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i753.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i776.us.us.i)
-  %1947 = getelementptr i8, ptr %1943, i64 4
-  %1948 = load i32, ptr %1947, align 4, !tbaa !4
-  %1949 = insertelement <16 x i32> poison, i32 %1948, i64 0
-  %1950 = shufflevector <16 x i32> %1949, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i779.us.us.i = bitcast <16 x i32> %1950 to <32 x bfloat>
-  %r.i780.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i756.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i779.us.us.i)
-  %1951 = getelementptr i8, ptr %1943, i64 8
-  %1952 = load i32, ptr %1951, align 4, !tbaa !4
-  %1953 = insertelement <16 x i32> poison, i32 %1952, i64 0
-  %1954 = shufflevector <16 x i32> %1953, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i782.us.us.i = bitcast <16 x i32> %1954 to <32 x bfloat>
-  %r.i783.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i759.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i782.us.us.i)
-  %1955 = getelementptr i8, ptr %1943, i64 12
-  %1956 = load i32, ptr %1955, align 4, !tbaa !4
-  %1957 = insertelement <16 x i32> poison, i32 %1956, i64 0
-  %1958 = shufflevector <16 x i32> %1957, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i785.us.us.i = bitcast <16 x i32> %1958 to <32 x bfloat>
-  %r.i786.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i762.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i785.us.us.i)
-  %1959 = getelementptr i8, ptr %1943, i64 16
-  %1960 = load i32, ptr %1959, align 4, !tbaa !4
-  %1961 = insertelement <16 x i32> poison, i32 %1960, i64 0
-  %1962 = shufflevector <16 x i32> %1961, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i788.us.us.i = bitcast <16 x i32> %1962 to <32 x bfloat>
-  %r.i789.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i765.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i788.us.us.i)
-  %1963 = getelementptr i8, ptr %1943, i64 20
-  %1964 = load i32, ptr %1963, align 4, !tbaa !4
-  %1965 = insertelement <16 x i32> poison, i32 %1964, i64 0
-  %1966 = shufflevector <16 x i32> %1965, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i791.us.us.i = bitcast <16 x i32> %1966 to <32 x bfloat>
-  %r.i792.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i768.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i791.us.us.i)
-  %1967 = getelementptr i8, ptr %1943, i64 24
-  %1968 = load i32, ptr %1967, align 4, !tbaa !4
-  %1969 = insertelement <16 x i32> poison, i32 %1968, i64 0
-  %1970 = shufflevector <16 x i32> %1969, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i794.us.us.i = bitcast <16 x i32> %1970 to <32 x bfloat>
-  %r.i795.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i771.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i794.us.us.i)
-  %1971 = getelementptr i8, ptr %1943, i64 28
-  %1972 = load i32, ptr %1971, align 4, !tbaa !4
-  %1973 = insertelement <16 x i32> poison, i32 %1972, i64 0
-  %1974 = shufflevector <16 x i32> %1973, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i797.us.us.i = bitcast <16 x i32> %1974 to <32 x bfloat>
-  %r.i798.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i774.us.us.i, <32 x bfloat> %1940, <32 x bfloat> %y.i797.us.us.i)
-  %1975 = getelementptr i8, ptr %gep1769.i, i64 640
-  %1976 = load <32 x bfloat>, ptr %1975, align 4, !tbaa !4
-  %1977 = or disjoint i64 %1652, 10
-  %1978 = mul nsw i64 %1977, %k_row
-  %1979 = getelementptr i32, ptr %1607, i64 %1978
-  %1980 = load i32, ptr %1979, align 4, !tbaa !4
-  %1981 = insertelement <16 x i32> poison, i32 %1980, i64 0
-  %1982 = shufflevector <16 x i32> %1981, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i800.us.us.i = bitcast <16 x i32> %1982 to <32 x bfloat>
-  %r.i801.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i777.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i800.us.us.i)
-  %1983 = getelementptr i8, ptr %1979, i64 4
-  %1984 = load i32, ptr %1983, align 4, !tbaa !4
-  %1985 = insertelement <16 x i32> poison, i32 %1984, i64 0
-  %1986 = shufflevector <16 x i32> %1985, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i803.us.us.i = bitcast <16 x i32> %1986 to <32 x bfloat>
-  %r.i804.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i780.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i803.us.us.i)
-  %1987 = getelementptr i8, ptr %1979, i64 8
-  %1988 = load i32, ptr %1987, align 4, !tbaa !4
-  %1989 = insertelement <16 x i32> poison, i32 %1988, i64 0
-  %1990 = shufflevector <16 x i32> %1989, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i806.us.us.i = bitcast <16 x i32> %1990 to <32 x bfloat>
-  %r.i807.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i783.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i806.us.us.i)
-  %1991 = getelementptr i8, ptr %1979, i64 12
-  %1992 = load i32, ptr %1991, align 4, !tbaa !4
-  %1993 = insertelement <16 x i32> poison, i32 %1992, i64 0
-  %1994 = shufflevector <16 x i32> %1993, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i809.us.us.i = bitcast <16 x i32> %1994 to <32 x bfloat>
-  %r.i810.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i786.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i809.us.us.i)
-  %1995 = getelementptr i8, ptr %1979, i64 16
-  %1996 = load i32, ptr %1995, align 4, !tbaa !4
-  %1997 = insertelement <16 x i32> poison, i32 %1996, i64 0
-  %1998 = shufflevector <16 x i32> %1997, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i812.us.us.i = bitcast <16 x i32> %1998 to <32 x bfloat>
-  %r.i813.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i789.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i812.us.us.i)
-  %1999 = getelementptr i8, ptr %1979, i64 20
-  %2000 = load i32, ptr %1999, align 4, !tbaa !4
-  %2001 = insertelement <16 x i32> poison, i32 %2000, i64 0
-  %2002 = shufflevector <16 x i32> %2001, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i815.us.us.i = bitcast <16 x i32> %2002 to <32 x bfloat>
-  %r.i816.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i792.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i815.us.us.i)
-  %2003 = getelementptr i8, ptr %1979, i64 24
-  %2004 = load i32, ptr %2003, align 4, !tbaa !4
-  %2005 = insertelement <16 x i32> poison, i32 %2004, i64 0
-  %2006 = shufflevector <16 x i32> %2005, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i818.us.us.i = bitcast <16 x i32> %2006 to <32 x bfloat>
-  %r.i819.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i795.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i818.us.us.i)
-  %2007 = getelementptr i8, ptr %1979, i64 28
-  %2008 = load i32, ptr %2007, align 4, !tbaa !4
-  %2009 = insertelement <16 x i32> poison, i32 %2008, i64 0
-  %2010 = shufflevector <16 x i32> %2009, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i821.us.us.i = bitcast <16 x i32> %2010 to <32 x bfloat>
-  %r.i822.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i798.us.us.i, <32 x bfloat> %1976, <32 x bfloat> %y.i821.us.us.i)
-  %2011 = getelementptr i8, ptr %gep1769.i, i64 704
-  %2012 = load <32 x bfloat>, ptr %2011, align 4, !tbaa !4
-  %2013 = or disjoint i64 %1652, 11
-  %2014 = mul nsw i64 %2013, %k_row
-  %2015 = getelementptr i32, ptr %1607, i64 %2014
-  %2016 = load i32, ptr %2015, align 4, !tbaa !4
-  %2017 = insertelement <16 x i32> poison, i32 %2016, i64 0
-  %2018 = shufflevector <16 x i32> %2017, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i824.us.us.i = bitcast <16 x i32> %2018 to <32 x bfloat>
-  %r.i825.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i801.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i824.us.us.i)
-  %2019 = getelementptr i8, ptr %2015, i64 4
-  %2020 = load i32, ptr %2019, align 4, !tbaa !4
-  %2021 = insertelement <16 x i32> poison, i32 %2020, i64 0
-  %2022 = shufflevector <16 x i32> %2021, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i827.us.us.i = bitcast <16 x i32> %2022 to <32 x bfloat>
-  %r.i828.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i804.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i827.us.us.i)
-  %2023 = getelementptr i8, ptr %2015, i64 8
-  %2024 = load i32, ptr %2023, align 4, !tbaa !4
-  %2025 = insertelement <16 x i32> poison, i32 %2024, i64 0
-  %2026 = shufflevector <16 x i32> %2025, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i830.us.us.i = bitcast <16 x i32> %2026 to <32 x bfloat>
-  %r.i831.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i807.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i830.us.us.i)
-  %2027 = getelementptr i8, ptr %2015, i64 12
-  %2028 = load i32, ptr %2027, align 4, !tbaa !4
-  %2029 = insertelement <16 x i32> poison, i32 %2028, i64 0
-  %2030 = shufflevector <16 x i32> %2029, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i833.us.us.i = bitcast <16 x i32> %2030 to <32 x bfloat>
-  %r.i834.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i810.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i833.us.us.i)
-  %2031 = getelementptr i8, ptr %2015, i64 16
-  %2032 = load i32, ptr %2031, align 4, !tbaa !4
-  %2033 = insertelement <16 x i32> poison, i32 %2032, i64 0
-  %2034 = shufflevector <16 x i32> %2033, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i836.us.us.i = bitcast <16 x i32> %2034 to <32 x bfloat>
-  %r.i837.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i813.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i836.us.us.i)
-  %2035 = getelementptr i8, ptr %2015, i64 20
-  %2036 = load i32, ptr %2035, align 4, !tbaa !4
-  %2037 = insertelement <16 x i32> poison, i32 %2036, i64 0
-  %2038 = shufflevector <16 x i32> %2037, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i839.us.us.i = bitcast <16 x i32> %2038 to <32 x bfloat>
-  %r.i840.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i816.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i839.us.us.i)
-  %2039 = getelementptr i8, ptr %2015, i64 24
-  %2040 = load i32, ptr %2039, align 4, !tbaa !4
-  %2041 = insertelement <16 x i32> poison, i32 %2040, i64 0
-  %2042 = shufflevector <16 x i32> %2041, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i842.us.us.i = bitcast <16 x i32> %2042 to <32 x bfloat>
-  %r.i843.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i819.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i842.us.us.i)
-  %2043 = getelementptr i8, ptr %2015, i64 28
-  %2044 = load i32, ptr %2043, align 4, !tbaa !4
-  %2045 = insertelement <16 x i32> poison, i32 %2044, i64 0
-  %2046 = shufflevector <16 x i32> %2045, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i845.us.us.i = bitcast <16 x i32> %2046 to <32 x bfloat>
-  %r.i846.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i822.us.us.i, <32 x bfloat> %2012, <32 x bfloat> %y.i845.us.us.i)
-  %2047 = getelementptr i8, ptr %gep1769.i, i64 768
-  %2048 = load <32 x bfloat>, ptr %2047, align 4, !tbaa !4
-  %2049 = or disjoint i64 %1652, 12
-  %2050 = mul nsw i64 %2049, %k_row
-  %2051 = getelementptr i32, ptr %1607, i64 %2050
-  %2052 = load i32, ptr %2051, align 4, !tbaa !4
-  %2053 = insertelement <16 x i32> poison, i32 %2052, i64 0
-  %2054 = shufflevector <16 x i32> %2053, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i848.us.us.i = bitcast <16 x i32> %2054 to <32 x bfloat>
-  %r.i849.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i825.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i848.us.us.i)
-  %2055 = getelementptr i8, ptr %2051, i64 4
-  %2056 = load i32, ptr %2055, align 4, !tbaa !4
-  %2057 = insertelement <16 x i32> poison, i32 %2056, i64 0
-  %2058 = shufflevector <16 x i32> %2057, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i851.us.us.i = bitcast <16 x i32> %2058 to <32 x bfloat>
-  %r.i852.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i828.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i851.us.us.i)
-  %2059 = getelementptr i8, ptr %2051, i64 8
-  %2060 = load i32, ptr %2059, align 4, !tbaa !4
-  %2061 = insertelement <16 x i32> poison, i32 %2060, i64 0
-  %2062 = shufflevector <16 x i32> %2061, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i854.us.us.i = bitcast <16 x i32> %2062 to <32 x bfloat>
-  %r.i855.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i831.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i854.us.us.i)
-  %2063 = getelementptr i8, ptr %2051, i64 12
-  %2064 = load i32, ptr %2063, align 4, !tbaa !4
-  %2065 = insertelement <16 x i32> poison, i32 %2064, i64 0
-  %2066 = shufflevector <16 x i32> %2065, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i857.us.us.i = bitcast <16 x i32> %2066 to <32 x bfloat>
-  %r.i858.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i834.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i857.us.us.i)
-  %2067 = getelementptr i8, ptr %2051, i64 16
-  %2068 = load i32, ptr %2067, align 4, !tbaa !4
-  %2069 = insertelement <16 x i32> poison, i32 %2068, i64 0
-  %2070 = shufflevector <16 x i32> %2069, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i860.us.us.i = bitcast <16 x i32> %2070 to <32 x bfloat>
-  %r.i861.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i837.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i860.us.us.i)
-  %2071 = getelementptr i8, ptr %2051, i64 20
-  %2072 = load i32, ptr %2071, align 4, !tbaa !4
-  %2073 = insertelement <16 x i32> poison, i32 %2072, i64 0
-  %2074 = shufflevector <16 x i32> %2073, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i863.us.us.i = bitcast <16 x i32> %2074 to <32 x bfloat>
-  %r.i864.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i840.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i863.us.us.i)
-  %2075 = getelementptr i8, ptr %2051, i64 24
-  %2076 = load i32, ptr %2075, align 4, !tbaa !4
-  %2077 = insertelement <16 x i32> poison, i32 %2076, i64 0
-  %2078 = shufflevector <16 x i32> %2077, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i866.us.us.i = bitcast <16 x i32> %2078 to <32 x bfloat>
-  %r.i867.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i843.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i866.us.us.i)
-  %2079 = getelementptr i8, ptr %2051, i64 28
-  %2080 = load i32, ptr %2079, align 4, !tbaa !4
-  %2081 = insertelement <16 x i32> poison, i32 %2080, i64 0
-  %2082 = shufflevector <16 x i32> %2081, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i869.us.us.i = bitcast <16 x i32> %2082 to <32 x bfloat>
-  %r.i870.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i846.us.us.i, <32 x bfloat> %2048, <32 x bfloat> %y.i869.us.us.i)
-  %2083 = getelementptr i8, ptr %gep1769.i, i64 832
-  %2084 = load <32 x bfloat>, ptr %2083, align 4, !tbaa !4
-  %2085 = or disjoint i64 %1652, 13
-  %2086 = mul nsw i64 %2085, %k_row
-  %2087 = getelementptr i32, ptr %1607, i64 %2086
-  %2088 = load i32, ptr %2087, align 4, !tbaa !4
-  %2089 = insertelement <16 x i32> poison, i32 %2088, i64 0
-  %2090 = shufflevector <16 x i32> %2089, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i872.us.us.i = bitcast <16 x i32> %2090 to <32 x bfloat>
-  %r.i873.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i849.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i872.us.us.i)
-  %2091 = getelementptr i8, ptr %2087, i64 4
-  %2092 = load i32, ptr %2091, align 4, !tbaa !4
-  %2093 = insertelement <16 x i32> poison, i32 %2092, i64 0
-  %2094 = shufflevector <16 x i32> %2093, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i875.us.us.i = bitcast <16 x i32> %2094 to <32 x bfloat>
-  %r.i876.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i852.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i875.us.us.i)
-  %2095 = getelementptr i8, ptr %2087, i64 8
-  %2096 = load i32, ptr %2095, align 4, !tbaa !4
-  %2097 = insertelement <16 x i32> poison, i32 %2096, i64 0
-  %2098 = shufflevector <16 x i32> %2097, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i878.us.us.i = bitcast <16 x i32> %2098 to <32 x bfloat>
-  %r.i879.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i855.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i878.us.us.i)
-  %2099 = getelementptr i8, ptr %2087, i64 12
-  %2100 = load i32, ptr %2099, align 4, !tbaa !4
-  %2101 = insertelement <16 x i32> poison, i32 %2100, i64 0
-  %2102 = shufflevector <16 x i32> %2101, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i881.us.us.i = bitcast <16 x i32> %2102 to <32 x bfloat>
-  %r.i882.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i858.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i881.us.us.i)
-  %2103 = getelementptr i8, ptr %2087, i64 16
-  %2104 = load i32, ptr %2103, align 4, !tbaa !4
-  %2105 = insertelement <16 x i32> poison, i32 %2104, i64 0
-  %2106 = shufflevector <16 x i32> %2105, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i884.us.us.i = bitcast <16 x i32> %2106 to <32 x bfloat>
-  %r.i885.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i861.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i884.us.us.i)
-  %2107 = getelementptr i8, ptr %2087, i64 20
-  %2108 = load i32, ptr %2107, align 4, !tbaa !4
-  %2109 = insertelement <16 x i32> poison, i32 %2108, i64 0
-  %2110 = shufflevector <16 x i32> %2109, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i887.us.us.i = bitcast <16 x i32> %2110 to <32 x bfloat>
-  %r.i888.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i864.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i887.us.us.i)
-  %2111 = getelementptr i8, ptr %2087, i64 24
-  %2112 = load i32, ptr %2111, align 4, !tbaa !4
-  %2113 = insertelement <16 x i32> poison, i32 %2112, i64 0
-  %2114 = shufflevector <16 x i32> %2113, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i890.us.us.i = bitcast <16 x i32> %2114 to <32 x bfloat>
-  %r.i891.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i867.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i890.us.us.i)
-  %2115 = getelementptr i8, ptr %2087, i64 28
-  %2116 = load i32, ptr %2115, align 4, !tbaa !4
-  %2117 = insertelement <16 x i32> poison, i32 %2116, i64 0
-  %2118 = shufflevector <16 x i32> %2117, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i893.us.us.i = bitcast <16 x i32> %2118 to <32 x bfloat>
-  %r.i894.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i870.us.us.i, <32 x bfloat> %2084, <32 x bfloat> %y.i893.us.us.i)
-  %2119 = getelementptr i8, ptr %gep1769.i, i64 896
-  %2120 = load <32 x bfloat>, ptr %2119, align 4, !tbaa !4
-  %2121 = or disjoint i64 %1652, 14
-  %2122 = mul nsw i64 %2121, %k_row
-  %2123 = getelementptr i32, ptr %1607, i64 %2122
-  %2124 = load i32, ptr %2123, align 4, !tbaa !4
-  %2125 = insertelement <16 x i32> poison, i32 %2124, i64 0
-  %2126 = shufflevector <16 x i32> %2125, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i896.us.us.i = bitcast <16 x i32> %2126 to <32 x bfloat>
-  %r.i897.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i873.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i896.us.us.i)
-  %2127 = getelementptr i8, ptr %2123, i64 4
-  %2128 = load i32, ptr %2127, align 4, !tbaa !4
-  %2129 = insertelement <16 x i32> poison, i32 %2128, i64 0
-  %2130 = shufflevector <16 x i32> %2129, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i899.us.us.i = bitcast <16 x i32> %2130 to <32 x bfloat>
-  %r.i900.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i876.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i899.us.us.i)
-  %2131 = getelementptr i8, ptr %2123, i64 8
-  %2132 = load i32, ptr %2131, align 4, !tbaa !4
-  %2133 = insertelement <16 x i32> poison, i32 %2132, i64 0
-  %2134 = shufflevector <16 x i32> %2133, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i902.us.us.i = bitcast <16 x i32> %2134 to <32 x bfloat>
-  %r.i903.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i879.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i902.us.us.i)
-  %2135 = getelementptr i8, ptr %2123, i64 12
-  %2136 = load i32, ptr %2135, align 4, !tbaa !4
-  %2137 = insertelement <16 x i32> poison, i32 %2136, i64 0
-  %2138 = shufflevector <16 x i32> %2137, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i905.us.us.i = bitcast <16 x i32> %2138 to <32 x bfloat>
-  %r.i906.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i882.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i905.us.us.i)
-  %2139 = getelementptr i8, ptr %2123, i64 16
-  %2140 = load i32, ptr %2139, align 4, !tbaa !4
-  %2141 = insertelement <16 x i32> poison, i32 %2140, i64 0
-  %2142 = shufflevector <16 x i32> %2141, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i908.us.us.i = bitcast <16 x i32> %2142 to <32 x bfloat>
-  %r.i909.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i885.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i908.us.us.i)
-  %2143 = getelementptr i8, ptr %2123, i64 20
-  %2144 = load i32, ptr %2143, align 4, !tbaa !4
-  %2145 = insertelement <16 x i32> poison, i32 %2144, i64 0
-  %2146 = shufflevector <16 x i32> %2145, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i911.us.us.i = bitcast <16 x i32> %2146 to <32 x bfloat>
-  %r.i912.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i888.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i911.us.us.i)
-  %2147 = getelementptr i8, ptr %2123, i64 24
-  %2148 = load i32, ptr %2147, align 4, !tbaa !4
-  %2149 = insertelement <16 x i32> poison, i32 %2148, i64 0
-  %2150 = shufflevector <16 x i32> %2149, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i914.us.us.i = bitcast <16 x i32> %2150 to <32 x bfloat>
-  %r.i915.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i891.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i914.us.us.i)
-  %2151 = getelementptr i8, ptr %2123, i64 28
-  %2152 = load i32, ptr %2151, align 4, !tbaa !4
-  %2153 = insertelement <16 x i32> poison, i32 %2152, i64 0
-  %2154 = shufflevector <16 x i32> %2153, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i917.us.us.i = bitcast <16 x i32> %2154 to <32 x bfloat>
-  %r.i918.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i894.us.us.i, <32 x bfloat> %2120, <32 x bfloat> %y.i917.us.us.i)
-  %2155 = getelementptr i8, ptr %gep1769.i, i64 960
-  %2156 = load <32 x bfloat>, ptr %2155, align 4, !tbaa !4
-  %2157 = or disjoint i64 %1652, 15
-  %2158 = mul nsw i64 %2157, %k_row
-  %2159 = getelementptr i32, ptr %1607, i64 %2158
-  %2160 = load i32, ptr %2159, align 4, !tbaa !4
-  %2161 = insertelement <16 x i32> poison, i32 %2160, i64 0
-  %2162 = shufflevector <16 x i32> %2161, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i920.us.us.i = bitcast <16 x i32> %2162 to <32 x bfloat>
-  %r.i921.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i897.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i920.us.us.i)
-  %2163 = getelementptr i8, ptr %2159, i64 4
-  %2164 = load i32, ptr %2163, align 4, !tbaa !4
-  %2165 = insertelement <16 x i32> poison, i32 %2164, i64 0
-  %2166 = shufflevector <16 x i32> %2165, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i923.us.us.i = bitcast <16 x i32> %2166 to <32 x bfloat>
-  %r.i924.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i900.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i923.us.us.i)
-  %2167 = getelementptr i8, ptr %2159, i64 8
-  %2168 = load i32, ptr %2167, align 4, !tbaa !4
-  %2169 = insertelement <16 x i32> poison, i32 %2168, i64 0
-  %2170 = shufflevector <16 x i32> %2169, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i926.us.us.i = bitcast <16 x i32> %2170 to <32 x bfloat>
-  %r.i927.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i903.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i926.us.us.i)
-  %2171 = getelementptr i8, ptr %2159, i64 12
-  %2172 = load i32, ptr %2171, align 4, !tbaa !4
-  %2173 = insertelement <16 x i32> poison, i32 %2172, i64 0
-  %2174 = shufflevector <16 x i32> %2173, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i929.us.us.i = bitcast <16 x i32> %2174 to <32 x bfloat>
-  %r.i930.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i906.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i929.us.us.i)
-  %2175 = getelementptr i8, ptr %2159, i64 16
-  %2176 = load i32, ptr %2175, align 4, !tbaa !4
-  %2177 = insertelement <16 x i32> poison, i32 %2176, i64 0
-  %2178 = shufflevector <16 x i32> %2177, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i932.us.us.i = bitcast <16 x i32> %2178 to <32 x bfloat>
-  %r.i933.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i909.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i932.us.us.i)
-  %2179 = getelementptr i8, ptr %2159, i64 20
-  %2180 = load i32, ptr %2179, align 4, !tbaa !4
-  %2181 = insertelement <16 x i32> poison, i32 %2180, i64 0
-  %2182 = shufflevector <16 x i32> %2181, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i935.us.us.i = bitcast <16 x i32> %2182 to <32 x bfloat>
-  %r.i936.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i912.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i935.us.us.i)
-  %2183 = getelementptr i8, ptr %2159, i64 24
-  %2184 = load i32, ptr %2183, align 4, !tbaa !4
-  %2185 = insertelement <16 x i32> poison, i32 %2184, i64 0
-  %2186 = shufflevector <16 x i32> %2185, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i938.us.us.i = bitcast <16 x i32> %2186 to <32 x bfloat>
-  %r.i939.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i915.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i938.us.us.i)
-  %2187 = getelementptr i8, ptr %2159, i64 28
-  %2188 = load i32, ptr %2187, align 4, !tbaa !4
-  %2189 = insertelement <16 x i32> poison, i32 %2188, i64 0
-  %2190 = shufflevector <16 x i32> %2189, <16 x i32> poison, <16 x i32> zeroinitializer
-  %y.i941.us.us.i = bitcast <16 x i32> %2190 to <32 x bfloat>
-  %r.i942.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i918.us.us.i, <32 x bfloat> %2156, <32 x bfloat> %y.i941.us.us.i)
-  %indvars.iv.next1517.i = add nuw nsw i64 %indvars.iv1516.i, 1
-  %exitcond1519.not.i = icmp eq i64 %indvars.iv.next1517.i, 4
-  br i1 %exitcond1519.not.i, label %for_end_d_0.us.us.i, label %for_body_d_0.us.us.i, !prof !30
-
-for_begin_line.preheader.us.us.i:                 ; preds = %for_body_to.us.us.i
-  %2191 = shl i64 %indvars.iv1520.i, 5
-  %2192 = and i64 %2191, 32
-  %2193 = shl nuw nsw i64 %indvars.iv1520.i, 3
-  %2194 = trunc nuw nsw i64 %2193 to i32
-  %2195 = and i32 %2194, 2147483632
-  %2196 = add nuw nsw i32 %2195, %1013
-  %2197 = zext nneg i32 %2196 to i64
-  %2198 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2197
-  %2199 = load i64, ptr %2198, align 8, !tbaa !4
-  %gep1214.us.us.i = getelementptr i32, ptr %invariant.gep1213.us.i, i64 %2199
-  %2200 = mul nsw i64 %2192, %k_row
-  %2201 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2200
-  tail call void @llvm.prefetch.p0(ptr readonly %2201, i32 0, i32 2, i32 1)
-  %2202 = or disjoint i64 %2192, 1
-  %2203 = mul nsw i64 %2202, %k_row
-  %2204 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2203
-  tail call void @llvm.prefetch.p0(ptr readonly %2204, i32 0, i32 2, i32 1)
-  %2205 = or disjoint i64 %2192, 2
-  %2206 = mul nsw i64 %2205, %k_row
-  %2207 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2206
-  tail call void @llvm.prefetch.p0(ptr readonly %2207, i32 0, i32 2, i32 1)
-  %2208 = or disjoint i64 %2192, 3
-  %2209 = mul nsw i64 %2208, %k_row
-  %2210 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2209
-  tail call void @llvm.prefetch.p0(ptr readonly %2210, i32 0, i32 2, i32 1)
-  %2211 = or disjoint i64 %2192, 4
-  %2212 = mul nsw i64 %2211, %k_row
-  %2213 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2212
-  tail call void @llvm.prefetch.p0(ptr readonly %2213, i32 0, i32 2, i32 1)
-  %2214 = or disjoint i64 %2192, 5
-  %2215 = mul nsw i64 %2214, %k_row
-  %2216 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2215
-  tail call void @llvm.prefetch.p0(ptr readonly %2216, i32 0, i32 2, i32 1)
-  %2217 = or disjoint i64 %2192, 6
-  %2218 = mul nsw i64 %2217, %k_row
-  %2219 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2218
-  tail call void @llvm.prefetch.p0(ptr readonly %2219, i32 0, i32 2, i32 1)
-  %2220 = or disjoint i64 %2192, 7
-  %2221 = mul nsw i64 %2220, %k_row
-  %2222 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2221
-  tail call void @llvm.prefetch.p0(ptr readonly %2222, i32 0, i32 2, i32 1)
-  %2223 = or disjoint i64 %2192, 8
-  %2224 = mul nsw i64 %2223, %k_row
-  %2225 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2224
-  tail call void @llvm.prefetch.p0(ptr readonly %2225, i32 0, i32 2, i32 1)
-  %2226 = or disjoint i64 %2192, 9
-  %2227 = mul nsw i64 %2226, %k_row
-  %2228 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2227
-  tail call void @llvm.prefetch.p0(ptr readonly %2228, i32 0, i32 2, i32 1)
-  %2229 = or disjoint i64 %2192, 10
-  %2230 = mul nsw i64 %2229, %k_row
-  %2231 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2230
-  tail call void @llvm.prefetch.p0(ptr readonly %2231, i32 0, i32 2, i32 1)
-  %2232 = or disjoint i64 %2192, 11
-  %2233 = mul nsw i64 %2232, %k_row
-  %2234 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2233
-  tail call void @llvm.prefetch.p0(ptr readonly %2234, i32 0, i32 2, i32 1)
-  %2235 = or disjoint i64 %2192, 12
-  %2236 = mul nsw i64 %2235, %k_row
-  %2237 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2236
-  tail call void @llvm.prefetch.p0(ptr readonly %2237, i32 0, i32 2, i32 1)
-  %2238 = or disjoint i64 %2192, 13
-  %2239 = mul nsw i64 %2238, %k_row
-  %2240 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2239
-  tail call void @llvm.prefetch.p0(ptr readonly %2240, i32 0, i32 2, i32 1)
-  %2241 = or disjoint i64 %2192, 14
-  %2242 = mul nsw i64 %2241, %k_row
-  %2243 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2242
-  tail call void @llvm.prefetch.p0(ptr readonly %2243, i32 0, i32 2, i32 1)
-  %2244 = or disjoint i64 %2192, 15
-  %2245 = mul nsw i64 %2244, %k_row
-  %2246 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2245
-  tail call void @llvm.prefetch.p0(ptr readonly %2246, i32 0, i32 2, i32 1)
-  %2247 = or disjoint i64 %2192, 16
-  %2248 = mul nsw i64 %2247, %k_row
-  %2249 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2248
-  tail call void @llvm.prefetch.p0(ptr readonly %2249, i32 0, i32 2, i32 1)
-  %2250 = or disjoint i64 %2192, 17
-  %2251 = mul nsw i64 %2250, %k_row
-  %2252 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2251
-  tail call void @llvm.prefetch.p0(ptr readonly %2252, i32 0, i32 2, i32 1)
-  %2253 = or disjoint i64 %2192, 18
-  %2254 = mul nsw i64 %2253, %k_row
-  %2255 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2254
-  tail call void @llvm.prefetch.p0(ptr readonly %2255, i32 0, i32 2, i32 1)
-  %2256 = or disjoint i64 %2192, 19
-  %2257 = mul nsw i64 %2256, %k_row
-  %2258 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2257
-  tail call void @llvm.prefetch.p0(ptr readonly %2258, i32 0, i32 2, i32 1)
-  %2259 = or disjoint i64 %2192, 20
-  %2260 = mul nsw i64 %2259, %k_row
-  %2261 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2260
-  tail call void @llvm.prefetch.p0(ptr readonly %2261, i32 0, i32 2, i32 1)
-  %2262 = or disjoint i64 %2192, 21
-  %2263 = mul nsw i64 %2262, %k_row
-  %2264 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2263
-  tail call void @llvm.prefetch.p0(ptr readonly %2264, i32 0, i32 2, i32 1)
-  %2265 = or disjoint i64 %2192, 22
-  %2266 = mul nsw i64 %2265, %k_row
-  %2267 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2266
-  tail call void @llvm.prefetch.p0(ptr readonly %2267, i32 0, i32 2, i32 1)
-  %2268 = or disjoint i64 %2192, 23
-  %2269 = mul nsw i64 %2268, %k_row
-  %2270 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2269
-  tail call void @llvm.prefetch.p0(ptr readonly %2270, i32 0, i32 2, i32 1)
-  %2271 = or disjoint i64 %2192, 24
-  %2272 = mul nsw i64 %2271, %k_row
-  %2273 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2272
-  tail call void @llvm.prefetch.p0(ptr readonly %2273, i32 0, i32 2, i32 1)
-  %2274 = or disjoint i64 %2192, 25
-  %2275 = mul nsw i64 %2274, %k_row
-  %2276 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2275
-  tail call void @llvm.prefetch.p0(ptr readonly %2276, i32 0, i32 2, i32 1)
-  %2277 = or disjoint i64 %2192, 26
-  %2278 = mul nsw i64 %2277, %k_row
-  %2279 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2278
-  tail call void @llvm.prefetch.p0(ptr readonly %2279, i32 0, i32 2, i32 1)
-  %2280 = or disjoint i64 %2192, 27
-  %2281 = mul nsw i64 %2280, %k_row
-  %2282 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2281
-  tail call void @llvm.prefetch.p0(ptr readonly %2282, i32 0, i32 2, i32 1)
-  %2283 = or disjoint i64 %2192, 28
-  %2284 = mul nsw i64 %2283, %k_row
-  %2285 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2284
-  tail call void @llvm.prefetch.p0(ptr readonly %2285, i32 0, i32 2, i32 1)
-  %2286 = or disjoint i64 %2192, 29
-  %2287 = mul nsw i64 %2286, %k_row
-  %2288 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2287
-  tail call void @llvm.prefetch.p0(ptr readonly %2288, i32 0, i32 2, i32 1)
-  %2289 = or disjoint i64 %2192, 30
-  %2290 = mul nsw i64 %2289, %k_row
-  %2291 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2290
-  tail call void @llvm.prefetch.p0(ptr readonly %2291, i32 0, i32 2, i32 1)
-  %2292 = or disjoint i64 %2192, 31
-  %2293 = mul nsw i64 %2292, %k_row
-  %2294 = getelementptr i32, ptr %gep1214.us.us.i, i64 %2293
-  tail call void @llvm.prefetch.p0(ptr readonly %2294, i32 0, i32 2, i32 1)
-  br label %if_end159.us.us.i
-
-for_body_r168.lr.ph.us.i:                         ; preds = %if_then165.us.i
-  %2295 = icmp sgt i32 %valid_len157.us.i, %992
-  %2296 = zext nneg i32 %1042 to i64
-  %2297 = shl nuw nsw i64 %2296, 2
-  br i1 %2295, label %for_body_r168.us.us.preheader.i, label %if_end166.us.i, !prof !3
-
-for_body_r168.us.us.preheader.i:                  ; preds = %for_body_r168.lr.ph.us.i
-  %2298 = add i32 %indvars.iv114, %1031
-  %smin116 = tail call i32 @llvm.smin.i32(i32 %indvars.iv112, i32 %2298)
-  %smin117 = tail call i32 @llvm.smin.i32(i32 %smin116, i32 128)
-  %2299 = sub i32 %smin117, %smax118
-  %2300 = zext i32 %2299 to i64
-  %2301 = add i32 %937, %1031
-  %smin217 = tail call i32 @llvm.smin.i32(i32 %935, i32 %2301)
-  %smin218 = tail call i32 @llvm.smin.i32(i32 %smin217, i32 128)
-  %2302 = sub i32 %smin218, %smax
-  %2303 = zext i32 %2302 to i64
-  %2304 = add nsw i64 %2303, -1
-  %smin236 = tail call i32 @llvm.smin.i32(i32 %929, i32 %2298)
-  %smin237 = tail call i32 @llvm.smin.i32(i32 %smin236, i32 128)
-  %2305 = sub i32 %smin237, %smax232
-  %2306 = zext i32 %2305 to i64
-  %scevgep238 = getelementptr i8, ptr %scevgep231, i64 %2306
-  %scevgep240 = getelementptr i8, ptr %scaled.us.i, i64 %932
-  %scevgep241 = getelementptr i8, ptr %scaled.us.i, i64 -60
-  %scevgep242 = getelementptr i8, ptr %scevgep241, i64 %932
-  %2307 = shl nuw nsw i64 %2306, 6
-  %smin252 = tail call i32 @llvm.smin.i32(i32 %922, i32 %2298)
-  %smin253 = tail call i32 @llvm.smin.i32(i32 %smin252, i32 128)
-  %2308 = sub i32 %smin253, %smax248
-  %2309 = zext i32 %2308 to i64
-  %min.iters.check255 = icmp ult i32 %2308, 24
-  %2310 = trunc i64 %2304 to i32
-  %mul.result = shl i32 %2310, 4
-  %2311 = icmp ugt i64 %2304, 268435455
-  %mul.result223 = shl nsw i64 %2304, 6
-  %smax243 = tail call i32 @llvm.smax.i32(i32 %1045, i32 1)
-  %2312 = add nsw i32 %smax243, -1
-  %2313 = zext nneg i32 %2312 to i64
-  %2314 = shl nuw nsw i64 %2313, 2
-  %2315 = getelementptr i8, ptr %scevgep242, i64 %2307
-  %scevgep244 = getelementptr i8, ptr %2315, i64 %2314
-  %n.vec258 = and i64 %2309, 4294967288
-  %cmp.n = icmp eq i64 %n.vec258, %2309
-  %xtraiter = and i64 %2309, 3
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br label %for_body_r168.us.us.i
-
-for_body_r168.us.us.i:                            ; preds = %for_begin_c.for_end_c_crit_edge.us.us.i, %for_body_r168.us.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r168.us.us.preheader.i ]
-  %r1711218.us.us.i = phi i32 [ %2380, %for_begin_c.for_end_c_crit_edge.us.us.i ], [ 0, %for_body_r168.us.us.preheader.i ]
-  %2316 = lshr i32 %r1711218.us.us.i, 2
-  %2317 = zext nneg i32 %2316 to i64
-  %2318 = add nuw nsw i64 %2297, %2317
-  %2319 = mul nsw i64 %2318, %623
-  %2320 = getelementptr i8, ptr %998, i64 %2319
-  br i1 %min.iters.check255, label %for_body_c.us.us.i.preheader, label %vector.scevcheck, !prof !11
-
-vector.scevcheck:                                 ; preds = %for_body_r168.us.us.i
-  %2321 = add i64 %indvar, %941
-  %2322 = shl i64 %2321, 2
-  %scevgep221 = getelementptr i8, ptr %scaled.us.i, i64 %2322
-  %2323 = add i32 %940, %r1711218.us.us.i
-  %2324 = add i32 %2323, %mul.result
-  %2325 = icmp slt i32 %2324, %2323
-  %2326 = or i1 %2325, %2311
-  %2327 = getelementptr i8, ptr %scevgep221, i64 %mul.result223
-  %2328 = icmp ult ptr %2327, %scevgep221
-  %2329 = or i1 %2328, %2326
-  br i1 %2329, label %for_body_c.us.us.i.preheader, label %vector.memcheck225, !prof !11
-
-vector.memcheck225:                               ; preds = %vector.scevcheck
-  %scevgep230 = getelementptr i8, ptr %scevgep229, i64 %2319
-  %scevgep239 = getelementptr i8, ptr %scevgep238, i64 %2319
-  %bound0245 = icmp ult ptr %scevgep230, %scevgep244
-  %bound1246 = icmp ult ptr %scevgep240, %scevgep239
-  %found.conflict247 = and i1 %bound0245, %bound1246
-  br i1 %found.conflict247, label %for_body_c.us.us.i.preheader, label %vector.ph256, !prof !11
-
-vector.ph256:                                     ; preds = %vector.memcheck225
-  %broadcast.splatinsert259 = insertelement <8 x i32> poison, i32 %r1711218.us.us.i, i64 0
-  %broadcast.splat260 = shufflevector <8 x i32> %broadcast.splatinsert259, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body263
-
-vector.body263:                                   ; preds = %vector.body263, %vector.ph256
-  %index264 = phi i64 [ 0, %vector.ph256 ], [ %index.next265, %vector.body263 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph256 ], [ %vec.ind.next, %vector.body263 ]
-  %2330 = getelementptr i8, ptr %2320, i64 %index264
-  %wide.load = load <8 x i8>, ptr %2330, align 1, !tbaa !4, !alias.scope !55, !noalias !58
-  %2331 = icmp ne <8 x i8> %wide.load, zeroinitializer
-  %2332 = add <8 x i32> %broadcast.splat262, %vec.ind
-  %2333 = shl <8 x i32> %2332, splat (i32 4)
-  %2334 = add nsw <8 x i32> %2333, %broadcast.splat260
-  %2335 = sext <8 x i32> %2334 to <8 x i64>
-  %2336 = getelementptr inbounds float, ptr %scaled.us.i, <8 x i64> %2335
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2336, <8 x i1> %2331, <8 x float> poison), !tbaa !4, !alias.scope !58
-  %predphi = select <8 x i1> %2331, <8 x float> %wide.masked.gather, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2336, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !58
-  %index.next265 = add nuw i64 %index264, 8
-  %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2337 = icmp eq i64 %index.next265, %n.vec258
-  br i1 %2337, label %middle.block266, label %vector.body263, !prof !60, !llvm.loop !61
-
-middle.block266:                                  ; preds = %vector.body263
-  br i1 %cmp.n, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i.preheader, !prof !63
-
-for_body_c.us.us.i.preheader:                     ; preds = %middle.block266, %vector.memcheck225, %vector.scevcheck, %for_body_r168.us.us.i
-  %indvars.iv1534.i.ph = phi i64 [ 0, %vector.memcheck225 ], [ 0, %vector.scevcheck ], [ 0, %for_body_r168.us.us.i ], [ %n.vec258, %middle.block266 ]
-  br i1 %lcmp.mod.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !3
-
-for_body_c.us.us.i.prol:                          ; preds = %if_end174.us.us.i.prol, %for_body_c.us.us.i.preheader
-  %indvars.iv1534.i.prol = phi i64 [ %indvars.iv.next1535.i.prol, %if_end174.us.us.i.prol ], [ %indvars.iv1534.i.ph, %for_body_c.us.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end174.us.us.i.prol ], [ 0, %for_body_c.us.us.i.preheader ]
-  %2338 = getelementptr i8, ptr %2320, i64 %indvars.iv1534.i.prol
-  %2339 = load i8, ptr %2338, align 1, !tbaa !4
-  %2340 = icmp eq i8 %2339, 0
-  %2341 = trunc i64 %indvars.iv1534.i.prol to i32
-  %.pre1697.i.prol = add i32 %992, %2341
-  %.pre1699.i.prol = shl i32 %.pre1697.i.prol, 4
-  %.pre1701.i.prol = add nsw i32 %.pre1699.i.prol, %r1711218.us.us.i
-  %.pre1703.i.prol = sext i32 %.pre1701.i.prol to i64
-  br i1 %2340, label %if_end174.us.us.i.prol, label %if_else173.us.us.i.prol
-
-if_else173.us.us.i.prol:                          ; preds = %for_body_c.us.us.i.prol
-  %2342 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.prol
-  %2343 = load float, ptr %2342, align 4, !tbaa !4
-  br label %if_end174.us.us.i.prol
-
-if_end174.us.us.i.prol:                           ; preds = %if_else173.us.us.i.prol, %for_body_c.us.us.i.prol
-  %2344 = phi float [ %2343, %if_else173.us.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.us.i.prol ]
-  %2345 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.prol
-  store float %2344, ptr %2345, align 4, !tbaa !4
-  %indvars.iv.next1535.i.prol = add nuw nsw i64 %indvars.iv1534.i.prol, 1
-  %prol.iter.next = add i64 %prol.iter, 1
-  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
-  br i1 %prol.iter.cmp.not, label %for_body_c.us.us.i.prol.loopexit, label %for_body_c.us.us.i.prol, !prof !64, !llvm.loop !65
-
-for_body_c.us.us.i.prol.loopexit:                 ; preds = %if_end174.us.us.i.prol, %for_body_c.us.us.i.preheader
-  %indvars.iv1534.i.unr = phi i64 [ %indvars.iv1534.i.ph, %for_body_c.us.us.i.preheader ], [ %indvars.iv.next1535.i.prol, %if_end174.us.us.i.prol ]
-  %2346 = sub nsw i64 %indvars.iv1534.i.ph, %2309
-  %2347 = icmp ugt i64 %2346, -4
-  br i1 %2347, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !11
-
-for_body_c.us.us.i:                               ; preds = %if_end174.us.us.i.3, %for_body_c.us.us.i.prol.loopexit
-  %indvars.iv1534.i = phi i64 [ %indvars.iv.next1535.i.3, %if_end174.us.us.i.3 ], [ %indvars.iv1534.i.unr, %for_body_c.us.us.i.prol.loopexit ]
-  %2348 = getelementptr i8, ptr %2320, i64 %indvars.iv1534.i
-  %2349 = load i8, ptr %2348, align 1, !tbaa !4
-  %2350 = icmp eq i8 %2349, 0
-  %2351 = trunc i64 %indvars.iv1534.i to i32
-  %.pre1697.i = add i32 %992, %2351
-  %.pre1699.i = shl i32 %.pre1697.i, 4
-  %.pre1701.i = add nsw i32 %.pre1699.i, %r1711218.us.us.i
-  %.pre1703.i = sext i32 %.pre1701.i to i64
-  br i1 %2350, label %if_end174.us.us.i, label %if_else173.us.us.i
-
-if_else173.us.us.i:                               ; preds = %for_body_c.us.us.i
-  %2352 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i
-  %2353 = load float, ptr %2352, align 4, !tbaa !4
-  br label %if_end174.us.us.i
-
-if_end174.us.us.i:                                ; preds = %if_else173.us.us.i, %for_body_c.us.us.i
-  %2354 = phi float [ %2353, %if_else173.us.us.i ], [ 0xFFF0000000000000, %for_body_c.us.us.i ]
-  %2355 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i
-  store float %2354, ptr %2355, align 4, !tbaa !4
-  %indvars.iv.next1535.i = add nuw nsw i64 %indvars.iv1534.i, 1
-  %2356 = getelementptr i8, ptr %2320, i64 %indvars.iv.next1535.i
-  %2357 = load i8, ptr %2356, align 1, !tbaa !4
-  %2358 = icmp eq i8 %2357, 0
-  %2359 = trunc i64 %indvars.iv.next1535.i to i32
-  %.pre1697.i.1 = add i32 %992, %2359
-  %.pre1699.i.1 = shl i32 %.pre1697.i.1, 4
-  %.pre1701.i.1 = add nsw i32 %.pre1699.i.1, %r1711218.us.us.i
-  %.pre1703.i.1 = sext i32 %.pre1701.i.1 to i64
-  br i1 %2358, label %if_end174.us.us.i.1, label %if_else173.us.us.i.1
-
-if_else173.us.us.i.1:                             ; preds = %if_end174.us.us.i
-  %2360 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.1
-  %2361 = load float, ptr %2360, align 4, !tbaa !4
-  br label %if_end174.us.us.i.1
-
-if_end174.us.us.i.1:                              ; preds = %if_else173.us.us.i.1, %if_end174.us.us.i
-  %2362 = phi float [ %2361, %if_else173.us.us.i.1 ], [ 0xFFF0000000000000, %if_end174.us.us.i ]
-  %2363 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.1
-  store float %2362, ptr %2363, align 4, !tbaa !4
-  %indvars.iv.next1535.i.1 = add nuw nsw i64 %indvars.iv1534.i, 2
-  %2364 = getelementptr i8, ptr %2320, i64 %indvars.iv.next1535.i.1
-  %2365 = load i8, ptr %2364, align 1, !tbaa !4
-  %2366 = icmp eq i8 %2365, 0
-  %2367 = trunc i64 %indvars.iv.next1535.i.1 to i32
-  %.pre1697.i.2 = add i32 %992, %2367
-  %.pre1699.i.2 = shl i32 %.pre1697.i.2, 4
-  %.pre1701.i.2 = add nsw i32 %.pre1699.i.2, %r1711218.us.us.i
-  %.pre1703.i.2 = sext i32 %.pre1701.i.2 to i64
-  br i1 %2366, label %if_end174.us.us.i.2, label %if_else173.us.us.i.2
-
-if_else173.us.us.i.2:                             ; preds = %if_end174.us.us.i.1
-  %2368 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.2
-  %2369 = load float, ptr %2368, align 4, !tbaa !4
-  br label %if_end174.us.us.i.2
-
-if_end174.us.us.i.2:                              ; preds = %if_else173.us.us.i.2, %if_end174.us.us.i.1
-  %2370 = phi float [ %2369, %if_else173.us.us.i.2 ], [ 0xFFF0000000000000, %if_end174.us.us.i.1 ]
-  %2371 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.2
-  store float %2370, ptr %2371, align 4, !tbaa !4
-  %indvars.iv.next1535.i.2 = add nuw nsw i64 %indvars.iv1534.i, 3
-  %2372 = getelementptr i8, ptr %2320, i64 %indvars.iv.next1535.i.2
-  %2373 = load i8, ptr %2372, align 1, !tbaa !4
-  %2374 = icmp eq i8 %2373, 0
-  %2375 = trunc i64 %indvars.iv.next1535.i.2 to i32
-  %.pre1697.i.3 = add i32 %992, %2375
-  %.pre1699.i.3 = shl i32 %.pre1697.i.3, 4
-  %.pre1701.i.3 = add nsw i32 %.pre1699.i.3, %r1711218.us.us.i
-  %.pre1703.i.3 = sext i32 %.pre1701.i.3 to i64
-  br i1 %2374, label %if_end174.us.us.i.3, label %if_else173.us.us.i.3
-
-if_else173.us.us.i.3:                             ; preds = %if_end174.us.us.i.2
-  %2376 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.3
-  %2377 = load float, ptr %2376, align 4, !tbaa !4
-  br label %if_end174.us.us.i.3
-
-if_end174.us.us.i.3:                              ; preds = %if_else173.us.us.i.3, %if_end174.us.us.i.2
-  %2378 = phi float [ %2377, %if_else173.us.us.i.3 ], [ 0xFFF0000000000000, %if_end174.us.us.i.2 ]
-  %2379 = getelementptr inbounds float, ptr %scaled.us.i, i64 %.pre1703.i.3
-  store float %2378, ptr %2379, align 4, !tbaa !4
-  %indvars.iv.next1535.i.3 = add nuw nsw i64 %indvars.iv1534.i, 4
-  %exitcond.not.3 = icmp eq i64 %indvars.iv.next1535.i.3, %2300
-  br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.us.i, label %for_body_c.us.us.i, !prof !67, !llvm.loop !68
-
-for_begin_c.for_end_c_crit_edge.us.us.i:          ; preds = %if_end174.us.us.i.3, %for_body_c.us.us.i.prol.loopexit, %middle.block266
-  %2380 = add nuw nsw i32 %r1711218.us.us.i, 1
-  %2381 = icmp slt i32 %2380, %1045
-  %indvar.next = add i64 %indvar, 1
-  br i1 %2381, label %for_body_r168.us.us.i, label %if_end166.us.i, !prof !69
-
-for_body_ax0198.us.us.preheader.i:                ; preds = %for_begin_ti190.preheader.us.i
-  %.idx75 = shl nuw nsw i64 %indvars.iv1558.i, 9
-  %2382 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx75
-  %2383 = getelementptr inbounds nuw i8, ptr %2382, i64 448
-  %2384 = load <16 x float>, ptr %2383, align 4, !tbaa !4
-  %arg.us.7.i = fsub <16 x float> %2384, %2565
-  %2385 = fcmp olt <16 x float> %arg.us.7.i, %2572
-  %2386 = fmul <16 x float> %arg.us.7.i, splat (float 0x3FF7154760000000)
-  %2387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
-  %2388 = fsub <16 x float> %2387, %2571
-  %f.us.7.i = fsub <16 x float> %2386, %2388
-  %2389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.7.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
-  %2390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %f.us.7.i, <16 x float> splat (float 0x3FCEC03780000000))
-  %2391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2390, <16 x float> %f.us.7.i, <16 x float> splat (float 0x3FE62E12C0000000))
-  %2392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2391, <16 x float> %f.us.7.i, <16 x float> splat (float 1.000000e+00))
-  %bits.us.7.i = bitcast <16 x float> %2387 to <16 x i32>
-  %2393 = shl <16 x i32> %bits.us.7.i, splat (i32 23)
-  %2394 = bitcast <16 x i32> %2393 to <16 x float>
-  %2395 = fmul <16 x float> %2392, %2394
-  %2396 = select <16 x i1> %2385, <16 x float> zeroinitializer, <16 x float> %2395
-  %2397 = bitcast <16 x float> %2396 to <16 x i32>
-  %2398 = getelementptr inbounds nuw i8, ptr %2382, i64 384
-  %2399 = load <16 x float>, ptr %2398, align 4, !tbaa !4
-  %arg.us.6.i = fsub <16 x float> %2399, %2565
-  %2400 = fcmp olt <16 x float> %arg.us.6.i, %2572
-  %2401 = fmul <16 x float> %arg.us.6.i, splat (float 0x3FF7154760000000)
-  %2402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
-  %2403 = fsub <16 x float> %2402, %2571
-  %f.us.6.i = fsub <16 x float> %2401, %2403
-  %2404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.6.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
-  %2405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2404, <16 x float> %f.us.6.i, <16 x float> splat (float 0x3FCEC03780000000))
-  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %f.us.6.i, <16 x float> splat (float 0x3FE62E12C0000000))
-  %2407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2406, <16 x float> %f.us.6.i, <16 x float> splat (float 1.000000e+00))
-  %bits.us.6.i = bitcast <16 x float> %2402 to <16 x i32>
-  %2408 = shl <16 x i32> %bits.us.6.i, splat (i32 23)
-  %2409 = bitcast <16 x i32> %2408 to <16 x float>
-  %2410 = fmul <16 x float> %2407, %2409
-  %2411 = select <16 x i1> %2400, <16 x float> zeroinitializer, <16 x float> %2410
-  %2412 = bitcast <16 x float> %2411 to <16 x i32>
-  %2413 = getelementptr inbounds nuw i8, ptr %2382, i64 320
-  %2414 = load <16 x float>, ptr %2413, align 4, !tbaa !4
-  %arg.us.5.i = fsub <16 x float> %2414, %2565
-  %2415 = fcmp olt <16 x float> %arg.us.5.i, %2572
-  %2416 = fmul <16 x float> %arg.us.5.i, splat (float 0x3FF7154760000000)
-  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
-  %2418 = fsub <16 x float> %2417, %2571
-  %f.us.5.i = fsub <16 x float> %2416, %2418
-  %2419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.5.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
-  %2420 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2419, <16 x float> %f.us.5.i, <16 x float> splat (float 0x3FCEC03780000000))
-  %2421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %f.us.5.i, <16 x float> splat (float 0x3FE62E12C0000000))
-  %2422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %f.us.5.i, <16 x float> splat (float 1.000000e+00))
-  %bits.us.5.i = bitcast <16 x float> %2417 to <16 x i32>
-  %2423 = shl <16 x i32> %bits.us.5.i, splat (i32 23)
-  %2424 = bitcast <16 x i32> %2423 to <16 x float>
-  %2425 = fmul <16 x float> %2422, %2424
-  %2426 = select <16 x i1> %2415, <16 x float> zeroinitializer, <16 x float> %2425
-  %2427 = bitcast <16 x float> %2426 to <16 x i32>
-  %2428 = getelementptr inbounds nuw i8, ptr %2382, i64 256
-  %2429 = load <16 x float>, ptr %2428, align 4, !tbaa !4
-  %arg.us.4.i = fsub <16 x float> %2429, %2565
-  %2430 = fcmp olt <16 x float> %arg.us.4.i, %2572
-  %2431 = fmul <16 x float> %arg.us.4.i, splat (float 0x3FF7154760000000)
-  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
-  %2433 = fsub <16 x float> %2432, %2571
-  %f.us.4.i = fsub <16 x float> %2431, %2433
-  %2434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.4.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
-  %2435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2434, <16 x float> %f.us.4.i, <16 x float> splat (float 0x3FCEC03780000000))
-  %2436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2435, <16 x float> %f.us.4.i, <16 x float> splat (float 0x3FE62E12C0000000))
-  %2437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2436, <16 x float> %f.us.4.i, <16 x float> splat (float 1.000000e+00))
-  %bits.us.4.i = bitcast <16 x float> %2432 to <16 x i32>
-  %2438 = shl <16 x i32> %bits.us.4.i, splat (i32 23)
-  %2439 = bitcast <16 x i32> %2438 to <16 x float>
-  %2440 = fmul <16 x float> %2437, %2439
-  %2441 = select <16 x i1> %2430, <16 x float> zeroinitializer, <16 x float> %2440
-  %2442 = bitcast <16 x float> %2441 to <16 x i32>
-  %2443 = getelementptr inbounds nuw i8, ptr %2382, i64 192
-  %2444 = load <16 x float>, ptr %2443, align 4, !tbaa !4
-  %arg.us.3.i = fsub <16 x float> %2444, %2565
-  %2445 = fcmp olt <16 x float> %arg.us.3.i, %2572
-  %2446 = fmul <16 x float> %arg.us.3.i, splat (float 0x3FF7154760000000)
-  %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
-  %2448 = fsub <16 x float> %2447, %2571
-  %f.us.3.i = fsub <16 x float> %2446, %2448
-  %2449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.3.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
-  %2450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2449, <16 x float> %f.us.3.i, <16 x float> splat (float 0x3FCEC03780000000))
-  %2451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2450, <16 x float> %f.us.3.i, <16 x float> splat (float 0x3FE62E12C0000000))
-  %2452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2451, <16 x float> %f.us.3.i, <16 x float> splat (float 1.000000e+00))
-  %bits.us.3.i = bitcast <16 x float> %2447 to <16 x i32>
-  %2453 = shl <16 x i32> %bits.us.3.i, splat (i32 23)
-  %2454 = bitcast <16 x i32> %2453 to <16 x float>
-  %2455 = fmul <16 x float> %2452, %2454
-  %2456 = select <16 x i1> %2445, <16 x float> zeroinitializer, <16 x float> %2455
-  %2457 = bitcast <16 x float> %2456 to <16 x i32>
-  %2458 = getelementptr inbounds nuw i8, ptr %2382, i64 128
-  %2459 = load <16 x float>, ptr %2458, align 4, !tbaa !4
-  %arg.us.2.i = fsub <16 x float> %2459, %2565
-  %2460 = fcmp olt <16 x float> %arg.us.2.i, %2572
-  %2461 = fmul <16 x float> %arg.us.2.i, splat (float 0x3FF7154760000000)
-  %2462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
-  %2463 = fsub <16 x float> %2462, %2571
-  %f.us.2.i = fsub <16 x float> %2461, %2463
-  %2464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.2.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
-  %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2464, <16 x float> %f.us.2.i, <16 x float> splat (float 0x3FCEC03780000000))
-  %2466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %f.us.2.i, <16 x float> splat (float 0x3FE62E12C0000000))
-  %2467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2466, <16 x float> %f.us.2.i, <16 x float> splat (float 1.000000e+00))
-  %bits.us.2.i = bitcast <16 x float> %2462 to <16 x i32>
-  %2468 = shl <16 x i32> %bits.us.2.i, splat (i32 23)
-  %2469 = bitcast <16 x i32> %2468 to <16 x float>
-  %2470 = fmul <16 x float> %2467, %2469
-  %2471 = select <16 x i1> %2460, <16 x float> zeroinitializer, <16 x float> %2470
-  %2472 = bitcast <16 x float> %2471 to <16 x i32>
-  %2473 = getelementptr inbounds nuw i8, ptr %2382, i64 64
-  %2474 = load <16 x float>, ptr %2473, align 4, !tbaa !4
-  %arg.us.1.i = fsub <16 x float> %2474, %2565
-  %2475 = fcmp olt <16 x float> %arg.us.1.i, %2572
-  %2476 = fmul <16 x float> %arg.us.1.i, splat (float 0x3FF7154760000000)
-  %2477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
-  %2478 = fsub <16 x float> %2477, %2571
-  %f.us.1.i = fsub <16 x float> %2476, %2478
-  %2479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.1.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
-  %2480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2479, <16 x float> %f.us.1.i, <16 x float> splat (float 0x3FCEC03780000000))
-  %2481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> %f.us.1.i, <16 x float> splat (float 0x3FE62E12C0000000))
-  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %f.us.1.i, <16 x float> splat (float 1.000000e+00))
-  %bits.us.1.i = bitcast <16 x float> %2477 to <16 x i32>
-  %2483 = shl <16 x i32> %bits.us.1.i, splat (i32 23)
-  %2484 = bitcast <16 x i32> %2483 to <16 x float>
-  %2485 = fmul <16 x float> %2482, %2484
-  %2486 = select <16 x i1> %2475, <16 x float> zeroinitializer, <16 x float> %2485
-  %2487 = bitcast <16 x float> %2486 to <16 x i32>
-  %2488 = load <16 x float>, ptr %2382, align 4, !tbaa !4
-  %arg.us.i = fsub <16 x float> %2488, %2565
-  %2489 = fcmp olt <16 x float> %arg.us.i, %2572
-  %2490 = fmul <16 x float> %arg.us.i, splat (float 0x3FF7154760000000)
-  %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2571)
-  %2492 = fsub <16 x float> %2491, %2571
-  %f.us.i = fsub <16 x float> %2490, %2492
-  %2493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.i, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
-  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2493, <16 x float> %f.us.i, <16 x float> splat (float 0x3FCEC03780000000))
-  %2495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2494, <16 x float> %f.us.i, <16 x float> splat (float 0x3FE62E12C0000000))
-  %2496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2495, <16 x float> %f.us.i, <16 x float> splat (float 1.000000e+00))
-  %bits.us.i = bitcast <16 x float> %2491 to <16 x i32>
-  %2497 = shl <16 x i32> %bits.us.i, splat (i32 23)
-  %2498 = bitcast <16 x i32> %2497 to <16 x float>
-  %2499 = fmul <16 x float> %2496, %2498
-  %2500 = select <16 x i1> %2489, <16 x float> zeroinitializer, <16 x float> %2499
-  %2501 = bitcast <16 x float> %2500 to <16 x i32>
-  %2502 = add nsw <16 x i32> %2487, splat (i32 32768)
-  %2503 = and <16 x i32> %2502, splat (i32 -65536)
-  %2504 = add nsw <16 x i32> %2501, splat (i32 32768)
-  %2505 = lshr <16 x i32> %2504, splat (i32 16)
-  %2506 = or disjoint <16 x i32> %2505, %2503
-  %.idx76 = shl nuw nsw i64 %indvars.iv1558.i, 8
-  %2507 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx76
-  store <16 x i32> %2506, ptr %2507, align 4, !tbaa !4
-  %2508 = add nsw <16 x i32> %2457, splat (i32 32768)
-  %2509 = and <16 x i32> %2508, splat (i32 -65536)
-  %2510 = add nsw <16 x i32> %2472, splat (i32 32768)
-  %2511 = lshr <16 x i32> %2510, splat (i32 16)
-  %2512 = or disjoint <16 x i32> %2511, %2509
-  %2513 = getelementptr inbounds nuw i8, ptr %2507, i64 64
-  store <16 x i32> %2512, ptr %2513, align 4, !tbaa !4
-  %2514 = add nsw <16 x i32> %2427, splat (i32 32768)
-  %2515 = and <16 x i32> %2514, splat (i32 -65536)
-  %2516 = add nsw <16 x i32> %2442, splat (i32 32768)
-  %2517 = lshr <16 x i32> %2516, splat (i32 16)
-  %2518 = or disjoint <16 x i32> %2517, %2515
-  %2519 = getelementptr inbounds nuw i8, ptr %2507, i64 128
-  store <16 x i32> %2518, ptr %2519, align 4, !tbaa !4
-  %2520 = add nsw <16 x i32> %2397, splat (i32 32768)
-  %2521 = and <16 x i32> %2520, splat (i32 -65536)
-  %2522 = add nsw <16 x i32> %2412, splat (i32 32768)
-  %2523 = lshr <16 x i32> %2522, splat (i32 16)
-  %2524 = or disjoint <16 x i32> %2523, %2521
-  %2525 = getelementptr inbounds nuw i8, ptr %2507, i64 192
-  store <16 x i32> %2524, ptr %2525, align 4, !tbaa !4
-  %2526 = bitcast <16 x i32> %2506 to <32 x bfloat>
-  %r.i944.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_sum524.sroa.0.01229.us.i, <32 x bfloat> %2526, <32 x bfloat> splat (bfloat 0xR3F80))
-  %2527 = bitcast <16 x i32> %2512 to <32 x bfloat>
-  %r.i944.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i944.us.us.i, <32 x bfloat> %2527, <32 x bfloat> splat (bfloat 0xR3F80))
-  %2528 = bitcast <16 x i32> %2518 to <32 x bfloat>
-  %r.i944.us.us.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i944.us.us.1.i, <32 x bfloat> %2528, <32 x bfloat> splat (bfloat 0xR3F80))
-  %2529 = bitcast <16 x i32> %2524 to <32 x bfloat>
-  %r.i944.us.us.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i944.us.us.2.i, <32 x bfloat> %2529, <32 x bfloat> splat (bfloat 0xR3F80))
-  br label %for_end_ax0199.us.i
-
-for_end_ax0199.us.i:                              ; preds = %for_body_ax0198.us.us.preheader.i, %for_begin_ti190.preheader.us.i
-  %.us-phi.us.i = phi <16 x float> [ %r.i944.us.us.3.i, %for_body_ax0198.us.us.preheader.i ], [ %tile_sum524.sroa.0.01229.us.i, %for_begin_ti190.preheader.us.i ]
-  %indvars.iv.next1559.i = add nuw nsw i64 %indvars.iv1558.i, 1
-  %exitcond1562.not.i = icmp eq i64 %indvars.iv.next1559.i, %wide.trip.count1544.i
-  br i1 %exitcond1562.not.i, label %for_end_to187.us.i, label %for_begin_ti190.preheader.us.i, !prof !8
-
-for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa:   ; preds = %for_begin_ti180.preheader.us.i
-  %lcmp.mod313.not = icmp eq i64 %xtraiter312, 0
-  br i1 %lcmp.mod313.not, label %for_begin_ti190.preheader.lr.ph.us.i, label %for_begin_ti180.preheader.us.i.epil.preheader, !prof !70
-
-for_begin_ti180.preheader.us.i.epil.preheader:    ; preds = %for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa, %for_begin_ti180.preheader.us.preheader.i
-  %indvars.iv1541.i.epil.init = phi i64 [ 0, %for_begin_ti180.preheader.us.preheader.i ], [ %indvars.iv.next1542.i.1, %for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa ]
-  %peak520.sroa.0.01221.us.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti180.preheader.us.preheader.i ], [ %1508, %for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa ]
-  %lcmp.mod315 = icmp ne i64 %xtraiter312, 0
-  tail call void @llvm.assume(i1 %lcmp.mod315)
-  %.idx.epil = shl nsw i64 %indvars.iv1541.i.epil.init, 9
-  %2530 = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx.epil
-  %2531 = load <16 x float>, ptr %2530, align 4, !tbaa !4
-  %2532 = fcmp ogt <16 x float> %peak520.sroa.0.01221.us.i.epil.init, %2531
-  %2533 = select <16 x i1> %2532, <16 x float> %peak520.sroa.0.01221.us.i.epil.init, <16 x float> %2531
-  %2534 = getelementptr inbounds nuw i8, ptr %2530, i64 64
-  %2535 = load <16 x float>, ptr %2534, align 4, !tbaa !4
-  %2536 = fcmp ogt <16 x float> %2533, %2535
-  %2537 = select <16 x i1> %2536, <16 x float> %2533, <16 x float> %2535
-  %2538 = getelementptr inbounds nuw i8, ptr %2530, i64 128
-  %2539 = load <16 x float>, ptr %2538, align 4, !tbaa !4
-  %2540 = fcmp ogt <16 x float> %2537, %2539
-  %2541 = select <16 x i1> %2540, <16 x float> %2537, <16 x float> %2539
-  %2542 = getelementptr inbounds nuw i8, ptr %2530, i64 192
-  %2543 = load <16 x float>, ptr %2542, align 4, !tbaa !4
-  %2544 = fcmp ogt <16 x float> %2541, %2543
-  %2545 = select <16 x i1> %2544, <16 x float> %2541, <16 x float> %2543
-  %2546 = getelementptr inbounds nuw i8, ptr %2530, i64 256
-  %2547 = load <16 x float>, ptr %2546, align 4, !tbaa !4
-  %2548 = fcmp ogt <16 x float> %2545, %2547
-  %2549 = select <16 x i1> %2548, <16 x float> %2545, <16 x float> %2547
-  %2550 = getelementptr inbounds nuw i8, ptr %2530, i64 320
-  %2551 = load <16 x float>, ptr %2550, align 4, !tbaa !4
-  %2552 = fcmp ogt <16 x float> %2549, %2551
-  %2553 = select <16 x i1> %2552, <16 x float> %2549, <16 x float> %2551
-  %2554 = getelementptr inbounds nuw i8, ptr %2530, i64 384
-  %2555 = load <16 x float>, ptr %2554, align 4, !tbaa !4
-  %2556 = fcmp ogt <16 x float> %2553, %2555
-  %2557 = select <16 x i1> %2556, <16 x float> %2553, <16 x float> %2555
-  %2558 = getelementptr inbounds nuw i8, ptr %2530, i64 448
-  %2559 = load <16 x float>, ptr %2558, align 4, !tbaa !4
-  %2560 = fcmp ogt <16 x float> %2557, %2559
-  %2561 = select <16 x i1> %2560, <16 x float> %2557, <16 x float> %2559
-  br label %for_begin_ti190.preheader.lr.ph.us.i
-
-for_begin_ti190.preheader.lr.ph.us.i:             ; preds = %for_begin_ti180.preheader.us.i.epil.preheader, %for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa
-  %.lcssa = phi <16 x float> [ %1508, %for_begin_ti190.preheader.lr.ph.us.i.unr-lcssa ], [ %2561, %for_begin_ti180.preheader.us.i.epil.preheader ]
-  %2562 = icmp sgt i32 %valid_len157.us.i, 0
-  %2563 = insertelement <16 x i1> poison, i1 %2562, i64 0
-  %2564 = shufflevector <16 x i1> %2563, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2565 = select <16 x i1> %2564, <16 x float> %.lcssa, <16 x float> splat (float 0xC6293E5940000000)
-  %2566 = shl i64 %1025, 4
-  %2567 = and i64 %2566, 4294967280
-  %2568 = getelementptr inbounds nuw i32, ptr %places.i, i64 %2567
-  %2569 = load <16 x i32>, ptr %2568, align 4, !tbaa !4
-  %2570 = sitofp <16 x i32> %2569 to <16 x float>
-  %2571 = fsub <16 x float> splat (float 0x4168000FE0000000), %2570
-  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2570, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  br label %for_begin_ti190.preheader.us.i
-
-for_begin_ti240.preheader.lr.ph.us.i:             ; preds = %for_end_to187.us.i
-  %2573 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %1054
-  %2574 = and i32 %1114, 2147483640
-  %2575 = add i32 %2574, %948
-  %wide.trip.count1570.i = zext nneg i32 %1115 to i64
-  br label %for_begin_ti240.preheader.us.i
-
-for_body_r248.lr.ph.us.i:                         ; preds = %if_then245.us.i
-  %2576 = icmp sgt i32 %valid_len157.us.i, %992
-  %2577 = zext nneg i32 %1117 to i64
-  %2578 = shl nuw nsw i64 %2577, 2
-  br i1 %2576, label %for_body_r248.us.us.preheader.i, label %if_end246.us.i, !prof !3
-
-for_body_r248.us.us.preheader.i:                  ; preds = %for_body_r248.lr.ph.us.i
-  %2579 = add i32 %indvars.iv114, %1031
-  %smin119 = tail call i32 @llvm.smin.i32(i32 %indvars.iv112, i32 %2579)
-  %smin120 = tail call i32 @llvm.smin.i32(i32 %smin119, i32 128)
-  %2580 = sub i32 %smin120, %smax118
-  %2581 = zext i32 %2580 to i64
-  %xtraiter316 = and i64 %2581, 3
-  %2582 = add i32 %2580, -1
-  %2583 = icmp ult i32 %2582, 3
-  %unroll_iter319 = and i64 %2581, 4294967292
-  %lcmp.mod317.not = icmp eq i64 %xtraiter316, 0
-  %lcmp.mod318 = icmp ne i64 %xtraiter316, 0
-  br label %for_body_r248.us.us.i
-
-for_body_r248.us.us.i:                            ; preds = %for_begin_c252.for_end_c254_crit_edge.us.us.i, %for_body_r248.us.us.preheader.i
-  %r2511235.us.us.i = phi i32 [ %2652, %for_begin_c252.for_end_c254_crit_edge.us.us.i ], [ 0, %for_body_r248.us.us.preheader.i ]
-  %2584 = lshr i32 %r2511235.us.us.i, 2
-  %2585 = zext nneg i32 %2584 to i64
-  %2586 = add nuw nsw i64 %2578, %2585
-  %2587 = mul nsw i64 %2586, %623
-  %2588 = getelementptr i8, ptr %998, i64 %2587
-  br i1 %2583, label %for_body_c253.us.us.i.epil.preheader, label %for_body_c253.us.us.i, !prof !71
-
-for_body_c253.us.us.i:                            ; preds = %for_body_c253.us.us.i, %for_body_r248.us.us.i
-  %indvars.iv1572.i = phi i64 [ %indvars.iv.next1573.i.3, %for_body_c253.us.us.i ], [ 0, %for_body_r248.us.us.i ]
-  %niter320 = phi i64 [ %niter320.next.3, %for_body_c253.us.us.i ], [ 0, %for_body_r248.us.us.i ]
-  %2589 = getelementptr i8, ptr %2588, i64 %indvars.iv1572.i
-  %2590 = load i8, ptr %2589, align 1, !tbaa !4
-  %2591 = icmp eq i8 %2590, 0
-  %2592 = select i1 %2591, i32 %1000, i32 -1
-  %2593 = trunc i64 %indvars.iv1572.i to i32
-  %.tr.i = add i32 %992, %2593
-  %2594 = shl i32 %.tr.i, 3
-  %2595 = and i32 %2594, 2147483632
-  %2596 = add nuw nsw i32 %2595, %r2511235.us.us.i
-  %2597 = zext nneg i32 %2596 to i64
-  %2598 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2597
-  %2599 = load i32, ptr %2598, align 4, !tbaa !4
-  %2600 = and i32 %2592, %2599
-  store i32 %2600, ptr %2598, align 4, !tbaa !4
-  %indvars.iv.next1573.i = or disjoint i64 %indvars.iv1572.i, 1
-  %2601 = getelementptr i8, ptr %2588, i64 %indvars.iv.next1573.i
-  %2602 = load i8, ptr %2601, align 1, !tbaa !4
-  %2603 = icmp eq i8 %2602, 0
-  %2604 = select i1 %2603, i32 %1001, i32 -1
-  %2605 = trunc i64 %indvars.iv.next1573.i to i32
-  %.tr.i.1 = add i32 %992, %2605
-  %2606 = shl i32 %.tr.i.1, 3
-  %2607 = and i32 %2606, 2147483632
-  %2608 = add nuw nsw i32 %2607, %r2511235.us.us.i
-  %2609 = zext nneg i32 %2608 to i64
-  %2610 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2609
-  %2611 = load i32, ptr %2610, align 4, !tbaa !4
-  %2612 = and i32 %2604, %2611
-  store i32 %2612, ptr %2610, align 4, !tbaa !4
-  %indvars.iv.next1573.i.1 = or disjoint i64 %indvars.iv1572.i, 2
-  %2613 = getelementptr i8, ptr %2588, i64 %indvars.iv.next1573.i.1
-  %2614 = load i8, ptr %2613, align 1, !tbaa !4
-  %2615 = icmp eq i8 %2614, 0
-  %2616 = select i1 %2615, i32 %1003, i32 -1
-  %2617 = trunc i64 %indvars.iv.next1573.i.1 to i32
-  %.tr.i.2 = add i32 %992, %2617
-  %2618 = shl i32 %.tr.i.2, 3
-  %2619 = and i32 %2618, 2147483632
-  %2620 = add nuw nsw i32 %2619, %r2511235.us.us.i
-  %2621 = zext nneg i32 %2620 to i64
-  %2622 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2621
-  %2623 = load i32, ptr %2622, align 4, !tbaa !4
-  %2624 = and i32 %2616, %2623
-  store i32 %2624, ptr %2622, align 4, !tbaa !4
-  %indvars.iv.next1573.i.2 = or disjoint i64 %indvars.iv1572.i, 3
-  %2625 = getelementptr i8, ptr %2588, i64 %indvars.iv.next1573.i.2
-  %2626 = load i8, ptr %2625, align 1, !tbaa !4
-  %2627 = icmp eq i8 %2626, 0
-  %2628 = select i1 %2627, i32 %1004, i32 -1
-  %2629 = trunc i64 %indvars.iv.next1573.i.2 to i32
-  %.tr.i.3 = add i32 %992, %2629
-  %2630 = shl i32 %.tr.i.3, 3
-  %2631 = and i32 %2630, 2147483632
-  %2632 = add nuw nsw i32 %2631, %r2511235.us.us.i
-  %2633 = zext nneg i32 %2632 to i64
-  %2634 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2633
-  %2635 = load i32, ptr %2634, align 4, !tbaa !4
-  %2636 = and i32 %2628, %2635
-  store i32 %2636, ptr %2634, align 4, !tbaa !4
-  %indvars.iv.next1573.i.3 = add nuw nsw i64 %indvars.iv1572.i, 4
-  %niter320.next.3 = add i64 %niter320, 4
-  %niter320.ncmp.3 = icmp eq i64 %niter320.next.3, %unroll_iter319
-  br i1 %niter320.ncmp.3, label %for_begin_c252.for_end_c254_crit_edge.us.us.i.unr-lcssa, label %for_body_c253.us.us.i, !prof !72, !llvm.loop !73
-
-for_begin_c252.for_end_c254_crit_edge.us.us.i.unr-lcssa: ; preds = %for_body_c253.us.us.i
-  br i1 %lcmp.mod317.not, label %for_begin_c252.for_end_c254_crit_edge.us.us.i, label %for_body_c253.us.us.i.epil.preheader, !prof !75
-
-for_body_c253.us.us.i.epil.preheader:             ; preds = %for_begin_c252.for_end_c254_crit_edge.us.us.i.unr-lcssa, %for_body_r248.us.us.i
-  %indvars.iv1572.i.epil.init = phi i64 [ 0, %for_body_r248.us.us.i ], [ %indvars.iv.next1573.i.3, %for_begin_c252.for_end_c254_crit_edge.us.us.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod318)
-  br label %for_body_c253.us.us.i.epil
-
-for_body_c253.us.us.i.epil:                       ; preds = %for_body_c253.us.us.i.epil, %for_body_c253.us.us.i.epil.preheader
-  %indvars.iv1572.i.epil = phi i64 [ %indvars.iv.next1573.i.epil, %for_body_c253.us.us.i.epil ], [ %indvars.iv1572.i.epil.init, %for_body_c253.us.us.i.epil.preheader ]
-  %epil.iter = phi i64 [ %epil.iter.next, %for_body_c253.us.us.i.epil ], [ 0, %for_body_c253.us.us.i.epil.preheader ]
-  %2637 = add nuw nsw i64 %indvars.iv1572.i.epil, %993
-  %2638 = and i64 %2637, 1
-  %2639 = icmp eq i64 %2638, 0
-  %2640 = select i1 %2639, i32 -65536, i32 65535
-  %2641 = getelementptr i8, ptr %2588, i64 %indvars.iv1572.i.epil
-  %2642 = load i8, ptr %2641, align 1, !tbaa !4
-  %2643 = icmp eq i8 %2642, 0
-  %2644 = select i1 %2643, i32 %2640, i32 -1
-  %.tr.i.epil = trunc i64 %2637 to i32
-  %2645 = shl i32 %.tr.i.epil, 3
-  %2646 = and i32 %2645, 2147483632
-  %2647 = add nuw nsw i32 %2646, %r2511235.us.us.i
-  %2648 = zext nneg i32 %2647 to i64
-  %2649 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %2648
-  %2650 = load i32, ptr %2649, align 4, !tbaa !4
-  %2651 = and i32 %2644, %2650
-  store i32 %2651, ptr %2649, align 4, !tbaa !4
-  %indvars.iv.next1573.i.epil = add nuw nsw i64 %indvars.iv1572.i.epil, 1
-  %epil.iter.next = add i64 %epil.iter, 1
-  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter316
-  br i1 %epil.iter.cmp.not, label %for_begin_c252.for_end_c254_crit_edge.us.us.i, label %for_body_c253.us.us.i.epil, !prof !70, !llvm.loop !76
-
-for_begin_c252.for_end_c254_crit_edge.us.us.i:    ; preds = %for_body_c253.us.us.i.epil, %for_begin_c252.for_end_c254_crit_edge.us.us.i.unr-lcssa
-  %2652 = add nuw nsw i32 %r2511235.us.us.i, 1
-  %2653 = icmp slt i32 %2652, %1120
-  br i1 %2653, label %for_body_r248.us.us.i, label %if_end246.us.i, !prof !69
-
-for_body_to258.lr.ph.us.i:                        ; preds = %for_begin_to257.preheader.us.i
-  %2654 = mul nuw nsw i64 %indvars.iv1592.i, %1134
-  %gep1294.us.idx.i = shl i64 %indvars.iv1592.i, 5
-  %gep1294.us.i = getelementptr i8, ptr %invariant.gep1293.us.i, i64 %gep1294.us.idx.i
-  br label %for_body_to258.us.i
-
-for_body_ti275.lr.ph.us.i:                        ; preds = %for_end_to259.us.i
-  %gep1296.us.idx.i = shl i64 %indvars.iv1592.i, 5
-  %gep1296.us.i = getelementptr i8, ptr %invariant.gep1293.us.i, i64 %gep1296.us.idx.i
-  br label %for_body_ti275.us.i
-
-for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i: ; preds = %for_begin_row_tile.us.i
-  %exitcond1605.not.i = icmp eq i64 %indvars.iv.next1602.i, %wide.trip.count1604.i
-  br i1 %exitcond1605.not.i, label %for_end_kv_head.i, label %for_body_kv_head.us.i, !prof !8
-
-for_body_t132.i:                                  ; preds = %for_body_t132.i, %for_body_t132.lr.ph.i
-  %indvars.iv1507.i = phi i64 [ 0, %for_body_t132.lr.ph.i ], [ %indvars.iv.next1508.i.3, %for_body_t132.i ]
-  %2655 = add nsw i64 %indvars.iv1507.i, %947
-  %2656 = trunc nsw i64 %2655 to i32
-  %2657 = tail call i32 @llvm.smin.i32(i32 %2656, i32 %912)
-  %2658 = sext i32 %2657 to i64
-  %2659 = ashr i64 %2658, 4
-  %gep1199.i = getelementptr i32, ptr %invariant.gep1198.i, i64 %2659
-  %2660 = load i32, ptr %gep1199.i, align 4, !tbaa !4
-  %block139.i = sext i32 %2660 to i64
-  %2661 = lshr i64 %2658, 1
-  %2662 = and i64 %2661, 7
-  %2663 = mul nsw i64 %2662, %v_row
-  %2664 = mul nsw i64 %v_block, %block139.i
-  %2665 = add nsw i64 %2663, %2664
-  %2666 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1507.i
-  store i64 %2665, ptr %2666, align 8, !tbaa !4
-  %indvars.iv.next1508.i = or disjoint i64 %indvars.iv1507.i, 1
-  %2667 = add nsw i64 %indvars.iv.next1508.i, %947
-  %2668 = trunc nsw i64 %2667 to i32
-  %2669 = tail call i32 @llvm.smin.i32(i32 %2668, i32 %912)
-  %2670 = sext i32 %2669 to i64
-  %2671 = ashr i64 %2670, 4
-  %gep1199.i.1 = getelementptr i32, ptr %invariant.gep1198.i, i64 %2671
-  %2672 = load i32, ptr %gep1199.i.1, align 4, !tbaa !4
-  %block139.i.1 = sext i32 %2672 to i64
-  %2673 = lshr i64 %2670, 1
-  %2674 = and i64 %2673, 7
-  %2675 = mul nsw i64 %2674, %v_row
-  %2676 = mul nsw i64 %v_block, %block139.i.1
-  %2677 = add nsw i64 %2675, %2676
-  %2678 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1508.i
-  store i64 %2677, ptr %2678, align 8, !tbaa !4
-  %indvars.iv.next1508.i.1 = or disjoint i64 %indvars.iv1507.i, 2
-  %2679 = add nsw i64 %indvars.iv.next1508.i.1, %947
-  %2680 = trunc nsw i64 %2679 to i32
-  %2681 = tail call i32 @llvm.smin.i32(i32 %2680, i32 %912)
-  %2682 = sext i32 %2681 to i64
-  %2683 = ashr i64 %2682, 4
-  %gep1199.i.2 = getelementptr i32, ptr %invariant.gep1198.i, i64 %2683
-  %2684 = load i32, ptr %gep1199.i.2, align 4, !tbaa !4
-  %block139.i.2 = sext i32 %2684 to i64
-  %2685 = lshr i64 %2682, 1
-  %2686 = and i64 %2685, 7
-  %2687 = mul nsw i64 %2686, %v_row
-  %2688 = mul nsw i64 %v_block, %block139.i.2
-  %2689 = add nsw i64 %2687, %2688
-  %2690 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1508.i.1
-  store i64 %2689, ptr %2690, align 8, !tbaa !4
-  %indvars.iv.next1508.i.2 = or disjoint i64 %indvars.iv1507.i, 3
-  %2691 = add nsw i64 %indvars.iv.next1508.i.2, %947
-  %2692 = trunc nsw i64 %2691 to i32
-  %2693 = tail call i32 @llvm.smin.i32(i32 %2692, i32 %912)
-  %2694 = sext i32 %2693 to i64
-  %2695 = ashr i64 %2694, 4
-  %gep1199.i.3 = getelementptr i32, ptr %invariant.gep1198.i, i64 %2695
-  %2696 = load i32, ptr %gep1199.i.3, align 4, !tbaa !4
-  %block139.i.3 = sext i32 %2696 to i64
-  %2697 = lshr i64 %2694, 1
-  %2698 = and i64 %2697, 7
-  %2699 = mul nsw i64 %2698, %v_row
-  %2700 = mul nsw i64 %v_block, %block139.i.3
-  %2701 = add nsw i64 %2699, %2700
-  %2702 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1508.i.2
-  store i64 %2701, ptr %2702, align 8, !tbaa !4
-  %indvars.iv.next1508.i.3 = add nuw nsw i64 %indvars.iv1507.i, 4
-  %exitcond1511.not.i.3 = icmp eq i64 %indvars.iv.next1508.i.3, %wide.trip.count1505.i
-  br i1 %exitcond1511.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t132.i, !prof !8, !llvm.loop !78
-
-for_end_kv_head.i:                                ; preds = %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, %for_body_kv_head.lr.ph.i, %for_begin_kv_head.preheader.i
-  %2703 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2704 = tail call i32 %2703(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not546.i = icmp eq i32 %2704, 0
-  br i1 %.not546.i, label %if_end308.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end308.i:                                      ; preds = %for_end_kv_head.i
-  %2705 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2706 = tail call i32 %2705(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not547.i = icmp eq i32 %2706, 0
-  br i1 %.not547.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !36
-
-for_body_tile314.i:                               ; preds = %if_end319.i, %for_begin_tile313.preheader.i
-  %indvars.iv1615.i = phi i64 [ %indvars.iv.next1616.i, %if_end319.i ], [ 0, %for_begin_tile313.preheader.i ]
-  %.idx1741.i = shl nsw i64 %indvars.iv1615.i, 4
-  %2707 = getelementptr inbounds nuw i8, ptr %reach527.i, i64 %.idx1741.i
-  %2708 = getelementptr inbounds nuw i8, ptr %2707, i64 4
-  %2709 = load i32, ptr %2708, align 4, !tbaa !12
-  %2710 = icmp slt i32 %read_begin.i, %2709
-  br i1 %2710, label %if_then318.i, label %if_end319.i, !prof !7
-
-for_end_tile315.i:                                ; preds = %if_end319.i, %for_begin_tile313.preheader.i
-  %2711 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2712 = tail call i32 %2711(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not543.i = icmp eq i32 %2712, 0
-  br i1 %.not543.i, label %if_end374.i, label %fused_attend_compute_.exit, !prof !36
-
-if_then318.i:                                     ; preds = %for_body_tile314.i
-  %2713 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1741.i
-  %old_max325.i = load <16 x float>, ptr %2713, align 4, !tbaa !4
-  %2714 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1741.i
-  %old_sum327.i = load <16 x float>, ptr %2714, align 4, !tbaa !4
-  %2715 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1741.i
-  %2716 = load <16 x float>, ptr %2715, align 4, !tbaa !4
-  %2717 = fcmp ogt <16 x float> %old_max325.i, %2716
-  %2718 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1741.i
-  %2719 = load <16 x float>, ptr %2718, align 4, !tbaa !4
-  %2720 = fcmp oeq <16 x float> %2719, zeroinitializer
-  %2721 = select <16 x i1> %2720, <16 x i1> splat (i1 true), <16 x i1> %2717
-  %old_or_both331.i = select <16 x i1> %2721, <16 x float> %old_max325.i, <16 x float> %2716
-  %2722 = fcmp oeq <16 x float> %old_sum327.i, zeroinitializer
-  %m333.i = select <16 x i1> %2722, <16 x float> %2716, <16 x float> %old_or_both331.i
-  %2723 = fsub <16 x float> %old_max325.i, %m333.i
-  %2724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2723, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2725 = bitcast <16 x float> %2724 to <16 x i32>
-  %2726 = fadd <16 x float> %2724, splat (float 0xC168000FE0000000)
-  %2727 = fmul <16 x float> %2726, splat (float 0x3F2BD01060000000)
-  %2728 = fmul <16 x float> %2726, splat (float 0x3FE6300000000000)
-  %2729 = fsub <16 x float> %2723, %2728
-  %2730 = fadd <16 x float> %2727, %2729
-  %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2731, <16 x float> %2730, <16 x float> splat (float 0x3FA5558F20000000))
-  %2733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2730, <16 x float> splat (float 0x3FC5554920000000))
-  %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2730, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2735 = fmul <16 x float> %2730, %2730
-  %2736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2734, <16 x float> %2735, <16 x float> %2730)
-  %2737 = shl <16 x i32> %2725, splat (i32 23)
-  %2738 = bitcast <16 x i32> %2737 to <16 x float>
-  %2739 = fadd <16 x float> %2736, splat (float 1.000000e+00)
-  %2740 = fmul <16 x float> %2739, %2738
-  %2741 = fcmp olt <16 x float> %2723, splat (float -8.700000e+01)
-  %2742 = select <16 x i1> %2741, <16 x float> zeroinitializer, <16 x float> %2740
-  %2743 = fcmp one <16 x float> %old_sum327.i, zeroinitializer
-  %2744 = select <16 x i1> %2743, <16 x float> %2742, <16 x float> zeroinitializer
-  %arg351.i = fsub <16 x float> %2716, %m333.i
-  %2745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg351.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2746 = bitcast <16 x float> %2745 to <16 x i32>
-  %2747 = fadd <16 x float> %2745, splat (float 0xC168000FE0000000)
-  %2748 = fmul <16 x float> %2747, splat (float 0x3F2BD01060000000)
-  %2749 = fmul <16 x float> %2747, splat (float 0x3FE6300000000000)
-  %2750 = fsub <16 x float> %arg351.i, %2749
-  %2751 = fadd <16 x float> %2748, %2750
-  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2751, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2752, <16 x float> %2751, <16 x float> splat (float 0x3FA5558F20000000))
-  %2754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2753, <16 x float> %2751, <16 x float> splat (float 0x3FC5554920000000))
-  %2755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2754, <16 x float> %2751, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2756 = fmul <16 x float> %2751, %2751
-  %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2755, <16 x float> %2756, <16 x float> %2751)
-  %2758 = shl <16 x i32> %2746, splat (i32 23)
-  %2759 = bitcast <16 x i32> %2758 to <16 x float>
-  %2760 = fadd <16 x float> %2757, splat (float 1.000000e+00)
-  %2761 = fmul <16 x float> %2760, %2759
-  %2762 = fcmp olt <16 x float> %arg351.i, splat (float -8.700000e+01)
-  %2763 = select <16 x i1> %2762, <16 x float> zeroinitializer, <16 x float> %2761
-  %2764 = fcmp one <16 x float> %2719, zeroinitializer
-  %2765 = select <16 x i1> %2764, <16 x float> %2763, <16 x float> zeroinitializer
-  %2766 = fmul <16 x float> %old_sum327.i, %2744
-  %2767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2765, <16 x float> %2719, <16 x float> %2766)
-  store <16 x float> %m333.i, ptr %2713, align 4, !tbaa !4
-  store <16 x float> %2767, ptr %2714, align 4, !tbaa !4
-  %2768 = shl i64 %indvars.iv1615.i, 11
-  %2769 = and i64 %2768, 4294965248
-  br label %for_body_d369.i
-
-if_end319.i:                                      ; preds = %for_body_d369.i, %for_body_tile314.i
-  %indvars.iv.next1616.i = add nuw nsw i64 %indvars.iv1615.i, 1
-  %exitcond1619.not.i = icmp eq i64 %indvars.iv.next1616.i, %wide.trip.count1618.i
-  br i1 %exitcond1619.not.i, label %for_end_tile315.i, label %for_body_tile314.i, !prof !8
-
-for_body_d369.i:                                  ; preds = %for_body_d369.i, %if_then318.i
-  %indvars.iv1611.i = phi i64 [ 0, %if_then318.i ], [ %indvars.iv.next1612.i.3, %for_body_d369.i ]
-  %2770 = shl nuw nsw i64 %indvars.iv1611.i, 4
-  %2771 = add nuw nsw i64 %2770, %2769
-  %2772 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2771
-  %2773 = load <16 x float>, ptr %2772, align 4, !tbaa !4
-  %2774 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2771
-  %2775 = load <16 x float>, ptr %2774, align 4, !tbaa !4
-  %2776 = fmul <16 x float> %2744, %2775
-  %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2765, <16 x float> %2773, <16 x float> %2776)
-  store <16 x float> %2777, ptr %2774, align 4, !tbaa !4
-  %indvars.iv.next1612.i = shl i64 %indvars.iv1611.i, 4
-  %2778 = or disjoint i64 %indvars.iv.next1612.i, 16
-  %2779 = add nuw nsw i64 %2778, %2769
-  %2780 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2779
-  %2781 = load <16 x float>, ptr %2780, align 4, !tbaa !4
-  %2782 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2779
-  %2783 = load <16 x float>, ptr %2782, align 4, !tbaa !4
-  %2784 = fmul <16 x float> %2744, %2783
-  %2785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2765, <16 x float> %2781, <16 x float> %2784)
-  store <16 x float> %2785, ptr %2782, align 4, !tbaa !4
-  %indvars.iv.next1612.i.1 = shl i64 %indvars.iv1611.i, 4
-  %2786 = or disjoint i64 %indvars.iv.next1612.i.1, 32
-  %2787 = add nuw nsw i64 %2786, %2769
-  %2788 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2787
-  %2789 = load <16 x float>, ptr %2788, align 4, !tbaa !4
-  %2790 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2787
-  %2791 = load <16 x float>, ptr %2790, align 4, !tbaa !4
-  %2792 = fmul <16 x float> %2744, %2791
-  %2793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2765, <16 x float> %2789, <16 x float> %2792)
-  store <16 x float> %2793, ptr %2790, align 4, !tbaa !4
-  %indvars.iv.next1612.i.2 = shl i64 %indvars.iv1611.i, 4
-  %2794 = or disjoint i64 %indvars.iv.next1612.i.2, 48
-  %2795 = add nuw nsw i64 %2794, %2769
-  %2796 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2795
-  %2797 = load <16 x float>, ptr %2796, align 4, !tbaa !4
-  %2798 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2795
-  %2799 = load <16 x float>, ptr %2798, align 4, !tbaa !4
-  %2800 = fmul <16 x float> %2744, %2799
-  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2765, <16 x float> %2797, <16 x float> %2800)
-  store <16 x float> %2801, ptr %2798, align 4, !tbaa !4
-  %indvars.iv.next1612.i.3 = add nuw nsw i64 %indvars.iv1611.i, 4
-  %exitcond1614.not.i.3 = icmp eq i64 %indvars.iv.next1612.i.3, 128
-  br i1 %exitcond1614.not.i.3, label %if_end319.i, label %for_body_d369.i, !prof !30, !llvm.loop !79
-
-if_end374.i:                                      ; preds = %for_end_tile315.i
-  %2802 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2803 = tail call i32 %2802(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not544.i = icmp eq i32 %2803, 0
-  br i1 %.not544.i, label %if_end377.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end377.i:                                      ; preds = %if_end374.i
-  %2804 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2805 = tail call i32 %2804(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not545.i = icmp eq i32 %2805, 0
-  br i1 %.not545.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !36
-
-for_body_tile383.i:                               ; preds = %if_end388.loopexit.i, %for_body_tile383.i.preheader
-  %indvars.iv1636.i = phi i64 [ %indvars.iv.next1637.i, %if_end388.loopexit.i ], [ 0, %for_body_tile383.i.preheader ]
-  %2806 = shl i64 %indvars.iv1636.i, 13
-  %2807 = and i64 %2806, 17179860992
-  %scevgep275 = getelementptr i8, ptr %total_acc.i, i64 %2807
-  %2808 = trunc nuw nsw i64 %indvars.iv1636.i to i32
-  %rmod456.i = srem i32 %2808, %120
-  %rdiv463.i = sdiv i32 %2808, %120
-  %2809 = icmp ne i32 %rmod456.i, 0
-  %.not535.i = and i1 %644, %2809
-  %2810 = select i1 %.not535.i, i32 %120, i32 0
-  %2811 = add nsw i32 %2810, %rmod456.i
-  %2812 = shl nsw i32 %2811, 4
-  %2813 = sub nsw i32 %118, %2812
-  %2814 = icmp sgt i32 %2813, 0
-  br i1 %2814, label %for_body_r458.lr.ph.i, label %if_end388.loopexit.i, !prof !3
-
-for_end_tile384.i:                                ; preds = %if_end388.loopexit.i, %if_end388.us.i, %for_begin_tile382.preheader.i
-  %2815 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2816 = tail call i32 %2815(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not.i = icmp eq i32 %2816, 0
-  br i1 %.not.i, label %if_end483.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end388.loopexit.i:                             ; preds = %for_end_d476.i, %for_body_tile383.i
-  %indvars.iv.next1637.i = add nuw nsw i64 %indvars.iv1636.i, 1
-  %exitcond1640.not.i = icmp eq i64 %indvars.iv.next1637.i, %wide.trip.count1675.i
-  br i1 %exitcond1640.not.i, label %for_end_tile384.i, label %for_body_tile383.i, !prof !8
-
-for_body_r458.lr.ph.i:                            ; preds = %for_body_tile383.i
-  %2817 = sext i1 %.not535.i to i32
-  %2818 = add nsw i32 %rdiv463.i, %2817
-  %2819 = sext i32 %2818 to i64
-  %2820 = sext i32 %2811 to i64
-  %2821 = shl nsw i64 %2820, 7
-  %2822 = add nsw i64 %645, %2819
-  %2823 = shl nsw i64 %2822, 2
-  %2824 = add nsw i64 %2821, %647
-  %2825 = shl i64 %indvars.iv1636.i, 4
-  %2826 = and i64 %2825, 4294967280
-  %2827 = tail call i32 @llvm.umin.i32(i32 %2813, i32 16)
-  %wide.trip.count1624.i = zext nneg i32 %2827 to i64
-  %2828 = add nsw i64 %2824, %2823
-  %2829 = or disjoint i64 %2828, 1
-  %2830 = or disjoint i64 %2828, 2
-  %2831 = or disjoint i64 %2828, 3
-  br label %for_body_r458.i
-
-for_begin_d474.preheader.lr.ph.i:                 ; preds = %for_body_r458.i
-  %.idx.i = shl nsw i64 %2822, 11
-  %2832 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx536.i = shl nsw i64 %2820, 16
-  %2833 = getelementptr i8, ptr %2832, i64 %.idx536.i
-  %invariant.gep1325.i = getelementptr i8, ptr %2833, i64 %.idx537.i
-  %2834 = shl i64 %indvars.iv1636.i, 11
-  %2835 = and i64 %2834, 4294965248
-  %invariant.gep1773.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2835
-  %2836 = add nsw i64 %.idx536.i, %.idx.i
-  %scevgep270 = getelementptr i8, ptr %scevgep269, i64 %2836
-  %scevgep273 = getelementptr i8, ptr %scevgep272, i64 %2836
-  %2837 = shl nuw nsw i64 %wide.trip.count1624.i, 2
-  %2838 = getelementptr i8, ptr %scevgep276, i64 %2807
-  %scevgep277 = getelementptr i8, ptr %2838, i64 %2837
-  br label %for_begin_d474.preheader.i
-
-for_body_r458.i:                                  ; preds = %for_body_r458.i, %for_body_r458.lr.ph.i
-  %indvars.iv1621.i = phi i64 [ 0, %for_body_r458.lr.ph.i ], [ %indvars.iv.next1622.i.3, %for_body_r458.i ]
-  %2839 = add nuw nsw i64 %indvars.iv1621.i, %2826
-  %2840 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2839
-  %2841 = load float, ptr %2840, align 4, !tbaa !4
-  %2842 = shl nuw nsw i64 %indvars.iv1621.i, 3
-  %2843 = and i64 %2842, 17179869152
-  %2844 = add nsw i64 %2828, %2843
-  %2845 = getelementptr inbounds float, ptr %partial_max, i64 %2844
-  store float %2841, ptr %2845, align 4, !tbaa !4
-  %2846 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2839
-  %2847 = load float, ptr %2846, align 4, !tbaa !4
-  %2848 = getelementptr inbounds float, ptr %partial_sum, i64 %2844
-  store float %2847, ptr %2848, align 4, !tbaa !4
-  %indvars.iv.next1622.i = or disjoint i64 %indvars.iv1621.i, 1
-  %2849 = add nuw nsw i64 %indvars.iv.next1622.i, %2826
-  %2850 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2849
-  %2851 = load float, ptr %2850, align 4, !tbaa !4
-  %2852 = shl nuw nsw i64 %indvars.iv1621.i, 3
-  %2853 = and i64 %2852, 17179869152
-  %2854 = add nsw i64 %2829, %2853
-  %2855 = getelementptr inbounds float, ptr %partial_max, i64 %2854
-  store float %2851, ptr %2855, align 4, !tbaa !4
-  %2856 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2849
-  %2857 = load float, ptr %2856, align 4, !tbaa !4
-  %2858 = getelementptr inbounds float, ptr %partial_sum, i64 %2854
-  store float %2857, ptr %2858, align 4, !tbaa !4
-  %indvars.iv.next1622.i.1 = or disjoint i64 %indvars.iv1621.i, 2
-  %2859 = add nuw nsw i64 %indvars.iv.next1622.i.1, %2826
-  %2860 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2859
-  %2861 = load float, ptr %2860, align 4, !tbaa !4
-  %2862 = shl nuw nsw i64 %indvars.iv1621.i, 3
-  %2863 = and i64 %2862, 17179869152
-  %2864 = add nsw i64 %2830, %2863
-  %2865 = getelementptr inbounds float, ptr %partial_max, i64 %2864
-  store float %2861, ptr %2865, align 4, !tbaa !4
-  %2866 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2859
-  %2867 = load float, ptr %2866, align 4, !tbaa !4
-  %2868 = getelementptr inbounds float, ptr %partial_sum, i64 %2864
-  store float %2867, ptr %2868, align 4, !tbaa !4
-  %indvars.iv.next1622.i.2 = or disjoint i64 %indvars.iv1621.i, 3
-  %2869 = add nuw nsw i64 %indvars.iv.next1622.i.2, %2826
-  %2870 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2869
-  %2871 = load float, ptr %2870, align 4, !tbaa !4
-  %2872 = shl nuw nsw i64 %indvars.iv1621.i, 3
-  %2873 = and i64 %2872, 17179869152
-  %2874 = add nsw i64 %2831, %2873
-  %2875 = getelementptr inbounds float, ptr %partial_max, i64 %2874
-  store float %2871, ptr %2875, align 4, !tbaa !4
-  %2876 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2869
-  %2877 = load float, ptr %2876, align 4, !tbaa !4
-  %2878 = getelementptr inbounds float, ptr %partial_sum, i64 %2874
-  store float %2877, ptr %2878, align 4, !tbaa !4
-  %indvars.iv.next1622.i.3 = add nuw nsw i64 %indvars.iv1621.i, 4
-  %exitcond1625.not.i.3 = icmp eq i64 %indvars.iv.next1622.i.3, %wide.trip.count1624.i
-  br i1 %exitcond1625.not.i.3, label %for_begin_d474.preheader.lr.ph.i, label %for_body_r458.i, !prof !8, !llvm.loop !81
-
-for_begin_d474.preheader.i:                       ; preds = %for_end_d476.i, %for_begin_d474.preheader.lr.ph.i
-  %indvars.iv1630.i = phi i64 [ 0, %for_begin_d474.preheader.lr.ph.i ], [ %indvars.iv.next1631.i, %for_end_d476.i ]
-  %2879 = shl nuw nsw i64 %indvars.iv1630.i, 7
-  %2880 = and i64 %2879, 384
-  %2881 = shl nuw nsw i64 %indvars.iv1630.i, 10
-  %2882 = and i64 %2881, 2199023251456
-  %gep1326.i = getelementptr float, ptr %invariant.gep1325.i, i64 %2882
-  %2883 = getelementptr float, ptr %gep1326.i, i64 %2880
-  %gep1774.i = getelementptr inbounds nuw float, ptr %invariant.gep1773.i, i64 %indvars.iv1630.i
-  %2884 = shl i64 %indvars.iv1630.i, 12
-  %2885 = and i64 %2884, 8796093005824
-  %2886 = shl i64 %indvars.iv1630.i, 9
-  %2887 = and i64 %2886, 1536
-  %2888 = or disjoint i64 %2885, %2887
-  %scevgep274 = getelementptr i8, ptr %scevgep273, i64 %2888
-  %scevgep271 = getelementptr i8, ptr %scevgep270, i64 %2888
-  %bound0278 = icmp ult ptr %scevgep271, %scevgep277
-  %bound1279 = icmp ult ptr %scevgep275, %scevgep274
-  %found.conflict280 = and i1 %bound0278, %bound1279
-  br i1 %found.conflict280, label %for_body_d475.i, label %vector.body283, !prof !11
-
-vector.body283:                                   ; preds = %for_begin_d474.preheader.i
-  %2889 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %2890 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %2891 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %2892 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather286 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2889, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %wide.masked.gather287 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2890, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %wide.masked.gather288 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2891, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %wide.masked.gather289 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2892, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %2893 = getelementptr i8, ptr %2883, i64 32
-  %2894 = getelementptr i8, ptr %2883, i64 64
-  %2895 = getelementptr i8, ptr %2883, i64 96
-  store <8 x float> %wide.masked.gather286, ptr %2883, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather287, ptr %2893, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather288, ptr %2894, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather289, ptr %2895, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  %2896 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %2897 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %2898 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %2899 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather286.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2896, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %wide.masked.gather287.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2897, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %wide.masked.gather288.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2898, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %wide.masked.gather289.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2899, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %2900 = getelementptr i8, ptr %2883, i64 128
-  %2901 = getelementptr i8, ptr %2883, i64 160
-  %2902 = getelementptr i8, ptr %2883, i64 192
-  %2903 = getelementptr i8, ptr %2883, i64 224
-  store <8 x float> %wide.masked.gather286.1, ptr %2900, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather287.1, ptr %2901, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather288.1, ptr %2902, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather289.1, ptr %2903, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  %2904 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %2905 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %2906 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %2907 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather286.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2904, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %wide.masked.gather287.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2905, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %wide.masked.gather288.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2906, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %wide.masked.gather289.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2907, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %2908 = getelementptr i8, ptr %2883, i64 256
-  %2909 = getelementptr i8, ptr %2883, i64 288
-  %2910 = getelementptr i8, ptr %2883, i64 320
-  %2911 = getelementptr i8, ptr %2883, i64 352
-  store <8 x float> %wide.masked.gather286.2, ptr %2908, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather287.2, ptr %2909, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather288.2, ptr %2910, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather289.2, ptr %2911, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  %2912 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %2913 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %2914 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %2915 = getelementptr inbounds nuw i8, ptr %gep1774.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather286.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2912, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %wide.masked.gather287.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2913, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %wide.masked.gather288.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2914, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %wide.masked.gather289.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2915, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !82
-  %2916 = getelementptr i8, ptr %2883, i64 384
-  %2917 = getelementptr i8, ptr %2883, i64 416
-  %2918 = getelementptr i8, ptr %2883, i64 448
-  %2919 = getelementptr i8, ptr %2883, i64 480
-  store <8 x float> %wide.masked.gather286.3, ptr %2916, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather287.3, ptr %2917, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather288.3, ptr %2918, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather289.3, ptr %2919, align 4, !tbaa !4, !alias.scope !85, !noalias !82
-  br label %for_end_d476.i
-
-for_body_d475.i:                                  ; preds = %for_body_d475.i, %for_begin_d474.preheader.i
-  %indvars.iv1626.i = phi i64 [ %indvars.iv.next1627.i.7, %for_body_d475.i ], [ 0, %for_begin_d474.preheader.i ]
-  %.idx1742.i = shl nuw nsw i64 %indvars.iv1626.i, 6
-  %2920 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i
-  %2921 = load float, ptr %2920, align 4, !tbaa !4
-  %2922 = getelementptr float, ptr %2883, i64 %indvars.iv1626.i
-  store float %2921, ptr %2922, align 4, !tbaa !4
-  %indvars.iv.next1627.i = or disjoint i64 %indvars.iv1626.i, 1
-  %.idx1742.i.1 = shl nuw nsw i64 %indvars.iv.next1627.i, 6
-  %2923 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.1
-  %2924 = load float, ptr %2923, align 4, !tbaa !4
-  %2925 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i
-  store float %2924, ptr %2925, align 4, !tbaa !4
-  %indvars.iv.next1627.i.1 = or disjoint i64 %indvars.iv1626.i, 2
-  %.idx1742.i.2 = shl nuw nsw i64 %indvars.iv.next1627.i.1, 6
-  %2926 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.2
-  %2927 = load float, ptr %2926, align 4, !tbaa !4
-  %2928 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i.1
-  store float %2927, ptr %2928, align 4, !tbaa !4
-  %indvars.iv.next1627.i.2 = or disjoint i64 %indvars.iv1626.i, 3
-  %.idx1742.i.3 = shl nuw nsw i64 %indvars.iv.next1627.i.2, 6
-  %2929 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.3
-  %2930 = load float, ptr %2929, align 4, !tbaa !4
-  %2931 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i.2
-  store float %2930, ptr %2931, align 4, !tbaa !4
-  %indvars.iv.next1627.i.3 = or disjoint i64 %indvars.iv1626.i, 4
-  %.idx1742.i.4 = shl nuw nsw i64 %indvars.iv.next1627.i.3, 6
-  %2932 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.4
-  %2933 = load float, ptr %2932, align 4, !tbaa !4
-  %2934 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i.3
-  store float %2933, ptr %2934, align 4, !tbaa !4
-  %indvars.iv.next1627.i.4 = or disjoint i64 %indvars.iv1626.i, 5
-  %.idx1742.i.5 = shl nuw nsw i64 %indvars.iv.next1627.i.4, 6
-  %2935 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.5
-  %2936 = load float, ptr %2935, align 4, !tbaa !4
-  %2937 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i.4
-  store float %2936, ptr %2937, align 4, !tbaa !4
-  %indvars.iv.next1627.i.5 = or disjoint i64 %indvars.iv1626.i, 6
-  %.idx1742.i.6 = shl nuw nsw i64 %indvars.iv.next1627.i.5, 6
-  %2938 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.6
-  %2939 = load float, ptr %2938, align 4, !tbaa !4
-  %2940 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i.5
-  store float %2939, ptr %2940, align 4, !tbaa !4
-  %indvars.iv.next1627.i.6 = or disjoint i64 %indvars.iv1626.i, 7
-  %.idx1742.i.7 = shl nuw nsw i64 %indvars.iv.next1627.i.6, 6
-  %2941 = getelementptr inbounds nuw i8, ptr %gep1774.i, i64 %.idx1742.i.7
-  %2942 = load float, ptr %2941, align 4, !tbaa !4
-  %2943 = getelementptr float, ptr %2883, i64 %indvars.iv.next1627.i.6
-  store float %2942, ptr %2943, align 4, !tbaa !4
-  %indvars.iv.next1627.i.7 = add nuw nsw i64 %indvars.iv1626.i, 8
-  %exitcond1629.not.i.7 = icmp eq i64 %indvars.iv.next1627.i.7, 128
-  br i1 %exitcond1629.not.i.7, label %for_end_d476.i, label %for_body_d475.i, !prof !28, !llvm.loop !87
-
-for_end_d476.i:                                   ; preds = %for_body_d475.i, %vector.body283
-  %indvars.iv.next1631.i = add nuw nsw i64 %indvars.iv1630.i, 1
-  %exitcond1635.not.i = icmp eq i64 %indvars.iv.next1631.i, %wide.trip.count1624.i
-  br i1 %exitcond1635.not.i, label %if_end388.loopexit.i, label %for_begin_d474.preheader.i, !prof !8
-
-if_end483.i:                                      ; preds = %for_end_tile384.i
-  %2944 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2945 = tail call i32 %2944(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not528.i = icmp eq i32 %2945, 0
-  br i1 %.not528.i, label %if_end486.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end486.i:                                      ; preds = %if_end483.i
-  %2946 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2947 = tail call i32 %2946(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not529.i = icmp eq i32 %2947, 0
-  br i1 %.not529.i, label %if_end489.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end489.i:                                      ; preds = %if_end486.i
-  %2948 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2949 = tail call i32 %2948(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not530.i = icmp eq i32 %2949, 0
-  br i1 %.not530.i, label %if_end492.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end492.i:                                      ; preds = %if_end489.i
-  %2950 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2951 = tail call i32 %2950(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not531.i = icmp eq i32 %2951, 0
-  br i1 %.not531.i, label %if_end495.i, label %fused_attend_compute_.exit, !prof !36
-
-if_end495.i:                                      ; preds = %if_end492.i
-  %2952 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2953 = tail call i32 %2952(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not532.i = icmp ne i32 %2953, 0
-  %..i = sext i1 %.not532.i to i32
-  br label %fused_attend_compute_.exit
-
-fused_attend_compute_.exit:                       ; preds = %if_end495.i, %if_end492.i, %if_end489.i, %if_end486.i, %if_end483.i, %for_end_tile384.i, %if_end377.i, %if_end374.i, %for_end_tile315.i, %if_end308.i, %for_end_kv_head.i, %if_end302.us.i, %if_end299.us.i, %if_end296.us.i, %if_end155.us.i, %if_end149.us.i, %if_end146.us.i, %if_end143.us.i, %for_body_row_tile.us.i, %if_end124.i, %for_body_step.i, %if_end118.i, %if_end115.i, %for_body_number.i, %for_end_r444.us.i, %for_body_tile383.us.i, %for_body_r79.peel.next.i, %for_body_tile.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end54
-  %common.ret.op.i = phi i32 [ -1, %if_end492.i ], [ -1, %if_end54 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end489.i ], [ -1, %for_body_step.i ], [ %..i, %if_end495.i ], [ -1, %for_end_tile384.i ], [ -1, %if_end483.i ], [ -1, %if_end486.i ], [ -1, %for_body_tile383.us.i ], [ -1, %for_body_row_tile.us.i ], [ -1, %for_body_number.i ], [ -1, %for_end_r444.us.i ], [ -1, %if_end302.us.i ], [ -1, %if_end299.us.i ], [ -1, %if_end296.us.i ], [ -1, %if_end155.us.i ], [ -1, %if_end149.us.i ], [ -1, %if_end146.us.i ], [ -1, %if_end143.us.i ], [ -1, %if_end308.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end124.i ], [ -1, %if_end377.i ], [ -1, %if_end374.i ], [ -1, %for_end_tile315.i ], [ -1, %if_end118.i ], [ -1, %if_end115.i ], [ -1, %for_body_r79.peel.next.i ], [ -1, %for_body_tile.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor509.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %reach527.i)
-  ret i32 %common.ret.op.i
+  %120 = tail call fastcc i32 @fused_attend_compute_(ptr %query, i64 %q_batch, ptr %key_cache, ptr %value_cache, ptr %block_table, i64 %table_seq, ptr %row_starts, i64 %row_step, ptr %context_lens, ptr %tree_mask, ptr %partial_max, ptr %partial_sum, ptr %partial_acc, ptr %out, i64 %out_batch, ptr %lse, i64 %lse_batch, i32 %dev_id, i32 %num_kv_heads, i32 %num_query, i32 %seq, i32 %causal, i64 %tree_start, i32 %token_begin, i32 %kv_head_begin, i64 %q_head, float %query_scale, i32 %first_pos, i32 %block_begin, i32 %block_end, i64 %k_block, i64 %v_block, i64 %v_row, i64 %k_head, i64 %v_head, i64 %k_row, float %score_scale, i32 %tree_size, i32 %partial_start, i64 %out_head)
+  ret i32 %120
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
@@ -6479,16 +1785,16 @@ vector.body172:                                   ; preds = %for_begin_r.prehead
   %172 = getelementptr i8, ptr %invariant.gep.i, i64 32
   %173 = getelementptr i8, ptr %invariant.gep.i, i64 64
   %174 = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %wide.vec174 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !88
+  %wide.vec174 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !12
   %strided.vec175 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec176 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec177 = load <16 x i16>, ptr %172, align 2, !tbaa !4, !alias.scope !88
+  %wide.vec177 = load <16 x i16>, ptr %172, align 2, !tbaa !4, !alias.scope !12
   %strided.vec178 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec179 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec180 = load <16 x i16>, ptr %173, align 2, !tbaa !4, !alias.scope !88
+  %wide.vec180 = load <16 x i16>, ptr %173, align 2, !tbaa !4, !alias.scope !12
   %strided.vec181 = shufflevector <16 x i16> %wide.vec180, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec182 = shufflevector <16 x i16> %wide.vec180, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec183 = load <16 x i16>, ptr %174, align 2, !tbaa !4, !alias.scope !88
+  %wide.vec183 = load <16 x i16>, ptr %174, align 2, !tbaa !4, !alias.scope !12
   %strided.vec184 = shufflevector <16 x i16> %wide.vec183, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec185 = shufflevector <16 x i16> %wide.vec183, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %175 = zext <8 x i16> %strided.vec176 to <8 x i32>
@@ -6542,24 +1848,24 @@ vector.body172:                                   ; preds = %for_begin_r.prehead
   %223 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 32
   %224 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 64
   %225 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 96
-  store <8 x i32> %219, ptr %invariant.gep1313.i, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x i32> %220, ptr %223, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x i32> %221, ptr %224, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x i32> %222, ptr %225, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %219, ptr %invariant.gep1313.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %220, ptr %223, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %221, ptr %224, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %222, ptr %225, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   %226 = getelementptr i8, ptr %invariant.gep.i, i64 128
   %227 = getelementptr i8, ptr %invariant.gep.i, i64 160
   %228 = getelementptr i8, ptr %invariant.gep.i, i64 192
   %229 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.vec174.1 = load <16 x i16>, ptr %226, align 2, !tbaa !4, !alias.scope !88
+  %wide.vec174.1 = load <16 x i16>, ptr %226, align 2, !tbaa !4, !alias.scope !12
   %strided.vec175.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec176.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec177.1 = load <16 x i16>, ptr %227, align 2, !tbaa !4, !alias.scope !88
+  %wide.vec177.1 = load <16 x i16>, ptr %227, align 2, !tbaa !4, !alias.scope !12
   %strided.vec178.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec179.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec180.1 = load <16 x i16>, ptr %228, align 2, !tbaa !4, !alias.scope !88
+  %wide.vec180.1 = load <16 x i16>, ptr %228, align 2, !tbaa !4, !alias.scope !12
   %strided.vec181.1 = shufflevector <16 x i16> %wide.vec180.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec182.1 = shufflevector <16 x i16> %wide.vec180.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec183.1 = load <16 x i16>, ptr %229, align 2, !tbaa !4, !alias.scope !88
+  %wide.vec183.1 = load <16 x i16>, ptr %229, align 2, !tbaa !4, !alias.scope !12
   %strided.vec184.1 = shufflevector <16 x i16> %wide.vec183.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec185.1 = shufflevector <16 x i16> %wide.vec183.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %230 = zext <8 x i16> %strided.vec176.1 to <8 x i32>
@@ -6614,10 +1920,10 @@ vector.body172:                                   ; preds = %for_begin_r.prehead
   %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 160
   %280 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 192
   %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 224
-  store <8 x i32> %274, ptr %278, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x i32> %275, ptr %279, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x i32> %276, ptr %280, align 4, !tbaa !4, !alias.scope !91, !noalias !88
-  store <8 x i32> %277, ptr %281, align 4, !tbaa !4, !alias.scope !91, !noalias !88
+  store <8 x i32> %274, ptr %278, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %275, ptr %279, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %276, ptr %280, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %277, ptr %281, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   br label %for_end_d.i
 
 for_end_tile.i:                                   ; preds = %for_end_d.3.i
@@ -6733,7 +2039,7 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   store i32 %364, ptr %gep1314.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !28, !llvm.loop !93
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body172
   %365 = or disjoint i64 %170, 1
@@ -6745,16 +2051,16 @@ vector.body144:                                   ; preds = %for_end_d.i
   %367 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
   %368 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
   %369 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
-  %wide.vec146 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec146 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !21
   %strided.vec147 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec148 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec149 = load <16 x i16>, ptr %367, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec149 = load <16 x i16>, ptr %367, align 2, !tbaa !4, !alias.scope !21
   %strided.vec150 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec152 = load <16 x i16>, ptr %368, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec152 = load <16 x i16>, ptr %368, align 2, !tbaa !4, !alias.scope !21
   %strided.vec153 = shufflevector <16 x i16> %wide.vec152, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec154 = shufflevector <16 x i16> %wide.vec152, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec155 = load <16 x i16>, ptr %369, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec155 = load <16 x i16>, ptr %369, align 2, !tbaa !4, !alias.scope !21
   %strided.vec156 = shufflevector <16 x i16> %wide.vec155, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec157 = shufflevector <16 x i16> %wide.vec155, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %370 = zext <8 x i16> %strided.vec148 to <8 x i32>
@@ -6809,24 +2115,24 @@ vector.body144:                                   ; preds = %for_end_d.i
   %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 288
   %420 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 320
   %421 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 352
-  store <8 x i32> %414, ptr %418, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %415, ptr %419, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %416, ptr %420, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %417, ptr %421, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %414, ptr %418, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %415, ptr %419, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %416, ptr %420, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %417, ptr %421, align 4, !tbaa !4, !alias.scope !24, !noalias !21
   %422 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
   %423 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
   %424 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
   %425 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
-  %wide.vec146.1 = load <16 x i16>, ptr %422, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec146.1 = load <16 x i16>, ptr %422, align 2, !tbaa !4, !alias.scope !21
   %strided.vec147.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec148.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec149.1 = load <16 x i16>, ptr %423, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec149.1 = load <16 x i16>, ptr %423, align 2, !tbaa !4, !alias.scope !21
   %strided.vec150.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec152.1 = load <16 x i16>, ptr %424, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec152.1 = load <16 x i16>, ptr %424, align 2, !tbaa !4, !alias.scope !21
   %strided.vec153.1 = shufflevector <16 x i16> %wide.vec152.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec154.1 = shufflevector <16 x i16> %wide.vec152.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec155.1 = load <16 x i16>, ptr %425, align 2, !tbaa !4, !alias.scope !94
+  %wide.vec155.1 = load <16 x i16>, ptr %425, align 2, !tbaa !4, !alias.scope !21
   %strided.vec156.1 = shufflevector <16 x i16> %wide.vec155.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec157.1 = shufflevector <16 x i16> %wide.vec155.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %426 = zext <8 x i16> %strided.vec148.1 to <8 x i32>
@@ -6881,10 +2187,10 @@ vector.body144:                                   ; preds = %for_end_d.i
   %475 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 416
   %476 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 448
   %477 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 480
-  store <8 x i32> %470, ptr %474, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %471, ptr %475, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %472, ptr %476, align 4, !tbaa !4, !alias.scope !97, !noalias !94
-  store <8 x i32> %473, ptr %477, align 4, !tbaa !4, !alias.scope !97, !noalias !94
+  store <8 x i32> %470, ptr %474, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %471, ptr %475, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %472, ptr %476, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %473, ptr %477, align 4, !tbaa !4, !alias.scope !24, !noalias !21
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
@@ -6974,7 +2280,7 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   store i32 %540, ptr %541, align 4, !tbaa !4
   %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
   %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 64
-  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !28, !llvm.loop !99
+  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !17, !llvm.loop !26
 
 for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body144
   %542 = or disjoint i64 %170, 2
@@ -6986,16 +2292,16 @@ vector.body115:                                   ; preds = %for_end_d.1.i
   %544 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
   %545 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
   %546 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
-  %wide.vec117 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec117 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !27
   %strided.vec118 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120 = load <16 x i16>, ptr %544, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec120 = load <16 x i16>, ptr %544, align 2, !tbaa !4, !alias.scope !27
   %strided.vec121 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec123 = load <16 x i16>, ptr %545, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec123 = load <16 x i16>, ptr %545, align 2, !tbaa !4, !alias.scope !27
   %strided.vec124 = shufflevector <16 x i16> %wide.vec123, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec125 = shufflevector <16 x i16> %wide.vec123, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec126 = load <16 x i16>, ptr %546, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec126 = load <16 x i16>, ptr %546, align 2, !tbaa !4, !alias.scope !27
   %strided.vec127 = shufflevector <16 x i16> %wide.vec126, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec128 = shufflevector <16 x i16> %wide.vec126, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %547 = zext <8 x i16> %strided.vec119 to <8 x i32>
@@ -7050,24 +2356,24 @@ vector.body115:                                   ; preds = %for_end_d.1.i
   %596 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 544
   %597 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 576
   %598 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 608
-  store <8 x i32> %591, ptr %595, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %592, ptr %596, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %593, ptr %597, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %594, ptr %598, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %591, ptr %595, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %592, ptr %596, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %593, ptr %597, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %594, ptr %598, align 4, !tbaa !4, !alias.scope !30, !noalias !27
   %599 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
   %600 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
   %601 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
   %602 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
-  %wide.vec117.1 = load <16 x i16>, ptr %599, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec117.1 = load <16 x i16>, ptr %599, align 2, !tbaa !4, !alias.scope !27
   %strided.vec118.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120.1 = load <16 x i16>, ptr %600, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec120.1 = load <16 x i16>, ptr %600, align 2, !tbaa !4, !alias.scope !27
   %strided.vec121.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec123.1 = load <16 x i16>, ptr %601, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec123.1 = load <16 x i16>, ptr %601, align 2, !tbaa !4, !alias.scope !27
   %strided.vec124.1 = shufflevector <16 x i16> %wide.vec123.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec125.1 = shufflevector <16 x i16> %wide.vec123.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec126.1 = load <16 x i16>, ptr %602, align 2, !tbaa !4, !alias.scope !100
+  %wide.vec126.1 = load <16 x i16>, ptr %602, align 2, !tbaa !4, !alias.scope !27
   %strided.vec127.1 = shufflevector <16 x i16> %wide.vec126.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec128.1 = shufflevector <16 x i16> %wide.vec126.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %603 = zext <8 x i16> %strided.vec119.1 to <8 x i32>
@@ -7122,10 +2428,10 @@ vector.body115:                                   ; preds = %for_end_d.1.i
   %652 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 672
   %653 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 704
   %654 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 736
-  store <8 x i32> %647, ptr %651, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %648, ptr %652, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %649, ptr %653, align 4, !tbaa !4, !alias.scope !103, !noalias !100
-  store <8 x i32> %650, ptr %654, align 4, !tbaa !4, !alias.scope !103, !noalias !100
+  store <8 x i32> %647, ptr %651, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %648, ptr %652, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %649, ptr %653, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %650, ptr %654, align 4, !tbaa !4, !alias.scope !30, !noalias !27
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
@@ -7215,7 +2521,7 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   store i32 %717, ptr %718, align 4, !tbaa !4
   %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
   %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 64
-  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !28, !llvm.loop !105
+  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !17, !llvm.loop !32
 
 for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body115
   %719 = or disjoint i64 %170, 3
@@ -7227,16 +2533,16 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %721 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
   %722 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
   %723 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
-  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !33
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec92 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec93 = load <16 x i16>, ptr %721, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec93 = load <16 x i16>, ptr %721, align 2, !tbaa !4, !alias.scope !33
   %strided.vec94 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec95 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec96 = load <16 x i16>, ptr %722, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec96 = load <16 x i16>, ptr %722, align 2, !tbaa !4, !alias.scope !33
   %strided.vec97 = shufflevector <16 x i16> %wide.vec96, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec98 = shufflevector <16 x i16> %wide.vec96, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec99 = load <16 x i16>, ptr %723, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec99 = load <16 x i16>, ptr %723, align 2, !tbaa !4, !alias.scope !33
   %strided.vec100 = shufflevector <16 x i16> %wide.vec99, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec101 = shufflevector <16 x i16> %wide.vec99, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %724 = zext <8 x i16> %strided.vec92 to <8 x i32>
@@ -7291,24 +2597,24 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %773 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 800
   %774 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 832
   %775 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 864
-  store <8 x i32> %768, ptr %772, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %769, ptr %773, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %770, ptr %774, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %771, ptr %775, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %768, ptr %772, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %769, ptr %773, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %770, ptr %774, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %771, ptr %775, align 4, !tbaa !4, !alias.scope !36, !noalias !33
   %776 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
   %777 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
   %778 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
   %779 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
-  %wide.vec.1 = load <16 x i16>, ptr %776, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec.1 = load <16 x i16>, ptr %776, align 2, !tbaa !4, !alias.scope !33
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec92.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec93.1 = load <16 x i16>, ptr %777, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec93.1 = load <16 x i16>, ptr %777, align 2, !tbaa !4, !alias.scope !33
   %strided.vec94.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec95.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec96.1 = load <16 x i16>, ptr %778, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec96.1 = load <16 x i16>, ptr %778, align 2, !tbaa !4, !alias.scope !33
   %strided.vec97.1 = shufflevector <16 x i16> %wide.vec96.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec98.1 = shufflevector <16 x i16> %wide.vec96.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec99.1 = load <16 x i16>, ptr %779, align 2, !tbaa !4, !alias.scope !106
+  %wide.vec99.1 = load <16 x i16>, ptr %779, align 2, !tbaa !4, !alias.scope !33
   %strided.vec100.1 = shufflevector <16 x i16> %wide.vec99.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec101.1 = shufflevector <16 x i16> %wide.vec99.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %780 = zext <8 x i16> %strided.vec92.1 to <8 x i32>
@@ -7363,10 +2669,10 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %829 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 928
   %830 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 960
   %831 = getelementptr inbounds nuw i8, ptr %invariant.gep1313.i, i64 992
-  store <8 x i32> %824, ptr %828, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %825, ptr %829, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %826, ptr %830, align 4, !tbaa !4, !alias.scope !109, !noalias !106
-  store <8 x i32> %827, ptr %831, align 4, !tbaa !4, !alias.scope !109, !noalias !106
+  store <8 x i32> %824, ptr %828, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %825, ptr %829, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %826, ptr %830, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %827, ptr %831, align 4, !tbaa !4, !alias.scope !36, !noalias !33
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
@@ -7456,12 +2762,12 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   store i32 %894, ptr %895, align 4, !tbaa !4
   %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
   %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 64
-  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !28, !llvm.loop !111
+  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !17, !llvm.loop !38
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body
   %indvars.iv.next1102.i = add nuw nsw i64 %indvars.iv1101.i, 1
   %exitcond1104.not.i = icmp eq i64 %indvars.iv.next1102.i, 8
-  br i1 %exitcond1104.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !30
+  br i1 %exitcond1104.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !39
 
 for_begin_step.i:                                 ; preds = %if_end174.i, %for_end_tile.i
   %indvars.iv = phi i32 [ %indvars.iv.next, %if_end174.i ], [ %range_len.i, %for_end_tile.i ]
@@ -7472,7 +2778,7 @@ for_begin_step.i:                                 ; preds = %if_end174.i, %for_e
   %897 = lshr i32 %narrow, 1
   %898 = zext nneg i32 %897 to i64
   %exitcond1212.not.i = icmp eq i64 %indvars.iv1208.i, %wide.trip.count1211.i
-  br i1 %exitcond1212.not.i, label %for_begin_tile179.preheader.i, label %for_body_step.i, !prof !36
+  br i1 %exitcond1212.not.i, label %for_begin_tile179.preheader.i, label %for_body_step.i, !prof !40
 
 for_begin_tile179.preheader.i:                    ; preds = %for_begin_step.i
   %899 = add nuw nsw i64 %indvars.iv1248.i, %107
@@ -7492,7 +2798,7 @@ for_body_tile180.us.i:                            ; preds = %if_end204.us.3.i, %
   %indvars.iv1244.i = phi i64 [ %indvars.iv.next1245.i, %if_end204.us.3.i ], [ 0, %for_begin_tile179.preheader.i ]
   %909 = shl nuw nsw i64 %indvars.iv1244.i, 2
   %910 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %909
-  %total.us.i = load <4 x float>, ptr %910, align 16, !tbaa !112
+  %total.us.i = load <4 x float>, ptr %910, align 16, !tbaa !41
   %911 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %912 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %913 = select <4 x i1> %912, <4 x float> zeroinitializer, <4 x float> %911
@@ -7893,7 +3199,7 @@ for_body_tile180.us.i:                            ; preds = %if_end204.us.3.i, %
   %gep1077.us.7.i.3 = getelementptr i8, ptr %invariant.gep1076.us.i.3, i64 224
   store <16 x i16> %1240, ptr %gep1077.us.7.i.3, align 2, !tbaa !4
   %1241 = getelementptr float, ptr %905, i64 %909
-  %1242 = load float, ptr %910, align 16, !tbaa !112
+  %1242 = load float, ptr %910, align 16, !tbaa !41
   %1243 = fcmp oeq float %1242, 0.000000e+00
   br i1 %1243, label %if_end204.us.i, label %if_else203.us.i
 
@@ -7901,7 +3207,7 @@ if_else203.us.i:                                  ; preds = %for_body_tile180.us
   %1244 = fmul float %1242, %908
   %1245 = tail call float @llvm.log.f32(float %1244)
   %1246 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %909
-  %1247 = load float, ptr %1246, align 16, !tbaa !114
+  %1247 = load float, ptr %1246, align 16, !tbaa !43
   %1248 = fadd float %1245, %1247
   br label %if_end204.us.i
 
@@ -7910,7 +3216,7 @@ if_end204.us.i:                                   ; preds = %if_else203.us.i, %f
   store float %1249, ptr %1241, align 4, !tbaa !4
   %1250 = or disjoint i64 %909, 1
   %1251 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %1250
-  %1252 = load float, ptr %1251, align 4, !tbaa !112
+  %1252 = load float, ptr %1251, align 4, !tbaa !41
   %1253 = fcmp oeq float %1252, 0.000000e+00
   br i1 %1253, label %if_end204.us.1.i, label %if_else203.us.1.i
 
@@ -7918,7 +3224,7 @@ if_else203.us.1.i:                                ; preds = %if_end204.us.i
   %1254 = fmul float %1252, %908
   %1255 = tail call float @llvm.log.f32(float %1254)
   %1256 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %1250
-  %1257 = load float, ptr %1256, align 4, !tbaa !114
+  %1257 = load float, ptr %1256, align 4, !tbaa !43
   %1258 = fadd float %1255, %1257
   br label %if_end204.us.1.i
 
@@ -7928,7 +3234,7 @@ if_end204.us.1.i:                                 ; preds = %if_else203.us.1.i, 
   store float %1259, ptr %1260, align 4, !tbaa !4
   %1261 = or disjoint i64 %909, 2
   %1262 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %1261
-  %1263 = load float, ptr %1262, align 8, !tbaa !112
+  %1263 = load float, ptr %1262, align 8, !tbaa !41
   %1264 = fcmp oeq float %1263, 0.000000e+00
   br i1 %1264, label %if_end204.us.2.i, label %if_else203.us.2.i
 
@@ -7936,7 +3242,7 @@ if_else203.us.2.i:                                ; preds = %if_end204.us.1.i
   %1265 = fmul float %1263, %908
   %1266 = tail call float @llvm.log.f32(float %1265)
   %1267 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %1261
-  %1268 = load float, ptr %1267, align 8, !tbaa !114
+  %1268 = load float, ptr %1267, align 8, !tbaa !43
   %1269 = fadd float %1266, %1268
   br label %if_end204.us.2.i
 
@@ -7946,7 +3252,7 @@ if_end204.us.2.i:                                 ; preds = %if_else203.us.2.i, 
   store float %1270, ptr %1271, align 4, !tbaa !4
   %1272 = or disjoint i64 %909, 3
   %1273 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %1272
-  %1274 = load float, ptr %1273, align 4, !tbaa !112
+  %1274 = load float, ptr %1273, align 4, !tbaa !41
   %1275 = fcmp oeq float %1274, 0.000000e+00
   br i1 %1275, label %if_end204.us.3.i, label %if_else203.us.3.i
 
@@ -7954,7 +3260,7 @@ if_else203.us.3.i:                                ; preds = %if_end204.us.2.i
   %1276 = fmul float %1274, %908
   %1277 = tail call float @llvm.log.f32(float %1276)
   %1278 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %1272
-  %1279 = load float, ptr %1278, align 4, !tbaa !114
+  %1279 = load float, ptr %1278, align 4, !tbaa !43
   %1280 = fadd float %1277, %1279
   br label %if_end204.us.3.i
 
@@ -7964,7 +3270,7 @@ if_end204.us.3.i:                                 ; preds = %if_else203.us.3.i, 
   store float %1281, ptr %1282, align 4, !tbaa !4
   %indvars.iv.next1245.i = add nuw nsw i64 %indvars.iv1244.i, 1
   %exitcond1247.not.i = icmp eq i64 %indvars.iv.next1245.i, 8
-  br i1 %exitcond1247.not.i, label %for_end_tile181.i, label %for_body_tile180.us.i, !prof !30
+  br i1 %exitcond1247.not.i, label %for_end_tile181.i, label %for_body_tile180.us.i, !prof !39
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %1283 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -8051,7 +3357,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %1329, ptr %1330, align 8, !tbaa !4
   %indvars.iv.next1106.i.3 = add nuw nsw i64 %indvars.iv1105.i, 4
   %exitcond1108.not.i.3 = icmp eq i64 %indvars.iv.next1106.i.3, %wide.trip.count.i
-  br i1 %exitcond1108.not.i.3, label %for_body_t13.lr.ph.i, label %for_body_t.i, !prof !8, !llvm.loop !116
+  br i1 %exitcond1108.not.i.3, label %for_body_t13.lr.ph.i, label %for_body_t.i, !prof !8, !llvm.loop !45
 
 for_body_t13.lr.ph.i:                             ; preds = %for_body_t.i
   %row_start11.i = load i32, ptr %293, align 4, !tbaa !4
@@ -8219,12 +3525,12 @@ for_body_t13.i:                                   ; preds = %for_body_t13.i, %fo
   store i64 %1406, ptr %1407, align 8, !tbaa !4
   %indvars.iv.next1110.i.3 = add nuw nsw i64 %indvars.iv1109.i, 4
   %exitcond1113.not.i.3 = icmp eq i64 %indvars.iv.next1110.i.3, %wide.trip.count.i
-  br i1 %exitcond1113.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t13.i, !prof !8, !llvm.loop !117
+  br i1 %exitcond1113.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t13.i, !prof !8, !llvm.loop !47
 
 for_begin_kv_head.i:                              ; preds = %if_end168.i, %for_begin_kv_head.preheader.i
   %indvars.iv1204.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1205.i, %if_end168.i ]
   %exitcond1207.not.i = icmp eq i64 %indvars.iv1204.i, 8
-  br i1 %exitcond1207.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !36
+  br i1 %exitcond1207.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !40
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %1408 = icmp eq i64 %indvars.iv1204.i, 7
@@ -8239,7 +3545,7 @@ for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %1412 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %1413 = tail call i32 %1412(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not247.i = icmp eq i32 %1413, 0
-  br i1 %.not247.i, label %if_end174.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not247.i, label %if_end174.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end24.i:                                       ; preds = %for_body_kv_head.i
   %1414 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -8471,7 +3777,7 @@ for_begin_line.preheader.us.i:                    ; preds = %for_begin_d_0.prehe
   %r.i298.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i274.us.1.i, <32 x bfloat> %x.i293.us.1.i, <32 x bfloat> %1533)
   %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
   %exitcond1124.not.i = icmp eq i64 %indvars.iv.next1122.i, 16
-  br i1 %exitcond1124.not.i, label %for_end_d_0.us.i, label %for_begin_line.preheader.us.i, !prof !30
+  br i1 %exitcond1124.not.i, label %for_end_d_0.us.i, label %for_begin_line.preheader.us.i, !prof !39
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_end_d_0.us.i, %for_begin_d_0.preheader.us.i.preheader
   %indvars.iv1125.i = phi i64 [ %indvars.iv.next1126.i, %for_end_d_0.us.i ], [ 0, %for_begin_d_0.preheader.us.i.preheader ]
@@ -8508,7 +3814,7 @@ for_begin_r38.preheader.i:                        ; preds = %if_end33.i
   br i1 %1332, label %for_body_to44.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
 
 for_body_to44.us.i.preheader:                     ; preds = %for_begin_r38.preheader.i
-  br i1 %1345, label %for_body_to44.us.i.epil.preheader, label %for_body_to44.us.i, !prof !71
+  br i1 %1345, label %for_body_to44.us.i.epil.preheader, label %for_body_to44.us.i, !prof !48
 
 for_body_to44.us.i:                               ; preds = %for_body_to44.us.i, %for_body_to44.us.i.preheader
   %indvars.iv1130.i = phi i64 [ %indvars.iv.next1131.i.3, %for_body_to44.us.i ], [ 0, %for_body_to44.us.i.preheader ]
@@ -8567,10 +3873,10 @@ for_body_to44.us.i:                               ; preds = %for_body_to44.us.i,
   %indvars.iv.next1131.i.3 = add nuw nsw i64 %indvars.iv1130.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to44.us.1.i.preheader.unr-lcssa, label %for_body_to44.us.i, !prof !72, !llvm.loop !118
+  br i1 %niter.ncmp.3, label %for_body_to44.us.1.i.preheader.unr-lcssa, label %for_body_to44.us.i, !prof !49, !llvm.loop !50
 
 for_body_to44.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to44.us.i
-  br i1 %lcmp.mod.not, label %for_body_to44.us.1.i.preheader, label %for_body_to44.us.i.epil.preheader, !prof !75
+  br i1 %lcmp.mod.not, label %for_body_to44.us.1.i.preheader, label %for_body_to44.us.i.epil.preheader, !prof !52
 
 for_body_to44.us.i.epil.preheader:                ; preds = %for_body_to44.us.1.i.preheader.unr-lcssa, %for_body_to44.us.i.preheader
   %indvars.iv1130.i.epil.init = phi i64 [ 0, %for_body_to44.us.i.preheader ], [ %indvars.iv.next1131.i.3, %for_body_to44.us.1.i.preheader.unr-lcssa ]
@@ -8595,10 +3901,10 @@ for_body_to44.us.i.epil:                          ; preds = %for_body_to44.us.i.
   %indvars.iv.next1131.i.epil = add nuw nsw i64 %indvars.iv1130.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to44.us.1.i.preheader, label %for_body_to44.us.i.epil, !prof !70, !llvm.loop !119
+  br i1 %epil.iter.cmp.not, label %for_body_to44.us.1.i.preheader, label %for_body_to44.us.i.epil, !prof !53, !llvm.loop !54
 
 for_body_to44.us.1.i.preheader:                   ; preds = %for_body_to44.us.i.epil, %for_body_to44.us.1.i.preheader.unr-lcssa
-  br i1 %1346, label %for_body_to44.us.1.i.epil.preheader, label %for_body_to44.us.1.i, !prof !71
+  br i1 %1346, label %for_body_to44.us.1.i.epil.preheader, label %for_body_to44.us.1.i, !prof !48
 
 for_body_to44.us.1.i:                             ; preds = %for_body_to44.us.1.i, %for_body_to44.us.1.i.preheader
   %indvars.iv1130.1.i = phi i64 [ %indvars.iv.next1131.1.i.3, %for_body_to44.us.1.i ], [ 0, %for_body_to44.us.1.i.preheader ]
@@ -8661,10 +3967,10 @@ for_body_to44.us.1.i:                             ; preds = %for_body_to44.us.1.
   %indvars.iv.next1131.1.i.3 = add nuw nsw i64 %indvars.iv1130.1.i, 4
   %niter205.next.3 = add i64 %niter205, 4
   %niter205.ncmp.3 = icmp eq i64 %niter205.next.3, %unroll_iter204
-  br i1 %niter205.ncmp.3, label %for_body_to44.us.2.i.preheader.unr-lcssa, label %for_body_to44.us.1.i, !prof !72, !llvm.loop !120
+  br i1 %niter205.ncmp.3, label %for_body_to44.us.2.i.preheader.unr-lcssa, label %for_body_to44.us.1.i, !prof !49, !llvm.loop !57
 
 for_body_to44.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to44.us.1.i
-  br i1 %lcmp.mod202.not, label %for_body_to44.us.2.i.preheader, label %for_body_to44.us.1.i.epil.preheader, !prof !75
+  br i1 %lcmp.mod202.not, label %for_body_to44.us.2.i.preheader, label %for_body_to44.us.1.i.epil.preheader, !prof !52
 
 for_body_to44.us.1.i.epil.preheader:              ; preds = %for_body_to44.us.2.i.preheader.unr-lcssa, %for_body_to44.us.1.i.preheader
   %indvars.iv1130.1.i.epil.init = phi i64 [ 0, %for_body_to44.us.1.i.preheader ], [ %indvars.iv.next1131.1.i.3, %for_body_to44.us.2.i.preheader.unr-lcssa ]
@@ -8690,10 +3996,10 @@ for_body_to44.us.1.i.epil:                        ; preds = %for_body_to44.us.1.
   %indvars.iv.next1131.1.i.epil = add nuw nsw i64 %indvars.iv1130.1.i.epil, 1
   %epil.iter201.next = add i64 %epil.iter201, 1
   %epil.iter201.cmp.not = icmp eq i64 %epil.iter201.next, %xtraiter200
-  br i1 %epil.iter201.cmp.not, label %for_body_to44.us.2.i.preheader, label %for_body_to44.us.1.i.epil, !prof !70, !llvm.loop !121
+  br i1 %epil.iter201.cmp.not, label %for_body_to44.us.2.i.preheader, label %for_body_to44.us.1.i.epil, !prof !53, !llvm.loop !58
 
 for_body_to44.us.2.i.preheader:                   ; preds = %for_body_to44.us.1.i.epil, %for_body_to44.us.2.i.preheader.unr-lcssa
-  br i1 %1347, label %for_body_to44.us.2.i.epil.preheader, label %for_body_to44.us.2.i, !prof !71
+  br i1 %1347, label %for_body_to44.us.2.i.epil.preheader, label %for_body_to44.us.2.i, !prof !48
 
 for_body_to44.us.2.i:                             ; preds = %for_body_to44.us.2.i, %for_body_to44.us.2.i.preheader
   %indvars.iv1130.2.i = phi i64 [ %indvars.iv.next1131.2.i.3, %for_body_to44.us.2.i ], [ 0, %for_body_to44.us.2.i.preheader ]
@@ -8756,10 +4062,10 @@ for_body_to44.us.2.i:                             ; preds = %for_body_to44.us.2.
   %indvars.iv.next1131.2.i.3 = add nuw nsw i64 %indvars.iv1130.2.i, 4
   %niter211.next.3 = add i64 %niter211, 4
   %niter211.ncmp.3 = icmp eq i64 %niter211.next.3, %unroll_iter210
-  br i1 %niter211.ncmp.3, label %for_body_to44.us.3.i.preheader.unr-lcssa, label %for_body_to44.us.2.i, !prof !72, !llvm.loop !122
+  br i1 %niter211.ncmp.3, label %for_body_to44.us.3.i.preheader.unr-lcssa, label %for_body_to44.us.2.i, !prof !49, !llvm.loop !59
 
 for_body_to44.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to44.us.2.i
-  br i1 %lcmp.mod208.not, label %for_body_to44.us.3.i.preheader, label %for_body_to44.us.2.i.epil.preheader, !prof !75
+  br i1 %lcmp.mod208.not, label %for_body_to44.us.3.i.preheader, label %for_body_to44.us.2.i.epil.preheader, !prof !52
 
 for_body_to44.us.2.i.epil.preheader:              ; preds = %for_body_to44.us.3.i.preheader.unr-lcssa, %for_body_to44.us.2.i.preheader
   %indvars.iv1130.2.i.epil.init = phi i64 [ 0, %for_body_to44.us.2.i.preheader ], [ %indvars.iv.next1131.2.i.3, %for_body_to44.us.3.i.preheader.unr-lcssa ]
@@ -8785,10 +4091,10 @@ for_body_to44.us.2.i.epil:                        ; preds = %for_body_to44.us.2.
   %indvars.iv.next1131.2.i.epil = add nuw nsw i64 %indvars.iv1130.2.i.epil, 1
   %epil.iter207.next = add i64 %epil.iter207, 1
   %epil.iter207.cmp.not = icmp eq i64 %epil.iter207.next, %xtraiter206
-  br i1 %epil.iter207.cmp.not, label %for_body_to44.us.3.i.preheader, label %for_body_to44.us.2.i.epil, !prof !70, !llvm.loop !123
+  br i1 %epil.iter207.cmp.not, label %for_body_to44.us.3.i.preheader, label %for_body_to44.us.2.i.epil, !prof !53, !llvm.loop !60
 
 for_body_to44.us.3.i.preheader:                   ; preds = %for_body_to44.us.2.i.epil, %for_body_to44.us.3.i.preheader.unr-lcssa
-  br i1 %1348, label %for_body_to44.us.3.i.epil.preheader, label %for_body_to44.us.3.i, !prof !71
+  br i1 %1348, label %for_body_to44.us.3.i.epil.preheader, label %for_body_to44.us.3.i, !prof !48
 
 for_body_to44.us.3.i:                             ; preds = %for_body_to44.us.3.i, %for_body_to44.us.3.i.preheader
   %indvars.iv1130.3.i = phi i64 [ %indvars.iv.next1131.3.i.3, %for_body_to44.us.3.i ], [ 0, %for_body_to44.us.3.i.preheader ]
@@ -8851,10 +4157,10 @@ for_body_to44.us.3.i:                             ; preds = %for_body_to44.us.3.
   %indvars.iv.next1131.3.i.3 = add nuw nsw i64 %indvars.iv1130.3.i, 4
   %niter217.next.3 = add i64 %niter217, 4
   %niter217.ncmp.3 = icmp eq i64 %niter217.next.3, %unroll_iter216
-  br i1 %niter217.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to44.us.3.i, !prof !72, !llvm.loop !124
+  br i1 %niter217.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to44.us.3.i, !prof !49, !llvm.loop !61
 
 for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to44.us.3.i
-  br i1 %lcmp.mod214.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to44.us.3.i.epil.preheader, !prof !75
+  br i1 %lcmp.mod214.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to44.us.3.i.epil.preheader, !prof !52
 
 for_body_to44.us.3.i.epil.preheader:              ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to44.us.3.i.preheader
   %indvars.iv1130.3.i.epil.init = phi i64 [ 0, %for_body_to44.us.3.i.preheader ], [ %indvars.iv.next1131.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
@@ -8880,7 +4186,7 @@ for_body_to44.us.3.i.epil:                        ; preds = %for_body_to44.us.3.
   %indvars.iv.next1131.3.i.epil = add nuw nsw i64 %indvars.iv1130.3.i.epil, 1
   %epil.iter213.next = add i64 %epil.iter213, 1
   %epil.iter213.cmp.not = icmp eq i64 %epil.iter213.next, %xtraiter212
-  br i1 %epil.iter213.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to44.us.3.i.epil, !prof !70, !llvm.loop !125
+  br i1 %epil.iter213.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to44.us.3.i.epil, !prof !53, !llvm.loop !62
 
 for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to44.us.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_r38.preheader.i
   br label %for_begin_ax1.preheader.i
@@ -8892,7 +4198,7 @@ for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
   %.idx1282.i = shl nuw nsw i64 %indvars.iv1144.i, 9
   %invariant.gep1321.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1282.i
-  br i1 %1349, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !126
+  br i1 %1349, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !63
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
   %indvars.iv1139.i = phi i64 [ %indvars.iv.next1140.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
@@ -8948,10 +4254,10 @@ for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %fo
   %indvars.iv.next1140.i.7 = add nuw nsw i64 %indvars.iv1139.i, 8
   %niter224.next.7 = add i64 %niter224, 8
   %niter224.ncmp.7 = icmp eq i64 %niter224.next.7, %unroll_iter223
-  br i1 %niter224.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !127, !llvm.loop !128
+  br i1 %niter224.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !64, !llvm.loop !65
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod220.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !129
+  br i1 %lcmp.mod220.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !67
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
   %indvars.iv1139.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1140.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
@@ -8971,7 +4277,7 @@ for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil
   %indvars.iv.next1140.i.epil = add nuw nsw i64 %indvars.iv1139.i.epil, 1
   %epil.iter219.next = add i64 %epil.iter219, 1
   %epil.iter219.cmp.not = icmp eq i64 %epil.iter219.next, %xtraiter218
-  br i1 %epil.iter219.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !75, !llvm.loop !130
+  br i1 %epil.iter219.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !52, !llvm.loop !68
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
   %peak.rf_global235.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1824, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1827, %for_body_ax1.i.epil ]
@@ -9072,10 +4378,10 @@ for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil
   %peak.rf236.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 31
   %1891 = fcmp ogt float %1890, %peak.rf236.sroa.0.124.vec.extract.i
   %1892 = select i1 %1891, float %1890, float %peak.rf236.sroa.0.124.vec.extract.i
-  store float %1892, ptr %1828, align 4, !tbaa !131
+  store float %1892, ptr %1828, align 4, !tbaa !69
   %indvars.iv.next1145.i = add nuw nsw i64 %indvars.iv1144.i, 1
   %exitcond1147.not.i = icmp eq i64 %indvars.iv.next1145.i, 4
-  br i1 %exitcond1147.not.i, label %for_body_r54.preheader.i, label %for_begin_ax1.preheader.i, !prof !30
+  br i1 %exitcond1147.not.i, label %for_body_r54.preheader.i, label %for_begin_ax1.preheader.i, !prof !39
 
 for_body_r54.preheader.i:                         ; preds = %for_end_ax1.i
   %1893 = load <4 x float>, ptr %peak237.i, align 16
@@ -9228,7 +4534,7 @@ for_body_to66.us.3.i:                             ; preds = %for_body_to66.us.3.
   br i1 %exitcond1156.3.not.i, label %for_body_to76.us.i.preheader, label %for_body_to66.us.3.i, !prof !8
 
 for_body_to76.us.i.preheader:                     ; preds = %for_body_to66.us.3.i
-  br i1 %1350, label %for_body_to76.us.i.epil.preheader, label %for_body_to76.us.i, !prof !71
+  br i1 %1350, label %for_body_to76.us.i.epil.preheader, label %for_body_to76.us.i, !prof !48
 
 for_body_to76.us.i:                               ; preds = %for_body_to76.us.i, %for_body_to76.us.i.preheader
   %indvars.iv1161.i = phi i64 [ %indvars.iv.next1162.i.3, %for_body_to76.us.i ], [ 0, %for_body_to76.us.i.preheader ]
@@ -9279,10 +4585,10 @@ for_body_to76.us.i:                               ; preds = %for_body_to76.us.i,
   %indvars.iv.next1162.i.3 = add nuw nsw i64 %indvars.iv1161.i, 4
   %niter230.next.3 = add i64 %niter230, 4
   %niter230.ncmp.3 = icmp eq i64 %niter230.next.3, %unroll_iter229
-  br i1 %niter230.ncmp.3, label %for_body_to76.us.1.i.preheader.unr-lcssa, label %for_body_to76.us.i, !prof !72, !llvm.loop !133
+  br i1 %niter230.ncmp.3, label %for_body_to76.us.1.i.preheader.unr-lcssa, label %for_body_to76.us.i, !prof !49, !llvm.loop !71
 
 for_body_to76.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to76.us.i
-  br i1 %lcmp.mod227.not, label %for_body_to76.us.1.i.preheader, label %for_body_to76.us.i.epil.preheader, !prof !75
+  br i1 %lcmp.mod227.not, label %for_body_to76.us.1.i.preheader, label %for_body_to76.us.i.epil.preheader, !prof !52
 
 for_body_to76.us.i.epil.preheader:                ; preds = %for_body_to76.us.1.i.preheader.unr-lcssa, %for_body_to76.us.i.preheader
   %indvars.iv1161.i.epil.init = phi i64 [ 0, %for_body_to76.us.i.preheader ], [ %indvars.iv.next1162.i.3, %for_body_to76.us.1.i.preheader.unr-lcssa ]
@@ -9305,10 +4611,10 @@ for_body_to76.us.i.epil:                          ; preds = %for_body_to76.us.i.
   %indvars.iv.next1162.i.epil = add nuw nsw i64 %indvars.iv1161.i.epil, 1
   %epil.iter226.next = add i64 %epil.iter226, 1
   %epil.iter226.cmp.not = icmp eq i64 %epil.iter226.next, %xtraiter225
-  br i1 %epil.iter226.cmp.not, label %for_body_to76.us.1.i.preheader, label %for_body_to76.us.i.epil, !prof !70, !llvm.loop !134
+  br i1 %epil.iter226.cmp.not, label %for_body_to76.us.1.i.preheader, label %for_body_to76.us.i.epil, !prof !53, !llvm.loop !72
 
 for_body_to76.us.1.i.preheader:                   ; preds = %for_body_to76.us.i.epil, %for_body_to76.us.1.i.preheader.unr-lcssa
-  br i1 %1351, label %for_body_to76.us.1.i.epil.preheader, label %for_body_to76.us.1.i, !prof !71
+  br i1 %1351, label %for_body_to76.us.1.i.epil.preheader, label %for_body_to76.us.1.i, !prof !48
 
 for_body_to76.us.1.i:                             ; preds = %for_body_to76.us.1.i, %for_body_to76.us.1.i.preheader
   %indvars.iv1161.1.i = phi i64 [ %indvars.iv.next1162.1.i.3, %for_body_to76.us.1.i ], [ 0, %for_body_to76.us.1.i.preheader ]
@@ -9360,10 +4666,10 @@ for_body_to76.us.1.i:                             ; preds = %for_body_to76.us.1.
   %indvars.iv.next1162.1.i.3 = add nuw nsw i64 %indvars.iv1161.1.i, 4
   %niter236.next.3 = add i64 %niter236, 4
   %niter236.ncmp.3 = icmp eq i64 %niter236.next.3, %unroll_iter235
-  br i1 %niter236.ncmp.3, label %for_body_to76.us.2.i.preheader.unr-lcssa, label %for_body_to76.us.1.i, !prof !72, !llvm.loop !135
+  br i1 %niter236.ncmp.3, label %for_body_to76.us.2.i.preheader.unr-lcssa, label %for_body_to76.us.1.i, !prof !49, !llvm.loop !73
 
 for_body_to76.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to76.us.1.i
-  br i1 %lcmp.mod233.not, label %for_body_to76.us.2.i.preheader, label %for_body_to76.us.1.i.epil.preheader, !prof !75
+  br i1 %lcmp.mod233.not, label %for_body_to76.us.2.i.preheader, label %for_body_to76.us.1.i.epil.preheader, !prof !52
 
 for_body_to76.us.1.i.epil.preheader:              ; preds = %for_body_to76.us.2.i.preheader.unr-lcssa, %for_body_to76.us.1.i.preheader
   %indvars.iv1161.1.i.epil.init = phi i64 [ 0, %for_body_to76.us.1.i.preheader ], [ %indvars.iv.next1162.1.i.3, %for_body_to76.us.2.i.preheader.unr-lcssa ]
@@ -9387,10 +4693,10 @@ for_body_to76.us.1.i.epil:                        ; preds = %for_body_to76.us.1.
   %indvars.iv.next1162.1.i.epil = add nuw nsw i64 %indvars.iv1161.1.i.epil, 1
   %epil.iter232.next = add i64 %epil.iter232, 1
   %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
-  br i1 %epil.iter232.cmp.not, label %for_body_to76.us.2.i.preheader, label %for_body_to76.us.1.i.epil, !prof !70, !llvm.loop !136
+  br i1 %epil.iter232.cmp.not, label %for_body_to76.us.2.i.preheader, label %for_body_to76.us.1.i.epil, !prof !53, !llvm.loop !74
 
 for_body_to76.us.2.i.preheader:                   ; preds = %for_body_to76.us.1.i.epil, %for_body_to76.us.2.i.preheader.unr-lcssa
-  br i1 %1352, label %for_body_to76.us.2.i.epil.preheader, label %for_body_to76.us.2.i, !prof !71
+  br i1 %1352, label %for_body_to76.us.2.i.epil.preheader, label %for_body_to76.us.2.i, !prof !48
 
 for_body_to76.us.2.i:                             ; preds = %for_body_to76.us.2.i, %for_body_to76.us.2.i.preheader
   %indvars.iv1161.2.i = phi i64 [ %indvars.iv.next1162.2.i.3, %for_body_to76.us.2.i ], [ 0, %for_body_to76.us.2.i.preheader ]
@@ -9442,10 +4748,10 @@ for_body_to76.us.2.i:                             ; preds = %for_body_to76.us.2.
   %indvars.iv.next1162.2.i.3 = add nuw nsw i64 %indvars.iv1161.2.i, 4
   %niter242.next.3 = add i64 %niter242, 4
   %niter242.ncmp.3 = icmp eq i64 %niter242.next.3, %unroll_iter241
-  br i1 %niter242.ncmp.3, label %for_body_to76.us.3.i.preheader.unr-lcssa, label %for_body_to76.us.2.i, !prof !72, !llvm.loop !137
+  br i1 %niter242.ncmp.3, label %for_body_to76.us.3.i.preheader.unr-lcssa, label %for_body_to76.us.2.i, !prof !49, !llvm.loop !75
 
 for_body_to76.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to76.us.2.i
-  br i1 %lcmp.mod239.not, label %for_body_to76.us.3.i.preheader, label %for_body_to76.us.2.i.epil.preheader, !prof !75
+  br i1 %lcmp.mod239.not, label %for_body_to76.us.3.i.preheader, label %for_body_to76.us.2.i.epil.preheader, !prof !52
 
 for_body_to76.us.2.i.epil.preheader:              ; preds = %for_body_to76.us.3.i.preheader.unr-lcssa, %for_body_to76.us.2.i.preheader
   %indvars.iv1161.2.i.epil.init = phi i64 [ 0, %for_body_to76.us.2.i.preheader ], [ %indvars.iv.next1162.2.i.3, %for_body_to76.us.3.i.preheader.unr-lcssa ]
@@ -9469,10 +4775,10 @@ for_body_to76.us.2.i.epil:                        ; preds = %for_body_to76.us.2.
   %indvars.iv.next1162.2.i.epil = add nuw nsw i64 %indvars.iv1161.2.i.epil, 1
   %epil.iter238.next = add i64 %epil.iter238, 1
   %epil.iter238.cmp.not = icmp eq i64 %epil.iter238.next, %xtraiter237
-  br i1 %epil.iter238.cmp.not, label %for_body_to76.us.3.i.preheader, label %for_body_to76.us.2.i.epil, !prof !70, !llvm.loop !138
+  br i1 %epil.iter238.cmp.not, label %for_body_to76.us.3.i.preheader, label %for_body_to76.us.2.i.epil, !prof !53, !llvm.loop !76
 
 for_body_to76.us.3.i.preheader:                   ; preds = %for_body_to76.us.2.i.epil, %for_body_to76.us.3.i.preheader.unr-lcssa
-  br i1 %1353, label %for_body_to76.us.3.i.epil.preheader, label %for_body_to76.us.3.i, !prof !71
+  br i1 %1353, label %for_body_to76.us.3.i.epil.preheader, label %for_body_to76.us.3.i, !prof !48
 
 for_body_to76.us.3.i:                             ; preds = %for_body_to76.us.3.i, %for_body_to76.us.3.i.preheader
   %indvars.iv1161.3.i = phi i64 [ %indvars.iv.next1162.3.i.3, %for_body_to76.us.3.i ], [ 0, %for_body_to76.us.3.i.preheader ]
@@ -9524,10 +4830,10 @@ for_body_to76.us.3.i:                             ; preds = %for_body_to76.us.3.
   %indvars.iv.next1162.3.i.3 = add nuw nsw i64 %indvars.iv1161.3.i, 4
   %niter248.next.3 = add i64 %niter248, 4
   %niter248.ncmp.3 = icmp eq i64 %niter248.next.3, %unroll_iter247
-  br i1 %niter248.ncmp.3, label %for_begin_ax185.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to76.us.3.i, !prof !72, !llvm.loop !139
+  br i1 %niter248.ncmp.3, label %for_begin_ax185.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to76.us.3.i, !prof !49, !llvm.loop !77
 
 for_begin_ax185.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to76.us.3.i
-  br i1 %lcmp.mod245.not, label %for_begin_ax185.preheader.i.preheader, label %for_body_to76.us.3.i.epil.preheader, !prof !75
+  br i1 %lcmp.mod245.not, label %for_begin_ax185.preheader.i.preheader, label %for_body_to76.us.3.i.epil.preheader, !prof !52
 
 for_body_to76.us.3.i.epil.preheader:              ; preds = %for_begin_ax185.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to76.us.3.i.preheader
   %indvars.iv1161.3.i.epil.init = phi i64 [ 0, %for_body_to76.us.3.i.preheader ], [ %indvars.iv.next1162.3.i.3, %for_begin_ax185.preheader.i.preheader.loopexit.unr-lcssa ]
@@ -9551,7 +4857,7 @@ for_body_to76.us.3.i.epil:                        ; preds = %for_body_to76.us.3.
   %indvars.iv.next1162.3.i.epil = add nuw nsw i64 %indvars.iv1161.3.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_begin_ax185.preheader.i.preheader, label %for_body_to76.us.3.i.epil, !prof !70, !llvm.loop !140
+  br i1 %epil.iter244.cmp.not, label %for_begin_ax185.preheader.i.preheader, label %for_body_to76.us.3.i.epil, !prof !53, !llvm.loop !78
 
 for_begin_ax185.preheader.i.preheader:            ; preds = %for_body_to76.us.3.i.epil, %for_begin_ax185.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r54.preheader.i
   br label %for_begin_ax185.preheader.i
@@ -9563,7 +4869,7 @@ for_begin_ax185.preheader.i:                      ; preds = %for_end_ax187.i, %f
 for_body_ax186.lr.ph.i:                           ; preds = %for_begin_ax185.preheader.i
   %.idx1284.i = shl nuw nsw i64 %indvars.iv1175.i, 9
   %invariant.gep1323.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1284.i
-  br i1 %1354, label %for_body_ax186.i.epil.preheader, label %for_body_ax186.i, !prof !126
+  br i1 %1354, label %for_body_ax186.i.epil.preheader, label %for_body_ax186.i, !prof !63
 
 for_body_ax186.i:                                 ; preds = %for_body_ax186.i, %for_body_ax186.lr.ph.i
   %indvars.iv1170.i = phi i64 [ %indvars.iv.next1171.i.7, %for_body_ax186.i ], [ 0, %for_body_ax186.lr.ph.i ]
@@ -9611,10 +4917,10 @@ for_body_ax186.i:                                 ; preds = %for_body_ax186.i, %
   %indvars.iv.next1171.i.7 = add nuw nsw i64 %indvars.iv1170.i, 8
   %niter255.next.7 = add i64 %niter255, 8
   %niter255.ncmp.7 = icmp eq i64 %niter255.next.7, %unroll_iter254
-  br i1 %niter255.ncmp.7, label %for_end_ax187.i.loopexit.unr-lcssa, label %for_body_ax186.i, !prof !127, !llvm.loop !141
+  br i1 %niter255.ncmp.7, label %for_end_ax187.i.loopexit.unr-lcssa, label %for_body_ax186.i, !prof !64, !llvm.loop !79
 
 for_end_ax187.i.loopexit.unr-lcssa:               ; preds = %for_body_ax186.i
-  br i1 %lcmp.mod251.not, label %for_end_ax187.i, label %for_body_ax186.i.epil.preheader, !prof !129
+  br i1 %lcmp.mod251.not, label %for_end_ax187.i, label %for_body_ax186.i.epil.preheader, !prof !67
 
 for_body_ax186.i.epil.preheader:                  ; preds = %for_end_ax187.i.loopexit.unr-lcssa, %for_body_ax186.lr.ph.i
   %indvars.iv1170.i.epil.init = phi i64 [ 0, %for_body_ax186.lr.ph.i ], [ %indvars.iv.next1171.i.7, %for_end_ax187.i.loopexit.unr-lcssa ]
@@ -9633,7 +4939,7 @@ for_body_ax186.i.epil:                            ; preds = %for_body_ax186.i.ep
   %indvars.iv.next1171.i.epil = add nuw nsw i64 %indvars.iv1170.i.epil, 1
   %epil.iter250.next = add i64 %epil.iter250, 1
   %epil.iter250.cmp.not = icmp eq i64 %epil.iter250.next, %xtraiter249
-  br i1 %epil.iter250.cmp.not, label %for_end_ax187.i, label %for_body_ax186.i.epil, !prof !75, !llvm.loop !142
+  br i1 %epil.iter250.cmp.not, label %for_end_ax187.i, label %for_body_ax186.i.epil, !prof !52, !llvm.loop !80
 
 for_end_ax187.i:                                  ; preds = %for_body_ax186.i.epil, %for_end_ax187.i.loopexit.unr-lcssa, %for_begin_ax185.preheader.i
   %tile_sum.rf_global233.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax185.preheader.i ], [ %2202, %for_end_ax187.i.loopexit.unr-lcssa ], [ %2204, %for_body_ax186.i.epil ]
@@ -9702,16 +5008,16 @@ for_end_ax187.i:                                  ; preds = %for_body_ax186.i.ep
   %2236 = fadd float %tile_sum.rf234.sroa.0.120.vec.extract.i, %2235
   %tile_sum.rf234.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 31
   %2237 = fadd float %tile_sum.rf234.sroa.0.124.vec.extract.i, %2236
-  store float %2237, ptr %2205, align 4, !tbaa !143
+  store float %2237, ptr %2205, align 4, !tbaa !81
   %indvars.iv.next1176.i = add nuw nsw i64 %indvars.iv1175.i, 1
   %exitcond1178.not.i = icmp eq i64 %indvars.iv.next1176.i, 4
-  br i1 %exitcond1178.not.i, label %for_begin_to95.preheader.preheader.i, label %for_begin_ax185.preheader.i, !prof !30
+  br i1 %exitcond1178.not.i, label %for_begin_to95.preheader.preheader.i, label %for_begin_ax185.preheader.i, !prof !39
 
 for_begin_to95.preheader.preheader.i:             ; preds = %for_end_ax187.i
   br i1 %1332, label %for_body_to96.i.preheader, label %for_end_to97.3.i, !prof !3
 
 for_body_to96.i.preheader:                        ; preds = %for_begin_to95.preheader.preheader.i
-  br i1 %1355, label %for_body_to96.i.epil.preheader, label %for_body_to96.i, !prof !71
+  br i1 %1355, label %for_body_to96.i.epil.preheader, label %for_body_to96.i, !prof !48
 
 for_body_to96.i:                                  ; preds = %for_body_to96.i, %for_body_to96.i.preheader
   %indvars.iv1179.i = phi i64 [ %indvars.iv.next1180.i.3, %for_body_to96.i ], [ 0, %for_body_to96.i.preheader ]
@@ -9770,10 +5076,10 @@ for_body_to96.i:                                  ; preds = %for_body_to96.i, %f
   %indvars.iv.next1180.i.3 = add nuw nsw i64 %indvars.iv1179.i, 4
   %niter261.next.3 = add i64 %niter261, 4
   %niter261.ncmp.3 = icmp eq i64 %niter261.next.3, %unroll_iter260
-  br i1 %niter261.ncmp.3, label %for_body_to96.1.i.preheader.unr-lcssa, label %for_body_to96.i, !prof !72, !llvm.loop !145
+  br i1 %niter261.ncmp.3, label %for_body_to96.1.i.preheader.unr-lcssa, label %for_body_to96.i, !prof !49, !llvm.loop !83
 
 for_body_to96.1.i.preheader.unr-lcssa:            ; preds = %for_body_to96.i
-  br i1 %lcmp.mod258.not, label %for_body_to96.1.i.preheader, label %for_body_to96.i.epil.preheader, !prof !75
+  br i1 %lcmp.mod258.not, label %for_body_to96.1.i.preheader, label %for_body_to96.i.epil.preheader, !prof !52
 
 for_body_to96.i.epil.preheader:                   ; preds = %for_body_to96.1.i.preheader.unr-lcssa, %for_body_to96.i.preheader
   %indvars.iv1179.i.epil.init = phi i64 [ 0, %for_body_to96.i.preheader ], [ %indvars.iv.next1180.i.3, %for_body_to96.1.i.preheader.unr-lcssa ]
@@ -9798,10 +5104,10 @@ for_body_to96.i.epil:                             ; preds = %for_body_to96.i.epi
   %indvars.iv.next1180.i.epil = add nuw nsw i64 %indvars.iv1179.i.epil, 1
   %epil.iter257.next = add i64 %epil.iter257, 1
   %epil.iter257.cmp.not = icmp eq i64 %epil.iter257.next, %xtraiter256
-  br i1 %epil.iter257.cmp.not, label %for_body_to96.1.i.preheader, label %for_body_to96.i.epil, !prof !70, !llvm.loop !146
+  br i1 %epil.iter257.cmp.not, label %for_body_to96.1.i.preheader, label %for_body_to96.i.epil, !prof !53, !llvm.loop !84
 
 for_body_to96.1.i.preheader:                      ; preds = %for_body_to96.i.epil, %for_body_to96.1.i.preheader.unr-lcssa
-  br i1 %1356, label %for_body_to96.1.i.epil.preheader, label %for_body_to96.1.i, !prof !71
+  br i1 %1356, label %for_body_to96.1.i.epil.preheader, label %for_body_to96.1.i, !prof !48
 
 for_body_to96.1.i:                                ; preds = %for_body_to96.1.i, %for_body_to96.1.i.preheader
   %indvars.iv1179.1.i = phi i64 [ %indvars.iv.next1180.1.i.3, %for_body_to96.1.i ], [ 0, %for_body_to96.1.i.preheader ]
@@ -9868,10 +5174,10 @@ for_body_to96.1.i:                                ; preds = %for_body_to96.1.i, 
   %indvars.iv.next1180.1.i.3 = add nuw nsw i64 %indvars.iv1179.1.i, 4
   %niter267.next.3 = add i64 %niter267, 4
   %niter267.ncmp.3 = icmp eq i64 %niter267.next.3, %unroll_iter266
-  br i1 %niter267.ncmp.3, label %for_body_to96.2.i.preheader.unr-lcssa, label %for_body_to96.1.i, !prof !72, !llvm.loop !147
+  br i1 %niter267.ncmp.3, label %for_body_to96.2.i.preheader.unr-lcssa, label %for_body_to96.1.i, !prof !49, !llvm.loop !85
 
 for_body_to96.2.i.preheader.unr-lcssa:            ; preds = %for_body_to96.1.i
-  br i1 %lcmp.mod264.not, label %for_body_to96.2.i.preheader, label %for_body_to96.1.i.epil.preheader, !prof !75
+  br i1 %lcmp.mod264.not, label %for_body_to96.2.i.preheader, label %for_body_to96.1.i.epil.preheader, !prof !52
 
 for_body_to96.1.i.epil.preheader:                 ; preds = %for_body_to96.2.i.preheader.unr-lcssa, %for_body_to96.1.i.preheader
   %indvars.iv1179.1.i.epil.init = phi i64 [ 0, %for_body_to96.1.i.preheader ], [ %indvars.iv.next1180.1.i.3, %for_body_to96.2.i.preheader.unr-lcssa ]
@@ -9898,10 +5204,10 @@ for_body_to96.1.i.epil:                           ; preds = %for_body_to96.1.i.e
   %indvars.iv.next1180.1.i.epil = add nuw nsw i64 %indvars.iv1179.1.i.epil, 1
   %epil.iter263.next = add i64 %epil.iter263, 1
   %epil.iter263.cmp.not = icmp eq i64 %epil.iter263.next, %xtraiter262
-  br i1 %epil.iter263.cmp.not, label %for_body_to96.2.i.preheader, label %for_body_to96.1.i.epil, !prof !70, !llvm.loop !148
+  br i1 %epil.iter263.cmp.not, label %for_body_to96.2.i.preheader, label %for_body_to96.1.i.epil, !prof !53, !llvm.loop !86
 
 for_body_to96.2.i.preheader:                      ; preds = %for_body_to96.1.i.epil, %for_body_to96.2.i.preheader.unr-lcssa
-  br i1 %1357, label %for_body_to96.2.i.epil.preheader, label %for_body_to96.2.i, !prof !71
+  br i1 %1357, label %for_body_to96.2.i.epil.preheader, label %for_body_to96.2.i, !prof !48
 
 for_body_to96.2.i:                                ; preds = %for_body_to96.2.i, %for_body_to96.2.i.preheader
   %indvars.iv1179.2.i = phi i64 [ %indvars.iv.next1180.2.i.3, %for_body_to96.2.i ], [ 0, %for_body_to96.2.i.preheader ]
@@ -9968,10 +5274,10 @@ for_body_to96.2.i:                                ; preds = %for_body_to96.2.i, 
   %indvars.iv.next1180.2.i.3 = add nuw nsw i64 %indvars.iv1179.2.i, 4
   %niter273.next.3 = add i64 %niter273, 4
   %niter273.ncmp.3 = icmp eq i64 %niter273.next.3, %unroll_iter272
-  br i1 %niter273.ncmp.3, label %for_body_to96.3.i.preheader.unr-lcssa, label %for_body_to96.2.i, !prof !72, !llvm.loop !149
+  br i1 %niter273.ncmp.3, label %for_body_to96.3.i.preheader.unr-lcssa, label %for_body_to96.2.i, !prof !49, !llvm.loop !87
 
 for_body_to96.3.i.preheader.unr-lcssa:            ; preds = %for_body_to96.2.i
-  br i1 %lcmp.mod270.not, label %for_body_to96.3.i.preheader, label %for_body_to96.2.i.epil.preheader, !prof !75
+  br i1 %lcmp.mod270.not, label %for_body_to96.3.i.preheader, label %for_body_to96.2.i.epil.preheader, !prof !52
 
 for_body_to96.2.i.epil.preheader:                 ; preds = %for_body_to96.3.i.preheader.unr-lcssa, %for_body_to96.2.i.preheader
   %indvars.iv1179.2.i.epil.init = phi i64 [ 0, %for_body_to96.2.i.preheader ], [ %indvars.iv.next1180.2.i.3, %for_body_to96.3.i.preheader.unr-lcssa ]
@@ -9998,10 +5304,10 @@ for_body_to96.2.i.epil:                           ; preds = %for_body_to96.2.i.e
   %indvars.iv.next1180.2.i.epil = add nuw nsw i64 %indvars.iv1179.2.i.epil, 1
   %epil.iter269.next = add i64 %epil.iter269, 1
   %epil.iter269.cmp.not = icmp eq i64 %epil.iter269.next, %xtraiter268
-  br i1 %epil.iter269.cmp.not, label %for_body_to96.3.i.preheader, label %for_body_to96.2.i.epil, !prof !70, !llvm.loop !150
+  br i1 %epil.iter269.cmp.not, label %for_body_to96.3.i.preheader, label %for_body_to96.2.i.epil, !prof !53, !llvm.loop !88
 
 for_body_to96.3.i.preheader:                      ; preds = %for_body_to96.2.i.epil, %for_body_to96.3.i.preheader.unr-lcssa
-  br i1 %1358, label %for_body_to96.3.i.epil.preheader, label %for_body_to96.3.i, !prof !71
+  br i1 %1358, label %for_body_to96.3.i.epil.preheader, label %for_body_to96.3.i, !prof !48
 
 for_body_to96.3.i:                                ; preds = %for_body_to96.3.i, %for_body_to96.3.i.preheader
   %indvars.iv1179.3.i = phi i64 [ %indvars.iv.next1180.3.i.3, %for_body_to96.3.i ], [ 0, %for_body_to96.3.i.preheader ]
@@ -10068,10 +5374,10 @@ for_body_to96.3.i:                                ; preds = %for_body_to96.3.i, 
   %indvars.iv.next1180.3.i.3 = add nuw nsw i64 %indvars.iv1179.3.i, 4
   %niter279.next.3 = add i64 %niter279, 4
   %niter279.ncmp.3 = icmp eq i64 %niter279.next.3, %unroll_iter278
-  br i1 %niter279.ncmp.3, label %for_end_to97.3.i.loopexit.unr-lcssa, label %for_body_to96.3.i, !prof !72, !llvm.loop !151
+  br i1 %niter279.ncmp.3, label %for_end_to97.3.i.loopexit.unr-lcssa, label %for_body_to96.3.i, !prof !49, !llvm.loop !89
 
 for_end_to97.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to96.3.i
-  br i1 %lcmp.mod276.not, label %for_end_to97.3.i, label %for_body_to96.3.i.epil.preheader, !prof !75
+  br i1 %lcmp.mod276.not, label %for_end_to97.3.i, label %for_body_to96.3.i.epil.preheader, !prof !52
 
 for_body_to96.3.i.epil.preheader:                 ; preds = %for_end_to97.3.i.loopexit.unr-lcssa, %for_body_to96.3.i.preheader
   %indvars.iv1179.3.i.epil.init = phi i64 [ 0, %for_body_to96.3.i.preheader ], [ %indvars.iv.next1180.3.i.3, %for_end_to97.3.i.loopexit.unr-lcssa ]
@@ -10098,18 +5404,18 @@ for_body_to96.3.i.epil:                           ; preds = %for_body_to96.3.i.e
   %indvars.iv.next1180.3.i.epil = add nuw nsw i64 %indvars.iv1179.3.i.epil, 1
   %epil.iter275.next = add i64 %epil.iter275, 1
   %epil.iter275.cmp.not = icmp eq i64 %epil.iter275.next, %xtraiter274
-  br i1 %epil.iter275.cmp.not, label %for_end_to97.3.i, label %for_body_to96.3.i.epil, !prof !70, !llvm.loop !152
+  br i1 %epil.iter275.cmp.not, label %for_end_to97.3.i, label %for_body_to96.3.i.epil, !prof !53, !llvm.loop !90
 
 for_end_to97.3.i:                                 ; preds = %for_body_to96.3.i.epil, %for_end_to97.3.i.loopexit.unr-lcssa, %for_begin_to95.preheader.preheader.i
   %2448 = shl nuw nsw i64 %indvars.iv1204.i, 2
   %2449 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %2448
-  %2450 = load <4 x float>, ptr %2449, align 16, !tbaa !114
+  %2450 = load <4 x float>, ptr %2449, align 16, !tbaa !43
   %old_max.i = select <4 x i1> %1336, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2450
   %2451 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %2448
-  %2452 = load <4 x float>, ptr %2451, align 16, !tbaa !112
+  %2452 = load <4 x float>, ptr %2451, align 16, !tbaa !41
   %old_sum.i = select <4 x i1> %1336, <4 x float> zeroinitializer, <4 x float> %2452
   %2453 = fcmp ogt <4 x float> %old_max.i, %1894
-  %2454 = load <4 x float>, ptr %tile_sum238.i, align 16, !tbaa !153
+  %2454 = load <4 x float>, ptr %tile_sum238.i, align 16, !tbaa !91
   %2455 = fcmp oeq <4 x float> %2454, zeroinitializer
   %2456 = select <4 x i1> %2455, <4 x i1> splat (i1 true), <4 x i1> %2453
   %old_or_both.i = select <4 x i1> %2456, <4 x float> %old_max.i, <4 x float> %1894
@@ -10161,8 +5467,8 @@ for_end_to97.3.i:                                 ; preds = %for_body_to96.3.i.e
   %2500 = select <4 x i1> %2499, <4 x float> %2498, <4 x float> zeroinitializer
   %2501 = fmul <4 x float> %old_sum.i, %2479
   %2502 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2500, <4 x float> %2454, <4 x float> %2501)
-  store <4 x float> %m.i, ptr %2449, align 16, !tbaa !114
-  store <4 x float> %2502, ptr %2451, align 16, !tbaa !112
+  store <4 x float> %m.i, ptr %2449, align 16, !tbaa !43
+  store <4 x float> %2502, ptr %2451, align 16, !tbaa !41
   %2503 = shufflevector <4 x float> %2500, <4 x float> poison, <16 x i32> zeroinitializer
   %2504 = shl nuw nsw i64 %indvars.iv1204.i, 9
   %2505 = shufflevector <4 x float> %2479, <4 x float> poison, <16 x i32> zeroinitializer
@@ -10204,7 +5510,7 @@ for_end_d_0_m.i:                                  ; preds = %if_end157.i
   %2519 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %2520 = tail call i32 %2519(i32 1, i32 %dev_id, ptr nonnull %exact.i)
   %.not249.i = icmp eq i32 %2520, 0
-  br i1 %.not249.i, label %if_end159.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not249.i, label %if_end159.i, label %fused_decode_compute_.exit, !prof !40
 
 for_begin_line137.preheader.i:                    ; preds = %for_begin_line137.preheader.i, %for_begin_line137.preheader.lr.ph.i
   %indvars.iv1192.i = phi i64 [ 0, %for_begin_line137.preheader.lr.ph.i ], [ %indvars.iv.next1193.i, %for_begin_line137.preheader.i ]
@@ -10865,7 +6171,7 @@ for_end_to134.i:                                  ; preds = %for_begin_line137.p
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to134.i
   %gep1072.idx.i = shl i64 %indvars.iv1200.i, 7
   %gep1072.i = getelementptr i8, ptr %invariant.gep1039.i, i64 %gep1072.idx.i
-  br i1 %1359, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !51
+  br i1 %1359, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !99
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
   %indvars.iv1197.i = phi i64 [ %indvars.iv.next1198.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
@@ -10976,10 +6282,10 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next1198.i.1 = add nuw nsw i64 %indvars.iv1197.i, 2
   %niter294.next.1 = add nuw i64 %niter294, 2
   %niter294.ncmp.1 = icmp eq i64 %niter294.next.1, %unroll_iter293
-  br i1 %niter294.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !52, !llvm.loop !161
+  br i1 %niter294.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !100, !llvm.loop !101
 
 for_end_ti.i.loopexit.unr-lcssa:                  ; preds = %for_body_ti.i
-  br i1 %lcmp.mod283.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !70
+  br i1 %lcmp.mod283.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !53
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
   %indvars.iv1197.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1198.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
@@ -11126,79 +6432,79 @@ if_end157.i:                                      ; preds = %if_then156.i, %if_e
   store <16 x float> %3008, ptr %3007, align 4, !tbaa !4
   %indvars.iv.next1201.i = add nuw nsw i64 %indvars.iv1200.i, 1
   %exitcond1203.not.i = icmp eq i64 %indvars.iv.next1201.i, 4
-  br i1 %exitcond1203.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !30
+  br i1 %exitcond1203.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !39
 
 if_end159.i:                                      ; preds = %for_end_d_0_m.i
   %3009 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3010 = tail call i32 %3009(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
   %.not250.i = icmp eq i32 %3010, 0
-  br i1 %.not250.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not250.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end162.i:                                      ; preds = %if_end159.i
   %3011 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3012 = tail call i32 %3011(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not251.i = icmp eq i32 %3012, 0
-  br i1 %.not251.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not251.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end165.i:                                      ; preds = %if_end162.i
   %3013 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3014 = tail call i32 %3013(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
   %.not252.i = icmp eq i32 %3014, 0
-  br i1 %.not252.i, label %if_end168.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not252.i, label %if_end168.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end168.i:                                      ; preds = %if_end165.i
   %3015 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3016 = tail call i32 %3015(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not253.i = icmp eq i32 %3016, 0
-  br i1 %.not253.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not253.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end174.i:                                      ; preds = %for_end_kv_head.i
   %3017 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3018 = tail call i32 %3017(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not248.i = icmp eq i32 %3018, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not248.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not248.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !40
 
 for_body_tile180.i:                               ; preds = %for_body_tile180.i, %for_begin_tile179.preheader.i
   %indvars.iv1228.i = phi i64 [ %indvars.iv.next1229.i, %for_body_tile180.i ], [ 0, %for_begin_tile179.preheader.i ]
   %3019 = shl nuw nsw i64 %indvars.iv1228.i, 2
   %3020 = add nuw nsw i64 %3019, %900
   %3021 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %3019
-  %3022 = load float, ptr %3021, align 16, !tbaa !114
+  %3022 = load float, ptr %3021, align 16, !tbaa !43
   %3023 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3020
   store float %3022, ptr %3023, align 4, !tbaa !4
   %3024 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %3019
-  %3025 = load float, ptr %3024, align 16, !tbaa !112
+  %3025 = load float, ptr %3024, align 16, !tbaa !41
   %3026 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3020
   store float %3025, ptr %3026, align 4, !tbaa !4
   %3027 = or disjoint i64 %3019, 1
   %3028 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %3027
-  %3029 = load float, ptr %3028, align 4, !tbaa !114
+  %3029 = load float, ptr %3028, align 4, !tbaa !43
   %3030 = or disjoint i64 %3020, 1
   %3031 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3030
   store float %3029, ptr %3031, align 4, !tbaa !4
   %3032 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %3027
-  %3033 = load float, ptr %3032, align 4, !tbaa !112
+  %3033 = load float, ptr %3032, align 4, !tbaa !41
   %3034 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3030
   store float %3033, ptr %3034, align 4, !tbaa !4
   %3035 = or disjoint i64 %3019, 2
   %3036 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %3035
-  %3037 = load float, ptr %3036, align 8, !tbaa !114
+  %3037 = load float, ptr %3036, align 8, !tbaa !43
   %3038 = or disjoint i64 %3020, 2
   %3039 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3038
   store float %3037, ptr %3039, align 4, !tbaa !4
   %3040 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %3035
-  %3041 = load float, ptr %3040, align 8, !tbaa !112
+  %3041 = load float, ptr %3040, align 8, !tbaa !41
   %3042 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3038
   store float %3041, ptr %3042, align 4, !tbaa !4
   %3043 = or disjoint i64 %3019, 3
   %3044 = getelementptr inbounds nuw float, ptr %row_max244.i, i64 %3043
-  %3045 = load float, ptr %3044, align 4, !tbaa !114
+  %3045 = load float, ptr %3044, align 4, !tbaa !43
   %3046 = or disjoint i64 %3020, 3
   %3047 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3046
   store float %3045, ptr %3047, align 4, !tbaa !4
   %3048 = getelementptr inbounds nuw float, ptr %row_sum243.i, i64 %3043
-  %3049 = load float, ptr %3048, align 4, !tbaa !112
+  %3049 = load float, ptr %3048, align 4, !tbaa !41
   %3050 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3046
   store float %3049, ptr %3050, align 4, !tbaa !4
   %3051 = shl nuw nsw i64 %indvars.iv1228.i, 9
@@ -11332,19 +6638,19 @@ for_body_tile180.i:                               ; preds = %for_body_tile180.i,
   store <16 x float> %3146, ptr %3147, align 4, !tbaa !4
   %indvars.iv.next1229.i = add nuw nsw i64 %indvars.iv1228.i, 1
   %exitcond1231.not.i = icmp eq i64 %indvars.iv.next1229.i, 8
-  br i1 %exitcond1231.not.i, label %for_end_tile181.i, label %for_body_tile180.i, !prof !30
+  br i1 %exitcond1231.not.i, label %for_end_tile181.i, label %for_body_tile180.i, !prof !39
 
 for_end_tile181.i:                                ; preds = %for_body_tile180.i, %if_end204.us.3.i
   %3148 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3149 = tail call i32 %3148(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %3149, 0
-  br i1 %.not.i, label %if_end221.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not.i, label %if_end221.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end221.i:                                      ; preds = %for_end_tile181.i
   %3150 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3151 = tail call i32 %3150(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not245.i = icmp eq i32 %3151, 0
-  br i1 %.not245.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !36
+  br i1 %.not245.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !40
 
 fused_decode_compute_.exit:                       ; preds = %if_end221.i, %for_end_tile181.i, %if_end174.i, %if_end168.i, %if_end165.i, %if_end162.i, %if_end159.i, %for_end_d_0_m.i, %if_end33.i, %if_end30.i, %for_end_i.i, %if_end24.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
   %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end51 ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %if_end159.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end33.i ], [ -1, %if_end30.i ], [ -1, %for_end_i.i ], [ -1, %if_end24.i ], [ -1, %if_end174.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end221.i ], [ -1, %for_end_tile181.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
@@ -11529,7 +6835,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
   %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
-  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !162
+  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !103
   %arg2.i = fsub <32 x float> %57, %m.i
   %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %87 = bitcast <32 x float> %86 to <32 x i32>
@@ -11552,7 +6858,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
   %105 = fcmp one <32 x float> %60, zeroinitializer
   %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
-  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !168
+  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !109
   %107 = fmul <32 x float> %old_sum.i, %85
   %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
   %.idx.i = shl nsw i64 %54, 14
@@ -11562,13 +6868,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !174
+  %111 = load float, ptr %110, align 4, !tbaa !115
   %112 = insertelement <16 x float> poison, float %111, i64 0
   %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
   %114 = shl nuw nsw i64 %indvars.iv60.i, 7
   %115 = getelementptr float, ptr %109, i64 %114
   %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %117 = load float, ptr %116, align 4, !tbaa !175
+  %117 = load float, ptr %116, align 4, !tbaa !116
   %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
   store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !4
   %119 = load <16 x float>, ptr %115, align 4, !tbaa !4
@@ -11621,7 +6927,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %150, ptr %147, align 4, !tbaa !4
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !30
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !39
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r_0.i ]
@@ -11631,7 +6937,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
-  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !176
+  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !117
   %sext29 = shl i64 %20, 32
   %154 = ashr exact i64 %sext29, 32
   %155 = mul nsw i64 %out_batch, %154
@@ -11641,13 +6947,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !174
+  %158 = load float, ptr %157, align 4, !tbaa !115
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %109, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !175
+  %164 = load float, ptr %163, align 4, !tbaa !116
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
@@ -11707,7 +7013,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !4
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !30
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !39
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
@@ -11717,7 +7023,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !182
+  %215 = load float, ptr %214, align 4, !tbaa !123
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -11820,7 +7126,7 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !4
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !30
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !39
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %299 = add nsw i32 %num_keys, -1
@@ -11838,7 +7144,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !183
+  %310 = load float, ptr %309, align 16, !tbaa !124
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -11853,7 +7159,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !185
+  %317 = load float, ptr %316, align 16, !tbaa !126
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -11863,7 +7169,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !4
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !183
+  %322 = load float, ptr %321, align 4, !tbaa !124
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -11871,7 +7177,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !185
+  %327 = load float, ptr %326, align 4, !tbaa !126
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -11881,7 +7187,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !4
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !183
+  %332 = load float, ptr %331, align 8, !tbaa !124
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -11889,7 +7195,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !185
+  %337 = load float, ptr %336, align 8, !tbaa !126
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -11899,7 +7205,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !4
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !183
+  %342 = load float, ptr %341, align 4, !tbaa !124
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -11907,7 +7213,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !185
+  %347 = load float, ptr %346, align 4, !tbaa !126
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -11917,7 +7223,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !4
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !187
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !39, !llvm.loop !128
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -12105,7 +7411,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !188
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !130
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -12128,7 +7434,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !194
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !136
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -12138,13 +7444,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !200
+  %109 = load float, ptr %108, align 4, !tbaa !142
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !201
+  %115 = load float, ptr %114, align 4, !tbaa !143
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !4
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !4
@@ -12197,7 +7503,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %148, ptr %145, align 4, !tbaa !4
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !30
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !39
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -12211,7 +7517,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !202
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !144
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -12219,13 +7525,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !200
+  %158 = load float, ptr %157, align 4, !tbaa !142
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !201
+  %164 = load float, ptr %163, align 4, !tbaa !143
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
@@ -12285,7 +7591,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !4
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !30
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !39
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
@@ -12295,7 +7601,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !208
+  %215 = load float, ptr %214, align 4, !tbaa !150
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -12398,7 +7704,7 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !4
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !30
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !39
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %299 = add nsw i32 %151, -1
@@ -12416,7 +7722,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !209
+  %310 = load float, ptr %309, align 16, !tbaa !151
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -12431,7 +7737,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !211
+  %317 = load float, ptr %316, align 16, !tbaa !153
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -12441,7 +7747,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !4
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !209
+  %322 = load float, ptr %321, align 4, !tbaa !151
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -12449,7 +7755,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !211
+  %327 = load float, ptr %326, align 4, !tbaa !153
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -12459,7 +7765,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !4
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !209
+  %332 = load float, ptr %331, align 8, !tbaa !151
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -12467,7 +7773,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !211
+  %337 = load float, ptr %336, align 8, !tbaa !153
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -12477,7 +7783,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !4
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !209
+  %342 = load float, ptr %341, align 4, !tbaa !151
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -12485,7 +7791,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !211
+  %347 = load float, ptr %346, align 4, !tbaa !153
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -12495,7 +7801,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !4
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !213
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !39, !llvm.loop !155
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -12510,11 +7816,7273 @@ merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
 declare void @llvm.assume(i1 noundef) #2
 
+define internal fastcc range(i32 -1, 1) i32 @fused_attend_compute_(ptr readonly align 2 captures(none) %query, i64 %q_batch, ptr readonly align 2 %key_cache, ptr readonly align 2 %value_cache, ptr readonly align 4 captures(none) %block_table, i64 %table_seq, ptr readonly align 4 captures(none) %row_starts, i64 %row_step, ptr readonly align 4 captures(none) %context_lens, ptr readonly captures(none) %tree_mask, ptr writeonly align 4 captures(none) %partial_max, ptr writeonly align 4 captures(none) %partial_sum, ptr writeonly align 4 captures(none) %partial_acc, ptr writeonly align 2 captures(none) %out, i64 %out_batch, ptr writeonly align 4 captures(none) %lse, i64 %lse_batch, i32 %dev_id, i32 %num_kv_heads, i32 %num_query, i32 %seq, i32 %causal, i64 %tree_start, i32 %token_begin, i32 %kv_head_begin, i64 %q_head, float %query_scale, i32 %first_pos, i32 %block_begin, i32 %block_end, i64 %k_block, i64 %v_block, i64 %v_row, i64 %k_head, i64 %v_head, i64 %k_row, float %score_scale, i32 %tree_size, i32 %partial_start, i64 %out_head) unnamed_addr #1 {
+entry:
+  %factor594 = alloca [16 x float], align 16
+  %reach615 = alloca [128 x i32], align 16
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %row_starts, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %0 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %q_tile = tail call ptr %0(i32 1, i32 %dev_id, i64 131072, i32 0, i32 32)
+  %1 = icmp eq ptr %q_tile, null
+  br i1 %1, label %common.ret, label %if_end, !prof !7
+
+common.ret:                                       ; preds = %if_end580, %if_end577, %if_end574, %if_end571, %if_end568, %for_end_tile469, %if_end462, %if_end459, %for_end_tile400, %if_end393, %for_end_kv_head, %if_end387.us, %if_end384.us, %if_end381.us, %if_end155.us, %if_end149.us, %if_end146.us, %if_end143.us, %for_body_row_tile.us, %if_end124, %for_body_step, %if_end118, %if_end115, %for_body_number, %for_end_r529.us, %for_body_tile468.us, %for_body_r79.peel.next, %for_body_tile, %if_end11, %if_end8, %if_end5, %if_end2, %if_end, %entry
+  %common.ret.op = phi i32 [ -1, %if_end577 ], [ -1, %entry ], [ -1, %if_end ], [ -1, %if_end2 ], [ -1, %if_end5 ], [ -1, %if_end8 ], [ -1, %if_end11 ], [ -1, %if_end574 ], [ -1, %for_body_tile468.us ], [ %., %if_end580 ], [ -1, %for_end_tile469 ], [ -1, %if_end568 ], [ -1, %if_end571 ], [ -1, %if_end393 ], [ -1, %if_end462 ], [ -1, %for_body_row_tile.us ], [ -1, %for_end_r529.us ], [ -1, %if_end387.us ], [ -1, %if_end384.us ], [ -1, %if_end381.us ], [ -1, %if_end155.us ], [ -1, %if_end149.us ], [ -1, %if_end146.us ], [ -1, %if_end143.us ], [ -1, %for_body_step ], [ -1, %if_end124 ], [ -1, %for_end_kv_head ], [ -1, %for_body_number ], [ -1, %if_end115 ], [ -1, %if_end118 ], [ -1, %for_end_tile400 ], [ -1, %if_end459 ], [ -1, %for_body_tile ], [ -1, %for_body_r79.peel.next ]
+  ret i32 %common.ret.op
+
+if_end:                                           ; preds = %entry
+  %2 = shl nsw i32 %num_query, 2
+  %3 = add nsw i32 %2, 15
+  %4 = ashr i32 %3, 4
+  %5 = mul i32 %4, %num_kv_heads
+  %6 = tail call i32 @llvm.smin.i32(i32 %5, i32 32)
+  %7 = shl nsw i32 %6, 4
+  %8 = sext i32 %7 to i64
+  %9 = shl nuw nsw i64 %8, 2
+  %10 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %total_max = tail call ptr %10(i32 1, i32 %dev_id, i64 %9, i32 2, i32 32)
+  %11 = icmp eq ptr %total_max, null
+  br i1 %11, label %common.ret, label %if_end2, !prof !7
+
+if_end2:                                          ; preds = %if_end
+  %12 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %total_sum = tail call ptr %12(i32 1, i32 %dev_id, i64 %9, i32 2, i32 32)
+  %13 = icmp eq ptr %total_sum, null
+  br i1 %13, label %common.ret, label %if_end5, !prof !7
+
+if_end5:                                          ; preds = %if_end2
+  %14 = shl nsw i32 %6, 11
+  %15 = sext i32 %14 to i64
+  %16 = shl nuw nsw i64 %15, 2
+  %17 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %total_acc = tail call ptr %17(i32 1, i32 %dev_id, i64 %16, i32 2, i32 32)
+  %18 = icmp eq ptr %total_acc, null
+  br i1 %18, label %common.ret, label %if_end8, !prof !7
+
+if_end8:                                          ; preds = %if_end5
+  %19 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %limits = tail call ptr %19(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %20 = icmp eq ptr %limits, null
+  br i1 %20, label %common.ret, label %if_end11, !prof !7
+
+if_end11:                                         ; preds = %if_end8
+  %21 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %places = tail call ptr %21(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %22 = icmp eq ptr %places, null
+  br i1 %22, label %common.ret, label %if_end14, !prof !7
+
+if_end14:                                         ; preds = %if_end11
+  %23 = sext i32 %seq to i64
+  %24 = getelementptr inbounds i32, ptr %context_lens, i64 %23
+  %context_len = load i32, ptr %24, align 4, !tbaa !4
+  %25 = icmp sgt i64 %tree_start, -1
+  %26 = icmp slt i32 %5, 1
+  br i1 %26, label %for_end_tile105, label %for_body_tile.lr.ph, !prof !11
+
+for_body_tile.lr.ph:                              ; preds = %if_end14
+  %27 = icmp eq i32 %causal, 0
+  %28 = icmp slt i32 %4, 0
+  %29 = sext i32 %kv_head_begin to i64
+  %30 = sext i32 %token_begin to i64
+  %31 = icmp sgt i32 %4, -1
+  %.scalar = add i32 %first_pos, 1
+  %32 = insertelement <16 x i32> poison, i32 %.scalar, i64 0
+  %33 = shufflevector <16 x i32> %32, <16 x i32> poison, <16 x i32> zeroinitializer
+  %34 = insertelement <16 x i32> poison, i32 %context_len, i64 0
+  %35 = shufflevector <16 x i32> %34, <16 x i32> poison, <16 x i32> zeroinitializer
+  %36 = or i1 %27, %25
+  %37 = insertelement <16 x i1> poison, i1 %36, i64 0
+  %38 = shufflevector <16 x i1> %37, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count = zext nneg i32 %5 to i64
+  %scevgep16 = getelementptr i8, ptr %query, i64 256
+  %39 = shl i64 %q_batch, 1
+  %40 = shl i64 %q_head, 1
+  %broadcast.splatinsert19 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat20 = shufflevector <8 x float> %broadcast.splatinsert19, <8 x float> poison, <8 x i32> zeroinitializer
+  br label %for_body_tile
+
+for_begin_tile:                                   ; preds = %for_body_r79.peel.next
+  %indvars.iv.next2982 = add nuw nsw i64 %indvars.iv2981, 1
+  %exitcond2984.not = icmp eq i64 %indvars.iv.next2982, %wide.trip.count
+  br i1 %exitcond2984.not, label %if_end113.peel, label %for_body_tile, !prof !8
+
+if_end113.peel:                                   ; preds = %for_begin_tile
+  %41 = getelementptr inbounds nuw i8, ptr %reach615, i64 4
+  %42 = load <2 x i32>, ptr %41, align 4
+  %wide.trip.count2988 = zext nneg i32 %5 to i64
+  %exitcond2989.peel.not = icmp eq i32 %5, 1
+  %43 = extractelement <2 x i32> %42, i64 0
+  %44 = extractelement <2 x i32> %42, i64 1
+  br i1 %exitcond2989.peel.not, label %for_end_tile105.loopexit, label %iter.check, !prof !8
+
+iter.check:                                       ; preds = %if_end113.peel
+  %45 = add nsw i64 %wide.trip.count, -1
+  %min.iters.check = icmp ult i32 %5, 6
+  br i1 %min.iters.check, label %if_end113.preheader, label %vector.main.loop.iter.check, !prof !11
+
+vector.main.loop.iter.check:                      ; preds = %iter.check
+  %min.iters.check37 = icmp ult i32 %5, 34
+  br i1 %min.iters.check37, label %vec.epilog.ph, label %vector.ph38, !prof !11
+
+vector.ph38:                                      ; preds = %vector.main.loop.iter.check
+  %n.mod.vf = and i64 %45, 31
+  %46 = icmp eq i64 %n.mod.vf, 0
+  %47 = select i1 %46, i64 32, i64 %n.mod.vf
+  %n.vec = sub nsw i64 %45, %47
+  %broadcast.splat40 = shufflevector <2 x i32> %42, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat42 = shufflevector <2 x i32> %42, <2 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body43
+
+vector.body43:                                    ; preds = %vector.body43, %vector.ph38
+  %index44 = phi i64 [ 0, %vector.ph38 ], [ %index.next65, %vector.body43 ]
+  %vec.phi45 = phi <8 x i32> [ %broadcast.splat40, %vector.ph38 ], [ %60, %vector.body43 ]
+  %vec.phi46 = phi <8 x i32> [ %broadcast.splat40, %vector.ph38 ], [ %61, %vector.body43 ]
+  %vec.phi47 = phi <8 x i32> [ %broadcast.splat40, %vector.ph38 ], [ %62, %vector.body43 ]
+  %vec.phi48 = phi <8 x i32> [ %broadcast.splat40, %vector.ph38 ], [ %63, %vector.body43 ]
+  %vec.phi49 = phi <8 x i32> [ %broadcast.splat42, %vector.ph38 ], [ %64, %vector.body43 ]
+  %vec.phi50 = phi <8 x i32> [ %broadcast.splat42, %vector.ph38 ], [ %65, %vector.body43 ]
+  %vec.phi51 = phi <8 x i32> [ %broadcast.splat42, %vector.ph38 ], [ %66, %vector.body43 ]
+  %vec.phi52 = phi <8 x i32> [ %broadcast.splat42, %vector.ph38 ], [ %67, %vector.body43 ]
+  %48 = shl i64 %index44, 4
+  %49 = shl i64 %index44, 4
+  %50 = shl i64 %index44, 4
+  %51 = shl i64 %index44, 4
+  %52 = getelementptr inbounds nuw i8, ptr %reach615, i64 %48
+  %53 = getelementptr inbounds nuw i8, ptr %reach615, i64 %49
+  %54 = getelementptr inbounds nuw i8, ptr %reach615, i64 %50
+  %55 = getelementptr inbounds nuw i8, ptr %reach615, i64 %51
+  %56 = getelementptr inbounds nuw i8, ptr %52, i64 20
+  %57 = getelementptr inbounds nuw i8, ptr %53, i64 148
+  %58 = getelementptr inbounds nuw i8, ptr %54, i64 276
+  %59 = getelementptr inbounds nuw i8, ptr %55, i64 404
+  %wide.vec53 = load <32 x i32>, ptr %56, align 4, !tbaa !156
+  %strided.vec54 = shufflevector <32 x i32> %wide.vec53, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec55 = shufflevector <32 x i32> %wide.vec53, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec56 = load <32 x i32>, ptr %57, align 4, !tbaa !156
+  %strided.vec57 = shufflevector <32 x i32> %wide.vec56, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec58 = shufflevector <32 x i32> %wide.vec56, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec59 = load <32 x i32>, ptr %58, align 4, !tbaa !156
+  %strided.vec60 = shufflevector <32 x i32> %wide.vec59, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec61 = shufflevector <32 x i32> %wide.vec59, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec62 = load <32 x i32>, ptr %59, align 4, !tbaa !156
+  %strided.vec63 = shufflevector <32 x i32> %wide.vec62, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec64 = shufflevector <32 x i32> %wide.vec62, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %60 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi45, <8 x i32> %strided.vec55)
+  %61 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi46, <8 x i32> %strided.vec58)
+  %62 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi47, <8 x i32> %strided.vec61)
+  %63 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi48, <8 x i32> %strided.vec64)
+  %64 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi49, <8 x i32> %strided.vec54)
+  %65 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi50, <8 x i32> %strided.vec57)
+  %66 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi51, <8 x i32> %strided.vec60)
+  %67 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi52, <8 x i32> %strided.vec63)
+  %index.next65 = add nuw i64 %index44, 32
+  %68 = icmp eq i64 %index.next65, %n.vec
+  br i1 %68, label %vec.epilog.iter.check, label %vector.body43, !prof !158, !llvm.loop !159
+
+vec.epilog.iter.check:                            ; preds = %vector.body43
+  %rdx.minmax69 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %64, <8 x i32> %65)
+  %rdx.minmax70 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax69, <8 x i32> %66)
+  %rdx.minmax71 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax70, <8 x i32> %67)
+  %69 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax71)
+  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %60, <8 x i32> %61)
+  %rdx.minmax67 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %62)
+  %rdx.minmax68 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax67, <8 x i32> %63)
+  %70 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax68)
+  %ind.end = add nsw i64 %n.vec, 1
+  %min.epilog.iters.check = icmp samesign ult i64 %47, 5
+  %71 = insertelement <2 x i32> poison, i32 %69, i64 0
+  %72 = insertelement <2 x i32> %71, i32 %70, i64 1
+  br i1 %min.epilog.iters.check, label %if_end113.preheader, label %vec.epilog.ph, !prof !163
+
+vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
+  %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
+  %73 = phi <2 x i32> [ %72, %vec.epilog.iter.check ], [ %42, %vector.main.loop.iter.check ]
+  %n.mod.vf73 = and i64 %45, 3
+  %74 = icmp eq i64 %n.mod.vf73, 0
+  %75 = select i1 %74, i64 4, i64 %n.mod.vf73
+  %n.vec74 = sub nsw i64 %45, %75
+  %76 = add nsw i64 %n.vec74, 1
+  %broadcast.splat76 = shufflevector <2 x i32> %73, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat78 = shufflevector <2 x i32> %73, <2 x i32> poison, <4 x i32> zeroinitializer
+  br label %vec.epilog.vector.body
+
+vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
+  %index79 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next86, %vec.epilog.vector.body ]
+  %vec.phi80 = phi <4 x i32> [ %broadcast.splat76, %vec.epilog.ph ], [ %79, %vec.epilog.vector.body ]
+  %vec.phi81 = phi <4 x i32> [ %broadcast.splat78, %vec.epilog.ph ], [ %80, %vec.epilog.vector.body ]
+  %offset.idx82 = shl i64 %index79, 4
+  %77 = getelementptr i8, ptr %reach615, i64 %offset.idx82
+  %78 = getelementptr i8, ptr %77, i64 20
+  %wide.vec83 = load <16 x i32>, ptr %78, align 4, !tbaa !156
+  %strided.vec84 = shufflevector <16 x i32> %wide.vec83, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec85 = shufflevector <16 x i32> %wide.vec83, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %79 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi80, <4 x i32> %strided.vec85)
+  %80 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi81, <4 x i32> %strided.vec84)
+  %index.next86 = add nuw i64 %index79, 4
+  %81 = icmp eq i64 %index.next86, %n.vec74
+  br i1 %81, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !164
+
+vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
+  %82 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %79)
+  %83 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %80)
+  br label %if_end113.preheader
+
+if_end113.preheader:                              ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv2985.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %76, %vec.epilog.middle.block ]
+  %span614.sroa.0.02544.ph = phi i32 [ %44, %iter.check ], [ %70, %vec.epilog.iter.check ], [ %82, %vec.epilog.middle.block ]
+  %span614.sroa.3.02543.ph = phi i32 [ %43, %iter.check ], [ %69, %vec.epilog.iter.check ], [ %83, %vec.epilog.middle.block ]
+  br label %if_end113
+
+for_body_tile:                                    ; preds = %for_begin_tile, %for_body_tile.lr.ph
+  %indvars.iv2981 = phi i64 [ 0, %for_body_tile.lr.ph ], [ %indvars.iv.next2982, %for_begin_tile ]
+  %84 = trunc nuw nsw i64 %indvars.iv2981 to i32
+  %85 = shl i64 %indvars.iv2981, 13
+  %86 = and i64 %85, 17179860992
+  %scevgep2977 = getelementptr i8, ptr %total_acc, i64 %86
+  %87 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %q_tile_global = tail call ptr %87(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %88 = icmp eq ptr %q_tile_global, null
+  br i1 %88, label %common.ret, label %for_begin_r.preheader, !prof !7
+
+for_begin_r.preheader:                            ; preds = %for_body_tile
+  %rmod = srem i32 %84, %4
+  %rdiv.us = sdiv i32 %84, %4
+  %89 = icmp ne i32 %rmod, 0
+  %.not645 = and i1 %28, %89
+  %90 = select i1 %.not645, i32 %4, i32 0
+  %91 = add nsw i32 %90, %rmod
+  %92 = shl nsw i32 %91, 4
+  %93 = sub nsw i32 %2, %92
+  %94 = sext i1 %.not645 to i32
+  %95 = sext i32 %91 to i64
+  %96 = shl nsw i64 %95, 2
+  %invariant.op = add nsw i64 %96, %30
+  %97 = sext i32 %93 to i64
+  %scevgep15 = getelementptr i8, ptr %q_tile_global, i64 4096
+  %98 = add nsw i64 %96, %30
+  br label %for_begin_d.preheader
+
+for_begin_ax1_0.preheader:                        ; preds = %for_end_d
+  %99 = shl i64 %indvars.iv2981, 10
+  %100 = and i64 %99, 4294966272
+  %invariant.gep3299 = getelementptr inbounds nuw i32, ptr %q_tile, i64 %100
+  br label %for_body_ax2_0
+
+for_begin_d.preheader:                            ; preds = %for_end_d, %for_begin_r.preheader
+  %indvar = phi i64 [ 0, %for_begin_r.preheader ], [ %indvar.next, %for_end_d ]
+  %101 = icmp slt i64 %indvar, %97
+  br i1 %101, label %for_begin_d.preheader.split.us, label %for_body_d.preheader
+
+for_body_d.preheader:                             ; preds = %for_begin_d.preheader
+  %102 = shl nuw nsw i64 %indvar, 8
+  %scevgep = getelementptr i8, ptr %q_tile_global, i64 %102
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(256) %scevgep, i8 0, i64 256, i1 false), !tbaa !4
+  br label %for_end_d
+
+for_begin_d.preheader.split.us:                   ; preds = %for_begin_d.preheader
+  %103 = lshr i64 %indvar, 2
+  %104 = add nsw i64 %98, %103
+  %105 = mul i64 %39, %104
+  %106 = lshr i64 %indvar, 2
+  %.reass = add nsw i64 %106, %invariant.op
+  %107 = mul nsw i64 %.reass, %q_batch
+  %108 = getelementptr i16, ptr %query, i64 %107
+  %109 = and i64 %indvar, 3
+  %110 = add nsw i32 %rdiv.us, %94
+  %111 = sext i32 %110 to i64
+  %112 = add nsw i64 %111, %29
+  %113 = shl nsw i64 %112, 2
+  %114 = or disjoint i64 %113, %109
+  %115 = mul nsw i64 %114, %q_head
+  %invariant.gep = getelementptr i16, ptr %108, i64 %115
+  %.idx3263 = shl nuw nsw i64 %indvar, 8
+  %invariant.gep3297 = getelementptr inbounds nuw i8, ptr %q_tile_global, i64 %.idx3263
+  %116 = mul i64 %40, %114
+  %117 = getelementptr i8, ptr %scevgep16, i64 %105
+  %scevgep17 = getelementptr i8, ptr %117, i64 %116
+  %bound0 = icmp ult ptr %q_tile_global, %scevgep17
+  %bound1 = icmp ult ptr %invariant.gep, %scevgep15
+  %found.conflict = and i1 %bound0, %bound1
+  br i1 %found.conflict, label %for_body_d.us, label %vector.body21, !prof !11
+
+vector.body21:                                    ; preds = %for_begin_d.preheader.split.us
+  %118 = getelementptr i8, ptr %invariant.gep, i64 32
+  %119 = getelementptr i8, ptr %invariant.gep, i64 64
+  %120 = getelementptr i8, ptr %invariant.gep, i64 96
+  %wide.vec = load <16 x i16>, ptr %invariant.gep, align 2, !tbaa !4, !alias.scope !165
+  %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec23 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec24 = load <16 x i16>, ptr %118, align 2, !tbaa !4, !alias.scope !165
+  %strided.vec25 = shufflevector <16 x i16> %wide.vec24, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec26 = shufflevector <16 x i16> %wide.vec24, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec27 = load <16 x i16>, ptr %119, align 2, !tbaa !4, !alias.scope !165
+  %strided.vec28 = shufflevector <16 x i16> %wide.vec27, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec29 = shufflevector <16 x i16> %wide.vec27, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec30 = load <16 x i16>, ptr %120, align 2, !tbaa !4, !alias.scope !165
+  %strided.vec31 = shufflevector <16 x i16> %wide.vec30, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec32 = shufflevector <16 x i16> %wide.vec30, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %121 = zext <8 x i16> %strided.vec23 to <8 x i32>
+  %122 = zext <8 x i16> %strided.vec26 to <8 x i32>
+  %123 = zext <8 x i16> %strided.vec29 to <8 x i32>
+  %124 = zext <8 x i16> %strided.vec32 to <8 x i32>
+  %125 = shl nuw <8 x i32> %121, splat (i32 16)
+  %126 = shl nuw <8 x i32> %122, splat (i32 16)
+  %127 = shl nuw <8 x i32> %123, splat (i32 16)
+  %128 = shl nuw <8 x i32> %124, splat (i32 16)
+  %129 = bitcast <8 x i32> %125 to <8 x float>
+  %130 = bitcast <8 x i32> %126 to <8 x float>
+  %131 = bitcast <8 x i32> %127 to <8 x float>
+  %132 = bitcast <8 x i32> %128 to <8 x float>
+  %133 = fmul <8 x float> %broadcast.splat20, %129
+  %134 = fmul <8 x float> %broadcast.splat20, %130
+  %135 = fmul <8 x float> %broadcast.splat20, %131
+  %136 = fmul <8 x float> %broadcast.splat20, %132
+  %137 = bitcast <8 x float> %133 to <8 x i32>
+  %138 = bitcast <8 x float> %134 to <8 x i32>
+  %139 = bitcast <8 x float> %135 to <8 x i32>
+  %140 = bitcast <8 x float> %136 to <8 x i32>
+  %141 = zext <8 x i16> %strided.vec to <8 x i32>
+  %142 = zext <8 x i16> %strided.vec25 to <8 x i32>
+  %143 = zext <8 x i16> %strided.vec28 to <8 x i32>
+  %144 = zext <8 x i16> %strided.vec31 to <8 x i32>
+  %145 = shl nuw <8 x i32> %141, splat (i32 16)
+  %146 = shl nuw <8 x i32> %142, splat (i32 16)
+  %147 = shl nuw <8 x i32> %143, splat (i32 16)
+  %148 = shl nuw <8 x i32> %144, splat (i32 16)
+  %149 = bitcast <8 x i32> %145 to <8 x float>
+  %150 = bitcast <8 x i32> %146 to <8 x float>
+  %151 = bitcast <8 x i32> %147 to <8 x float>
+  %152 = bitcast <8 x i32> %148 to <8 x float>
+  %153 = fmul <8 x float> %broadcast.splat20, %149
+  %154 = fmul <8 x float> %broadcast.splat20, %150
+  %155 = fmul <8 x float> %broadcast.splat20, %151
+  %156 = fmul <8 x float> %broadcast.splat20, %152
+  %157 = bitcast <8 x float> %153 to <8 x i32>
+  %158 = bitcast <8 x float> %154 to <8 x i32>
+  %159 = bitcast <8 x float> %155 to <8 x i32>
+  %160 = bitcast <8 x float> %156 to <8 x i32>
+  %161 = lshr <8 x i32> %157, splat (i32 16)
+  %162 = lshr <8 x i32> %158, splat (i32 16)
+  %163 = lshr <8 x i32> %159, splat (i32 16)
+  %164 = lshr <8 x i32> %160, splat (i32 16)
+  %165 = or <8 x i32> %161, %137
+  %166 = or <8 x i32> %162, %138
+  %167 = or <8 x i32> %163, %139
+  %168 = or <8 x i32> %164, %140
+  %169 = getelementptr inbounds nuw i8, ptr %invariant.gep3297, i64 32
+  %170 = getelementptr inbounds nuw i8, ptr %invariant.gep3297, i64 64
+  %171 = getelementptr inbounds nuw i8, ptr %invariant.gep3297, i64 96
+  store <8 x i32> %165, ptr %invariant.gep3297, align 4, !tbaa !4, !alias.scope !168, !noalias !165
+  store <8 x i32> %166, ptr %169, align 4, !tbaa !4, !alias.scope !168, !noalias !165
+  store <8 x i32> %167, ptr %170, align 4, !tbaa !4, !alias.scope !168, !noalias !165
+  store <8 x i32> %168, ptr %171, align 4, !tbaa !4, !alias.scope !168, !noalias !165
+  %172 = getelementptr i8, ptr %invariant.gep, i64 128
+  %173 = getelementptr i8, ptr %invariant.gep, i64 160
+  %174 = getelementptr i8, ptr %invariant.gep, i64 192
+  %175 = getelementptr i8, ptr %invariant.gep, i64 224
+  %wide.vec.1 = load <16 x i16>, ptr %172, align 2, !tbaa !4, !alias.scope !165
+  %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec23.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec24.1 = load <16 x i16>, ptr %173, align 2, !tbaa !4, !alias.scope !165
+  %strided.vec25.1 = shufflevector <16 x i16> %wide.vec24.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec26.1 = shufflevector <16 x i16> %wide.vec24.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec27.1 = load <16 x i16>, ptr %174, align 2, !tbaa !4, !alias.scope !165
+  %strided.vec28.1 = shufflevector <16 x i16> %wide.vec27.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec29.1 = shufflevector <16 x i16> %wide.vec27.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec30.1 = load <16 x i16>, ptr %175, align 2, !tbaa !4, !alias.scope !165
+  %strided.vec31.1 = shufflevector <16 x i16> %wide.vec30.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec32.1 = shufflevector <16 x i16> %wide.vec30.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %176 = zext <8 x i16> %strided.vec23.1 to <8 x i32>
+  %177 = zext <8 x i16> %strided.vec26.1 to <8 x i32>
+  %178 = zext <8 x i16> %strided.vec29.1 to <8 x i32>
+  %179 = zext <8 x i16> %strided.vec32.1 to <8 x i32>
+  %180 = shl nuw <8 x i32> %176, splat (i32 16)
+  %181 = shl nuw <8 x i32> %177, splat (i32 16)
+  %182 = shl nuw <8 x i32> %178, splat (i32 16)
+  %183 = shl nuw <8 x i32> %179, splat (i32 16)
+  %184 = bitcast <8 x i32> %180 to <8 x float>
+  %185 = bitcast <8 x i32> %181 to <8 x float>
+  %186 = bitcast <8 x i32> %182 to <8 x float>
+  %187 = bitcast <8 x i32> %183 to <8 x float>
+  %188 = fmul <8 x float> %broadcast.splat20, %184
+  %189 = fmul <8 x float> %broadcast.splat20, %185
+  %190 = fmul <8 x float> %broadcast.splat20, %186
+  %191 = fmul <8 x float> %broadcast.splat20, %187
+  %192 = bitcast <8 x float> %188 to <8 x i32>
+  %193 = bitcast <8 x float> %189 to <8 x i32>
+  %194 = bitcast <8 x float> %190 to <8 x i32>
+  %195 = bitcast <8 x float> %191 to <8 x i32>
+  %196 = zext <8 x i16> %strided.vec.1 to <8 x i32>
+  %197 = zext <8 x i16> %strided.vec25.1 to <8 x i32>
+  %198 = zext <8 x i16> %strided.vec28.1 to <8 x i32>
+  %199 = zext <8 x i16> %strided.vec31.1 to <8 x i32>
+  %200 = shl nuw <8 x i32> %196, splat (i32 16)
+  %201 = shl nuw <8 x i32> %197, splat (i32 16)
+  %202 = shl nuw <8 x i32> %198, splat (i32 16)
+  %203 = shl nuw <8 x i32> %199, splat (i32 16)
+  %204 = bitcast <8 x i32> %200 to <8 x float>
+  %205 = bitcast <8 x i32> %201 to <8 x float>
+  %206 = bitcast <8 x i32> %202 to <8 x float>
+  %207 = bitcast <8 x i32> %203 to <8 x float>
+  %208 = fmul <8 x float> %broadcast.splat20, %204
+  %209 = fmul <8 x float> %broadcast.splat20, %205
+  %210 = fmul <8 x float> %broadcast.splat20, %206
+  %211 = fmul <8 x float> %broadcast.splat20, %207
+  %212 = bitcast <8 x float> %208 to <8 x i32>
+  %213 = bitcast <8 x float> %209 to <8 x i32>
+  %214 = bitcast <8 x float> %210 to <8 x i32>
+  %215 = bitcast <8 x float> %211 to <8 x i32>
+  %216 = lshr <8 x i32> %212, splat (i32 16)
+  %217 = lshr <8 x i32> %213, splat (i32 16)
+  %218 = lshr <8 x i32> %214, splat (i32 16)
+  %219 = lshr <8 x i32> %215, splat (i32 16)
+  %220 = or <8 x i32> %216, %192
+  %221 = or <8 x i32> %217, %193
+  %222 = or <8 x i32> %218, %194
+  %223 = or <8 x i32> %219, %195
+  %224 = getelementptr inbounds nuw i8, ptr %invariant.gep3297, i64 128
+  %225 = getelementptr inbounds nuw i8, ptr %invariant.gep3297, i64 160
+  %226 = getelementptr inbounds nuw i8, ptr %invariant.gep3297, i64 192
+  %227 = getelementptr inbounds nuw i8, ptr %invariant.gep3297, i64 224
+  store <8 x i32> %220, ptr %224, align 4, !tbaa !4, !alias.scope !168, !noalias !165
+  store <8 x i32> %221, ptr %225, align 4, !tbaa !4, !alias.scope !168, !noalias !165
+  store <8 x i32> %222, ptr %226, align 4, !tbaa !4, !alias.scope !168, !noalias !165
+  store <8 x i32> %223, ptr %227, align 4, !tbaa !4, !alias.scope !168, !noalias !165
+  br label %for_end_d
+
+for_body_d.us:                                    ; preds = %for_body_d.us, %for_begin_d.preheader.split.us
+  %indvars.iv = phi i64 [ %indvars.iv.next.3, %for_body_d.us ], [ 0, %for_begin_d.preheader.split.us ]
+  %gep.idx = shl i64 %indvars.iv, 2
+  %gep = getelementptr i8, ptr %invariant.gep, i64 %gep.idx
+  %228 = getelementptr i8, ptr %gep, i64 2
+  %229 = load i16, ptr %228, align 2, !tbaa !4
+  %230 = zext i16 %229 to i32
+  %231 = shl nuw i32 %230, 16
+  %232 = bitcast i32 %231 to float
+  %233 = fmul float %query_scale, %232
+  %234 = bitcast float %233 to i32
+  %235 = load i16, ptr %gep, align 2, !tbaa !4
+  %236 = zext i16 %235 to i32
+  %237 = shl nuw i32 %236, 16
+  %238 = bitcast i32 %237 to float
+  %239 = fmul float %query_scale, %238
+  %240 = bitcast float %239 to i32
+  %241 = lshr i32 %240, 16
+  %242 = or i32 %241, %234
+  %gep3298 = getelementptr inbounds nuw i32, ptr %invariant.gep3297, i64 %indvars.iv
+  store i32 %242, ptr %gep3298, align 4, !tbaa !4
+  %indvars.iv.next = or disjoint i64 %indvars.iv, 1
+  %gep.idx.1 = shl i64 %indvars.iv.next, 2
+  %gep.1 = getelementptr i8, ptr %invariant.gep, i64 %gep.idx.1
+  %243 = getelementptr i8, ptr %gep.1, i64 2
+  %244 = load i16, ptr %243, align 2, !tbaa !4
+  %245 = zext i16 %244 to i32
+  %246 = shl nuw i32 %245, 16
+  %247 = bitcast i32 %246 to float
+  %248 = fmul float %query_scale, %247
+  %249 = bitcast float %248 to i32
+  %250 = load i16, ptr %gep.1, align 2, !tbaa !4
+  %251 = zext i16 %250 to i32
+  %252 = shl nuw i32 %251, 16
+  %253 = bitcast i32 %252 to float
+  %254 = fmul float %query_scale, %253
+  %255 = bitcast float %254 to i32
+  %256 = lshr i32 %255, 16
+  %257 = or i32 %256, %249
+  %gep3298.1 = getelementptr inbounds nuw i32, ptr %invariant.gep3297, i64 %indvars.iv.next
+  store i32 %257, ptr %gep3298.1, align 4, !tbaa !4
+  %indvars.iv.next.1 = or disjoint i64 %indvars.iv, 2
+  %gep.idx.2 = shl i64 %indvars.iv.next.1, 2
+  %gep.2 = getelementptr i8, ptr %invariant.gep, i64 %gep.idx.2
+  %258 = getelementptr i8, ptr %gep.2, i64 2
+  %259 = load i16, ptr %258, align 2, !tbaa !4
+  %260 = zext i16 %259 to i32
+  %261 = shl nuw i32 %260, 16
+  %262 = bitcast i32 %261 to float
+  %263 = fmul float %query_scale, %262
+  %264 = bitcast float %263 to i32
+  %265 = load i16, ptr %gep.2, align 2, !tbaa !4
+  %266 = zext i16 %265 to i32
+  %267 = shl nuw i32 %266, 16
+  %268 = bitcast i32 %267 to float
+  %269 = fmul float %query_scale, %268
+  %270 = bitcast float %269 to i32
+  %271 = lshr i32 %270, 16
+  %272 = or i32 %271, %264
+  %gep3298.2 = getelementptr inbounds nuw i32, ptr %invariant.gep3297, i64 %indvars.iv.next.1
+  store i32 %272, ptr %gep3298.2, align 4, !tbaa !4
+  %indvars.iv.next.2 = or disjoint i64 %indvars.iv, 3
+  %gep.idx.3 = shl i64 %indvars.iv.next.2, 2
+  %gep.3 = getelementptr i8, ptr %invariant.gep, i64 %gep.idx.3
+  %273 = getelementptr i8, ptr %gep.3, i64 2
+  %274 = load i16, ptr %273, align 2, !tbaa !4
+  %275 = zext i16 %274 to i32
+  %276 = shl nuw i32 %275, 16
+  %277 = bitcast i32 %276 to float
+  %278 = fmul float %query_scale, %277
+  %279 = bitcast float %278 to i32
+  %280 = load i16, ptr %gep.3, align 2, !tbaa !4
+  %281 = zext i16 %280 to i32
+  %282 = shl nuw i32 %281, 16
+  %283 = bitcast i32 %282 to float
+  %284 = fmul float %query_scale, %283
+  %285 = bitcast float %284 to i32
+  %286 = lshr i32 %285, 16
+  %287 = or i32 %286, %279
+  %gep3298.3 = getelementptr inbounds nuw i32, ptr %invariant.gep3297, i64 %indvars.iv.next.2
+  store i32 %287, ptr %gep3298.3, align 4, !tbaa !4
+  %indvars.iv.next.3 = add nuw nsw i64 %indvars.iv, 4
+  %exitcond.not.3 = icmp eq i64 %indvars.iv.next.3, 64
+  br i1 %exitcond.not.3, label %for_end_d, label %for_body_d.us, !prof !17, !llvm.loop !170
+
+for_end_d:                                        ; preds = %for_body_d.us, %vector.body21, %for_body_d.preheader
+  %indvar.next = add nuw nsw i64 %indvar, 1
+  %exitcond2961.not = icmp eq i64 %indvar.next, 16
+  br i1 %exitcond2961.not, label %for_begin_ax1_0.preheader, label %for_begin_d.preheader, !prof !39
+
+for_body_ax2_0:                                   ; preds = %for_body_ax2_0, %for_begin_ax1_0.preheader
+  %indvars.iv2962 = phi i64 [ 0, %for_begin_ax1_0.preheader ], [ %indvars.iv.next2963.1183, %for_body_ax2_0 ]
+  %.idx3264 = shl nuw nsw i64 %indvars.iv2962, 4
+  %288 = getelementptr inbounds nuw i8, ptr %q_tile_global, i64 %.idx3264
+  %v = load <4 x i32>, ptr %288, align 4, !tbaa !4
+  %289 = getelementptr inbounds nuw i8, ptr %288, i64 256
+  %v27 = load <4 x i32>, ptr %289, align 4, !tbaa !4
+  %290 = getelementptr inbounds nuw i8, ptr %288, i64 512
+  %v29 = load <4 x i32>, ptr %290, align 4, !tbaa !4
+  %291 = getelementptr inbounds nuw i8, ptr %288, i64 768
+  %v31 = load <4 x i32>, ptr %291, align 4, !tbaa !4
+  %292 = shufflevector <4 x i32> %v, <4 x i32> %v29, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %293 = shufflevector <4 x i32> %v27, <4 x i32> %v31, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %294 = shufflevector <4 x i32> %v, <4 x i32> %v29, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %295 = shufflevector <4 x i32> %v27, <4 x i32> %v31, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %296 = shufflevector <4 x i32> %292, <4 x i32> %293, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx3265 = shl nuw nsw i64 %indvars.iv2962, 8
+  %gep3300 = getelementptr inbounds nuw i8, ptr %invariant.gep3299, i64 %.idx3265
+  store <4 x i32> %296, ptr %gep3300, align 4, !tbaa !4
+  %297 = shufflevector <4 x i32> %292, <4 x i32> %293, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %298 = getelementptr inbounds nuw i8, ptr %gep3300, i64 64
+  store <4 x i32> %297, ptr %298, align 4, !tbaa !4
+  %299 = shufflevector <4 x i32> %294, <4 x i32> %295, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %300 = getelementptr inbounds nuw i8, ptr %gep3300, i64 128
+  store <4 x i32> %299, ptr %300, align 4, !tbaa !4
+  %301 = shufflevector <4 x i32> %294, <4 x i32> %295, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %302 = getelementptr inbounds nuw i8, ptr %gep3300, i64 192
+  store <4 x i32> %301, ptr %302, align 4, !tbaa !4
+  %indvars.iv.next2963 = or disjoint i64 %indvars.iv2962, 1
+  %.idx3264.1 = shl nuw nsw i64 %indvars.iv.next2963, 4
+  %303 = getelementptr inbounds nuw i8, ptr %q_tile_global, i64 %.idx3264.1
+  %v.1179 = load <4 x i32>, ptr %303, align 4, !tbaa !4
+  %304 = getelementptr inbounds nuw i8, ptr %303, i64 256
+  %v27.1180 = load <4 x i32>, ptr %304, align 4, !tbaa !4
+  %305 = getelementptr inbounds nuw i8, ptr %303, i64 512
+  %v29.1181 = load <4 x i32>, ptr %305, align 4, !tbaa !4
+  %306 = getelementptr inbounds nuw i8, ptr %303, i64 768
+  %v31.1182 = load <4 x i32>, ptr %306, align 4, !tbaa !4
+  %307 = shufflevector <4 x i32> %v.1179, <4 x i32> %v29.1181, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %308 = shufflevector <4 x i32> %v27.1180, <4 x i32> %v31.1182, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %309 = shufflevector <4 x i32> %v.1179, <4 x i32> %v29.1181, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %310 = shufflevector <4 x i32> %v27.1180, <4 x i32> %v31.1182, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %311 = shufflevector <4 x i32> %307, <4 x i32> %308, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx3265.1 = shl nuw nsw i64 %indvars.iv.next2963, 8
+  %gep3300.1 = getelementptr inbounds nuw i8, ptr %invariant.gep3299, i64 %.idx3265.1
+  store <4 x i32> %311, ptr %gep3300.1, align 4, !tbaa !4
+  %312 = shufflevector <4 x i32> %307, <4 x i32> %308, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %313 = getelementptr inbounds nuw i8, ptr %gep3300.1, i64 64
+  store <4 x i32> %312, ptr %313, align 4, !tbaa !4
+  %314 = shufflevector <4 x i32> %309, <4 x i32> %310, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %315 = getelementptr inbounds nuw i8, ptr %gep3300.1, i64 128
+  store <4 x i32> %314, ptr %315, align 4, !tbaa !4
+  %316 = shufflevector <4 x i32> %309, <4 x i32> %310, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %317 = getelementptr inbounds nuw i8, ptr %gep3300.1, i64 192
+  store <4 x i32> %316, ptr %317, align 4, !tbaa !4
+  %indvars.iv.next2963.1183 = add nuw nsw i64 %indvars.iv2962, 2
+  %exitcond2966.not.1 = icmp eq i64 %indvars.iv.next2963.1183, 16
+  br i1 %exitcond2966.not.1, label %for_end_ax2_0, label %for_body_ax2_0, !prof !39, !llvm.loop !171
+
+for_end_ax2_0:                                    ; preds = %for_body_ax2_0
+  %invariant.gep3301 = getelementptr inbounds nuw i32, ptr %q_tile, i64 %100
+  br label %for_body_ax2_0.1
+
+for_body_ax2_0.1:                                 ; preds = %for_body_ax2_0.1, %for_end_ax2_0
+  %indvars.iv2962.1 = phi i64 [ 0, %for_end_ax2_0 ], [ %indvars.iv.next2963.1.1, %for_body_ax2_0.1 ]
+  %.idx3266 = shl nuw nsw i64 %indvars.iv2962.1, 4
+  %318 = getelementptr inbounds nuw i8, ptr %q_tile_global, i64 %.idx3266
+  %319 = getelementptr inbounds nuw i8, ptr %318, i64 1024
+  %v.1 = load <4 x i32>, ptr %319, align 4, !tbaa !4
+  %320 = getelementptr inbounds nuw i8, ptr %318, i64 1280
+  %v27.1 = load <4 x i32>, ptr %320, align 4, !tbaa !4
+  %321 = getelementptr inbounds nuw i8, ptr %318, i64 1536
+  %v29.1 = load <4 x i32>, ptr %321, align 4, !tbaa !4
+  %322 = getelementptr inbounds nuw i8, ptr %318, i64 1792
+  %v31.1 = load <4 x i32>, ptr %322, align 4, !tbaa !4
+  %323 = shufflevector <4 x i32> %v.1, <4 x i32> %v29.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %324 = shufflevector <4 x i32> %v27.1, <4 x i32> %v31.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %325 = shufflevector <4 x i32> %v.1, <4 x i32> %v29.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %326 = shufflevector <4 x i32> %v27.1, <4 x i32> %v31.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %327 = shufflevector <4 x i32> %323, <4 x i32> %324, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx3267 = shl nuw nsw i64 %indvars.iv2962.1, 8
+  %gep3302 = getelementptr inbounds nuw i8, ptr %invariant.gep3301, i64 %.idx3267
+  %328 = getelementptr inbounds nuw i8, ptr %gep3302, i64 16
+  store <4 x i32> %327, ptr %328, align 4, !tbaa !4
+  %329 = shufflevector <4 x i32> %323, <4 x i32> %324, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %330 = getelementptr inbounds nuw i8, ptr %gep3302, i64 80
+  store <4 x i32> %329, ptr %330, align 4, !tbaa !4
+  %331 = shufflevector <4 x i32> %325, <4 x i32> %326, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %332 = getelementptr inbounds nuw i8, ptr %gep3302, i64 144
+  store <4 x i32> %331, ptr %332, align 4, !tbaa !4
+  %333 = shufflevector <4 x i32> %325, <4 x i32> %326, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %334 = getelementptr inbounds nuw i8, ptr %gep3302, i64 208
+  store <4 x i32> %333, ptr %334, align 4, !tbaa !4
+  %indvars.iv.next2963.1 = or disjoint i64 %indvars.iv2962.1, 1
+  %.idx3266.1 = shl nuw nsw i64 %indvars.iv.next2963.1, 4
+  %335 = getelementptr inbounds nuw i8, ptr %q_tile_global, i64 %.idx3266.1
+  %336 = getelementptr inbounds nuw i8, ptr %335, i64 1024
+  %v.1.1 = load <4 x i32>, ptr %336, align 4, !tbaa !4
+  %337 = getelementptr inbounds nuw i8, ptr %335, i64 1280
+  %v27.1.1 = load <4 x i32>, ptr %337, align 4, !tbaa !4
+  %338 = getelementptr inbounds nuw i8, ptr %335, i64 1536
+  %v29.1.1 = load <4 x i32>, ptr %338, align 4, !tbaa !4
+  %339 = getelementptr inbounds nuw i8, ptr %335, i64 1792
+  %v31.1.1 = load <4 x i32>, ptr %339, align 4, !tbaa !4
+  %340 = shufflevector <4 x i32> %v.1.1, <4 x i32> %v29.1.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %341 = shufflevector <4 x i32> %v27.1.1, <4 x i32> %v31.1.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %342 = shufflevector <4 x i32> %v.1.1, <4 x i32> %v29.1.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %343 = shufflevector <4 x i32> %v27.1.1, <4 x i32> %v31.1.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %344 = shufflevector <4 x i32> %340, <4 x i32> %341, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx3267.1 = shl nuw nsw i64 %indvars.iv.next2963.1, 8
+  %gep3302.1 = getelementptr inbounds nuw i8, ptr %invariant.gep3301, i64 %.idx3267.1
+  %345 = getelementptr inbounds nuw i8, ptr %gep3302.1, i64 16
+  store <4 x i32> %344, ptr %345, align 4, !tbaa !4
+  %346 = shufflevector <4 x i32> %340, <4 x i32> %341, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %347 = getelementptr inbounds nuw i8, ptr %gep3302.1, i64 80
+  store <4 x i32> %346, ptr %347, align 4, !tbaa !4
+  %348 = shufflevector <4 x i32> %342, <4 x i32> %343, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %349 = getelementptr inbounds nuw i8, ptr %gep3302.1, i64 144
+  store <4 x i32> %348, ptr %349, align 4, !tbaa !4
+  %350 = shufflevector <4 x i32> %342, <4 x i32> %343, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %351 = getelementptr inbounds nuw i8, ptr %gep3302.1, i64 208
+  store <4 x i32> %350, ptr %351, align 4, !tbaa !4
+  %indvars.iv.next2963.1.1 = add nuw nsw i64 %indvars.iv2962.1, 2
+  %exitcond2966.1.not.1 = icmp eq i64 %indvars.iv.next2963.1.1, 16
+  br i1 %exitcond2966.1.not.1, label %for_end_ax2_0.1, label %for_body_ax2_0.1, !prof !39, !llvm.loop !173
+
+for_end_ax2_0.1:                                  ; preds = %for_body_ax2_0.1
+  %invariant.gep3303 = getelementptr inbounds nuw i32, ptr %q_tile, i64 %100
+  br label %for_body_ax2_0.2
+
+for_body_ax2_0.2:                                 ; preds = %for_body_ax2_0.2, %for_end_ax2_0.1
+  %indvars.iv2962.2 = phi i64 [ 0, %for_end_ax2_0.1 ], [ %indvars.iv.next2963.2.1, %for_body_ax2_0.2 ]
+  %.idx3268 = shl nuw nsw i64 %indvars.iv2962.2, 4
+  %352 = getelementptr inbounds nuw i8, ptr %q_tile_global, i64 %.idx3268
+  %353 = getelementptr inbounds nuw i8, ptr %352, i64 2048
+  %v.2 = load <4 x i32>, ptr %353, align 4, !tbaa !4
+  %354 = getelementptr inbounds nuw i8, ptr %352, i64 2304
+  %v27.2 = load <4 x i32>, ptr %354, align 4, !tbaa !4
+  %355 = getelementptr inbounds nuw i8, ptr %352, i64 2560
+  %v29.2 = load <4 x i32>, ptr %355, align 4, !tbaa !4
+  %356 = getelementptr inbounds nuw i8, ptr %352, i64 2816
+  %v31.2 = load <4 x i32>, ptr %356, align 4, !tbaa !4
+  %357 = shufflevector <4 x i32> %v.2, <4 x i32> %v29.2, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %358 = shufflevector <4 x i32> %v27.2, <4 x i32> %v31.2, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %359 = shufflevector <4 x i32> %v.2, <4 x i32> %v29.2, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %360 = shufflevector <4 x i32> %v27.2, <4 x i32> %v31.2, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %361 = shufflevector <4 x i32> %357, <4 x i32> %358, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx3269 = shl nuw nsw i64 %indvars.iv2962.2, 8
+  %gep3304 = getelementptr inbounds nuw i8, ptr %invariant.gep3303, i64 %.idx3269
+  %362 = getelementptr inbounds nuw i8, ptr %gep3304, i64 32
+  store <4 x i32> %361, ptr %362, align 4, !tbaa !4
+  %363 = shufflevector <4 x i32> %357, <4 x i32> %358, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %364 = getelementptr inbounds nuw i8, ptr %gep3304, i64 96
+  store <4 x i32> %363, ptr %364, align 4, !tbaa !4
+  %365 = shufflevector <4 x i32> %359, <4 x i32> %360, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %366 = getelementptr inbounds nuw i8, ptr %gep3304, i64 160
+  store <4 x i32> %365, ptr %366, align 4, !tbaa !4
+  %367 = shufflevector <4 x i32> %359, <4 x i32> %360, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %368 = getelementptr inbounds nuw i8, ptr %gep3304, i64 224
+  store <4 x i32> %367, ptr %368, align 4, !tbaa !4
+  %indvars.iv.next2963.2 = or disjoint i64 %indvars.iv2962.2, 1
+  %.idx3268.1 = shl nuw nsw i64 %indvars.iv.next2963.2, 4
+  %369 = getelementptr inbounds nuw i8, ptr %q_tile_global, i64 %.idx3268.1
+  %370 = getelementptr inbounds nuw i8, ptr %369, i64 2048
+  %v.2.1 = load <4 x i32>, ptr %370, align 4, !tbaa !4
+  %371 = getelementptr inbounds nuw i8, ptr %369, i64 2304
+  %v27.2.1 = load <4 x i32>, ptr %371, align 4, !tbaa !4
+  %372 = getelementptr inbounds nuw i8, ptr %369, i64 2560
+  %v29.2.1 = load <4 x i32>, ptr %372, align 4, !tbaa !4
+  %373 = getelementptr inbounds nuw i8, ptr %369, i64 2816
+  %v31.2.1 = load <4 x i32>, ptr %373, align 4, !tbaa !4
+  %374 = shufflevector <4 x i32> %v.2.1, <4 x i32> %v29.2.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %375 = shufflevector <4 x i32> %v27.2.1, <4 x i32> %v31.2.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %376 = shufflevector <4 x i32> %v.2.1, <4 x i32> %v29.2.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %377 = shufflevector <4 x i32> %v27.2.1, <4 x i32> %v31.2.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %378 = shufflevector <4 x i32> %374, <4 x i32> %375, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx3269.1 = shl nuw nsw i64 %indvars.iv.next2963.2, 8
+  %gep3304.1 = getelementptr inbounds nuw i8, ptr %invariant.gep3303, i64 %.idx3269.1
+  %379 = getelementptr inbounds nuw i8, ptr %gep3304.1, i64 32
+  store <4 x i32> %378, ptr %379, align 4, !tbaa !4
+  %380 = shufflevector <4 x i32> %374, <4 x i32> %375, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %381 = getelementptr inbounds nuw i8, ptr %gep3304.1, i64 96
+  store <4 x i32> %380, ptr %381, align 4, !tbaa !4
+  %382 = shufflevector <4 x i32> %376, <4 x i32> %377, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %383 = getelementptr inbounds nuw i8, ptr %gep3304.1, i64 160
+  store <4 x i32> %382, ptr %383, align 4, !tbaa !4
+  %384 = shufflevector <4 x i32> %376, <4 x i32> %377, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %385 = getelementptr inbounds nuw i8, ptr %gep3304.1, i64 224
+  store <4 x i32> %384, ptr %385, align 4, !tbaa !4
+  %indvars.iv.next2963.2.1 = add nuw nsw i64 %indvars.iv2962.2, 2
+  %exitcond2966.2.not.1 = icmp eq i64 %indvars.iv.next2963.2.1, 16
+  br i1 %exitcond2966.2.not.1, label %for_end_ax2_0.2, label %for_body_ax2_0.2, !prof !39, !llvm.loop !174
+
+for_end_ax2_0.2:                                  ; preds = %for_body_ax2_0.2
+  %invariant.gep3305 = getelementptr inbounds nuw i32, ptr %q_tile, i64 %100
+  br label %for_body_ax2_0.3
+
+for_body_ax2_0.3:                                 ; preds = %for_body_ax2_0.3, %for_end_ax2_0.2
+  %indvars.iv2962.3 = phi i64 [ 0, %for_end_ax2_0.2 ], [ %indvars.iv.next2963.3.1, %for_body_ax2_0.3 ]
+  %.idx3270 = shl nuw nsw i64 %indvars.iv2962.3, 4
+  %386 = getelementptr inbounds nuw i8, ptr %q_tile_global, i64 %.idx3270
+  %387 = getelementptr inbounds nuw i8, ptr %386, i64 3072
+  %v.3 = load <4 x i32>, ptr %387, align 4, !tbaa !4
+  %388 = getelementptr inbounds nuw i8, ptr %386, i64 3328
+  %v27.3 = load <4 x i32>, ptr %388, align 4, !tbaa !4
+  %389 = getelementptr inbounds nuw i8, ptr %386, i64 3584
+  %v29.3 = load <4 x i32>, ptr %389, align 4, !tbaa !4
+  %390 = getelementptr inbounds nuw i8, ptr %386, i64 3840
+  %v31.3 = load <4 x i32>, ptr %390, align 4, !tbaa !4
+  %391 = shufflevector <4 x i32> %v.3, <4 x i32> %v29.3, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %392 = shufflevector <4 x i32> %v27.3, <4 x i32> %v31.3, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %393 = shufflevector <4 x i32> %v.3, <4 x i32> %v29.3, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %394 = shufflevector <4 x i32> %v27.3, <4 x i32> %v31.3, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %395 = shufflevector <4 x i32> %391, <4 x i32> %392, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx3271 = shl nuw nsw i64 %indvars.iv2962.3, 8
+  %gep3306 = getelementptr inbounds nuw i8, ptr %invariant.gep3305, i64 %.idx3271
+  %396 = getelementptr inbounds nuw i8, ptr %gep3306, i64 48
+  store <4 x i32> %395, ptr %396, align 4, !tbaa !4
+  %397 = shufflevector <4 x i32> %391, <4 x i32> %392, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %398 = getelementptr inbounds nuw i8, ptr %gep3306, i64 112
+  store <4 x i32> %397, ptr %398, align 4, !tbaa !4
+  %399 = shufflevector <4 x i32> %393, <4 x i32> %394, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %400 = getelementptr inbounds nuw i8, ptr %gep3306, i64 176
+  store <4 x i32> %399, ptr %400, align 4, !tbaa !4
+  %401 = shufflevector <4 x i32> %393, <4 x i32> %394, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %402 = getelementptr inbounds nuw i8, ptr %gep3306, i64 240
+  store <4 x i32> %401, ptr %402, align 4, !tbaa !4
+  %indvars.iv.next2963.3 = or disjoint i64 %indvars.iv2962.3, 1
+  %.idx3270.1 = shl nuw nsw i64 %indvars.iv.next2963.3, 4
+  %403 = getelementptr inbounds nuw i8, ptr %q_tile_global, i64 %.idx3270.1
+  %404 = getelementptr inbounds nuw i8, ptr %403, i64 3072
+  %v.3.1 = load <4 x i32>, ptr %404, align 4, !tbaa !4
+  %405 = getelementptr inbounds nuw i8, ptr %403, i64 3328
+  %v27.3.1 = load <4 x i32>, ptr %405, align 4, !tbaa !4
+  %406 = getelementptr inbounds nuw i8, ptr %403, i64 3584
+  %v29.3.1 = load <4 x i32>, ptr %406, align 4, !tbaa !4
+  %407 = getelementptr inbounds nuw i8, ptr %403, i64 3840
+  %v31.3.1 = load <4 x i32>, ptr %407, align 4, !tbaa !4
+  %408 = shufflevector <4 x i32> %v.3.1, <4 x i32> %v29.3.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %409 = shufflevector <4 x i32> %v27.3.1, <4 x i32> %v31.3.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %410 = shufflevector <4 x i32> %v.3.1, <4 x i32> %v29.3.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %411 = shufflevector <4 x i32> %v27.3.1, <4 x i32> %v31.3.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %412 = shufflevector <4 x i32> %408, <4 x i32> %409, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx3271.1 = shl nuw nsw i64 %indvars.iv.next2963.3, 8
+  %gep3306.1 = getelementptr inbounds nuw i8, ptr %invariant.gep3305, i64 %.idx3271.1
+  %413 = getelementptr inbounds nuw i8, ptr %gep3306.1, i64 48
+  store <4 x i32> %412, ptr %413, align 4, !tbaa !4
+  %414 = shufflevector <4 x i32> %408, <4 x i32> %409, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %415 = getelementptr inbounds nuw i8, ptr %gep3306.1, i64 112
+  store <4 x i32> %414, ptr %415, align 4, !tbaa !4
+  %416 = shufflevector <4 x i32> %410, <4 x i32> %411, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %417 = getelementptr inbounds nuw i8, ptr %gep3306.1, i64 176
+  store <4 x i32> %416, ptr %417, align 4, !tbaa !4
+  %418 = shufflevector <4 x i32> %410, <4 x i32> %411, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %419 = getelementptr inbounds nuw i8, ptr %gep3306.1, i64 240
+  store <4 x i32> %418, ptr %419, align 4, !tbaa !4
+  %indvars.iv.next2963.3.1 = add nuw nsw i64 %indvars.iv2962.3, 2
+  %exitcond2966.3.not.1 = icmp eq i64 %indvars.iv.next2963.3.1, 16
+  br i1 %exitcond2966.3.not.1, label %for_body_r79.peel.next, label %for_body_ax2_0.3, !prof !39, !llvm.loop !175
+
+for_body_r79.peel.next:                           ; preds = %for_body_ax2_0.3
+  %420 = icmp eq i32 %rmod, 0
+  %421 = or i1 %31, %420
+  %422 = select i1 %421, i32 0, i32 %4
+  %423 = add nsw i32 %422, %rmod
+  %424 = shl nsw i32 %423, 4
+  %425 = sub nsw i32 %2, %424
+  %426 = tail call i32 @llvm.smin.i32(i32 %425, i32 16)
+  %427 = add nsw i32 %426, -1
+  %428 = insertelement <16 x i32> poison, i32 %427, i64 0
+  %429 = shufflevector <16 x i32> %428, <16 x i32> poison, <16 x i32> zeroinitializer
+  %430 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %429, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
+  %431 = insertelement <16 x i32> poison, i32 %424, i64 0
+  %432 = shufflevector <16 x i32> %431, <16 x i32> poison, <16 x i32> zeroinitializer
+  %433 = add nsw <16 x i32> %430, %432
+  %434 = ashr <16 x i32> %433, splat (i32 2)
+  %435 = add <16 x i32> %33, %434
+  %436 = select <16 x i1> %38, <16 x i32> %35, <16 x i32> %435
+  %437 = shl nsw i64 %indvars.iv2981, 4
+  %438 = getelementptr inbounds nuw i32, ptr %limits, i64 %437
+  store <16 x i32> %436, ptr %438, align 4, !tbaa !4
+  %439 = add nsw <16 x i32> %436, splat (i32 -1)
+  %440 = sitofp <16 x i32> %439 to <16 x float>
+  %441 = bitcast <16 x float> %440 to <16 x i32>
+  %442 = ashr <16 x i32> %441, splat (i32 23)
+  %443 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %442, <16 x i32> splat (i32 125))
+  %444 = add nsw <16 x i32> %443, splat (i32 -125)
+  %445 = getelementptr inbounds nuw i32, ptr %places, i64 %437
+  store <16 x i32> %444, ptr %445, align 4, !tbaa !4
+  %.idx3272 = shl i64 %indvars.iv2981, 4
+  %446 = getelementptr inbounds nuw i8, ptr %reach615, i64 %.idx3272
+  %447 = and i64 %437, 4294967280
+  %448 = getelementptr inbounds nuw i32, ptr %limits, i64 %447
+  %own.peel = load i32, ptr %448, align 4, !tbaa !4
+  %449 = insertelement <4 x i32> <i32 poison, i32 poison, i32 0, i32 0>, i32 %own.peel, i64 0
+  %450 = shufflevector <4 x i32> %449, <4 x i32> poison, <4 x i32> <i32 0, i32 0, i32 2, i32 3>
+  store <4 x i32> %450, ptr %446, align 16, !tbaa !156
+  %broadcast.splatinsert = insertelement <8 x i32> poison, i32 %own.peel, i64 0
+  %broadcast.splat = shufflevector <8 x i32> %broadcast.splatinsert, <8 x i32> poison, <8 x i32> zeroinitializer
+  %invariant.gep3307 = getelementptr inbounds nuw i32, ptr %limits, i64 %447
+  %451 = getelementptr inbounds nuw i8, ptr %446, i64 12
+  %452 = getelementptr inbounds nuw i8, ptr %446, i64 8
+  %453 = getelementptr inbounds nuw i8, ptr %446, i64 4
+  %454 = getelementptr inbounds nuw i8, ptr %invariant.gep3307, i64 4
+  %unmaskedload = load <8 x i32>, ptr %454, align 4, !tbaa !4
+  %455 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %broadcast.splat, <8 x i32> %unmaskedload)
+  %456 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %broadcast.splat, <8 x i32> %unmaskedload)
+  %457 = getelementptr inbounds nuw i8, ptr %invariant.gep3307, i64 36
+  %wide.masked.load.1 = tail call <8 x i32> @llvm.masked.load.v8i32.p0(ptr nonnull align 4 %457, <8 x i1> <i1 true, i1 true, i1 true, i1 true, i1 true, i1 true, i1 true, i1 false>, <8 x i32> poison), !tbaa !4
+  %458 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %455, <8 x i32> %wide.masked.load.1)
+  %459 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %456, <8 x i32> %wide.masked.load.1)
+  %460 = shufflevector <8 x i32> %458, <8 x i32> %455, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 15>
+  %461 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %460)
+  %462 = shufflevector <8 x i32> %459, <8 x i32> %456, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 15>
+  %463 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %462)
+  store i32 %461, ptr %446, align 16, !tbaa !156
+  store i32 %463, ptr %453, align 4, !tbaa !156
+  store i32 0, ptr %452, align 8, !tbaa !156
+  store i32 0, ptr %451, align 4, !tbaa !156
+  %464 = getelementptr inbounds nuw float, ptr %total_max, i64 %437
+  store <16 x float> splat (float 0xC6293E5940000000), ptr %464, align 4, !tbaa !4
+  %465 = getelementptr inbounds nuw float, ptr %total_sum, i64 %437
+  store <16 x float> zeroinitializer, ptr %465, align 4, !tbaa !4
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep2977, i8 0, i64 8192, i1 false), !tbaa !4
+  %466 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %467 = tail call i32 %466(i32 1, i32 %dev_id, ptr nonnull %q_tile_global)
+  %.not642 = icmp eq i32 %467, 0
+  br i1 %.not642, label %for_begin_tile, label %common.ret, !prof !40
+
+for_end_tile105.loopexit:                         ; preds = %if_end113, %if_end113.peel
+  %.lcssa2957 = phi i32 [ %44, %if_end113.peel ], [ %504, %if_end113 ]
+  %.lcssa2956 = phi i32 [ %43, %if_end113.peel ], [ %507, %if_end113 ]
+  %468 = and i32 %.lcssa2957, -128
+  br label %for_end_tile105
+
+for_end_tile105:                                  ; preds = %for_end_tile105.loopexit, %if_end14
+  %span614.sroa.3.0.lcssa = phi i32 [ undef, %if_end14 ], [ %.lcssa2956, %for_end_tile105.loopexit ]
+  %span614.sroa.0.0.lcssa = phi i32 [ 0, %if_end14 ], [ %468, %for_end_tile105.loopexit ]
+  %469 = shl nsw i32 %block_end, 4
+  %key_end = tail call i32 @llvm.smin.i32(i32 %469, i32 %span614.sroa.3.0.lcssa)
+  %470 = shl nsw i32 %block_begin, 4
+  %471 = sub nsw i32 %key_end, %470
+  %472 = tail call i32 @llvm.smax.i32(i32 %471, i32 0)
+  %473 = add nuw nsw i32 %472, 4095
+  %474 = lshr i32 %473, 12
+  %.not2826 = icmp eq i32 %474, 0
+  br i1 %.not2826, label %for_begin_tile467.preheader, label %for_body_number.lr.ph, !prof !11
+
+for_body_number.lr.ph:                            ; preds = %for_end_tile105
+  %475 = mul nsw i64 %row_step, %23
+  %476 = getelementptr inbounds i32, ptr %row_starts, i64 %475
+  %477 = mul nsw i64 %table_seq, %23
+  %478 = getelementptr i32, ptr %block_table, i64 %477
+  %479 = icmp sgt i32 %num_kv_heads, 0
+  %480 = add nsw i32 %num_kv_heads, -1
+  %481 = sext i32 %kv_head_begin to i64
+  %482 = icmp sgt i32 %4, 0
+  %483 = add nsw i32 %4, -1
+  %484 = shl i64 %k_row, 4
+  %485 = shl i64 %k_row, 6
+  %486 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %487 = shufflevector <16 x float> %486, <16 x float> poison, <16 x i32> zeroinitializer
+  %488 = sext i32 %context_len to i64
+  %489 = sext i32 %tree_size to i64
+  %490 = add i64 %tree_start, %489
+  %491 = sub i64 %490, %488
+  %492 = zext i32 %483 to i64
+  %493 = zext i32 %480 to i64
+  %494 = sext i32 %num_kv_heads to i64
+  %495 = zext i32 %4 to i64
+  %wide.trip.count3128 = zext nneg i32 %num_kv_heads to i64
+  %496 = getelementptr i8, ptr %tree_mask, i64 %491
+  %497 = getelementptr i8, ptr %tree_mask, i64 %491
+  %wide.trip.count3142 = zext nneg i32 %5 to i64
+  %498 = add i64 %tree_start, %489
+  %499 = sub i64 %498, %488
+  %500 = getelementptr i8, ptr %tree_mask, i64 %499
+  br label %for_body_number
+
+if_end113:                                        ; preds = %if_end113, %if_end113.preheader
+  %indvars.iv2985 = phi i64 [ %indvars.iv.next2986, %if_end113 ], [ %indvars.iv2985.ph, %if_end113.preheader ]
+  %span614.sroa.0.02544 = phi i32 [ %504, %if_end113 ], [ %span614.sroa.0.02544.ph, %if_end113.preheader ]
+  %span614.sroa.3.02543 = phi i32 [ %507, %if_end113 ], [ %span614.sroa.3.02543.ph, %if_end113.preheader ]
+  %.idx3273 = shl nsw i64 %indvars.iv2985, 4
+  %501 = getelementptr inbounds nuw i8, ptr %reach615, i64 %.idx3273
+  %502 = getelementptr inbounds nuw i8, ptr %501, i64 8
+  %503 = load i32, ptr %502, align 8, !tbaa !156
+  %504 = tail call i32 @llvm.smin.i32(i32 %span614.sroa.0.02544, i32 %503)
+  %505 = getelementptr inbounds nuw i8, ptr %501, i64 4
+  %506 = load i32, ptr %505, align 4, !tbaa !156
+  %507 = tail call i32 @llvm.smax.i32(i32 %span614.sroa.3.02543, i32 %506)
+  %indvars.iv.next2986 = add nuw nsw i64 %indvars.iv2985, 1
+  %exitcond2989.not = icmp eq i64 %indvars.iv.next2986, %wide.trip.count2988
+  br i1 %exitcond2989.not, label %for_end_tile105.loopexit, label %if_end113, !prof !17, !llvm.loop !176
+
+for_begin_number:                                 ; preds = %if_end462
+  %508 = add nuw nsw i32 %number2806, 1
+  %exitcond3144.not = icmp eq i32 %508, %474
+  br i1 %exitcond3144.not, label %for_begin_tile467.preheader, label %for_body_number, !prof !8
+
+for_begin_tile467.preheader:                      ; preds = %for_begin_number, %for_end_tile105
+  br i1 %26, label %for_end_tile469, label %for_body_tile468.lr.ph, !prof !11
+
+for_body_tile468.lr.ph:                           ; preds = %for_begin_tile467.preheader
+  %509 = icmp slt i32 %partial_start, 0
+  %510 = icmp slt i32 %4, 0
+  %511 = sext i32 %kv_head_begin to i64
+  %512 = zext i32 %partial_start to i64
+  %513 = shl nuw nsw i64 %512, 5
+  %.idx625 = shl nuw nsw i64 %512, 14
+  %514 = sext i32 %token_begin to i64
+  %wide.trip.count3199 = zext nneg i32 %5 to i64
+  br i1 %509, label %for_body_tile468.us, label %for_body_tile468.preheader
+
+for_body_tile468.preheader:                       ; preds = %for_body_tile468.lr.ph
+  %scevgep129 = getelementptr i8, ptr %partial_acc, i64 %.idx625
+  %515 = getelementptr i8, ptr %partial_acc, i64 %.idx625
+  %scevgep132 = getelementptr i8, ptr %515, i64 512
+  %scevgep136 = getelementptr i8, ptr %total_acc, i64 8128
+  br label %for_body_tile468
+
+for_body_tile468.us:                              ; preds = %if_end473.us, %for_body_tile468.lr.ph
+  %indvars.iv3196 = phi i64 [ %indvars.iv.next3197, %if_end473.us ], [ 0, %for_body_tile468.lr.ph ]
+  %516 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %ordered.us = tail call ptr %516(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %517 = icmp eq ptr %ordered.us, null
+  br i1 %517, label %common.ret, label %if_end476.us, !prof !7
+
+if_end476.us:                                     ; preds = %for_body_tile468.us
+  %518 = shl nsw i64 %indvars.iv3196, 4
+  %519 = getelementptr inbounds nuw float, ptr %total_sum, i64 %518
+  %total.us = load <16 x float>, ptr %519, align 4, !tbaa !4
+  %520 = fdiv <16 x float> splat (float 1.000000e+00), %total.us
+  %521 = fcmp oeq <16 x float> %total.us, zeroinitializer
+  %522 = select <16 x i1> %521, <16 x float> zeroinitializer, <16 x float> %520
+  store <16 x float> %522, ptr %factor594, align 16, !tbaa !177
+  %523 = shl i64 %indvars.iv3196, 11
+  %524 = and i64 %523, 4294965248
+  br label %for_begin_d_0478.preheader.us
+
+for_end_r_0.us:                                   ; preds = %for_end_d_0480.us
+  %525 = trunc nuw nsw i64 %indvars.iv3196 to i32
+  %rmod512.us = srem i32 %525, %4
+  %rdiv537.us = sdiv i32 %525, %4
+  %526 = icmp ne i32 %rmod512.us, 0
+  %.not629.us = and i1 %510, %526
+  %527 = select i1 %.not629.us, i32 %4, i32 0
+  %528 = add nsw i32 %527, %rmod512.us
+  %529 = shl nsw i32 %528, 4
+  %530 = sub nsw i32 %2, %529
+  %531 = icmp sgt i32 %530, 0
+  br i1 %531, label %for_begin_d_0518.preheader.lr.ph.us, label %for_end_r529.us, !prof !3
+
+for_end_r529.us:                                  ; preds = %if_end534.us.1, %for_end_r_0.us
+  %532 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %533 = tail call i32 %532(i32 1, i32 %dev_id, ptr nonnull %ordered.us)
+  %.not626.us = icmp eq i32 %533, 0
+  br i1 %.not626.us, label %if_end473.us, label %common.ret, !prof !40
+
+if_end473.us:                                     ; preds = %for_end_r529.us
+  %indvars.iv.next3197 = add nuw nsw i64 %indvars.iv3196, 1
+  %exitcond3200.not = icmp eq i64 %indvars.iv.next3197, %wide.trip.count3199
+  br i1 %exitcond3200.not, label %for_end_tile469, label %for_body_tile468.us, !prof !8
+
+for_body_r528.us:                                 ; preds = %for_body_r528.lr.ph.us, %if_end534.us.1
+  %indvars.iv3190 = phi i64 [ 0, %for_body_r528.lr.ph.us ], [ %indvars.iv.next3191.1, %if_end534.us.1 ]
+  %niter207 = phi i64 [ 0, %for_body_r528.lr.ph.us ], [ %niter207.next.1, %if_end534.us.1 ]
+  %534 = add nuw nsw i64 %indvars.iv3190, %761
+  %535 = getelementptr inbounds nuw float, ptr %total_sum, i64 %534
+  %536 = load float, ptr %535, align 4, !tbaa !4
+  %537 = fcmp oeq float %536, 0.000000e+00
+  br i1 %537, label %if_end534.us, label %if_else533.us
+
+if_else533.us:                                    ; preds = %for_body_r528.us
+  %538 = getelementptr inbounds nuw i32, ptr %places, i64 %534
+  %539 = load i32, ptr %538, align 4, !tbaa !4
+  %540 = shl i32 %539, 23
+  %541 = add i32 %540, 1065353216
+  %542 = bitcast i32 %541 to float
+  %543 = fmul float %536, %542
+  %544 = tail call float @llvm.log.f32(float %543)
+  %545 = getelementptr inbounds nuw float, ptr %total_max, i64 %534
+  %546 = load float, ptr %545, align 4, !tbaa !4
+  %547 = fadd float %546, %544
+  br label %if_end534.us
+
+if_end534.us:                                     ; preds = %if_else533.us, %for_body_r528.us
+  %548 = phi float [ %547, %if_else533.us ], [ 0xFFF0000000000000, %for_body_r528.us ]
+  %549 = and i64 %indvars.iv3190, 2
+  %550 = lshr i64 %indvars.iv3190, 2
+  %551 = add nsw i64 %755, %550
+  %552 = mul nsw i64 %551, %lse_batch
+  %553 = getelementptr float, ptr %760, i64 %552
+  %554 = getelementptr float, ptr %553, i64 %549
+  store float %548, ptr %554, align 4, !tbaa !4
+  %indvars.iv.next3191 = or disjoint i64 %indvars.iv3190, 1
+  %555 = add nuw nsw i64 %indvars.iv.next3191, %761
+  %556 = getelementptr inbounds nuw float, ptr %total_sum, i64 %555
+  %557 = load float, ptr %556, align 4, !tbaa !4
+  %558 = fcmp oeq float %557, 0.000000e+00
+  br i1 %558, label %if_end534.us.1, label %if_else533.us.1
+
+if_else533.us.1:                                  ; preds = %if_end534.us
+  %559 = getelementptr inbounds nuw i32, ptr %places, i64 %555
+  %560 = load i32, ptr %559, align 4, !tbaa !4
+  %561 = shl i32 %560, 23
+  %562 = add i32 %561, 1065353216
+  %563 = bitcast i32 %562 to float
+  %564 = fmul float %557, %563
+  %565 = tail call float @llvm.log.f32(float %564)
+  %566 = getelementptr inbounds nuw float, ptr %total_max, i64 %555
+  %567 = load float, ptr %566, align 4, !tbaa !4
+  %568 = fadd float %567, %565
+  br label %if_end534.us.1
+
+if_end534.us.1:                                   ; preds = %if_else533.us.1, %if_end534.us
+  %569 = phi float [ %568, %if_else533.us.1 ], [ 0xFFF0000000000000, %if_end534.us ]
+  %570 = and i64 %indvars.iv.next3191, 3
+  %571 = lshr i64 %indvars.iv3190, 2
+  %572 = add nsw i64 %755, %571
+  %573 = mul nsw i64 %572, %lse_batch
+  %574 = getelementptr float, ptr %760, i64 %573
+  %575 = getelementptr float, ptr %574, i64 %570
+  store float %569, ptr %575, align 4, !tbaa !4
+  %indvars.iv.next3191.1 = add nuw nsw i64 %indvars.iv3190, 2
+  %niter207.next.1 = add i64 %niter207, 2
+  %niter207.ncmp.1 = icmp eq i64 %niter207.next.1, %wide.trip.count3188
+  br i1 %niter207.ncmp.1, label %for_end_r529.us, label %for_body_r528.us, !prof !100, !llvm.loop !184
+
+for_end_d_0480.us:                                ; preds = %for_begin_ax1_0483.preheader.us
+  %indvars.iv.next3176 = add nuw nsw i64 %indvars.iv3175, 1
+  %exitcond3179.not = icmp eq i64 %indvars.iv.next3176, 4
+  br i1 %exitcond3179.not, label %for_end_r_0.us, label %for_begin_d_0478.preheader.us, !prof !39
+
+for_begin_ax1_0483.preheader.us:                  ; preds = %for_begin_d_0478.preheader.us, %for_begin_ax1_0483.preheader.us
+  %indvars.iv3170 = phi i64 [ 0, %for_begin_d_0478.preheader.us ], [ %indvars.iv.next3171, %for_begin_ax1_0483.preheader.us ]
+  %576 = shl nuw nsw i64 %indvars.iv3170, 8
+  %577 = add nuw nsw i64 %576, %728
+  %578 = getelementptr inbounds nuw float, ptr %total_acc, i64 %577
+  %v489.us = load <4 x float>, ptr %578, align 4, !tbaa !4
+  %579 = getelementptr inbounds nuw i8, ptr %578, i64 64
+  %v491.us = load <4 x float>, ptr %579, align 4, !tbaa !4
+  %580 = getelementptr inbounds nuw i8, ptr %578, i64 128
+  %v493.us = load <4 x float>, ptr %580, align 4, !tbaa !4
+  %581 = getelementptr inbounds nuw i8, ptr %578, i64 192
+  %v495.us = load <4 x float>, ptr %581, align 4, !tbaa !4
+  %582 = shufflevector <4 x float> %v489.us, <4 x float> %v493.us, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %583 = shufflevector <4 x float> %v491.us, <4 x float> %v495.us, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %584 = shufflevector <4 x float> %v489.us, <4 x float> %v493.us, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %585 = shufflevector <4 x float> %v491.us, <4 x float> %v495.us, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %586 = shufflevector <4 x float> %582, <4 x float> %583, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %587 = shufflevector <4 x float> %582, <4 x float> %583, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %588 = shufflevector <4 x float> %584, <4 x float> %585, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %589 = shufflevector <4 x float> %584, <4 x float> %585, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %590 = getelementptr inbounds nuw float, ptr %total_acc, i64 %577
+  %591 = getelementptr inbounds nuw i8, ptr %590, i64 256
+  %v489.us.1 = load <4 x float>, ptr %591, align 4, !tbaa !4
+  %592 = getelementptr inbounds nuw i8, ptr %590, i64 320
+  %v491.us.1 = load <4 x float>, ptr %592, align 4, !tbaa !4
+  %593 = getelementptr inbounds nuw i8, ptr %590, i64 384
+  %v493.us.1 = load <4 x float>, ptr %593, align 4, !tbaa !4
+  %594 = getelementptr inbounds nuw i8, ptr %590, i64 448
+  %v495.us.1 = load <4 x float>, ptr %594, align 4, !tbaa !4
+  %595 = shufflevector <4 x float> %v489.us.1, <4 x float> %v493.us.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %596 = shufflevector <4 x float> %v491.us.1, <4 x float> %v495.us.1, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %597 = shufflevector <4 x float> %v489.us.1, <4 x float> %v493.us.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %598 = shufflevector <4 x float> %v491.us.1, <4 x float> %v495.us.1, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %599 = shufflevector <4 x float> %595, <4 x float> %596, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %600 = shufflevector <4 x float> %595, <4 x float> %596, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %601 = shufflevector <4 x float> %597, <4 x float> %598, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %602 = shufflevector <4 x float> %597, <4 x float> %598, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %603 = getelementptr inbounds nuw float, ptr %total_acc, i64 %577
+  %604 = getelementptr inbounds nuw i8, ptr %603, i64 512
+  %v489.us.2 = load <4 x float>, ptr %604, align 4, !tbaa !4
+  %605 = getelementptr inbounds nuw i8, ptr %603, i64 576
+  %v491.us.2 = load <4 x float>, ptr %605, align 4, !tbaa !4
+  %606 = getelementptr inbounds nuw i8, ptr %603, i64 640
+  %v493.us.2 = load <4 x float>, ptr %606, align 4, !tbaa !4
+  %607 = getelementptr inbounds nuw i8, ptr %603, i64 704
+  %v495.us.2 = load <4 x float>, ptr %607, align 4, !tbaa !4
+  %608 = shufflevector <4 x float> %v489.us.2, <4 x float> %v493.us.2, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %609 = shufflevector <4 x float> %v491.us.2, <4 x float> %v495.us.2, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %610 = shufflevector <4 x float> %v489.us.2, <4 x float> %v493.us.2, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %611 = shufflevector <4 x float> %v491.us.2, <4 x float> %v495.us.2, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %612 = shufflevector <4 x float> %608, <4 x float> %609, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %613 = shufflevector <4 x float> %608, <4 x float> %609, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %614 = shufflevector <4 x float> %610, <4 x float> %611, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %615 = shufflevector <4 x float> %610, <4 x float> %611, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %616 = getelementptr inbounds nuw float, ptr %total_acc, i64 %577
+  %617 = getelementptr inbounds nuw i8, ptr %616, i64 768
+  %v489.us.3 = load <4 x float>, ptr %617, align 4, !tbaa !4
+  %618 = getelementptr inbounds nuw i8, ptr %616, i64 832
+  %v491.us.3 = load <4 x float>, ptr %618, align 4, !tbaa !4
+  %619 = getelementptr inbounds nuw i8, ptr %616, i64 896
+  %v493.us.3 = load <4 x float>, ptr %619, align 4, !tbaa !4
+  %620 = getelementptr inbounds nuw i8, ptr %616, i64 960
+  %v495.us.3 = load <4 x float>, ptr %620, align 4, !tbaa !4
+  %621 = shufflevector <4 x float> %v489.us.3, <4 x float> %v493.us.3, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %622 = shufflevector <4 x float> %v491.us.3, <4 x float> %v495.us.3, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %623 = shufflevector <4 x float> %v489.us.3, <4 x float> %v493.us.3, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %624 = shufflevector <4 x float> %v491.us.3, <4 x float> %v495.us.3, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %625 = shufflevector <4 x float> %621, <4 x float> %622, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %626 = shufflevector <4 x float> %586, <4 x float> %599, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %627 = shufflevector <4 x float> %612, <4 x float> %625, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %628 = shufflevector <8 x float> %626, <8 x float> %627, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %629 = shufflevector <4 x float> %621, <4 x float> %622, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %630 = shufflevector <4 x float> %587, <4 x float> %600, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %631 = shufflevector <4 x float> %613, <4 x float> %629, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %632 = shufflevector <8 x float> %630, <8 x float> %631, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %633 = shufflevector <4 x float> %623, <4 x float> %624, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %634 = shufflevector <4 x float> %588, <4 x float> %601, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %635 = shufflevector <4 x float> %614, <4 x float> %633, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %636 = shufflevector <8 x float> %634, <8 x float> %635, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %637 = shufflevector <4 x float> %623, <4 x float> %624, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %638 = shufflevector <4 x float> %589, <4 x float> %602, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %639 = shufflevector <4 x float> %615, <4 x float> %637, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %640 = shufflevector <8 x float> %638, <8 x float> %639, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %641 = fmul <16 x float> %628, %732
+  %.idx3283 = shl nuw nsw i64 %indvars.iv3170, 6
+  %gep3327 = getelementptr inbounds nuw i8, ptr %invariant.gep3326, i64 %.idx3283
+  store <16 x float> %641, ptr %gep3327, align 4, !tbaa !4
+  %642 = fmul <16 x float> %632, %736
+  %643 = getelementptr inbounds nuw i8, ptr %gep3327, i64 512
+  store <16 x float> %642, ptr %643, align 4, !tbaa !4
+  %644 = fmul <16 x float> %636, %740
+  %645 = getelementptr inbounds nuw i8, ptr %gep3327, i64 1024
+  store <16 x float> %644, ptr %645, align 4, !tbaa !4
+  %646 = fmul <16 x float> %640, %744
+  %647 = getelementptr inbounds nuw i8, ptr %gep3327, i64 1536
+  store <16 x float> %646, ptr %647, align 4, !tbaa !4
+  %indvars.iv.next3171 = add nuw nsw i64 %indvars.iv3170, 1
+  %exitcond3174.not = icmp eq i64 %indvars.iv.next3171, 8
+  br i1 %exitcond3174.not, label %for_end_d_0480.us, label %for_begin_ax1_0483.preheader.us, !prof !39
+
+for_begin_d_0518.preheader.us:                    ; preds = %for_begin_d_0518.preheader.lr.ph.us, %for_begin_d_0518.preheader.us
+  %indvars.iv3184 = phi i64 [ 0, %for_begin_d_0518.preheader.lr.ph.us ], [ %indvars.iv.next3185, %for_begin_d_0518.preheader.us ]
+  %648 = shl nsw i64 %indvars.iv3184, 7
+  %649 = and i64 %indvars.iv3184, 3
+  %650 = or disjoint i64 %749, %649
+  %651 = mul nsw i64 %650, %out_head
+  %652 = lshr i64 %indvars.iv3184, 2
+  %653 = add nsw i64 %752, %652
+  %654 = mul nsw i64 %653, %out_batch
+  %655 = getelementptr i16, ptr %out, i64 %654
+  %invariant.gep2818.us = getelementptr i16, ptr %655, i64 %651
+  %656 = getelementptr inbounds nuw float, ptr %ordered.us, i64 %648
+  %657 = load <16 x i32>, ptr %656, align 4, !tbaa !4
+  %658 = lshr <16 x i32> %657, splat (i32 16)
+  %659 = and <16 x i32> %658, splat (i32 1)
+  %660 = add nuw <16 x i32> %657, splat (i32 32767)
+  %661 = add nuw <16 x i32> %660, %659
+  %662 = lshr <16 x i32> %661, splat (i32 16)
+  %663 = trunc nuw <16 x i32> %662 to <16 x i16>
+  store <16 x i16> %663, ptr %invariant.gep2818.us, align 2, !tbaa !4
+  %664 = getelementptr inbounds nuw float, ptr %ordered.us, i64 %648
+  %665 = getelementptr inbounds nuw i8, ptr %664, i64 64
+  %666 = load <16 x i32>, ptr %665, align 4, !tbaa !4
+  %667 = lshr <16 x i32> %666, splat (i32 16)
+  %668 = and <16 x i32> %667, splat (i32 1)
+  %669 = add nuw <16 x i32> %666, splat (i32 32767)
+  %670 = add nuw <16 x i32> %669, %668
+  %671 = lshr <16 x i32> %670, splat (i32 16)
+  %672 = trunc nuw <16 x i32> %671 to <16 x i16>
+  %gep2819.us.1 = getelementptr i8, ptr %invariant.gep2818.us, i64 32
+  store <16 x i16> %672, ptr %gep2819.us.1, align 2, !tbaa !4
+  %673 = getelementptr inbounds nuw float, ptr %ordered.us, i64 %648
+  %674 = getelementptr inbounds nuw i8, ptr %673, i64 128
+  %675 = load <16 x i32>, ptr %674, align 4, !tbaa !4
+  %676 = lshr <16 x i32> %675, splat (i32 16)
+  %677 = and <16 x i32> %676, splat (i32 1)
+  %678 = add nuw <16 x i32> %675, splat (i32 32767)
+  %679 = add nuw <16 x i32> %678, %677
+  %680 = lshr <16 x i32> %679, splat (i32 16)
+  %681 = trunc nuw <16 x i32> %680 to <16 x i16>
+  %gep2819.us.2 = getelementptr i8, ptr %invariant.gep2818.us, i64 64
+  store <16 x i16> %681, ptr %gep2819.us.2, align 2, !tbaa !4
+  %682 = getelementptr inbounds nuw float, ptr %ordered.us, i64 %648
+  %683 = getelementptr inbounds nuw i8, ptr %682, i64 192
+  %684 = load <16 x i32>, ptr %683, align 4, !tbaa !4
+  %685 = lshr <16 x i32> %684, splat (i32 16)
+  %686 = and <16 x i32> %685, splat (i32 1)
+  %687 = add nuw <16 x i32> %684, splat (i32 32767)
+  %688 = add nuw <16 x i32> %687, %686
+  %689 = lshr <16 x i32> %688, splat (i32 16)
+  %690 = trunc nuw <16 x i32> %689 to <16 x i16>
+  %gep2819.us.3 = getelementptr i8, ptr %invariant.gep2818.us, i64 96
+  store <16 x i16> %690, ptr %gep2819.us.3, align 2, !tbaa !4
+  %691 = getelementptr inbounds nuw float, ptr %ordered.us, i64 %648
+  %692 = getelementptr inbounds nuw i8, ptr %691, i64 256
+  %693 = load <16 x i32>, ptr %692, align 4, !tbaa !4
+  %694 = lshr <16 x i32> %693, splat (i32 16)
+  %695 = and <16 x i32> %694, splat (i32 1)
+  %696 = add nuw <16 x i32> %693, splat (i32 32767)
+  %697 = add nuw <16 x i32> %696, %695
+  %698 = lshr <16 x i32> %697, splat (i32 16)
+  %699 = trunc nuw <16 x i32> %698 to <16 x i16>
+  %gep2819.us.4 = getelementptr i8, ptr %invariant.gep2818.us, i64 128
+  store <16 x i16> %699, ptr %gep2819.us.4, align 2, !tbaa !4
+  %700 = getelementptr inbounds nuw float, ptr %ordered.us, i64 %648
+  %701 = getelementptr inbounds nuw i8, ptr %700, i64 320
+  %702 = load <16 x i32>, ptr %701, align 4, !tbaa !4
+  %703 = lshr <16 x i32> %702, splat (i32 16)
+  %704 = and <16 x i32> %703, splat (i32 1)
+  %705 = add nuw <16 x i32> %702, splat (i32 32767)
+  %706 = add nuw <16 x i32> %705, %704
+  %707 = lshr <16 x i32> %706, splat (i32 16)
+  %708 = trunc nuw <16 x i32> %707 to <16 x i16>
+  %gep2819.us.5 = getelementptr i8, ptr %invariant.gep2818.us, i64 160
+  store <16 x i16> %708, ptr %gep2819.us.5, align 2, !tbaa !4
+  %709 = getelementptr inbounds nuw float, ptr %ordered.us, i64 %648
+  %710 = getelementptr inbounds nuw i8, ptr %709, i64 384
+  %711 = load <16 x i32>, ptr %710, align 4, !tbaa !4
+  %712 = lshr <16 x i32> %711, splat (i32 16)
+  %713 = and <16 x i32> %712, splat (i32 1)
+  %714 = add nuw <16 x i32> %711, splat (i32 32767)
+  %715 = add nuw <16 x i32> %714, %713
+  %716 = lshr <16 x i32> %715, splat (i32 16)
+  %717 = trunc nuw <16 x i32> %716 to <16 x i16>
+  %gep2819.us.6 = getelementptr i8, ptr %invariant.gep2818.us, i64 192
+  store <16 x i16> %717, ptr %gep2819.us.6, align 2, !tbaa !4
+  %718 = getelementptr inbounds nuw float, ptr %ordered.us, i64 %648
+  %719 = getelementptr inbounds nuw i8, ptr %718, i64 448
+  %720 = load <16 x i32>, ptr %719, align 4, !tbaa !4
+  %721 = lshr <16 x i32> %720, splat (i32 16)
+  %722 = and <16 x i32> %721, splat (i32 1)
+  %723 = add nuw <16 x i32> %720, splat (i32 32767)
+  %724 = add nuw <16 x i32> %723, %722
+  %725 = lshr <16 x i32> %724, splat (i32 16)
+  %726 = trunc nuw <16 x i32> %725 to <16 x i16>
+  %gep2819.us.7 = getelementptr i8, ptr %invariant.gep2818.us, i64 224
+  store <16 x i16> %726, ptr %gep2819.us.7, align 2, !tbaa !4
+  %indvars.iv.next3185 = add nuw nsw i64 %indvars.iv3184, 1
+  %exitcond3189.not = icmp eq i64 %indvars.iv.next3185, %wide.trip.count3188
+  br i1 %exitcond3189.not, label %for_body_r528.lr.ph.us, label %for_begin_d_0518.preheader.us, !prof !8
+
+for_begin_d_0478.preheader.us:                    ; preds = %for_end_d_0480.us, %if_end476.us
+  %indvars.iv3175 = phi i64 [ %indvars.iv.next3176, %for_end_d_0480.us ], [ 0, %if_end476.us ]
+  %727 = shl nuw nsw i64 %indvars.iv3175, 2
+  %728 = add nuw nsw i64 %524, %727
+  %729 = getelementptr inbounds nuw float, ptr %factor594, i64 %727
+  %730 = load float, ptr %729, align 16, !tbaa !185
+  %731 = insertelement <16 x float> poison, float %730, i64 0
+  %732 = shufflevector <16 x float> %731, <16 x float> poison, <16 x i32> zeroinitializer
+  %733 = getelementptr inbounds nuw i8, ptr %729, i64 4
+  %734 = load float, ptr %733, align 4, !tbaa !185
+  %735 = insertelement <16 x float> poison, float %734, i64 0
+  %736 = shufflevector <16 x float> %735, <16 x float> poison, <16 x i32> zeroinitializer
+  %737 = getelementptr inbounds nuw i8, ptr %729, i64 8
+  %738 = load float, ptr %737, align 8, !tbaa !185
+  %739 = insertelement <16 x float> poison, float %738, i64 0
+  %740 = shufflevector <16 x float> %739, <16 x float> poison, <16 x i32> zeroinitializer
+  %741 = getelementptr inbounds nuw i8, ptr %729, i64 12
+  %742 = load float, ptr %741, align 4, !tbaa !185
+  %743 = insertelement <16 x float> poison, float %742, i64 0
+  %744 = shufflevector <16 x float> %743, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx3284 = shl nuw nsw i64 %indvars.iv3175, 11
+  %invariant.gep3326 = getelementptr inbounds nuw i8, ptr %ordered.us, i64 %.idx3284
+  br label %for_begin_ax1_0483.preheader.us
+
+for_begin_d_0518.preheader.lr.ph.us:              ; preds = %for_end_r_0.us
+  %rdiv524.us = sdiv i32 %525, %4
+  %745 = sext i1 %.not629.us to i32
+  %746 = add nsw i32 %rdiv524.us, %745
+  %747 = sext i32 %746 to i64
+  %748 = add nsw i64 %747, %511
+  %749 = shl nsw i64 %748, 2
+  %750 = sext i32 %528 to i64
+  %751 = shl nsw i64 %750, 2
+  %752 = add nsw i64 %751, %514
+  %smax3187 = tail call i32 @llvm.smin.i32(i32 %530, i32 16)
+  %wide.trip.count3188 = zext nneg i32 %smax3187 to i64
+  br label %for_begin_d_0518.preheader.us
+
+for_body_r528.lr.ph.us:                           ; preds = %for_begin_d_0518.preheader.us
+  %753 = sext i32 %528 to i64
+  %754 = shl nsw i64 %753, 2
+  %755 = add nsw i64 %754, %514
+  %756 = sext i1 %.not629.us to i32
+  %757 = add nsw i32 %rdiv537.us, %756
+  %758 = sext i32 %757 to i64
+  %759 = add nsw i64 %758, %511
+  %.idx630.us = shl nsw i64 %759, 4
+  %760 = getelementptr i8, ptr %lse, i64 %.idx630.us
+  %761 = and i64 %518, 4294967280
+  br label %for_body_r528.us
+
+for_body_number:                                  ; preds = %for_begin_number, %for_body_number.lr.ph
+  %number2806 = phi i32 [ 0, %for_body_number.lr.ph ], [ %508, %for_begin_number ]
+  %762 = shl nuw nsw i32 %number2806, 12
+  %763 = add i32 %470, %762
+  %764 = tail call i32 @llvm.smax.i32(i32 %span614.sroa.0.0.lcssa, i32 %763)
+  %765 = add i32 %tree_size, %764
+  %766 = shl nuw nsw i32 %number2806, 12
+  %767 = add i32 %470, %766
+  %768 = tail call i32 @llvm.smax.i32(i32 %span614.sroa.0.0.lcssa, i32 %767)
+  %smax98 = sext i32 %768 to i64
+  %769 = add i32 %tree_size, %768
+  %770 = shl nuw nsw i32 %number2806, 12
+  %771 = add i32 %470, %770
+  %772 = tail call i32 @llvm.smax.i32(i32 %span614.sroa.0.0.lcssa, i32 %771)
+  %773 = add i32 %tree_size, %772
+  %774 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %row_max = tail call ptr %774(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %775 = icmp eq ptr %row_max, null
+  br i1 %775, label %common.ret, label %if_end115, !prof !7
+
+if_end115:                                        ; preds = %for_body_number
+  %776 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %row_sum = tail call ptr %776(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %777 = icmp eq ptr %row_sum, null
+  br i1 %777, label %common.ret, label %if_end118, !prof !7
+
+if_end118:                                        ; preds = %if_end115
+  %778 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc = tail call ptr %778(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %779 = icmp eq ptr %acc, null
+  br i1 %779, label %common.ret, label %if_end121, !prof !7
+
+if_end121:                                        ; preds = %if_end118
+  %780 = shl nsw i32 %number2806, 12
+  %781 = add nsw i32 %780, %470
+  %782 = add nsw i32 %781, 4096
+  %read_begin = tail call i32 @llvm.smax.i32(i32 %781, i32 %span614.sroa.0.0.lcssa)
+  %783 = tail call i32 @llvm.smin.i32(i32 %782, i32 %key_end)
+  %784 = sub nsw i32 %783, %read_begin
+  %.fr2941 = freeze i32 %784
+  %785 = icmp slt i32 %.fr2941, 1
+  %786 = tail call i32 @llvm.smax.i32(i32 %.fr2941, i32 0)
+  %787 = add nuw nsw i32 %786, 127
+  %788 = lshr i32 %787, 7
+  %.not2827 = icmp eq i32 %788, 0
+  br i1 %.not2827, label %for_begin_tile398.preheader, label %for_body_step.lr.ph, !prof !11
+
+for_body_step.lr.ph:                              ; preds = %if_end121
+  %789 = add nsw i32 %783, -1
+  %790 = sext i32 %read_begin to i64
+  %791 = sext i32 %783 to i64
+  %wide.trip.count3133 = zext nneg i32 %788 to i64
+  %invariant.op3323 = add nsw i64 %791, -128
+  %792 = getelementptr i8, ptr %500, i64 %smax98
+  br label %for_body_step
+
+for_begin_step:                                   ; preds = %if_end393
+  %indvars.iv.next3131 = add nuw nsw i64 %indvars.iv3130, 1
+  %exitcond3134.not = icmp eq i64 %indvars.iv.next3131, %wide.trip.count3133
+  br i1 %exitcond3134.not, label %for_begin_tile398.preheader, label %for_body_step, !prof !8
+
+for_begin_tile398.preheader:                      ; preds = %for_begin_step, %if_end121
+  %brmerge = or i1 %26, %785
+  br i1 %brmerge, label %for_end_tile400, label %for_body_tile399, !prof !186
+
+for_body_step:                                    ; preds = %for_begin_step, %for_body_step.lr.ph
+  %indvars.iv3130 = phi i64 [ 0, %for_body_step.lr.ph ], [ %indvars.iv.next3131, %for_begin_step ]
+  %indvars.iv3130.tr208 = trunc i64 %indvars.iv3130 to i32
+  %793 = shl i32 %indvars.iv3130.tr208, 7
+  %794 = add i32 %765, %793
+  %795 = sub i32 %context_len, %794
+  %smax193 = tail call i32 @llvm.smax.i32(i32 %795, i32 0)
+  %796 = trunc i32 %smax193 to i1
+  %.mask = and i32 %smax193, 1
+  %797 = shl nuw nsw i64 %indvars.iv3130, 7
+  %scevgep99 = getelementptr i8, ptr %792, i64 %797
+  %indvars.iv3130.tr = trunc i64 %indvars.iv3130 to i32
+  %798 = shl i32 %indvars.iv3130.tr, 7
+  %799 = add i32 %769, %798
+  %800 = sub i32 %context_len, %799
+  %smax100 = tail call i32 @llvm.smax.i32(i32 %800, i32 0)
+  %801 = zext nneg i32 %smax100 to i64
+  %802 = shl i32 %smax100, 4
+  %803 = sext i32 %802 to i64
+  %804 = shl nsw i64 %803, 2
+  %indvars.iv3130.tr153 = trunc i64 %indvars.iv3130 to i32
+  %805 = shl i32 %indvars.iv3130.tr153, 7
+  %806 = add i32 %773, %805
+  %807 = sub i32 %context_len, %806
+  %smax90 = tail call i32 @llvm.smax.i32(i32 %807, i32 0)
+  %808 = shl i32 %smax90, 4
+  %809 = sext i32 %808 to i64
+  %810 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %key_offsets = tail call ptr %810(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %811 = icmp eq ptr %key_offsets, null
+  br i1 %811, label %common.ret, label %if_end124, !prof !7
+
+if_end124:                                        ; preds = %for_body_step
+  %812 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %value_offsets = tail call ptr %812(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %813 = icmp eq ptr %value_offsets, null
+  br i1 %813, label %common.ret, label %if_end127, !prof !7
+
+if_end127:                                        ; preds = %if_end124
+  %814 = shl nsw i64 %indvars.iv3130, 7
+  %815 = add nsw i64 %814, %790
+  %816 = trunc i64 %815 to i32
+  %817 = sub i32 %783, %816
+  %818 = tail call i32 @llvm.smin.i32(i32 %817, i32 128)
+  %819 = add nsw i32 %818, 15
+  %820 = and i32 %819, -16
+  %821 = icmp slt i64 %815, %invariant.op3323
+  %822 = select i1 %821, i32 256, i32 %820
+  %823 = icmp sgt i32 %822, 0
+  br i1 %823, label %for_body_t.lr.ph, label %for_begin_kv_head.preheader, !prof !3
+
+for_body_t.lr.ph:                                 ; preds = %if_end127
+  %row_start = load i32, ptr %476, align 4, !tbaa !4
+  %824 = sext i32 %row_start to i64
+  %invariant.gep2548 = getelementptr i32, ptr %478, i64 %824
+  %wide.trip.count2994 = zext nneg i32 %822 to i64
+  br label %for_body_t
+
+for_body_t:                                       ; preds = %for_body_t, %for_body_t.lr.ph
+  %indvars.iv2991 = phi i64 [ 0, %for_body_t.lr.ph ], [ %indvars.iv.next2992.3, %for_body_t ]
+  %825 = add nsw i64 %indvars.iv2991, %815
+  %826 = trunc nsw i64 %825 to i32
+  %827 = tail call i32 @llvm.smin.i32(i32 %826, i32 %789)
+  %828 = ashr i32 %827, 4
+  %829 = sext i32 %828 to i64
+  %gep2549 = getelementptr i32, ptr %invariant.gep2548, i64 %829
+  %830 = load i32, ptr %gep2549, align 4, !tbaa !4
+  %block = sext i32 %830 to i64
+  %831 = mul nsw i64 %k_block, %block
+  %832 = getelementptr inbounds nuw i64, ptr %key_offsets, i64 %indvars.iv2991
+  store i64 %831, ptr %832, align 8, !tbaa !4
+  %indvars.iv.next2992 = or disjoint i64 %indvars.iv2991, 1
+  %833 = add nsw i64 %indvars.iv.next2992, %815
+  %834 = trunc nsw i64 %833 to i32
+  %835 = tail call i32 @llvm.smin.i32(i32 %834, i32 %789)
+  %836 = ashr i32 %835, 4
+  %837 = sext i32 %836 to i64
+  %gep2549.1 = getelementptr i32, ptr %invariant.gep2548, i64 %837
+  %838 = load i32, ptr %gep2549.1, align 4, !tbaa !4
+  %block.1 = sext i32 %838 to i64
+  %839 = mul nsw i64 %k_block, %block.1
+  %840 = getelementptr inbounds nuw i64, ptr %key_offsets, i64 %indvars.iv.next2992
+  store i64 %839, ptr %840, align 8, !tbaa !4
+  %indvars.iv.next2992.1 = or disjoint i64 %indvars.iv2991, 2
+  %841 = add nsw i64 %indvars.iv.next2992.1, %815
+  %842 = trunc nsw i64 %841 to i32
+  %843 = tail call i32 @llvm.smin.i32(i32 %842, i32 %789)
+  %844 = ashr i32 %843, 4
+  %845 = sext i32 %844 to i64
+  %gep2549.2 = getelementptr i32, ptr %invariant.gep2548, i64 %845
+  %846 = load i32, ptr %gep2549.2, align 4, !tbaa !4
+  %block.2 = sext i32 %846 to i64
+  %847 = mul nsw i64 %k_block, %block.2
+  %848 = getelementptr inbounds nuw i64, ptr %key_offsets, i64 %indvars.iv.next2992.1
+  store i64 %847, ptr %848, align 8, !tbaa !4
+  %indvars.iv.next2992.2 = or disjoint i64 %indvars.iv2991, 3
+  %849 = add nsw i64 %indvars.iv.next2992.2, %815
+  %850 = trunc nsw i64 %849 to i32
+  %851 = tail call i32 @llvm.smin.i32(i32 %850, i32 %789)
+  %852 = ashr i32 %851, 4
+  %853 = sext i32 %852 to i64
+  %gep2549.3 = getelementptr i32, ptr %invariant.gep2548, i64 %853
+  %854 = load i32, ptr %gep2549.3, align 4, !tbaa !4
+  %block.3 = sext i32 %854 to i64
+  %855 = mul nsw i64 %k_block, %block.3
+  %856 = getelementptr inbounds nuw i64, ptr %key_offsets, i64 %indvars.iv.next2992.2
+  store i64 %855, ptr %856, align 8, !tbaa !4
+  %indvars.iv.next2992.3 = add nuw nsw i64 %indvars.iv2991, 4
+  %exitcond2995.not.3 = icmp eq i64 %indvars.iv.next2992.3, %wide.trip.count2994
+  br i1 %exitcond2995.not.3, label %for_body_t132.lr.ph, label %for_body_t, !prof !8, !llvm.loop !187
+
+for_body_t132.lr.ph:                              ; preds = %for_body_t
+  %row_start130 = load i32, ptr %476, align 4, !tbaa !4
+  %857 = sext i32 %row_start130 to i64
+  %invariant.gep2553 = getelementptr i32, ptr %478, i64 %857
+  %wide.trip.count2999 = zext nneg i32 %822 to i64
+  br label %for_body_t132
+
+for_begin_kv_head.preheader:                      ; preds = %for_body_t132, %if_end127
+  br i1 %479, label %for_body_kv_head.lr.ph, label %for_end_kv_head, !prof !3
+
+for_body_kv_head.lr.ph:                           ; preds = %for_begin_kv_head.preheader
+  %858 = trunc nsw i64 %815 to i32
+  %859 = add i32 %tree_size, %858
+  %860 = sub i32 %context_len, %859
+  %861 = tail call i32 @llvm.smax.i32(i32 %860, i32 0)
+  %862 = zext nneg i32 %861 to i64
+  %863 = icmp eq i64 %indvars.iv3130, 0
+  %864 = insertelement <16 x i1> poison, i1 %863, i64 0
+  %865 = shufflevector <16 x i1> %864, <16 x i1> poison, <16 x i32> zeroinitializer
+  br i1 %482, label %for_body_kv_head.us.preheader, label %for_end_kv_head, !prof !3
+
+for_body_kv_head.us.preheader:                    ; preds = %for_body_kv_head.lr.ph
+  %866 = getelementptr i8, ptr %496, i64 %815
+  %867 = getelementptr i8, ptr %866, i64 %862
+  %868 = getelementptr i8, ptr %497, i64 %815
+  %869 = getelementptr i8, ptr %868, i64 %862
+  %scevgep101 = getelementptr i8, ptr %scevgep99, i64 %801
+  %scevgep103 = getelementptr i8, ptr %scevgep99, i64 %801
+  %broadcast.splatinsert121 = insertelement <8 x i32> poison, i32 %861, i64 0
+  %broadcast.splat122 = shufflevector <8 x i32> %broadcast.splatinsert121, <8 x i32> poison, <8 x i32> zeroinitializer
+  %870 = icmp eq i32 %.mask, 0
+  %871 = select i1 %870, i32 -65536, i32 65535
+  %872 = select i1 %796, i32 -65536, i32 65535
+  %873 = icmp eq i32 %.mask, 0
+  %874 = select i1 %873, i32 -65536, i32 65535
+  %875 = select i1 %796, i32 -65536, i32 65535
+  br label %for_body_kv_head.us
+
+for_body_kv_head.us:                              ; preds = %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us, %for_body_kv_head.us.preheader
+  %indvars.iv3125 = phi i64 [ 0, %for_body_kv_head.us.preheader ], [ %indvars.iv.next3126, %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us ]
+  %876 = icmp eq i64 %indvars.iv3125, %493
+  %indvars.iv.next3126 = add nuw nsw i64 %indvars.iv3125, 1
+  %877 = and i64 %indvars.iv.next3126, 4294967295
+  %878 = select i1 %876, i64 0, i64 %877
+  %879 = add nsw i64 %indvars.iv3125, %481
+  %880 = mul nuw nsw i64 %indvars.iv3125, %495
+  %881 = icmp slt i64 %indvars.iv.next3126, %494
+  %882 = or i1 %821, %881
+  %883 = add nsw i64 %878, %481
+  %884 = mul nsw i64 %883, %k_head
+  %885 = select i1 %876, i32 128, i32 0
+  %invariant.gep2568.us = getelementptr i32, ptr %key_cache, i64 %884
+  %886 = mul nsw i64 %879, %k_head
+  %invariant.gep2595.us = getelementptr i32, ptr %key_cache, i64 %886
+  %887 = mul nsw i64 %883, %v_head
+  %888 = mul nsw i64 %879, %v_head
+  %invariant.gep2677.us = getelementptr i32, ptr %value_cache, i64 %888
+  %invariant.gep2738.us = getelementptr i32, ptr %value_cache, i64 %887
+  %889 = zext nneg i32 %885 to i64
+  %890 = zext nneg i32 %885 to i64
+  %invariant.gep3315 = getelementptr inbounds nuw i64, ptr %key_offsets, i64 %889
+  %invariant.gep3319 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %890
+  br label %for_body_row_tile.us
+
+for_begin_row_tile.us:                            ; preds = %if_end387.us
+  %indvars.iv.next3121 = add nuw nsw i64 %indvars.iv3120, 1
+  %exitcond3124.not = icmp eq i64 %indvars.iv.next3121, %495
+  br i1 %exitcond3124.not, label %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us, label %for_body_row_tile.us, !prof !8
+
+for_body_row_tile.us:                             ; preds = %for_begin_row_tile.us, %for_body_kv_head.us
+  %indvars.iv3120 = phi i64 [ 0, %for_body_kv_head.us ], [ %indvars.iv.next3121, %for_begin_row_tile.us ]
+  %891 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.us = tail call ptr %891(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %892 = icmp eq ptr %scores.us, null
+  br i1 %892, label %common.ret, label %if_end143.us, !prof !7
+
+if_end143.us:                                     ; preds = %for_body_row_tile.us
+  %893 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %edges.us = tail call ptr %893(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %894 = icmp eq ptr %edges.us, null
+  br i1 %894, label %common.ret, label %if_end146.us, !prof !7
+
+if_end146.us:                                     ; preds = %if_end143.us
+  %895 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %prob_pairs.us = tail call ptr %895(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %896 = icmp eq ptr %prob_pairs.us, null
+  br i1 %896, label %common.ret, label %if_end149.us, !prof !7
+
+if_end149.us:                                     ; preds = %if_end146.us
+  %897 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scaled.us = tail call ptr %897(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %898 = icmp eq ptr %scaled.us, null
+  br i1 %898, label %common.ret, label %if_end152.us, !prof !7
+
+if_end152.us:                                     ; preds = %if_end149.us
+  %899 = icmp eq i64 %indvars.iv3120, %492
+  %900 = add nuw nsw i64 %indvars.iv3120, %880
+  %901 = shl i64 %900, 2
+  %902 = and i64 %901, 4294967292
+  %903 = getelementptr i32, ptr %reach615, i64 %902
+  %904 = getelementptr i8, ptr %903, i64 4
+  %905 = load i32, ptr %904, align 4, !tbaa !156
+  %906 = sext i32 %905 to i64
+  %907 = icmp slt i64 %815, %906
+  br i1 %907, label %if_then154.us, label %if_end155.us, !prof !7
+
+if_then154.us:                                    ; preds = %if_end152.us
+  %908 = trunc nuw i64 %900 to i32
+  %909 = sub nsw i32 %905, %858
+  %valid_len157.us = tail call i32 @llvm.smin.i32(i32 %818, i32 %909)
+  %910 = urem i32 %908, %4
+  %911 = shl nuw nsw i32 %910, 4
+  %912 = sub nsw i32 %2, %911
+  %913 = tail call i32 @llvm.smin.i32(i32 %912, i32 16)
+  %914 = icmp slt i32 %912, 9
+  br i1 %914, label %for_begin_i.preheader.us, label %if_else160.us
+
+if_else160.us:                                    ; preds = %if_then154.us
+  %915 = add nsw i32 %valid_len157.us, 7
+  %916 = ashr i32 %915, 3
+  %917 = icmp sgt i32 %916, 0
+  br i1 %917, label %for_body_to164.lr.ph.us, label %if_end159.us, !prof !3
+
+for_body_to164.us:                                ; preds = %for_body_to164.lr.ph.us, %for_end_d_0178.us
+  %indvars.iv3009 = phi i64 [ 0, %for_body_to164.lr.ph.us ], [ %indvars.iv.next3010, %for_end_d_0178.us ]
+  br i1 %2709, label %for_begin_line171.preheader.us, label %for_body_to164.us.if_end170.us_crit_edge, !prof !7
+
+for_body_to164.us.if_end170.us_crit_edge:         ; preds = %for_body_to164.us
+  %.pre3237 = shl nuw nsw i64 %indvars.iv3009, 3
+  %.pre3239 = trunc nuw nsw i64 %.pre3237 to i32
+  %.pre3241 = and i32 %.pre3239, 2147483632
+  br label %if_end170.us
+
+if_end170.us:                                     ; preds = %for_begin_line171.preheader.us, %for_body_to164.us.if_end170.us_crit_edge
+  %.pre-phi3242 = phi i32 [ %.pre3241, %for_body_to164.us.if_end170.us_crit_edge ], [ %2583, %for_begin_line171.preheader.us ]
+  %.pre-phi3238 = phi i64 [ %.pre3237, %for_body_to164.us.if_end170.us_crit_edge ], [ %2581, %for_begin_line171.preheader.us ]
+  %918 = and i64 %.pre-phi3238, 17179869168
+  %919 = zext nneg i32 %.pre-phi3242 to i64
+  %920 = getelementptr inbounds nuw i64, ptr %key_offsets, i64 %919
+  %921 = load i64, ptr %920, align 8, !tbaa !4
+  %922 = add i64 %.pre-phi3238, %886
+  %invariant.op2556.us = add i64 %922, %921
+  br label %for_body_d_0177.us
+
+for_end_d_0178.us:                                ; preds = %for_body_d_0177.us
+  %.idx3275 = shl nsw i64 %indvars.iv3009, 9
+  %923 = getelementptr inbounds nuw i8, ptr %scores.us, i64 %.idx3275
+  store <16 x float> %r.i1888.us, ptr %923, align 4, !tbaa !4
+  %924 = getelementptr inbounds nuw i8, ptr %923, i64 64
+  store <16 x float> %r.i1891.us, ptr %924, align 4, !tbaa !4
+  %925 = getelementptr inbounds nuw i8, ptr %923, i64 128
+  store <16 x float> %r.i1894.us, ptr %925, align 4, !tbaa !4
+  %926 = getelementptr inbounds nuw i8, ptr %923, i64 192
+  store <16 x float> %r.i1897.us, ptr %926, align 4, !tbaa !4
+  %927 = getelementptr inbounds nuw i8, ptr %923, i64 256
+  store <16 x float> %r.i1900.us, ptr %927, align 4, !tbaa !4
+  %928 = getelementptr inbounds nuw i8, ptr %923, i64 320
+  store <16 x float> %r.i1903.us, ptr %928, align 4, !tbaa !4
+  %929 = getelementptr inbounds nuw i8, ptr %923, i64 384
+  store <16 x float> %r.i1906.us, ptr %929, align 4, !tbaa !4
+  %930 = getelementptr inbounds nuw i8, ptr %923, i64 448
+  store <16 x float> %r.i1909.us, ptr %930, align 4, !tbaa !4
+  %indvars.iv.next3010 = add nuw nsw i64 %indvars.iv3009, 1
+  %exitcond3013.not = icmp eq i64 %indvars.iv.next3010, %wide.trip.count3012
+  br i1 %exitcond3013.not, label %if_end159.us, label %for_body_to164.us, !prof !8
+
+for_body_d_0177.us:                               ; preds = %for_body_d_0177.us, %if_end170.us
+  %indvars.iv3005 = phi i64 [ %indvars.iv.next3006, %for_body_d_0177.us ], [ 0, %if_end170.us ]
+  %scores_global168608.sroa.0.02565.us = phi <16 x float> [ %r.i1888.us, %for_body_d_0177.us ], [ zeroinitializer, %if_end170.us ]
+  %scores_global168608.sroa.34.02564.us = phi <16 x float> [ %r.i1891.us, %for_body_d_0177.us ], [ zeroinitializer, %if_end170.us ]
+  %scores_global168608.sroa.68.02563.us = phi <16 x float> [ %r.i1894.us, %for_body_d_0177.us ], [ zeroinitializer, %if_end170.us ]
+  %scores_global168608.sroa.102.02562.us = phi <16 x float> [ %r.i1897.us, %for_body_d_0177.us ], [ zeroinitializer, %if_end170.us ]
+  %scores_global168608.sroa.136.02561.us = phi <16 x float> [ %r.i1900.us, %for_body_d_0177.us ], [ zeroinitializer, %if_end170.us ]
+  %scores_global168608.sroa.170.02560.us = phi <16 x float> [ %r.i1903.us, %for_body_d_0177.us ], [ zeroinitializer, %if_end170.us ]
+  %scores_global168608.sroa.204.02559.us = phi <16 x float> [ %r.i1906.us, %for_body_d_0177.us ], [ zeroinitializer, %if_end170.us ]
+  %scores_global168608.sroa.238.02558.us = phi <16 x float> [ %r.i1909.us, %for_body_d_0177.us ], [ zeroinitializer, %if_end170.us ]
+  %.idx3274 = shl nuw nsw i64 %indvars.iv3005, 10
+  %gep3312 = getelementptr inbounds nuw i8, ptr %invariant.gep3311, i64 %.idx3274
+  %931 = load <32 x bfloat>, ptr %gep3312, align 4, !tbaa !4
+  %932 = mul i64 %484, %indvars.iv3005
+  %.reass2557.us = add i64 %932, %invariant.op2556.us
+  %933 = sub i64 %.reass2557.us, %918
+  %934 = getelementptr i32, ptr %key_cache, i64 %933
+  %935 = load i32, ptr %934, align 4, !tbaa !4
+  %936 = insertelement <16 x i32> poison, i32 %935, i64 0
+  %937 = shufflevector <16 x i32> %936, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1527.us = bitcast <16 x i32> %937 to <32 x bfloat>
+  %r.i1528.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global168608.sroa.0.02565.us, <32 x bfloat> %931, <32 x bfloat> %y.i1527.us)
+  %938 = getelementptr i8, ptr %934, i64 4
+  %939 = load i32, ptr %938, align 4, !tbaa !4
+  %940 = insertelement <16 x i32> poison, i32 %939, i64 0
+  %941 = shufflevector <16 x i32> %940, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1530.us = bitcast <16 x i32> %941 to <32 x bfloat>
+  %r.i1531.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global168608.sroa.34.02564.us, <32 x bfloat> %931, <32 x bfloat> %y.i1530.us)
+  %942 = getelementptr i8, ptr %934, i64 8
+  %943 = load i32, ptr %942, align 4, !tbaa !4
+  %944 = insertelement <16 x i32> poison, i32 %943, i64 0
+  %945 = shufflevector <16 x i32> %944, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1533.us = bitcast <16 x i32> %945 to <32 x bfloat>
+  %r.i1534.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global168608.sroa.68.02563.us, <32 x bfloat> %931, <32 x bfloat> %y.i1533.us)
+  %946 = getelementptr i8, ptr %934, i64 12
+  %947 = load i32, ptr %946, align 4, !tbaa !4
+  %948 = insertelement <16 x i32> poison, i32 %947, i64 0
+  %949 = shufflevector <16 x i32> %948, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1536.us = bitcast <16 x i32> %949 to <32 x bfloat>
+  %r.i1537.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global168608.sroa.102.02562.us, <32 x bfloat> %931, <32 x bfloat> %y.i1536.us)
+  %950 = getelementptr i8, ptr %934, i64 16
+  %951 = load i32, ptr %950, align 4, !tbaa !4
+  %952 = insertelement <16 x i32> poison, i32 %951, i64 0
+  %953 = shufflevector <16 x i32> %952, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1539.us = bitcast <16 x i32> %953 to <32 x bfloat>
+  %r.i1540.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global168608.sroa.136.02561.us, <32 x bfloat> %931, <32 x bfloat> %y.i1539.us)
+  %954 = getelementptr i8, ptr %934, i64 20
+  %955 = load i32, ptr %954, align 4, !tbaa !4
+  %956 = insertelement <16 x i32> poison, i32 %955, i64 0
+  %957 = shufflevector <16 x i32> %956, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1542.us = bitcast <16 x i32> %957 to <32 x bfloat>
+  %r.i1543.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global168608.sroa.170.02560.us, <32 x bfloat> %931, <32 x bfloat> %y.i1542.us)
+  %958 = getelementptr i8, ptr %934, i64 24
+  %959 = load i32, ptr %958, align 4, !tbaa !4
+  %960 = insertelement <16 x i32> poison, i32 %959, i64 0
+  %961 = shufflevector <16 x i32> %960, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1545.us = bitcast <16 x i32> %961 to <32 x bfloat>
+  %r.i1546.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global168608.sroa.204.02559.us, <32 x bfloat> %931, <32 x bfloat> %y.i1545.us)
+  %962 = getelementptr i8, ptr %934, i64 28
+  %963 = load i32, ptr %962, align 4, !tbaa !4
+  %964 = insertelement <16 x i32> poison, i32 %963, i64 0
+  %965 = shufflevector <16 x i32> %964, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1548.us = bitcast <16 x i32> %965 to <32 x bfloat>
+  %r.i1549.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global168608.sroa.238.02558.us, <32 x bfloat> %931, <32 x bfloat> %y.i1548.us)
+  %966 = getelementptr i8, ptr %gep3312, i64 64
+  %967 = load <32 x bfloat>, ptr %966, align 4, !tbaa !4
+  %968 = shl nuw nsw i64 %indvars.iv3005, 4
+  %969 = or disjoint i64 %968, 1
+  %970 = mul nsw i64 %969, %k_row
+  %971 = add nsw i64 %invariant.op2556.us, %970
+  %972 = sub i64 %971, %918
+  %973 = getelementptr i32, ptr %key_cache, i64 %972
+  %974 = load i32, ptr %973, align 4, !tbaa !4
+  %975 = insertelement <16 x i32> poison, i32 %974, i64 0
+  %976 = shufflevector <16 x i32> %975, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1551.us = bitcast <16 x i32> %976 to <32 x bfloat>
+  %r.i1552.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1528.us, <32 x bfloat> %967, <32 x bfloat> %y.i1551.us)
+  %977 = getelementptr i8, ptr %973, i64 4
+  %978 = load i32, ptr %977, align 4, !tbaa !4
+  %979 = insertelement <16 x i32> poison, i32 %978, i64 0
+  %980 = shufflevector <16 x i32> %979, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1554.us = bitcast <16 x i32> %980 to <32 x bfloat>
+  %r.i1555.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1531.us, <32 x bfloat> %967, <32 x bfloat> %y.i1554.us)
+  %981 = getelementptr i8, ptr %973, i64 8
+  %982 = load i32, ptr %981, align 4, !tbaa !4
+  %983 = insertelement <16 x i32> poison, i32 %982, i64 0
+  %984 = shufflevector <16 x i32> %983, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1557.us = bitcast <16 x i32> %984 to <32 x bfloat>
+  %r.i1558.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1534.us, <32 x bfloat> %967, <32 x bfloat> %y.i1557.us)
+  %985 = getelementptr i8, ptr %973, i64 12
+  %986 = load i32, ptr %985, align 4, !tbaa !4
+  %987 = insertelement <16 x i32> poison, i32 %986, i64 0
+  %988 = shufflevector <16 x i32> %987, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1560.us = bitcast <16 x i32> %988 to <32 x bfloat>
+  %r.i1561.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1537.us, <32 x bfloat> %967, <32 x bfloat> %y.i1560.us)
+  %989 = getelementptr i8, ptr %973, i64 16
+  %990 = load i32, ptr %989, align 4, !tbaa !4
+  %991 = insertelement <16 x i32> poison, i32 %990, i64 0
+  %992 = shufflevector <16 x i32> %991, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1563.us = bitcast <16 x i32> %992 to <32 x bfloat>
+  %r.i1564.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1540.us, <32 x bfloat> %967, <32 x bfloat> %y.i1563.us)
+  %993 = getelementptr i8, ptr %973, i64 20
+  %994 = load i32, ptr %993, align 4, !tbaa !4
+  %995 = insertelement <16 x i32> poison, i32 %994, i64 0
+  %996 = shufflevector <16 x i32> %995, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1566.us = bitcast <16 x i32> %996 to <32 x bfloat>
+  %r.i1567.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1543.us, <32 x bfloat> %967, <32 x bfloat> %y.i1566.us)
+  %997 = getelementptr i8, ptr %973, i64 24
+  %998 = load i32, ptr %997, align 4, !tbaa !4
+  %999 = insertelement <16 x i32> poison, i32 %998, i64 0
+  %1000 = shufflevector <16 x i32> %999, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1569.us = bitcast <16 x i32> %1000 to <32 x bfloat>
+  %r.i1570.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1546.us, <32 x bfloat> %967, <32 x bfloat> %y.i1569.us)
+  %1001 = getelementptr i8, ptr %973, i64 28
+  %1002 = load i32, ptr %1001, align 4, !tbaa !4
+  %1003 = insertelement <16 x i32> poison, i32 %1002, i64 0
+  %1004 = shufflevector <16 x i32> %1003, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1572.us = bitcast <16 x i32> %1004 to <32 x bfloat>
+  %r.i1573.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1549.us, <32 x bfloat> %967, <32 x bfloat> %y.i1572.us)
+  %1005 = getelementptr i8, ptr %gep3312, i64 128
+  %1006 = load <32 x bfloat>, ptr %1005, align 4, !tbaa !4
+  %1007 = or disjoint i64 %968, 2
+  %1008 = mul nsw i64 %1007, %k_row
+  %1009 = add nsw i64 %invariant.op2556.us, %1008
+  %1010 = sub i64 %1009, %918
+  %1011 = getelementptr i32, ptr %key_cache, i64 %1010
+  %1012 = load i32, ptr %1011, align 4, !tbaa !4
+  %1013 = insertelement <16 x i32> poison, i32 %1012, i64 0
+  %1014 = shufflevector <16 x i32> %1013, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1575.us = bitcast <16 x i32> %1014 to <32 x bfloat>
+  %r.i1576.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1552.us, <32 x bfloat> %1006, <32 x bfloat> %y.i1575.us)
+  %1015 = getelementptr i8, ptr %1011, i64 4
+  %1016 = load i32, ptr %1015, align 4, !tbaa !4
+  %1017 = insertelement <16 x i32> poison, i32 %1016, i64 0
+  %1018 = shufflevector <16 x i32> %1017, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1578.us = bitcast <16 x i32> %1018 to <32 x bfloat>
+  %r.i1579.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1555.us, <32 x bfloat> %1006, <32 x bfloat> %y.i1578.us)
+  %1019 = getelementptr i8, ptr %1011, i64 8
+  %1020 = load i32, ptr %1019, align 4, !tbaa !4
+  %1021 = insertelement <16 x i32> poison, i32 %1020, i64 0
+  %1022 = shufflevector <16 x i32> %1021, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1581.us = bitcast <16 x i32> %1022 to <32 x bfloat>
+  %r.i1582.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1558.us, <32 x bfloat> %1006, <32 x bfloat> %y.i1581.us)
+  %1023 = getelementptr i8, ptr %1011, i64 12
+  %1024 = load i32, ptr %1023, align 4, !tbaa !4
+  %1025 = insertelement <16 x i32> poison, i32 %1024, i64 0
+  %1026 = shufflevector <16 x i32> %1025, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1584.us = bitcast <16 x i32> %1026 to <32 x bfloat>
+  %r.i1585.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1561.us, <32 x bfloat> %1006, <32 x bfloat> %y.i1584.us)
+  %1027 = getelementptr i8, ptr %1011, i64 16
+  %1028 = load i32, ptr %1027, align 4, !tbaa !4
+  %1029 = insertelement <16 x i32> poison, i32 %1028, i64 0
+  %1030 = shufflevector <16 x i32> %1029, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1587.us = bitcast <16 x i32> %1030 to <32 x bfloat>
+  %r.i1588.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1564.us, <32 x bfloat> %1006, <32 x bfloat> %y.i1587.us)
+  %1031 = getelementptr i8, ptr %1011, i64 20
+  %1032 = load i32, ptr %1031, align 4, !tbaa !4
+  %1033 = insertelement <16 x i32> poison, i32 %1032, i64 0
+  %1034 = shufflevector <16 x i32> %1033, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1590.us = bitcast <16 x i32> %1034 to <32 x bfloat>
+  %r.i1591.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1567.us, <32 x bfloat> %1006, <32 x bfloat> %y.i1590.us)
+  %1035 = getelementptr i8, ptr %1011, i64 24
+  %1036 = load i32, ptr %1035, align 4, !tbaa !4
+  %1037 = insertelement <16 x i32> poison, i32 %1036, i64 0
+  %1038 = shufflevector <16 x i32> %1037, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1593.us = bitcast <16 x i32> %1038 to <32 x bfloat>
+  %r.i1594.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1570.us, <32 x bfloat> %1006, <32 x bfloat> %y.i1593.us)
+  %1039 = getelementptr i8, ptr %1011, i64 28
+  %1040 = load i32, ptr %1039, align 4, !tbaa !4
+  %1041 = insertelement <16 x i32> poison, i32 %1040, i64 0
+  %1042 = shufflevector <16 x i32> %1041, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1596.us = bitcast <16 x i32> %1042 to <32 x bfloat>
+  %r.i1597.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1573.us, <32 x bfloat> %1006, <32 x bfloat> %y.i1596.us)
+  %1043 = getelementptr i8, ptr %gep3312, i64 192
+  %1044 = load <32 x bfloat>, ptr %1043, align 4, !tbaa !4
+  %1045 = or disjoint i64 %968, 3
+  %1046 = mul nsw i64 %1045, %k_row
+  %1047 = add nsw i64 %invariant.op2556.us, %1046
+  %1048 = sub i64 %1047, %918
+  %1049 = getelementptr i32, ptr %key_cache, i64 %1048
+  %1050 = load i32, ptr %1049, align 4, !tbaa !4
+  %1051 = insertelement <16 x i32> poison, i32 %1050, i64 0
+  %1052 = shufflevector <16 x i32> %1051, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1599.us = bitcast <16 x i32> %1052 to <32 x bfloat>
+  %r.i1600.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1576.us, <32 x bfloat> %1044, <32 x bfloat> %y.i1599.us)
+  %1053 = getelementptr i8, ptr %1049, i64 4
+  %1054 = load i32, ptr %1053, align 4, !tbaa !4
+  %1055 = insertelement <16 x i32> poison, i32 %1054, i64 0
+  %1056 = shufflevector <16 x i32> %1055, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1602.us = bitcast <16 x i32> %1056 to <32 x bfloat>
+  %r.i1603.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1579.us, <32 x bfloat> %1044, <32 x bfloat> %y.i1602.us)
+  %1057 = getelementptr i8, ptr %1049, i64 8
+  %1058 = load i32, ptr %1057, align 4, !tbaa !4
+  %1059 = insertelement <16 x i32> poison, i32 %1058, i64 0
+  %1060 = shufflevector <16 x i32> %1059, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1605.us = bitcast <16 x i32> %1060 to <32 x bfloat>
+  %r.i1606.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1582.us, <32 x bfloat> %1044, <32 x bfloat> %y.i1605.us)
+  %1061 = getelementptr i8, ptr %1049, i64 12
+  %1062 = load i32, ptr %1061, align 4, !tbaa !4
+  %1063 = insertelement <16 x i32> poison, i32 %1062, i64 0
+  %1064 = shufflevector <16 x i32> %1063, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1608.us = bitcast <16 x i32> %1064 to <32 x bfloat>
+  %r.i1609.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1585.us, <32 x bfloat> %1044, <32 x bfloat> %y.i1608.us)
+  %1065 = getelementptr i8, ptr %1049, i64 16
+  %1066 = load i32, ptr %1065, align 4, !tbaa !4
+  %1067 = insertelement <16 x i32> poison, i32 %1066, i64 0
+  %1068 = shufflevector <16 x i32> %1067, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1611.us = bitcast <16 x i32> %1068 to <32 x bfloat>
+  %r.i1612.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1588.us, <32 x bfloat> %1044, <32 x bfloat> %y.i1611.us)
+  %1069 = getelementptr i8, ptr %1049, i64 20
+  %1070 = load i32, ptr %1069, align 4, !tbaa !4
+  %1071 = insertelement <16 x i32> poison, i32 %1070, i64 0
+  %1072 = shufflevector <16 x i32> %1071, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1614.us = bitcast <16 x i32> %1072 to <32 x bfloat>
+  %r.i1615.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1591.us, <32 x bfloat> %1044, <32 x bfloat> %y.i1614.us)
+  %1073 = getelementptr i8, ptr %1049, i64 24
+  %1074 = load i32, ptr %1073, align 4, !tbaa !4
+  %1075 = insertelement <16 x i32> poison, i32 %1074, i64 0
+  %1076 = shufflevector <16 x i32> %1075, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1617.us = bitcast <16 x i32> %1076 to <32 x bfloat>
+  %r.i1618.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1594.us, <32 x bfloat> %1044, <32 x bfloat> %y.i1617.us)
+  %1077 = getelementptr i8, ptr %1049, i64 28
+  %1078 = load i32, ptr %1077, align 4, !tbaa !4
+  %1079 = insertelement <16 x i32> poison, i32 %1078, i64 0
+  %1080 = shufflevector <16 x i32> %1079, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1620.us = bitcast <16 x i32> %1080 to <32 x bfloat>
+  %r.i1621.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1597.us, <32 x bfloat> %1044, <32 x bfloat> %y.i1620.us)
+  %1081 = getelementptr i8, ptr %gep3312, i64 256
+  %1082 = load <32 x bfloat>, ptr %1081, align 4, !tbaa !4
+  %1083 = or disjoint i64 %968, 4
+  %1084 = mul nsw i64 %1083, %k_row
+  %1085 = add nsw i64 %invariant.op2556.us, %1084
+  %1086 = sub i64 %1085, %918
+  %1087 = getelementptr i32, ptr %key_cache, i64 %1086
+  %1088 = load i32, ptr %1087, align 4, !tbaa !4
+  %1089 = insertelement <16 x i32> poison, i32 %1088, i64 0
+  %1090 = shufflevector <16 x i32> %1089, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1623.us = bitcast <16 x i32> %1090 to <32 x bfloat>
+  %r.i1624.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1600.us, <32 x bfloat> %1082, <32 x bfloat> %y.i1623.us)
+  %1091 = getelementptr i8, ptr %1087, i64 4
+  %1092 = load i32, ptr %1091, align 4, !tbaa !4
+  %1093 = insertelement <16 x i32> poison, i32 %1092, i64 0
+  %1094 = shufflevector <16 x i32> %1093, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1626.us = bitcast <16 x i32> %1094 to <32 x bfloat>
+  %r.i1627.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1603.us, <32 x bfloat> %1082, <32 x bfloat> %y.i1626.us)
+  %1095 = getelementptr i8, ptr %1087, i64 8
+  %1096 = load i32, ptr %1095, align 4, !tbaa !4
+  %1097 = insertelement <16 x i32> poison, i32 %1096, i64 0
+  %1098 = shufflevector <16 x i32> %1097, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1629.us = bitcast <16 x i32> %1098 to <32 x bfloat>
+  %r.i1630.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1606.us, <32 x bfloat> %1082, <32 x bfloat> %y.i1629.us)
+  %1099 = getelementptr i8, ptr %1087, i64 12
+  %1100 = load i32, ptr %1099, align 4, !tbaa !4
+  %1101 = insertelement <16 x i32> poison, i32 %1100, i64 0
+  %1102 = shufflevector <16 x i32> %1101, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1632.us = bitcast <16 x i32> %1102 to <32 x bfloat>
+  %r.i1633.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1609.us, <32 x bfloat> %1082, <32 x bfloat> %y.i1632.us)
+  %1103 = getelementptr i8, ptr %1087, i64 16
+  %1104 = load i32, ptr %1103, align 4, !tbaa !4
+  %1105 = insertelement <16 x i32> poison, i32 %1104, i64 0
+  %1106 = shufflevector <16 x i32> %1105, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1635.us = bitcast <16 x i32> %1106 to <32 x bfloat>
+  %r.i1636.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1612.us, <32 x bfloat> %1082, <32 x bfloat> %y.i1635.us)
+  %1107 = getelementptr i8, ptr %1087, i64 20
+  %1108 = load i32, ptr %1107, align 4, !tbaa !4
+  %1109 = insertelement <16 x i32> poison, i32 %1108, i64 0
+  %1110 = shufflevector <16 x i32> %1109, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1638.us = bitcast <16 x i32> %1110 to <32 x bfloat>
+  %r.i1639.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1615.us, <32 x bfloat> %1082, <32 x bfloat> %y.i1638.us)
+  %1111 = getelementptr i8, ptr %1087, i64 24
+  %1112 = load i32, ptr %1111, align 4, !tbaa !4
+  %1113 = insertelement <16 x i32> poison, i32 %1112, i64 0
+  %1114 = shufflevector <16 x i32> %1113, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1641.us = bitcast <16 x i32> %1114 to <32 x bfloat>
+  %r.i1642.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1618.us, <32 x bfloat> %1082, <32 x bfloat> %y.i1641.us)
+  %1115 = getelementptr i8, ptr %1087, i64 28
+  %1116 = load i32, ptr %1115, align 4, !tbaa !4
+  %1117 = insertelement <16 x i32> poison, i32 %1116, i64 0
+  %1118 = shufflevector <16 x i32> %1117, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1644.us = bitcast <16 x i32> %1118 to <32 x bfloat>
+  %r.i1645.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1621.us, <32 x bfloat> %1082, <32 x bfloat> %y.i1644.us)
+  %1119 = getelementptr i8, ptr %gep3312, i64 320
+  %1120 = load <32 x bfloat>, ptr %1119, align 4, !tbaa !4
+  %1121 = or disjoint i64 %968, 5
+  %1122 = mul nsw i64 %1121, %k_row
+  %1123 = add nsw i64 %invariant.op2556.us, %1122
+  %1124 = sub i64 %1123, %918
+  %1125 = getelementptr i32, ptr %key_cache, i64 %1124
+  %1126 = load i32, ptr %1125, align 4, !tbaa !4
+  %1127 = insertelement <16 x i32> poison, i32 %1126, i64 0
+  %1128 = shufflevector <16 x i32> %1127, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1647.us = bitcast <16 x i32> %1128 to <32 x bfloat>
+  %r.i1648.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1624.us, <32 x bfloat> %1120, <32 x bfloat> %y.i1647.us)
+  %1129 = getelementptr i8, ptr %1125, i64 4
+  %1130 = load i32, ptr %1129, align 4, !tbaa !4
+  %1131 = insertelement <16 x i32> poison, i32 %1130, i64 0
+  %1132 = shufflevector <16 x i32> %1131, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1650.us = bitcast <16 x i32> %1132 to <32 x bfloat>
+  %r.i1651.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1627.us, <32 x bfloat> %1120, <32 x bfloat> %y.i1650.us)
+  %1133 = getelementptr i8, ptr %1125, i64 8
+  %1134 = load i32, ptr %1133, align 4, !tbaa !4
+  %1135 = insertelement <16 x i32> poison, i32 %1134, i64 0
+  %1136 = shufflevector <16 x i32> %1135, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1653.us = bitcast <16 x i32> %1136 to <32 x bfloat>
+  %r.i1654.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1630.us, <32 x bfloat> %1120, <32 x bfloat> %y.i1653.us)
+  %1137 = getelementptr i8, ptr %1125, i64 12
+  %1138 = load i32, ptr %1137, align 4, !tbaa !4
+  %1139 = insertelement <16 x i32> poison, i32 %1138, i64 0
+  %1140 = shufflevector <16 x i32> %1139, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1656.us = bitcast <16 x i32> %1140 to <32 x bfloat>
+  %r.i1657.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1633.us, <32 x bfloat> %1120, <32 x bfloat> %y.i1656.us)
+  %1141 = getelementptr i8, ptr %1125, i64 16
+  %1142 = load i32, ptr %1141, align 4, !tbaa !4
+  %1143 = insertelement <16 x i32> poison, i32 %1142, i64 0
+  %1144 = shufflevector <16 x i32> %1143, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1659.us = bitcast <16 x i32> %1144 to <32 x bfloat>
+  %r.i1660.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1636.us, <32 x bfloat> %1120, <32 x bfloat> %y.i1659.us)
+  %1145 = getelementptr i8, ptr %1125, i64 20
+  %1146 = load i32, ptr %1145, align 4, !tbaa !4
+  %1147 = insertelement <16 x i32> poison, i32 %1146, i64 0
+  %1148 = shufflevector <16 x i32> %1147, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1662.us = bitcast <16 x i32> %1148 to <32 x bfloat>
+  %r.i1663.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1639.us, <32 x bfloat> %1120, <32 x bfloat> %y.i1662.us)
+  %1149 = getelementptr i8, ptr %1125, i64 24
+  %1150 = load i32, ptr %1149, align 4, !tbaa !4
+  %1151 = insertelement <16 x i32> poison, i32 %1150, i64 0
+  %1152 = shufflevector <16 x i32> %1151, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1665.us = bitcast <16 x i32> %1152 to <32 x bfloat>
+  %r.i1666.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1642.us, <32 x bfloat> %1120, <32 x bfloat> %y.i1665.us)
+  %1153 = getelementptr i8, ptr %1125, i64 28
+  %1154 = load i32, ptr %1153, align 4, !tbaa !4
+  %1155 = insertelement <16 x i32> poison, i32 %1154, i64 0
+  %1156 = shufflevector <16 x i32> %1155, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1668.us = bitcast <16 x i32> %1156 to <32 x bfloat>
+  %r.i1669.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1645.us, <32 x bfloat> %1120, <32 x bfloat> %y.i1668.us)
+  %1157 = getelementptr i8, ptr %gep3312, i64 384
+  %1158 = load <32 x bfloat>, ptr %1157, align 4, !tbaa !4
+  %1159 = or disjoint i64 %968, 6
+  %1160 = mul nsw i64 %1159, %k_row
+  %1161 = add nsw i64 %invariant.op2556.us, %1160
+  %1162 = sub i64 %1161, %918
+  %1163 = getelementptr i32, ptr %key_cache, i64 %1162
+  %1164 = load i32, ptr %1163, align 4, !tbaa !4
+  %1165 = insertelement <16 x i32> poison, i32 %1164, i64 0
+  %1166 = shufflevector <16 x i32> %1165, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1671.us = bitcast <16 x i32> %1166 to <32 x bfloat>
+  %r.i1672.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1648.us, <32 x bfloat> %1158, <32 x bfloat> %y.i1671.us)
+  %1167 = getelementptr i8, ptr %1163, i64 4
+  %1168 = load i32, ptr %1167, align 4, !tbaa !4
+  %1169 = insertelement <16 x i32> poison, i32 %1168, i64 0
+  %1170 = shufflevector <16 x i32> %1169, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1674.us = bitcast <16 x i32> %1170 to <32 x bfloat>
+  %r.i1675.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1651.us, <32 x bfloat> %1158, <32 x bfloat> %y.i1674.us)
+  %1171 = getelementptr i8, ptr %1163, i64 8
+  %1172 = load i32, ptr %1171, align 4, !tbaa !4
+  %1173 = insertelement <16 x i32> poison, i32 %1172, i64 0
+  %1174 = shufflevector <16 x i32> %1173, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1677.us = bitcast <16 x i32> %1174 to <32 x bfloat>
+  %r.i1678.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1654.us, <32 x bfloat> %1158, <32 x bfloat> %y.i1677.us)
+  %1175 = getelementptr i8, ptr %1163, i64 12
+  %1176 = load i32, ptr %1175, align 4, !tbaa !4
+  %1177 = insertelement <16 x i32> poison, i32 %1176, i64 0
+  %1178 = shufflevector <16 x i32> %1177, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1680.us = bitcast <16 x i32> %1178 to <32 x bfloat>
+  %r.i1681.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1657.us, <32 x bfloat> %1158, <32 x bfloat> %y.i1680.us)
+  %1179 = getelementptr i8, ptr %1163, i64 16
+  %1180 = load i32, ptr %1179, align 4, !tbaa !4
+  %1181 = insertelement <16 x i32> poison, i32 %1180, i64 0
+  %1182 = shufflevector <16 x i32> %1181, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1683.us = bitcast <16 x i32> %1182 to <32 x bfloat>
+  %r.i1684.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1660.us, <32 x bfloat> %1158, <32 x bfloat> %y.i1683.us)
+  %1183 = getelementptr i8, ptr %1163, i64 20
+  %1184 = load i32, ptr %1183, align 4, !tbaa !4
+  %1185 = insertelement <16 x i32> poison, i32 %1184, i64 0
+  %1186 = shufflevector <16 x i32> %1185, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1686.us = bitcast <16 x i32> %1186 to <32 x bfloat>
+  %r.i1687.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1663.us, <32 x bfloat> %1158, <32 x bfloat> %y.i1686.us)
+  %1187 = getelementptr i8, ptr %1163, i64 24
+  %1188 = load i32, ptr %1187, align 4, !tbaa !4
+  %1189 = insertelement <16 x i32> poison, i32 %1188, i64 0
+  %1190 = shufflevector <16 x i32> %1189, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1689.us = bitcast <16 x i32> %1190 to <32 x bfloat>
+  %r.i1690.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1666.us, <32 x bfloat> %1158, <32 x bfloat> %y.i1689.us)
+  %1191 = getelementptr i8, ptr %1163, i64 28
+  %1192 = load i32, ptr %1191, align 4, !tbaa !4
+  %1193 = insertelement <16 x i32> poison, i32 %1192, i64 0
+  %1194 = shufflevector <16 x i32> %1193, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1692.us = bitcast <16 x i32> %1194 to <32 x bfloat>
+  %r.i1693.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1669.us, <32 x bfloat> %1158, <32 x bfloat> %y.i1692.us)
+  %1195 = getelementptr i8, ptr %gep3312, i64 448
+  %1196 = load <32 x bfloat>, ptr %1195, align 4, !tbaa !4
+  %1197 = or disjoint i64 %968, 7
+  %1198 = mul nsw i64 %1197, %k_row
+  %1199 = add nsw i64 %invariant.op2556.us, %1198
+  %1200 = sub i64 %1199, %918
+  %1201 = getelementptr i32, ptr %key_cache, i64 %1200
+  %1202 = load i32, ptr %1201, align 4, !tbaa !4
+  %1203 = insertelement <16 x i32> poison, i32 %1202, i64 0
+  %1204 = shufflevector <16 x i32> %1203, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1695.us = bitcast <16 x i32> %1204 to <32 x bfloat>
+  %r.i1696.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1672.us, <32 x bfloat> %1196, <32 x bfloat> %y.i1695.us)
+  %1205 = getelementptr i8, ptr %1201, i64 4
+  %1206 = load i32, ptr %1205, align 4, !tbaa !4
+  %1207 = insertelement <16 x i32> poison, i32 %1206, i64 0
+  %1208 = shufflevector <16 x i32> %1207, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1698.us = bitcast <16 x i32> %1208 to <32 x bfloat>
+  %r.i1699.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1675.us, <32 x bfloat> %1196, <32 x bfloat> %y.i1698.us)
+  %1209 = getelementptr i8, ptr %1201, i64 8
+  %1210 = load i32, ptr %1209, align 4, !tbaa !4
+  %1211 = insertelement <16 x i32> poison, i32 %1210, i64 0
+  %1212 = shufflevector <16 x i32> %1211, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1701.us = bitcast <16 x i32> %1212 to <32 x bfloat>
+  %r.i1702.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1678.us, <32 x bfloat> %1196, <32 x bfloat> %y.i1701.us)
+  %1213 = getelementptr i8, ptr %1201, i64 12
+  %1214 = load i32, ptr %1213, align 4, !tbaa !4
+  %1215 = insertelement <16 x i32> poison, i32 %1214, i64 0
+  %1216 = shufflevector <16 x i32> %1215, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1704.us = bitcast <16 x i32> %1216 to <32 x bfloat>
+  %r.i1705.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1681.us, <32 x bfloat> %1196, <32 x bfloat> %y.i1704.us)
+  %1217 = getelementptr i8, ptr %1201, i64 16
+  %1218 = load i32, ptr %1217, align 4, !tbaa !4
+  %1219 = insertelement <16 x i32> poison, i32 %1218, i64 0
+  %1220 = shufflevector <16 x i32> %1219, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1707.us = bitcast <16 x i32> %1220 to <32 x bfloat>
+  %r.i1708.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1684.us, <32 x bfloat> %1196, <32 x bfloat> %y.i1707.us)
+  %1221 = getelementptr i8, ptr %1201, i64 20
+  %1222 = load i32, ptr %1221, align 4, !tbaa !4
+  %1223 = insertelement <16 x i32> poison, i32 %1222, i64 0
+  %1224 = shufflevector <16 x i32> %1223, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1710.us = bitcast <16 x i32> %1224 to <32 x bfloat>
+  %r.i1711.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1687.us, <32 x bfloat> %1196, <32 x bfloat> %y.i1710.us)
+  %1225 = getelementptr i8, ptr %1201, i64 24
+  %1226 = load i32, ptr %1225, align 4, !tbaa !4
+  %1227 = insertelement <16 x i32> poison, i32 %1226, i64 0
+  %1228 = shufflevector <16 x i32> %1227, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1713.us = bitcast <16 x i32> %1228 to <32 x bfloat>
+  %r.i1714.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1690.us, <32 x bfloat> %1196, <32 x bfloat> %y.i1713.us)
+  %1229 = getelementptr i8, ptr %1201, i64 28
+  %1230 = load i32, ptr %1229, align 4, !tbaa !4
+  %1231 = insertelement <16 x i32> poison, i32 %1230, i64 0
+  %1232 = shufflevector <16 x i32> %1231, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1716.us = bitcast <16 x i32> %1232 to <32 x bfloat>
+  %r.i1717.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1693.us, <32 x bfloat> %1196, <32 x bfloat> %y.i1716.us)
+  %1233 = getelementptr i8, ptr %gep3312, i64 512
+  %1234 = load <32 x bfloat>, ptr %1233, align 4, !tbaa !4
+  %1235 = or disjoint i64 %968, 8
+  %1236 = mul nsw i64 %1235, %k_row
+  %1237 = add nsw i64 %invariant.op2556.us, %1236
+  %1238 = sub i64 %1237, %918
+  %1239 = getelementptr i32, ptr %key_cache, i64 %1238
+  %1240 = load i32, ptr %1239, align 4, !tbaa !4
+  %1241 = insertelement <16 x i32> poison, i32 %1240, i64 0
+  %1242 = shufflevector <16 x i32> %1241, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1719.us = bitcast <16 x i32> %1242 to <32 x bfloat>
+  %r.i1720.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1696.us, <32 x bfloat> %1234, <32 x bfloat> %y.i1719.us)
+  %1243 = getelementptr i8, ptr %1239, i64 4
+  %1244 = load i32, ptr %1243, align 4, !tbaa !4
+  %1245 = insertelement <16 x i32> poison, i32 %1244, i64 0
+  %1246 = shufflevector <16 x i32> %1245, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1722.us = bitcast <16 x i32> %1246 to <32 x bfloat>
+  %r.i1723.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1699.us, <32 x bfloat> %1234, <32 x bfloat> %y.i1722.us)
+  %1247 = getelementptr i8, ptr %1239, i64 8
+  %1248 = load i32, ptr %1247, align 4, !tbaa !4
+  %1249 = insertelement <16 x i32> poison, i32 %1248, i64 0
+  %1250 = shufflevector <16 x i32> %1249, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1725.us = bitcast <16 x i32> %1250 to <32 x bfloat>
+  %r.i1726.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1702.us, <32 x bfloat> %1234, <32 x bfloat> %y.i1725.us)
+  %1251 = getelementptr i8, ptr %1239, i64 12
+  %1252 = load i32, ptr %1251, align 4, !tbaa !4
+  %1253 = insertelement <16 x i32> poison, i32 %1252, i64 0
+  %1254 = shufflevector <16 x i32> %1253, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1728.us = bitcast <16 x i32> %1254 to <32 x bfloat>
+  %r.i1729.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1705.us, <32 x bfloat> %1234, <32 x bfloat> %y.i1728.us)
+  %1255 = getelementptr i8, ptr %1239, i64 16
+  %1256 = load i32, ptr %1255, align 4, !tbaa !4
+  %1257 = insertelement <16 x i32> poison, i32 %1256, i64 0
+  %1258 = shufflevector <16 x i32> %1257, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1731.us = bitcast <16 x i32> %1258 to <32 x bfloat>
+  %r.i1732.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1708.us, <32 x bfloat> %1234, <32 x bfloat> %y.i1731.us)
+  %1259 = getelementptr i8, ptr %1239, i64 20
+  %1260 = load i32, ptr %1259, align 4, !tbaa !4
+  %1261 = insertelement <16 x i32> poison, i32 %1260, i64 0
+  %1262 = shufflevector <16 x i32> %1261, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1734.us = bitcast <16 x i32> %1262 to <32 x bfloat>
+  %r.i1735.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1711.us, <32 x bfloat> %1234, <32 x bfloat> %y.i1734.us)
+  %1263 = getelementptr i8, ptr %1239, i64 24
+  %1264 = load i32, ptr %1263, align 4, !tbaa !4
+  %1265 = insertelement <16 x i32> poison, i32 %1264, i64 0
+  %1266 = shufflevector <16 x i32> %1265, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1737.us = bitcast <16 x i32> %1266 to <32 x bfloat>
+  %r.i1738.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1714.us, <32 x bfloat> %1234, <32 x bfloat> %y.i1737.us)
+  %1267 = getelementptr i8, ptr %1239, i64 28
+  %1268 = load i32, ptr %1267, align 4, !tbaa !4
+  %1269 = insertelement <16 x i32> poison, i32 %1268, i64 0
+  %1270 = shufflevector <16 x i32> %1269, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1740.us = bitcast <16 x i32> %1270 to <32 x bfloat>
+  %r.i1741.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1717.us, <32 x bfloat> %1234, <32 x bfloat> %y.i1740.us)
+  %1271 = getelementptr i8, ptr %gep3312, i64 576
+  %1272 = load <32 x bfloat>, ptr %1271, align 4, !tbaa !4
+  %1273 = or disjoint i64 %968, 9
+  %1274 = mul nsw i64 %1273, %k_row
+  %1275 = add nsw i64 %invariant.op2556.us, %1274
+  %1276 = sub i64 %1275, %918
+  %1277 = getelementptr i32, ptr %key_cache, i64 %1276
+  %1278 = load i32, ptr %1277, align 4, !tbaa !4
+  %1279 = insertelement <16 x i32> poison, i32 %1278, i64 0
+  %1280 = shufflevector <16 x i32> %1279, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1743.us = bitcast <16 x i32> %1280 to <32 x bfloat>
+  %r.i1744.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1720.us, <32 x bfloat> %1272, <32 x bfloat> %y.i1743.us)
+  %1281 = getelementptr i8, ptr %1277, i64 4
+  %1282 = load i32, ptr %1281, align 4, !tbaa !4
+  %1283 = insertelement <16 x i32> poison, i32 %1282, i64 0
+  %1284 = shufflevector <16 x i32> %1283, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1746.us = bitcast <16 x i32> %1284 to <32 x bfloat>
+  %r.i1747.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1723.us, <32 x bfloat> %1272, <32 x bfloat> %y.i1746.us)
+  %1285 = getelementptr i8, ptr %1277, i64 8
+  %1286 = load i32, ptr %1285, align 4, !tbaa !4
+  %1287 = insertelement <16 x i32> poison, i32 %1286, i64 0
+  %1288 = shufflevector <16 x i32> %1287, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1749.us = bitcast <16 x i32> %1288 to <32 x bfloat>
+  %r.i1750.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1726.us, <32 x bfloat> %1272, <32 x bfloat> %y.i1749.us)
+  %1289 = getelementptr i8, ptr %1277, i64 12
+  %1290 = load i32, ptr %1289, align 4, !tbaa !4
+  %1291 = insertelement <16 x i32> poison, i32 %1290, i64 0
+  %1292 = shufflevector <16 x i32> %1291, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1752.us = bitcast <16 x i32> %1292 to <32 x bfloat>
+  %r.i1753.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1729.us, <32 x bfloat> %1272, <32 x bfloat> %y.i1752.us)
+  %1293 = getelementptr i8, ptr %1277, i64 16
+  %1294 = load i32, ptr %1293, align 4, !tbaa !4
+  %1295 = insertelement <16 x i32> poison, i32 %1294, i64 0
+  %1296 = shufflevector <16 x i32> %1295, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1755.us = bitcast <16 x i32> %1296 to <32 x bfloat>
+  %r.i1756.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1732.us, <32 x bfloat> %1272, <32 x bfloat> %y.i1755.us)
+  %1297 = getelementptr i8, ptr %1277, i64 20
+  %1298 = load i32, ptr %1297, align 4, !tbaa !4
+  %1299 = insertelement <16 x i32> poison, i32 %1298, i64 0
+  %1300 = shufflevector <16 x i32> %1299, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1758.us = bitcast <16 x i32> %1300 to <32 x bfloat>
+  %r.i1759.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1735.us, <32 x bfloat> %1272, <32 x bfloat> %y.i1758.us)
+  %1301 = getelementptr i8, ptr %1277, i64 24
+  %1302 = load i32, ptr %1301, align 4, !tbaa !4
+  %1303 = insertelement <16 x i32> poison, i32 %1302, i64 0
+  %1304 = shufflevector <16 x i32> %1303, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1761.us = bitcast <16 x i32> %1304 to <32 x bfloat>
+  %r.i1762.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1738.us, <32 x bfloat> %1272, <32 x bfloat> %y.i1761.us)
+  %1305 = getelementptr i8, ptr %1277, i64 28
+  %1306 = load i32, ptr %1305, align 4, !tbaa !4
+  %1307 = insertelement <16 x i32> poison, i32 %1306, i64 0
+  %1308 = shufflevector <16 x i32> %1307, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1764.us = bitcast <16 x i32> %1308 to <32 x bfloat>
+  %r.i1765.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1741.us, <32 x bfloat> %1272, <32 x bfloat> %y.i1764.us)
+  %1309 = getelementptr i8, ptr %gep3312, i64 640
+  %1310 = load <32 x bfloat>, ptr %1309, align 4, !tbaa !4
+  %1311 = or disjoint i64 %968, 10
+  %1312 = mul nsw i64 %1311, %k_row
+  %1313 = add nsw i64 %invariant.op2556.us, %1312
+  %1314 = sub i64 %1313, %918
+  %1315 = getelementptr i32, ptr %key_cache, i64 %1314
+  %1316 = load i32, ptr %1315, align 4, !tbaa !4
+  %1317 = insertelement <16 x i32> poison, i32 %1316, i64 0
+  %1318 = shufflevector <16 x i32> %1317, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1767.us = bitcast <16 x i32> %1318 to <32 x bfloat>
+  %r.i1768.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1744.us, <32 x bfloat> %1310, <32 x bfloat> %y.i1767.us)
+  %1319 = getelementptr i8, ptr %1315, i64 4
+  %1320 = load i32, ptr %1319, align 4, !tbaa !4
+  %1321 = insertelement <16 x i32> poison, i32 %1320, i64 0
+  %1322 = shufflevector <16 x i32> %1321, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1770.us = bitcast <16 x i32> %1322 to <32 x bfloat>
+  %r.i1771.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1747.us, <32 x bfloat> %1310, <32 x bfloat> %y.i1770.us)
+  %1323 = getelementptr i8, ptr %1315, i64 8
+  %1324 = load i32, ptr %1323, align 4, !tbaa !4
+  %1325 = insertelement <16 x i32> poison, i32 %1324, i64 0
+  %1326 = shufflevector <16 x i32> %1325, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1773.us = bitcast <16 x i32> %1326 to <32 x bfloat>
+  %r.i1774.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1750.us, <32 x bfloat> %1310, <32 x bfloat> %y.i1773.us)
+  %1327 = getelementptr i8, ptr %1315, i64 12
+  %1328 = load i32, ptr %1327, align 4, !tbaa !4
+  %1329 = insertelement <16 x i32> poison, i32 %1328, i64 0
+  %1330 = shufflevector <16 x i32> %1329, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1776.us = bitcast <16 x i32> %1330 to <32 x bfloat>
+  %r.i1777.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1753.us, <32 x bfloat> %1310, <32 x bfloat> %y.i1776.us)
+  %1331 = getelementptr i8, ptr %1315, i64 16
+  %1332 = load i32, ptr %1331, align 4, !tbaa !4
+  %1333 = insertelement <16 x i32> poison, i32 %1332, i64 0
+  %1334 = shufflevector <16 x i32> %1333, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1779.us = bitcast <16 x i32> %1334 to <32 x bfloat>
+  %r.i1780.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1756.us, <32 x bfloat> %1310, <32 x bfloat> %y.i1779.us)
+  %1335 = getelementptr i8, ptr %1315, i64 20
+  %1336 = load i32, ptr %1335, align 4, !tbaa !4
+  %1337 = insertelement <16 x i32> poison, i32 %1336, i64 0
+  %1338 = shufflevector <16 x i32> %1337, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1782.us = bitcast <16 x i32> %1338 to <32 x bfloat>
+  %r.i1783.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1759.us, <32 x bfloat> %1310, <32 x bfloat> %y.i1782.us)
+  %1339 = getelementptr i8, ptr %1315, i64 24
+  %1340 = load i32, ptr %1339, align 4, !tbaa !4
+  %1341 = insertelement <16 x i32> poison, i32 %1340, i64 0
+  %1342 = shufflevector <16 x i32> %1341, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1785.us = bitcast <16 x i32> %1342 to <32 x bfloat>
+  %r.i1786.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1762.us, <32 x bfloat> %1310, <32 x bfloat> %y.i1785.us)
+  %1343 = getelementptr i8, ptr %1315, i64 28
+  %1344 = load i32, ptr %1343, align 4, !tbaa !4
+  %1345 = insertelement <16 x i32> poison, i32 %1344, i64 0
+  %1346 = shufflevector <16 x i32> %1345, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1788.us = bitcast <16 x i32> %1346 to <32 x bfloat>
+  %r.i1789.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1765.us, <32 x bfloat> %1310, <32 x bfloat> %y.i1788.us)
+  %1347 = getelementptr i8, ptr %gep3312, i64 704
+  %1348 = load <32 x bfloat>, ptr %1347, align 4, !tbaa !4
+  %1349 = or disjoint i64 %968, 11
+  %1350 = mul nsw i64 %1349, %k_row
+  %1351 = add nsw i64 %invariant.op2556.us, %1350
+  %1352 = sub i64 %1351, %918
+  %1353 = getelementptr i32, ptr %key_cache, i64 %1352
+  %1354 = load i32, ptr %1353, align 4, !tbaa !4
+  %1355 = insertelement <16 x i32> poison, i32 %1354, i64 0
+  %1356 = shufflevector <16 x i32> %1355, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1791.us = bitcast <16 x i32> %1356 to <32 x bfloat>
+  %r.i1792.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1768.us, <32 x bfloat> %1348, <32 x bfloat> %y.i1791.us)
+  %1357 = getelementptr i8, ptr %1353, i64 4
+  %1358 = load i32, ptr %1357, align 4, !tbaa !4
+  %1359 = insertelement <16 x i32> poison, i32 %1358, i64 0
+  %1360 = shufflevector <16 x i32> %1359, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1794.us = bitcast <16 x i32> %1360 to <32 x bfloat>
+  %r.i1795.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1771.us, <32 x bfloat> %1348, <32 x bfloat> %y.i1794.us)
+  %1361 = getelementptr i8, ptr %1353, i64 8
+  %1362 = load i32, ptr %1361, align 4, !tbaa !4
+  %1363 = insertelement <16 x i32> poison, i32 %1362, i64 0
+  %1364 = shufflevector <16 x i32> %1363, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1797.us = bitcast <16 x i32> %1364 to <32 x bfloat>
+  %r.i1798.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1774.us, <32 x bfloat> %1348, <32 x bfloat> %y.i1797.us)
+  %1365 = getelementptr i8, ptr %1353, i64 12
+  %1366 = load i32, ptr %1365, align 4, !tbaa !4
+  %1367 = insertelement <16 x i32> poison, i32 %1366, i64 0
+  %1368 = shufflevector <16 x i32> %1367, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1800.us = bitcast <16 x i32> %1368 to <32 x bfloat>
+  %r.i1801.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1777.us, <32 x bfloat> %1348, <32 x bfloat> %y.i1800.us)
+  %1369 = getelementptr i8, ptr %1353, i64 16
+  %1370 = load i32, ptr %1369, align 4, !tbaa !4
+  %1371 = insertelement <16 x i32> poison, i32 %1370, i64 0
+  %1372 = shufflevector <16 x i32> %1371, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1803.us = bitcast <16 x i32> %1372 to <32 x bfloat>
+  %r.i1804.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1780.us, <32 x bfloat> %1348, <32 x bfloat> %y.i1803.us)
+  %1373 = getelementptr i8, ptr %1353, i64 20
+  %1374 = load i32, ptr %1373, align 4, !tbaa !4
+  %1375 = insertelement <16 x i32> poison, i32 %1374, i64 0
+  %1376 = shufflevector <16 x i32> %1375, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1806.us = bitcast <16 x i32> %1376 to <32 x bfloat>
+  %r.i1807.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1783.us, <32 x bfloat> %1348, <32 x bfloat> %y.i1806.us)
+  %1377 = getelementptr i8, ptr %1353, i64 24
+  %1378 = load i32, ptr %1377, align 4, !tbaa !4
+  %1379 = insertelement <16 x i32> poison, i32 %1378, i64 0
+  %1380 = shufflevector <16 x i32> %1379, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1809.us = bitcast <16 x i32> %1380 to <32 x bfloat>
+  %r.i1810.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1786.us, <32 x bfloat> %1348, <32 x bfloat> %y.i1809.us)
+  %1381 = getelementptr i8, ptr %1353, i64 28
+  %1382 = load i32, ptr %1381, align 4, !tbaa !4
+  %1383 = insertelement <16 x i32> poison, i32 %1382, i64 0
+  %1384 = shufflevector <16 x i32> %1383, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1812.us = bitcast <16 x i32> %1384 to <32 x bfloat>
+  %r.i1813.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1789.us, <32 x bfloat> %1348, <32 x bfloat> %y.i1812.us)
+  %1385 = getelementptr i8, ptr %gep3312, i64 768
+  %1386 = load <32 x bfloat>, ptr %1385, align 4, !tbaa !4
+  %1387 = or disjoint i64 %968, 12
+  %1388 = mul nsw i64 %1387, %k_row
+  %1389 = add nsw i64 %invariant.op2556.us, %1388
+  %1390 = sub i64 %1389, %918
+  %1391 = getelementptr i32, ptr %key_cache, i64 %1390
+  %1392 = load i32, ptr %1391, align 4, !tbaa !4
+  %1393 = insertelement <16 x i32> poison, i32 %1392, i64 0
+  %1394 = shufflevector <16 x i32> %1393, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1815.us = bitcast <16 x i32> %1394 to <32 x bfloat>
+  %r.i1816.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1792.us, <32 x bfloat> %1386, <32 x bfloat> %y.i1815.us)
+  %1395 = getelementptr i8, ptr %1391, i64 4
+  %1396 = load i32, ptr %1395, align 4, !tbaa !4
+  %1397 = insertelement <16 x i32> poison, i32 %1396, i64 0
+  %1398 = shufflevector <16 x i32> %1397, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1818.us = bitcast <16 x i32> %1398 to <32 x bfloat>
+  %r.i1819.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1795.us, <32 x bfloat> %1386, <32 x bfloat> %y.i1818.us)
+  %1399 = getelementptr i8, ptr %1391, i64 8
+  %1400 = load i32, ptr %1399, align 4, !tbaa !4
+  %1401 = insertelement <16 x i32> poison, i32 %1400, i64 0
+  %1402 = shufflevector <16 x i32> %1401, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1821.us = bitcast <16 x i32> %1402 to <32 x bfloat>
+  %r.i1822.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1798.us, <32 x bfloat> %1386, <32 x bfloat> %y.i1821.us)
+  %1403 = getelementptr i8, ptr %1391, i64 12
+  %1404 = load i32, ptr %1403, align 4, !tbaa !4
+  %1405 = insertelement <16 x i32> poison, i32 %1404, i64 0
+  %1406 = shufflevector <16 x i32> %1405, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1824.us = bitcast <16 x i32> %1406 to <32 x bfloat>
+  %r.i1825.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1801.us, <32 x bfloat> %1386, <32 x bfloat> %y.i1824.us)
+  %1407 = getelementptr i8, ptr %1391, i64 16
+  %1408 = load i32, ptr %1407, align 4, !tbaa !4
+  %1409 = insertelement <16 x i32> poison, i32 %1408, i64 0
+  %1410 = shufflevector <16 x i32> %1409, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1827.us = bitcast <16 x i32> %1410 to <32 x bfloat>
+  %r.i1828.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1804.us, <32 x bfloat> %1386, <32 x bfloat> %y.i1827.us)
+  %1411 = getelementptr i8, ptr %1391, i64 20
+  %1412 = load i32, ptr %1411, align 4, !tbaa !4
+  %1413 = insertelement <16 x i32> poison, i32 %1412, i64 0
+  %1414 = shufflevector <16 x i32> %1413, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1830.us = bitcast <16 x i32> %1414 to <32 x bfloat>
+  %r.i1831.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1807.us, <32 x bfloat> %1386, <32 x bfloat> %y.i1830.us)
+  %1415 = getelementptr i8, ptr %1391, i64 24
+  %1416 = load i32, ptr %1415, align 4, !tbaa !4
+  %1417 = insertelement <16 x i32> poison, i32 %1416, i64 0
+  %1418 = shufflevector <16 x i32> %1417, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1833.us = bitcast <16 x i32> %1418 to <32 x bfloat>
+  %r.i1834.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1810.us, <32 x bfloat> %1386, <32 x bfloat> %y.i1833.us)
+  %1419 = getelementptr i8, ptr %1391, i64 28
+  %1420 = load i32, ptr %1419, align 4, !tbaa !4
+  %1421 = insertelement <16 x i32> poison, i32 %1420, i64 0
+  %1422 = shufflevector <16 x i32> %1421, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1836.us = bitcast <16 x i32> %1422 to <32 x bfloat>
+  %r.i1837.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1813.us, <32 x bfloat> %1386, <32 x bfloat> %y.i1836.us)
+  %1423 = getelementptr i8, ptr %gep3312, i64 832
+  %1424 = load <32 x bfloat>, ptr %1423, align 4, !tbaa !4
+  %1425 = or disjoint i64 %968, 13
+  %1426 = mul nsw i64 %1425, %k_row
+  %1427 = add nsw i64 %invariant.op2556.us, %1426
+  %1428 = sub i64 %1427, %918
+  %1429 = getelementptr i32, ptr %key_cache, i64 %1428
+  %1430 = load i32, ptr %1429, align 4, !tbaa !4
+  %1431 = insertelement <16 x i32> poison, i32 %1430, i64 0
+  %1432 = shufflevector <16 x i32> %1431, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1839.us = bitcast <16 x i32> %1432 to <32 x bfloat>
+  %r.i1840.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1816.us, <32 x bfloat> %1424, <32 x bfloat> %y.i1839.us)
+  %1433 = getelementptr i8, ptr %1429, i64 4
+  %1434 = load i32, ptr %1433, align 4, !tbaa !4
+  %1435 = insertelement <16 x i32> poison, i32 %1434, i64 0
+  %1436 = shufflevector <16 x i32> %1435, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1842.us = bitcast <16 x i32> %1436 to <32 x bfloat>
+  %r.i1843.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1819.us, <32 x bfloat> %1424, <32 x bfloat> %y.i1842.us)
+  %1437 = getelementptr i8, ptr %1429, i64 8
+  %1438 = load i32, ptr %1437, align 4, !tbaa !4
+  %1439 = insertelement <16 x i32> poison, i32 %1438, i64 0
+  %1440 = shufflevector <16 x i32> %1439, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1845.us = bitcast <16 x i32> %1440 to <32 x bfloat>
+  %r.i1846.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1822.us, <32 x bfloat> %1424, <32 x bfloat> %y.i1845.us)
+  %1441 = getelementptr i8, ptr %1429, i64 12
+  %1442 = load i32, ptr %1441, align 4, !tbaa !4
+  %1443 = insertelement <16 x i32> poison, i32 %1442, i64 0
+  %1444 = shufflevector <16 x i32> %1443, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1848.us = bitcast <16 x i32> %1444 to <32 x bfloat>
+  %r.i1849.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1825.us, <32 x bfloat> %1424, <32 x bfloat> %y.i1848.us)
+  %1445 = getelementptr i8, ptr %1429, i64 16
+  %1446 = load i32, ptr %1445, align 4, !tbaa !4
+  %1447 = insertelement <16 x i32> poison, i32 %1446, i64 0
+  %1448 = shufflevector <16 x i32> %1447, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1851.us = bitcast <16 x i32> %1448 to <32 x bfloat>
+  %r.i1852.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1828.us, <32 x bfloat> %1424, <32 x bfloat> %y.i1851.us)
+  %1449 = getelementptr i8, ptr %1429, i64 20
+  %1450 = load i32, ptr %1449, align 4, !tbaa !4
+  %1451 = insertelement <16 x i32> poison, i32 %1450, i64 0
+  %1452 = shufflevector <16 x i32> %1451, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1854.us = bitcast <16 x i32> %1452 to <32 x bfloat>
+  %r.i1855.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1831.us, <32 x bfloat> %1424, <32 x bfloat> %y.i1854.us)
+  %1453 = getelementptr i8, ptr %1429, i64 24
+  %1454 = load i32, ptr %1453, align 4, !tbaa !4
+  %1455 = insertelement <16 x i32> poison, i32 %1454, i64 0
+  %1456 = shufflevector <16 x i32> %1455, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1857.us = bitcast <16 x i32> %1456 to <32 x bfloat>
+  %r.i1858.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1834.us, <32 x bfloat> %1424, <32 x bfloat> %y.i1857.us)
+  %1457 = getelementptr i8, ptr %1429, i64 28
+  %1458 = load i32, ptr %1457, align 4, !tbaa !4
+  %1459 = insertelement <16 x i32> poison, i32 %1458, i64 0
+  %1460 = shufflevector <16 x i32> %1459, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1860.us = bitcast <16 x i32> %1460 to <32 x bfloat>
+  %r.i1861.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1837.us, <32 x bfloat> %1424, <32 x bfloat> %y.i1860.us)
+  %1461 = getelementptr i8, ptr %gep3312, i64 896
+  %1462 = load <32 x bfloat>, ptr %1461, align 4, !tbaa !4
+  %1463 = or disjoint i64 %968, 14
+  %1464 = mul nsw i64 %1463, %k_row
+  %1465 = add nsw i64 %invariant.op2556.us, %1464
+  %1466 = sub i64 %1465, %918
+  %1467 = getelementptr i32, ptr %key_cache, i64 %1466
+  %1468 = load i32, ptr %1467, align 4, !tbaa !4
+  %1469 = insertelement <16 x i32> poison, i32 %1468, i64 0
+  %1470 = shufflevector <16 x i32> %1469, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1863.us = bitcast <16 x i32> %1470 to <32 x bfloat>
+  %r.i1864.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1840.us, <32 x bfloat> %1462, <32 x bfloat> %y.i1863.us)
+  %1471 = getelementptr i8, ptr %1467, i64 4
+  %1472 = load i32, ptr %1471, align 4, !tbaa !4
+  %1473 = insertelement <16 x i32> poison, i32 %1472, i64 0
+  %1474 = shufflevector <16 x i32> %1473, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1866.us = bitcast <16 x i32> %1474 to <32 x bfloat>
+  %r.i1867.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1843.us, <32 x bfloat> %1462, <32 x bfloat> %y.i1866.us)
+  %1475 = getelementptr i8, ptr %1467, i64 8
+  %1476 = load i32, ptr %1475, align 4, !tbaa !4
+  %1477 = insertelement <16 x i32> poison, i32 %1476, i64 0
+  %1478 = shufflevector <16 x i32> %1477, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1869.us = bitcast <16 x i32> %1478 to <32 x bfloat>
+  %r.i1870.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1846.us, <32 x bfloat> %1462, <32 x bfloat> %y.i1869.us)
+  %1479 = getelementptr i8, ptr %1467, i64 12
+  %1480 = load i32, ptr %1479, align 4, !tbaa !4
+  %1481 = insertelement <16 x i32> poison, i32 %1480, i64 0
+  %1482 = shufflevector <16 x i32> %1481, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1872.us = bitcast <16 x i32> %1482 to <32 x bfloat>
+  %r.i1873.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1849.us, <32 x bfloat> %1462, <32 x bfloat> %y.i1872.us)
+  %1483 = getelementptr i8, ptr %1467, i64 16
+  %1484 = load i32, ptr %1483, align 4, !tbaa !4
+  %1485 = insertelement <16 x i32> poison, i32 %1484, i64 0
+  %1486 = shufflevector <16 x i32> %1485, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1875.us = bitcast <16 x i32> %1486 to <32 x bfloat>
+  %r.i1876.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1852.us, <32 x bfloat> %1462, <32 x bfloat> %y.i1875.us)
+  %1487 = getelementptr i8, ptr %1467, i64 20
+  %1488 = load i32, ptr %1487, align 4, !tbaa !4
+  %1489 = insertelement <16 x i32> poison, i32 %1488, i64 0
+  %1490 = shufflevector <16 x i32> %1489, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1878.us = bitcast <16 x i32> %1490 to <32 x bfloat>
+  %r.i1879.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1855.us, <32 x bfloat> %1462, <32 x bfloat> %y.i1878.us)
+  %1491 = getelementptr i8, ptr %1467, i64 24
+  %1492 = load i32, ptr %1491, align 4, !tbaa !4
+  %1493 = insertelement <16 x i32> poison, i32 %1492, i64 0
+  %1494 = shufflevector <16 x i32> %1493, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1881.us = bitcast <16 x i32> %1494 to <32 x bfloat>
+  %r.i1882.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1858.us, <32 x bfloat> %1462, <32 x bfloat> %y.i1881.us)
+  %1495 = getelementptr i8, ptr %1467, i64 28
+  %1496 = load i32, ptr %1495, align 4, !tbaa !4
+  %1497 = insertelement <16 x i32> poison, i32 %1496, i64 0
+  %1498 = shufflevector <16 x i32> %1497, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1884.us = bitcast <16 x i32> %1498 to <32 x bfloat>
+  %r.i1885.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1861.us, <32 x bfloat> %1462, <32 x bfloat> %y.i1884.us)
+  %1499 = getelementptr i8, ptr %gep3312, i64 960
+  %1500 = load <32 x bfloat>, ptr %1499, align 4, !tbaa !4
+  %1501 = or disjoint i64 %968, 15
+  %1502 = mul nsw i64 %1501, %k_row
+  %1503 = add nsw i64 %invariant.op2556.us, %1502
+  %1504 = sub i64 %1503, %918
+  %1505 = getelementptr i32, ptr %key_cache, i64 %1504
+  %1506 = load i32, ptr %1505, align 4, !tbaa !4
+  %1507 = insertelement <16 x i32> poison, i32 %1506, i64 0
+  %1508 = shufflevector <16 x i32> %1507, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1887.us = bitcast <16 x i32> %1508 to <32 x bfloat>
+  %r.i1888.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1864.us, <32 x bfloat> %1500, <32 x bfloat> %y.i1887.us)
+  %1509 = getelementptr i8, ptr %1505, i64 4
+  %1510 = load i32, ptr %1509, align 4, !tbaa !4
+  %1511 = insertelement <16 x i32> poison, i32 %1510, i64 0
+  %1512 = shufflevector <16 x i32> %1511, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1890.us = bitcast <16 x i32> %1512 to <32 x bfloat>
+  %r.i1891.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1867.us, <32 x bfloat> %1500, <32 x bfloat> %y.i1890.us)
+  %1513 = getelementptr i8, ptr %1505, i64 8
+  %1514 = load i32, ptr %1513, align 4, !tbaa !4
+  %1515 = insertelement <16 x i32> poison, i32 %1514, i64 0
+  %1516 = shufflevector <16 x i32> %1515, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1893.us = bitcast <16 x i32> %1516 to <32 x bfloat>
+  %r.i1894.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1870.us, <32 x bfloat> %1500, <32 x bfloat> %y.i1893.us)
+  %1517 = getelementptr i8, ptr %1505, i64 12
+  %1518 = load i32, ptr %1517, align 4, !tbaa !4
+  %1519 = insertelement <16 x i32> poison, i32 %1518, i64 0
+  %1520 = shufflevector <16 x i32> %1519, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1896.us = bitcast <16 x i32> %1520 to <32 x bfloat>
+  %r.i1897.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1873.us, <32 x bfloat> %1500, <32 x bfloat> %y.i1896.us)
+  %1521 = getelementptr i8, ptr %1505, i64 16
+  %1522 = load i32, ptr %1521, align 4, !tbaa !4
+  %1523 = insertelement <16 x i32> poison, i32 %1522, i64 0
+  %1524 = shufflevector <16 x i32> %1523, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1899.us = bitcast <16 x i32> %1524 to <32 x bfloat>
+  %r.i1900.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1876.us, <32 x bfloat> %1500, <32 x bfloat> %y.i1899.us)
+  %1525 = getelementptr i8, ptr %1505, i64 20
+  %1526 = load i32, ptr %1525, align 4, !tbaa !4
+  %1527 = insertelement <16 x i32> poison, i32 %1526, i64 0
+  %1528 = shufflevector <16 x i32> %1527, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1902.us = bitcast <16 x i32> %1528 to <32 x bfloat>
+  %r.i1903.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1879.us, <32 x bfloat> %1500, <32 x bfloat> %y.i1902.us)
+  %1529 = getelementptr i8, ptr %1505, i64 24
+  %1530 = load i32, ptr %1529, align 4, !tbaa !4
+  %1531 = insertelement <16 x i32> poison, i32 %1530, i64 0
+  %1532 = shufflevector <16 x i32> %1531, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1905.us = bitcast <16 x i32> %1532 to <32 x bfloat>
+  %r.i1906.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1882.us, <32 x bfloat> %1500, <32 x bfloat> %y.i1905.us)
+  %1533 = getelementptr i8, ptr %1505, i64 28
+  %1534 = load i32, ptr %1533, align 4, !tbaa !4
+  %1535 = insertelement <16 x i32> poison, i32 %1534, i64 0
+  %1536 = shufflevector <16 x i32> %1535, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1908.us = bitcast <16 x i32> %1536 to <32 x bfloat>
+  %r.i1909.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1885.us, <32 x bfloat> %1500, <32 x bfloat> %y.i1908.us)
+  %indvars.iv.next3006 = add nuw nsw i64 %indvars.iv3005, 1
+  %exitcond3008.not = icmp eq i64 %indvars.iv.next3006, 4
+  br i1 %exitcond3008.not, label %for_end_d_0178.us, label %for_body_d_0177.us, !prof !39
+
+if_end159.us:                                     ; preds = %for_end_d_0.us.us, %for_begin_i.preheader.us, %for_end_d_0178.us, %if_else160.us
+  %1537 = add nsw i32 %valid_len157.us, 7
+  %1538 = ashr i32 %1537, 3
+  %1539 = icmp sgt i32 %1538, 0
+  br i1 %1539, label %for_begin_ti.preheader.lr.ph.us, label %for_end_to183.us, !prof !3
+
+for_end_to183.us:                                 ; preds = %for_begin_ti.preheader.us, %if_end159.us
+  %1540 = icmp sgt i32 %912, 0
+  %or.cond2825 = and i1 %25, %1540
+  br i1 %or.cond2825, label %for_body_r189.lr.ph.us, label %if_end187.us, !prof !188
+
+if_end187.us:                                     ; preds = %for_begin_c.for_end_c_crit_edge.us.us, %for_body_r189.lr.ph.us, %for_end_to183.us
+  br i1 %1539, label %for_begin_ti201.preheader.us.preheader, label %for_end_to198.us, !prof !3
+
+for_begin_ti201.preheader.us.preheader:           ; preds = %if_end187.us
+  %wide.trip.count3046 = zext nneg i32 %1538 to i64
+  %xtraiter = and i64 %wide.trip.count3046, 1
+  %1541 = icmp eq i32 %1538, 1
+  br i1 %1541, label %for_begin_ti201.preheader.us.epil.preheader, label %for_begin_ti201.preheader.us.preheader.new, !prof !99
+
+for_begin_ti201.preheader.us.preheader.new:       ; preds = %for_begin_ti201.preheader.us.preheader
+  %unroll_iter = and i64 %wide.trip.count3046, 2147483646
+  br label %for_begin_ti201.preheader.us
+
+for_end_to198.us:                                 ; preds = %if_end187.us
+  %1542 = icmp sgt i32 %valid_len157.us, 0
+  %1543 = insertelement <16 x i1> poison, i1 %1542, i64 0
+  %1544 = shufflevector <16 x i1> %1543, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1545 = select <16 x i1> %1544, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  %1546 = shl i64 %900, 4
+  %1547 = and i64 %1546, 4294967280
+  br label %for_end_to208.us
+
+for_end_to208.us:                                 ; preds = %for_end_ax0220.us, %for_end_to198.us
+  %1548 = phi i64 [ %1547, %for_end_to198.us ], [ %4124, %for_end_ax0220.us ]
+  %1549 = phi <16 x float> [ %1545, %for_end_to198.us ], [ %4122, %for_end_ax0220.us ]
+  %tile_sum612.sroa.0.0.lcssa.us = phi <16 x float> [ zeroinitializer, %for_end_to198.us ], [ %.us-phi.us, %for_end_ax0220.us ]
+  %1550 = getelementptr inbounds nuw float, ptr %row_max, i64 %1548
+  %1551 = load <16 x float>, ptr %1550, align 4, !tbaa !4
+  %old_max.us = select <16 x i1> %865, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1551
+  %1552 = getelementptr inbounds nuw float, ptr %row_sum, i64 %1548
+  %1553 = load <16 x float>, ptr %1552, align 4, !tbaa !4
+  %old_sum.us = select <16 x i1> %865, <16 x float> zeroinitializer, <16 x float> %1553
+  %1554 = fcmp ogt <16 x float> %old_max.us, %1549
+  %1555 = fcmp oeq <16 x float> %tile_sum612.sroa.0.0.lcssa.us, zeroinitializer
+  %1556 = select <16 x i1> %1555, <16 x i1> splat (i1 true), <16 x i1> %1554
+  %old_or_both.us = select <16 x i1> %1556, <16 x float> %old_max.us, <16 x float> %1549
+  %1557 = fcmp oeq <16 x float> %old_sum.us, zeroinitializer
+  %m.us = select <16 x i1> %1557, <16 x float> %1549, <16 x float> %old_or_both.us
+  %1558 = fsub <16 x float> %old_max.us, %m.us
+  %1559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1558, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1560 = bitcast <16 x float> %1559 to <16 x i32>
+  %1561 = fadd <16 x float> %1559, splat (float 0xC168000FE0000000)
+  %1562 = fmul <16 x float> %1561, splat (float 0x3F2BD01060000000)
+  %1563 = fmul <16 x float> %1561, splat (float 0x3FE6300000000000)
+  %1564 = fsub <16 x float> %1558, %1563
+  %1565 = fadd <16 x float> %1564, %1562
+  %1566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1565, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1566, <16 x float> %1565, <16 x float> splat (float 0x3FA5558F20000000))
+  %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1565, <16 x float> splat (float 0x3FC5554920000000))
+  %1569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1568, <16 x float> %1565, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1570 = fmul <16 x float> %1565, %1565
+  %1571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1569, <16 x float> %1570, <16 x float> %1565)
+  %1572 = shl <16 x i32> %1560, splat (i32 23)
+  %1573 = bitcast <16 x i32> %1572 to <16 x float>
+  %1574 = fadd <16 x float> %1571, splat (float 1.000000e+00)
+  %1575 = fmul <16 x float> %1574, %1573
+  %1576 = fcmp olt <16 x float> %1558, splat (float -8.700000e+01)
+  %1577 = select <16 x i1> %1576, <16 x float> zeroinitializer, <16 x float> %1575
+  %1578 = fcmp one <16 x float> %old_sum.us, zeroinitializer
+  %1579 = select <16 x i1> %1578, <16 x float> %1577, <16 x float> zeroinitializer
+  %arg238.us = fsub <16 x float> %1549, %m.us
+  %1580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg238.us, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1581 = bitcast <16 x float> %1580 to <16 x i32>
+  %1582 = fadd <16 x float> %1580, splat (float 0xC168000FE0000000)
+  %1583 = fmul <16 x float> %1582, splat (float 0x3F2BD01060000000)
+  %1584 = fmul <16 x float> %1582, splat (float 0x3FE6300000000000)
+  %1585 = fsub <16 x float> %arg238.us, %1584
+  %1586 = fadd <16 x float> %1585, %1583
+  %1587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1586, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1587, <16 x float> %1586, <16 x float> splat (float 0x3FA5558F20000000))
+  %1589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> %1586, <16 x float> splat (float 0x3FC5554920000000))
+  %1590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1589, <16 x float> %1586, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1591 = fmul <16 x float> %1586, %1586
+  %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1591, <16 x float> %1586)
+  %1593 = shl <16 x i32> %1581, splat (i32 23)
+  %1594 = bitcast <16 x i32> %1593 to <16 x float>
+  %1595 = fadd <16 x float> %1592, splat (float 1.000000e+00)
+  %1596 = fmul <16 x float> %1595, %1594
+  %1597 = fcmp olt <16 x float> %arg238.us, splat (float -8.700000e+01)
+  %1598 = select <16 x i1> %1597, <16 x float> zeroinitializer, <16 x float> %1596
+  %1599 = fcmp one <16 x float> %tile_sum612.sroa.0.0.lcssa.us, zeroinitializer
+  %1600 = select <16 x i1> %1599, <16 x float> %1598, <16 x float> zeroinitializer
+  %1601 = fmul <16 x float> %old_sum.us, %1579
+  %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_sum612.sroa.0.0.lcssa.us, <16 x float> %1601)
+  store <16 x float> %m.us, ptr %1550, align 4, !tbaa !4
+  store <16 x float> %1602, ptr %1552, align 4, !tbaa !4
+  %1603 = load i32, ptr %903, align 16, !tbaa !156
+  %1604 = sub nsw i32 %1603, %858
+  %1605 = tail call i32 @llvm.smin.i32(i32 %1604, i32 %valid_len157.us)
+  %1606 = tail call i32 @llvm.smin.i32(i32 %1605, i32 %860)
+  %1607 = select i1 %25, i32 %1606, i32 %1605
+  %1608 = tail call i32 @llvm.smax.i32(i32 %1607, i32 0)
+  %num_full.us = lshr i32 %1608, 3
+  %1609 = sub nsw i32 %1538, %num_full.us
+  %1610 = icmp sgt i32 %1609, 0
+  br i1 %1610, label %for_begin_ti261.preheader.lr.ph.us, label %for_end_to258.us, !prof !3
+
+for_end_to258.us:                                 ; preds = %for_begin_ti261.preheader.us, %for_end_to208.us
+  br i1 %or.cond2825, label %for_body_r269.lr.ph.us, label %if_end267.us, !prof !188
+
+if_end267.us:                                     ; preds = %for_begin_c273.for_end_c275_crit_edge.us.us, %for_body_r269.lr.ph.us, %for_end_to258.us
+  %.not2940 = icmp eq i32 %num_full.us, 0
+  %1611 = shl nuw nsw i32 %num_full.us, 2
+  %1612 = add nsw i32 %valid_len157.us, 1
+  %1613 = ashr i32 %1612, 1
+  %1614 = sub nsw i32 %1613, %1611
+  %1615 = icmp sgt i32 %1614, 0
+  br i1 %914, label %for_begin_d_0_m.preheader.us, label %for_begin_d_0_m335.preheader.us
+
+for_end_to344.us:                                 ; preds = %for_begin_to342.preheader.us, %if_end348.us
+  %full_acc341599.sroa.8.0.lcssa.us = phi <16 x float> [ zeroinitializer, %for_begin_to342.preheader.us ], [ %r.i1920.us.3, %if_end348.us ]
+  %full_acc341599.sroa.4.0.lcssa.us = phi <16 x float> [ zeroinitializer, %for_begin_to342.preheader.us ], [ %r.i1917.us.3, %if_end348.us ]
+  %full_acc341599.sroa.0.0.lcssa.us = phi <16 x float> [ zeroinitializer, %for_begin_to342.preheader.us ], [ %r.i1914.us.3, %if_end348.us ]
+  %full_acc341599.sroa.12.0.lcssa.us = phi <16 x float> [ zeroinitializer, %for_begin_to342.preheader.us ], [ %r.i1923.us.3, %if_end348.us ]
+  %full_acc341599.sroa.16.0.lcssa.us = phi <16 x float> [ zeroinitializer, %for_begin_to342.preheader.us ], [ %r.i1926.us.3, %if_end348.us ]
+  %full_acc341599.sroa.20.0.lcssa.us = phi <16 x float> [ zeroinitializer, %for_begin_to342.preheader.us ], [ %r.i1929.us.3, %if_end348.us ]
+  %full_acc341599.sroa.24.0.lcssa.us = phi <16 x float> [ zeroinitializer, %for_begin_to342.preheader.us ], [ %r.i1932.us.3, %if_end348.us ]
+  %full_acc341599.sroa.28.0.lcssa.us = phi <16 x float> [ zeroinitializer, %for_begin_to342.preheader.us ], [ %r.i1935.us.3, %if_end348.us ]
+  br i1 %1615, label %for_body_ti360.lr.ph.us, label %for_end_ti361.us, !prof !3
+
+for_end_ti361.us:                                 ; preds = %for_body_ti360.us, %for_end_to344.us
+  %tile_acc340600.sroa.31.0.lcssa.us = phi <16 x float> [ %full_acc341599.sroa.28.0.lcssa.us, %for_end_to344.us ], [ %r.i1959.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.27.0.lcssa.us = phi <16 x float> [ %full_acc341599.sroa.24.0.lcssa.us, %for_end_to344.us ], [ %r.i1956.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.22.0.lcssa.us = phi <16 x float> [ %full_acc341599.sroa.20.0.lcssa.us, %for_end_to344.us ], [ %r.i1953.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.18.0.lcssa.us = phi <16 x float> [ %full_acc341599.sroa.16.0.lcssa.us, %for_end_to344.us ], [ %r.i1950.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.13.0.lcssa.us = phi <16 x float> [ %full_acc341599.sroa.12.0.lcssa.us, %for_end_to344.us ], [ %r.i1947.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.9.0.lcssa.us = phi <16 x float> [ %full_acc341599.sroa.8.0.lcssa.us, %for_end_to344.us ], [ %r.i1944.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.4.0.lcssa.us = phi <16 x float> [ %full_acc341599.sroa.4.0.lcssa.us, %for_end_to344.us ], [ %r.i1941.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.0.0.lcssa.us = phi <16 x float> [ %full_acc341599.sroa.0.0.lcssa.us, %for_end_to344.us ], [ %r.i1938.us, %for_body_ti360.us ]
+  %1616 = shl nuw nsw i64 %indvars.iv3094, 7
+  %1617 = add nuw nsw i64 %1616, %2700
+  %1618 = getelementptr inbounds nuw float, ptr %acc, i64 %1617
+  br i1 %863, label %if_then378.us, label %if_end377.us, !prof !7
+
+if_end377.us:                                     ; preds = %for_end_ti361.us
+  %1619 = load <16 x float>, ptr %1618, align 4, !tbaa !4
+  %1620 = fmul <16 x float> %1579, %1619
+  %1621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.0.0.lcssa.us, <16 x float> %1620)
+  store <16 x float> %1621, ptr %1618, align 4, !tbaa !4
+  %1622 = getelementptr i8, ptr %1618, i64 64
+  %1623 = load <16 x float>, ptr %1622, align 4, !tbaa !4
+  %1624 = fmul <16 x float> %1579, %1623
+  %1625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.4.0.lcssa.us, <16 x float> %1624)
+  store <16 x float> %1625, ptr %1622, align 4, !tbaa !4
+  %1626 = getelementptr i8, ptr %1618, i64 128
+  %1627 = load <16 x float>, ptr %1626, align 4, !tbaa !4
+  %1628 = fmul <16 x float> %1579, %1627
+  %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.9.0.lcssa.us, <16 x float> %1628)
+  store <16 x float> %1629, ptr %1626, align 4, !tbaa !4
+  %1630 = getelementptr i8, ptr %1618, i64 192
+  %1631 = load <16 x float>, ptr %1630, align 4, !tbaa !4
+  %1632 = fmul <16 x float> %1579, %1631
+  %1633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.13.0.lcssa.us, <16 x float> %1632)
+  store <16 x float> %1633, ptr %1630, align 4, !tbaa !4
+  %1634 = getelementptr i8, ptr %1618, i64 256
+  %1635 = load <16 x float>, ptr %1634, align 4, !tbaa !4
+  %1636 = fmul <16 x float> %1579, %1635
+  %1637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.18.0.lcssa.us, <16 x float> %1636)
+  store <16 x float> %1637, ptr %1634, align 4, !tbaa !4
+  %1638 = getelementptr i8, ptr %1618, i64 320
+  %1639 = load <16 x float>, ptr %1638, align 4, !tbaa !4
+  %1640 = fmul <16 x float> %1579, %1639
+  %1641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.22.0.lcssa.us, <16 x float> %1640)
+  store <16 x float> %1641, ptr %1638, align 4, !tbaa !4
+  %1642 = getelementptr i8, ptr %1618, i64 384
+  %1643 = load <16 x float>, ptr %1642, align 4, !tbaa !4
+  %1644 = fmul <16 x float> %1579, %1643
+  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.27.0.lcssa.us, <16 x float> %1644)
+  store <16 x float> %1645, ptr %1642, align 4, !tbaa !4
+  %.phi.trans.insert = getelementptr i8, ptr %1618, i64 448
+  %.pre = load <16 x float>, ptr %.phi.trans.insert, align 4, !tbaa !4
+  %.pre3215 = fmul <16 x float> %1579, %.pre
+  br label %if_end379.us
+
+if_then378.us:                                    ; preds = %for_end_ti361.us
+  %1646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.0.0.lcssa.us, <16 x float> %2702)
+  store <16 x float> %1646, ptr %1618, align 4, !tbaa !4
+  %1647 = getelementptr i8, ptr %1618, i64 64
+  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.4.0.lcssa.us, <16 x float> %2697)
+  store <16 x float> %1648, ptr %1647, align 4, !tbaa !4
+  %1649 = getelementptr i8, ptr %1618, i64 128
+  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.9.0.lcssa.us, <16 x float> %2697)
+  store <16 x float> %1650, ptr %1649, align 4, !tbaa !4
+  %1651 = getelementptr i8, ptr %1618, i64 192
+  %1652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.13.0.lcssa.us, <16 x float> %2697)
+  store <16 x float> %1652, ptr %1651, align 4, !tbaa !4
+  %1653 = getelementptr i8, ptr %1618, i64 256
+  %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.18.0.lcssa.us, <16 x float> %2697)
+  store <16 x float> %1654, ptr %1653, align 4, !tbaa !4
+  %1655 = getelementptr i8, ptr %1618, i64 320
+  %1656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.22.0.lcssa.us, <16 x float> %2697)
+  store <16 x float> %1656, ptr %1655, align 4, !tbaa !4
+  %1657 = getelementptr i8, ptr %1618, i64 384
+  %1658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.27.0.lcssa.us, <16 x float> %2697)
+  store <16 x float> %1658, ptr %1657, align 4, !tbaa !4
+  %1659 = getelementptr i8, ptr %1618, i64 448
+  store <16 x float> zeroinitializer, ptr %1659, align 4, !tbaa !4
+  br label %if_end379.us
+
+if_end379.us:                                     ; preds = %if_then378.us, %if_end377.us
+  %.pre-phi3216 = phi <16 x float> [ %2697, %if_then378.us ], [ %.pre3215, %if_end377.us ]
+  %1660 = getelementptr inbounds nuw float, ptr %acc, i64 %1617
+  %1661 = getelementptr i8, ptr %1660, i64 448
+  %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> %tile_acc340600.sroa.31.0.lcssa.us, <16 x float> %.pre-phi3216)
+  store <16 x float> %1662, ptr %1661, align 4, !tbaa !4
+  %indvars.iv.next3095 = add nuw nsw i64 %indvars.iv3094, 1
+  %exitcond3097.not = icmp eq i64 %indvars.iv.next3095, 16
+  br i1 %exitcond3097.not, label %if_end155.us, label %for_begin_to342.preheader.us, !prof !39
+
+for_body_ti360.us:                                ; preds = %for_body_ti360.lr.ph.us, %for_body_ti360.us
+  %indvars.iv3089 = phi i64 [ 0, %for_body_ti360.lr.ph.us ], [ %indvars.iv.next3090, %for_body_ti360.us ]
+  %tile_acc340600.sroa.0.02662.us = phi <16 x float> [ %full_acc341599.sroa.0.0.lcssa.us, %for_body_ti360.lr.ph.us ], [ %r.i1938.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.4.02661.us = phi <16 x float> [ %full_acc341599.sroa.4.0.lcssa.us, %for_body_ti360.lr.ph.us ], [ %r.i1941.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.9.02660.us = phi <16 x float> [ %full_acc341599.sroa.8.0.lcssa.us, %for_body_ti360.lr.ph.us ], [ %r.i1944.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.13.02659.us = phi <16 x float> [ %full_acc341599.sroa.12.0.lcssa.us, %for_body_ti360.lr.ph.us ], [ %r.i1947.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.18.02658.us = phi <16 x float> [ %full_acc341599.sroa.16.0.lcssa.us, %for_body_ti360.lr.ph.us ], [ %r.i1950.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.22.02657.us = phi <16 x float> [ %full_acc341599.sroa.20.0.lcssa.us, %for_body_ti360.lr.ph.us ], [ %r.i1953.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.27.02656.us = phi <16 x float> [ %full_acc341599.sroa.24.0.lcssa.us, %for_body_ti360.lr.ph.us ], [ %r.i1956.us, %for_body_ti360.us ]
+  %tile_acc340600.sroa.31.02655.us = phi <16 x float> [ %full_acc341599.sroa.28.0.lcssa.us, %for_body_ti360.lr.ph.us ], [ %r.i1959.us, %for_body_ti360.us ]
+  %1663 = shl nsw i64 %indvars.iv3089, 4
+  %1664 = add nuw nsw i64 %1663, %2698
+  %1665 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %1664
+  %1666 = load <32 x bfloat>, ptr %1665, align 4, !tbaa !4
+  %1667 = getelementptr inbounds nuw i32, ptr %edges.us, i64 %1664
+  %1668 = load <16 x i32>, ptr %1667, align 4, !tbaa !4
+  %.idx3278 = shl nuw nsw i64 %indvars.iv3089, 4
+  %gep3318 = getelementptr inbounds nuw i8, ptr %invariant.gep3317, i64 %.idx3278
+  %1669 = load i64, ptr %gep3318, align 8, !tbaa !4
+  %gep2675.us = getelementptr i32, ptr %gep2680.us, i64 %1669
+  %1670 = load i32, ptr %gep2675.us, align 4, !tbaa !4
+  %1671 = insertelement <16 x i32> poison, i32 %1670, i64 0
+  %1672 = shufflevector <16 x i32> %1671, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1673 = and <16 x i32> %1672, %1668
+  %y.i1937.us = bitcast <16 x i32> %1673 to <32 x bfloat>
+  %r.i1938.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc340600.sroa.0.02662.us, <32 x bfloat> %1666, <32 x bfloat> %y.i1937.us)
+  %1674 = getelementptr i8, ptr %gep2675.us, i64 4
+  %1675 = load i32, ptr %1674, align 4, !tbaa !4
+  %1676 = insertelement <16 x i32> poison, i32 %1675, i64 0
+  %1677 = shufflevector <16 x i32> %1676, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1678 = and <16 x i32> %1677, %1668
+  %y.i1940.us = bitcast <16 x i32> %1678 to <32 x bfloat>
+  %r.i1941.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc340600.sroa.4.02661.us, <32 x bfloat> %1666, <32 x bfloat> %y.i1940.us)
+  %1679 = getelementptr i8, ptr %gep2675.us, i64 8
+  %1680 = load i32, ptr %1679, align 4, !tbaa !4
+  %1681 = insertelement <16 x i32> poison, i32 %1680, i64 0
+  %1682 = shufflevector <16 x i32> %1681, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1683 = and <16 x i32> %1682, %1668
+  %y.i1943.us = bitcast <16 x i32> %1683 to <32 x bfloat>
+  %r.i1944.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc340600.sroa.9.02660.us, <32 x bfloat> %1666, <32 x bfloat> %y.i1943.us)
+  %1684 = getelementptr i8, ptr %gep2675.us, i64 12
+  %1685 = load i32, ptr %1684, align 4, !tbaa !4
+  %1686 = insertelement <16 x i32> poison, i32 %1685, i64 0
+  %1687 = shufflevector <16 x i32> %1686, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1688 = and <16 x i32> %1687, %1668
+  %y.i1946.us = bitcast <16 x i32> %1688 to <32 x bfloat>
+  %r.i1947.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc340600.sroa.13.02659.us, <32 x bfloat> %1666, <32 x bfloat> %y.i1946.us)
+  %1689 = getelementptr i8, ptr %gep2675.us, i64 16
+  %1690 = load i32, ptr %1689, align 4, !tbaa !4
+  %1691 = insertelement <16 x i32> poison, i32 %1690, i64 0
+  %1692 = shufflevector <16 x i32> %1691, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1693 = and <16 x i32> %1692, %1668
+  %y.i1949.us = bitcast <16 x i32> %1693 to <32 x bfloat>
+  %r.i1950.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc340600.sroa.18.02658.us, <32 x bfloat> %1666, <32 x bfloat> %y.i1949.us)
+  %1694 = getelementptr i8, ptr %gep2675.us, i64 20
+  %1695 = load i32, ptr %1694, align 4, !tbaa !4
+  %1696 = insertelement <16 x i32> poison, i32 %1695, i64 0
+  %1697 = shufflevector <16 x i32> %1696, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1698 = and <16 x i32> %1697, %1668
+  %y.i1952.us = bitcast <16 x i32> %1698 to <32 x bfloat>
+  %r.i1953.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc340600.sroa.22.02657.us, <32 x bfloat> %1666, <32 x bfloat> %y.i1952.us)
+  %1699 = getelementptr i8, ptr %gep2675.us, i64 24
+  %1700 = load i32, ptr %1699, align 4, !tbaa !4
+  %1701 = insertelement <16 x i32> poison, i32 %1700, i64 0
+  %1702 = shufflevector <16 x i32> %1701, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1703 = and <16 x i32> %1702, %1668
+  %y.i1955.us = bitcast <16 x i32> %1703 to <32 x bfloat>
+  %r.i1956.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc340600.sroa.27.02656.us, <32 x bfloat> %1666, <32 x bfloat> %y.i1955.us)
+  %1704 = getelementptr i8, ptr %gep2675.us, i64 28
+  %1705 = load i32, ptr %1704, align 4, !tbaa !4
+  %1706 = insertelement <16 x i32> poison, i32 %1705, i64 0
+  %1707 = shufflevector <16 x i32> %1706, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1708 = and <16 x i32> %1707, %1668
+  %y.i1958.us = bitcast <16 x i32> %1708 to <32 x bfloat>
+  %r.i1959.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc340600.sroa.31.02655.us, <32 x bfloat> %1666, <32 x bfloat> %y.i1958.us)
+  %indvars.iv.next3090 = add nuw nsw i64 %indvars.iv3089, 1
+  %exitcond3093.not = icmp eq i64 %indvars.iv.next3090, %wide.trip.count3092
+  br i1 %exitcond3093.not, label %for_end_ti361.us, label %for_body_ti360.us, !prof !8
+
+for_body_to343.us:                                ; preds = %for_body_to343.lr.ph.us, %if_end348.us
+  %indvars.iv3084 = phi i64 [ 0, %for_body_to343.lr.ph.us ], [ %indvars.iv.next3085, %if_end348.us ]
+  %full_acc341599.sroa.28.02645.us = phi <16 x float> [ zeroinitializer, %for_body_to343.lr.ph.us ], [ %r.i1935.us.3, %if_end348.us ]
+  %full_acc341599.sroa.24.02644.us = phi <16 x float> [ zeroinitializer, %for_body_to343.lr.ph.us ], [ %r.i1932.us.3, %if_end348.us ]
+  %full_acc341599.sroa.20.02643.us = phi <16 x float> [ zeroinitializer, %for_body_to343.lr.ph.us ], [ %r.i1929.us.3, %if_end348.us ]
+  %full_acc341599.sroa.16.02642.us = phi <16 x float> [ zeroinitializer, %for_body_to343.lr.ph.us ], [ %r.i1926.us.3, %if_end348.us ]
+  %full_acc341599.sroa.12.02641.us = phi <16 x float> [ zeroinitializer, %for_body_to343.lr.ph.us ], [ %r.i1923.us.3, %if_end348.us ]
+  %full_acc341599.sroa.0.02640.us = phi <16 x float> [ zeroinitializer, %for_body_to343.lr.ph.us ], [ %r.i1914.us.3, %if_end348.us ]
+  %full_acc341599.sroa.4.02639.us = phi <16 x float> [ zeroinitializer, %for_body_to343.lr.ph.us ], [ %r.i1917.us.3, %if_end348.us ]
+  %full_acc341599.sroa.8.02638.us = phi <16 x float> [ zeroinitializer, %for_body_to343.lr.ph.us ], [ %r.i1920.us.3, %if_end348.us ]
+  br i1 %2694, label %for_begin_line349.preheader.us, label %if_end348.us, !prof !7
+
+if_end348.us:                                     ; preds = %for_begin_line349.preheader.us, %for_body_to343.us
+  %1709 = shl nsw i64 %indvars.iv3084, 6
+  %1710 = shl nsw i64 %indvars.iv3084, 3
+  %1711 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %1709
+  %1712 = load <32 x bfloat>, ptr %1711, align 4, !tbaa !4
+  %1713 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %1710
+  %1714 = load i64, ptr %1713, align 8, !tbaa !4
+  %gep2628.us = getelementptr i32, ptr %gep2678.us, i64 %1714
+  %1715 = load i32, ptr %gep2628.us, align 4, !tbaa !4
+  %1716 = insertelement <16 x i32> poison, i32 %1715, i64 0
+  %1717 = shufflevector <16 x i32> %1716, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1913.us = bitcast <16 x i32> %1717 to <32 x bfloat>
+  %r.i1914.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc341599.sroa.0.02640.us, <32 x bfloat> %1712, <32 x bfloat> %y.i1913.us)
+  %1718 = getelementptr i8, ptr %gep2628.us, i64 4
+  %1719 = load i32, ptr %1718, align 4, !tbaa !4
+  %1720 = insertelement <16 x i32> poison, i32 %1719, i64 0
+  %1721 = shufflevector <16 x i32> %1720, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1916.us = bitcast <16 x i32> %1721 to <32 x bfloat>
+  %r.i1917.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc341599.sroa.4.02639.us, <32 x bfloat> %1712, <32 x bfloat> %y.i1916.us)
+  %1722 = getelementptr i8, ptr %gep2628.us, i64 8
+  %1723 = load i32, ptr %1722, align 4, !tbaa !4
+  %1724 = insertelement <16 x i32> poison, i32 %1723, i64 0
+  %1725 = shufflevector <16 x i32> %1724, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1919.us = bitcast <16 x i32> %1725 to <32 x bfloat>
+  %r.i1920.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc341599.sroa.8.02638.us, <32 x bfloat> %1712, <32 x bfloat> %y.i1919.us)
+  %1726 = getelementptr i8, ptr %gep2628.us, i64 12
+  %1727 = load i32, ptr %1726, align 4, !tbaa !4
+  %1728 = insertelement <16 x i32> poison, i32 %1727, i64 0
+  %1729 = shufflevector <16 x i32> %1728, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1922.us = bitcast <16 x i32> %1729 to <32 x bfloat>
+  %r.i1923.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc341599.sroa.12.02641.us, <32 x bfloat> %1712, <32 x bfloat> %y.i1922.us)
+  %1730 = getelementptr i8, ptr %gep2628.us, i64 16
+  %1731 = load i32, ptr %1730, align 4, !tbaa !4
+  %1732 = insertelement <16 x i32> poison, i32 %1731, i64 0
+  %1733 = shufflevector <16 x i32> %1732, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1925.us = bitcast <16 x i32> %1733 to <32 x bfloat>
+  %r.i1926.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc341599.sroa.16.02642.us, <32 x bfloat> %1712, <32 x bfloat> %y.i1925.us)
+  %1734 = getelementptr i8, ptr %gep2628.us, i64 20
+  %1735 = load i32, ptr %1734, align 4, !tbaa !4
+  %1736 = insertelement <16 x i32> poison, i32 %1735, i64 0
+  %1737 = shufflevector <16 x i32> %1736, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1928.us = bitcast <16 x i32> %1737 to <32 x bfloat>
+  %r.i1929.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc341599.sroa.20.02643.us, <32 x bfloat> %1712, <32 x bfloat> %y.i1928.us)
+  %1738 = getelementptr i8, ptr %gep2628.us, i64 24
+  %1739 = load i32, ptr %1738, align 4, !tbaa !4
+  %1740 = insertelement <16 x i32> poison, i32 %1739, i64 0
+  %1741 = shufflevector <16 x i32> %1740, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1931.us = bitcast <16 x i32> %1741 to <32 x bfloat>
+  %r.i1932.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc341599.sroa.24.02644.us, <32 x bfloat> %1712, <32 x bfloat> %y.i1931.us)
+  %1742 = getelementptr i8, ptr %gep2628.us, i64 28
+  %1743 = load i32, ptr %1742, align 4, !tbaa !4
+  %1744 = insertelement <16 x i32> poison, i32 %1743, i64 0
+  %1745 = shufflevector <16 x i32> %1744, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1934.us = bitcast <16 x i32> %1745 to <32 x bfloat>
+  %r.i1935.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc341599.sroa.28.02645.us, <32 x bfloat> %1712, <32 x bfloat> %y.i1934.us)
+  %1746 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %1709
+  %1747 = getelementptr inbounds nuw i8, ptr %1746, i64 64
+  %1748 = load <32 x bfloat>, ptr %1747, align 4, !tbaa !4
+  %1749 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %1710
+  %1750 = getelementptr inbounds nuw i8, ptr %1749, i64 16
+  %1751 = load i64, ptr %1750, align 8, !tbaa !4
+  %gep2628.us.1 = getelementptr i32, ptr %gep2678.us, i64 %1751
+  %1752 = load i32, ptr %gep2628.us.1, align 4, !tbaa !4
+  %1753 = insertelement <16 x i32> poison, i32 %1752, i64 0
+  %1754 = shufflevector <16 x i32> %1753, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1913.us.1 = bitcast <16 x i32> %1754 to <32 x bfloat>
+  %r.i1914.us.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1914.us, <32 x bfloat> %1748, <32 x bfloat> %y.i1913.us.1)
+  %1755 = getelementptr i8, ptr %gep2628.us.1, i64 4
+  %1756 = load i32, ptr %1755, align 4, !tbaa !4
+  %1757 = insertelement <16 x i32> poison, i32 %1756, i64 0
+  %1758 = shufflevector <16 x i32> %1757, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1916.us.1 = bitcast <16 x i32> %1758 to <32 x bfloat>
+  %r.i1917.us.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1917.us, <32 x bfloat> %1748, <32 x bfloat> %y.i1916.us.1)
+  %1759 = getelementptr i8, ptr %gep2628.us.1, i64 8
+  %1760 = load i32, ptr %1759, align 4, !tbaa !4
+  %1761 = insertelement <16 x i32> poison, i32 %1760, i64 0
+  %1762 = shufflevector <16 x i32> %1761, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1919.us.1 = bitcast <16 x i32> %1762 to <32 x bfloat>
+  %r.i1920.us.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1920.us, <32 x bfloat> %1748, <32 x bfloat> %y.i1919.us.1)
+  %1763 = getelementptr i8, ptr %gep2628.us.1, i64 12
+  %1764 = load i32, ptr %1763, align 4, !tbaa !4
+  %1765 = insertelement <16 x i32> poison, i32 %1764, i64 0
+  %1766 = shufflevector <16 x i32> %1765, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1922.us.1 = bitcast <16 x i32> %1766 to <32 x bfloat>
+  %r.i1923.us.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1923.us, <32 x bfloat> %1748, <32 x bfloat> %y.i1922.us.1)
+  %1767 = getelementptr i8, ptr %gep2628.us.1, i64 16
+  %1768 = load i32, ptr %1767, align 4, !tbaa !4
+  %1769 = insertelement <16 x i32> poison, i32 %1768, i64 0
+  %1770 = shufflevector <16 x i32> %1769, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1925.us.1 = bitcast <16 x i32> %1770 to <32 x bfloat>
+  %r.i1926.us.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1926.us, <32 x bfloat> %1748, <32 x bfloat> %y.i1925.us.1)
+  %1771 = getelementptr i8, ptr %gep2628.us.1, i64 20
+  %1772 = load i32, ptr %1771, align 4, !tbaa !4
+  %1773 = insertelement <16 x i32> poison, i32 %1772, i64 0
+  %1774 = shufflevector <16 x i32> %1773, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1928.us.1 = bitcast <16 x i32> %1774 to <32 x bfloat>
+  %r.i1929.us.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1929.us, <32 x bfloat> %1748, <32 x bfloat> %y.i1928.us.1)
+  %1775 = getelementptr i8, ptr %gep2628.us.1, i64 24
+  %1776 = load i32, ptr %1775, align 4, !tbaa !4
+  %1777 = insertelement <16 x i32> poison, i32 %1776, i64 0
+  %1778 = shufflevector <16 x i32> %1777, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1931.us.1 = bitcast <16 x i32> %1778 to <32 x bfloat>
+  %r.i1932.us.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1932.us, <32 x bfloat> %1748, <32 x bfloat> %y.i1931.us.1)
+  %1779 = getelementptr i8, ptr %gep2628.us.1, i64 28
+  %1780 = load i32, ptr %1779, align 4, !tbaa !4
+  %1781 = insertelement <16 x i32> poison, i32 %1780, i64 0
+  %1782 = shufflevector <16 x i32> %1781, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1934.us.1 = bitcast <16 x i32> %1782 to <32 x bfloat>
+  %r.i1935.us.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1935.us, <32 x bfloat> %1748, <32 x bfloat> %y.i1934.us.1)
+  %1783 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %1709
+  %1784 = getelementptr inbounds nuw i8, ptr %1783, i64 128
+  %1785 = load <32 x bfloat>, ptr %1784, align 4, !tbaa !4
+  %1786 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %1710
+  %1787 = getelementptr inbounds nuw i8, ptr %1786, i64 32
+  %1788 = load i64, ptr %1787, align 8, !tbaa !4
+  %gep2628.us.2 = getelementptr i32, ptr %gep2678.us, i64 %1788
+  %1789 = load i32, ptr %gep2628.us.2, align 4, !tbaa !4
+  %1790 = insertelement <16 x i32> poison, i32 %1789, i64 0
+  %1791 = shufflevector <16 x i32> %1790, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1913.us.2 = bitcast <16 x i32> %1791 to <32 x bfloat>
+  %r.i1914.us.2 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1914.us.1, <32 x bfloat> %1785, <32 x bfloat> %y.i1913.us.2)
+  %1792 = getelementptr i8, ptr %gep2628.us.2, i64 4
+  %1793 = load i32, ptr %1792, align 4, !tbaa !4
+  %1794 = insertelement <16 x i32> poison, i32 %1793, i64 0
+  %1795 = shufflevector <16 x i32> %1794, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1916.us.2 = bitcast <16 x i32> %1795 to <32 x bfloat>
+  %r.i1917.us.2 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1917.us.1, <32 x bfloat> %1785, <32 x bfloat> %y.i1916.us.2)
+  %1796 = getelementptr i8, ptr %gep2628.us.2, i64 8
+  %1797 = load i32, ptr %1796, align 4, !tbaa !4
+  %1798 = insertelement <16 x i32> poison, i32 %1797, i64 0
+  %1799 = shufflevector <16 x i32> %1798, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1919.us.2 = bitcast <16 x i32> %1799 to <32 x bfloat>
+  %r.i1920.us.2 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1920.us.1, <32 x bfloat> %1785, <32 x bfloat> %y.i1919.us.2)
+  %1800 = getelementptr i8, ptr %gep2628.us.2, i64 12
+  %1801 = load i32, ptr %1800, align 4, !tbaa !4
+  %1802 = insertelement <16 x i32> poison, i32 %1801, i64 0
+  %1803 = shufflevector <16 x i32> %1802, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1922.us.2 = bitcast <16 x i32> %1803 to <32 x bfloat>
+  %r.i1923.us.2 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1923.us.1, <32 x bfloat> %1785, <32 x bfloat> %y.i1922.us.2)
+  %1804 = getelementptr i8, ptr %gep2628.us.2, i64 16
+  %1805 = load i32, ptr %1804, align 4, !tbaa !4
+  %1806 = insertelement <16 x i32> poison, i32 %1805, i64 0
+  %1807 = shufflevector <16 x i32> %1806, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1925.us.2 = bitcast <16 x i32> %1807 to <32 x bfloat>
+  %r.i1926.us.2 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1926.us.1, <32 x bfloat> %1785, <32 x bfloat> %y.i1925.us.2)
+  %1808 = getelementptr i8, ptr %gep2628.us.2, i64 20
+  %1809 = load i32, ptr %1808, align 4, !tbaa !4
+  %1810 = insertelement <16 x i32> poison, i32 %1809, i64 0
+  %1811 = shufflevector <16 x i32> %1810, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1928.us.2 = bitcast <16 x i32> %1811 to <32 x bfloat>
+  %r.i1929.us.2 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1929.us.1, <32 x bfloat> %1785, <32 x bfloat> %y.i1928.us.2)
+  %1812 = getelementptr i8, ptr %gep2628.us.2, i64 24
+  %1813 = load i32, ptr %1812, align 4, !tbaa !4
+  %1814 = insertelement <16 x i32> poison, i32 %1813, i64 0
+  %1815 = shufflevector <16 x i32> %1814, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1931.us.2 = bitcast <16 x i32> %1815 to <32 x bfloat>
+  %r.i1932.us.2 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1932.us.1, <32 x bfloat> %1785, <32 x bfloat> %y.i1931.us.2)
+  %1816 = getelementptr i8, ptr %gep2628.us.2, i64 28
+  %1817 = load i32, ptr %1816, align 4, !tbaa !4
+  %1818 = insertelement <16 x i32> poison, i32 %1817, i64 0
+  %1819 = shufflevector <16 x i32> %1818, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1934.us.2 = bitcast <16 x i32> %1819 to <32 x bfloat>
+  %r.i1935.us.2 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1935.us.1, <32 x bfloat> %1785, <32 x bfloat> %y.i1934.us.2)
+  %1820 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %1709
+  %1821 = getelementptr inbounds nuw i8, ptr %1820, i64 192
+  %1822 = load <32 x bfloat>, ptr %1821, align 4, !tbaa !4
+  %1823 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %1710
+  %1824 = getelementptr inbounds nuw i8, ptr %1823, i64 48
+  %1825 = load i64, ptr %1824, align 8, !tbaa !4
+  %gep2628.us.3 = getelementptr i32, ptr %gep2678.us, i64 %1825
+  %1826 = load i32, ptr %gep2628.us.3, align 4, !tbaa !4
+  %1827 = insertelement <16 x i32> poison, i32 %1826, i64 0
+  %1828 = shufflevector <16 x i32> %1827, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1913.us.3 = bitcast <16 x i32> %1828 to <32 x bfloat>
+  %r.i1914.us.3 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1914.us.2, <32 x bfloat> %1822, <32 x bfloat> %y.i1913.us.3)
+  %1829 = getelementptr i8, ptr %gep2628.us.3, i64 4
+  %1830 = load i32, ptr %1829, align 4, !tbaa !4
+  %1831 = insertelement <16 x i32> poison, i32 %1830, i64 0
+  %1832 = shufflevector <16 x i32> %1831, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1916.us.3 = bitcast <16 x i32> %1832 to <32 x bfloat>
+  %r.i1917.us.3 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1917.us.2, <32 x bfloat> %1822, <32 x bfloat> %y.i1916.us.3)
+  %1833 = getelementptr i8, ptr %gep2628.us.3, i64 8
+  %1834 = load i32, ptr %1833, align 4, !tbaa !4
+  %1835 = insertelement <16 x i32> poison, i32 %1834, i64 0
+  %1836 = shufflevector <16 x i32> %1835, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1919.us.3 = bitcast <16 x i32> %1836 to <32 x bfloat>
+  %r.i1920.us.3 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1920.us.2, <32 x bfloat> %1822, <32 x bfloat> %y.i1919.us.3)
+  %1837 = getelementptr i8, ptr %gep2628.us.3, i64 12
+  %1838 = load i32, ptr %1837, align 4, !tbaa !4
+  %1839 = insertelement <16 x i32> poison, i32 %1838, i64 0
+  %1840 = shufflevector <16 x i32> %1839, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1922.us.3 = bitcast <16 x i32> %1840 to <32 x bfloat>
+  %r.i1923.us.3 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1923.us.2, <32 x bfloat> %1822, <32 x bfloat> %y.i1922.us.3)
+  %1841 = getelementptr i8, ptr %gep2628.us.3, i64 16
+  %1842 = load i32, ptr %1841, align 4, !tbaa !4
+  %1843 = insertelement <16 x i32> poison, i32 %1842, i64 0
+  %1844 = shufflevector <16 x i32> %1843, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1925.us.3 = bitcast <16 x i32> %1844 to <32 x bfloat>
+  %r.i1926.us.3 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1926.us.2, <32 x bfloat> %1822, <32 x bfloat> %y.i1925.us.3)
+  %1845 = getelementptr i8, ptr %gep2628.us.3, i64 20
+  %1846 = load i32, ptr %1845, align 4, !tbaa !4
+  %1847 = insertelement <16 x i32> poison, i32 %1846, i64 0
+  %1848 = shufflevector <16 x i32> %1847, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1928.us.3 = bitcast <16 x i32> %1848 to <32 x bfloat>
+  %r.i1929.us.3 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1929.us.2, <32 x bfloat> %1822, <32 x bfloat> %y.i1928.us.3)
+  %1849 = getelementptr i8, ptr %gep2628.us.3, i64 24
+  %1850 = load i32, ptr %1849, align 4, !tbaa !4
+  %1851 = insertelement <16 x i32> poison, i32 %1850, i64 0
+  %1852 = shufflevector <16 x i32> %1851, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1931.us.3 = bitcast <16 x i32> %1852 to <32 x bfloat>
+  %r.i1932.us.3 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1932.us.2, <32 x bfloat> %1822, <32 x bfloat> %y.i1931.us.3)
+  %1853 = getelementptr i8, ptr %gep2628.us.3, i64 28
+  %1854 = load i32, ptr %1853, align 4, !tbaa !4
+  %1855 = insertelement <16 x i32> poison, i32 %1854, i64 0
+  %1856 = shufflevector <16 x i32> %1855, <16 x i32> poison, <16 x i32> zeroinitializer
+  %y.i1934.us.3 = bitcast <16 x i32> %1856 to <32 x bfloat>
+  %r.i1935.us.3 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1935.us.2, <32 x bfloat> %1822, <32 x bfloat> %y.i1934.us.3)
+  %indvars.iv.next3085 = add nuw nsw i64 %indvars.iv3084, 1
+  %exitcond3088.not = icmp eq i64 %indvars.iv.next3085, %2701
+  br i1 %exitcond3088.not, label %for_end_to344.us, label %for_body_to343.us, !prof !8
+
+if_end155.us:                                     ; preds = %if_end334.us, %if_end379.us, %if_end152.us
+  %1857 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1858 = tail call i32 %1857(i32 1, i32 %dev_id, ptr nonnull %scaled.us)
+  %.not636.us = icmp eq i32 %1858, 0
+  br i1 %.not636.us, label %if_end381.us, label %common.ret, !prof !40
+
+if_end381.us:                                     ; preds = %if_end155.us
+  %1859 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1860 = tail call i32 %1859(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us)
+  %.not637.us = icmp eq i32 %1860, 0
+  br i1 %.not637.us, label %if_end384.us, label %common.ret, !prof !40
+
+if_end384.us:                                     ; preds = %if_end381.us
+  %1861 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1862 = tail call i32 %1861(i32 1, i32 %dev_id, ptr nonnull %edges.us)
+  %.not638.us = icmp eq i32 %1862, 0
+  br i1 %.not638.us, label %if_end387.us, label %common.ret, !prof !40
+
+if_end387.us:                                     ; preds = %if_end384.us
+  %1863 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1864 = tail call i32 %1863(i32 1, i32 %dev_id, ptr nonnull %scores.us)
+  %.not639.us = icmp eq i32 %1864, 0
+  br i1 %.not639.us, label %for_begin_row_tile.us, label %common.ret, !prof !40
+
+for_end_to283.us:                                 ; preds = %for_begin_to281.preheader.us, %if_end287.us
+  %full_acc601.sroa.60.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1477.us.3, %if_end287.us ]
+  %full_acc601.sroa.56.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1474.us.3, %if_end287.us ]
+  %full_acc601.sroa.52.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1471.us.3, %if_end287.us ]
+  %full_acc601.sroa.48.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1468.us.3, %if_end287.us ]
+  %full_acc601.sroa.44.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1465.us.3, %if_end287.us ]
+  %full_acc601.sroa.40.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1462.us.3, %if_end287.us ]
+  %full_acc601.sroa.36.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1459.us.3, %if_end287.us ]
+  %full_acc601.sroa.32.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1456.us.3, %if_end287.us ]
+  %full_acc601.sroa.28.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1453.us.3, %if_end287.us ]
+  %full_acc601.sroa.24.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1450.us.3, %if_end287.us ]
+  %full_acc601.sroa.20.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1447.us.3, %if_end287.us ]
+  %full_acc601.sroa.16.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1444.us.3, %if_end287.us ]
+  %full_acc601.sroa.12.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1441.us.3, %if_end287.us ]
+  %full_acc601.sroa.8.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1438.us.3, %if_end287.us ]
+  %full_acc601.sroa.4.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1435.us.3, %if_end287.us ]
+  %full_acc601.sroa.0.0.lcssa.us = phi <8 x float> [ zeroinitializer, %for_begin_to281.preheader.us ], [ %r.i1432.us.3, %if_end287.us ]
+  br i1 %1615, label %for_body_ti299.lr.ph.us, label %for_end_ti300.us, !prof !3
+
+for_end_ti300.us:                                 ; preds = %for_body_ti299.us, %for_end_to283.us
+  %tile_acc602.sroa.67.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.60.0.lcssa.us, %for_end_to283.us ], [ %r.i1525.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.63.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.56.0.lcssa.us, %for_end_to283.us ], [ %r.i1522.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.58.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.52.0.lcssa.us, %for_end_to283.us ], [ %r.i1519.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.54.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.48.0.lcssa.us, %for_end_to283.us ], [ %r.i1516.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.49.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.44.0.lcssa.us, %for_end_to283.us ], [ %r.i1513.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.45.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.40.0.lcssa.us, %for_end_to283.us ], [ %r.i1510.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.40.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.36.0.lcssa.us, %for_end_to283.us ], [ %r.i1507.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.36.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.32.0.lcssa.us, %for_end_to283.us ], [ %r.i1504.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.31.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.28.0.lcssa.us, %for_end_to283.us ], [ %r.i1501.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.27.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.24.0.lcssa.us, %for_end_to283.us ], [ %r.i1498.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.22.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.20.0.lcssa.us, %for_end_to283.us ], [ %r.i1495.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.18.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.16.0.lcssa.us, %for_end_to283.us ], [ %r.i1492.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.13.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.12.0.lcssa.us, %for_end_to283.us ], [ %r.i1489.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.9.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.8.0.lcssa.us, %for_end_to283.us ], [ %r.i1486.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.4.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.4.0.lcssa.us, %for_end_to283.us ], [ %r.i1483.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.0.0.lcssa.us = phi <8 x float> [ %full_acc601.sroa.0.0.lcssa.us, %for_end_to283.us ], [ %r.i1480.us, %for_body_ti299.us ]
+  %1865 = shl nuw nsw i64 %indvars.iv3116, 8
+  %1866 = add nuw nsw i64 %1865, %2690
+  %1867 = getelementptr inbounds nuw float, ptr %acc, i64 %1866
+  br i1 %863, label %if_then333.us, label %if_end332.us, !prof !7
+
+if_end332.us:                                     ; preds = %for_end_ti300.us
+  %1868 = load <8 x float>, ptr %1867, align 4, !tbaa !4
+  %1869 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1868
+  %1870 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.0.0.lcssa.us, <8 x float> %1869)
+  store <8 x float> %1870, ptr %1867, align 4, !tbaa !4
+  %1871 = getelementptr i8, ptr %1867, i64 64
+  %1872 = load <8 x float>, ptr %1871, align 4, !tbaa !4
+  %1873 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1872
+  %1874 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.4.0.lcssa.us, <8 x float> %1873)
+  store <8 x float> %1874, ptr %1871, align 4, !tbaa !4
+  %1875 = getelementptr i8, ptr %1867, i64 128
+  %1876 = load <8 x float>, ptr %1875, align 4, !tbaa !4
+  %1877 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1876
+  %1878 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.9.0.lcssa.us, <8 x float> %1877)
+  store <8 x float> %1878, ptr %1875, align 4, !tbaa !4
+  %1879 = getelementptr i8, ptr %1867, i64 192
+  %1880 = load <8 x float>, ptr %1879, align 4, !tbaa !4
+  %1881 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1880
+  %1882 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.13.0.lcssa.us, <8 x float> %1881)
+  store <8 x float> %1882, ptr %1879, align 4, !tbaa !4
+  %1883 = getelementptr i8, ptr %1867, i64 256
+  %1884 = load <8 x float>, ptr %1883, align 4, !tbaa !4
+  %1885 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1884
+  %1886 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.18.0.lcssa.us, <8 x float> %1885)
+  store <8 x float> %1886, ptr %1883, align 4, !tbaa !4
+  %1887 = getelementptr i8, ptr %1867, i64 320
+  %1888 = load <8 x float>, ptr %1887, align 4, !tbaa !4
+  %1889 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1888
+  %1890 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.22.0.lcssa.us, <8 x float> %1889)
+  store <8 x float> %1890, ptr %1887, align 4, !tbaa !4
+  %1891 = getelementptr i8, ptr %1867, i64 384
+  %1892 = load <8 x float>, ptr %1891, align 4, !tbaa !4
+  %1893 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1892
+  %1894 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.27.0.lcssa.us, <8 x float> %1893)
+  store <8 x float> %1894, ptr %1891, align 4, !tbaa !4
+  %1895 = getelementptr i8, ptr %1867, i64 448
+  %1896 = load <8 x float>, ptr %1895, align 4, !tbaa !4
+  %1897 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1896
+  %1898 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.31.0.lcssa.us, <8 x float> %1897)
+  store <8 x float> %1898, ptr %1895, align 4, !tbaa !4
+  %1899 = getelementptr i8, ptr %1867, i64 512
+  %1900 = load <8 x float>, ptr %1899, align 4, !tbaa !4
+  %1901 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1900
+  %1902 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.36.0.lcssa.us, <8 x float> %1901)
+  store <8 x float> %1902, ptr %1899, align 4, !tbaa !4
+  %1903 = getelementptr i8, ptr %1867, i64 576
+  %1904 = load <8 x float>, ptr %1903, align 4, !tbaa !4
+  %1905 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1904
+  %1906 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.40.0.lcssa.us, <8 x float> %1905)
+  store <8 x float> %1906, ptr %1903, align 4, !tbaa !4
+  %1907 = getelementptr i8, ptr %1867, i64 640
+  %1908 = load <8 x float>, ptr %1907, align 4, !tbaa !4
+  %1909 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1908
+  %1910 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.45.0.lcssa.us, <8 x float> %1909)
+  store <8 x float> %1910, ptr %1907, align 4, !tbaa !4
+  %1911 = getelementptr i8, ptr %1867, i64 704
+  %1912 = load <8 x float>, ptr %1911, align 4, !tbaa !4
+  %1913 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1912
+  %1914 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.49.0.lcssa.us, <8 x float> %1913)
+  store <8 x float> %1914, ptr %1911, align 4, !tbaa !4
+  %1915 = getelementptr i8, ptr %1867, i64 768
+  %1916 = load <8 x float>, ptr %1915, align 4, !tbaa !4
+  %1917 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1916
+  %1918 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.54.0.lcssa.us, <8 x float> %1917)
+  store <8 x float> %1918, ptr %1915, align 4, !tbaa !4
+  %1919 = getelementptr i8, ptr %1867, i64 832
+  %1920 = load <8 x float>, ptr %1919, align 4, !tbaa !4
+  %1921 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1920
+  %1922 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.58.0.lcssa.us, <8 x float> %1921)
+  store <8 x float> %1922, ptr %1919, align 4, !tbaa !4
+  %1923 = getelementptr i8, ptr %1867, i64 896
+  %1924 = load <8 x float>, ptr %1923, align 4, !tbaa !4
+  %1925 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %1924
+  %1926 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.63.0.lcssa.us, <8 x float> %1925)
+  store <8 x float> %1926, ptr %1923, align 4, !tbaa !4
+  %.phi.trans.insert3212 = getelementptr i8, ptr %1867, i64 960
+  %.pre3213 = load <8 x float>, ptr %.phi.trans.insert3212, align 4, !tbaa !4
+  %.pre3214 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, %.pre3213
+  br label %if_end334.us
+
+if_then333.us:                                    ; preds = %for_end_ti300.us
+  %1927 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.0.0.lcssa.us, <8 x float> %2692)
+  store <8 x float> %1927, ptr %1867, align 4, !tbaa !4
+  %1928 = getelementptr i8, ptr %1867, i64 64
+  %1929 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.4.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1929, ptr %1928, align 4, !tbaa !4
+  %1930 = getelementptr i8, ptr %1867, i64 128
+  %1931 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.9.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1931, ptr %1930, align 4, !tbaa !4
+  %1932 = getelementptr i8, ptr %1867, i64 192
+  %1933 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.13.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1933, ptr %1932, align 4, !tbaa !4
+  %1934 = getelementptr i8, ptr %1867, i64 256
+  %1935 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.18.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1935, ptr %1934, align 4, !tbaa !4
+  %1936 = getelementptr i8, ptr %1867, i64 320
+  %1937 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.22.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1937, ptr %1936, align 4, !tbaa !4
+  %1938 = getelementptr i8, ptr %1867, i64 384
+  %1939 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.27.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1939, ptr %1938, align 4, !tbaa !4
+  %1940 = getelementptr i8, ptr %1867, i64 448
+  %1941 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.31.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1941, ptr %1940, align 4, !tbaa !4
+  %1942 = getelementptr i8, ptr %1867, i64 512
+  %1943 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.36.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1943, ptr %1942, align 4, !tbaa !4
+  %1944 = getelementptr i8, ptr %1867, i64 576
+  %1945 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.40.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1945, ptr %1944, align 4, !tbaa !4
+  %1946 = getelementptr i8, ptr %1867, i64 640
+  %1947 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.45.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1947, ptr %1946, align 4, !tbaa !4
+  %1948 = getelementptr i8, ptr %1867, i64 704
+  %1949 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.49.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1949, ptr %1948, align 4, !tbaa !4
+  %1950 = getelementptr i8, ptr %1867, i64 768
+  %1951 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.54.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1951, ptr %1950, align 4, !tbaa !4
+  %1952 = getelementptr i8, ptr %1867, i64 832
+  %1953 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.58.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1953, ptr %1952, align 4, !tbaa !4
+  %1954 = getelementptr i8, ptr %1867, i64 896
+  %1955 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.63.0.lcssa.us, <8 x float> %2687)
+  store <8 x float> %1955, ptr %1954, align 4, !tbaa !4
+  %1956 = getelementptr i8, ptr %1867, i64 960
+  store <8 x float> zeroinitializer, ptr %1956, align 4, !tbaa !4
+  br label %if_end334.us
+
+if_end334.us:                                     ; preds = %if_then333.us, %if_end332.us
+  %.pre-phi = phi <8 x float> [ %2687, %if_then333.us ], [ %.pre3214, %if_end332.us ]
+  %1957 = getelementptr inbounds nuw float, ptr %acc, i64 %1866
+  %1958 = getelementptr i8, ptr %1957, i64 960
+  %1959 = tail call <8 x float> @llvm.fmuladd.v8f32(<8 x float> %beta610.sroa.0.0.vec.extract2062.us, <8 x float> %tile_acc602.sroa.67.0.lcssa.us, <8 x float> %.pre-phi)
+  store <8 x float> %1959, ptr %1958, align 4, !tbaa !4
+  %indvars.iv.next3117 = add nuw nsw i64 %indvars.iv3116, 1
+  %exitcond3119.not = icmp eq i64 %indvars.iv.next3117, 8
+  br i1 %exitcond3119.not, label %if_end155.us, label %for_begin_to281.preheader.us, !prof !39
+
+for_body_ti299.us:                                ; preds = %for_body_ti299.lr.ph.us, %for_body_ti299.us
+  %indvars.iv3111 = phi i64 [ 0, %for_body_ti299.lr.ph.us ], [ %indvars.iv.next3112, %for_body_ti299.us ]
+  %tile_acc602.sroa.0.02755.us = phi <8 x float> [ %full_acc601.sroa.0.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1480.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.4.02754.us = phi <8 x float> [ %full_acc601.sroa.4.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1483.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.9.02753.us = phi <8 x float> [ %full_acc601.sroa.8.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1486.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.13.02752.us = phi <8 x float> [ %full_acc601.sroa.12.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1489.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.18.02751.us = phi <8 x float> [ %full_acc601.sroa.16.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1492.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.22.02750.us = phi <8 x float> [ %full_acc601.sroa.20.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1495.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.27.02749.us = phi <8 x float> [ %full_acc601.sroa.24.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1498.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.31.02748.us = phi <8 x float> [ %full_acc601.sroa.28.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1501.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.36.02747.us = phi <8 x float> [ %full_acc601.sroa.32.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1504.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.40.02746.us = phi <8 x float> [ %full_acc601.sroa.36.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1507.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.45.02745.us = phi <8 x float> [ %full_acc601.sroa.40.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1510.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.49.02744.us = phi <8 x float> [ %full_acc601.sroa.44.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1513.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.54.02743.us = phi <8 x float> [ %full_acc601.sroa.48.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1516.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.58.02742.us = phi <8 x float> [ %full_acc601.sroa.52.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1519.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.63.02741.us = phi <8 x float> [ %full_acc601.sroa.56.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1522.us, %for_body_ti299.us ]
+  %tile_acc602.sroa.67.02740.us = phi <8 x float> [ %full_acc601.sroa.60.0.lcssa.us, %for_body_ti299.lr.ph.us ], [ %r.i1525.us, %for_body_ti299.us ]
+  %1960 = shl nsw i64 %indvars.iv3111, 4
+  %1961 = add nuw nsw i64 %1960, %2688
+  %1962 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %1961
+  %1963 = load <16 x bfloat>, ptr %1962, align 4, !tbaa !4
+  %1964 = getelementptr inbounds nuw i32, ptr %edges.us, i64 %1961
+  %1965 = load <8 x i32>, ptr %1964, align 4, !tbaa !4
+  %.idx3280 = shl nuw nsw i64 %indvars.iv3111, 4
+  %gep3322 = getelementptr inbounds nuw i8, ptr %invariant.gep3321, i64 %.idx3280
+  %1966 = load i64, ptr %gep3322, align 8, !tbaa !4
+  %gep2776.us = getelementptr i32, ptr %gep2781.us, i64 %1966
+  %1967 = load i32, ptr %gep2776.us, align 4, !tbaa !4
+  %1968 = insertelement <8 x i32> poison, i32 %1967, i64 0
+  %1969 = shufflevector <8 x i32> %1968, <8 x i32> poison, <8 x i32> zeroinitializer
+  %1970 = and <8 x i32> %1969, %1965
+  %y.i1479.us = bitcast <8 x i32> %1970 to <16 x bfloat>
+  %r.i1480.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.0.02755.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1479.us)
+  %1971 = getelementptr i8, ptr %gep2776.us, i64 4
+  %1972 = load i32, ptr %1971, align 4, !tbaa !4
+  %1973 = insertelement <8 x i32> poison, i32 %1972, i64 0
+  %1974 = shufflevector <8 x i32> %1973, <8 x i32> poison, <8 x i32> zeroinitializer
+  %1975 = and <8 x i32> %1974, %1965
+  %y.i1482.us = bitcast <8 x i32> %1975 to <16 x bfloat>
+  %r.i1483.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.4.02754.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1482.us)
+  %1976 = getelementptr i8, ptr %gep2776.us, i64 8
+  %1977 = load i32, ptr %1976, align 4, !tbaa !4
+  %1978 = insertelement <8 x i32> poison, i32 %1977, i64 0
+  %1979 = shufflevector <8 x i32> %1978, <8 x i32> poison, <8 x i32> zeroinitializer
+  %1980 = and <8 x i32> %1979, %1965
+  %y.i1485.us = bitcast <8 x i32> %1980 to <16 x bfloat>
+  %r.i1486.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.9.02753.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1485.us)
+  %1981 = getelementptr i8, ptr %gep2776.us, i64 12
+  %1982 = load i32, ptr %1981, align 4, !tbaa !4
+  %1983 = insertelement <8 x i32> poison, i32 %1982, i64 0
+  %1984 = shufflevector <8 x i32> %1983, <8 x i32> poison, <8 x i32> zeroinitializer
+  %1985 = and <8 x i32> %1984, %1965
+  %y.i1488.us = bitcast <8 x i32> %1985 to <16 x bfloat>
+  %r.i1489.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.13.02752.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1488.us)
+  %1986 = getelementptr i8, ptr %gep2776.us, i64 16
+  %1987 = load i32, ptr %1986, align 4, !tbaa !4
+  %1988 = insertelement <8 x i32> poison, i32 %1987, i64 0
+  %1989 = shufflevector <8 x i32> %1988, <8 x i32> poison, <8 x i32> zeroinitializer
+  %1990 = and <8 x i32> %1989, %1965
+  %y.i1491.us = bitcast <8 x i32> %1990 to <16 x bfloat>
+  %r.i1492.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.18.02751.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1491.us)
+  %1991 = getelementptr i8, ptr %gep2776.us, i64 20
+  %1992 = load i32, ptr %1991, align 4, !tbaa !4
+  %1993 = insertelement <8 x i32> poison, i32 %1992, i64 0
+  %1994 = shufflevector <8 x i32> %1993, <8 x i32> poison, <8 x i32> zeroinitializer
+  %1995 = and <8 x i32> %1994, %1965
+  %y.i1494.us = bitcast <8 x i32> %1995 to <16 x bfloat>
+  %r.i1495.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.22.02750.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1494.us)
+  %1996 = getelementptr i8, ptr %gep2776.us, i64 24
+  %1997 = load i32, ptr %1996, align 4, !tbaa !4
+  %1998 = insertelement <8 x i32> poison, i32 %1997, i64 0
+  %1999 = shufflevector <8 x i32> %1998, <8 x i32> poison, <8 x i32> zeroinitializer
+  %2000 = and <8 x i32> %1999, %1965
+  %y.i1497.us = bitcast <8 x i32> %2000 to <16 x bfloat>
+  %r.i1498.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.27.02749.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1497.us)
+  %2001 = getelementptr i8, ptr %gep2776.us, i64 28
+  %2002 = load i32, ptr %2001, align 4, !tbaa !4
+  %2003 = insertelement <8 x i32> poison, i32 %2002, i64 0
+  %2004 = shufflevector <8 x i32> %2003, <8 x i32> poison, <8 x i32> zeroinitializer
+  %2005 = and <8 x i32> %2004, %1965
+  %y.i1500.us = bitcast <8 x i32> %2005 to <16 x bfloat>
+  %r.i1501.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.31.02748.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1500.us)
+  %2006 = getelementptr i8, ptr %gep2776.us, i64 32
+  %2007 = load i32, ptr %2006, align 4, !tbaa !4
+  %2008 = insertelement <8 x i32> poison, i32 %2007, i64 0
+  %2009 = shufflevector <8 x i32> %2008, <8 x i32> poison, <8 x i32> zeroinitializer
+  %2010 = and <8 x i32> %2009, %1965
+  %y.i1503.us = bitcast <8 x i32> %2010 to <16 x bfloat>
+  %r.i1504.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.36.02747.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1503.us)
+  %2011 = getelementptr i8, ptr %gep2776.us, i64 36
+  %2012 = load i32, ptr %2011, align 4, !tbaa !4
+  %2013 = insertelement <8 x i32> poison, i32 %2012, i64 0
+  %2014 = shufflevector <8 x i32> %2013, <8 x i32> poison, <8 x i32> zeroinitializer
+  %2015 = and <8 x i32> %2014, %1965
+  %y.i1506.us = bitcast <8 x i32> %2015 to <16 x bfloat>
+  %r.i1507.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.40.02746.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1506.us)
+  %2016 = getelementptr i8, ptr %gep2776.us, i64 40
+  %2017 = load i32, ptr %2016, align 4, !tbaa !4
+  %2018 = insertelement <8 x i32> poison, i32 %2017, i64 0
+  %2019 = shufflevector <8 x i32> %2018, <8 x i32> poison, <8 x i32> zeroinitializer
+  %2020 = and <8 x i32> %2019, %1965
+  %y.i1509.us = bitcast <8 x i32> %2020 to <16 x bfloat>
+  %r.i1510.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.45.02745.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1509.us)
+  %2021 = getelementptr i8, ptr %gep2776.us, i64 44
+  %2022 = load i32, ptr %2021, align 4, !tbaa !4
+  %2023 = insertelement <8 x i32> poison, i32 %2022, i64 0
+  %2024 = shufflevector <8 x i32> %2023, <8 x i32> poison, <8 x i32> zeroinitializer
+  %2025 = and <8 x i32> %2024, %1965
+  %y.i1512.us = bitcast <8 x i32> %2025 to <16 x bfloat>
+  %r.i1513.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.49.02744.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1512.us)
+  %2026 = getelementptr i8, ptr %gep2776.us, i64 48
+  %2027 = load i32, ptr %2026, align 4, !tbaa !4
+  %2028 = insertelement <8 x i32> poison, i32 %2027, i64 0
+  %2029 = shufflevector <8 x i32> %2028, <8 x i32> poison, <8 x i32> zeroinitializer
+  %2030 = and <8 x i32> %2029, %1965
+  %y.i1515.us = bitcast <8 x i32> %2030 to <16 x bfloat>
+  %r.i1516.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.54.02743.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1515.us)
+  %2031 = getelementptr i8, ptr %gep2776.us, i64 52
+  %2032 = load i32, ptr %2031, align 4, !tbaa !4
+  %2033 = insertelement <8 x i32> poison, i32 %2032, i64 0
+  %2034 = shufflevector <8 x i32> %2033, <8 x i32> poison, <8 x i32> zeroinitializer
+  %2035 = and <8 x i32> %2034, %1965
+  %y.i1518.us = bitcast <8 x i32> %2035 to <16 x bfloat>
+  %r.i1519.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.58.02742.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1518.us)
+  %2036 = getelementptr i8, ptr %gep2776.us, i64 56
+  %2037 = load i32, ptr %2036, align 4, !tbaa !4
+  %2038 = insertelement <8 x i32> poison, i32 %2037, i64 0
+  %2039 = shufflevector <8 x i32> %2038, <8 x i32> poison, <8 x i32> zeroinitializer
+  %2040 = and <8 x i32> %2039, %1965
+  %y.i1521.us = bitcast <8 x i32> %2040 to <16 x bfloat>
+  %r.i1522.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.63.02741.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1521.us)
+  %2041 = getelementptr i8, ptr %gep2776.us, i64 60
+  %2042 = load i32, ptr %2041, align 4, !tbaa !4
+  %2043 = insertelement <8 x i32> poison, i32 %2042, i64 0
+  %2044 = shufflevector <8 x i32> %2043, <8 x i32> poison, <8 x i32> zeroinitializer
+  %2045 = and <8 x i32> %2044, %1965
+  %y.i1524.us = bitcast <8 x i32> %2045 to <16 x bfloat>
+  %r.i1525.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_acc602.sroa.67.02740.us, <16 x bfloat> %1963, <16 x bfloat> %y.i1524.us)
+  %indvars.iv.next3112 = add nuw nsw i64 %indvars.iv3111, 1
+  %exitcond3115.not = icmp eq i64 %indvars.iv.next3112, %wide.trip.count3114
+  br i1 %exitcond3115.not, label %for_end_ti300.us, label %for_body_ti299.us, !prof !8
+
+for_body_to282.us:                                ; preds = %for_body_to282.lr.ph.us, %if_end287.us
+  %indvars.iv3106 = phi i64 [ 0, %for_body_to282.lr.ph.us ], [ %indvars.iv.next3107, %if_end287.us ]
+  %full_acc601.sroa.0.02720.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1432.us.3, %if_end287.us ]
+  %full_acc601.sroa.4.02719.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1435.us.3, %if_end287.us ]
+  %full_acc601.sroa.8.02718.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1438.us.3, %if_end287.us ]
+  %full_acc601.sroa.12.02717.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1441.us.3, %if_end287.us ]
+  %full_acc601.sroa.16.02716.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1444.us.3, %if_end287.us ]
+  %full_acc601.sroa.20.02715.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1447.us.3, %if_end287.us ]
+  %full_acc601.sroa.24.02714.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1450.us.3, %if_end287.us ]
+  %full_acc601.sroa.28.02713.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1453.us.3, %if_end287.us ]
+  %full_acc601.sroa.32.02712.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1456.us.3, %if_end287.us ]
+  %full_acc601.sroa.36.02711.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1459.us.3, %if_end287.us ]
+  %full_acc601.sroa.40.02710.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1462.us.3, %if_end287.us ]
+  %full_acc601.sroa.44.02709.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1465.us.3, %if_end287.us ]
+  %full_acc601.sroa.48.02708.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1468.us.3, %if_end287.us ]
+  %full_acc601.sroa.52.02707.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1471.us.3, %if_end287.us ]
+  %full_acc601.sroa.56.02706.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1474.us.3, %if_end287.us ]
+  %full_acc601.sroa.60.02705.us = phi <8 x float> [ zeroinitializer, %for_body_to282.lr.ph.us ], [ %r.i1477.us.3, %if_end287.us ]
+  br i1 %2684, label %for_begin_line288.preheader.us, label %if_end287.us, !prof !7
+
+if_end287.us:                                     ; preds = %for_begin_line288.preheader.us, %for_body_to282.us
+  %2046 = shl nsw i64 %indvars.iv3106, 6
+  %2047 = shl nsw i64 %indvars.iv3106, 3
+  %2048 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %2046
+  %2049 = load <16 x bfloat>, ptr %2048, align 4, !tbaa !4
+  %2050 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %2047
+  %2051 = load i64, ptr %2050, align 8, !tbaa !4
+  %gep2687.us = getelementptr i32, ptr %gep2779.us, i64 %2051
+  %2052 = load i32, ptr %gep2687.us, align 4, !tbaa !4
+  %2053 = insertelement <8 x i32> poison, i32 %2052, i64 0
+  %2054 = shufflevector <8 x i32> %2053, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1431.us = bitcast <8 x i32> %2054 to <16 x bfloat>
+  %r.i1432.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.0.02720.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1431.us)
+  %2055 = getelementptr i8, ptr %gep2687.us, i64 4
+  %2056 = load i32, ptr %2055, align 4, !tbaa !4
+  %2057 = insertelement <8 x i32> poison, i32 %2056, i64 0
+  %2058 = shufflevector <8 x i32> %2057, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1434.us = bitcast <8 x i32> %2058 to <16 x bfloat>
+  %r.i1435.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.4.02719.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1434.us)
+  %2059 = getelementptr i8, ptr %gep2687.us, i64 8
+  %2060 = load i32, ptr %2059, align 4, !tbaa !4
+  %2061 = insertelement <8 x i32> poison, i32 %2060, i64 0
+  %2062 = shufflevector <8 x i32> %2061, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1437.us = bitcast <8 x i32> %2062 to <16 x bfloat>
+  %r.i1438.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.8.02718.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1437.us)
+  %2063 = getelementptr i8, ptr %gep2687.us, i64 12
+  %2064 = load i32, ptr %2063, align 4, !tbaa !4
+  %2065 = insertelement <8 x i32> poison, i32 %2064, i64 0
+  %2066 = shufflevector <8 x i32> %2065, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1440.us = bitcast <8 x i32> %2066 to <16 x bfloat>
+  %r.i1441.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.12.02717.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1440.us)
+  %2067 = getelementptr i8, ptr %gep2687.us, i64 16
+  %2068 = load i32, ptr %2067, align 4, !tbaa !4
+  %2069 = insertelement <8 x i32> poison, i32 %2068, i64 0
+  %2070 = shufflevector <8 x i32> %2069, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1443.us = bitcast <8 x i32> %2070 to <16 x bfloat>
+  %r.i1444.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.16.02716.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1443.us)
+  %2071 = getelementptr i8, ptr %gep2687.us, i64 20
+  %2072 = load i32, ptr %2071, align 4, !tbaa !4
+  %2073 = insertelement <8 x i32> poison, i32 %2072, i64 0
+  %2074 = shufflevector <8 x i32> %2073, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1446.us = bitcast <8 x i32> %2074 to <16 x bfloat>
+  %r.i1447.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.20.02715.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1446.us)
+  %2075 = getelementptr i8, ptr %gep2687.us, i64 24
+  %2076 = load i32, ptr %2075, align 4, !tbaa !4
+  %2077 = insertelement <8 x i32> poison, i32 %2076, i64 0
+  %2078 = shufflevector <8 x i32> %2077, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1449.us = bitcast <8 x i32> %2078 to <16 x bfloat>
+  %r.i1450.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.24.02714.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1449.us)
+  %2079 = getelementptr i8, ptr %gep2687.us, i64 28
+  %2080 = load i32, ptr %2079, align 4, !tbaa !4
+  %2081 = insertelement <8 x i32> poison, i32 %2080, i64 0
+  %2082 = shufflevector <8 x i32> %2081, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1452.us = bitcast <8 x i32> %2082 to <16 x bfloat>
+  %r.i1453.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.28.02713.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1452.us)
+  %2083 = getelementptr i8, ptr %gep2687.us, i64 32
+  %2084 = load i32, ptr %2083, align 4, !tbaa !4
+  %2085 = insertelement <8 x i32> poison, i32 %2084, i64 0
+  %2086 = shufflevector <8 x i32> %2085, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1455.us = bitcast <8 x i32> %2086 to <16 x bfloat>
+  %r.i1456.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.32.02712.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1455.us)
+  %2087 = getelementptr i8, ptr %gep2687.us, i64 36
+  %2088 = load i32, ptr %2087, align 4, !tbaa !4
+  %2089 = insertelement <8 x i32> poison, i32 %2088, i64 0
+  %2090 = shufflevector <8 x i32> %2089, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1458.us = bitcast <8 x i32> %2090 to <16 x bfloat>
+  %r.i1459.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.36.02711.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1458.us)
+  %2091 = getelementptr i8, ptr %gep2687.us, i64 40
+  %2092 = load i32, ptr %2091, align 4, !tbaa !4
+  %2093 = insertelement <8 x i32> poison, i32 %2092, i64 0
+  %2094 = shufflevector <8 x i32> %2093, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1461.us = bitcast <8 x i32> %2094 to <16 x bfloat>
+  %r.i1462.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.40.02710.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1461.us)
+  %2095 = getelementptr i8, ptr %gep2687.us, i64 44
+  %2096 = load i32, ptr %2095, align 4, !tbaa !4
+  %2097 = insertelement <8 x i32> poison, i32 %2096, i64 0
+  %2098 = shufflevector <8 x i32> %2097, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1464.us = bitcast <8 x i32> %2098 to <16 x bfloat>
+  %r.i1465.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.44.02709.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1464.us)
+  %2099 = getelementptr i8, ptr %gep2687.us, i64 48
+  %2100 = load i32, ptr %2099, align 4, !tbaa !4
+  %2101 = insertelement <8 x i32> poison, i32 %2100, i64 0
+  %2102 = shufflevector <8 x i32> %2101, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1467.us = bitcast <8 x i32> %2102 to <16 x bfloat>
+  %r.i1468.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.48.02708.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1467.us)
+  %2103 = getelementptr i8, ptr %gep2687.us, i64 52
+  %2104 = load i32, ptr %2103, align 4, !tbaa !4
+  %2105 = insertelement <8 x i32> poison, i32 %2104, i64 0
+  %2106 = shufflevector <8 x i32> %2105, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1470.us = bitcast <8 x i32> %2106 to <16 x bfloat>
+  %r.i1471.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.52.02707.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1470.us)
+  %2107 = getelementptr i8, ptr %gep2687.us, i64 56
+  %2108 = load i32, ptr %2107, align 4, !tbaa !4
+  %2109 = insertelement <8 x i32> poison, i32 %2108, i64 0
+  %2110 = shufflevector <8 x i32> %2109, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1473.us = bitcast <8 x i32> %2110 to <16 x bfloat>
+  %r.i1474.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.56.02706.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1473.us)
+  %2111 = getelementptr i8, ptr %gep2687.us, i64 60
+  %2112 = load i32, ptr %2111, align 4, !tbaa !4
+  %2113 = insertelement <8 x i32> poison, i32 %2112, i64 0
+  %2114 = shufflevector <8 x i32> %2113, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1476.us = bitcast <8 x i32> %2114 to <16 x bfloat>
+  %r.i1477.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %full_acc601.sroa.60.02705.us, <16 x bfloat> %2049, <16 x bfloat> %y.i1476.us)
+  %2115 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %2046
+  %2116 = getelementptr inbounds nuw i8, ptr %2115, i64 64
+  %2117 = load <16 x bfloat>, ptr %2116, align 4, !tbaa !4
+  %2118 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %2047
+  %2119 = getelementptr inbounds nuw i8, ptr %2118, i64 16
+  %2120 = load i64, ptr %2119, align 8, !tbaa !4
+  %gep2687.us.1 = getelementptr i32, ptr %gep2779.us, i64 %2120
+  %2121 = load i32, ptr %gep2687.us.1, align 4, !tbaa !4
+  %2122 = insertelement <8 x i32> poison, i32 %2121, i64 0
+  %2123 = shufflevector <8 x i32> %2122, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1431.us.1 = bitcast <8 x i32> %2123 to <16 x bfloat>
+  %r.i1432.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1432.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1431.us.1)
+  %2124 = getelementptr i8, ptr %gep2687.us.1, i64 4
+  %2125 = load i32, ptr %2124, align 4, !tbaa !4
+  %2126 = insertelement <8 x i32> poison, i32 %2125, i64 0
+  %2127 = shufflevector <8 x i32> %2126, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1434.us.1 = bitcast <8 x i32> %2127 to <16 x bfloat>
+  %r.i1435.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1435.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1434.us.1)
+  %2128 = getelementptr i8, ptr %gep2687.us.1, i64 8
+  %2129 = load i32, ptr %2128, align 4, !tbaa !4
+  %2130 = insertelement <8 x i32> poison, i32 %2129, i64 0
+  %2131 = shufflevector <8 x i32> %2130, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1437.us.1 = bitcast <8 x i32> %2131 to <16 x bfloat>
+  %r.i1438.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1438.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1437.us.1)
+  %2132 = getelementptr i8, ptr %gep2687.us.1, i64 12
+  %2133 = load i32, ptr %2132, align 4, !tbaa !4
+  %2134 = insertelement <8 x i32> poison, i32 %2133, i64 0
+  %2135 = shufflevector <8 x i32> %2134, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1440.us.1 = bitcast <8 x i32> %2135 to <16 x bfloat>
+  %r.i1441.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1441.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1440.us.1)
+  %2136 = getelementptr i8, ptr %gep2687.us.1, i64 16
+  %2137 = load i32, ptr %2136, align 4, !tbaa !4
+  %2138 = insertelement <8 x i32> poison, i32 %2137, i64 0
+  %2139 = shufflevector <8 x i32> %2138, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1443.us.1 = bitcast <8 x i32> %2139 to <16 x bfloat>
+  %r.i1444.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1444.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1443.us.1)
+  %2140 = getelementptr i8, ptr %gep2687.us.1, i64 20
+  %2141 = load i32, ptr %2140, align 4, !tbaa !4
+  %2142 = insertelement <8 x i32> poison, i32 %2141, i64 0
+  %2143 = shufflevector <8 x i32> %2142, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1446.us.1 = bitcast <8 x i32> %2143 to <16 x bfloat>
+  %r.i1447.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1447.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1446.us.1)
+  %2144 = getelementptr i8, ptr %gep2687.us.1, i64 24
+  %2145 = load i32, ptr %2144, align 4, !tbaa !4
+  %2146 = insertelement <8 x i32> poison, i32 %2145, i64 0
+  %2147 = shufflevector <8 x i32> %2146, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1449.us.1 = bitcast <8 x i32> %2147 to <16 x bfloat>
+  %r.i1450.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1450.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1449.us.1)
+  %2148 = getelementptr i8, ptr %gep2687.us.1, i64 28
+  %2149 = load i32, ptr %2148, align 4, !tbaa !4
+  %2150 = insertelement <8 x i32> poison, i32 %2149, i64 0
+  %2151 = shufflevector <8 x i32> %2150, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1452.us.1 = bitcast <8 x i32> %2151 to <16 x bfloat>
+  %r.i1453.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1453.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1452.us.1)
+  %2152 = getelementptr i8, ptr %gep2687.us.1, i64 32
+  %2153 = load i32, ptr %2152, align 4, !tbaa !4
+  %2154 = insertelement <8 x i32> poison, i32 %2153, i64 0
+  %2155 = shufflevector <8 x i32> %2154, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1455.us.1 = bitcast <8 x i32> %2155 to <16 x bfloat>
+  %r.i1456.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1456.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1455.us.1)
+  %2156 = getelementptr i8, ptr %gep2687.us.1, i64 36
+  %2157 = load i32, ptr %2156, align 4, !tbaa !4
+  %2158 = insertelement <8 x i32> poison, i32 %2157, i64 0
+  %2159 = shufflevector <8 x i32> %2158, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1458.us.1 = bitcast <8 x i32> %2159 to <16 x bfloat>
+  %r.i1459.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1459.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1458.us.1)
+  %2160 = getelementptr i8, ptr %gep2687.us.1, i64 40
+  %2161 = load i32, ptr %2160, align 4, !tbaa !4
+  %2162 = insertelement <8 x i32> poison, i32 %2161, i64 0
+  %2163 = shufflevector <8 x i32> %2162, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1461.us.1 = bitcast <8 x i32> %2163 to <16 x bfloat>
+  %r.i1462.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1462.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1461.us.1)
+  %2164 = getelementptr i8, ptr %gep2687.us.1, i64 44
+  %2165 = load i32, ptr %2164, align 4, !tbaa !4
+  %2166 = insertelement <8 x i32> poison, i32 %2165, i64 0
+  %2167 = shufflevector <8 x i32> %2166, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1464.us.1 = bitcast <8 x i32> %2167 to <16 x bfloat>
+  %r.i1465.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1465.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1464.us.1)
+  %2168 = getelementptr i8, ptr %gep2687.us.1, i64 48
+  %2169 = load i32, ptr %2168, align 4, !tbaa !4
+  %2170 = insertelement <8 x i32> poison, i32 %2169, i64 0
+  %2171 = shufflevector <8 x i32> %2170, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1467.us.1 = bitcast <8 x i32> %2171 to <16 x bfloat>
+  %r.i1468.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1468.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1467.us.1)
+  %2172 = getelementptr i8, ptr %gep2687.us.1, i64 52
+  %2173 = load i32, ptr %2172, align 4, !tbaa !4
+  %2174 = insertelement <8 x i32> poison, i32 %2173, i64 0
+  %2175 = shufflevector <8 x i32> %2174, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1470.us.1 = bitcast <8 x i32> %2175 to <16 x bfloat>
+  %r.i1471.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1471.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1470.us.1)
+  %2176 = getelementptr i8, ptr %gep2687.us.1, i64 56
+  %2177 = load i32, ptr %2176, align 4, !tbaa !4
+  %2178 = insertelement <8 x i32> poison, i32 %2177, i64 0
+  %2179 = shufflevector <8 x i32> %2178, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1473.us.1 = bitcast <8 x i32> %2179 to <16 x bfloat>
+  %r.i1474.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1474.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1473.us.1)
+  %2180 = getelementptr i8, ptr %gep2687.us.1, i64 60
+  %2181 = load i32, ptr %2180, align 4, !tbaa !4
+  %2182 = insertelement <8 x i32> poison, i32 %2181, i64 0
+  %2183 = shufflevector <8 x i32> %2182, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1476.us.1 = bitcast <8 x i32> %2183 to <16 x bfloat>
+  %r.i1477.us.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1477.us, <16 x bfloat> %2117, <16 x bfloat> %y.i1476.us.1)
+  %2184 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %2046
+  %2185 = getelementptr inbounds nuw i8, ptr %2184, i64 128
+  %2186 = load <16 x bfloat>, ptr %2185, align 4, !tbaa !4
+  %2187 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %2047
+  %2188 = getelementptr inbounds nuw i8, ptr %2187, i64 32
+  %2189 = load i64, ptr %2188, align 8, !tbaa !4
+  %gep2687.us.2 = getelementptr i32, ptr %gep2779.us, i64 %2189
+  %2190 = load i32, ptr %gep2687.us.2, align 4, !tbaa !4
+  %2191 = insertelement <8 x i32> poison, i32 %2190, i64 0
+  %2192 = shufflevector <8 x i32> %2191, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1431.us.2 = bitcast <8 x i32> %2192 to <16 x bfloat>
+  %r.i1432.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1432.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1431.us.2)
+  %2193 = getelementptr i8, ptr %gep2687.us.2, i64 4
+  %2194 = load i32, ptr %2193, align 4, !tbaa !4
+  %2195 = insertelement <8 x i32> poison, i32 %2194, i64 0
+  %2196 = shufflevector <8 x i32> %2195, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1434.us.2 = bitcast <8 x i32> %2196 to <16 x bfloat>
+  %r.i1435.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1435.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1434.us.2)
+  %2197 = getelementptr i8, ptr %gep2687.us.2, i64 8
+  %2198 = load i32, ptr %2197, align 4, !tbaa !4
+  %2199 = insertelement <8 x i32> poison, i32 %2198, i64 0
+  %2200 = shufflevector <8 x i32> %2199, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1437.us.2 = bitcast <8 x i32> %2200 to <16 x bfloat>
+  %r.i1438.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1438.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1437.us.2)
+  %2201 = getelementptr i8, ptr %gep2687.us.2, i64 12
+  %2202 = load i32, ptr %2201, align 4, !tbaa !4
+  %2203 = insertelement <8 x i32> poison, i32 %2202, i64 0
+  %2204 = shufflevector <8 x i32> %2203, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1440.us.2 = bitcast <8 x i32> %2204 to <16 x bfloat>
+  %r.i1441.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1441.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1440.us.2)
+  %2205 = getelementptr i8, ptr %gep2687.us.2, i64 16
+  %2206 = load i32, ptr %2205, align 4, !tbaa !4
+  %2207 = insertelement <8 x i32> poison, i32 %2206, i64 0
+  %2208 = shufflevector <8 x i32> %2207, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1443.us.2 = bitcast <8 x i32> %2208 to <16 x bfloat>
+  %r.i1444.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1444.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1443.us.2)
+  %2209 = getelementptr i8, ptr %gep2687.us.2, i64 20
+  %2210 = load i32, ptr %2209, align 4, !tbaa !4
+  %2211 = insertelement <8 x i32> poison, i32 %2210, i64 0
+  %2212 = shufflevector <8 x i32> %2211, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1446.us.2 = bitcast <8 x i32> %2212 to <16 x bfloat>
+  %r.i1447.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1447.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1446.us.2)
+  %2213 = getelementptr i8, ptr %gep2687.us.2, i64 24
+  %2214 = load i32, ptr %2213, align 4, !tbaa !4
+  %2215 = insertelement <8 x i32> poison, i32 %2214, i64 0
+  %2216 = shufflevector <8 x i32> %2215, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1449.us.2 = bitcast <8 x i32> %2216 to <16 x bfloat>
+  %r.i1450.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1450.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1449.us.2)
+  %2217 = getelementptr i8, ptr %gep2687.us.2, i64 28
+  %2218 = load i32, ptr %2217, align 4, !tbaa !4
+  %2219 = insertelement <8 x i32> poison, i32 %2218, i64 0
+  %2220 = shufflevector <8 x i32> %2219, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1452.us.2 = bitcast <8 x i32> %2220 to <16 x bfloat>
+  %r.i1453.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1453.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1452.us.2)
+  %2221 = getelementptr i8, ptr %gep2687.us.2, i64 32
+  %2222 = load i32, ptr %2221, align 4, !tbaa !4
+  %2223 = insertelement <8 x i32> poison, i32 %2222, i64 0
+  %2224 = shufflevector <8 x i32> %2223, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1455.us.2 = bitcast <8 x i32> %2224 to <16 x bfloat>
+  %r.i1456.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1456.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1455.us.2)
+  %2225 = getelementptr i8, ptr %gep2687.us.2, i64 36
+  %2226 = load i32, ptr %2225, align 4, !tbaa !4
+  %2227 = insertelement <8 x i32> poison, i32 %2226, i64 0
+  %2228 = shufflevector <8 x i32> %2227, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1458.us.2 = bitcast <8 x i32> %2228 to <16 x bfloat>
+  %r.i1459.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1459.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1458.us.2)
+  %2229 = getelementptr i8, ptr %gep2687.us.2, i64 40
+  %2230 = load i32, ptr %2229, align 4, !tbaa !4
+  %2231 = insertelement <8 x i32> poison, i32 %2230, i64 0
+  %2232 = shufflevector <8 x i32> %2231, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1461.us.2 = bitcast <8 x i32> %2232 to <16 x bfloat>
+  %r.i1462.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1462.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1461.us.2)
+  %2233 = getelementptr i8, ptr %gep2687.us.2, i64 44
+  %2234 = load i32, ptr %2233, align 4, !tbaa !4
+  %2235 = insertelement <8 x i32> poison, i32 %2234, i64 0
+  %2236 = shufflevector <8 x i32> %2235, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1464.us.2 = bitcast <8 x i32> %2236 to <16 x bfloat>
+  %r.i1465.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1465.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1464.us.2)
+  %2237 = getelementptr i8, ptr %gep2687.us.2, i64 48
+  %2238 = load i32, ptr %2237, align 4, !tbaa !4
+  %2239 = insertelement <8 x i32> poison, i32 %2238, i64 0
+  %2240 = shufflevector <8 x i32> %2239, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1467.us.2 = bitcast <8 x i32> %2240 to <16 x bfloat>
+  %r.i1468.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1468.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1467.us.2)
+  %2241 = getelementptr i8, ptr %gep2687.us.2, i64 52
+  %2242 = load i32, ptr %2241, align 4, !tbaa !4
+  %2243 = insertelement <8 x i32> poison, i32 %2242, i64 0
+  %2244 = shufflevector <8 x i32> %2243, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1470.us.2 = bitcast <8 x i32> %2244 to <16 x bfloat>
+  %r.i1471.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1471.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1470.us.2)
+  %2245 = getelementptr i8, ptr %gep2687.us.2, i64 56
+  %2246 = load i32, ptr %2245, align 4, !tbaa !4
+  %2247 = insertelement <8 x i32> poison, i32 %2246, i64 0
+  %2248 = shufflevector <8 x i32> %2247, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1473.us.2 = bitcast <8 x i32> %2248 to <16 x bfloat>
+  %r.i1474.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1474.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1473.us.2)
+  %2249 = getelementptr i8, ptr %gep2687.us.2, i64 60
+  %2250 = load i32, ptr %2249, align 4, !tbaa !4
+  %2251 = insertelement <8 x i32> poison, i32 %2250, i64 0
+  %2252 = shufflevector <8 x i32> %2251, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1476.us.2 = bitcast <8 x i32> %2252 to <16 x bfloat>
+  %r.i1477.us.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1477.us.1, <16 x bfloat> %2186, <16 x bfloat> %y.i1476.us.2)
+  %2253 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %2046
+  %2254 = getelementptr inbounds nuw i8, ptr %2253, i64 192
+  %2255 = load <16 x bfloat>, ptr %2254, align 4, !tbaa !4
+  %2256 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %2047
+  %2257 = getelementptr inbounds nuw i8, ptr %2256, i64 48
+  %2258 = load i64, ptr %2257, align 8, !tbaa !4
+  %gep2687.us.3 = getelementptr i32, ptr %gep2779.us, i64 %2258
+  %2259 = load i32, ptr %gep2687.us.3, align 4, !tbaa !4
+  %2260 = insertelement <8 x i32> poison, i32 %2259, i64 0
+  %2261 = shufflevector <8 x i32> %2260, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1431.us.3 = bitcast <8 x i32> %2261 to <16 x bfloat>
+  %r.i1432.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1432.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1431.us.3)
+  %2262 = getelementptr i8, ptr %gep2687.us.3, i64 4
+  %2263 = load i32, ptr %2262, align 4, !tbaa !4
+  %2264 = insertelement <8 x i32> poison, i32 %2263, i64 0
+  %2265 = shufflevector <8 x i32> %2264, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1434.us.3 = bitcast <8 x i32> %2265 to <16 x bfloat>
+  %r.i1435.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1435.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1434.us.3)
+  %2266 = getelementptr i8, ptr %gep2687.us.3, i64 8
+  %2267 = load i32, ptr %2266, align 4, !tbaa !4
+  %2268 = insertelement <8 x i32> poison, i32 %2267, i64 0
+  %2269 = shufflevector <8 x i32> %2268, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1437.us.3 = bitcast <8 x i32> %2269 to <16 x bfloat>
+  %r.i1438.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1438.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1437.us.3)
+  %2270 = getelementptr i8, ptr %gep2687.us.3, i64 12
+  %2271 = load i32, ptr %2270, align 4, !tbaa !4
+  %2272 = insertelement <8 x i32> poison, i32 %2271, i64 0
+  %2273 = shufflevector <8 x i32> %2272, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1440.us.3 = bitcast <8 x i32> %2273 to <16 x bfloat>
+  %r.i1441.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1441.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1440.us.3)
+  %2274 = getelementptr i8, ptr %gep2687.us.3, i64 16
+  %2275 = load i32, ptr %2274, align 4, !tbaa !4
+  %2276 = insertelement <8 x i32> poison, i32 %2275, i64 0
+  %2277 = shufflevector <8 x i32> %2276, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1443.us.3 = bitcast <8 x i32> %2277 to <16 x bfloat>
+  %r.i1444.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1444.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1443.us.3)
+  %2278 = getelementptr i8, ptr %gep2687.us.3, i64 20
+  %2279 = load i32, ptr %2278, align 4, !tbaa !4
+  %2280 = insertelement <8 x i32> poison, i32 %2279, i64 0
+  %2281 = shufflevector <8 x i32> %2280, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1446.us.3 = bitcast <8 x i32> %2281 to <16 x bfloat>
+  %r.i1447.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1447.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1446.us.3)
+  %2282 = getelementptr i8, ptr %gep2687.us.3, i64 24
+  %2283 = load i32, ptr %2282, align 4, !tbaa !4
+  %2284 = insertelement <8 x i32> poison, i32 %2283, i64 0
+  %2285 = shufflevector <8 x i32> %2284, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1449.us.3 = bitcast <8 x i32> %2285 to <16 x bfloat>
+  %r.i1450.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1450.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1449.us.3)
+  %2286 = getelementptr i8, ptr %gep2687.us.3, i64 28
+  %2287 = load i32, ptr %2286, align 4, !tbaa !4
+  %2288 = insertelement <8 x i32> poison, i32 %2287, i64 0
+  %2289 = shufflevector <8 x i32> %2288, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1452.us.3 = bitcast <8 x i32> %2289 to <16 x bfloat>
+  %r.i1453.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1453.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1452.us.3)
+  %2290 = getelementptr i8, ptr %gep2687.us.3, i64 32
+  %2291 = load i32, ptr %2290, align 4, !tbaa !4
+  %2292 = insertelement <8 x i32> poison, i32 %2291, i64 0
+  %2293 = shufflevector <8 x i32> %2292, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1455.us.3 = bitcast <8 x i32> %2293 to <16 x bfloat>
+  %r.i1456.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1456.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1455.us.3)
+  %2294 = getelementptr i8, ptr %gep2687.us.3, i64 36
+  %2295 = load i32, ptr %2294, align 4, !tbaa !4
+  %2296 = insertelement <8 x i32> poison, i32 %2295, i64 0
+  %2297 = shufflevector <8 x i32> %2296, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1458.us.3 = bitcast <8 x i32> %2297 to <16 x bfloat>
+  %r.i1459.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1459.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1458.us.3)
+  %2298 = getelementptr i8, ptr %gep2687.us.3, i64 40
+  %2299 = load i32, ptr %2298, align 4, !tbaa !4
+  %2300 = insertelement <8 x i32> poison, i32 %2299, i64 0
+  %2301 = shufflevector <8 x i32> %2300, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1461.us.3 = bitcast <8 x i32> %2301 to <16 x bfloat>
+  %r.i1462.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1462.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1461.us.3)
+  %2302 = getelementptr i8, ptr %gep2687.us.3, i64 44
+  %2303 = load i32, ptr %2302, align 4, !tbaa !4
+  %2304 = insertelement <8 x i32> poison, i32 %2303, i64 0
+  %2305 = shufflevector <8 x i32> %2304, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1464.us.3 = bitcast <8 x i32> %2305 to <16 x bfloat>
+  %r.i1465.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1465.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1464.us.3)
+  %2306 = getelementptr i8, ptr %gep2687.us.3, i64 48
+  %2307 = load i32, ptr %2306, align 4, !tbaa !4
+  %2308 = insertelement <8 x i32> poison, i32 %2307, i64 0
+  %2309 = shufflevector <8 x i32> %2308, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1467.us.3 = bitcast <8 x i32> %2309 to <16 x bfloat>
+  %r.i1468.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1468.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1467.us.3)
+  %2310 = getelementptr i8, ptr %gep2687.us.3, i64 52
+  %2311 = load i32, ptr %2310, align 4, !tbaa !4
+  %2312 = insertelement <8 x i32> poison, i32 %2311, i64 0
+  %2313 = shufflevector <8 x i32> %2312, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1470.us.3 = bitcast <8 x i32> %2313 to <16 x bfloat>
+  %r.i1471.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1471.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1470.us.3)
+  %2314 = getelementptr i8, ptr %gep2687.us.3, i64 56
+  %2315 = load i32, ptr %2314, align 4, !tbaa !4
+  %2316 = insertelement <8 x i32> poison, i32 %2315, i64 0
+  %2317 = shufflevector <8 x i32> %2316, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1473.us.3 = bitcast <8 x i32> %2317 to <16 x bfloat>
+  %r.i1474.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1474.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1473.us.3)
+  %2318 = getelementptr i8, ptr %gep2687.us.3, i64 60
+  %2319 = load i32, ptr %2318, align 4, !tbaa !4
+  %2320 = insertelement <8 x i32> poison, i32 %2319, i64 0
+  %2321 = shufflevector <8 x i32> %2320, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1476.us.3 = bitcast <8 x i32> %2321 to <16 x bfloat>
+  %r.i1477.us.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1477.us.2, <16 x bfloat> %2255, <16 x bfloat> %y.i1476.us.3)
+  %indvars.iv.next3107 = add nuw nsw i64 %indvars.iv3106, 1
+  %exitcond3110.not = icmp eq i64 %indvars.iv.next3107, %2691
+  br i1 %exitcond3110.not, label %for_end_to283.us, label %for_body_to282.us, !prof !8
+
+for_begin_line288.preheader.us:                   ; preds = %for_body_to282.us
+  %2322 = add nuw nsw i64 %indvars.iv3106, %4210
+  %gep3320 = getelementptr inbounds nuw i64, ptr %invariant.gep3319, i64 %2322
+  %2323 = load i64, ptr %gep3320, align 8, !tbaa !4
+  %2324 = shl i64 %2322, 6
+  %2325 = and i64 %2324, 64
+  %gep2739.us = getelementptr i32, ptr %invariant.gep2738.us, i64 %2323
+  %gep2682.us = getelementptr i32, ptr %gep2739.us, i64 %2325
+  tail call void @llvm.prefetch.p0(ptr %gep2682.us, i32 0, i32 2, i32 1)
+  %2326 = getelementptr i32, ptr %gep2739.us, i64 %2325
+  %gep2682.us.1 = getelementptr i8, ptr %2326, i64 64
+  tail call void @llvm.prefetch.p0(ptr %gep2682.us.1, i32 0, i32 2, i32 1)
+  %2327 = getelementptr i32, ptr %gep2739.us, i64 %2325
+  %gep2682.us.2 = getelementptr i8, ptr %2327, i64 128
+  tail call void @llvm.prefetch.p0(ptr %gep2682.us.2, i32 0, i32 2, i32 1)
+  %2328 = getelementptr i32, ptr %gep2739.us, i64 %2325
+  %gep2682.us.3 = getelementptr i8, ptr %2328, i64 192
+  tail call void @llvm.prefetch.p0(ptr %gep2682.us.3, i32 0, i32 2, i32 1)
+  br label %if_end287.us
+
+for_begin_line349.preheader.us:                   ; preds = %for_body_to343.us
+  %2329 = add nuw nsw i64 %indvars.iv3084, %4209
+  %2330 = trunc nuw nsw i64 %2329 to i32
+  %2331 = lshr i32 %2330, 1
+  %2332 = add nuw nsw i32 %2331, %885
+  %2333 = zext nneg i32 %2332 to i64
+  %2334 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %2333
+  %2335 = load i64, ptr %2334, align 8, !tbaa !4
+  %2336 = shl nuw nsw i64 %2329, 5
+  %2337 = and i64 %2336, 32
+  %2338 = and i64 %2336, 64
+  %2339 = getelementptr i32, ptr %value_cache, i64 %2338
+  %2340 = getelementptr i32, ptr %2339, i64 %2337
+  %invariant.gep2620.us = getelementptr i32, ptr %2340, i64 %2335
+  %invariant.gep2622.us = getelementptr i32, ptr %invariant.gep2620.us, i64 %887
+  tail call void @llvm.prefetch.p0(ptr %invariant.gep2622.us, i32 0, i32 2, i32 1)
+  %gep2623.us.1 = getelementptr i8, ptr %invariant.gep2622.us, i64 64
+  tail call void @llvm.prefetch.p0(ptr %gep2623.us.1, i32 0, i32 2, i32 1)
+  br label %if_end348.us
+
+for_begin_to281.preheader.us:                     ; preds = %for_begin_d_0_m.preheader.us, %if_end334.us
+  %indvars.iv3116 = phi i64 [ 0, %for_begin_d_0_m.preheader.us ], [ %indvars.iv.next3117, %if_end334.us ]
+  br i1 %.not2940, label %for_end_to283.us, label %for_body_to282.lr.ph.us, !prof !11
+
+for_begin_to342.preheader.us:                     ; preds = %for_begin_d_0_m335.preheader.us, %if_end379.us
+  %indvars.iv3094 = phi i64 [ 0, %for_begin_d_0_m335.preheader.us ], [ %indvars.iv.next3095, %if_end379.us ]
+  br i1 %.not2940, label %for_end_to344.us, label %for_body_to343.lr.ph.us, !prof !11
+
+for_begin_ti261.preheader.us:                     ; preds = %for_begin_ti261.preheader.lr.ph.us, %for_begin_ti261.preheader.us
+  %indvars.iv3069 = phi i64 [ 0, %for_begin_ti261.preheader.lr.ph.us ], [ %indvars.iv.next3070, %for_begin_ti261.preheader.us ]
+  %indvars.iv3069.tr = trunc i64 %indvars.iv3069 to i32
+  %2341 = shl i32 %indvars.iv3069.tr, 3
+  %2342 = add i32 %4132, %2341
+  %2343 = trunc i64 %indvars.iv3069 to i32
+  %2344 = add i32 %num_full.us, %2343
+  %2345 = shl i32 %2344, 6
+  %2346 = sext i32 %2345 to i64
+  %2347 = load <16 x i32>, ptr %4130, align 4, !tbaa !4
+  %2348 = or disjoint i32 %2342, 1
+  %2349 = insertelement <16 x i32> poison, i32 %2348, i64 0
+  %2350 = shufflevector <16 x i32> %2349, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2351 = icmp slt <16 x i32> %2350, %2347
+  %2352 = select <16 x i1> %2351, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %2353 = insertelement <16 x i32> poison, i32 %2342, i64 0
+  %2354 = shufflevector <16 x i32> %2353, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2355 = icmp slt <16 x i32> %2354, %2347
+  %2356 = select <16 x i1> %2355, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %2357 = or disjoint <16 x i32> %2356, %2352
+  %2358 = getelementptr inbounds i32, ptr %edges.us, i64 %2346
+  store <16 x i32> %2357, ptr %2358, align 4, !tbaa !4
+  %2359 = load <16 x i32>, ptr %4130, align 4, !tbaa !4
+  %2360 = add nuw nsw i32 %2342, 2
+  %2361 = or disjoint i32 %2360, 1
+  %2362 = insertelement <16 x i32> poison, i32 %2361, i64 0
+  %2363 = shufflevector <16 x i32> %2362, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2364 = icmp slt <16 x i32> %2363, %2359
+  %2365 = select <16 x i1> %2364, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %2366 = insertelement <16 x i32> poison, i32 %2360, i64 0
+  %2367 = shufflevector <16 x i32> %2366, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2368 = icmp slt <16 x i32> %2367, %2359
+  %2369 = select <16 x i1> %2368, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %2370 = or disjoint <16 x i32> %2369, %2365
+  %2371 = getelementptr i32, ptr %edges.us, i64 %2346
+  %2372 = getelementptr i8, ptr %2371, i64 64
+  store <16 x i32> %2370, ptr %2372, align 4, !tbaa !4
+  %2373 = load <16 x i32>, ptr %4130, align 4, !tbaa !4
+  %2374 = add nuw nsw i32 %2342, 4
+  %2375 = or disjoint i32 %2374, 1
+  %2376 = insertelement <16 x i32> poison, i32 %2375, i64 0
+  %2377 = shufflevector <16 x i32> %2376, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2378 = icmp slt <16 x i32> %2377, %2373
+  %2379 = select <16 x i1> %2378, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %2380 = insertelement <16 x i32> poison, i32 %2374, i64 0
+  %2381 = shufflevector <16 x i32> %2380, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2382 = icmp slt <16 x i32> %2381, %2373
+  %2383 = select <16 x i1> %2382, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %2384 = or disjoint <16 x i32> %2383, %2379
+  %2385 = getelementptr i32, ptr %edges.us, i64 %2346
+  %2386 = getelementptr i8, ptr %2385, i64 128
+  store <16 x i32> %2384, ptr %2386, align 4, !tbaa !4
+  %2387 = load <16 x i32>, ptr %4130, align 4, !tbaa !4
+  %2388 = add nuw nsw i32 %2342, 6
+  %2389 = or disjoint i32 %2388, 1
+  %2390 = insertelement <16 x i32> poison, i32 %2389, i64 0
+  %2391 = shufflevector <16 x i32> %2390, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2392 = icmp slt <16 x i32> %2391, %2387
+  %2393 = select <16 x i1> %2392, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %2394 = insertelement <16 x i32> poison, i32 %2388, i64 0
+  %2395 = shufflevector <16 x i32> %2394, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2396 = icmp slt <16 x i32> %2395, %2387
+  %2397 = select <16 x i1> %2396, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %2398 = or disjoint <16 x i32> %2397, %2393
+  %2399 = getelementptr i32, ptr %edges.us, i64 %2346
+  %2400 = getelementptr i8, ptr %2399, i64 192
+  store <16 x i32> %2398, ptr %2400, align 4, !tbaa !4
+  %indvars.iv.next3070 = add nuw nsw i64 %indvars.iv3069, 1
+  %exitcond3073.not = icmp eq i64 %indvars.iv.next3070, %wide.trip.count3072
+  br i1 %exitcond3073.not, label %for_end_to258.us, label %for_begin_ti261.preheader.us, !prof !8
+
+for_begin_ti211.preheader.us:                     ; preds = %for_begin_ti211.preheader.lr.ph.us, %for_end_ax0220.us
+  %indvars.iv3060 = phi i64 [ 0, %for_begin_ti211.preheader.lr.ph.us ], [ %indvars.iv.next3061, %for_end_ax0220.us ]
+  %tile_sum612.sroa.0.02613.us = phi <16 x float> [ zeroinitializer, %for_begin_ti211.preheader.lr.ph.us ], [ %.us-phi.us, %for_end_ax0220.us ]
+  %2401 = icmp samesign ult i64 %indvars.iv3060, 16
+  br i1 %2401, label %for_body_ax0219.us.us.preheader, label %for_end_ax0220.us, !prof !7
+
+for_begin_ti201.preheader.us:                     ; preds = %for_begin_ti201.preheader.us, %for_begin_ti201.preheader.us.preheader.new
+  %indvars.iv3043 = phi i64 [ 0, %for_begin_ti201.preheader.us.preheader.new ], [ %indvars.iv.next3044.1, %for_begin_ti201.preheader.us ]
+  %peak607.sroa.0.02605.us = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti201.preheader.us.preheader.new ], [ %2481, %for_begin_ti201.preheader.us ]
+  %niter = phi i64 [ 0, %for_begin_ti201.preheader.us.preheader.new ], [ %niter.next.1, %for_begin_ti201.preheader.us ]
+  %2402 = shl nsw i64 %indvars.iv3043, 7
+  %2403 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2402
+  %2404 = load <16 x float>, ptr %2403, align 4, !tbaa !4
+  %2405 = fcmp ogt <16 x float> %peak607.sroa.0.02605.us, %2404
+  %2406 = select <16 x i1> %2405, <16 x float> %peak607.sroa.0.02605.us, <16 x float> %2404
+  %2407 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2402
+  %2408 = getelementptr inbounds nuw i8, ptr %2407, i64 64
+  %2409 = load <16 x float>, ptr %2408, align 4, !tbaa !4
+  %2410 = fcmp ogt <16 x float> %2406, %2409
+  %2411 = select <16 x i1> %2410, <16 x float> %2406, <16 x float> %2409
+  %2412 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2402
+  %2413 = getelementptr inbounds nuw i8, ptr %2412, i64 128
+  %2414 = load <16 x float>, ptr %2413, align 4, !tbaa !4
+  %2415 = fcmp ogt <16 x float> %2411, %2414
+  %2416 = select <16 x i1> %2415, <16 x float> %2411, <16 x float> %2414
+  %2417 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2402
+  %2418 = getelementptr inbounds nuw i8, ptr %2417, i64 192
+  %2419 = load <16 x float>, ptr %2418, align 4, !tbaa !4
+  %2420 = fcmp ogt <16 x float> %2416, %2419
+  %2421 = select <16 x i1> %2420, <16 x float> %2416, <16 x float> %2419
+  %2422 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2402
+  %2423 = getelementptr inbounds nuw i8, ptr %2422, i64 256
+  %2424 = load <16 x float>, ptr %2423, align 4, !tbaa !4
+  %2425 = fcmp ogt <16 x float> %2421, %2424
+  %2426 = select <16 x i1> %2425, <16 x float> %2421, <16 x float> %2424
+  %2427 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2402
+  %2428 = getelementptr inbounds nuw i8, ptr %2427, i64 320
+  %2429 = load <16 x float>, ptr %2428, align 4, !tbaa !4
+  %2430 = fcmp ogt <16 x float> %2426, %2429
+  %2431 = select <16 x i1> %2430, <16 x float> %2426, <16 x float> %2429
+  %2432 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2402
+  %2433 = getelementptr inbounds nuw i8, ptr %2432, i64 384
+  %2434 = load <16 x float>, ptr %2433, align 4, !tbaa !4
+  %2435 = fcmp ogt <16 x float> %2431, %2434
+  %2436 = select <16 x i1> %2435, <16 x float> %2431, <16 x float> %2434
+  %2437 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2402
+  %2438 = getelementptr inbounds nuw i8, ptr %2437, i64 448
+  %2439 = load <16 x float>, ptr %2438, align 4, !tbaa !4
+  %2440 = fcmp ogt <16 x float> %2436, %2439
+  %2441 = select <16 x i1> %2440, <16 x float> %2436, <16 x float> %2439
+  %indvars.iv.next3044 = shl i64 %indvars.iv3043, 7
+  %2442 = or disjoint i64 %indvars.iv.next3044, 128
+  %2443 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2442
+  %2444 = load <16 x float>, ptr %2443, align 4, !tbaa !4
+  %2445 = fcmp ogt <16 x float> %2441, %2444
+  %2446 = select <16 x i1> %2445, <16 x float> %2441, <16 x float> %2444
+  %2447 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2442
+  %2448 = getelementptr inbounds nuw i8, ptr %2447, i64 64
+  %2449 = load <16 x float>, ptr %2448, align 4, !tbaa !4
+  %2450 = fcmp ogt <16 x float> %2446, %2449
+  %2451 = select <16 x i1> %2450, <16 x float> %2446, <16 x float> %2449
+  %2452 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2442
+  %2453 = getelementptr inbounds nuw i8, ptr %2452, i64 128
+  %2454 = load <16 x float>, ptr %2453, align 4, !tbaa !4
+  %2455 = fcmp ogt <16 x float> %2451, %2454
+  %2456 = select <16 x i1> %2455, <16 x float> %2451, <16 x float> %2454
+  %2457 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2442
+  %2458 = getelementptr inbounds nuw i8, ptr %2457, i64 192
+  %2459 = load <16 x float>, ptr %2458, align 4, !tbaa !4
+  %2460 = fcmp ogt <16 x float> %2456, %2459
+  %2461 = select <16 x i1> %2460, <16 x float> %2456, <16 x float> %2459
+  %2462 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2442
+  %2463 = getelementptr inbounds nuw i8, ptr %2462, i64 256
+  %2464 = load <16 x float>, ptr %2463, align 4, !tbaa !4
+  %2465 = fcmp ogt <16 x float> %2461, %2464
+  %2466 = select <16 x i1> %2465, <16 x float> %2461, <16 x float> %2464
+  %2467 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2442
+  %2468 = getelementptr inbounds nuw i8, ptr %2467, i64 320
+  %2469 = load <16 x float>, ptr %2468, align 4, !tbaa !4
+  %2470 = fcmp ogt <16 x float> %2466, %2469
+  %2471 = select <16 x i1> %2470, <16 x float> %2466, <16 x float> %2469
+  %2472 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2442
+  %2473 = getelementptr inbounds nuw i8, ptr %2472, i64 384
+  %2474 = load <16 x float>, ptr %2473, align 4, !tbaa !4
+  %2475 = fcmp ogt <16 x float> %2471, %2474
+  %2476 = select <16 x i1> %2475, <16 x float> %2471, <16 x float> %2474
+  %2477 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2442
+  %2478 = getelementptr inbounds nuw i8, ptr %2477, i64 448
+  %2479 = load <16 x float>, ptr %2478, align 4, !tbaa !4
+  %2480 = fcmp ogt <16 x float> %2476, %2479
+  %2481 = select <16 x i1> %2480, <16 x float> %2476, <16 x float> %2479
+  %indvars.iv.next3044.1 = add nuw nsw i64 %indvars.iv3043, 2
+  %niter.next.1 = add i64 %niter, 2
+  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
+  br i1 %niter.ncmp.1, label %for_begin_ti211.preheader.lr.ph.us.unr-lcssa, label %for_begin_ti201.preheader.us, !prof !100, !llvm.loop !189
+
+for_begin_ti.preheader.us:                        ; preds = %for_begin_ti.preheader.lr.ph.us, %for_begin_ti.preheader.us
+  %indvars.iv3031 = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.us ], [ %indvars.iv.next3032, %for_begin_ti.preheader.us ]
+  %2482 = shl nsw i64 %indvars.iv3031, 7
+  %2483 = shl nsw i64 %indvars.iv3031, 3
+  %2484 = add nsw i64 %2483, %815
+  %2485 = trunc nsw i64 %2484 to i32
+  %2486 = getelementptr inbounds nuw float, ptr %scores.us, i64 %2482
+  %2487 = load <16 x float>, ptr %2486, align 4, !tbaa !4
+  %2488 = fmul <16 x float> %487, %2487
+  %2489 = load <16 x i32>, ptr %3866, align 4, !tbaa !4
+  %2490 = insertelement <16 x i32> poison, i32 %2485, i64 0
+  %2491 = shufflevector <16 x i32> %2490, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2492 = icmp slt <16 x i32> %2491, %2489
+  %2493 = select <16 x i1> %2492, <16 x float> %2488, <16 x float> splat (float 0xFFF0000000000000)
+  %2494 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2482
+  store <16 x float> %2493, ptr %2494, align 4, !tbaa !4
+  %2495 = or disjoint i64 %2482, 16
+  %2496 = getelementptr inbounds nuw float, ptr %scores.us, i64 %2495
+  %2497 = load <16 x float>, ptr %2496, align 4, !tbaa !4
+  %2498 = fmul <16 x float> %487, %2497
+  %2499 = load <16 x i32>, ptr %3866, align 4, !tbaa !4
+  %2500 = trunc i64 %2484 to i32
+  %2501 = or i32 %2500, 1
+  %2502 = insertelement <16 x i32> poison, i32 %2501, i64 0
+  %2503 = shufflevector <16 x i32> %2502, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2504 = icmp slt <16 x i32> %2503, %2499
+  %2505 = select <16 x i1> %2504, <16 x float> %2498, <16 x float> splat (float 0xFFF0000000000000)
+  %2506 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2495
+  store <16 x float> %2505, ptr %2506, align 4, !tbaa !4
+  %2507 = or disjoint i64 %2482, 32
+  %2508 = getelementptr inbounds nuw float, ptr %scores.us, i64 %2507
+  %2509 = load <16 x float>, ptr %2508, align 4, !tbaa !4
+  %2510 = fmul <16 x float> %487, %2509
+  %2511 = load <16 x i32>, ptr %3866, align 4, !tbaa !4
+  %2512 = trunc i64 %2484 to i32
+  %2513 = or i32 %2512, 2
+  %2514 = insertelement <16 x i32> poison, i32 %2513, i64 0
+  %2515 = shufflevector <16 x i32> %2514, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2516 = icmp slt <16 x i32> %2515, %2511
+  %2517 = select <16 x i1> %2516, <16 x float> %2510, <16 x float> splat (float 0xFFF0000000000000)
+  %2518 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2507
+  store <16 x float> %2517, ptr %2518, align 4, !tbaa !4
+  %2519 = or disjoint i64 %2482, 48
+  %2520 = getelementptr inbounds nuw float, ptr %scores.us, i64 %2519
+  %2521 = load <16 x float>, ptr %2520, align 4, !tbaa !4
+  %2522 = fmul <16 x float> %487, %2521
+  %2523 = load <16 x i32>, ptr %3866, align 4, !tbaa !4
+  %2524 = trunc i64 %2484 to i32
+  %2525 = or i32 %2524, 3
+  %2526 = insertelement <16 x i32> poison, i32 %2525, i64 0
+  %2527 = shufflevector <16 x i32> %2526, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2528 = icmp slt <16 x i32> %2527, %2523
+  %2529 = select <16 x i1> %2528, <16 x float> %2522, <16 x float> splat (float 0xFFF0000000000000)
+  %2530 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2519
+  store <16 x float> %2529, ptr %2530, align 4, !tbaa !4
+  %2531 = or disjoint i64 %2482, 64
+  %2532 = getelementptr inbounds nuw float, ptr %scores.us, i64 %2531
+  %2533 = load <16 x float>, ptr %2532, align 4, !tbaa !4
+  %2534 = fmul <16 x float> %487, %2533
+  %2535 = load <16 x i32>, ptr %3866, align 4, !tbaa !4
+  %2536 = trunc i64 %2484 to i32
+  %2537 = or i32 %2536, 4
+  %2538 = insertelement <16 x i32> poison, i32 %2537, i64 0
+  %2539 = shufflevector <16 x i32> %2538, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2540 = icmp slt <16 x i32> %2539, %2535
+  %2541 = select <16 x i1> %2540, <16 x float> %2534, <16 x float> splat (float 0xFFF0000000000000)
+  %2542 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2531
+  store <16 x float> %2541, ptr %2542, align 4, !tbaa !4
+  %2543 = or disjoint i64 %2482, 80
+  %2544 = getelementptr inbounds nuw float, ptr %scores.us, i64 %2543
+  %2545 = load <16 x float>, ptr %2544, align 4, !tbaa !4
+  %2546 = fmul <16 x float> %487, %2545
+  %2547 = load <16 x i32>, ptr %3866, align 4, !tbaa !4
+  %2548 = trunc i64 %2484 to i32
+  %2549 = or i32 %2548, 5
+  %2550 = insertelement <16 x i32> poison, i32 %2549, i64 0
+  %2551 = shufflevector <16 x i32> %2550, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2552 = icmp slt <16 x i32> %2551, %2547
+  %2553 = select <16 x i1> %2552, <16 x float> %2546, <16 x float> splat (float 0xFFF0000000000000)
+  %2554 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2543
+  store <16 x float> %2553, ptr %2554, align 4, !tbaa !4
+  %2555 = or disjoint i64 %2482, 96
+  %2556 = getelementptr inbounds nuw float, ptr %scores.us, i64 %2555
+  %2557 = load <16 x float>, ptr %2556, align 4, !tbaa !4
+  %2558 = fmul <16 x float> %487, %2557
+  %2559 = load <16 x i32>, ptr %3866, align 4, !tbaa !4
+  %2560 = trunc i64 %2484 to i32
+  %2561 = or i32 %2560, 6
+  %2562 = insertelement <16 x i32> poison, i32 %2561, i64 0
+  %2563 = shufflevector <16 x i32> %2562, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2564 = icmp slt <16 x i32> %2563, %2559
+  %2565 = select <16 x i1> %2564, <16 x float> %2558, <16 x float> splat (float 0xFFF0000000000000)
+  %2566 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2555
+  store <16 x float> %2565, ptr %2566, align 4, !tbaa !4
+  %2567 = or disjoint i64 %2482, 112
+  %2568 = getelementptr inbounds nuw float, ptr %scores.us, i64 %2567
+  %2569 = load <16 x float>, ptr %2568, align 4, !tbaa !4
+  %2570 = fmul <16 x float> %487, %2569
+  %2571 = load <16 x i32>, ptr %3866, align 4, !tbaa !4
+  %2572 = trunc i64 %2484 to i32
+  %2573 = or i32 %2572, 7
+  %2574 = insertelement <16 x i32> poison, i32 %2573, i64 0
+  %2575 = shufflevector <16 x i32> %2574, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2576 = icmp slt <16 x i32> %2575, %2571
+  %2577 = select <16 x i1> %2576, <16 x float> %2570, <16 x float> splat (float 0xFFF0000000000000)
+  %2578 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %2567
+  store <16 x float> %2577, ptr %2578, align 4, !tbaa !4
+  %indvars.iv.next3032 = add nuw nsw i64 %indvars.iv3031, 1
+  %exitcond3035.not = icmp eq i64 %indvars.iv.next3032, %wide.trip.count3034
+  br i1 %exitcond3035.not, label %for_end_to183.us, label %for_begin_ti.preheader.us, !prof !8
+
+for_begin_line171.preheader.us:                   ; preds = %for_body_to164.us
+  %2579 = shl i64 %indvars.iv3009, 5
+  %2580 = and i64 %2579, 32
+  %2581 = shl nuw nsw i64 %indvars.iv3009, 3
+  %2582 = trunc nuw nsw i64 %2581 to i32
+  %2583 = and i32 %2582, 2147483632
+  %2584 = add nuw nsw i32 %2583, %885
+  %2585 = zext nneg i32 %2584 to i64
+  %2586 = getelementptr inbounds nuw i64, ptr %key_offsets, i64 %2585
+  %2587 = load i64, ptr %2586, align 8, !tbaa !4
+  %gep2569.us = getelementptr i32, ptr %invariant.gep2568.us, i64 %2587
+  %2588 = mul nsw i64 %k_row, %2580
+  %2589 = getelementptr i32, ptr %gep2569.us, i64 %2588
+  tail call void @llvm.prefetch.p0(ptr %2589, i32 0, i32 2, i32 1)
+  %2590 = or disjoint i64 %2580, 1
+  %2591 = mul nsw i64 %k_row, %2590
+  %2592 = getelementptr i32, ptr %gep2569.us, i64 %2591
+  tail call void @llvm.prefetch.p0(ptr %2592, i32 0, i32 2, i32 1)
+  %2593 = or disjoint i64 %2580, 2
+  %2594 = mul nsw i64 %k_row, %2593
+  %2595 = getelementptr i32, ptr %gep2569.us, i64 %2594
+  tail call void @llvm.prefetch.p0(ptr %2595, i32 0, i32 2, i32 1)
+  %2596 = or disjoint i64 %2580, 3
+  %2597 = mul nsw i64 %k_row, %2596
+  %2598 = getelementptr i32, ptr %gep2569.us, i64 %2597
+  tail call void @llvm.prefetch.p0(ptr %2598, i32 0, i32 2, i32 1)
+  %2599 = or disjoint i64 %2580, 4
+  %2600 = mul nsw i64 %k_row, %2599
+  %2601 = getelementptr i32, ptr %gep2569.us, i64 %2600
+  tail call void @llvm.prefetch.p0(ptr %2601, i32 0, i32 2, i32 1)
+  %2602 = or disjoint i64 %2580, 5
+  %2603 = mul nsw i64 %k_row, %2602
+  %2604 = getelementptr i32, ptr %gep2569.us, i64 %2603
+  tail call void @llvm.prefetch.p0(ptr %2604, i32 0, i32 2, i32 1)
+  %2605 = or disjoint i64 %2580, 6
+  %2606 = mul nsw i64 %k_row, %2605
+  %2607 = getelementptr i32, ptr %gep2569.us, i64 %2606
+  tail call void @llvm.prefetch.p0(ptr %2607, i32 0, i32 2, i32 1)
+  %2608 = or disjoint i64 %2580, 7
+  %2609 = mul nsw i64 %k_row, %2608
+  %2610 = getelementptr i32, ptr %gep2569.us, i64 %2609
+  tail call void @llvm.prefetch.p0(ptr %2610, i32 0, i32 2, i32 1)
+  %2611 = or disjoint i64 %2580, 8
+  %2612 = mul nsw i64 %k_row, %2611
+  %2613 = getelementptr i32, ptr %gep2569.us, i64 %2612
+  tail call void @llvm.prefetch.p0(ptr %2613, i32 0, i32 2, i32 1)
+  %2614 = or disjoint i64 %2580, 9
+  %2615 = mul nsw i64 %k_row, %2614
+  %2616 = getelementptr i32, ptr %gep2569.us, i64 %2615
+  tail call void @llvm.prefetch.p0(ptr %2616, i32 0, i32 2, i32 1)
+  %2617 = or disjoint i64 %2580, 10
+  %2618 = mul nsw i64 %k_row, %2617
+  %2619 = getelementptr i32, ptr %gep2569.us, i64 %2618
+  tail call void @llvm.prefetch.p0(ptr %2619, i32 0, i32 2, i32 1)
+  %2620 = or disjoint i64 %2580, 11
+  %2621 = mul nsw i64 %k_row, %2620
+  %2622 = getelementptr i32, ptr %gep2569.us, i64 %2621
+  tail call void @llvm.prefetch.p0(ptr %2622, i32 0, i32 2, i32 1)
+  %2623 = or disjoint i64 %2580, 12
+  %2624 = mul nsw i64 %k_row, %2623
+  %2625 = getelementptr i32, ptr %gep2569.us, i64 %2624
+  tail call void @llvm.prefetch.p0(ptr %2625, i32 0, i32 2, i32 1)
+  %2626 = or disjoint i64 %2580, 13
+  %2627 = mul nsw i64 %k_row, %2626
+  %2628 = getelementptr i32, ptr %gep2569.us, i64 %2627
+  tail call void @llvm.prefetch.p0(ptr %2628, i32 0, i32 2, i32 1)
+  %2629 = or disjoint i64 %2580, 14
+  %2630 = mul nsw i64 %k_row, %2629
+  %2631 = getelementptr i32, ptr %gep2569.us, i64 %2630
+  tail call void @llvm.prefetch.p0(ptr %2631, i32 0, i32 2, i32 1)
+  %2632 = or disjoint i64 %2580, 15
+  %2633 = mul nsw i64 %k_row, %2632
+  %2634 = getelementptr i32, ptr %gep2569.us, i64 %2633
+  tail call void @llvm.prefetch.p0(ptr %2634, i32 0, i32 2, i32 1)
+  %2635 = or disjoint i64 %2580, 16
+  %2636 = mul nsw i64 %k_row, %2635
+  %2637 = getelementptr i32, ptr %gep2569.us, i64 %2636
+  tail call void @llvm.prefetch.p0(ptr %2637, i32 0, i32 2, i32 1)
+  %2638 = or disjoint i64 %2580, 17
+  %2639 = mul nsw i64 %k_row, %2638
+  %2640 = getelementptr i32, ptr %gep2569.us, i64 %2639
+  tail call void @llvm.prefetch.p0(ptr %2640, i32 0, i32 2, i32 1)
+  %2641 = or disjoint i64 %2580, 18
+  %2642 = mul nsw i64 %k_row, %2641
+  %2643 = getelementptr i32, ptr %gep2569.us, i64 %2642
+  tail call void @llvm.prefetch.p0(ptr %2643, i32 0, i32 2, i32 1)
+  %2644 = or disjoint i64 %2580, 19
+  %2645 = mul nsw i64 %k_row, %2644
+  %2646 = getelementptr i32, ptr %gep2569.us, i64 %2645
+  tail call void @llvm.prefetch.p0(ptr %2646, i32 0, i32 2, i32 1)
+  %2647 = or disjoint i64 %2580, 20
+  %2648 = mul nsw i64 %k_row, %2647
+  %2649 = getelementptr i32, ptr %gep2569.us, i64 %2648
+  tail call void @llvm.prefetch.p0(ptr %2649, i32 0, i32 2, i32 1)
+  %2650 = or disjoint i64 %2580, 21
+  %2651 = mul nsw i64 %k_row, %2650
+  %2652 = getelementptr i32, ptr %gep2569.us, i64 %2651
+  tail call void @llvm.prefetch.p0(ptr %2652, i32 0, i32 2, i32 1)
+  %2653 = or disjoint i64 %2580, 22
+  %2654 = mul nsw i64 %k_row, %2653
+  %2655 = getelementptr i32, ptr %gep2569.us, i64 %2654
+  tail call void @llvm.prefetch.p0(ptr %2655, i32 0, i32 2, i32 1)
+  %2656 = or disjoint i64 %2580, 23
+  %2657 = mul nsw i64 %k_row, %2656
+  %2658 = getelementptr i32, ptr %gep2569.us, i64 %2657
+  tail call void @llvm.prefetch.p0(ptr %2658, i32 0, i32 2, i32 1)
+  %2659 = or disjoint i64 %2580, 24
+  %2660 = mul nsw i64 %k_row, %2659
+  %2661 = getelementptr i32, ptr %gep2569.us, i64 %2660
+  tail call void @llvm.prefetch.p0(ptr %2661, i32 0, i32 2, i32 1)
+  %2662 = or disjoint i64 %2580, 25
+  %2663 = mul nsw i64 %k_row, %2662
+  %2664 = getelementptr i32, ptr %gep2569.us, i64 %2663
+  tail call void @llvm.prefetch.p0(ptr %2664, i32 0, i32 2, i32 1)
+  %2665 = or disjoint i64 %2580, 26
+  %2666 = mul nsw i64 %k_row, %2665
+  %2667 = getelementptr i32, ptr %gep2569.us, i64 %2666
+  tail call void @llvm.prefetch.p0(ptr %2667, i32 0, i32 2, i32 1)
+  %2668 = or disjoint i64 %2580, 27
+  %2669 = mul nsw i64 %k_row, %2668
+  %2670 = getelementptr i32, ptr %gep2569.us, i64 %2669
+  tail call void @llvm.prefetch.p0(ptr %2670, i32 0, i32 2, i32 1)
+  %2671 = or disjoint i64 %2580, 28
+  %2672 = mul nsw i64 %k_row, %2671
+  %2673 = getelementptr i32, ptr %gep2569.us, i64 %2672
+  tail call void @llvm.prefetch.p0(ptr %2673, i32 0, i32 2, i32 1)
+  %2674 = or disjoint i64 %2580, 29
+  %2675 = mul nsw i64 %k_row, %2674
+  %2676 = getelementptr i32, ptr %gep2569.us, i64 %2675
+  tail call void @llvm.prefetch.p0(ptr %2676, i32 0, i32 2, i32 1)
+  %2677 = or disjoint i64 %2580, 30
+  %2678 = mul nsw i64 %k_row, %2677
+  %2679 = getelementptr i32, ptr %gep2569.us, i64 %2678
+  tail call void @llvm.prefetch.p0(ptr %2679, i32 0, i32 2, i32 1)
+  %2680 = or disjoint i64 %2580, 31
+  %2681 = mul nsw i64 %k_row, %2680
+  %2682 = getelementptr i32, ptr %gep2569.us, i64 %2681
+  tail call void @llvm.prefetch.p0(ptr %2682, i32 0, i32 2, i32 1)
+  br label %if_end170.us
+
+for_begin_d_0_m.preheader.us:                     ; preds = %if_end267.us
+  %beta610.sroa.0.0.vec.extract2062.us = shufflevector <16 x float> %1600, <16 x float> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2683 = shl i64 %900, 11
+  %alpha611.sroa.0.0.vec.extract2007.us = shufflevector <16 x float> %1579, <16 x float> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2684 = and i1 %882, %899
+  %2685 = shl nuw nsw i32 %num_full.us, 6
+  %2686 = and i32 %1608, 2147483640
+  %2687 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, zeroinitializer
+  %2688 = zext nneg i32 %2685 to i64
+  %2689 = zext nneg i32 %2686 to i64
+  %2690 = and i64 %2683, 4294965248
+  %2691 = zext nneg i32 %num_full.us to i64
+  %wide.trip.count3114 = zext nneg i32 %1614 to i64
+  %invariant.gep3321 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %2689
+  %2692 = fmul <8 x float> %alpha611.sroa.0.0.vec.extract2007.us, zeroinitializer
+  br label %for_begin_to281.preheader.us
+
+for_begin_d_0_m335.preheader.us:                  ; preds = %if_end267.us
+  %2693 = shl i64 %900, 11
+  %2694 = and i1 %882, %899
+  %2695 = shl nuw nsw i32 %num_full.us, 6
+  %2696 = and i32 %1608, 2147483640
+  %2697 = fmul <16 x float> %1579, zeroinitializer
+  %2698 = zext nneg i32 %2695 to i64
+  %2699 = zext nneg i32 %2696 to i64
+  %2700 = and i64 %2693, 4294965248
+  %2701 = zext nneg i32 %num_full.us to i64
+  %wide.trip.count3092 = zext nneg i32 %1614 to i64
+  %invariant.gep3317 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %2699
+  %2702 = fmul <16 x float> %1579, zeroinitializer
+  br label %for_begin_to342.preheader.us
+
+for_begin_i.preheader.us:                         ; preds = %if_then154.us
+  %2703 = add nsw i32 %valid_len157.us, 15
+  %2704 = ashr i32 %2703, 4
+  %2705 = icmp sgt i32 %2704, 0
+  %2706 = and i1 %882, %899
+  br i1 %2705, label %for_begin_d_0.preheader.us.us.preheader, label %if_end159.us, !prof !3
+
+for_begin_d_0.preheader.us.us.preheader:          ; preds = %for_begin_i.preheader.us
+  %2707 = shl i64 %900, 10
+  %2708 = and i64 %2707, 4294966272
+  %wide.trip.count3025 = zext nneg i32 %2704 to i64
+  %invariant.gep3313 = getelementptr inbounds nuw i32, ptr %q_tile, i64 %2708
+  br label %for_begin_d_0.preheader.us.us
+
+for_body_to164.lr.ph.us:                          ; preds = %if_else160.us
+  %2709 = and i1 %882, %899
+  %2710 = shl i64 %900, 10
+  %2711 = and i64 %2710, 4294966272
+  %wide.trip.count3012 = zext nneg i32 %916 to i64
+  %invariant.gep3311 = getelementptr inbounds nuw i32, ptr %q_tile, i64 %2711
+  br label %for_body_to164.us
+
+for_end_d_0.us.us:                                ; preds = %if_end162.us.us
+  %.idx3277 = shl nsw i64 %indvars.iv3022, 10
+  %2712 = getelementptr inbounds nuw i8, ptr %scores.us, i64 %.idx3277
+  store <8 x float> %r.i1384.us.us, ptr %2712, align 4, !tbaa !4
+  %2713 = getelementptr inbounds nuw i8, ptr %2712, i64 64
+  store <8 x float> %r.i1387.us.us, ptr %2713, align 4, !tbaa !4
+  %2714 = getelementptr inbounds nuw i8, ptr %2712, i64 128
+  store <8 x float> %r.i1390.us.us, ptr %2714, align 4, !tbaa !4
+  %2715 = getelementptr inbounds nuw i8, ptr %2712, i64 192
+  store <8 x float> %r.i1393.us.us, ptr %2715, align 4, !tbaa !4
+  %2716 = getelementptr inbounds nuw i8, ptr %2712, i64 256
+  store <8 x float> %r.i1396.us.us, ptr %2716, align 4, !tbaa !4
+  %2717 = getelementptr inbounds nuw i8, ptr %2712, i64 320
+  store <8 x float> %r.i1399.us.us, ptr %2717, align 4, !tbaa !4
+  %2718 = getelementptr inbounds nuw i8, ptr %2712, i64 384
+  store <8 x float> %r.i1402.us.us, ptr %2718, align 4, !tbaa !4
+  %2719 = getelementptr inbounds nuw i8, ptr %2712, i64 448
+  store <8 x float> %r.i1405.us.us, ptr %2719, align 4, !tbaa !4
+  %2720 = getelementptr inbounds nuw i8, ptr %2712, i64 512
+  store <8 x float> %r.i1408.us.us, ptr %2720, align 4, !tbaa !4
+  %2721 = getelementptr inbounds nuw i8, ptr %2712, i64 576
+  store <8 x float> %r.i1411.us.us, ptr %2721, align 4, !tbaa !4
+  %2722 = getelementptr inbounds nuw i8, ptr %2712, i64 640
+  store <8 x float> %r.i1414.us.us, ptr %2722, align 4, !tbaa !4
+  %2723 = getelementptr inbounds nuw i8, ptr %2712, i64 704
+  store <8 x float> %r.i1417.us.us, ptr %2723, align 4, !tbaa !4
+  %2724 = getelementptr inbounds nuw i8, ptr %2712, i64 768
+  store <8 x float> %r.i1420.us.us, ptr %2724, align 4, !tbaa !4
+  %2725 = getelementptr inbounds nuw i8, ptr %2712, i64 832
+  store <8 x float> %r.i1423.us.us, ptr %2725, align 4, !tbaa !4
+  %2726 = getelementptr inbounds nuw i8, ptr %2712, i64 896
+  store <8 x float> %r.i1426.us.us, ptr %2726, align 4, !tbaa !4
+  %2727 = getelementptr inbounds nuw i8, ptr %2712, i64 960
+  store <8 x float> %r.i1429.us.us, ptr %2727, align 4, !tbaa !4
+  %indvars.iv.next3023 = add nuw nsw i64 %indvars.iv3022, 1
+  %exitcond3026.not = icmp eq i64 %indvars.iv.next3023, %wide.trip.count3025
+  br i1 %exitcond3026.not, label %if_end159.us, label %for_begin_d_0.preheader.us.us, !prof !8
+
+for_body_d_0.us.us:                               ; preds = %for_begin_d_0.preheader.us.us, %if_end162.us.us
+  %indvars.iv3018 = phi i64 [ 0, %for_begin_d_0.preheader.us.us ], [ %indvars.iv.next3019, %if_end162.us.us ]
+  %scores_global609.sroa.0.02590.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1384.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.34.02589.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1387.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.68.02588.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1390.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.102.02587.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1393.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.136.02586.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1396.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.170.02585.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1399.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.204.02584.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1402.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.238.02583.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1405.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.272.02582.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1408.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.306.02581.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1411.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.340.02580.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1414.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.374.02579.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1417.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.408.02578.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1420.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.442.02577.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1423.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.476.02576.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1426.us.us, %if_end162.us.us ]
+  %scores_global609.sroa.510.02575.us.us = phi <8 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.us ], [ %r.i1429.us.us, %if_end162.us.us ]
+  %2728 = shl nuw nsw i64 %indvars.iv3018, 4
+  br i1 %2706, label %for_begin_line.preheader.us.us, label %if_end162.us.us, !prof !7
+
+if_end162.us.us:                                  ; preds = %for_begin_line.preheader.us.us, %for_body_d_0.us.us
+  %.idx3276 = shl nuw nsw i64 %indvars.iv3018, 10
+  %gep3314 = getelementptr inbounds nuw i8, ptr %invariant.gep3313, i64 %.idx3276
+  %2729 = load <16 x bfloat>, ptr %gep3314, align 4, !tbaa !4
+  %.idx2521.us.us = mul i64 %485, %indvars.iv3018
+  %gep2574.us.us = getelementptr i8, ptr %gep2596.us.us, i64 %.idx2521.us.us
+  %2730 = load i32, ptr %gep2574.us.us, align 4, !tbaa !4
+  %2731 = insertelement <8 x i32> poison, i32 %2730, i64 0
+  %2732 = shufflevector <8 x i32> %2731, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i.us.us = bitcast <8 x i32> %2732 to <16 x bfloat>
+  %r.i.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.0.02590.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i.us.us)
+  %2733 = getelementptr i8, ptr %gep2574.us.us, i64 4
+  %2734 = load i32, ptr %2733, align 4, !tbaa !4
+  %2735 = insertelement <8 x i32> poison, i32 %2734, i64 0
+  %2736 = shufflevector <8 x i32> %2735, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i666.us.us = bitcast <8 x i32> %2736 to <16 x bfloat>
+  %r.i667.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.34.02589.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i666.us.us)
+  %2737 = getelementptr i8, ptr %gep2574.us.us, i64 8
+  %2738 = load i32, ptr %2737, align 4, !tbaa !4
+  %2739 = insertelement <8 x i32> poison, i32 %2738, i64 0
+  %2740 = shufflevector <8 x i32> %2739, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i669.us.us = bitcast <8 x i32> %2740 to <16 x bfloat>
+  %r.i670.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.68.02588.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i669.us.us)
+  %2741 = getelementptr i8, ptr %gep2574.us.us, i64 12
+  %2742 = load i32, ptr %2741, align 4, !tbaa !4
+  %2743 = insertelement <8 x i32> poison, i32 %2742, i64 0
+  %2744 = shufflevector <8 x i32> %2743, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i672.us.us = bitcast <8 x i32> %2744 to <16 x bfloat>
+  %r.i673.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.102.02587.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i672.us.us)
+  %2745 = getelementptr i8, ptr %gep2574.us.us, i64 16
+  %2746 = load i32, ptr %2745, align 4, !tbaa !4
+  %2747 = insertelement <8 x i32> poison, i32 %2746, i64 0
+  %2748 = shufflevector <8 x i32> %2747, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i675.us.us = bitcast <8 x i32> %2748 to <16 x bfloat>
+  %r.i676.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.136.02586.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i675.us.us)
+  %2749 = getelementptr i8, ptr %gep2574.us.us, i64 20
+  %2750 = load i32, ptr %2749, align 4, !tbaa !4
+  %2751 = insertelement <8 x i32> poison, i32 %2750, i64 0
+  %2752 = shufflevector <8 x i32> %2751, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i678.us.us = bitcast <8 x i32> %2752 to <16 x bfloat>
+  %r.i679.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.170.02585.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i678.us.us)
+  %2753 = getelementptr i8, ptr %gep2574.us.us, i64 24
+  %2754 = load i32, ptr %2753, align 4, !tbaa !4
+  %2755 = insertelement <8 x i32> poison, i32 %2754, i64 0
+  %2756 = shufflevector <8 x i32> %2755, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i681.us.us = bitcast <8 x i32> %2756 to <16 x bfloat>
+  %r.i682.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.204.02584.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i681.us.us)
+  %2757 = getelementptr i8, ptr %gep2574.us.us, i64 28
+  %2758 = load i32, ptr %2757, align 4, !tbaa !4
+  %2759 = insertelement <8 x i32> poison, i32 %2758, i64 0
+  %2760 = shufflevector <8 x i32> %2759, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i684.us.us = bitcast <8 x i32> %2760 to <16 x bfloat>
+  %r.i685.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.238.02583.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i684.us.us)
+  %2761 = getelementptr i8, ptr %gep2574.us.us, i64 32
+  %2762 = load i32, ptr %2761, align 4, !tbaa !4
+  %2763 = insertelement <8 x i32> poison, i32 %2762, i64 0
+  %2764 = shufflevector <8 x i32> %2763, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i687.us.us = bitcast <8 x i32> %2764 to <16 x bfloat>
+  %r.i688.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.272.02582.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i687.us.us)
+  %2765 = getelementptr i8, ptr %gep2574.us.us, i64 36
+  %2766 = load i32, ptr %2765, align 4, !tbaa !4
+  %2767 = insertelement <8 x i32> poison, i32 %2766, i64 0
+  %2768 = shufflevector <8 x i32> %2767, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i690.us.us = bitcast <8 x i32> %2768 to <16 x bfloat>
+  %r.i691.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.306.02581.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i690.us.us)
+  %2769 = getelementptr i8, ptr %gep2574.us.us, i64 40
+  %2770 = load i32, ptr %2769, align 4, !tbaa !4
+  %2771 = insertelement <8 x i32> poison, i32 %2770, i64 0
+  %2772 = shufflevector <8 x i32> %2771, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i693.us.us = bitcast <8 x i32> %2772 to <16 x bfloat>
+  %r.i694.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.340.02580.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i693.us.us)
+  %2773 = getelementptr i8, ptr %gep2574.us.us, i64 44
+  %2774 = load i32, ptr %2773, align 4, !tbaa !4
+  %2775 = insertelement <8 x i32> poison, i32 %2774, i64 0
+  %2776 = shufflevector <8 x i32> %2775, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i696.us.us = bitcast <8 x i32> %2776 to <16 x bfloat>
+  %r.i697.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.374.02579.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i696.us.us)
+  %2777 = getelementptr i8, ptr %gep2574.us.us, i64 48
+  %2778 = load i32, ptr %2777, align 4, !tbaa !4
+  %2779 = insertelement <8 x i32> poison, i32 %2778, i64 0
+  %2780 = shufflevector <8 x i32> %2779, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i699.us.us = bitcast <8 x i32> %2780 to <16 x bfloat>
+  %r.i700.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.408.02578.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i699.us.us)
+  %2781 = getelementptr i8, ptr %gep2574.us.us, i64 52
+  %2782 = load i32, ptr %2781, align 4, !tbaa !4
+  %2783 = insertelement <8 x i32> poison, i32 %2782, i64 0
+  %2784 = shufflevector <8 x i32> %2783, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i702.us.us = bitcast <8 x i32> %2784 to <16 x bfloat>
+  %r.i703.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.442.02577.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i702.us.us)
+  %2785 = getelementptr i8, ptr %gep2574.us.us, i64 56
+  %2786 = load i32, ptr %2785, align 4, !tbaa !4
+  %2787 = insertelement <8 x i32> poison, i32 %2786, i64 0
+  %2788 = shufflevector <8 x i32> %2787, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i705.us.us = bitcast <8 x i32> %2788 to <16 x bfloat>
+  %r.i706.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.476.02576.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i705.us.us)
+  %2789 = getelementptr i8, ptr %gep2574.us.us, i64 60
+  %2790 = load i32, ptr %2789, align 4, !tbaa !4
+  %2791 = insertelement <8 x i32> poison, i32 %2790, i64 0
+  %2792 = shufflevector <8 x i32> %2791, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i708.us.us = bitcast <8 x i32> %2792 to <16 x bfloat>
+  %r.i709.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %scores_global609.sroa.510.02575.us.us, <16 x bfloat> %2729, <16 x bfloat> %y.i708.us.us)
+  %2793 = getelementptr i8, ptr %gep3314, i64 64
+  %2794 = load <16 x bfloat>, ptr %2793, align 4, !tbaa !4
+  %2795 = or disjoint i64 %2728, 1
+  %2796 = mul nsw i64 %2795, %k_row
+  %2797 = getelementptr i32, ptr %gep2596.us.us, i64 %2796
+  %2798 = load i32, ptr %2797, align 4, !tbaa !4
+  %2799 = insertelement <8 x i32> poison, i32 %2798, i64 0
+  %2800 = shufflevector <8 x i32> %2799, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i711.us.us = bitcast <8 x i32> %2800 to <16 x bfloat>
+  %r.i712.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i711.us.us)
+  %2801 = getelementptr i8, ptr %2797, i64 4
+  %2802 = load i32, ptr %2801, align 4, !tbaa !4
+  %2803 = insertelement <8 x i32> poison, i32 %2802, i64 0
+  %2804 = shufflevector <8 x i32> %2803, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i714.us.us = bitcast <8 x i32> %2804 to <16 x bfloat>
+  %r.i715.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i667.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i714.us.us)
+  %2805 = getelementptr i8, ptr %2797, i64 8
+  %2806 = load i32, ptr %2805, align 4, !tbaa !4
+  %2807 = insertelement <8 x i32> poison, i32 %2806, i64 0
+  %2808 = shufflevector <8 x i32> %2807, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i717.us.us = bitcast <8 x i32> %2808 to <16 x bfloat>
+  %r.i718.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i670.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i717.us.us)
+  %2809 = getelementptr i8, ptr %2797, i64 12
+  %2810 = load i32, ptr %2809, align 4, !tbaa !4
+  %2811 = insertelement <8 x i32> poison, i32 %2810, i64 0
+  %2812 = shufflevector <8 x i32> %2811, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i720.us.us = bitcast <8 x i32> %2812 to <16 x bfloat>
+  %r.i721.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i673.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i720.us.us)
+  %2813 = getelementptr i8, ptr %2797, i64 16
+  %2814 = load i32, ptr %2813, align 4, !tbaa !4
+  %2815 = insertelement <8 x i32> poison, i32 %2814, i64 0
+  %2816 = shufflevector <8 x i32> %2815, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i723.us.us = bitcast <8 x i32> %2816 to <16 x bfloat>
+  %r.i724.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i676.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i723.us.us)
+  %2817 = getelementptr i8, ptr %2797, i64 20
+  %2818 = load i32, ptr %2817, align 4, !tbaa !4
+  %2819 = insertelement <8 x i32> poison, i32 %2818, i64 0
+  %2820 = shufflevector <8 x i32> %2819, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i726.us.us = bitcast <8 x i32> %2820 to <16 x bfloat>
+  %r.i727.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i679.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i726.us.us)
+  %2821 = getelementptr i8, ptr %2797, i64 24
+  %2822 = load i32, ptr %2821, align 4, !tbaa !4
+  %2823 = insertelement <8 x i32> poison, i32 %2822, i64 0
+  %2824 = shufflevector <8 x i32> %2823, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i729.us.us = bitcast <8 x i32> %2824 to <16 x bfloat>
+  %r.i730.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i682.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i729.us.us)
+  %2825 = getelementptr i8, ptr %2797, i64 28
+  %2826 = load i32, ptr %2825, align 4, !tbaa !4
+  %2827 = insertelement <8 x i32> poison, i32 %2826, i64 0
+  %2828 = shufflevector <8 x i32> %2827, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i732.us.us = bitcast <8 x i32> %2828 to <16 x bfloat>
+  %r.i733.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i685.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i732.us.us)
+  %2829 = getelementptr i8, ptr %2797, i64 32
+  %2830 = load i32, ptr %2829, align 4, !tbaa !4
+  %2831 = insertelement <8 x i32> poison, i32 %2830, i64 0
+  %2832 = shufflevector <8 x i32> %2831, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i735.us.us = bitcast <8 x i32> %2832 to <16 x bfloat>
+  %r.i736.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i688.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i735.us.us)
+  %2833 = getelementptr i8, ptr %2797, i64 36
+  %2834 = load i32, ptr %2833, align 4, !tbaa !4
+  %2835 = insertelement <8 x i32> poison, i32 %2834, i64 0
+  %2836 = shufflevector <8 x i32> %2835, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i738.us.us = bitcast <8 x i32> %2836 to <16 x bfloat>
+  %r.i739.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i691.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i738.us.us)
+  %2837 = getelementptr i8, ptr %2797, i64 40
+  %2838 = load i32, ptr %2837, align 4, !tbaa !4
+  %2839 = insertelement <8 x i32> poison, i32 %2838, i64 0
+  %2840 = shufflevector <8 x i32> %2839, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i741.us.us = bitcast <8 x i32> %2840 to <16 x bfloat>
+  %r.i742.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i694.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i741.us.us)
+  %2841 = getelementptr i8, ptr %2797, i64 44
+  %2842 = load i32, ptr %2841, align 4, !tbaa !4
+  %2843 = insertelement <8 x i32> poison, i32 %2842, i64 0
+  %2844 = shufflevector <8 x i32> %2843, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i744.us.us = bitcast <8 x i32> %2844 to <16 x bfloat>
+  %r.i745.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i697.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i744.us.us)
+  %2845 = getelementptr i8, ptr %2797, i64 48
+  %2846 = load i32, ptr %2845, align 4, !tbaa !4
+  %2847 = insertelement <8 x i32> poison, i32 %2846, i64 0
+  %2848 = shufflevector <8 x i32> %2847, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i747.us.us = bitcast <8 x i32> %2848 to <16 x bfloat>
+  %r.i748.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i700.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i747.us.us)
+  %2849 = getelementptr i8, ptr %2797, i64 52
+  %2850 = load i32, ptr %2849, align 4, !tbaa !4
+  %2851 = insertelement <8 x i32> poison, i32 %2850, i64 0
+  %2852 = shufflevector <8 x i32> %2851, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i750.us.us = bitcast <8 x i32> %2852 to <16 x bfloat>
+  %r.i751.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i703.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i750.us.us)
+  %2853 = getelementptr i8, ptr %2797, i64 56
+  %2854 = load i32, ptr %2853, align 4, !tbaa !4
+  %2855 = insertelement <8 x i32> poison, i32 %2854, i64 0
+  %2856 = shufflevector <8 x i32> %2855, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i753.us.us = bitcast <8 x i32> %2856 to <16 x bfloat>
+  %r.i754.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i706.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i753.us.us)
+  %2857 = getelementptr i8, ptr %2797, i64 60
+  %2858 = load i32, ptr %2857, align 4, !tbaa !4
+  %2859 = insertelement <8 x i32> poison, i32 %2858, i64 0
+  %2860 = shufflevector <8 x i32> %2859, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i756.us.us = bitcast <8 x i32> %2860 to <16 x bfloat>
+  %r.i757.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i709.us.us, <16 x bfloat> %2794, <16 x bfloat> %y.i756.us.us)
+  %2861 = getelementptr i8, ptr %gep3314, i64 128
+  %2862 = load <16 x bfloat>, ptr %2861, align 4, !tbaa !4
+  %2863 = or disjoint i64 %2728, 2
+  %2864 = mul nsw i64 %2863, %k_row
+  %2865 = getelementptr i32, ptr %gep2596.us.us, i64 %2864
+  %2866 = load i32, ptr %2865, align 4, !tbaa !4
+  %2867 = insertelement <8 x i32> poison, i32 %2866, i64 0
+  %2868 = shufflevector <8 x i32> %2867, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i759.us.us = bitcast <8 x i32> %2868 to <16 x bfloat>
+  %r.i760.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i712.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i759.us.us)
+  %2869 = getelementptr i8, ptr %2865, i64 4
+  %2870 = load i32, ptr %2869, align 4, !tbaa !4
+  %2871 = insertelement <8 x i32> poison, i32 %2870, i64 0
+  %2872 = shufflevector <8 x i32> %2871, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i762.us.us = bitcast <8 x i32> %2872 to <16 x bfloat>
+  %r.i763.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i715.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i762.us.us)
+  %2873 = getelementptr i8, ptr %2865, i64 8
+  %2874 = load i32, ptr %2873, align 4, !tbaa !4
+  %2875 = insertelement <8 x i32> poison, i32 %2874, i64 0
+  %2876 = shufflevector <8 x i32> %2875, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i765.us.us = bitcast <8 x i32> %2876 to <16 x bfloat>
+  %r.i766.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i718.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i765.us.us)
+  %2877 = getelementptr i8, ptr %2865, i64 12
+  %2878 = load i32, ptr %2877, align 4, !tbaa !4
+  %2879 = insertelement <8 x i32> poison, i32 %2878, i64 0
+  %2880 = shufflevector <8 x i32> %2879, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i768.us.us = bitcast <8 x i32> %2880 to <16 x bfloat>
+  %r.i769.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i721.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i768.us.us)
+  %2881 = getelementptr i8, ptr %2865, i64 16
+  %2882 = load i32, ptr %2881, align 4, !tbaa !4
+  %2883 = insertelement <8 x i32> poison, i32 %2882, i64 0
+  %2884 = shufflevector <8 x i32> %2883, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i771.us.us = bitcast <8 x i32> %2884 to <16 x bfloat>
+  %r.i772.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i724.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i771.us.us)
+  %2885 = getelementptr i8, ptr %2865, i64 20
+  %2886 = load i32, ptr %2885, align 4, !tbaa !4
+  %2887 = insertelement <8 x i32> poison, i32 %2886, i64 0
+  %2888 = shufflevector <8 x i32> %2887, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i774.us.us = bitcast <8 x i32> %2888 to <16 x bfloat>
+  %r.i775.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i727.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i774.us.us)
+  %2889 = getelementptr i8, ptr %2865, i64 24
+  %2890 = load i32, ptr %2889, align 4, !tbaa !4
+  %2891 = insertelement <8 x i32> poison, i32 %2890, i64 0
+  %2892 = shufflevector <8 x i32> %2891, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i777.us.us = bitcast <8 x i32> %2892 to <16 x bfloat>
+  %r.i778.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i730.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i777.us.us)
+  %2893 = getelementptr i8, ptr %2865, i64 28
+  %2894 = load i32, ptr %2893, align 4, !tbaa !4
+  %2895 = insertelement <8 x i32> poison, i32 %2894, i64 0
+  %2896 = shufflevector <8 x i32> %2895, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i780.us.us = bitcast <8 x i32> %2896 to <16 x bfloat>
+  %r.i781.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i733.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i780.us.us)
+  %2897 = getelementptr i8, ptr %2865, i64 32
+  %2898 = load i32, ptr %2897, align 4, !tbaa !4
+  %2899 = insertelement <8 x i32> poison, i32 %2898, i64 0
+  %2900 = shufflevector <8 x i32> %2899, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i783.us.us = bitcast <8 x i32> %2900 to <16 x bfloat>
+  %r.i784.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i736.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i783.us.us)
+  %2901 = getelementptr i8, ptr %2865, i64 36
+  %2902 = load i32, ptr %2901, align 4, !tbaa !4
+  %2903 = insertelement <8 x i32> poison, i32 %2902, i64 0
+  %2904 = shufflevector <8 x i32> %2903, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i786.us.us = bitcast <8 x i32> %2904 to <16 x bfloat>
+  %r.i787.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i739.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i786.us.us)
+  %2905 = getelementptr i8, ptr %2865, i64 40
+  %2906 = load i32, ptr %2905, align 4, !tbaa !4
+  %2907 = insertelement <8 x i32> poison, i32 %2906, i64 0
+  %2908 = shufflevector <8 x i32> %2907, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i789.us.us = bitcast <8 x i32> %2908 to <16 x bfloat>
+  %r.i790.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i742.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i789.us.us)
+  %2909 = getelementptr i8, ptr %2865, i64 44
+  %2910 = load i32, ptr %2909, align 4, !tbaa !4
+  %2911 = insertelement <8 x i32> poison, i32 %2910, i64 0
+  %2912 = shufflevector <8 x i32> %2911, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i792.us.us = bitcast <8 x i32> %2912 to <16 x bfloat>
+  %r.i793.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i745.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i792.us.us)
+  %2913 = getelementptr i8, ptr %2865, i64 48
+  %2914 = load i32, ptr %2913, align 4, !tbaa !4
+  %2915 = insertelement <8 x i32> poison, i32 %2914, i64 0
+  %2916 = shufflevector <8 x i32> %2915, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i795.us.us = bitcast <8 x i32> %2916 to <16 x bfloat>
+  %r.i796.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i748.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i795.us.us)
+  %2917 = getelementptr i8, ptr %2865, i64 52
+  %2918 = load i32, ptr %2917, align 4, !tbaa !4
+  %2919 = insertelement <8 x i32> poison, i32 %2918, i64 0
+  %2920 = shufflevector <8 x i32> %2919, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i798.us.us = bitcast <8 x i32> %2920 to <16 x bfloat>
+  %r.i799.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i751.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i798.us.us)
+  %2921 = getelementptr i8, ptr %2865, i64 56
+  %2922 = load i32, ptr %2921, align 4, !tbaa !4
+  %2923 = insertelement <8 x i32> poison, i32 %2922, i64 0
+  %2924 = shufflevector <8 x i32> %2923, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i801.us.us = bitcast <8 x i32> %2924 to <16 x bfloat>
+  %r.i802.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i754.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i801.us.us)
+  %2925 = getelementptr i8, ptr %2865, i64 60
+  %2926 = load i32, ptr %2925, align 4, !tbaa !4
+  %2927 = insertelement <8 x i32> poison, i32 %2926, i64 0
+  %2928 = shufflevector <8 x i32> %2927, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i804.us.us = bitcast <8 x i32> %2928 to <16 x bfloat>
+  %r.i805.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i757.us.us, <16 x bfloat> %2862, <16 x bfloat> %y.i804.us.us)
+  %2929 = getelementptr i8, ptr %gep3314, i64 192
+  %2930 = load <16 x bfloat>, ptr %2929, align 4, !tbaa !4
+  %2931 = or disjoint i64 %2728, 3
+  %2932 = mul nsw i64 %2931, %k_row
+  %2933 = getelementptr i32, ptr %gep2596.us.us, i64 %2932
+  %2934 = load i32, ptr %2933, align 4, !tbaa !4
+  %2935 = insertelement <8 x i32> poison, i32 %2934, i64 0
+  %2936 = shufflevector <8 x i32> %2935, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i807.us.us = bitcast <8 x i32> %2936 to <16 x bfloat>
+  %r.i808.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i760.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i807.us.us)
+  %2937 = getelementptr i8, ptr %2933, i64 4
+  %2938 = load i32, ptr %2937, align 4, !tbaa !4
+  %2939 = insertelement <8 x i32> poison, i32 %2938, i64 0
+  %2940 = shufflevector <8 x i32> %2939, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i810.us.us = bitcast <8 x i32> %2940 to <16 x bfloat>
+  %r.i811.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i763.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i810.us.us)
+  %2941 = getelementptr i8, ptr %2933, i64 8
+  %2942 = load i32, ptr %2941, align 4, !tbaa !4
+  %2943 = insertelement <8 x i32> poison, i32 %2942, i64 0
+  %2944 = shufflevector <8 x i32> %2943, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i813.us.us = bitcast <8 x i32> %2944 to <16 x bfloat>
+  %r.i814.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i766.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i813.us.us)
+  %2945 = getelementptr i8, ptr %2933, i64 12
+  %2946 = load i32, ptr %2945, align 4, !tbaa !4
+  %2947 = insertelement <8 x i32> poison, i32 %2946, i64 0
+  %2948 = shufflevector <8 x i32> %2947, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i816.us.us = bitcast <8 x i32> %2948 to <16 x bfloat>
+  %r.i817.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i769.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i816.us.us)
+  %2949 = getelementptr i8, ptr %2933, i64 16
+  %2950 = load i32, ptr %2949, align 4, !tbaa !4
+  %2951 = insertelement <8 x i32> poison, i32 %2950, i64 0
+  %2952 = shufflevector <8 x i32> %2951, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i819.us.us = bitcast <8 x i32> %2952 to <16 x bfloat>
+  %r.i820.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i772.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i819.us.us)
+  %2953 = getelementptr i8, ptr %2933, i64 20
+  %2954 = load i32, ptr %2953, align 4, !tbaa !4
+  %2955 = insertelement <8 x i32> poison, i32 %2954, i64 0
+  %2956 = shufflevector <8 x i32> %2955, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i822.us.us = bitcast <8 x i32> %2956 to <16 x bfloat>
+  %r.i823.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i775.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i822.us.us)
+  %2957 = getelementptr i8, ptr %2933, i64 24
+  %2958 = load i32, ptr %2957, align 4, !tbaa !4
+  %2959 = insertelement <8 x i32> poison, i32 %2958, i64 0
+  %2960 = shufflevector <8 x i32> %2959, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i825.us.us = bitcast <8 x i32> %2960 to <16 x bfloat>
+  %r.i826.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i778.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i825.us.us)
+  %2961 = getelementptr i8, ptr %2933, i64 28
+  %2962 = load i32, ptr %2961, align 4, !tbaa !4
+  %2963 = insertelement <8 x i32> poison, i32 %2962, i64 0
+  %2964 = shufflevector <8 x i32> %2963, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i828.us.us = bitcast <8 x i32> %2964 to <16 x bfloat>
+  %r.i829.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i781.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i828.us.us)
+  %2965 = getelementptr i8, ptr %2933, i64 32
+  %2966 = load i32, ptr %2965, align 4, !tbaa !4
+  %2967 = insertelement <8 x i32> poison, i32 %2966, i64 0
+  %2968 = shufflevector <8 x i32> %2967, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i831.us.us = bitcast <8 x i32> %2968 to <16 x bfloat>
+  %r.i832.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i784.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i831.us.us)
+  %2969 = getelementptr i8, ptr %2933, i64 36
+  %2970 = load i32, ptr %2969, align 4, !tbaa !4
+  %2971 = insertelement <8 x i32> poison, i32 %2970, i64 0
+  %2972 = shufflevector <8 x i32> %2971, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i834.us.us = bitcast <8 x i32> %2972 to <16 x bfloat>
+  %r.i835.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i787.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i834.us.us)
+  %2973 = getelementptr i8, ptr %2933, i64 40
+  %2974 = load i32, ptr %2973, align 4, !tbaa !4
+  %2975 = insertelement <8 x i32> poison, i32 %2974, i64 0
+  %2976 = shufflevector <8 x i32> %2975, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i837.us.us = bitcast <8 x i32> %2976 to <16 x bfloat>
+  %r.i838.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i790.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i837.us.us)
+  %2977 = getelementptr i8, ptr %2933, i64 44
+  %2978 = load i32, ptr %2977, align 4, !tbaa !4
+  %2979 = insertelement <8 x i32> poison, i32 %2978, i64 0
+  %2980 = shufflevector <8 x i32> %2979, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i840.us.us = bitcast <8 x i32> %2980 to <16 x bfloat>
+  %r.i841.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i793.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i840.us.us)
+  %2981 = getelementptr i8, ptr %2933, i64 48
+  %2982 = load i32, ptr %2981, align 4, !tbaa !4
+  %2983 = insertelement <8 x i32> poison, i32 %2982, i64 0
+  %2984 = shufflevector <8 x i32> %2983, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i843.us.us = bitcast <8 x i32> %2984 to <16 x bfloat>
+  %r.i844.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i796.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i843.us.us)
+  %2985 = getelementptr i8, ptr %2933, i64 52
+  %2986 = load i32, ptr %2985, align 4, !tbaa !4
+  %2987 = insertelement <8 x i32> poison, i32 %2986, i64 0
+  %2988 = shufflevector <8 x i32> %2987, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i846.us.us = bitcast <8 x i32> %2988 to <16 x bfloat>
+  %r.i847.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i799.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i846.us.us)
+  %2989 = getelementptr i8, ptr %2933, i64 56
+  %2990 = load i32, ptr %2989, align 4, !tbaa !4
+  %2991 = insertelement <8 x i32> poison, i32 %2990, i64 0
+  %2992 = shufflevector <8 x i32> %2991, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i849.us.us = bitcast <8 x i32> %2992 to <16 x bfloat>
+  %r.i850.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i802.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i849.us.us)
+  %2993 = getelementptr i8, ptr %2933, i64 60
+  %2994 = load i32, ptr %2993, align 4, !tbaa !4
+  %2995 = insertelement <8 x i32> poison, i32 %2994, i64 0
+  %2996 = shufflevector <8 x i32> %2995, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i852.us.us = bitcast <8 x i32> %2996 to <16 x bfloat>
+  %r.i853.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i805.us.us, <16 x bfloat> %2930, <16 x bfloat> %y.i852.us.us)
+  %2997 = getelementptr i8, ptr %gep3314, i64 256
+  %2998 = load <16 x bfloat>, ptr %2997, align 4, !tbaa !4
+  %2999 = or disjoint i64 %2728, 4
+  %3000 = mul nsw i64 %2999, %k_row
+  %3001 = getelementptr i32, ptr %gep2596.us.us, i64 %3000
+  %3002 = load i32, ptr %3001, align 4, !tbaa !4
+  %3003 = insertelement <8 x i32> poison, i32 %3002, i64 0
+  %3004 = shufflevector <8 x i32> %3003, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i855.us.us = bitcast <8 x i32> %3004 to <16 x bfloat>
+  %r.i856.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i808.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i855.us.us)
+  %3005 = getelementptr i8, ptr %3001, i64 4
+  %3006 = load i32, ptr %3005, align 4, !tbaa !4
+  %3007 = insertelement <8 x i32> poison, i32 %3006, i64 0
+  %3008 = shufflevector <8 x i32> %3007, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i858.us.us = bitcast <8 x i32> %3008 to <16 x bfloat>
+  %r.i859.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i811.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i858.us.us)
+  %3009 = getelementptr i8, ptr %3001, i64 8
+  %3010 = load i32, ptr %3009, align 4, !tbaa !4
+  %3011 = insertelement <8 x i32> poison, i32 %3010, i64 0
+  %3012 = shufflevector <8 x i32> %3011, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i861.us.us = bitcast <8 x i32> %3012 to <16 x bfloat>
+  %r.i862.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i814.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i861.us.us)
+  %3013 = getelementptr i8, ptr %3001, i64 12
+  %3014 = load i32, ptr %3013, align 4, !tbaa !4
+  %3015 = insertelement <8 x i32> poison, i32 %3014, i64 0
+  %3016 = shufflevector <8 x i32> %3015, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i864.us.us = bitcast <8 x i32> %3016 to <16 x bfloat>
+  %r.i865.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i817.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i864.us.us)
+  %3017 = getelementptr i8, ptr %3001, i64 16
+  %3018 = load i32, ptr %3017, align 4, !tbaa !4
+  %3019 = insertelement <8 x i32> poison, i32 %3018, i64 0
+  %3020 = shufflevector <8 x i32> %3019, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i867.us.us = bitcast <8 x i32> %3020 to <16 x bfloat>
+  %r.i868.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i820.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i867.us.us)
+  %3021 = getelementptr i8, ptr %3001, i64 20
+  %3022 = load i32, ptr %3021, align 4, !tbaa !4
+  %3023 = insertelement <8 x i32> poison, i32 %3022, i64 0
+  %3024 = shufflevector <8 x i32> %3023, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i870.us.us = bitcast <8 x i32> %3024 to <16 x bfloat>
+  %r.i871.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i823.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i870.us.us)
+  %3025 = getelementptr i8, ptr %3001, i64 24
+  %3026 = load i32, ptr %3025, align 4, !tbaa !4
+  %3027 = insertelement <8 x i32> poison, i32 %3026, i64 0
+  %3028 = shufflevector <8 x i32> %3027, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i873.us.us = bitcast <8 x i32> %3028 to <16 x bfloat>
+  %r.i874.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i826.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i873.us.us)
+  %3029 = getelementptr i8, ptr %3001, i64 28
+  %3030 = load i32, ptr %3029, align 4, !tbaa !4
+  %3031 = insertelement <8 x i32> poison, i32 %3030, i64 0
+  %3032 = shufflevector <8 x i32> %3031, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i876.us.us = bitcast <8 x i32> %3032 to <16 x bfloat>
+  %r.i877.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i829.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i876.us.us)
+  %3033 = getelementptr i8, ptr %3001, i64 32
+  %3034 = load i32, ptr %3033, align 4, !tbaa !4
+  %3035 = insertelement <8 x i32> poison, i32 %3034, i64 0
+  %3036 = shufflevector <8 x i32> %3035, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i879.us.us = bitcast <8 x i32> %3036 to <16 x bfloat>
+  %r.i880.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i832.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i879.us.us)
+  %3037 = getelementptr i8, ptr %3001, i64 36
+  %3038 = load i32, ptr %3037, align 4, !tbaa !4
+  %3039 = insertelement <8 x i32> poison, i32 %3038, i64 0
+  %3040 = shufflevector <8 x i32> %3039, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i882.us.us = bitcast <8 x i32> %3040 to <16 x bfloat>
+  %r.i883.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i835.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i882.us.us)
+  %3041 = getelementptr i8, ptr %3001, i64 40
+  %3042 = load i32, ptr %3041, align 4, !tbaa !4
+  %3043 = insertelement <8 x i32> poison, i32 %3042, i64 0
+  %3044 = shufflevector <8 x i32> %3043, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i885.us.us = bitcast <8 x i32> %3044 to <16 x bfloat>
+  %r.i886.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i838.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i885.us.us)
+  %3045 = getelementptr i8, ptr %3001, i64 44
+  %3046 = load i32, ptr %3045, align 4, !tbaa !4
+  %3047 = insertelement <8 x i32> poison, i32 %3046, i64 0
+  %3048 = shufflevector <8 x i32> %3047, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i888.us.us = bitcast <8 x i32> %3048 to <16 x bfloat>
+  %r.i889.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i841.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i888.us.us)
+  %3049 = getelementptr i8, ptr %3001, i64 48
+  %3050 = load i32, ptr %3049, align 4, !tbaa !4
+  %3051 = insertelement <8 x i32> poison, i32 %3050, i64 0
+  %3052 = shufflevector <8 x i32> %3051, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i891.us.us = bitcast <8 x i32> %3052 to <16 x bfloat>
+  %r.i892.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i844.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i891.us.us)
+  %3053 = getelementptr i8, ptr %3001, i64 52
+  %3054 = load i32, ptr %3053, align 4, !tbaa !4
+  %3055 = insertelement <8 x i32> poison, i32 %3054, i64 0
+  %3056 = shufflevector <8 x i32> %3055, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i894.us.us = bitcast <8 x i32> %3056 to <16 x bfloat>
+  %r.i895.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i847.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i894.us.us)
+  %3057 = getelementptr i8, ptr %3001, i64 56
+  %3058 = load i32, ptr %3057, align 4, !tbaa !4
+  %3059 = insertelement <8 x i32> poison, i32 %3058, i64 0
+  %3060 = shufflevector <8 x i32> %3059, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i897.us.us = bitcast <8 x i32> %3060 to <16 x bfloat>
+  %r.i898.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i850.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i897.us.us)
+  %3061 = getelementptr i8, ptr %3001, i64 60
+  %3062 = load i32, ptr %3061, align 4, !tbaa !4
+  %3063 = insertelement <8 x i32> poison, i32 %3062, i64 0
+  %3064 = shufflevector <8 x i32> %3063, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i900.us.us = bitcast <8 x i32> %3064 to <16 x bfloat>
+  %r.i901.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i853.us.us, <16 x bfloat> %2998, <16 x bfloat> %y.i900.us.us)
+  %3065 = getelementptr i8, ptr %gep3314, i64 320
+  %3066 = load <16 x bfloat>, ptr %3065, align 4, !tbaa !4
+  %3067 = or disjoint i64 %2728, 5
+  %3068 = mul nsw i64 %3067, %k_row
+  %3069 = getelementptr i32, ptr %gep2596.us.us, i64 %3068
+  %3070 = load i32, ptr %3069, align 4, !tbaa !4
+  %3071 = insertelement <8 x i32> poison, i32 %3070, i64 0
+  %3072 = shufflevector <8 x i32> %3071, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i903.us.us = bitcast <8 x i32> %3072 to <16 x bfloat>
+  %r.i904.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i856.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i903.us.us)
+  %3073 = getelementptr i8, ptr %3069, i64 4
+  %3074 = load i32, ptr %3073, align 4, !tbaa !4
+  %3075 = insertelement <8 x i32> poison, i32 %3074, i64 0
+  %3076 = shufflevector <8 x i32> %3075, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i906.us.us = bitcast <8 x i32> %3076 to <16 x bfloat>
+  %r.i907.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i859.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i906.us.us)
+  %3077 = getelementptr i8, ptr %3069, i64 8
+  %3078 = load i32, ptr %3077, align 4, !tbaa !4
+  %3079 = insertelement <8 x i32> poison, i32 %3078, i64 0
+  %3080 = shufflevector <8 x i32> %3079, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i909.us.us = bitcast <8 x i32> %3080 to <16 x bfloat>
+  %r.i910.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i862.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i909.us.us)
+  %3081 = getelementptr i8, ptr %3069, i64 12
+  %3082 = load i32, ptr %3081, align 4, !tbaa !4
+  %3083 = insertelement <8 x i32> poison, i32 %3082, i64 0
+  %3084 = shufflevector <8 x i32> %3083, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i912.us.us = bitcast <8 x i32> %3084 to <16 x bfloat>
+  %r.i913.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i865.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i912.us.us)
+  %3085 = getelementptr i8, ptr %3069, i64 16
+  %3086 = load i32, ptr %3085, align 4, !tbaa !4
+  %3087 = insertelement <8 x i32> poison, i32 %3086, i64 0
+  %3088 = shufflevector <8 x i32> %3087, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i915.us.us = bitcast <8 x i32> %3088 to <16 x bfloat>
+  %r.i916.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i868.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i915.us.us)
+  %3089 = getelementptr i8, ptr %3069, i64 20
+  %3090 = load i32, ptr %3089, align 4, !tbaa !4
+  %3091 = insertelement <8 x i32> poison, i32 %3090, i64 0
+  %3092 = shufflevector <8 x i32> %3091, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i918.us.us = bitcast <8 x i32> %3092 to <16 x bfloat>
+  %r.i919.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i871.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i918.us.us)
+  %3093 = getelementptr i8, ptr %3069, i64 24
+  %3094 = load i32, ptr %3093, align 4, !tbaa !4
+  %3095 = insertelement <8 x i32> poison, i32 %3094, i64 0
+  %3096 = shufflevector <8 x i32> %3095, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i921.us.us = bitcast <8 x i32> %3096 to <16 x bfloat>
+  %r.i922.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i874.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i921.us.us)
+  %3097 = getelementptr i8, ptr %3069, i64 28
+  %3098 = load i32, ptr %3097, align 4, !tbaa !4
+  %3099 = insertelement <8 x i32> poison, i32 %3098, i64 0
+  %3100 = shufflevector <8 x i32> %3099, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i924.us.us = bitcast <8 x i32> %3100 to <16 x bfloat>
+  %r.i925.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i877.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i924.us.us)
+  %3101 = getelementptr i8, ptr %3069, i64 32
+  %3102 = load i32, ptr %3101, align 4, !tbaa !4
+  %3103 = insertelement <8 x i32> poison, i32 %3102, i64 0
+  %3104 = shufflevector <8 x i32> %3103, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i927.us.us = bitcast <8 x i32> %3104 to <16 x bfloat>
+  %r.i928.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i880.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i927.us.us)
+  %3105 = getelementptr i8, ptr %3069, i64 36
+  %3106 = load i32, ptr %3105, align 4, !tbaa !4
+  %3107 = insertelement <8 x i32> poison, i32 %3106, i64 0
+  %3108 = shufflevector <8 x i32> %3107, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i930.us.us = bitcast <8 x i32> %3108 to <16 x bfloat>
+  %r.i931.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i883.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i930.us.us)
+  %3109 = getelementptr i8, ptr %3069, i64 40
+  %3110 = load i32, ptr %3109, align 4, !tbaa !4
+  %3111 = insertelement <8 x i32> poison, i32 %3110, i64 0
+  %3112 = shufflevector <8 x i32> %3111, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i933.us.us = bitcast <8 x i32> %3112 to <16 x bfloat>
+  %r.i934.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i886.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i933.us.us)
+  %3113 = getelementptr i8, ptr %3069, i64 44
+  %3114 = load i32, ptr %3113, align 4, !tbaa !4
+  %3115 = insertelement <8 x i32> poison, i32 %3114, i64 0
+  %3116 = shufflevector <8 x i32> %3115, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i936.us.us = bitcast <8 x i32> %3116 to <16 x bfloat>
+  %r.i937.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i889.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i936.us.us)
+  %3117 = getelementptr i8, ptr %3069, i64 48
+  %3118 = load i32, ptr %3117, align 4, !tbaa !4
+  %3119 = insertelement <8 x i32> poison, i32 %3118, i64 0
+  %3120 = shufflevector <8 x i32> %3119, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i939.us.us = bitcast <8 x i32> %3120 to <16 x bfloat>
+  %r.i940.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i892.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i939.us.us)
+  %3121 = getelementptr i8, ptr %3069, i64 52
+  %3122 = load i32, ptr %3121, align 4, !tbaa !4
+  %3123 = insertelement <8 x i32> poison, i32 %3122, i64 0
+  %3124 = shufflevector <8 x i32> %3123, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i942.us.us = bitcast <8 x i32> %3124 to <16 x bfloat>
+  %r.i943.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i895.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i942.us.us)
+  %3125 = getelementptr i8, ptr %3069, i64 56
+  %3126 = load i32, ptr %3125, align 4, !tbaa !4
+  %3127 = insertelement <8 x i32> poison, i32 %3126, i64 0
+  %3128 = shufflevector <8 x i32> %3127, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i945.us.us = bitcast <8 x i32> %3128 to <16 x bfloat>
+  %r.i946.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i898.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i945.us.us)
+  %3129 = getelementptr i8, ptr %3069, i64 60
+  %3130 = load i32, ptr %3129, align 4, !tbaa !4
+  %3131 = insertelement <8 x i32> poison, i32 %3130, i64 0
+  %3132 = shufflevector <8 x i32> %3131, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i948.us.us = bitcast <8 x i32> %3132 to <16 x bfloat>
+  %r.i949.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i901.us.us, <16 x bfloat> %3066, <16 x bfloat> %y.i948.us.us)
+  %3133 = getelementptr i8, ptr %gep3314, i64 384
+  %3134 = load <16 x bfloat>, ptr %3133, align 4, !tbaa !4
+  %3135 = or disjoint i64 %2728, 6
+  %3136 = mul nsw i64 %3135, %k_row
+  %3137 = getelementptr i32, ptr %gep2596.us.us, i64 %3136
+  %3138 = load i32, ptr %3137, align 4, !tbaa !4
+  %3139 = insertelement <8 x i32> poison, i32 %3138, i64 0
+  %3140 = shufflevector <8 x i32> %3139, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i951.us.us = bitcast <8 x i32> %3140 to <16 x bfloat>
+  %r.i952.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i904.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i951.us.us)
+  %3141 = getelementptr i8, ptr %3137, i64 4
+  %3142 = load i32, ptr %3141, align 4, !tbaa !4
+  %3143 = insertelement <8 x i32> poison, i32 %3142, i64 0
+  %3144 = shufflevector <8 x i32> %3143, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i954.us.us = bitcast <8 x i32> %3144 to <16 x bfloat>
+  %r.i955.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i907.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i954.us.us)
+  %3145 = getelementptr i8, ptr %3137, i64 8
+  %3146 = load i32, ptr %3145, align 4, !tbaa !4
+  %3147 = insertelement <8 x i32> poison, i32 %3146, i64 0
+  %3148 = shufflevector <8 x i32> %3147, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i957.us.us = bitcast <8 x i32> %3148 to <16 x bfloat>
+  %r.i958.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i910.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i957.us.us)
+  %3149 = getelementptr i8, ptr %3137, i64 12
+  %3150 = load i32, ptr %3149, align 4, !tbaa !4
+  %3151 = insertelement <8 x i32> poison, i32 %3150, i64 0
+  %3152 = shufflevector <8 x i32> %3151, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i960.us.us = bitcast <8 x i32> %3152 to <16 x bfloat>
+  %r.i961.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i913.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i960.us.us)
+  %3153 = getelementptr i8, ptr %3137, i64 16
+  %3154 = load i32, ptr %3153, align 4, !tbaa !4
+  %3155 = insertelement <8 x i32> poison, i32 %3154, i64 0
+  %3156 = shufflevector <8 x i32> %3155, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i963.us.us = bitcast <8 x i32> %3156 to <16 x bfloat>
+  %r.i964.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i916.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i963.us.us)
+  %3157 = getelementptr i8, ptr %3137, i64 20
+  %3158 = load i32, ptr %3157, align 4, !tbaa !4
+  %3159 = insertelement <8 x i32> poison, i32 %3158, i64 0
+  %3160 = shufflevector <8 x i32> %3159, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i966.us.us = bitcast <8 x i32> %3160 to <16 x bfloat>
+  %r.i967.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i919.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i966.us.us)
+  %3161 = getelementptr i8, ptr %3137, i64 24
+  %3162 = load i32, ptr %3161, align 4, !tbaa !4
+  %3163 = insertelement <8 x i32> poison, i32 %3162, i64 0
+  %3164 = shufflevector <8 x i32> %3163, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i969.us.us = bitcast <8 x i32> %3164 to <16 x bfloat>
+  %r.i970.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i922.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i969.us.us)
+  %3165 = getelementptr i8, ptr %3137, i64 28
+  %3166 = load i32, ptr %3165, align 4, !tbaa !4
+  %3167 = insertelement <8 x i32> poison, i32 %3166, i64 0
+  %3168 = shufflevector <8 x i32> %3167, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i972.us.us = bitcast <8 x i32> %3168 to <16 x bfloat>
+  %r.i973.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i925.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i972.us.us)
+  %3169 = getelementptr i8, ptr %3137, i64 32
+  %3170 = load i32, ptr %3169, align 4, !tbaa !4
+  %3171 = insertelement <8 x i32> poison, i32 %3170, i64 0
+  %3172 = shufflevector <8 x i32> %3171, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i975.us.us = bitcast <8 x i32> %3172 to <16 x bfloat>
+  %r.i976.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i928.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i975.us.us)
+  %3173 = getelementptr i8, ptr %3137, i64 36
+  %3174 = load i32, ptr %3173, align 4, !tbaa !4
+  %3175 = insertelement <8 x i32> poison, i32 %3174, i64 0
+  %3176 = shufflevector <8 x i32> %3175, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i978.us.us = bitcast <8 x i32> %3176 to <16 x bfloat>
+  %r.i979.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i931.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i978.us.us)
+  %3177 = getelementptr i8, ptr %3137, i64 40
+  %3178 = load i32, ptr %3177, align 4, !tbaa !4
+  %3179 = insertelement <8 x i32> poison, i32 %3178, i64 0
+  %3180 = shufflevector <8 x i32> %3179, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i981.us.us = bitcast <8 x i32> %3180 to <16 x bfloat>
+  %r.i982.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i934.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i981.us.us)
+  %3181 = getelementptr i8, ptr %3137, i64 44
+  %3182 = load i32, ptr %3181, align 4, !tbaa !4
+  %3183 = insertelement <8 x i32> poison, i32 %3182, i64 0
+  %3184 = shufflevector <8 x i32> %3183, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i984.us.us = bitcast <8 x i32> %3184 to <16 x bfloat>
+  %r.i985.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i937.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i984.us.us)
+  %3185 = getelementptr i8, ptr %3137, i64 48
+  %3186 = load i32, ptr %3185, align 4, !tbaa !4
+  %3187 = insertelement <8 x i32> poison, i32 %3186, i64 0
+  %3188 = shufflevector <8 x i32> %3187, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i987.us.us = bitcast <8 x i32> %3188 to <16 x bfloat>
+  %r.i988.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i940.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i987.us.us)
+  %3189 = getelementptr i8, ptr %3137, i64 52
+  %3190 = load i32, ptr %3189, align 4, !tbaa !4
+  %3191 = insertelement <8 x i32> poison, i32 %3190, i64 0
+  %3192 = shufflevector <8 x i32> %3191, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i990.us.us = bitcast <8 x i32> %3192 to <16 x bfloat>
+  %r.i991.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i943.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i990.us.us)
+  %3193 = getelementptr i8, ptr %3137, i64 56
+  %3194 = load i32, ptr %3193, align 4, !tbaa !4
+  %3195 = insertelement <8 x i32> poison, i32 %3194, i64 0
+  %3196 = shufflevector <8 x i32> %3195, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i993.us.us = bitcast <8 x i32> %3196 to <16 x bfloat>
+  %r.i994.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i946.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i993.us.us)
+  %3197 = getelementptr i8, ptr %3137, i64 60
+  %3198 = load i32, ptr %3197, align 4, !tbaa !4
+  %3199 = insertelement <8 x i32> poison, i32 %3198, i64 0
+  %3200 = shufflevector <8 x i32> %3199, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i996.us.us = bitcast <8 x i32> %3200 to <16 x bfloat>
+  %r.i997.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i949.us.us, <16 x bfloat> %3134, <16 x bfloat> %y.i996.us.us)
+  %3201 = getelementptr i8, ptr %gep3314, i64 448
+  %3202 = load <16 x bfloat>, ptr %3201, align 4, !tbaa !4
+  %3203 = or disjoint i64 %2728, 7
+  %3204 = mul nsw i64 %3203, %k_row
+  %3205 = getelementptr i32, ptr %gep2596.us.us, i64 %3204
+  %3206 = load i32, ptr %3205, align 4, !tbaa !4
+  %3207 = insertelement <8 x i32> poison, i32 %3206, i64 0
+  %3208 = shufflevector <8 x i32> %3207, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i999.us.us = bitcast <8 x i32> %3208 to <16 x bfloat>
+  %r.i1000.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i952.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i999.us.us)
+  %3209 = getelementptr i8, ptr %3205, i64 4
+  %3210 = load i32, ptr %3209, align 4, !tbaa !4
+  %3211 = insertelement <8 x i32> poison, i32 %3210, i64 0
+  %3212 = shufflevector <8 x i32> %3211, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1002.us.us = bitcast <8 x i32> %3212 to <16 x bfloat>
+  %r.i1003.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i955.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1002.us.us)
+  %3213 = getelementptr i8, ptr %3205, i64 8
+  %3214 = load i32, ptr %3213, align 4, !tbaa !4
+  %3215 = insertelement <8 x i32> poison, i32 %3214, i64 0
+  %3216 = shufflevector <8 x i32> %3215, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1005.us.us = bitcast <8 x i32> %3216 to <16 x bfloat>
+  %r.i1006.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i958.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1005.us.us)
+  %3217 = getelementptr i8, ptr %3205, i64 12
+  %3218 = load i32, ptr %3217, align 4, !tbaa !4
+  %3219 = insertelement <8 x i32> poison, i32 %3218, i64 0
+  %3220 = shufflevector <8 x i32> %3219, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1008.us.us = bitcast <8 x i32> %3220 to <16 x bfloat>
+  %r.i1009.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i961.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1008.us.us)
+  %3221 = getelementptr i8, ptr %3205, i64 16
+  %3222 = load i32, ptr %3221, align 4, !tbaa !4
+  %3223 = insertelement <8 x i32> poison, i32 %3222, i64 0
+  %3224 = shufflevector <8 x i32> %3223, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1011.us.us = bitcast <8 x i32> %3224 to <16 x bfloat>
+  %r.i1012.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i964.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1011.us.us)
+  %3225 = getelementptr i8, ptr %3205, i64 20
+  %3226 = load i32, ptr %3225, align 4, !tbaa !4
+  %3227 = insertelement <8 x i32> poison, i32 %3226, i64 0
+  %3228 = shufflevector <8 x i32> %3227, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1014.us.us = bitcast <8 x i32> %3228 to <16 x bfloat>
+  %r.i1015.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i967.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1014.us.us)
+  %3229 = getelementptr i8, ptr %3205, i64 24
+  %3230 = load i32, ptr %3229, align 4, !tbaa !4
+  %3231 = insertelement <8 x i32> poison, i32 %3230, i64 0
+  %3232 = shufflevector <8 x i32> %3231, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1017.us.us = bitcast <8 x i32> %3232 to <16 x bfloat>
+  %r.i1018.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i970.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1017.us.us)
+  %3233 = getelementptr i8, ptr %3205, i64 28
+  %3234 = load i32, ptr %3233, align 4, !tbaa !4
+  %3235 = insertelement <8 x i32> poison, i32 %3234, i64 0
+  %3236 = shufflevector <8 x i32> %3235, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1020.us.us = bitcast <8 x i32> %3236 to <16 x bfloat>
+  %r.i1021.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i973.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1020.us.us)
+  %3237 = getelementptr i8, ptr %3205, i64 32
+  %3238 = load i32, ptr %3237, align 4, !tbaa !4
+  %3239 = insertelement <8 x i32> poison, i32 %3238, i64 0
+  %3240 = shufflevector <8 x i32> %3239, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1023.us.us = bitcast <8 x i32> %3240 to <16 x bfloat>
+  %r.i1024.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i976.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1023.us.us)
+  %3241 = getelementptr i8, ptr %3205, i64 36
+  %3242 = load i32, ptr %3241, align 4, !tbaa !4
+  %3243 = insertelement <8 x i32> poison, i32 %3242, i64 0
+  %3244 = shufflevector <8 x i32> %3243, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1026.us.us = bitcast <8 x i32> %3244 to <16 x bfloat>
+  %r.i1027.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i979.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1026.us.us)
+  %3245 = getelementptr i8, ptr %3205, i64 40
+  %3246 = load i32, ptr %3245, align 4, !tbaa !4
+  %3247 = insertelement <8 x i32> poison, i32 %3246, i64 0
+  %3248 = shufflevector <8 x i32> %3247, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1029.us.us = bitcast <8 x i32> %3248 to <16 x bfloat>
+  %r.i1030.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i982.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1029.us.us)
+  %3249 = getelementptr i8, ptr %3205, i64 44
+  %3250 = load i32, ptr %3249, align 4, !tbaa !4
+  %3251 = insertelement <8 x i32> poison, i32 %3250, i64 0
+  %3252 = shufflevector <8 x i32> %3251, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1032.us.us = bitcast <8 x i32> %3252 to <16 x bfloat>
+  %r.i1033.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i985.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1032.us.us)
+  %3253 = getelementptr i8, ptr %3205, i64 48
+  %3254 = load i32, ptr %3253, align 4, !tbaa !4
+  %3255 = insertelement <8 x i32> poison, i32 %3254, i64 0
+  %3256 = shufflevector <8 x i32> %3255, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1035.us.us = bitcast <8 x i32> %3256 to <16 x bfloat>
+  %r.i1036.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i988.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1035.us.us)
+  %3257 = getelementptr i8, ptr %3205, i64 52
+  %3258 = load i32, ptr %3257, align 4, !tbaa !4
+  %3259 = insertelement <8 x i32> poison, i32 %3258, i64 0
+  %3260 = shufflevector <8 x i32> %3259, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1038.us.us = bitcast <8 x i32> %3260 to <16 x bfloat>
+  %r.i1039.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i991.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1038.us.us)
+  %3261 = getelementptr i8, ptr %3205, i64 56
+  %3262 = load i32, ptr %3261, align 4, !tbaa !4
+  %3263 = insertelement <8 x i32> poison, i32 %3262, i64 0
+  %3264 = shufflevector <8 x i32> %3263, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1041.us.us = bitcast <8 x i32> %3264 to <16 x bfloat>
+  %r.i1042.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i994.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1041.us.us)
+  %3265 = getelementptr i8, ptr %3205, i64 60
+  %3266 = load i32, ptr %3265, align 4, !tbaa !4
+  %3267 = insertelement <8 x i32> poison, i32 %3266, i64 0
+  %3268 = shufflevector <8 x i32> %3267, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1044.us.us = bitcast <8 x i32> %3268 to <16 x bfloat>
+  %r.i1045.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i997.us.us, <16 x bfloat> %3202, <16 x bfloat> %y.i1044.us.us)
+  %3269 = getelementptr i8, ptr %gep3314, i64 512
+  %3270 = load <16 x bfloat>, ptr %3269, align 4, !tbaa !4
+  %3271 = or disjoint i64 %2728, 8
+  %3272 = mul nsw i64 %3271, %k_row
+  %3273 = getelementptr i32, ptr %gep2596.us.us, i64 %3272
+  %3274 = load i32, ptr %3273, align 4, !tbaa !4
+  %3275 = insertelement <8 x i32> poison, i32 %3274, i64 0
+  %3276 = shufflevector <8 x i32> %3275, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1047.us.us = bitcast <8 x i32> %3276 to <16 x bfloat>
+  %r.i1048.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1000.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1047.us.us)
+  %3277 = getelementptr i8, ptr %3273, i64 4
+  %3278 = load i32, ptr %3277, align 4, !tbaa !4
+  %3279 = insertelement <8 x i32> poison, i32 %3278, i64 0
+  %3280 = shufflevector <8 x i32> %3279, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1050.us.us = bitcast <8 x i32> %3280 to <16 x bfloat>
+  %r.i1051.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1003.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1050.us.us)
+  %3281 = getelementptr i8, ptr %3273, i64 8
+  %3282 = load i32, ptr %3281, align 4, !tbaa !4
+  %3283 = insertelement <8 x i32> poison, i32 %3282, i64 0
+  %3284 = shufflevector <8 x i32> %3283, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1053.us.us = bitcast <8 x i32> %3284 to <16 x bfloat>
+  %r.i1054.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1006.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1053.us.us)
+  %3285 = getelementptr i8, ptr %3273, i64 12
+  %3286 = load i32, ptr %3285, align 4, !tbaa !4
+  %3287 = insertelement <8 x i32> poison, i32 %3286, i64 0
+  %3288 = shufflevector <8 x i32> %3287, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1056.us.us = bitcast <8 x i32> %3288 to <16 x bfloat>
+  %r.i1057.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1009.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1056.us.us)
+  %3289 = getelementptr i8, ptr %3273, i64 16
+  %3290 = load i32, ptr %3289, align 4, !tbaa !4
+  %3291 = insertelement <8 x i32> poison, i32 %3290, i64 0
+  %3292 = shufflevector <8 x i32> %3291, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1059.us.us = bitcast <8 x i32> %3292 to <16 x bfloat>
+  %r.i1060.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1012.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1059.us.us)
+  %3293 = getelementptr i8, ptr %3273, i64 20
+  %3294 = load i32, ptr %3293, align 4, !tbaa !4
+  %3295 = insertelement <8 x i32> poison, i32 %3294, i64 0
+  %3296 = shufflevector <8 x i32> %3295, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1062.us.us = bitcast <8 x i32> %3296 to <16 x bfloat>
+  %r.i1063.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1015.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1062.us.us)
+  %3297 = getelementptr i8, ptr %3273, i64 24
+  %3298 = load i32, ptr %3297, align 4, !tbaa !4
+  %3299 = insertelement <8 x i32> poison, i32 %3298, i64 0
+  %3300 = shufflevector <8 x i32> %3299, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1065.us.us = bitcast <8 x i32> %3300 to <16 x bfloat>
+  %r.i1066.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1018.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1065.us.us)
+  %3301 = getelementptr i8, ptr %3273, i64 28
+  %3302 = load i32, ptr %3301, align 4, !tbaa !4
+  %3303 = insertelement <8 x i32> poison, i32 %3302, i64 0
+  %3304 = shufflevector <8 x i32> %3303, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1068.us.us = bitcast <8 x i32> %3304 to <16 x bfloat>
+  %r.i1069.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1021.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1068.us.us)
+  %3305 = getelementptr i8, ptr %3273, i64 32
+  %3306 = load i32, ptr %3305, align 4, !tbaa !4
+  %3307 = insertelement <8 x i32> poison, i32 %3306, i64 0
+  %3308 = shufflevector <8 x i32> %3307, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1071.us.us = bitcast <8 x i32> %3308 to <16 x bfloat>
+  %r.i1072.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1024.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1071.us.us)
+  %3309 = getelementptr i8, ptr %3273, i64 36
+  %3310 = load i32, ptr %3309, align 4, !tbaa !4
+  %3311 = insertelement <8 x i32> poison, i32 %3310, i64 0
+  %3312 = shufflevector <8 x i32> %3311, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1074.us.us = bitcast <8 x i32> %3312 to <16 x bfloat>
+  %r.i1075.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1027.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1074.us.us)
+  %3313 = getelementptr i8, ptr %3273, i64 40
+  %3314 = load i32, ptr %3313, align 4, !tbaa !4
+  %3315 = insertelement <8 x i32> poison, i32 %3314, i64 0
+  %3316 = shufflevector <8 x i32> %3315, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1077.us.us = bitcast <8 x i32> %3316 to <16 x bfloat>
+  %r.i1078.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1030.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1077.us.us)
+  %3317 = getelementptr i8, ptr %3273, i64 44
+  %3318 = load i32, ptr %3317, align 4, !tbaa !4
+  %3319 = insertelement <8 x i32> poison, i32 %3318, i64 0
+  %3320 = shufflevector <8 x i32> %3319, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1080.us.us = bitcast <8 x i32> %3320 to <16 x bfloat>
+  %r.i1081.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1033.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1080.us.us)
+  %3321 = getelementptr i8, ptr %3273, i64 48
+  %3322 = load i32, ptr %3321, align 4, !tbaa !4
+  %3323 = insertelement <8 x i32> poison, i32 %3322, i64 0
+  %3324 = shufflevector <8 x i32> %3323, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1083.us.us = bitcast <8 x i32> %3324 to <16 x bfloat>
+  %r.i1084.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1036.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1083.us.us)
+  %3325 = getelementptr i8, ptr %3273, i64 52
+  %3326 = load i32, ptr %3325, align 4, !tbaa !4
+  %3327 = insertelement <8 x i32> poison, i32 %3326, i64 0
+  %3328 = shufflevector <8 x i32> %3327, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1086.us.us = bitcast <8 x i32> %3328 to <16 x bfloat>
+  %r.i1087.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1039.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1086.us.us)
+  %3329 = getelementptr i8, ptr %3273, i64 56
+  %3330 = load i32, ptr %3329, align 4, !tbaa !4
+  %3331 = insertelement <8 x i32> poison, i32 %3330, i64 0
+  %3332 = shufflevector <8 x i32> %3331, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1089.us.us = bitcast <8 x i32> %3332 to <16 x bfloat>
+  %r.i1090.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1042.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1089.us.us)
+  %3333 = getelementptr i8, ptr %3273, i64 60
+  %3334 = load i32, ptr %3333, align 4, !tbaa !4
+  %3335 = insertelement <8 x i32> poison, i32 %3334, i64 0
+  %3336 = shufflevector <8 x i32> %3335, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1092.us.us = bitcast <8 x i32> %3336 to <16 x bfloat>
+  %r.i1093.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1045.us.us, <16 x bfloat> %3270, <16 x bfloat> %y.i1092.us.us)
+  %3337 = getelementptr i8, ptr %gep3314, i64 576
+  %3338 = load <16 x bfloat>, ptr %3337, align 4, !tbaa !4
+  %3339 = or disjoint i64 %2728, 9
+  %3340 = mul nsw i64 %3339, %k_row
+  %3341 = getelementptr i32, ptr %gep2596.us.us, i64 %3340
+  %3342 = load i32, ptr %3341, align 4, !tbaa !4
+  %3343 = insertelement <8 x i32> poison, i32 %3342, i64 0
+  %3344 = shufflevector <8 x i32> %3343, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1095.us.us = bitcast <8 x i32> %3344 to <16 x bfloat>
+  %r.i1096.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1048.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1095.us.us)
+  %3345 = getelementptr i8, ptr %3341, i64 4
+  %3346 = load i32, ptr %3345, align 4, !tbaa !4
+  %3347 = insertelement <8 x i32> poison, i32 %3346, i64 0
+  %3348 = shufflevector <8 x i32> %3347, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1098.us.us = bitcast <8 x i32> %3348 to <16 x bfloat>
+  %r.i1099.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1051.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1098.us.us)
+  %3349 = getelementptr i8, ptr %3341, i64 8
+  %3350 = load i32, ptr %3349, align 4, !tbaa !4
+  %3351 = insertelement <8 x i32> poison, i32 %3350, i64 0
+  %3352 = shufflevector <8 x i32> %3351, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1101.us.us = bitcast <8 x i32> %3352 to <16 x bfloat>
+  %r.i1102.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1054.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1101.us.us)
+  %3353 = getelementptr i8, ptr %3341, i64 12
+  %3354 = load i32, ptr %3353, align 4, !tbaa !4
+  %3355 = insertelement <8 x i32> poison, i32 %3354, i64 0
+  %3356 = shufflevector <8 x i32> %3355, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1104.us.us = bitcast <8 x i32> %3356 to <16 x bfloat>
+  %r.i1105.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1057.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1104.us.us)
+  %3357 = getelementptr i8, ptr %3341, i64 16
+  %3358 = load i32, ptr %3357, align 4, !tbaa !4
+  %3359 = insertelement <8 x i32> poison, i32 %3358, i64 0
+  %3360 = shufflevector <8 x i32> %3359, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1107.us.us = bitcast <8 x i32> %3360 to <16 x bfloat>
+  %r.i1108.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1060.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1107.us.us)
+  %3361 = getelementptr i8, ptr %3341, i64 20
+  %3362 = load i32, ptr %3361, align 4, !tbaa !4
+  %3363 = insertelement <8 x i32> poison, i32 %3362, i64 0
+  %3364 = shufflevector <8 x i32> %3363, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1110.us.us = bitcast <8 x i32> %3364 to <16 x bfloat>
+  %r.i1111.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1063.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1110.us.us)
+  %3365 = getelementptr i8, ptr %3341, i64 24
+  %3366 = load i32, ptr %3365, align 4, !tbaa !4
+  %3367 = insertelement <8 x i32> poison, i32 %3366, i64 0
+  %3368 = shufflevector <8 x i32> %3367, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1113.us.us = bitcast <8 x i32> %3368 to <16 x bfloat>
+  %r.i1114.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1066.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1113.us.us)
+  %3369 = getelementptr i8, ptr %3341, i64 28
+  %3370 = load i32, ptr %3369, align 4, !tbaa !4
+  %3371 = insertelement <8 x i32> poison, i32 %3370, i64 0
+  %3372 = shufflevector <8 x i32> %3371, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1116.us.us = bitcast <8 x i32> %3372 to <16 x bfloat>
+  %r.i1117.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1069.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1116.us.us)
+  %3373 = getelementptr i8, ptr %3341, i64 32
+  %3374 = load i32, ptr %3373, align 4, !tbaa !4
+  %3375 = insertelement <8 x i32> poison, i32 %3374, i64 0
+  %3376 = shufflevector <8 x i32> %3375, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1119.us.us = bitcast <8 x i32> %3376 to <16 x bfloat>
+  %r.i1120.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1072.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1119.us.us)
+  %3377 = getelementptr i8, ptr %3341, i64 36
+  %3378 = load i32, ptr %3377, align 4, !tbaa !4
+  %3379 = insertelement <8 x i32> poison, i32 %3378, i64 0
+  %3380 = shufflevector <8 x i32> %3379, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1122.us.us = bitcast <8 x i32> %3380 to <16 x bfloat>
+  %r.i1123.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1075.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1122.us.us)
+  %3381 = getelementptr i8, ptr %3341, i64 40
+  %3382 = load i32, ptr %3381, align 4, !tbaa !4
+  %3383 = insertelement <8 x i32> poison, i32 %3382, i64 0
+  %3384 = shufflevector <8 x i32> %3383, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1125.us.us = bitcast <8 x i32> %3384 to <16 x bfloat>
+  %r.i1126.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1078.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1125.us.us)
+  %3385 = getelementptr i8, ptr %3341, i64 44
+  %3386 = load i32, ptr %3385, align 4, !tbaa !4
+  %3387 = insertelement <8 x i32> poison, i32 %3386, i64 0
+  %3388 = shufflevector <8 x i32> %3387, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1128.us.us = bitcast <8 x i32> %3388 to <16 x bfloat>
+  %r.i1129.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1081.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1128.us.us)
+  %3389 = getelementptr i8, ptr %3341, i64 48
+  %3390 = load i32, ptr %3389, align 4, !tbaa !4
+  %3391 = insertelement <8 x i32> poison, i32 %3390, i64 0
+  %3392 = shufflevector <8 x i32> %3391, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1131.us.us = bitcast <8 x i32> %3392 to <16 x bfloat>
+  %r.i1132.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1084.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1131.us.us)
+  %3393 = getelementptr i8, ptr %3341, i64 52
+  %3394 = load i32, ptr %3393, align 4, !tbaa !4
+  %3395 = insertelement <8 x i32> poison, i32 %3394, i64 0
+  %3396 = shufflevector <8 x i32> %3395, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1134.us.us = bitcast <8 x i32> %3396 to <16 x bfloat>
+  %r.i1135.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1087.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1134.us.us)
+  %3397 = getelementptr i8, ptr %3341, i64 56
+  %3398 = load i32, ptr %3397, align 4, !tbaa !4
+  %3399 = insertelement <8 x i32> poison, i32 %3398, i64 0
+  %3400 = shufflevector <8 x i32> %3399, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1137.us.us = bitcast <8 x i32> %3400 to <16 x bfloat>
+  %r.i1138.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1090.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1137.us.us)
+  %3401 = getelementptr i8, ptr %3341, i64 60
+  %3402 = load i32, ptr %3401, align 4, !tbaa !4
+  %3403 = insertelement <8 x i32> poison, i32 %3402, i64 0
+  %3404 = shufflevector <8 x i32> %3403, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1140.us.us = bitcast <8 x i32> %3404 to <16 x bfloat>
+  %r.i1141.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1093.us.us, <16 x bfloat> %3338, <16 x bfloat> %y.i1140.us.us)
+  %3405 = getelementptr i8, ptr %gep3314, i64 640
+  %3406 = load <16 x bfloat>, ptr %3405, align 4, !tbaa !4
+  %3407 = or disjoint i64 %2728, 10
+  %3408 = mul nsw i64 %3407, %k_row
+  %3409 = getelementptr i32, ptr %gep2596.us.us, i64 %3408
+  %3410 = load i32, ptr %3409, align 4, !tbaa !4
+  %3411 = insertelement <8 x i32> poison, i32 %3410, i64 0
+  %3412 = shufflevector <8 x i32> %3411, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1143.us.us = bitcast <8 x i32> %3412 to <16 x bfloat>
+  %r.i1144.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1096.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1143.us.us)
+  %3413 = getelementptr i8, ptr %3409, i64 4
+  %3414 = load i32, ptr %3413, align 4, !tbaa !4
+  %3415 = insertelement <8 x i32> poison, i32 %3414, i64 0
+  %3416 = shufflevector <8 x i32> %3415, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1146.us.us = bitcast <8 x i32> %3416 to <16 x bfloat>
+  %r.i1147.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1099.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1146.us.us)
+  %3417 = getelementptr i8, ptr %3409, i64 8
+  %3418 = load i32, ptr %3417, align 4, !tbaa !4
+  %3419 = insertelement <8 x i32> poison, i32 %3418, i64 0
+  %3420 = shufflevector <8 x i32> %3419, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1149.us.us = bitcast <8 x i32> %3420 to <16 x bfloat>
+  %r.i1150.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1102.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1149.us.us)
+  %3421 = getelementptr i8, ptr %3409, i64 12
+  %3422 = load i32, ptr %3421, align 4, !tbaa !4
+  %3423 = insertelement <8 x i32> poison, i32 %3422, i64 0
+  %3424 = shufflevector <8 x i32> %3423, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1152.us.us = bitcast <8 x i32> %3424 to <16 x bfloat>
+  %r.i1153.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1105.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1152.us.us)
+  %3425 = getelementptr i8, ptr %3409, i64 16
+  %3426 = load i32, ptr %3425, align 4, !tbaa !4
+  %3427 = insertelement <8 x i32> poison, i32 %3426, i64 0
+  %3428 = shufflevector <8 x i32> %3427, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1155.us.us = bitcast <8 x i32> %3428 to <16 x bfloat>
+  %r.i1156.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1108.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1155.us.us)
+  %3429 = getelementptr i8, ptr %3409, i64 20
+  %3430 = load i32, ptr %3429, align 4, !tbaa !4
+  %3431 = insertelement <8 x i32> poison, i32 %3430, i64 0
+  %3432 = shufflevector <8 x i32> %3431, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1158.us.us = bitcast <8 x i32> %3432 to <16 x bfloat>
+  %r.i1159.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1111.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1158.us.us)
+  %3433 = getelementptr i8, ptr %3409, i64 24
+  %3434 = load i32, ptr %3433, align 4, !tbaa !4
+  %3435 = insertelement <8 x i32> poison, i32 %3434, i64 0
+  %3436 = shufflevector <8 x i32> %3435, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1161.us.us = bitcast <8 x i32> %3436 to <16 x bfloat>
+  %r.i1162.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1114.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1161.us.us)
+  %3437 = getelementptr i8, ptr %3409, i64 28
+  %3438 = load i32, ptr %3437, align 4, !tbaa !4
+  %3439 = insertelement <8 x i32> poison, i32 %3438, i64 0
+  %3440 = shufflevector <8 x i32> %3439, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1164.us.us = bitcast <8 x i32> %3440 to <16 x bfloat>
+  %r.i1165.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1117.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1164.us.us)
+  %3441 = getelementptr i8, ptr %3409, i64 32
+  %3442 = load i32, ptr %3441, align 4, !tbaa !4
+  %3443 = insertelement <8 x i32> poison, i32 %3442, i64 0
+  %3444 = shufflevector <8 x i32> %3443, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1167.us.us = bitcast <8 x i32> %3444 to <16 x bfloat>
+  %r.i1168.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1120.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1167.us.us)
+  %3445 = getelementptr i8, ptr %3409, i64 36
+  %3446 = load i32, ptr %3445, align 4, !tbaa !4
+  %3447 = insertelement <8 x i32> poison, i32 %3446, i64 0
+  %3448 = shufflevector <8 x i32> %3447, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1170.us.us = bitcast <8 x i32> %3448 to <16 x bfloat>
+  %r.i1171.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1123.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1170.us.us)
+  %3449 = getelementptr i8, ptr %3409, i64 40
+  %3450 = load i32, ptr %3449, align 4, !tbaa !4
+  %3451 = insertelement <8 x i32> poison, i32 %3450, i64 0
+  %3452 = shufflevector <8 x i32> %3451, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1173.us.us = bitcast <8 x i32> %3452 to <16 x bfloat>
+  %r.i1174.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1126.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1173.us.us)
+  %3453 = getelementptr i8, ptr %3409, i64 44
+  %3454 = load i32, ptr %3453, align 4, !tbaa !4
+  %3455 = insertelement <8 x i32> poison, i32 %3454, i64 0
+  %3456 = shufflevector <8 x i32> %3455, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1176.us.us = bitcast <8 x i32> %3456 to <16 x bfloat>
+  %r.i1177.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1129.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1176.us.us)
+  %3457 = getelementptr i8, ptr %3409, i64 48
+  %3458 = load i32, ptr %3457, align 4, !tbaa !4
+  %3459 = insertelement <8 x i32> poison, i32 %3458, i64 0
+  %3460 = shufflevector <8 x i32> %3459, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1179.us.us = bitcast <8 x i32> %3460 to <16 x bfloat>
+  %r.i1180.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1132.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1179.us.us)
+  %3461 = getelementptr i8, ptr %3409, i64 52
+  %3462 = load i32, ptr %3461, align 4, !tbaa !4
+  %3463 = insertelement <8 x i32> poison, i32 %3462, i64 0
+  %3464 = shufflevector <8 x i32> %3463, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1182.us.us = bitcast <8 x i32> %3464 to <16 x bfloat>
+  %r.i1183.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1135.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1182.us.us)
+  %3465 = getelementptr i8, ptr %3409, i64 56
+  %3466 = load i32, ptr %3465, align 4, !tbaa !4
+  %3467 = insertelement <8 x i32> poison, i32 %3466, i64 0
+  %3468 = shufflevector <8 x i32> %3467, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1185.us.us = bitcast <8 x i32> %3468 to <16 x bfloat>
+  %r.i1186.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1138.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1185.us.us)
+  %3469 = getelementptr i8, ptr %3409, i64 60
+  %3470 = load i32, ptr %3469, align 4, !tbaa !4
+  %3471 = insertelement <8 x i32> poison, i32 %3470, i64 0
+  %3472 = shufflevector <8 x i32> %3471, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1188.us.us = bitcast <8 x i32> %3472 to <16 x bfloat>
+  %r.i1189.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1141.us.us, <16 x bfloat> %3406, <16 x bfloat> %y.i1188.us.us)
+  %3473 = getelementptr i8, ptr %gep3314, i64 704
+  %3474 = load <16 x bfloat>, ptr %3473, align 4, !tbaa !4
+  %3475 = or disjoint i64 %2728, 11
+  %3476 = mul nsw i64 %3475, %k_row
+  %3477 = getelementptr i32, ptr %gep2596.us.us, i64 %3476
+  %3478 = load i32, ptr %3477, align 4, !tbaa !4
+  %3479 = insertelement <8 x i32> poison, i32 %3478, i64 0
+  %3480 = shufflevector <8 x i32> %3479, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1191.us.us = bitcast <8 x i32> %3480 to <16 x bfloat>
+  %r.i1192.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1144.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1191.us.us)
+  %3481 = getelementptr i8, ptr %3477, i64 4
+  %3482 = load i32, ptr %3481, align 4, !tbaa !4
+  %3483 = insertelement <8 x i32> poison, i32 %3482, i64 0
+  %3484 = shufflevector <8 x i32> %3483, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1194.us.us = bitcast <8 x i32> %3484 to <16 x bfloat>
+  %r.i1195.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1147.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1194.us.us)
+  %3485 = getelementptr i8, ptr %3477, i64 8
+  %3486 = load i32, ptr %3485, align 4, !tbaa !4
+  %3487 = insertelement <8 x i32> poison, i32 %3486, i64 0
+  %3488 = shufflevector <8 x i32> %3487, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1197.us.us = bitcast <8 x i32> %3488 to <16 x bfloat>
+  %r.i1198.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1150.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1197.us.us)
+  %3489 = getelementptr i8, ptr %3477, i64 12
+  %3490 = load i32, ptr %3489, align 4, !tbaa !4
+  %3491 = insertelement <8 x i32> poison, i32 %3490, i64 0
+  %3492 = shufflevector <8 x i32> %3491, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1200.us.us = bitcast <8 x i32> %3492 to <16 x bfloat>
+  %r.i1201.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1153.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1200.us.us)
+  %3493 = getelementptr i8, ptr %3477, i64 16
+  %3494 = load i32, ptr %3493, align 4, !tbaa !4
+  %3495 = insertelement <8 x i32> poison, i32 %3494, i64 0
+  %3496 = shufflevector <8 x i32> %3495, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1203.us.us = bitcast <8 x i32> %3496 to <16 x bfloat>
+  %r.i1204.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1156.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1203.us.us)
+  %3497 = getelementptr i8, ptr %3477, i64 20
+  %3498 = load i32, ptr %3497, align 4, !tbaa !4
+  %3499 = insertelement <8 x i32> poison, i32 %3498, i64 0
+  %3500 = shufflevector <8 x i32> %3499, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1206.us.us = bitcast <8 x i32> %3500 to <16 x bfloat>
+  %r.i1207.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1159.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1206.us.us)
+  %3501 = getelementptr i8, ptr %3477, i64 24
+  %3502 = load i32, ptr %3501, align 4, !tbaa !4
+  %3503 = insertelement <8 x i32> poison, i32 %3502, i64 0
+  %3504 = shufflevector <8 x i32> %3503, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1209.us.us = bitcast <8 x i32> %3504 to <16 x bfloat>
+  %r.i1210.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1162.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1209.us.us)
+  %3505 = getelementptr i8, ptr %3477, i64 28
+  %3506 = load i32, ptr %3505, align 4, !tbaa !4
+  %3507 = insertelement <8 x i32> poison, i32 %3506, i64 0
+  %3508 = shufflevector <8 x i32> %3507, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1212.us.us = bitcast <8 x i32> %3508 to <16 x bfloat>
+  %r.i1213.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1165.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1212.us.us)
+  %3509 = getelementptr i8, ptr %3477, i64 32
+  %3510 = load i32, ptr %3509, align 4, !tbaa !4
+  %3511 = insertelement <8 x i32> poison, i32 %3510, i64 0
+  %3512 = shufflevector <8 x i32> %3511, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1215.us.us = bitcast <8 x i32> %3512 to <16 x bfloat>
+  %r.i1216.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1168.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1215.us.us)
+  %3513 = getelementptr i8, ptr %3477, i64 36
+  %3514 = load i32, ptr %3513, align 4, !tbaa !4
+  %3515 = insertelement <8 x i32> poison, i32 %3514, i64 0
+  %3516 = shufflevector <8 x i32> %3515, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1218.us.us = bitcast <8 x i32> %3516 to <16 x bfloat>
+  %r.i1219.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1171.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1218.us.us)
+  %3517 = getelementptr i8, ptr %3477, i64 40
+  %3518 = load i32, ptr %3517, align 4, !tbaa !4
+  %3519 = insertelement <8 x i32> poison, i32 %3518, i64 0
+  %3520 = shufflevector <8 x i32> %3519, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1221.us.us = bitcast <8 x i32> %3520 to <16 x bfloat>
+  %r.i1222.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1174.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1221.us.us)
+  %3521 = getelementptr i8, ptr %3477, i64 44
+  %3522 = load i32, ptr %3521, align 4, !tbaa !4
+  %3523 = insertelement <8 x i32> poison, i32 %3522, i64 0
+  %3524 = shufflevector <8 x i32> %3523, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1224.us.us = bitcast <8 x i32> %3524 to <16 x bfloat>
+  %r.i1225.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1177.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1224.us.us)
+  %3525 = getelementptr i8, ptr %3477, i64 48
+  %3526 = load i32, ptr %3525, align 4, !tbaa !4
+  %3527 = insertelement <8 x i32> poison, i32 %3526, i64 0
+  %3528 = shufflevector <8 x i32> %3527, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1227.us.us = bitcast <8 x i32> %3528 to <16 x bfloat>
+  %r.i1228.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1180.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1227.us.us)
+  %3529 = getelementptr i8, ptr %3477, i64 52
+  %3530 = load i32, ptr %3529, align 4, !tbaa !4
+  %3531 = insertelement <8 x i32> poison, i32 %3530, i64 0
+  %3532 = shufflevector <8 x i32> %3531, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1230.us.us = bitcast <8 x i32> %3532 to <16 x bfloat>
+  %r.i1231.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1183.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1230.us.us)
+  %3533 = getelementptr i8, ptr %3477, i64 56
+  %3534 = load i32, ptr %3533, align 4, !tbaa !4
+  %3535 = insertelement <8 x i32> poison, i32 %3534, i64 0
+  %3536 = shufflevector <8 x i32> %3535, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1233.us.us = bitcast <8 x i32> %3536 to <16 x bfloat>
+  %r.i1234.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1186.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1233.us.us)
+  %3537 = getelementptr i8, ptr %3477, i64 60
+  %3538 = load i32, ptr %3537, align 4, !tbaa !4
+  %3539 = insertelement <8 x i32> poison, i32 %3538, i64 0
+  %3540 = shufflevector <8 x i32> %3539, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1236.us.us = bitcast <8 x i32> %3540 to <16 x bfloat>
+  %r.i1237.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1189.us.us, <16 x bfloat> %3474, <16 x bfloat> %y.i1236.us.us)
+  %3541 = getelementptr i8, ptr %gep3314, i64 768
+  %3542 = load <16 x bfloat>, ptr %3541, align 4, !tbaa !4
+  %3543 = or disjoint i64 %2728, 12
+  %3544 = mul nsw i64 %3543, %k_row
+  %3545 = getelementptr i32, ptr %gep2596.us.us, i64 %3544
+  %3546 = load i32, ptr %3545, align 4, !tbaa !4
+  %3547 = insertelement <8 x i32> poison, i32 %3546, i64 0
+  %3548 = shufflevector <8 x i32> %3547, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1239.us.us = bitcast <8 x i32> %3548 to <16 x bfloat>
+  %r.i1240.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1192.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1239.us.us)
+  %3549 = getelementptr i8, ptr %3545, i64 4
+  %3550 = load i32, ptr %3549, align 4, !tbaa !4
+  %3551 = insertelement <8 x i32> poison, i32 %3550, i64 0
+  %3552 = shufflevector <8 x i32> %3551, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1242.us.us = bitcast <8 x i32> %3552 to <16 x bfloat>
+  %r.i1243.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1195.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1242.us.us)
+  %3553 = getelementptr i8, ptr %3545, i64 8
+  %3554 = load i32, ptr %3553, align 4, !tbaa !4
+  %3555 = insertelement <8 x i32> poison, i32 %3554, i64 0
+  %3556 = shufflevector <8 x i32> %3555, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1245.us.us = bitcast <8 x i32> %3556 to <16 x bfloat>
+  %r.i1246.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1198.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1245.us.us)
+  %3557 = getelementptr i8, ptr %3545, i64 12
+  %3558 = load i32, ptr %3557, align 4, !tbaa !4
+  %3559 = insertelement <8 x i32> poison, i32 %3558, i64 0
+  %3560 = shufflevector <8 x i32> %3559, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1248.us.us = bitcast <8 x i32> %3560 to <16 x bfloat>
+  %r.i1249.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1201.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1248.us.us)
+  %3561 = getelementptr i8, ptr %3545, i64 16
+  %3562 = load i32, ptr %3561, align 4, !tbaa !4
+  %3563 = insertelement <8 x i32> poison, i32 %3562, i64 0
+  %3564 = shufflevector <8 x i32> %3563, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1251.us.us = bitcast <8 x i32> %3564 to <16 x bfloat>
+  %r.i1252.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1204.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1251.us.us)
+  %3565 = getelementptr i8, ptr %3545, i64 20
+  %3566 = load i32, ptr %3565, align 4, !tbaa !4
+  %3567 = insertelement <8 x i32> poison, i32 %3566, i64 0
+  %3568 = shufflevector <8 x i32> %3567, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1254.us.us = bitcast <8 x i32> %3568 to <16 x bfloat>
+  %r.i1255.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1207.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1254.us.us)
+  %3569 = getelementptr i8, ptr %3545, i64 24
+  %3570 = load i32, ptr %3569, align 4, !tbaa !4
+  %3571 = insertelement <8 x i32> poison, i32 %3570, i64 0
+  %3572 = shufflevector <8 x i32> %3571, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1257.us.us = bitcast <8 x i32> %3572 to <16 x bfloat>
+  %r.i1258.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1210.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1257.us.us)
+  %3573 = getelementptr i8, ptr %3545, i64 28
+  %3574 = load i32, ptr %3573, align 4, !tbaa !4
+  %3575 = insertelement <8 x i32> poison, i32 %3574, i64 0
+  %3576 = shufflevector <8 x i32> %3575, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1260.us.us = bitcast <8 x i32> %3576 to <16 x bfloat>
+  %r.i1261.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1213.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1260.us.us)
+  %3577 = getelementptr i8, ptr %3545, i64 32
+  %3578 = load i32, ptr %3577, align 4, !tbaa !4
+  %3579 = insertelement <8 x i32> poison, i32 %3578, i64 0
+  %3580 = shufflevector <8 x i32> %3579, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1263.us.us = bitcast <8 x i32> %3580 to <16 x bfloat>
+  %r.i1264.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1216.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1263.us.us)
+  %3581 = getelementptr i8, ptr %3545, i64 36
+  %3582 = load i32, ptr %3581, align 4, !tbaa !4
+  %3583 = insertelement <8 x i32> poison, i32 %3582, i64 0
+  %3584 = shufflevector <8 x i32> %3583, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1266.us.us = bitcast <8 x i32> %3584 to <16 x bfloat>
+  %r.i1267.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1219.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1266.us.us)
+  %3585 = getelementptr i8, ptr %3545, i64 40
+  %3586 = load i32, ptr %3585, align 4, !tbaa !4
+  %3587 = insertelement <8 x i32> poison, i32 %3586, i64 0
+  %3588 = shufflevector <8 x i32> %3587, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1269.us.us = bitcast <8 x i32> %3588 to <16 x bfloat>
+  %r.i1270.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1222.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1269.us.us)
+  %3589 = getelementptr i8, ptr %3545, i64 44
+  %3590 = load i32, ptr %3589, align 4, !tbaa !4
+  %3591 = insertelement <8 x i32> poison, i32 %3590, i64 0
+  %3592 = shufflevector <8 x i32> %3591, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1272.us.us = bitcast <8 x i32> %3592 to <16 x bfloat>
+  %r.i1273.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1225.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1272.us.us)
+  %3593 = getelementptr i8, ptr %3545, i64 48
+  %3594 = load i32, ptr %3593, align 4, !tbaa !4
+  %3595 = insertelement <8 x i32> poison, i32 %3594, i64 0
+  %3596 = shufflevector <8 x i32> %3595, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1275.us.us = bitcast <8 x i32> %3596 to <16 x bfloat>
+  %r.i1276.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1228.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1275.us.us)
+  %3597 = getelementptr i8, ptr %3545, i64 52
+  %3598 = load i32, ptr %3597, align 4, !tbaa !4
+  %3599 = insertelement <8 x i32> poison, i32 %3598, i64 0
+  %3600 = shufflevector <8 x i32> %3599, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1278.us.us = bitcast <8 x i32> %3600 to <16 x bfloat>
+  %r.i1279.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1231.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1278.us.us)
+  %3601 = getelementptr i8, ptr %3545, i64 56
+  %3602 = load i32, ptr %3601, align 4, !tbaa !4
+  %3603 = insertelement <8 x i32> poison, i32 %3602, i64 0
+  %3604 = shufflevector <8 x i32> %3603, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1281.us.us = bitcast <8 x i32> %3604 to <16 x bfloat>
+  %r.i1282.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1234.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1281.us.us)
+  %3605 = getelementptr i8, ptr %3545, i64 60
+  %3606 = load i32, ptr %3605, align 4, !tbaa !4
+  %3607 = insertelement <8 x i32> poison, i32 %3606, i64 0
+  %3608 = shufflevector <8 x i32> %3607, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1284.us.us = bitcast <8 x i32> %3608 to <16 x bfloat>
+  %r.i1285.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1237.us.us, <16 x bfloat> %3542, <16 x bfloat> %y.i1284.us.us)
+  %3609 = getelementptr i8, ptr %gep3314, i64 832
+  %3610 = load <16 x bfloat>, ptr %3609, align 4, !tbaa !4
+  %3611 = or disjoint i64 %2728, 13
+  %3612 = mul nsw i64 %3611, %k_row
+  %3613 = getelementptr i32, ptr %gep2596.us.us, i64 %3612
+  %3614 = load i32, ptr %3613, align 4, !tbaa !4
+  %3615 = insertelement <8 x i32> poison, i32 %3614, i64 0
+  %3616 = shufflevector <8 x i32> %3615, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1287.us.us = bitcast <8 x i32> %3616 to <16 x bfloat>
+  %r.i1288.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1240.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1287.us.us)
+  %3617 = getelementptr i8, ptr %3613, i64 4
+  %3618 = load i32, ptr %3617, align 4, !tbaa !4
+  %3619 = insertelement <8 x i32> poison, i32 %3618, i64 0
+  %3620 = shufflevector <8 x i32> %3619, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1290.us.us = bitcast <8 x i32> %3620 to <16 x bfloat>
+  %r.i1291.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1243.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1290.us.us)
+  %3621 = getelementptr i8, ptr %3613, i64 8
+  %3622 = load i32, ptr %3621, align 4, !tbaa !4
+  %3623 = insertelement <8 x i32> poison, i32 %3622, i64 0
+  %3624 = shufflevector <8 x i32> %3623, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1293.us.us = bitcast <8 x i32> %3624 to <16 x bfloat>
+  %r.i1294.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1246.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1293.us.us)
+  %3625 = getelementptr i8, ptr %3613, i64 12
+  %3626 = load i32, ptr %3625, align 4, !tbaa !4
+  %3627 = insertelement <8 x i32> poison, i32 %3626, i64 0
+  %3628 = shufflevector <8 x i32> %3627, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1296.us.us = bitcast <8 x i32> %3628 to <16 x bfloat>
+  %r.i1297.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1249.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1296.us.us)
+  %3629 = getelementptr i8, ptr %3613, i64 16
+  %3630 = load i32, ptr %3629, align 4, !tbaa !4
+  %3631 = insertelement <8 x i32> poison, i32 %3630, i64 0
+  %3632 = shufflevector <8 x i32> %3631, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1299.us.us = bitcast <8 x i32> %3632 to <16 x bfloat>
+  %r.i1300.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1252.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1299.us.us)
+  %3633 = getelementptr i8, ptr %3613, i64 20
+  %3634 = load i32, ptr %3633, align 4, !tbaa !4
+  %3635 = insertelement <8 x i32> poison, i32 %3634, i64 0
+  %3636 = shufflevector <8 x i32> %3635, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1302.us.us = bitcast <8 x i32> %3636 to <16 x bfloat>
+  %r.i1303.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1255.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1302.us.us)
+  %3637 = getelementptr i8, ptr %3613, i64 24
+  %3638 = load i32, ptr %3637, align 4, !tbaa !4
+  %3639 = insertelement <8 x i32> poison, i32 %3638, i64 0
+  %3640 = shufflevector <8 x i32> %3639, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1305.us.us = bitcast <8 x i32> %3640 to <16 x bfloat>
+  %r.i1306.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1258.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1305.us.us)
+  %3641 = getelementptr i8, ptr %3613, i64 28
+  %3642 = load i32, ptr %3641, align 4, !tbaa !4
+  %3643 = insertelement <8 x i32> poison, i32 %3642, i64 0
+  %3644 = shufflevector <8 x i32> %3643, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1308.us.us = bitcast <8 x i32> %3644 to <16 x bfloat>
+  %r.i1309.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1261.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1308.us.us)
+  %3645 = getelementptr i8, ptr %3613, i64 32
+  %3646 = load i32, ptr %3645, align 4, !tbaa !4
+  %3647 = insertelement <8 x i32> poison, i32 %3646, i64 0
+  %3648 = shufflevector <8 x i32> %3647, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1311.us.us = bitcast <8 x i32> %3648 to <16 x bfloat>
+  %r.i1312.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1264.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1311.us.us)
+  %3649 = getelementptr i8, ptr %3613, i64 36
+  %3650 = load i32, ptr %3649, align 4, !tbaa !4
+  %3651 = insertelement <8 x i32> poison, i32 %3650, i64 0
+  %3652 = shufflevector <8 x i32> %3651, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1314.us.us = bitcast <8 x i32> %3652 to <16 x bfloat>
+  %r.i1315.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1267.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1314.us.us)
+  %3653 = getelementptr i8, ptr %3613, i64 40
+  %3654 = load i32, ptr %3653, align 4, !tbaa !4
+  %3655 = insertelement <8 x i32> poison, i32 %3654, i64 0
+  %3656 = shufflevector <8 x i32> %3655, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1317.us.us = bitcast <8 x i32> %3656 to <16 x bfloat>
+  %r.i1318.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1270.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1317.us.us)
+  %3657 = getelementptr i8, ptr %3613, i64 44
+  %3658 = load i32, ptr %3657, align 4, !tbaa !4
+  %3659 = insertelement <8 x i32> poison, i32 %3658, i64 0
+  %3660 = shufflevector <8 x i32> %3659, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1320.us.us = bitcast <8 x i32> %3660 to <16 x bfloat>
+  %r.i1321.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1273.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1320.us.us)
+  %3661 = getelementptr i8, ptr %3613, i64 48
+  %3662 = load i32, ptr %3661, align 4, !tbaa !4
+  %3663 = insertelement <8 x i32> poison, i32 %3662, i64 0
+  %3664 = shufflevector <8 x i32> %3663, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1323.us.us = bitcast <8 x i32> %3664 to <16 x bfloat>
+  %r.i1324.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1276.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1323.us.us)
+  %3665 = getelementptr i8, ptr %3613, i64 52
+  %3666 = load i32, ptr %3665, align 4, !tbaa !4
+  %3667 = insertelement <8 x i32> poison, i32 %3666, i64 0
+  %3668 = shufflevector <8 x i32> %3667, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1326.us.us = bitcast <8 x i32> %3668 to <16 x bfloat>
+  %r.i1327.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1279.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1326.us.us)
+  %3669 = getelementptr i8, ptr %3613, i64 56
+  %3670 = load i32, ptr %3669, align 4, !tbaa !4
+  %3671 = insertelement <8 x i32> poison, i32 %3670, i64 0
+  %3672 = shufflevector <8 x i32> %3671, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1329.us.us = bitcast <8 x i32> %3672 to <16 x bfloat>
+  %r.i1330.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1282.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1329.us.us)
+  %3673 = getelementptr i8, ptr %3613, i64 60
+  %3674 = load i32, ptr %3673, align 4, !tbaa !4
+  %3675 = insertelement <8 x i32> poison, i32 %3674, i64 0
+  %3676 = shufflevector <8 x i32> %3675, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1332.us.us = bitcast <8 x i32> %3676 to <16 x bfloat>
+  %r.i1333.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1285.us.us, <16 x bfloat> %3610, <16 x bfloat> %y.i1332.us.us)
+  %3677 = getelementptr i8, ptr %gep3314, i64 896
+  %3678 = load <16 x bfloat>, ptr %3677, align 4, !tbaa !4
+  %3679 = or disjoint i64 %2728, 14
+  %3680 = mul nsw i64 %3679, %k_row
+  %3681 = getelementptr i32, ptr %gep2596.us.us, i64 %3680
+  %3682 = load i32, ptr %3681, align 4, !tbaa !4
+  %3683 = insertelement <8 x i32> poison, i32 %3682, i64 0
+  %3684 = shufflevector <8 x i32> %3683, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1335.us.us = bitcast <8 x i32> %3684 to <16 x bfloat>
+  %r.i1336.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1288.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1335.us.us)
+  %3685 = getelementptr i8, ptr %3681, i64 4
+  %3686 = load i32, ptr %3685, align 4, !tbaa !4
+  %3687 = insertelement <8 x i32> poison, i32 %3686, i64 0
+  %3688 = shufflevector <8 x i32> %3687, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1338.us.us = bitcast <8 x i32> %3688 to <16 x bfloat>
+  %r.i1339.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1291.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1338.us.us)
+  %3689 = getelementptr i8, ptr %3681, i64 8
+  %3690 = load i32, ptr %3689, align 4, !tbaa !4
+  %3691 = insertelement <8 x i32> poison, i32 %3690, i64 0
+  %3692 = shufflevector <8 x i32> %3691, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1341.us.us = bitcast <8 x i32> %3692 to <16 x bfloat>
+  %r.i1342.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1294.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1341.us.us)
+  %3693 = getelementptr i8, ptr %3681, i64 12
+  %3694 = load i32, ptr %3693, align 4, !tbaa !4
+  %3695 = insertelement <8 x i32> poison, i32 %3694, i64 0
+  %3696 = shufflevector <8 x i32> %3695, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1344.us.us = bitcast <8 x i32> %3696 to <16 x bfloat>
+  %r.i1345.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1297.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1344.us.us)
+  %3697 = getelementptr i8, ptr %3681, i64 16
+  %3698 = load i32, ptr %3697, align 4, !tbaa !4
+  %3699 = insertelement <8 x i32> poison, i32 %3698, i64 0
+  %3700 = shufflevector <8 x i32> %3699, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1347.us.us = bitcast <8 x i32> %3700 to <16 x bfloat>
+  %r.i1348.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1300.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1347.us.us)
+  %3701 = getelementptr i8, ptr %3681, i64 20
+  %3702 = load i32, ptr %3701, align 4, !tbaa !4
+  %3703 = insertelement <8 x i32> poison, i32 %3702, i64 0
+  %3704 = shufflevector <8 x i32> %3703, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1350.us.us = bitcast <8 x i32> %3704 to <16 x bfloat>
+  %r.i1351.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1303.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1350.us.us)
+  %3705 = getelementptr i8, ptr %3681, i64 24
+  %3706 = load i32, ptr %3705, align 4, !tbaa !4
+  %3707 = insertelement <8 x i32> poison, i32 %3706, i64 0
+  %3708 = shufflevector <8 x i32> %3707, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1353.us.us = bitcast <8 x i32> %3708 to <16 x bfloat>
+  %r.i1354.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1306.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1353.us.us)
+  %3709 = getelementptr i8, ptr %3681, i64 28
+  %3710 = load i32, ptr %3709, align 4, !tbaa !4
+  %3711 = insertelement <8 x i32> poison, i32 %3710, i64 0
+  %3712 = shufflevector <8 x i32> %3711, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1356.us.us = bitcast <8 x i32> %3712 to <16 x bfloat>
+  %r.i1357.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1309.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1356.us.us)
+  %3713 = getelementptr i8, ptr %3681, i64 32
+  %3714 = load i32, ptr %3713, align 4, !tbaa !4
+  %3715 = insertelement <8 x i32> poison, i32 %3714, i64 0
+  %3716 = shufflevector <8 x i32> %3715, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1359.us.us = bitcast <8 x i32> %3716 to <16 x bfloat>
+  %r.i1360.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1312.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1359.us.us)
+  %3717 = getelementptr i8, ptr %3681, i64 36
+  %3718 = load i32, ptr %3717, align 4, !tbaa !4
+  %3719 = insertelement <8 x i32> poison, i32 %3718, i64 0
+  %3720 = shufflevector <8 x i32> %3719, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1362.us.us = bitcast <8 x i32> %3720 to <16 x bfloat>
+  %r.i1363.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1315.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1362.us.us)
+  %3721 = getelementptr i8, ptr %3681, i64 40
+  %3722 = load i32, ptr %3721, align 4, !tbaa !4
+  %3723 = insertelement <8 x i32> poison, i32 %3722, i64 0
+  %3724 = shufflevector <8 x i32> %3723, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1365.us.us = bitcast <8 x i32> %3724 to <16 x bfloat>
+  %r.i1366.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1318.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1365.us.us)
+  %3725 = getelementptr i8, ptr %3681, i64 44
+  %3726 = load i32, ptr %3725, align 4, !tbaa !4
+  %3727 = insertelement <8 x i32> poison, i32 %3726, i64 0
+  %3728 = shufflevector <8 x i32> %3727, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1368.us.us = bitcast <8 x i32> %3728 to <16 x bfloat>
+  %r.i1369.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1321.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1368.us.us)
+  %3729 = getelementptr i8, ptr %3681, i64 48
+  %3730 = load i32, ptr %3729, align 4, !tbaa !4
+  %3731 = insertelement <8 x i32> poison, i32 %3730, i64 0
+  %3732 = shufflevector <8 x i32> %3731, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1371.us.us = bitcast <8 x i32> %3732 to <16 x bfloat>
+  %r.i1372.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1324.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1371.us.us)
+  %3733 = getelementptr i8, ptr %3681, i64 52
+  %3734 = load i32, ptr %3733, align 4, !tbaa !4
+  %3735 = insertelement <8 x i32> poison, i32 %3734, i64 0
+  %3736 = shufflevector <8 x i32> %3735, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1374.us.us = bitcast <8 x i32> %3736 to <16 x bfloat>
+  %r.i1375.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1327.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1374.us.us)
+  %3737 = getelementptr i8, ptr %3681, i64 56
+  %3738 = load i32, ptr %3737, align 4, !tbaa !4
+  %3739 = insertelement <8 x i32> poison, i32 %3738, i64 0
+  %3740 = shufflevector <8 x i32> %3739, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1377.us.us = bitcast <8 x i32> %3740 to <16 x bfloat>
+  %r.i1378.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1330.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1377.us.us)
+  %3741 = getelementptr i8, ptr %3681, i64 60
+  %3742 = load i32, ptr %3741, align 4, !tbaa !4
+  %3743 = insertelement <8 x i32> poison, i32 %3742, i64 0
+  %3744 = shufflevector <8 x i32> %3743, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1380.us.us = bitcast <8 x i32> %3744 to <16 x bfloat>
+  %r.i1381.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1333.us.us, <16 x bfloat> %3678, <16 x bfloat> %y.i1380.us.us)
+  %3745 = getelementptr i8, ptr %gep3314, i64 960
+  %3746 = load <16 x bfloat>, ptr %3745, align 4, !tbaa !4
+  %3747 = or disjoint i64 %2728, 15
+  %3748 = mul nsw i64 %3747, %k_row
+  %3749 = getelementptr i32, ptr %gep2596.us.us, i64 %3748
+  %3750 = load i32, ptr %3749, align 4, !tbaa !4
+  %3751 = insertelement <8 x i32> poison, i32 %3750, i64 0
+  %3752 = shufflevector <8 x i32> %3751, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1383.us.us = bitcast <8 x i32> %3752 to <16 x bfloat>
+  %r.i1384.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1336.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1383.us.us)
+  %3753 = getelementptr i8, ptr %3749, i64 4
+  %3754 = load i32, ptr %3753, align 4, !tbaa !4
+  %3755 = insertelement <8 x i32> poison, i32 %3754, i64 0
+  %3756 = shufflevector <8 x i32> %3755, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1386.us.us = bitcast <8 x i32> %3756 to <16 x bfloat>
+  %r.i1387.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1339.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1386.us.us)
+  %3757 = getelementptr i8, ptr %3749, i64 8
+  %3758 = load i32, ptr %3757, align 4, !tbaa !4
+  %3759 = insertelement <8 x i32> poison, i32 %3758, i64 0
+  %3760 = shufflevector <8 x i32> %3759, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1389.us.us = bitcast <8 x i32> %3760 to <16 x bfloat>
+  %r.i1390.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1342.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1389.us.us)
+  %3761 = getelementptr i8, ptr %3749, i64 12
+  %3762 = load i32, ptr %3761, align 4, !tbaa !4
+  %3763 = insertelement <8 x i32> poison, i32 %3762, i64 0
+  %3764 = shufflevector <8 x i32> %3763, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1392.us.us = bitcast <8 x i32> %3764 to <16 x bfloat>
+  %r.i1393.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1345.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1392.us.us)
+  %3765 = getelementptr i8, ptr %3749, i64 16
+  %3766 = load i32, ptr %3765, align 4, !tbaa !4
+  %3767 = insertelement <8 x i32> poison, i32 %3766, i64 0
+  %3768 = shufflevector <8 x i32> %3767, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1395.us.us = bitcast <8 x i32> %3768 to <16 x bfloat>
+  %r.i1396.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1348.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1395.us.us)
+  %3769 = getelementptr i8, ptr %3749, i64 20
+  %3770 = load i32, ptr %3769, align 4, !tbaa !4
+  %3771 = insertelement <8 x i32> poison, i32 %3770, i64 0
+  %3772 = shufflevector <8 x i32> %3771, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1398.us.us = bitcast <8 x i32> %3772 to <16 x bfloat>
+  %r.i1399.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1351.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1398.us.us)
+  %3773 = getelementptr i8, ptr %3749, i64 24
+  %3774 = load i32, ptr %3773, align 4, !tbaa !4
+  %3775 = insertelement <8 x i32> poison, i32 %3774, i64 0
+  %3776 = shufflevector <8 x i32> %3775, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1401.us.us = bitcast <8 x i32> %3776 to <16 x bfloat>
+  %r.i1402.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1354.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1401.us.us)
+  %3777 = getelementptr i8, ptr %3749, i64 28
+  %3778 = load i32, ptr %3777, align 4, !tbaa !4
+  %3779 = insertelement <8 x i32> poison, i32 %3778, i64 0
+  %3780 = shufflevector <8 x i32> %3779, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1404.us.us = bitcast <8 x i32> %3780 to <16 x bfloat>
+  %r.i1405.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1357.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1404.us.us)
+  %3781 = getelementptr i8, ptr %3749, i64 32
+  %3782 = load i32, ptr %3781, align 4, !tbaa !4
+  %3783 = insertelement <8 x i32> poison, i32 %3782, i64 0
+  %3784 = shufflevector <8 x i32> %3783, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1407.us.us = bitcast <8 x i32> %3784 to <16 x bfloat>
+  %r.i1408.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1360.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1407.us.us)
+  %3785 = getelementptr i8, ptr %3749, i64 36
+  %3786 = load i32, ptr %3785, align 4, !tbaa !4
+  %3787 = insertelement <8 x i32> poison, i32 %3786, i64 0
+  %3788 = shufflevector <8 x i32> %3787, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1410.us.us = bitcast <8 x i32> %3788 to <16 x bfloat>
+  %r.i1411.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1363.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1410.us.us)
+  %3789 = getelementptr i8, ptr %3749, i64 40
+  %3790 = load i32, ptr %3789, align 4, !tbaa !4
+  %3791 = insertelement <8 x i32> poison, i32 %3790, i64 0
+  %3792 = shufflevector <8 x i32> %3791, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1413.us.us = bitcast <8 x i32> %3792 to <16 x bfloat>
+  %r.i1414.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1366.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1413.us.us)
+  %3793 = getelementptr i8, ptr %3749, i64 44
+  %3794 = load i32, ptr %3793, align 4, !tbaa !4
+  %3795 = insertelement <8 x i32> poison, i32 %3794, i64 0
+  %3796 = shufflevector <8 x i32> %3795, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1416.us.us = bitcast <8 x i32> %3796 to <16 x bfloat>
+  %r.i1417.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1369.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1416.us.us)
+  %3797 = getelementptr i8, ptr %3749, i64 48
+  %3798 = load i32, ptr %3797, align 4, !tbaa !4
+  %3799 = insertelement <8 x i32> poison, i32 %3798, i64 0
+  %3800 = shufflevector <8 x i32> %3799, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1419.us.us = bitcast <8 x i32> %3800 to <16 x bfloat>
+  %r.i1420.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1372.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1419.us.us)
+  %3801 = getelementptr i8, ptr %3749, i64 52
+  %3802 = load i32, ptr %3801, align 4, !tbaa !4
+  %3803 = insertelement <8 x i32> poison, i32 %3802, i64 0
+  %3804 = shufflevector <8 x i32> %3803, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1422.us.us = bitcast <8 x i32> %3804 to <16 x bfloat>
+  %r.i1423.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1375.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1422.us.us)
+  %3805 = getelementptr i8, ptr %3749, i64 56
+  %3806 = load i32, ptr %3805, align 4, !tbaa !4
+  %3807 = insertelement <8 x i32> poison, i32 %3806, i64 0
+  %3808 = shufflevector <8 x i32> %3807, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1425.us.us = bitcast <8 x i32> %3808 to <16 x bfloat>
+  %r.i1426.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1378.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1425.us.us)
+  %3809 = getelementptr i8, ptr %3749, i64 60
+  %3810 = load i32, ptr %3809, align 4, !tbaa !4
+  %3811 = insertelement <8 x i32> poison, i32 %3810, i64 0
+  %3812 = shufflevector <8 x i32> %3811, <8 x i32> poison, <8 x i32> zeroinitializer
+  %y.i1428.us.us = bitcast <8 x i32> %3812 to <16 x bfloat>
+  %r.i1429.us.us = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i1381.us.us, <16 x bfloat> %3746, <16 x bfloat> %y.i1428.us.us)
+  %indvars.iv.next3019 = add nuw nsw i64 %indvars.iv3018, 1
+  %exitcond3021.not = icmp eq i64 %indvars.iv.next3019, 4
+  br i1 %exitcond3021.not, label %for_end_d_0.us.us, label %for_body_d_0.us.us, !prof !39
+
+for_begin_line.preheader.us.us:                   ; preds = %for_body_d_0.us.us
+  %3813 = load i64, ptr %gep3316, align 8, !tbaa !4
+  %gep2593.us.us = getelementptr i32, ptr %invariant.gep2568.us, i64 %3813
+  %3814 = mul nsw i64 %k_row, %2728
+  %3815 = getelementptr i32, ptr %gep2593.us.us, i64 %3814
+  tail call void @llvm.prefetch.p0(ptr %3815, i32 0, i32 2, i32 1)
+  %3816 = or disjoint i64 %2728, 1
+  %3817 = mul nsw i64 %k_row, %3816
+  %3818 = getelementptr i32, ptr %gep2593.us.us, i64 %3817
+  tail call void @llvm.prefetch.p0(ptr %3818, i32 0, i32 2, i32 1)
+  %3819 = or disjoint i64 %2728, 2
+  %3820 = mul nsw i64 %k_row, %3819
+  %3821 = getelementptr i32, ptr %gep2593.us.us, i64 %3820
+  tail call void @llvm.prefetch.p0(ptr %3821, i32 0, i32 2, i32 1)
+  %3822 = or disjoint i64 %2728, 3
+  %3823 = mul nsw i64 %k_row, %3822
+  %3824 = getelementptr i32, ptr %gep2593.us.us, i64 %3823
+  tail call void @llvm.prefetch.p0(ptr %3824, i32 0, i32 2, i32 1)
+  %3825 = or disjoint i64 %2728, 4
+  %3826 = mul nsw i64 %k_row, %3825
+  %3827 = getelementptr i32, ptr %gep2593.us.us, i64 %3826
+  tail call void @llvm.prefetch.p0(ptr %3827, i32 0, i32 2, i32 1)
+  %3828 = or disjoint i64 %2728, 5
+  %3829 = mul nsw i64 %k_row, %3828
+  %3830 = getelementptr i32, ptr %gep2593.us.us, i64 %3829
+  tail call void @llvm.prefetch.p0(ptr %3830, i32 0, i32 2, i32 1)
+  %3831 = or disjoint i64 %2728, 6
+  %3832 = mul nsw i64 %k_row, %3831
+  %3833 = getelementptr i32, ptr %gep2593.us.us, i64 %3832
+  tail call void @llvm.prefetch.p0(ptr %3833, i32 0, i32 2, i32 1)
+  %3834 = or disjoint i64 %2728, 7
+  %3835 = mul nsw i64 %k_row, %3834
+  %3836 = getelementptr i32, ptr %gep2593.us.us, i64 %3835
+  tail call void @llvm.prefetch.p0(ptr %3836, i32 0, i32 2, i32 1)
+  %3837 = or disjoint i64 %2728, 8
+  %3838 = mul nsw i64 %k_row, %3837
+  %3839 = getelementptr i32, ptr %gep2593.us.us, i64 %3838
+  tail call void @llvm.prefetch.p0(ptr %3839, i32 0, i32 2, i32 1)
+  %3840 = or disjoint i64 %2728, 9
+  %3841 = mul nsw i64 %k_row, %3840
+  %3842 = getelementptr i32, ptr %gep2593.us.us, i64 %3841
+  tail call void @llvm.prefetch.p0(ptr %3842, i32 0, i32 2, i32 1)
+  %3843 = or disjoint i64 %2728, 10
+  %3844 = mul nsw i64 %k_row, %3843
+  %3845 = getelementptr i32, ptr %gep2593.us.us, i64 %3844
+  tail call void @llvm.prefetch.p0(ptr %3845, i32 0, i32 2, i32 1)
+  %3846 = or disjoint i64 %2728, 11
+  %3847 = mul nsw i64 %k_row, %3846
+  %3848 = getelementptr i32, ptr %gep2593.us.us, i64 %3847
+  tail call void @llvm.prefetch.p0(ptr %3848, i32 0, i32 2, i32 1)
+  %3849 = or disjoint i64 %2728, 12
+  %3850 = mul nsw i64 %k_row, %3849
+  %3851 = getelementptr i32, ptr %gep2593.us.us, i64 %3850
+  tail call void @llvm.prefetch.p0(ptr %3851, i32 0, i32 2, i32 1)
+  %3852 = or disjoint i64 %2728, 13
+  %3853 = mul nsw i64 %k_row, %3852
+  %3854 = getelementptr i32, ptr %gep2593.us.us, i64 %3853
+  tail call void @llvm.prefetch.p0(ptr %3854, i32 0, i32 2, i32 1)
+  %3855 = or disjoint i64 %2728, 14
+  %3856 = mul nsw i64 %k_row, %3855
+  %3857 = getelementptr i32, ptr %gep2593.us.us, i64 %3856
+  tail call void @llvm.prefetch.p0(ptr %3857, i32 0, i32 2, i32 1)
+  %3858 = or disjoint i64 %2728, 15
+  %3859 = mul nsw i64 %k_row, %3858
+  %3860 = getelementptr i32, ptr %gep2593.us.us, i64 %3859
+  tail call void @llvm.prefetch.p0(ptr %3860, i32 0, i32 2, i32 1)
+  br label %if_end162.us.us
+
+for_begin_d_0.preheader.us.us:                    ; preds = %for_end_d_0.us.us, %for_begin_d_0.preheader.us.us.preheader
+  %indvars.iv3022 = phi i64 [ 0, %for_begin_d_0.preheader.us.us.preheader ], [ %indvars.iv.next3023, %for_end_d_0.us.us ]
+  %3861 = shl nsw i64 %indvars.iv3022, 4
+  %3862 = getelementptr inbounds nuw i64, ptr %key_offsets, i64 %3861
+  %3863 = load i64, ptr %3862, align 8, !tbaa !4
+  %gep2596.us.us = getelementptr i32, ptr %invariant.gep2595.us, i64 %3863
+  %gep3316 = getelementptr inbounds nuw i64, ptr %invariant.gep3315, i64 %3861
+  br label %for_body_d_0.us.us
+
+for_begin_ti.preheader.lr.ph.us:                  ; preds = %if_end159.us
+  %3864 = shl i64 %900, 4
+  %3865 = and i64 %3864, 4294967280
+  %3866 = getelementptr inbounds nuw i32, ptr %limits, i64 %3865
+  %wide.trip.count3034 = zext nneg i32 %1538 to i64
+  br label %for_begin_ti.preheader.us
+
+for_body_r189.lr.ph.us:                           ; preds = %for_end_to183.us
+  %3867 = sub nsw i32 %valid_len157.us, %861
+  %3868 = icmp sgt i32 %3867, 0
+  %3869 = zext nneg i32 %910 to i64
+  %3870 = shl nuw nsw i64 %3869, 2
+  br i1 %3868, label %for_body_r189.us.us.preheader, label %if_end187.us, !prof !3
+
+for_body_r189.us.us.preheader:                    ; preds = %for_body_r189.lr.ph.us
+  %3871 = zext nneg i32 %3867 to i64
+  %3872 = add nsw i64 %3871, -1
+  %scevgep104 = getelementptr i8, ptr %scevgep103, i64 %3871
+  %scevgep106 = getelementptr i8, ptr %scaled.us, i64 %804
+  %scevgep107 = getelementptr i8, ptr %scaled.us, i64 -60
+  %scevgep108 = getelementptr i8, ptr %scevgep107, i64 %804
+  %3873 = shl nuw nsw i64 %3871, 6
+  %min.iters.check115 = icmp ult i32 %3867, 24
+  %3874 = trunc nsw i64 %3872 to i32
+  %mul.result = shl i32 %3874, 4
+  %mul.overflow = icmp ugt i64 %3872, 268435455
+  %mul.result95 = shl nsw i64 %3872, 6
+  %smax109 = tail call i32 @llvm.smax.i32(i32 %913, i32 1)
+  %3875 = add nsw i32 %smax109, -1
+  %3876 = zext nneg i32 %3875 to i64
+  %3877 = shl nuw nsw i64 %3876, 2
+  %3878 = getelementptr i8, ptr %scevgep108, i64 %3873
+  %scevgep110 = getelementptr i8, ptr %3878, i64 %3877
+  %n.vec118 = and i64 %3871, 536870904
+  %cmp.n = icmp eq i64 %n.vec118, %3871
+  br label %for_body_r189.us.us
+
+for_body_r189.us.us:                              ; preds = %for_begin_c.for_end_c_crit_edge.us.us, %for_body_r189.us.us.preheader
+  %indvar91 = phi i64 [ 0, %for_body_r189.us.us.preheader ], [ %indvar.next92, %for_begin_c.for_end_c_crit_edge.us.us ]
+  %r1922602.us.us = phi i32 [ 0, %for_body_r189.us.us.preheader ], [ %3910, %for_begin_c.for_end_c_crit_edge.us.us ]
+  %3879 = lshr i32 %r1922602.us.us, 2
+  %3880 = zext nneg i32 %3879 to i64
+  %3881 = add nuw nsw i64 %3870, %3880
+  %3882 = mul nsw i64 %3881, %489
+  %3883 = getelementptr i8, ptr %867, i64 %3882
+  br i1 %min.iters.check115, label %for_body_c.us.us.preheader, label %vector.scevcheck, !prof !11
+
+vector.scevcheck:                                 ; preds = %for_body_r189.us.us
+  %3884 = add i64 %indvar91, %809
+  %3885 = shl i64 %3884, 2
+  %scevgep93 = getelementptr i8, ptr %scaled.us, i64 %3885
+  %3886 = add i32 %808, %r1922602.us.us
+  %3887 = add i32 %3886, %mul.result
+  %3888 = icmp slt i32 %3887, %3886
+  %3889 = or i1 %3888, %mul.overflow
+  %3890 = getelementptr i8, ptr %scevgep93, i64 %mul.result95
+  %3891 = icmp ult ptr %3890, %scevgep93
+  %3892 = or i1 %3891, %3889
+  br i1 %3892, label %for_body_c.us.us.preheader, label %vector.memcheck97, !prof !11
+
+vector.memcheck97:                                ; preds = %vector.scevcheck
+  %scevgep102 = getelementptr i8, ptr %scevgep101, i64 %3882
+  %scevgep105 = getelementptr i8, ptr %scevgep104, i64 %3882
+  %bound0111 = icmp ult ptr %scevgep102, %scevgep110
+  %bound1112 = icmp ult ptr %scevgep106, %scevgep105
+  %found.conflict113 = and i1 %bound0111, %bound1112
+  br i1 %found.conflict113, label %for_body_c.us.us.preheader, label %vector.ph116, !prof !11
+
+vector.ph116:                                     ; preds = %vector.memcheck97
+  %broadcast.splatinsert119 = insertelement <8 x i32> poison, i32 %r1922602.us.us, i64 0
+  %broadcast.splat120 = shufflevector <8 x i32> %broadcast.splatinsert119, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body123
+
+vector.body123:                                   ; preds = %vector.body123, %vector.ph116
+  %index124 = phi i64 [ 0, %vector.ph116 ], [ %index.next125, %vector.body123 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph116 ], [ %vec.ind.next, %vector.body123 ]
+  %3893 = getelementptr i8, ptr %3883, i64 %index124
+  %wide.load = load <8 x i8>, ptr %3893, align 1, !tbaa !4, !alias.scope !190, !noalias !193
+  %3894 = icmp ne <8 x i8> %wide.load, zeroinitializer
+  %3895 = add <8 x i32> %broadcast.splat122, %vec.ind
+  %3896 = shl <8 x i32> %3895, splat (i32 4)
+  %3897 = add nsw <8 x i32> %3896, %broadcast.splat120
+  %3898 = sext <8 x i32> %3897 to <8 x i64>
+  %3899 = getelementptr inbounds float, ptr %scaled.us, <8 x i64> %3898
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3899, <8 x i1> %3894, <8 x float> poison), !tbaa !4, !alias.scope !193
+  %predphi = select <8 x i1> %3894, <8 x float> %wide.masked.gather, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %3899, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !193
+  %index.next125 = add nuw i64 %index124, 8
+  %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
+  %3900 = icmp eq i64 %index.next125, %n.vec118
+  br i1 %3900, label %middle.block126, label %vector.body123, !prof !195, !llvm.loop !196
+
+middle.block126:                                  ; preds = %vector.body123
+  br i1 %cmp.n, label %for_begin_c.for_end_c_crit_edge.us.us, label %for_body_c.us.us.preheader, !prof !197
+
+for_body_c.us.us.preheader:                       ; preds = %middle.block126, %vector.memcheck97, %vector.scevcheck, %for_body_r189.us.us
+  %indvars.iv3036.ph = phi i64 [ 0, %vector.memcheck97 ], [ 0, %vector.scevcheck ], [ 0, %for_body_r189.us.us ], [ %n.vec118, %middle.block126 ]
+  br label %for_body_c.us.us
+
+for_body_c.us.us:                                 ; preds = %if_end195.us.us, %for_body_c.us.us.preheader
+  %indvars.iv3036 = phi i64 [ %indvars.iv.next3037, %if_end195.us.us ], [ %indvars.iv3036.ph, %for_body_c.us.us.preheader ]
+  %3901 = getelementptr i8, ptr %3883, i64 %indvars.iv3036
+  %3902 = load i8, ptr %3901, align 1, !tbaa !4
+  %3903 = icmp eq i8 %3902, 0
+  %3904 = trunc i64 %indvars.iv3036 to i32
+  %.pre3221 = add i32 %861, %3904
+  %.pre3223 = shl i32 %.pre3221, 4
+  %.pre3225 = add nsw i32 %.pre3223, %r1922602.us.us
+  %.pre3227 = sext i32 %.pre3225 to i64
+  br i1 %3903, label %if_end195.us.us, label %if_else194.us.us
+
+if_else194.us.us:                                 ; preds = %for_body_c.us.us
+  %3905 = getelementptr inbounds float, ptr %scaled.us, i64 %.pre3227
+  %3906 = load float, ptr %3905, align 4, !tbaa !4
+  br label %if_end195.us.us
+
+if_end195.us.us:                                  ; preds = %if_else194.us.us, %for_body_c.us.us
+  %3907 = phi float [ %3906, %if_else194.us.us ], [ 0xFFF0000000000000, %for_body_c.us.us ]
+  %3908 = getelementptr inbounds float, ptr %scaled.us, i64 %.pre3227
+  store float %3907, ptr %3908, align 4, !tbaa !4
+  %indvars.iv.next3037 = add nuw nsw i64 %indvars.iv3036, 1
+  %3909 = icmp samesign ult i64 %indvars.iv.next3037, %3871
+  br i1 %3909, label %for_body_c.us.us, label %for_begin_c.for_end_c_crit_edge.us.us, !prof !198, !llvm.loop !199
+
+for_begin_c.for_end_c_crit_edge.us.us:            ; preds = %if_end195.us.us, %middle.block126
+  %3910 = add nuw nsw i32 %r1922602.us.us, 1
+  %3911 = icmp slt i32 %3910, %913
+  %indvar.next92 = add i64 %indvar91, 1
+  br i1 %3911, label %for_body_r189.us.us, label %if_end187.us, !prof !200
+
+for_body_ax0219.us.us.preheader:                  ; preds = %for_begin_ti211.preheader.us
+  %3912 = shl nuw nsw i64 %indvars.iv3060, 6
+  %3913 = shl nuw nsw i64 %indvars.iv3060, 7
+  %3914 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %3913
+  %3915 = getelementptr inbounds nuw i8, ptr %3914, i64 448
+  %3916 = load <16 x float>, ptr %3915, align 4, !tbaa !4
+  %arg.us.7 = fsub <16 x float> %3916, %4122
+  %3917 = fcmp olt <16 x float> %arg.us.7, %4129
+  %3918 = fmul <16 x float> %arg.us.7, splat (float 0x3FF7154760000000)
+  %3919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.7, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %4128)
+  %3920 = fsub <16 x float> %3919, %4128
+  %f.us.7 = fsub <16 x float> %3918, %3920
+  %3921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.7, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %3922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3921, <16 x float> %f.us.7, <16 x float> splat (float 0x3FCEC03780000000))
+  %3923 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3922, <16 x float> %f.us.7, <16 x float> splat (float 0x3FE62E12C0000000))
+  %3924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3923, <16 x float> %f.us.7, <16 x float> splat (float 1.000000e+00))
+  %bits.us.7 = bitcast <16 x float> %3919 to <16 x i32>
+  %3925 = shl <16 x i32> %bits.us.7, splat (i32 23)
+  %3926 = bitcast <16 x i32> %3925 to <16 x float>
+  %3927 = fmul <16 x float> %3924, %3926
+  %3928 = select <16 x i1> %3917, <16 x float> zeroinitializer, <16 x float> %3927
+  %3929 = bitcast <16 x float> %3928 to <16 x i32>
+  %3930 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %3913
+  %3931 = getelementptr inbounds nuw i8, ptr %3930, i64 384
+  %3932 = load <16 x float>, ptr %3931, align 4, !tbaa !4
+  %arg.us.6 = fsub <16 x float> %3932, %4122
+  %3933 = fcmp olt <16 x float> %arg.us.6, %4129
+  %3934 = fmul <16 x float> %arg.us.6, splat (float 0x3FF7154760000000)
+  %3935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.6, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %4128)
+  %3936 = fsub <16 x float> %3935, %4128
+  %f.us.6 = fsub <16 x float> %3934, %3936
+  %3937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.6, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %3938 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3937, <16 x float> %f.us.6, <16 x float> splat (float 0x3FCEC03780000000))
+  %3939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3938, <16 x float> %f.us.6, <16 x float> splat (float 0x3FE62E12C0000000))
+  %3940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3939, <16 x float> %f.us.6, <16 x float> splat (float 1.000000e+00))
+  %bits.us.6 = bitcast <16 x float> %3935 to <16 x i32>
+  %3941 = shl <16 x i32> %bits.us.6, splat (i32 23)
+  %3942 = bitcast <16 x i32> %3941 to <16 x float>
+  %3943 = fmul <16 x float> %3940, %3942
+  %3944 = select <16 x i1> %3933, <16 x float> zeroinitializer, <16 x float> %3943
+  %3945 = bitcast <16 x float> %3944 to <16 x i32>
+  %3946 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %3913
+  %3947 = getelementptr inbounds nuw i8, ptr %3946, i64 320
+  %3948 = load <16 x float>, ptr %3947, align 4, !tbaa !4
+  %arg.us.5 = fsub <16 x float> %3948, %4122
+  %3949 = fcmp olt <16 x float> %arg.us.5, %4129
+  %3950 = fmul <16 x float> %arg.us.5, splat (float 0x3FF7154760000000)
+  %3951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.5, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %4128)
+  %3952 = fsub <16 x float> %3951, %4128
+  %f.us.5 = fsub <16 x float> %3950, %3952
+  %3953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.5, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %3954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3953, <16 x float> %f.us.5, <16 x float> splat (float 0x3FCEC03780000000))
+  %3955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3954, <16 x float> %f.us.5, <16 x float> splat (float 0x3FE62E12C0000000))
+  %3956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3955, <16 x float> %f.us.5, <16 x float> splat (float 1.000000e+00))
+  %bits.us.5 = bitcast <16 x float> %3951 to <16 x i32>
+  %3957 = shl <16 x i32> %bits.us.5, splat (i32 23)
+  %3958 = bitcast <16 x i32> %3957 to <16 x float>
+  %3959 = fmul <16 x float> %3956, %3958
+  %3960 = select <16 x i1> %3949, <16 x float> zeroinitializer, <16 x float> %3959
+  %3961 = bitcast <16 x float> %3960 to <16 x i32>
+  %3962 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %3913
+  %3963 = getelementptr inbounds nuw i8, ptr %3962, i64 256
+  %3964 = load <16 x float>, ptr %3963, align 4, !tbaa !4
+  %arg.us.4 = fsub <16 x float> %3964, %4122
+  %3965 = fcmp olt <16 x float> %arg.us.4, %4129
+  %3966 = fmul <16 x float> %arg.us.4, splat (float 0x3FF7154760000000)
+  %3967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.4, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %4128)
+  %3968 = fsub <16 x float> %3967, %4128
+  %f.us.4 = fsub <16 x float> %3966, %3968
+  %3969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.4, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %3970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3969, <16 x float> %f.us.4, <16 x float> splat (float 0x3FCEC03780000000))
+  %3971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3970, <16 x float> %f.us.4, <16 x float> splat (float 0x3FE62E12C0000000))
+  %3972 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3971, <16 x float> %f.us.4, <16 x float> splat (float 1.000000e+00))
+  %bits.us.4 = bitcast <16 x float> %3967 to <16 x i32>
+  %3973 = shl <16 x i32> %bits.us.4, splat (i32 23)
+  %3974 = bitcast <16 x i32> %3973 to <16 x float>
+  %3975 = fmul <16 x float> %3972, %3974
+  %3976 = select <16 x i1> %3965, <16 x float> zeroinitializer, <16 x float> %3975
+  %3977 = bitcast <16 x float> %3976 to <16 x i32>
+  %3978 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %3913
+  %3979 = getelementptr inbounds nuw i8, ptr %3978, i64 192
+  %3980 = load <16 x float>, ptr %3979, align 4, !tbaa !4
+  %arg.us.3 = fsub <16 x float> %3980, %4122
+  %3981 = fcmp olt <16 x float> %arg.us.3, %4129
+  %3982 = fmul <16 x float> %arg.us.3, splat (float 0x3FF7154760000000)
+  %3983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %4128)
+  %3984 = fsub <16 x float> %3983, %4128
+  %f.us.3 = fsub <16 x float> %3982, %3984
+  %3985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.3, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %3986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3985, <16 x float> %f.us.3, <16 x float> splat (float 0x3FCEC03780000000))
+  %3987 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3986, <16 x float> %f.us.3, <16 x float> splat (float 0x3FE62E12C0000000))
+  %3988 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3987, <16 x float> %f.us.3, <16 x float> splat (float 1.000000e+00))
+  %bits.us.3 = bitcast <16 x float> %3983 to <16 x i32>
+  %3989 = shl <16 x i32> %bits.us.3, splat (i32 23)
+  %3990 = bitcast <16 x i32> %3989 to <16 x float>
+  %3991 = fmul <16 x float> %3988, %3990
+  %3992 = select <16 x i1> %3981, <16 x float> zeroinitializer, <16 x float> %3991
+  %3993 = bitcast <16 x float> %3992 to <16 x i32>
+  %3994 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %3913
+  %3995 = getelementptr inbounds nuw i8, ptr %3994, i64 128
+  %3996 = load <16 x float>, ptr %3995, align 4, !tbaa !4
+  %arg.us.2 = fsub <16 x float> %3996, %4122
+  %3997 = fcmp olt <16 x float> %arg.us.2, %4129
+  %3998 = fmul <16 x float> %arg.us.2, splat (float 0x3FF7154760000000)
+  %3999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %4128)
+  %4000 = fsub <16 x float> %3999, %4128
+  %f.us.2 = fsub <16 x float> %3998, %4000
+  %4001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.2, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %4002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4001, <16 x float> %f.us.2, <16 x float> splat (float 0x3FCEC03780000000))
+  %4003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4002, <16 x float> %f.us.2, <16 x float> splat (float 0x3FE62E12C0000000))
+  %4004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4003, <16 x float> %f.us.2, <16 x float> splat (float 1.000000e+00))
+  %bits.us.2 = bitcast <16 x float> %3999 to <16 x i32>
+  %4005 = shl <16 x i32> %bits.us.2, splat (i32 23)
+  %4006 = bitcast <16 x i32> %4005 to <16 x float>
+  %4007 = fmul <16 x float> %4004, %4006
+  %4008 = select <16 x i1> %3997, <16 x float> zeroinitializer, <16 x float> %4007
+  %4009 = bitcast <16 x float> %4008 to <16 x i32>
+  %4010 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %3913
+  %4011 = getelementptr inbounds nuw i8, ptr %4010, i64 64
+  %4012 = load <16 x float>, ptr %4011, align 4, !tbaa !4
+  %arg.us.1 = fsub <16 x float> %4012, %4122
+  %4013 = fcmp olt <16 x float> %arg.us.1, %4129
+  %4014 = fmul <16 x float> %arg.us.1, splat (float 0x3FF7154760000000)
+  %4015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %4128)
+  %4016 = fsub <16 x float> %4015, %4128
+  %f.us.1 = fsub <16 x float> %4014, %4016
+  %4017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us.1, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %4018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4017, <16 x float> %f.us.1, <16 x float> splat (float 0x3FCEC03780000000))
+  %4019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4018, <16 x float> %f.us.1, <16 x float> splat (float 0x3FE62E12C0000000))
+  %4020 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4019, <16 x float> %f.us.1, <16 x float> splat (float 1.000000e+00))
+  %bits.us.1 = bitcast <16 x float> %4015 to <16 x i32>
+  %4021 = shl <16 x i32> %bits.us.1, splat (i32 23)
+  %4022 = bitcast <16 x i32> %4021 to <16 x float>
+  %4023 = fmul <16 x float> %4020, %4022
+  %4024 = select <16 x i1> %4013, <16 x float> zeroinitializer, <16 x float> %4023
+  %4025 = bitcast <16 x float> %4024 to <16 x i32>
+  %4026 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %3913
+  %4027 = load <16 x float>, ptr %4026, align 4, !tbaa !4
+  %arg.us = fsub <16 x float> %4027, %4122
+  %4028 = fcmp olt <16 x float> %arg.us, %4129
+  %4029 = fmul <16 x float> %arg.us, splat (float 0x3FF7154760000000)
+  %4030 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %4128)
+  %4031 = fsub <16 x float> %4030, %4128
+  %f.us = fsub <16 x float> %4029, %4031
+  %4032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %f.us, <16 x float> splat (float 0x3F83A02B40000000), <16 x float> splat (float 0x3FAC9FC740000000))
+  %4033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4032, <16 x float> %f.us, <16 x float> splat (float 0x3FCEC03780000000))
+  %4034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4033, <16 x float> %f.us, <16 x float> splat (float 0x3FE62E12C0000000))
+  %4035 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4034, <16 x float> %f.us, <16 x float> splat (float 1.000000e+00))
+  %bits.us = bitcast <16 x float> %4030 to <16 x i32>
+  %4036 = shl <16 x i32> %bits.us, splat (i32 23)
+  %4037 = bitcast <16 x i32> %4036 to <16 x float>
+  %4038 = fmul <16 x float> %4035, %4037
+  %4039 = select <16 x i1> %4028, <16 x float> zeroinitializer, <16 x float> %4038
+  %4040 = bitcast <16 x float> %4039 to <16 x i32>
+  %4041 = add nsw <16 x i32> %4025, splat (i32 32768)
+  %4042 = and <16 x i32> %4041, splat (i32 -65536)
+  %4043 = add nsw <16 x i32> %4040, splat (i32 32768)
+  %4044 = lshr <16 x i32> %4043, splat (i32 16)
+  %4045 = or disjoint <16 x i32> %4044, %4042
+  %4046 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %3912
+  store <16 x i32> %4045, ptr %4046, align 4, !tbaa !4
+  %4047 = add nsw <16 x i32> %3993, splat (i32 32768)
+  %4048 = and <16 x i32> %4047, splat (i32 -65536)
+  %4049 = add nsw <16 x i32> %4009, splat (i32 32768)
+  %4050 = lshr <16 x i32> %4049, splat (i32 16)
+  %4051 = or disjoint <16 x i32> %4050, %4048
+  %4052 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %3912
+  %4053 = getelementptr inbounds nuw i8, ptr %4052, i64 64
+  store <16 x i32> %4051, ptr %4053, align 4, !tbaa !4
+  %4054 = add nsw <16 x i32> %3961, splat (i32 32768)
+  %4055 = and <16 x i32> %4054, splat (i32 -65536)
+  %4056 = add nsw <16 x i32> %3977, splat (i32 32768)
+  %4057 = lshr <16 x i32> %4056, splat (i32 16)
+  %4058 = or disjoint <16 x i32> %4057, %4055
+  %4059 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %3912
+  %4060 = getelementptr inbounds nuw i8, ptr %4059, i64 128
+  store <16 x i32> %4058, ptr %4060, align 4, !tbaa !4
+  %4061 = add nsw <16 x i32> %3929, splat (i32 32768)
+  %4062 = and <16 x i32> %4061, splat (i32 -65536)
+  %4063 = add nsw <16 x i32> %3945, splat (i32 32768)
+  %4064 = lshr <16 x i32> %4063, splat (i32 16)
+  %4065 = or disjoint <16 x i32> %4064, %4062
+  %4066 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %3912
+  %4067 = getelementptr inbounds nuw i8, ptr %4066, i64 192
+  store <16 x i32> %4065, ptr %4067, align 4, !tbaa !4
+  %4068 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %3912
+  %4069 = load <32 x bfloat>, ptr %4068, align 4, !tbaa !4
+  %r.i1911.us.us = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_sum612.sroa.0.02613.us, <32 x bfloat> %4069, <32 x bfloat> splat (bfloat 0xR3F80))
+  %4070 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %3912
+  %4071 = getelementptr inbounds nuw i8, ptr %4070, i64 64
+  %4072 = load <32 x bfloat>, ptr %4071, align 4, !tbaa !4
+  %r.i1911.us.us.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1911.us.us, <32 x bfloat> %4072, <32 x bfloat> splat (bfloat 0xR3F80))
+  %4073 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %3912
+  %4074 = getelementptr inbounds nuw i8, ptr %4073, i64 128
+  %4075 = load <32 x bfloat>, ptr %4074, align 4, !tbaa !4
+  %r.i1911.us.us.2 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1911.us.us.1, <32 x bfloat> %4075, <32 x bfloat> splat (bfloat 0xR3F80))
+  %4076 = getelementptr inbounds nuw i32, ptr %prob_pairs.us, i64 %3912
+  %4077 = getelementptr inbounds nuw i8, ptr %4076, i64 192
+  %4078 = load <32 x bfloat>, ptr %4077, align 4, !tbaa !4
+  %r.i1911.us.us.3 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i1911.us.us.2, <32 x bfloat> %4078, <32 x bfloat> splat (bfloat 0xR3F80))
+  br label %for_end_ax0220.us
+
+for_end_ax0220.us:                                ; preds = %for_body_ax0219.us.us.preheader, %for_begin_ti211.preheader.us
+  %.us-phi.us = phi <16 x float> [ %r.i1911.us.us.3, %for_body_ax0219.us.us.preheader ], [ %tile_sum612.sroa.0.02613.us, %for_begin_ti211.preheader.us ]
+  %indvars.iv.next3061 = add nuw nsw i64 %indvars.iv3060, 1
+  %exitcond3064.not = icmp eq i64 %indvars.iv.next3061, %wide.trip.count3063
+  br i1 %exitcond3064.not, label %for_end_to208.us, label %for_begin_ti211.preheader.us, !prof !8
+
+for_begin_ti211.preheader.lr.ph.us.unr-lcssa:     ; preds = %for_begin_ti201.preheader.us
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br i1 %lcmp.mod.not, label %for_begin_ti211.preheader.lr.ph.us, label %for_begin_ti201.preheader.us.epil.preheader, !prof !53
+
+for_begin_ti201.preheader.us.epil.preheader:      ; preds = %for_begin_ti211.preheader.lr.ph.us.unr-lcssa, %for_begin_ti201.preheader.us.preheader
+  %indvars.iv3043.epil.init = phi i64 [ 0, %for_begin_ti201.preheader.us.preheader ], [ %indvars.iv.next3044.1, %for_begin_ti211.preheader.lr.ph.us.unr-lcssa ]
+  %peak607.sroa.0.02605.us.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti201.preheader.us.preheader ], [ %2481, %for_begin_ti211.preheader.lr.ph.us.unr-lcssa ]
+  %lcmp.mod186 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod186)
+  %4079 = shl nsw i64 %indvars.iv3043.epil.init, 7
+  %4080 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %4079
+  %4081 = load <16 x float>, ptr %4080, align 4, !tbaa !4
+  %4082 = fcmp ogt <16 x float> %peak607.sroa.0.02605.us.epil.init, %4081
+  %4083 = select <16 x i1> %4082, <16 x float> %peak607.sroa.0.02605.us.epil.init, <16 x float> %4081
+  %4084 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %4079
+  %4085 = getelementptr inbounds nuw i8, ptr %4084, i64 64
+  %4086 = load <16 x float>, ptr %4085, align 4, !tbaa !4
+  %4087 = fcmp ogt <16 x float> %4083, %4086
+  %4088 = select <16 x i1> %4087, <16 x float> %4083, <16 x float> %4086
+  %4089 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %4079
+  %4090 = getelementptr inbounds nuw i8, ptr %4089, i64 128
+  %4091 = load <16 x float>, ptr %4090, align 4, !tbaa !4
+  %4092 = fcmp ogt <16 x float> %4088, %4091
+  %4093 = select <16 x i1> %4092, <16 x float> %4088, <16 x float> %4091
+  %4094 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %4079
+  %4095 = getelementptr inbounds nuw i8, ptr %4094, i64 192
+  %4096 = load <16 x float>, ptr %4095, align 4, !tbaa !4
+  %4097 = fcmp ogt <16 x float> %4093, %4096
+  %4098 = select <16 x i1> %4097, <16 x float> %4093, <16 x float> %4096
+  %4099 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %4079
+  %4100 = getelementptr inbounds nuw i8, ptr %4099, i64 256
+  %4101 = load <16 x float>, ptr %4100, align 4, !tbaa !4
+  %4102 = fcmp ogt <16 x float> %4098, %4101
+  %4103 = select <16 x i1> %4102, <16 x float> %4098, <16 x float> %4101
+  %4104 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %4079
+  %4105 = getelementptr inbounds nuw i8, ptr %4104, i64 320
+  %4106 = load <16 x float>, ptr %4105, align 4, !tbaa !4
+  %4107 = fcmp ogt <16 x float> %4103, %4106
+  %4108 = select <16 x i1> %4107, <16 x float> %4103, <16 x float> %4106
+  %4109 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %4079
+  %4110 = getelementptr inbounds nuw i8, ptr %4109, i64 384
+  %4111 = load <16 x float>, ptr %4110, align 4, !tbaa !4
+  %4112 = fcmp ogt <16 x float> %4108, %4111
+  %4113 = select <16 x i1> %4112, <16 x float> %4108, <16 x float> %4111
+  %4114 = getelementptr inbounds nuw float, ptr %scaled.us, i64 %4079
+  %4115 = getelementptr inbounds nuw i8, ptr %4114, i64 448
+  %4116 = load <16 x float>, ptr %4115, align 4, !tbaa !4
+  %4117 = fcmp ogt <16 x float> %4113, %4116
+  %4118 = select <16 x i1> %4117, <16 x float> %4113, <16 x float> %4116
+  br label %for_begin_ti211.preheader.lr.ph.us
+
+for_begin_ti211.preheader.lr.ph.us:               ; preds = %for_begin_ti201.preheader.us.epil.preheader, %for_begin_ti211.preheader.lr.ph.us.unr-lcssa
+  %.lcssa = phi <16 x float> [ %2481, %for_begin_ti211.preheader.lr.ph.us.unr-lcssa ], [ %4118, %for_begin_ti201.preheader.us.epil.preheader ]
+  %4119 = icmp sgt i32 %valid_len157.us, 0
+  %4120 = insertelement <16 x i1> poison, i1 %4119, i64 0
+  %4121 = shufflevector <16 x i1> %4120, <16 x i1> poison, <16 x i32> zeroinitializer
+  %4122 = select <16 x i1> %4121, <16 x float> %.lcssa, <16 x float> splat (float 0xC6293E5940000000)
+  %4123 = shl i64 %900, 4
+  %4124 = and i64 %4123, 4294967280
+  %4125 = getelementptr inbounds nuw i32, ptr %places, i64 %4124
+  %4126 = load <16 x i32>, ptr %4125, align 4, !tbaa !4
+  %4127 = sitofp <16 x i32> %4126 to <16 x float>
+  %4128 = fsub <16 x float> splat (float 0x4168000FE0000000), %4127
+  %4129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4127, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %wide.trip.count3063 = zext nneg i32 %1538 to i64
+  br label %for_begin_ti211.preheader.us
+
+for_begin_ti261.preheader.lr.ph.us:               ; preds = %for_end_to208.us
+  %4130 = getelementptr inbounds nuw i32, ptr %limits, i64 %1548
+  %4131 = and i32 %1608, 2147483640
+  %4132 = add i32 %4131, %858
+  %wide.trip.count3072 = zext nneg i32 %1609 to i64
+  br label %for_begin_ti261.preheader.us
+
+for_body_r269.lr.ph.us:                           ; preds = %for_end_to258.us
+  %4133 = sub nsw i32 %valid_len157.us, %861
+  %4134 = icmp sgt i32 %4133, 0
+  %4135 = zext nneg i32 %910 to i64
+  %4136 = shl nuw nsw i64 %4135, 2
+  br i1 %4134, label %for_body_r269.us.us.preheader, label %if_end267.us, !prof !3
+
+for_body_r269.us.us.preheader:                    ; preds = %for_body_r269.lr.ph.us
+  %4137 = zext nneg i32 %4133 to i64
+  %xtraiter187 = and i64 %4137, 3
+  %4138 = icmp ult i32 %4133, 4
+  %unroll_iter190 = and i64 %4137, 2147483644
+  %lcmp.mod188.not = icmp eq i64 %xtraiter187, 0
+  %lcmp.mod189 = icmp ne i64 %xtraiter187, 0
+  br label %for_body_r269.us.us
+
+for_body_r269.us.us:                              ; preds = %for_begin_c273.for_end_c275_crit_edge.us.us, %for_body_r269.us.us.preheader
+  %r2722619.us.us = phi i32 [ %4207, %for_begin_c273.for_end_c275_crit_edge.us.us ], [ 0, %for_body_r269.us.us.preheader ]
+  %4139 = lshr i32 %r2722619.us.us, 2
+  %4140 = zext nneg i32 %4139 to i64
+  %4141 = add nuw nsw i64 %4136, %4140
+  %4142 = mul nsw i64 %4141, %489
+  %4143 = getelementptr i8, ptr %869, i64 %4142
+  br i1 %4138, label %for_body_c274.us.us.epil.preheader, label %for_body_c274.us.us, !prof !48
+
+for_body_c274.us.us:                              ; preds = %for_body_c274.us.us, %for_body_r269.us.us
+  %indvars.iv3074 = phi i64 [ %indvars.iv.next3075.3, %for_body_c274.us.us ], [ 0, %for_body_r269.us.us ]
+  %niter191 = phi i64 [ %niter191.next.3, %for_body_c274.us.us ], [ 0, %for_body_r269.us.us ]
+  %4144 = getelementptr i8, ptr %4143, i64 %indvars.iv3074
+  %4145 = load i8, ptr %4144, align 1, !tbaa !4
+  %4146 = icmp eq i8 %4145, 0
+  %4147 = select i1 %4146, i32 %871, i32 -1
+  %4148 = trunc i64 %indvars.iv3074 to i32
+  %.tr = add i32 %861, %4148
+  %4149 = shl i32 %.tr, 3
+  %4150 = and i32 %4149, 2147483632
+  %4151 = add nuw nsw i32 %4150, %r2722619.us.us
+  %4152 = zext nneg i32 %4151 to i64
+  %4153 = getelementptr inbounds nuw i32, ptr %edges.us, i64 %4152
+  %4154 = load i32, ptr %4153, align 4, !tbaa !4
+  %4155 = and i32 %4147, %4154
+  store i32 %4155, ptr %4153, align 4, !tbaa !4
+  %indvars.iv.next3075 = or disjoint i64 %indvars.iv3074, 1
+  %4156 = getelementptr i8, ptr %4143, i64 %indvars.iv.next3075
+  %4157 = load i8, ptr %4156, align 1, !tbaa !4
+  %4158 = icmp eq i8 %4157, 0
+  %4159 = select i1 %4158, i32 %872, i32 -1
+  %4160 = trunc i64 %indvars.iv.next3075 to i32
+  %.tr.1 = add i32 %861, %4160
+  %4161 = shl i32 %.tr.1, 3
+  %4162 = and i32 %4161, 2147483632
+  %4163 = add nuw nsw i32 %4162, %r2722619.us.us
+  %4164 = zext nneg i32 %4163 to i64
+  %4165 = getelementptr inbounds nuw i32, ptr %edges.us, i64 %4164
+  %4166 = load i32, ptr %4165, align 4, !tbaa !4
+  %4167 = and i32 %4159, %4166
+  store i32 %4167, ptr %4165, align 4, !tbaa !4
+  %indvars.iv.next3075.1 = or disjoint i64 %indvars.iv3074, 2
+  %4168 = getelementptr i8, ptr %4143, i64 %indvars.iv.next3075.1
+  %4169 = load i8, ptr %4168, align 1, !tbaa !4
+  %4170 = icmp eq i8 %4169, 0
+  %4171 = select i1 %4170, i32 %874, i32 -1
+  %4172 = trunc i64 %indvars.iv.next3075.1 to i32
+  %.tr.2 = add i32 %861, %4172
+  %4173 = shl i32 %.tr.2, 3
+  %4174 = and i32 %4173, 2147483632
+  %4175 = add nuw nsw i32 %4174, %r2722619.us.us
+  %4176 = zext nneg i32 %4175 to i64
+  %4177 = getelementptr inbounds nuw i32, ptr %edges.us, i64 %4176
+  %4178 = load i32, ptr %4177, align 4, !tbaa !4
+  %4179 = and i32 %4171, %4178
+  store i32 %4179, ptr %4177, align 4, !tbaa !4
+  %indvars.iv.next3075.2 = or disjoint i64 %indvars.iv3074, 3
+  %4180 = getelementptr i8, ptr %4143, i64 %indvars.iv.next3075.2
+  %4181 = load i8, ptr %4180, align 1, !tbaa !4
+  %4182 = icmp eq i8 %4181, 0
+  %4183 = select i1 %4182, i32 %875, i32 -1
+  %4184 = trunc i64 %indvars.iv.next3075.2 to i32
+  %.tr.3 = add i32 %861, %4184
+  %4185 = shl i32 %.tr.3, 3
+  %4186 = and i32 %4185, 2147483632
+  %4187 = add nuw nsw i32 %4186, %r2722619.us.us
+  %4188 = zext nneg i32 %4187 to i64
+  %4189 = getelementptr inbounds nuw i32, ptr %edges.us, i64 %4188
+  %4190 = load i32, ptr %4189, align 4, !tbaa !4
+  %4191 = and i32 %4183, %4190
+  store i32 %4191, ptr %4189, align 4, !tbaa !4
+  %indvars.iv.next3075.3 = add nuw nsw i64 %indvars.iv3074, 4
+  %niter191.next.3 = add i64 %niter191, 4
+  %niter191.ncmp.3.not = icmp eq i64 %niter191.next.3, %unroll_iter190
+  br i1 %niter191.ncmp.3.not, label %for_begin_c273.for_end_c275_crit_edge.us.us.unr-lcssa, label %for_body_c274.us.us, !prof !49, !llvm.loop !201
+
+for_begin_c273.for_end_c275_crit_edge.us.us.unr-lcssa: ; preds = %for_body_c274.us.us
+  br i1 %lcmp.mod188.not, label %for_begin_c273.for_end_c275_crit_edge.us.us, label %for_body_c274.us.us.epil.preheader, !prof !52
+
+for_body_c274.us.us.epil.preheader:               ; preds = %for_begin_c273.for_end_c275_crit_edge.us.us.unr-lcssa, %for_body_r269.us.us
+  %indvars.iv3074.epil.init = phi i64 [ 0, %for_body_r269.us.us ], [ %indvars.iv.next3075.3, %for_begin_c273.for_end_c275_crit_edge.us.us.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod189)
+  br label %for_body_c274.us.us.epil
+
+for_body_c274.us.us.epil:                         ; preds = %for_body_c274.us.us.epil, %for_body_c274.us.us.epil.preheader
+  %indvars.iv3074.epil = phi i64 [ %indvars.iv.next3075.epil, %for_body_c274.us.us.epil ], [ %indvars.iv3074.epil.init, %for_body_c274.us.us.epil.preheader ]
+  %epil.iter = phi i64 [ %epil.iter.next, %for_body_c274.us.us.epil ], [ 0, %for_body_c274.us.us.epil.preheader ]
+  %4192 = add nuw nsw i64 %indvars.iv3074.epil, %862
+  %4193 = and i64 %4192, 1
+  %4194 = icmp eq i64 %4193, 0
+  %4195 = select i1 %4194, i32 -65536, i32 65535
+  %4196 = getelementptr i8, ptr %4143, i64 %indvars.iv3074.epil
+  %4197 = load i8, ptr %4196, align 1, !tbaa !4
+  %4198 = icmp eq i8 %4197, 0
+  %4199 = select i1 %4198, i32 %4195, i32 -1
+  %.tr.epil = trunc i64 %4192 to i32
+  %4200 = shl i32 %.tr.epil, 3
+  %4201 = and i32 %4200, 2147483632
+  %4202 = add nuw nsw i32 %4201, %r2722619.us.us
+  %4203 = zext nneg i32 %4202 to i64
+  %4204 = getelementptr inbounds nuw i32, ptr %edges.us, i64 %4203
+  %4205 = load i32, ptr %4204, align 4, !tbaa !4
+  %4206 = and i32 %4199, %4205
+  store i32 %4206, ptr %4204, align 4, !tbaa !4
+  %indvars.iv.next3075.epil = add nuw nsw i64 %indvars.iv3074.epil, 1
+  %epil.iter.next = add i64 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter187
+  br i1 %epil.iter.cmp.not, label %for_begin_c273.for_end_c275_crit_edge.us.us, label %for_body_c274.us.us.epil, !prof !53, !llvm.loop !202
+
+for_begin_c273.for_end_c275_crit_edge.us.us:      ; preds = %for_body_c274.us.us.epil, %for_begin_c273.for_end_c275_crit_edge.us.us.unr-lcssa
+  %4207 = add nuw nsw i32 %r2722619.us.us, 1
+  %4208 = icmp slt i32 %4207, %913
+  br i1 %4208, label %for_body_r269.us.us, label %if_end267.us, !prof !200
+
+for_body_to343.lr.ph.us:                          ; preds = %for_begin_to342.preheader.us
+  %4209 = mul nuw nsw i64 %indvars.iv3094, %2701
+  %gep2678.us.idx = shl i64 %indvars.iv3094, 5
+  %gep2678.us = getelementptr i8, ptr %invariant.gep2677.us, i64 %gep2678.us.idx
+  br label %for_body_to343.us
+
+for_body_ti360.lr.ph.us:                          ; preds = %for_end_to344.us
+  %gep2680.us.idx = shl i64 %indvars.iv3094, 5
+  %gep2680.us = getelementptr i8, ptr %invariant.gep2677.us, i64 %gep2680.us.idx
+  br label %for_body_ti360.us
+
+for_body_to282.lr.ph.us:                          ; preds = %for_begin_to281.preheader.us
+  %4210 = mul nuw nsw i64 %indvars.iv3116, %2691
+  %gep2779.us.idx = shl i64 %indvars.iv3116, 6
+  %gep2779.us = getelementptr i8, ptr %invariant.gep2677.us, i64 %gep2779.us.idx
+  br label %for_body_to282.us
+
+for_body_ti299.lr.ph.us:                          ; preds = %for_end_to283.us
+  %gep2781.us.idx = shl i64 %indvars.iv3116, 6
+  %gep2781.us = getelementptr i8, ptr %invariant.gep2677.us, i64 %gep2781.us.idx
+  br label %for_body_ti299.us
+
+for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us: ; preds = %for_begin_row_tile.us
+  %exitcond3129.not = icmp eq i64 %indvars.iv.next3126, %wide.trip.count3128
+  br i1 %exitcond3129.not, label %for_end_kv_head, label %for_body_kv_head.us, !prof !8
+
+for_body_t132:                                    ; preds = %for_body_t132, %for_body_t132.lr.ph
+  %indvars.iv2996 = phi i64 [ 0, %for_body_t132.lr.ph ], [ %indvars.iv.next2997.3, %for_body_t132 ]
+  %4211 = add nsw i64 %indvars.iv2996, %815
+  %4212 = trunc nsw i64 %4211 to i32
+  %4213 = tail call i32 @llvm.smin.i32(i32 %4212, i32 %789)
+  %4214 = sext i32 %4213 to i64
+  %4215 = ashr i64 %4214, 4
+  %gep2554 = getelementptr i32, ptr %invariant.gep2553, i64 %4215
+  %4216 = load i32, ptr %gep2554, align 4, !tbaa !4
+  %block139 = sext i32 %4216 to i64
+  %4217 = lshr i64 %4214, 1
+  %4218 = and i64 %4217, 7
+  %4219 = mul nsw i64 %4218, %v_row
+  %4220 = mul nsw i64 %v_block, %block139
+  %4221 = add nsw i64 %4220, %4219
+  %4222 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %indvars.iv2996
+  store i64 %4221, ptr %4222, align 8, !tbaa !4
+  %indvars.iv.next2997 = or disjoint i64 %indvars.iv2996, 1
+  %4223 = add nsw i64 %indvars.iv.next2997, %815
+  %4224 = trunc nsw i64 %4223 to i32
+  %4225 = tail call i32 @llvm.smin.i32(i32 %4224, i32 %789)
+  %4226 = sext i32 %4225 to i64
+  %4227 = ashr i64 %4226, 4
+  %gep2554.1 = getelementptr i32, ptr %invariant.gep2553, i64 %4227
+  %4228 = load i32, ptr %gep2554.1, align 4, !tbaa !4
+  %block139.1 = sext i32 %4228 to i64
+  %4229 = lshr i64 %4226, 1
+  %4230 = and i64 %4229, 7
+  %4231 = mul nsw i64 %4230, %v_row
+  %4232 = mul nsw i64 %v_block, %block139.1
+  %4233 = add nsw i64 %4232, %4231
+  %4234 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %indvars.iv.next2997
+  store i64 %4233, ptr %4234, align 8, !tbaa !4
+  %indvars.iv.next2997.1 = or disjoint i64 %indvars.iv2996, 2
+  %4235 = add nsw i64 %indvars.iv.next2997.1, %815
+  %4236 = trunc nsw i64 %4235 to i32
+  %4237 = tail call i32 @llvm.smin.i32(i32 %4236, i32 %789)
+  %4238 = sext i32 %4237 to i64
+  %4239 = ashr i64 %4238, 4
+  %gep2554.2 = getelementptr i32, ptr %invariant.gep2553, i64 %4239
+  %4240 = load i32, ptr %gep2554.2, align 4, !tbaa !4
+  %block139.2 = sext i32 %4240 to i64
+  %4241 = lshr i64 %4238, 1
+  %4242 = and i64 %4241, 7
+  %4243 = mul nsw i64 %4242, %v_row
+  %4244 = mul nsw i64 %v_block, %block139.2
+  %4245 = add nsw i64 %4244, %4243
+  %4246 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %indvars.iv.next2997.1
+  store i64 %4245, ptr %4246, align 8, !tbaa !4
+  %indvars.iv.next2997.2 = or disjoint i64 %indvars.iv2996, 3
+  %4247 = add nsw i64 %indvars.iv.next2997.2, %815
+  %4248 = trunc nsw i64 %4247 to i32
+  %4249 = tail call i32 @llvm.smin.i32(i32 %4248, i32 %789)
+  %4250 = sext i32 %4249 to i64
+  %4251 = ashr i64 %4250, 4
+  %gep2554.3 = getelementptr i32, ptr %invariant.gep2553, i64 %4251
+  %4252 = load i32, ptr %gep2554.3, align 4, !tbaa !4
+  %block139.3 = sext i32 %4252 to i64
+  %4253 = lshr i64 %4250, 1
+  %4254 = and i64 %4253, 7
+  %4255 = mul nsw i64 %4254, %v_row
+  %4256 = mul nsw i64 %v_block, %block139.3
+  %4257 = add nsw i64 %4256, %4255
+  %4258 = getelementptr inbounds nuw i64, ptr %value_offsets, i64 %indvars.iv.next2997.2
+  store i64 %4257, ptr %4258, align 8, !tbaa !4
+  %indvars.iv.next2997.3 = add nuw nsw i64 %indvars.iv2996, 4
+  %exitcond3000.not.3 = icmp eq i64 %indvars.iv.next2997.3, %wide.trip.count2999
+  br i1 %exitcond3000.not.3, label %for_begin_kv_head.preheader, label %for_body_t132, !prof !8, !llvm.loop !203
+
+for_end_kv_head:                                  ; preds = %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us, %for_body_kv_head.lr.ph, %for_begin_kv_head.preheader
+  %4259 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4260 = tail call i32 %4259(i32 1, i32 %dev_id, ptr nonnull %value_offsets)
+  %.not634 = icmp eq i32 %4260, 0
+  br i1 %.not634, label %if_end393, label %common.ret, !prof !40
+
+if_end393:                                        ; preds = %for_end_kv_head
+  %4261 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4262 = tail call i32 %4261(i32 1, i32 %dev_id, ptr nonnull %key_offsets)
+  %.not635 = icmp eq i32 %4262, 0
+  br i1 %.not635, label %for_begin_step, label %common.ret, !prof !40
+
+for_body_tile399:                                 ; preds = %if_end404, %for_begin_tile398.preheader
+  %indvars.iv3139 = phi i64 [ %indvars.iv.next3140, %if_end404 ], [ 0, %for_begin_tile398.preheader ]
+  %.idx3281 = shl nsw i64 %indvars.iv3139, 4
+  %4263 = getelementptr inbounds nuw i8, ptr %reach615, i64 %.idx3281
+  %4264 = getelementptr inbounds nuw i8, ptr %4263, i64 4
+  %4265 = load i32, ptr %4264, align 4, !tbaa !156
+  %4266 = icmp slt i32 %read_begin, %4265
+  br i1 %4266, label %if_then403, label %if_end404, !prof !7
+
+for_end_tile400:                                  ; preds = %if_end404, %for_begin_tile398.preheader
+  %4267 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4268 = tail call i32 %4267(i32 1, i32 %dev_id, ptr nonnull %acc)
+  %.not631 = icmp eq i32 %4268, 0
+  br i1 %.not631, label %if_end459, label %common.ret, !prof !40
+
+if_then403:                                       ; preds = %for_body_tile399
+  %4269 = shl nsw i64 %indvars.iv3139, 4
+  %4270 = getelementptr inbounds nuw float, ptr %total_max, i64 %4269
+  %old_max410 = load <16 x float>, ptr %4270, align 4, !tbaa !4
+  %4271 = getelementptr inbounds nuw float, ptr %total_sum, i64 %4269
+  %old_sum412 = load <16 x float>, ptr %4271, align 4, !tbaa !4
+  %4272 = getelementptr inbounds nuw float, ptr %row_max, i64 %4269
+  %4273 = load <16 x float>, ptr %4272, align 4, !tbaa !4
+  %4274 = fcmp ogt <16 x float> %old_max410, %4273
+  %4275 = getelementptr inbounds nuw float, ptr %row_sum, i64 %4269
+  %4276 = load <16 x float>, ptr %4275, align 4, !tbaa !4
+  %4277 = fcmp oeq <16 x float> %4276, zeroinitializer
+  %4278 = select <16 x i1> %4277, <16 x i1> splat (i1 true), <16 x i1> %4274
+  %old_or_both416 = select <16 x i1> %4278, <16 x float> %old_max410, <16 x float> %4273
+  %4279 = fcmp oeq <16 x float> %old_sum412, zeroinitializer
+  %m418 = select <16 x i1> %4279, <16 x float> %4273, <16 x float> %old_or_both416
+  %4280 = fsub <16 x float> %old_max410, %m418
+  %4281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4280, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %4282 = bitcast <16 x float> %4281 to <16 x i32>
+  %4283 = fadd <16 x float> %4281, splat (float 0xC168000FE0000000)
+  %4284 = fmul <16 x float> %4283, splat (float 0x3F2BD01060000000)
+  %4285 = fmul <16 x float> %4283, splat (float 0x3FE6300000000000)
+  %4286 = fsub <16 x float> %4280, %4285
+  %4287 = fadd <16 x float> %4286, %4284
+  %4288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4287, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %4289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4288, <16 x float> %4287, <16 x float> splat (float 0x3FA5558F20000000))
+  %4290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4289, <16 x float> %4287, <16 x float> splat (float 0x3FC5554920000000))
+  %4291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4290, <16 x float> %4287, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %4292 = fmul <16 x float> %4287, %4287
+  %4293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4291, <16 x float> %4292, <16 x float> %4287)
+  %4294 = shl <16 x i32> %4282, splat (i32 23)
+  %4295 = bitcast <16 x i32> %4294 to <16 x float>
+  %4296 = fadd <16 x float> %4293, splat (float 1.000000e+00)
+  %4297 = fmul <16 x float> %4296, %4295
+  %4298 = fcmp olt <16 x float> %4280, splat (float -8.700000e+01)
+  %4299 = select <16 x i1> %4298, <16 x float> zeroinitializer, <16 x float> %4297
+  %4300 = fcmp one <16 x float> %old_sum412, zeroinitializer
+  %4301 = select <16 x i1> %4300, <16 x float> %4299, <16 x float> zeroinitializer
+  %arg436 = fsub <16 x float> %4273, %m418
+  %4302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg436, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %4303 = bitcast <16 x float> %4302 to <16 x i32>
+  %4304 = fadd <16 x float> %4302, splat (float 0xC168000FE0000000)
+  %4305 = fmul <16 x float> %4304, splat (float 0x3F2BD01060000000)
+  %4306 = fmul <16 x float> %4304, splat (float 0x3FE6300000000000)
+  %4307 = fsub <16 x float> %arg436, %4306
+  %4308 = fadd <16 x float> %4307, %4305
+  %4309 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4308, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %4310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4309, <16 x float> %4308, <16 x float> splat (float 0x3FA5558F20000000))
+  %4311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4310, <16 x float> %4308, <16 x float> splat (float 0x3FC5554920000000))
+  %4312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4311, <16 x float> %4308, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %4313 = fmul <16 x float> %4308, %4308
+  %4314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4312, <16 x float> %4313, <16 x float> %4308)
+  %4315 = shl <16 x i32> %4303, splat (i32 23)
+  %4316 = bitcast <16 x i32> %4315 to <16 x float>
+  %4317 = fadd <16 x float> %4314, splat (float 1.000000e+00)
+  %4318 = fmul <16 x float> %4317, %4316
+  %4319 = fcmp olt <16 x float> %arg436, splat (float -8.700000e+01)
+  %4320 = select <16 x i1> %4319, <16 x float> zeroinitializer, <16 x float> %4318
+  %4321 = fcmp one <16 x float> %4276, zeroinitializer
+  %4322 = select <16 x i1> %4321, <16 x float> %4320, <16 x float> zeroinitializer
+  %4323 = fmul <16 x float> %old_sum412, %4301
+  %4324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4322, <16 x float> %4276, <16 x float> %4323)
+  store <16 x float> %m418, ptr %4270, align 4, !tbaa !4
+  store <16 x float> %4324, ptr %4271, align 4, !tbaa !4
+  %4325 = shl i64 %indvars.iv3139, 11
+  %4326 = and i64 %4325, 4294965248
+  br label %for_body_d454
+
+if_end404:                                        ; preds = %for_body_d454, %for_body_tile399
+  %indvars.iv.next3140 = add nuw nsw i64 %indvars.iv3139, 1
+  %exitcond3143.not = icmp eq i64 %indvars.iv.next3140, %wide.trip.count3142
+  br i1 %exitcond3143.not, label %for_end_tile400, label %for_body_tile399, !prof !8
+
+for_body_d454:                                    ; preds = %for_body_d454, %if_then403
+  %indvars.iv3135 = phi i64 [ 0, %if_then403 ], [ %indvars.iv.next3136.3, %for_body_d454 ]
+  %4327 = shl nuw nsw i64 %indvars.iv3135, 4
+  %4328 = add nuw nsw i64 %4327, %4326
+  %4329 = getelementptr inbounds nuw float, ptr %acc, i64 %4328
+  %4330 = load <16 x float>, ptr %4329, align 4, !tbaa !4
+  %4331 = getelementptr inbounds nuw float, ptr %total_acc, i64 %4328
+  %4332 = load <16 x float>, ptr %4331, align 4, !tbaa !4
+  %4333 = fmul <16 x float> %4301, %4332
+  %4334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4322, <16 x float> %4330, <16 x float> %4333)
+  store <16 x float> %4334, ptr %4331, align 4, !tbaa !4
+  %indvars.iv.next3136 = shl i64 %indvars.iv3135, 4
+  %4335 = or disjoint i64 %indvars.iv.next3136, 16
+  %4336 = add nuw nsw i64 %4335, %4326
+  %4337 = getelementptr inbounds nuw float, ptr %acc, i64 %4336
+  %4338 = load <16 x float>, ptr %4337, align 4, !tbaa !4
+  %4339 = getelementptr inbounds nuw float, ptr %total_acc, i64 %4336
+  %4340 = load <16 x float>, ptr %4339, align 4, !tbaa !4
+  %4341 = fmul <16 x float> %4301, %4340
+  %4342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4322, <16 x float> %4338, <16 x float> %4341)
+  store <16 x float> %4342, ptr %4339, align 4, !tbaa !4
+  %indvars.iv.next3136.1 = shl i64 %indvars.iv3135, 4
+  %4343 = or disjoint i64 %indvars.iv.next3136.1, 32
+  %4344 = add nuw nsw i64 %4343, %4326
+  %4345 = getelementptr inbounds nuw float, ptr %acc, i64 %4344
+  %4346 = load <16 x float>, ptr %4345, align 4, !tbaa !4
+  %4347 = getelementptr inbounds nuw float, ptr %total_acc, i64 %4344
+  %4348 = load <16 x float>, ptr %4347, align 4, !tbaa !4
+  %4349 = fmul <16 x float> %4301, %4348
+  %4350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4322, <16 x float> %4346, <16 x float> %4349)
+  store <16 x float> %4350, ptr %4347, align 4, !tbaa !4
+  %indvars.iv.next3136.2 = shl i64 %indvars.iv3135, 4
+  %4351 = or disjoint i64 %indvars.iv.next3136.2, 48
+  %4352 = add nuw nsw i64 %4351, %4326
+  %4353 = getelementptr inbounds nuw float, ptr %acc, i64 %4352
+  %4354 = load <16 x float>, ptr %4353, align 4, !tbaa !4
+  %4355 = getelementptr inbounds nuw float, ptr %total_acc, i64 %4352
+  %4356 = load <16 x float>, ptr %4355, align 4, !tbaa !4
+  %4357 = fmul <16 x float> %4301, %4356
+  %4358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %4322, <16 x float> %4354, <16 x float> %4357)
+  store <16 x float> %4358, ptr %4355, align 4, !tbaa !4
+  %indvars.iv.next3136.3 = add nuw nsw i64 %indvars.iv3135, 4
+  %exitcond3138.not.3 = icmp eq i64 %indvars.iv.next3136.3, 128
+  br i1 %exitcond3138.not.3, label %if_end404, label %for_body_d454, !prof !39, !llvm.loop !204
+
+if_end459:                                        ; preds = %for_end_tile400
+  %4359 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4360 = tail call i32 %4359(i32 1, i32 %dev_id, ptr nonnull %row_sum)
+  %.not632 = icmp eq i32 %4360, 0
+  br i1 %.not632, label %if_end462, label %common.ret, !prof !40
+
+if_end462:                                        ; preds = %if_end459
+  %4361 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4362 = tail call i32 %4361(i32 1, i32 %dev_id, ptr nonnull %row_max)
+  %.not633 = icmp eq i32 %4362, 0
+  br i1 %.not633, label %for_begin_number, label %common.ret, !prof !40
+
+for_body_tile468:                                 ; preds = %if_end473.loopexit, %for_body_tile468.preheader
+  %indvars.iv3160 = phi i64 [ %indvars.iv.next3161, %if_end473.loopexit ], [ 0, %for_body_tile468.preheader ]
+  %4363 = shl i64 %indvars.iv3160, 13
+  %4364 = and i64 %4363, 17179860992
+  %scevgep135 = getelementptr i8, ptr %total_acc, i64 %4364
+  %4365 = trunc nuw nsw i64 %indvars.iv3160 to i32
+  %rmod541 = srem i32 %4365, %4
+  %rdiv565 = sdiv i32 %4365, %4
+  %4366 = icmp ne i32 %rmod541, 0
+  %.not623 = and i1 %510, %4366
+  %4367 = select i1 %.not623, i32 %4, i32 0
+  %4368 = add nsw i32 %4367, %rmod541
+  %4369 = shl nsw i32 %4368, 4
+  %4370 = sub nsw i32 %2, %4369
+  %4371 = tail call i32 @llvm.smin.i32(i32 %4370, i32 16)
+  %4372 = icmp sgt i32 %4370, 0
+  br i1 %4372, label %for_body_r543.lr.ph, label %if_end473.loopexit, !prof !3
+
+for_end_tile469:                                  ; preds = %if_end473.loopexit, %if_end473.us, %for_begin_tile467.preheader
+  %4373 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4374 = tail call i32 %4373(i32 1, i32 %dev_id, ptr nonnull %places)
+  %.not = icmp eq i32 %4374, 0
+  br i1 %.not, label %if_end568, label %common.ret, !prof !40
+
+if_end473.loopexit:                               ; preds = %for_end_d561, %for_body_tile468
+  %indvars.iv.next3161 = add nuw nsw i64 %indvars.iv3160, 1
+  %exitcond3164.not = icmp eq i64 %indvars.iv.next3161, %wide.trip.count3199
+  br i1 %exitcond3164.not, label %for_end_tile469, label %for_body_tile468, !prof !8
+
+for_body_r543.lr.ph:                              ; preds = %for_body_tile468
+  %rdiv548 = sdiv i32 %4365, %4
+  %4375 = sext i1 %.not623 to i32
+  %4376 = add nsw i32 %rdiv548, %4375
+  %4377 = sext i32 %4376 to i64
+  %4378 = sext i32 %4368 to i64
+  %4379 = shl nsw i64 %4378, 7
+  %4380 = add nsw i64 %4377, %511
+  %4381 = shl nsw i64 %4380, 2
+  %4382 = add nsw i64 %4379, %513
+  %4383 = shl i64 %indvars.iv3160, 4
+  %4384 = and i64 %4383, 4294967280
+  %smax = tail call i32 @llvm.smax.i32(i32 %4371, i32 1)
+  %wide.trip.count3148 = zext nneg i32 %smax to i64
+  %xtraiter194 = and i64 %wide.trip.count3148, 1
+  %4385 = icmp slt i32 %4370, 4
+  br i1 %4385, label %for_body_r543.epil.preheader, label %for_body_r543.lr.ph.new, !prof !48
+
+for_body_r543.lr.ph.new:                          ; preds = %for_body_r543.lr.ph
+  %unroll_iter198 = and i64 %wide.trip.count3148, 28
+  %invariant.op222 = add i64 %4382, %4381
+  %4386 = or disjoint i64 %4382, 1
+  %invariant.op224 = add i64 %4386, %4381
+  %4387 = or disjoint i64 %4382, 2
+  %invariant.op226 = add i64 %4387, %4381
+  %4388 = or disjoint i64 %4382, 3
+  %invariant.op228 = add i64 %4388, %4381
+  br label %for_body_r543
+
+for_begin_d559.preheader.lr.ph.unr-lcssa:         ; preds = %for_body_r543
+  %lcmp.mod196.not = icmp eq i64 %xtraiter194, 0
+  br i1 %lcmp.mod196.not, label %for_begin_d559.preheader.lr.ph, label %for_body_r543.epil.preheader, !prof !52
+
+for_body_r543.epil.preheader:                     ; preds = %for_begin_d559.preheader.lr.ph.unr-lcssa, %for_body_r543.lr.ph
+  %indvars.iv3145.epil.init = phi i64 [ 0, %for_body_r543.lr.ph ], [ %indvars.iv.next3146.3, %for_begin_d559.preheader.lr.ph.unr-lcssa ]
+  %lcmp.mod197 = icmp ne i64 %xtraiter194, 0
+  tail call void @llvm.assume(i1 %lcmp.mod197)
+  br label %for_body_r543.epil
+
+for_body_r543.epil:                               ; preds = %for_body_r543.epil, %for_body_r543.epil.preheader
+  %indvars.iv3145.epil = phi i64 [ %indvars.iv3145.epil.init, %for_body_r543.epil.preheader ], [ %indvars.iv.next3146.epil, %for_body_r543.epil ]
+  %epil.iter195 = phi i64 [ 0, %for_body_r543.epil.preheader ], [ %epil.iter195.next, %for_body_r543.epil ]
+  %4389 = add nuw nsw i64 %indvars.iv3145.epil, %4384
+  %4390 = getelementptr inbounds nuw float, ptr %total_max, i64 %4389
+  %4391 = load float, ptr %4390, align 4, !tbaa !4
+  %4392 = and i64 %indvars.iv3145.epil, 3
+  %4393 = shl nuw nsw i64 %indvars.iv3145.epil, 3
+  %4394 = and i64 %4393, 17179869152
+  %4395 = or disjoint i64 %4382, %4392
+  %4396 = add nsw i64 %4395, %4394
+  %4397 = add nsw i64 %4396, %4381
+  %4398 = getelementptr inbounds float, ptr %partial_max, i64 %4397
+  store float %4391, ptr %4398, align 4, !tbaa !4
+  %4399 = getelementptr inbounds nuw float, ptr %total_sum, i64 %4389
+  %4400 = load float, ptr %4399, align 4, !tbaa !4
+  %4401 = getelementptr inbounds float, ptr %partial_sum, i64 %4397
+  store float %4400, ptr %4401, align 4, !tbaa !4
+  %indvars.iv.next3146.epil = add nuw nsw i64 %indvars.iv3145.epil, 1
+  %epil.iter195.next = add i64 %epil.iter195, 1
+  %epil.iter195.cmp.not = icmp eq i64 %epil.iter195, 0
+  br i1 %epil.iter195.cmp.not, label %for_begin_d559.preheader.lr.ph, label %for_body_r543.epil, !prof !53, !llvm.loop !205
+
+for_begin_d559.preheader.lr.ph:                   ; preds = %for_body_r543.epil, %for_begin_d559.preheader.lr.ph.unr-lcssa
+  %4402 = sext i1 %.not623 to i32
+  %4403 = add nsw i32 %rdiv565, %4402
+  %4404 = sext i32 %4403 to i64
+  %4405 = sext i32 %4368 to i64
+  %4406 = add nsw i64 %4404, %511
+  %.idx = shl nsw i64 %4406, 11
+  %4407 = getelementptr i8, ptr %partial_acc, i64 %.idx
+  %.idx624 = shl nsw i64 %4405, 16
+  %4408 = getelementptr i8, ptr %4407, i64 %.idx624
+  %invariant.gep2810 = getelementptr i8, ptr %4408, i64 %.idx625
+  %4409 = shl i64 %indvars.iv3160, 11
+  %4410 = and i64 %4409, 4294965248
+  %smax3157 = tail call i32 @llvm.smax.i32(i32 %4371, i32 1)
+  %wide.trip.count3158 = zext nneg i32 %smax3157 to i64
+  %invariant.gep3324 = getelementptr inbounds nuw float, ptr %total_acc, i64 %4410
+  %4411 = add nsw i64 %.idx624, %.idx
+  %scevgep130 = getelementptr i8, ptr %scevgep129, i64 %4411
+  %scevgep133 = getelementptr i8, ptr %scevgep132, i64 %4411
+  %4412 = shl nuw nsw i64 %wide.trip.count3148, 2
+  %4413 = getelementptr i8, ptr %scevgep136, i64 %4364
+  %scevgep137 = getelementptr i8, ptr %4413, i64 %4412
+  br label %for_begin_d559.preheader
+
+for_body_r543:                                    ; preds = %for_body_r543, %for_body_r543.lr.ph.new
+  %indvars.iv3145 = phi i64 [ 0, %for_body_r543.lr.ph.new ], [ %indvars.iv.next3146.3, %for_body_r543 ]
+  %niter199 = phi i64 [ 0, %for_body_r543.lr.ph.new ], [ %niter199.next.3, %for_body_r543 ]
+  %4414 = add nuw nsw i64 %indvars.iv3145, %4384
+  %4415 = getelementptr inbounds nuw float, ptr %total_max, i64 %4414
+  %4416 = load float, ptr %4415, align 4, !tbaa !4
+  %4417 = shl nuw nsw i64 %indvars.iv3145, 3
+  %4418 = and i64 %4417, 17179869152
+  %.reass223 = add i64 %4418, %invariant.op222
+  %4419 = getelementptr inbounds float, ptr %partial_max, i64 %.reass223
+  store float %4416, ptr %4419, align 4, !tbaa !4
+  %4420 = getelementptr inbounds nuw float, ptr %total_sum, i64 %4414
+  %4421 = load float, ptr %4420, align 4, !tbaa !4
+  %4422 = getelementptr inbounds float, ptr %partial_sum, i64 %.reass223
+  store float %4421, ptr %4422, align 4, !tbaa !4
+  %indvars.iv.next3146 = or disjoint i64 %indvars.iv3145, 1
+  %4423 = add nuw nsw i64 %indvars.iv.next3146, %4384
+  %4424 = getelementptr inbounds nuw float, ptr %total_max, i64 %4423
+  %4425 = load float, ptr %4424, align 4, !tbaa !4
+  %4426 = shl nuw nsw i64 %indvars.iv3145, 3
+  %4427 = and i64 %4426, 17179869152
+  %.reass225 = add i64 %4427, %invariant.op224
+  %4428 = getelementptr inbounds float, ptr %partial_max, i64 %.reass225
+  store float %4425, ptr %4428, align 4, !tbaa !4
+  %4429 = getelementptr inbounds nuw float, ptr %total_sum, i64 %4423
+  %4430 = load float, ptr %4429, align 4, !tbaa !4
+  %4431 = getelementptr inbounds float, ptr %partial_sum, i64 %.reass225
+  store float %4430, ptr %4431, align 4, !tbaa !4
+  %indvars.iv.next3146.1 = or disjoint i64 %indvars.iv3145, 2
+  %4432 = add nuw nsw i64 %indvars.iv.next3146.1, %4384
+  %4433 = getelementptr inbounds nuw float, ptr %total_max, i64 %4432
+  %4434 = load float, ptr %4433, align 4, !tbaa !4
+  %4435 = shl nuw nsw i64 %indvars.iv3145, 3
+  %4436 = and i64 %4435, 17179869152
+  %.reass227 = add i64 %4436, %invariant.op226
+  %4437 = getelementptr inbounds float, ptr %partial_max, i64 %.reass227
+  store float %4434, ptr %4437, align 4, !tbaa !4
+  %4438 = getelementptr inbounds nuw float, ptr %total_sum, i64 %4432
+  %4439 = load float, ptr %4438, align 4, !tbaa !4
+  %4440 = getelementptr inbounds float, ptr %partial_sum, i64 %.reass227
+  store float %4439, ptr %4440, align 4, !tbaa !4
+  %indvars.iv.next3146.2 = or disjoint i64 %indvars.iv3145, 3
+  %4441 = add nuw nsw i64 %indvars.iv.next3146.2, %4384
+  %4442 = getelementptr inbounds nuw float, ptr %total_max, i64 %4441
+  %4443 = load float, ptr %4442, align 4, !tbaa !4
+  %4444 = shl nuw nsw i64 %indvars.iv3145, 3
+  %4445 = and i64 %4444, 17179869152
+  %.reass229 = add i64 %4445, %invariant.op228
+  %4446 = getelementptr inbounds float, ptr %partial_max, i64 %.reass229
+  store float %4443, ptr %4446, align 4, !tbaa !4
+  %4447 = getelementptr inbounds nuw float, ptr %total_sum, i64 %4441
+  %4448 = load float, ptr %4447, align 4, !tbaa !4
+  %4449 = getelementptr inbounds float, ptr %partial_sum, i64 %.reass229
+  store float %4448, ptr %4449, align 4, !tbaa !4
+  %indvars.iv.next3146.3 = add nuw nsw i64 %indvars.iv3145, 4
+  %niter199.next.3 = add i64 %niter199, 4
+  %niter199.ncmp.3 = icmp eq i64 %niter199.next.3, %unroll_iter198
+  br i1 %niter199.ncmp.3, label %for_begin_d559.preheader.lr.ph.unr-lcssa, label %for_body_r543, !prof !49, !llvm.loop !206
+
+for_begin_d559.preheader:                         ; preds = %for_end_d561, %for_begin_d559.preheader.lr.ph
+  %indvars.iv3154 = phi i64 [ 0, %for_begin_d559.preheader.lr.ph ], [ %indvars.iv.next3155, %for_end_d561 ]
+  %4450 = shl nuw nsw i64 %indvars.iv3154, 7
+  %4451 = and i64 %4450, 384
+  %4452 = shl nuw nsw i64 %indvars.iv3154, 10
+  %4453 = and i64 %4452, 2199023251456
+  %gep2811 = getelementptr float, ptr %invariant.gep2810, i64 %4453
+  %4454 = getelementptr float, ptr %gep2811, i64 %4451
+  %gep3325 = getelementptr inbounds nuw float, ptr %invariant.gep3324, i64 %indvars.iv3154
+  %4455 = shl nuw nsw i64 %indvars.iv3154, 12
+  %4456 = and i64 %4455, 9223372036854759424
+  %4457 = shl i64 %indvars.iv3154, 9
+  %4458 = and i64 %4457, 1536
+  %4459 = or disjoint i64 %4456, %4458
+  %scevgep134 = getelementptr i8, ptr %scevgep133, i64 %4459
+  %scevgep131 = getelementptr i8, ptr %scevgep130, i64 %4459
+  %bound0138 = icmp ult ptr %scevgep131, %scevgep137
+  %bound1139 = icmp ult ptr %scevgep135, %scevgep134
+  %found.conflict140 = and i1 %bound0138, %bound1139
+  br i1 %found.conflict140, label %for_body_d560, label %vector.body143, !prof !11
+
+vector.body143:                                   ; preds = %for_begin_d559.preheader
+  %4460 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4461 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4462 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4463 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather146 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4460, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %wide.masked.gather147 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4461, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %wide.masked.gather148 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4462, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %wide.masked.gather149 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4463, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %4464 = getelementptr i8, ptr %4454, i64 32
+  %4465 = getelementptr i8, ptr %4454, i64 64
+  %4466 = getelementptr i8, ptr %4454, i64 96
+  store <8 x float> %wide.masked.gather146, ptr %4454, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  store <8 x float> %wide.masked.gather147, ptr %4464, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  store <8 x float> %wide.masked.gather148, ptr %4465, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  store <8 x float> %wide.masked.gather149, ptr %4466, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  %4467 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4468 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4469 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4470 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather146.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4467, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %wide.masked.gather147.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4468, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %wide.masked.gather148.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4469, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %wide.masked.gather149.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4470, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %4471 = getelementptr i8, ptr %4454, i64 128
+  %4472 = getelementptr i8, ptr %4454, i64 160
+  %4473 = getelementptr i8, ptr %4454, i64 192
+  %4474 = getelementptr i8, ptr %4454, i64 224
+  store <8 x float> %wide.masked.gather146.1, ptr %4471, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  store <8 x float> %wide.masked.gather147.1, ptr %4472, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  store <8 x float> %wide.masked.gather148.1, ptr %4473, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  store <8 x float> %wide.masked.gather149.1, ptr %4474, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  %4475 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4476 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4477 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4478 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather146.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4475, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %wide.masked.gather147.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4476, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %wide.masked.gather148.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4477, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %wide.masked.gather149.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4478, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %4479 = getelementptr i8, ptr %4454, i64 256
+  %4480 = getelementptr i8, ptr %4454, i64 288
+  %4481 = getelementptr i8, ptr %4454, i64 320
+  %4482 = getelementptr i8, ptr %4454, i64 352
+  store <8 x float> %wide.masked.gather146.2, ptr %4479, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  store <8 x float> %wide.masked.gather147.2, ptr %4480, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  store <8 x float> %wide.masked.gather148.2, ptr %4481, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  store <8 x float> %wide.masked.gather149.2, ptr %4482, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  %4483 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4484 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4485 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4486 = getelementptr inbounds nuw i8, ptr %gep3325, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather146.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4483, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %wide.masked.gather147.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4484, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %wide.masked.gather148.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4485, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %wide.masked.gather149.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4486, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !4, !alias.scope !207
+  %4487 = getelementptr i8, ptr %4454, i64 384
+  %4488 = getelementptr i8, ptr %4454, i64 416
+  %4489 = getelementptr i8, ptr %4454, i64 448
+  %4490 = getelementptr i8, ptr %4454, i64 480
+  store <8 x float> %wide.masked.gather146.3, ptr %4487, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  store <8 x float> %wide.masked.gather147.3, ptr %4488, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  store <8 x float> %wide.masked.gather148.3, ptr %4489, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  store <8 x float> %wide.masked.gather149.3, ptr %4490, align 4, !tbaa !4, !alias.scope !210, !noalias !207
+  br label %for_end_d561
+
+for_body_d560:                                    ; preds = %for_body_d560, %for_begin_d559.preheader
+  %indvars.iv3150 = phi i64 [ %indvars.iv.next3151.7, %for_body_d560 ], [ 0, %for_begin_d559.preheader ]
+  %.idx3282 = shl nuw nsw i64 %indvars.iv3150, 6
+  %4491 = getelementptr inbounds nuw i8, ptr %gep3325, i64 %.idx3282
+  %4492 = load float, ptr %4491, align 4, !tbaa !4
+  %4493 = getelementptr float, ptr %4454, i64 %indvars.iv3150
+  store float %4492, ptr %4493, align 4, !tbaa !4
+  %indvars.iv.next3151 = or disjoint i64 %indvars.iv3150, 1
+  %.idx3282.1 = shl nuw nsw i64 %indvars.iv.next3151, 6
+  %4494 = getelementptr inbounds nuw i8, ptr %gep3325, i64 %.idx3282.1
+  %4495 = load float, ptr %4494, align 4, !tbaa !4
+  %4496 = getelementptr float, ptr %4454, i64 %indvars.iv.next3151
+  store float %4495, ptr %4496, align 4, !tbaa !4
+  %indvars.iv.next3151.1 = or disjoint i64 %indvars.iv3150, 2
+  %.idx3282.2 = shl nuw nsw i64 %indvars.iv.next3151.1, 6
+  %4497 = getelementptr inbounds nuw i8, ptr %gep3325, i64 %.idx3282.2
+  %4498 = load float, ptr %4497, align 4, !tbaa !4
+  %4499 = getelementptr float, ptr %4454, i64 %indvars.iv.next3151.1
+  store float %4498, ptr %4499, align 4, !tbaa !4
+  %indvars.iv.next3151.2 = or disjoint i64 %indvars.iv3150, 3
+  %.idx3282.3 = shl nuw nsw i64 %indvars.iv.next3151.2, 6
+  %4500 = getelementptr inbounds nuw i8, ptr %gep3325, i64 %.idx3282.3
+  %4501 = load float, ptr %4500, align 4, !tbaa !4
+  %4502 = getelementptr float, ptr %4454, i64 %indvars.iv.next3151.2
+  store float %4501, ptr %4502, align 4, !tbaa !4
+  %indvars.iv.next3151.3 = or disjoint i64 %indvars.iv3150, 4
+  %.idx3282.4 = shl nuw nsw i64 %indvars.iv.next3151.3, 6
+  %4503 = getelementptr inbounds nuw i8, ptr %gep3325, i64 %.idx3282.4
+  %4504 = load float, ptr %4503, align 4, !tbaa !4
+  %4505 = getelementptr float, ptr %4454, i64 %indvars.iv.next3151.3
+  store float %4504, ptr %4505, align 4, !tbaa !4
+  %indvars.iv.next3151.4 = or disjoint i64 %indvars.iv3150, 5
+  %.idx3282.5 = shl nuw nsw i64 %indvars.iv.next3151.4, 6
+  %4506 = getelementptr inbounds nuw i8, ptr %gep3325, i64 %.idx3282.5
+  %4507 = load float, ptr %4506, align 4, !tbaa !4
+  %4508 = getelementptr float, ptr %4454, i64 %indvars.iv.next3151.4
+  store float %4507, ptr %4508, align 4, !tbaa !4
+  %indvars.iv.next3151.5 = or disjoint i64 %indvars.iv3150, 6
+  %.idx3282.6 = shl nuw nsw i64 %indvars.iv.next3151.5, 6
+  %4509 = getelementptr inbounds nuw i8, ptr %gep3325, i64 %.idx3282.6
+  %4510 = load float, ptr %4509, align 4, !tbaa !4
+  %4511 = getelementptr float, ptr %4454, i64 %indvars.iv.next3151.5
+  store float %4510, ptr %4511, align 4, !tbaa !4
+  %indvars.iv.next3151.6 = or disjoint i64 %indvars.iv3150, 7
+  %.idx3282.7 = shl nuw nsw i64 %indvars.iv.next3151.6, 6
+  %4512 = getelementptr inbounds nuw i8, ptr %gep3325, i64 %.idx3282.7
+  %4513 = load float, ptr %4512, align 4, !tbaa !4
+  %4514 = getelementptr float, ptr %4454, i64 %indvars.iv.next3151.6
+  store float %4513, ptr %4514, align 4, !tbaa !4
+  %indvars.iv.next3151.7 = add nuw nsw i64 %indvars.iv3150, 8
+  %exitcond3153.not.7 = icmp eq i64 %indvars.iv.next3151.7, 128
+  br i1 %exitcond3153.not.7, label %for_end_d561, label %for_body_d560, !prof !17, !llvm.loop !212
+
+for_end_d561:                                     ; preds = %for_body_d560, %vector.body143
+  %indvars.iv.next3155 = add nuw nsw i64 %indvars.iv3154, 1
+  %exitcond3159.not = icmp eq i64 %indvars.iv.next3155, %wide.trip.count3158
+  br i1 %exitcond3159.not, label %if_end473.loopexit, label %for_begin_d559.preheader, !prof !8
+
+if_end568:                                        ; preds = %for_end_tile469
+  %4515 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4516 = tail call i32 %4515(i32 1, i32 %dev_id, ptr nonnull %limits)
+  %.not616 = icmp eq i32 %4516, 0
+  br i1 %.not616, label %if_end571, label %common.ret, !prof !40
+
+if_end571:                                        ; preds = %if_end568
+  %4517 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4518 = tail call i32 %4517(i32 1, i32 %dev_id, ptr nonnull %total_acc)
+  %.not617 = icmp eq i32 %4518, 0
+  br i1 %.not617, label %if_end574, label %common.ret, !prof !40
+
+if_end574:                                        ; preds = %if_end571
+  %4519 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4520 = tail call i32 %4519(i32 1, i32 %dev_id, ptr nonnull %total_sum)
+  %.not618 = icmp eq i32 %4520, 0
+  br i1 %.not618, label %if_end577, label %common.ret, !prof !40
+
+if_end577:                                        ; preds = %if_end574
+  %4521 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4522 = tail call i32 %4521(i32 1, i32 %dev_id, ptr nonnull %total_max)
+  %.not619 = icmp eq i32 %4522, 0
+  br i1 %.not619, label %if_end580, label %common.ret, !prof !40
+
+if_end580:                                        ; preds = %if_end577
+  %4523 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4524 = tail call i32 %4523(i32 1, i32 %dev_id, ptr nonnull %q_tile)
+  %.not620 = icmp ne i32 %4524, 0
+  %. = sext i1 %.not620 to i32
+  br label %common.ret
+}
+
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
 declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x float> @llvm.fmuladd.v8f32(<8 x float>, <8 x float>, <8 x float>) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.log.f32(float) #4
@@ -12683,6 +15251,9 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 }
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(none)
+declare <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float>, <16 x bfloat>, <16 x bfloat>) #6
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(none)
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>) #6
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
@@ -12715,8 +15286,11 @@ declare void @llvm.lifetime.start.p0(ptr captures(none)) #8
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
 declare void @llvm.lifetime.end.p0(ptr captures(none)) #8
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umin.i32(i32, i32) #4
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <8 x i32> @llvm.masked.load.v8i32.p0(ptr captures(none), <8 x i1>, <8 x i32>) #9
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #4
@@ -12725,10 +15299,10 @@ declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #4
 declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #4
 
 ; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #9
+declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #10
 
 ; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #9
+declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #10
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #4
@@ -12737,19 +15311,16 @@ declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #4
 declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #4
 
 ; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #9
+declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #10
 
 ; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #9
+declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #10
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #10
+declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #11
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
-declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #11
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #12
+declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #12
 
 attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="sapphirerapids" }
 attributes #1 = { "target-cpu"="sapphirerapids" }
@@ -12760,10 +15331,10 @@ attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="sapphirerapi
 attributes #6 = { nocallback nofree nosync nounwind willreturn memory(none) }
 attributes #7 = { nocallback nofree nounwind willreturn memory(argmem: write) }
 attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #9 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #10 = { nocallback nofree nosync nounwind willreturn memory(read) }
-attributes #11 = { nocallback nofree nosync nounwind willreturn memory(write) }
-attributes #12 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #9 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #10 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #11 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #12 = { nocallback nofree nosync nounwind willreturn memory(write) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -12779,205 +15350,204 @@ attributes #12 = { nocallback nofree nosync nounwind willreturn memory(argmem: r
 !9 = !{!10, !10, i64 0}
 !10 = !{!"ctx_ptr", !6, i64 0}
 !11 = !{!"branch_weights", i32 1, i32 127}
-!12 = !{!13, !13, i64 0}
-!13 = !{!"buffer0", !6, i64 0}
-!14 = !{!"branch_weights", i32 127, i32 4194175}
-!15 = distinct !{!15, !16, !17, !18, !19}
-!16 = !{!"llvm.loop.peeled.count", i32 1}
-!17 = !{!"llvm.loop.isvectorized", i32 1}
-!18 = !{!"llvm.loop.unroll.runtime.disable"}
-!19 = !{!"llvm.loop.estimated_trip_count", i32 33026}
-!20 = !{!"branch_weights", i32 4, i32 28}
-!21 = distinct !{!21, !16, !17, !22, !18}
-!22 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!23 = !{!24}
-!24 = distinct !{!24, !25}
-!25 = distinct !{!25, !"LVerDomain"}
-!26 = !{!27}
-!27 = distinct !{!27, !25}
-!28 = !{!"branch_weights", i32 1, i32 0}
-!29 = distinct !{!29, !17, !22}
-!30 = !{!"branch_weights", i32 1, i32 1048575}
-!31 = distinct !{!31, !32}
-!32 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!33 = distinct !{!33, !32}
-!34 = distinct !{!34, !32}
-!35 = distinct !{!35, !32}
-!36 = !{!"branch_weights", i32 1, i32 1048576}
-!37 = distinct !{!37, !16, !18, !17, !22}
-!38 = !{!39, !39, i64 0}
-!39 = !{!"buffer1.w64.b0", !40, i64 0}
-!40 = !{!"buffer1.w128.b0", !41, i64 0}
-!41 = !{!"buffer1.w256.b0", !42, i64 0}
-!42 = !{!"buffer1.w512.b0", !43, i64 0}
-!43 = !{!"buffer1.w1024.b0", !44, i64 0}
+!12 = !{!13}
+!13 = distinct !{!13, !14}
+!14 = distinct !{!14, !"LVerDomain"}
+!15 = !{!16}
+!16 = distinct !{!16, !14}
+!17 = !{!"branch_weights", i32 1, i32 0}
+!18 = distinct !{!18, !19, !20}
+!19 = !{!"llvm.loop.isvectorized", i32 1}
+!20 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!21 = !{!22}
+!22 = distinct !{!22, !23}
+!23 = distinct !{!23, !"LVerDomain"}
+!24 = !{!25}
+!25 = distinct !{!25, !23}
+!26 = distinct !{!26, !19, !20}
+!27 = !{!28}
+!28 = distinct !{!28, !29}
+!29 = distinct !{!29, !"LVerDomain"}
+!30 = !{!31}
+!31 = distinct !{!31, !29}
+!32 = distinct !{!32, !19, !20}
+!33 = !{!34}
+!34 = distinct !{!34, !35}
+!35 = distinct !{!35, !"LVerDomain"}
+!36 = !{!37}
+!37 = distinct !{!37, !35}
+!38 = distinct !{!38, !19, !20}
+!39 = !{!"branch_weights", i32 1, i32 1048575}
+!40 = !{!"branch_weights", i32 1, i32 1048576}
+!41 = !{!42, !42, i64 0}
+!42 = !{!"buffer0", !6, i64 0}
+!43 = !{!44, !44, i64 0}
 !44 = !{!"buffer1", !6, i64 0}
 !45 = distinct !{!45, !46}
-!46 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!47 = !{!44, !44, i64 0}
-!48 = !{!"branch_weights", i32 1048704, i32 133169152}
-!49 = distinct !{!49, !50}
-!50 = !{!"llvm.loop.estimated_trip_count", i32 264209}
-!51 = !{!"branch_weights", i32 2032, i32 2147481616}
-!52 = !{!"branch_weights", i32 4064, i32 2147479584}
-!53 = distinct !{!53, !54}
-!54 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!55 = !{!56}
-!56 = distinct !{!56, !57}
-!57 = distinct !{!57, !"LVerDomain"}
-!58 = !{!59}
-!59 = distinct !{!59, !57}
-!60 = !{!"branch_weights", i32 127, i32 16777081}
-!61 = distinct !{!61, !17, !18, !62}
-!62 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!63 = !{!"branch_weights", i32 1, i32 7}
-!64 = !{!"branch_weights", i32 1, i32 1}
+!46 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!47 = distinct !{!47, !46}
+!48 = !{!"branch_weights", i32 6096, i32 2147477552}
+!49 = !{!"branch_weights", i32 8128, i32 2147475520}
+!50 = distinct !{!50, !51}
+!51 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!52 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!53 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!54 = distinct !{!54, !55, !56}
+!55 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!56 = !{!"llvm.loop.unroll.disable"}
+!57 = distinct !{!57, !51}
+!58 = distinct !{!58, !55, !56}
+!59 = distinct !{!59, !51}
+!60 = distinct !{!60, !55, !56}
+!61 = distinct !{!61, !51}
+!62 = distinct !{!62, !55, !56}
+!63 = !{!"branch_weights", i32 14224, i32 2147469424}
+!64 = !{!"branch_weights", i32 16256, i32 2147467392}
 !65 = distinct !{!65, !66}
-!66 = !{!"llvm.loop.unroll.disable"}
-!67 = !{!"branch_weights", i32 127, i32 0}
-!68 = distinct !{!68, !17, !22}
-!69 = !{!"branch_weights", i32 134217601, i32 127}
-!70 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!71 = !{!"branch_weights", i32 6096, i32 2147477552}
-!72 = !{!"branch_weights", i32 8128, i32 2147475520}
-!73 = distinct !{!73, !74}
-!74 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!75 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!76 = distinct !{!76, !77, !66}
-!77 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!78 = distinct !{!78, !50}
-!79 = distinct !{!79, !80}
-!80 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!81 = distinct !{!81, !50}
-!82 = !{!83}
-!83 = distinct !{!83, !84}
-!84 = distinct !{!84, !"LVerDomain"}
-!85 = !{!86}
-!86 = distinct !{!86, !84}
-!87 = distinct !{!87, !17, !22}
-!88 = !{!89}
-!89 = distinct !{!89, !90}
-!90 = distinct !{!90, !"LVerDomain"}
-!91 = !{!92}
-!92 = distinct !{!92, !90}
-!93 = distinct !{!93, !17, !22}
-!94 = !{!95}
-!95 = distinct !{!95, !96}
-!96 = distinct !{!96, !"LVerDomain"}
-!97 = !{!98}
-!98 = distinct !{!98, !96}
-!99 = distinct !{!99, !17, !22}
-!100 = !{!101}
+!66 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!67 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!68 = distinct !{!68, !55, !56}
+!69 = !{!70, !70, i64 0}
+!70 = !{!"buffer2", !6, i64 0}
+!71 = distinct !{!71, !51}
+!72 = distinct !{!72, !55, !56}
+!73 = distinct !{!73, !51}
+!74 = distinct !{!74, !55, !56}
+!75 = distinct !{!75, !51}
+!76 = distinct !{!76, !55, !56}
+!77 = distinct !{!77, !51}
+!78 = distinct !{!78, !55, !56}
+!79 = distinct !{!79, !66}
+!80 = distinct !{!80, !55, !56}
+!81 = !{!82, !82, i64 0}
+!82 = !{!"buffer3", !6, i64 0}
+!83 = distinct !{!83, !51}
+!84 = distinct !{!84, !55, !56}
+!85 = distinct !{!85, !51}
+!86 = distinct !{!86, !55, !56}
+!87 = distinct !{!87, !51}
+!88 = distinct !{!88, !55, !56}
+!89 = distinct !{!89, !51}
+!90 = distinct !{!90, !55, !56}
+!91 = !{!92, !92, i64 0}
+!92 = !{!"buffer3.w16.b0", !93, i64 0}
+!93 = !{!"buffer3.w32.b0", !94, i64 0}
+!94 = !{!"buffer3.w64.b0", !95, i64 0}
+!95 = !{!"buffer3.w128.b0", !96, i64 0}
+!96 = !{!"buffer3.w256.b0", !97, i64 0}
+!97 = !{!"buffer3.w512.b0", !98, i64 0}
+!98 = !{!"buffer3.w1024.b0", !82, i64 0}
+!99 = !{!"branch_weights", i32 2032, i32 2147481616}
+!100 = !{!"branch_weights", i32 4064, i32 2147479584}
 !101 = distinct !{!101, !102}
-!102 = distinct !{!102, !"LVerDomain"}
-!103 = !{!104}
-!104 = distinct !{!104, !102}
-!105 = distinct !{!105, !17, !22}
-!106 = !{!107}
-!107 = distinct !{!107, !108}
-!108 = distinct !{!108, !"LVerDomain"}
-!109 = !{!110}
-!110 = distinct !{!110, !108}
-!111 = distinct !{!111, !17, !22}
-!112 = !{!113, !113, i64 0}
-!113 = !{!"buffer2", !6, i64 0}
-!114 = !{!115, !115, i64 0}
-!115 = !{!"buffer3", !6, i64 0}
-!116 = distinct !{!116, !50}
-!117 = distinct !{!117, !50}
-!118 = distinct !{!118, !74}
-!119 = distinct !{!119, !77, !66}
-!120 = distinct !{!120, !74}
-!121 = distinct !{!121, !77, !66}
-!122 = distinct !{!122, !74}
-!123 = distinct !{!123, !77, !66}
-!124 = distinct !{!124, !74}
-!125 = distinct !{!125, !77, !66}
-!126 = !{!"branch_weights", i32 14224, i32 2147469424}
-!127 = !{!"branch_weights", i32 16256, i32 2147467392}
-!128 = distinct !{!128, !62}
-!129 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!130 = distinct !{!130, !77, !66}
-!131 = !{!132, !132, i64 0}
-!132 = !{!"buffer4", !6, i64 0}
-!133 = distinct !{!133, !74}
-!134 = distinct !{!134, !77, !66}
-!135 = distinct !{!135, !74}
-!136 = distinct !{!136, !77, !66}
-!137 = distinct !{!137, !74}
-!138 = distinct !{!138, !77, !66}
-!139 = distinct !{!139, !74}
-!140 = distinct !{!140, !77, !66}
-!141 = distinct !{!141, !62}
-!142 = distinct !{!142, !77, !66}
-!143 = !{!144, !144, i64 0}
-!144 = !{!"buffer5", !6, i64 0}
-!145 = distinct !{!145, !74}
-!146 = distinct !{!146, !77, !66}
-!147 = distinct !{!147, !74}
-!148 = distinct !{!148, !77, !66}
-!149 = distinct !{!149, !74}
-!150 = distinct !{!150, !77, !66}
-!151 = distinct !{!151, !74}
-!152 = distinct !{!152, !77, !66}
+!102 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!103 = !{!104, !104, i64 0}
+!104 = !{!"buffer4.w128.b0", !105, i64 0}
+!105 = !{!"buffer4.w256.b0", !106, i64 0}
+!106 = !{!"buffer4.w512.b0", !107, i64 0}
+!107 = !{!"buffer4.w1024.b0", !108, i64 0}
+!108 = !{!"buffer4", !6, i64 0}
+!109 = !{!110, !110, i64 0}
+!110 = !{!"buffer5.w128.b0", !111, i64 0}
+!111 = !{!"buffer5.w256.b0", !112, i64 0}
+!112 = !{!"buffer5.w512.b0", !113, i64 0}
+!113 = !{!"buffer5.w1024.b0", !114, i64 0}
+!114 = !{!"buffer5", !6, i64 0}
+!115 = !{!114, !114, i64 0}
+!116 = !{!108, !108, i64 0}
+!117 = !{!118, !118, i64 0}
+!118 = !{!"buffer6.w128.b0", !119, i64 0}
+!119 = !{!"buffer6.w256.b0", !120, i64 0}
+!120 = !{!"buffer6.w512.b0", !121, i64 0}
+!121 = !{!"buffer6.w1024.b0", !122, i64 0}
+!122 = !{!"buffer6", !6, i64 0}
+!123 = !{!122, !122, i64 0}
+!124 = !{!125, !125, i64 0}
+!125 = !{!"buffer7", !6, i64 0}
+!126 = !{!127, !127, i64 0}
+!127 = !{!"buffer8", !6, i64 0}
+!128 = distinct !{!128, !129}
+!129 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!130 = !{!131, !131, i64 0}
+!131 = !{!"buffer9.w128.b0", !132, i64 0}
+!132 = !{!"buffer9.w256.b0", !133, i64 0}
+!133 = !{!"buffer9.w512.b0", !134, i64 0}
+!134 = !{!"buffer9.w1024.b0", !135, i64 0}
+!135 = !{!"buffer9", !6, i64 0}
+!136 = !{!137, !137, i64 0}
+!137 = !{!"buffer10.w128.b0", !138, i64 0}
+!138 = !{!"buffer10.w256.b0", !139, i64 0}
+!139 = !{!"buffer10.w512.b0", !140, i64 0}
+!140 = !{!"buffer10.w1024.b0", !141, i64 0}
+!141 = !{!"buffer10", !6, i64 0}
+!142 = !{!141, !141, i64 0}
+!143 = !{!135, !135, i64 0}
+!144 = !{!145, !145, i64 0}
+!145 = !{!"buffer11.w128.b0", !146, i64 0}
+!146 = !{!"buffer11.w256.b0", !147, i64 0}
+!147 = !{!"buffer11.w512.b0", !148, i64 0}
+!148 = !{!"buffer11.w1024.b0", !149, i64 0}
+!149 = !{!"buffer11", !6, i64 0}
+!150 = !{!149, !149, i64 0}
+!151 = !{!152, !152, i64 0}
+!152 = !{!"buffer12", !6, i64 0}
 !153 = !{!154, !154, i64 0}
-!154 = !{!"buffer5.w16.b0", !155, i64 0}
-!155 = !{!"buffer5.w32.b0", !156, i64 0}
-!156 = !{!"buffer5.w64.b0", !157, i64 0}
-!157 = !{!"buffer5.w128.b0", !158, i64 0}
-!158 = !{!"buffer5.w256.b0", !159, i64 0}
-!159 = !{!"buffer5.w512.b0", !160, i64 0}
-!160 = !{!"buffer5.w1024.b0", !144, i64 0}
-!161 = distinct !{!161, !54}
-!162 = !{!163, !163, i64 0}
-!163 = !{!"buffer6.w128.b0", !164, i64 0}
-!164 = !{!"buffer6.w256.b0", !165, i64 0}
-!165 = !{!"buffer6.w512.b0", !166, i64 0}
-!166 = !{!"buffer6.w1024.b0", !167, i64 0}
-!167 = !{!"buffer6", !6, i64 0}
-!168 = !{!169, !169, i64 0}
-!169 = !{!"buffer7.w128.b0", !170, i64 0}
-!170 = !{!"buffer7.w256.b0", !171, i64 0}
-!171 = !{!"buffer7.w512.b0", !172, i64 0}
-!172 = !{!"buffer7.w1024.b0", !173, i64 0}
-!173 = !{!"buffer7", !6, i64 0}
-!174 = !{!173, !173, i64 0}
-!175 = !{!167, !167, i64 0}
-!176 = !{!177, !177, i64 0}
-!177 = !{!"buffer8.w128.b0", !178, i64 0}
-!178 = !{!"buffer8.w256.b0", !179, i64 0}
-!179 = !{!"buffer8.w512.b0", !180, i64 0}
-!180 = !{!"buffer8.w1024.b0", !181, i64 0}
-!181 = !{!"buffer8", !6, i64 0}
-!182 = !{!181, !181, i64 0}
-!183 = !{!184, !184, i64 0}
-!184 = !{!"buffer9", !6, i64 0}
-!185 = !{!186, !186, i64 0}
-!186 = !{!"buffer10", !6, i64 0}
-!187 = distinct !{!187, !80}
-!188 = !{!189, !189, i64 0}
-!189 = !{!"buffer11.w128.b0", !190, i64 0}
-!190 = !{!"buffer11.w256.b0", !191, i64 0}
-!191 = !{!"buffer11.w512.b0", !192, i64 0}
-!192 = !{!"buffer11.w1024.b0", !193, i64 0}
-!193 = !{!"buffer11", !6, i64 0}
-!194 = !{!195, !195, i64 0}
-!195 = !{!"buffer12.w128.b0", !196, i64 0}
-!196 = !{!"buffer12.w256.b0", !197, i64 0}
-!197 = !{!"buffer12.w512.b0", !198, i64 0}
-!198 = !{!"buffer12.w1024.b0", !199, i64 0}
-!199 = !{!"buffer12", !6, i64 0}
-!200 = !{!199, !199, i64 0}
-!201 = !{!193, !193, i64 0}
-!202 = !{!203, !203, i64 0}
-!203 = !{!"buffer13.w128.b0", !204, i64 0}
-!204 = !{!"buffer13.w256.b0", !205, i64 0}
-!205 = !{!"buffer13.w512.b0", !206, i64 0}
-!206 = !{!"buffer13.w1024.b0", !207, i64 0}
-!207 = !{!"buffer13", !6, i64 0}
-!208 = !{!207, !207, i64 0}
-!209 = !{!210, !210, i64 0}
-!210 = !{!"buffer14", !6, i64 0}
-!211 = !{!212, !212, i64 0}
-!212 = !{!"buffer15", !6, i64 0}
-!213 = distinct !{!213, !80}
+!154 = !{!"buffer13", !6, i64 0}
+!155 = distinct !{!155, !129}
+!156 = !{!157, !157, i64 0}
+!157 = !{!"buffer14", !6, i64 0}
+!158 = !{!"branch_weights", i32 127, i32 4194175}
+!159 = distinct !{!159, !160, !19, !161, !162}
+!160 = !{!"llvm.loop.peeled.count", i32 1}
+!161 = !{!"llvm.loop.unroll.runtime.disable"}
+!162 = !{!"llvm.loop.estimated_trip_count", i32 33026}
+!163 = !{!"branch_weights", i32 4, i32 28}
+!164 = distinct !{!164, !160, !19, !20, !161}
+!165 = !{!166}
+!166 = distinct !{!166, !167}
+!167 = distinct !{!167, !"LVerDomain"}
+!168 = !{!169}
+!169 = distinct !{!169, !167}
+!170 = distinct !{!170, !19, !20}
+!171 = distinct !{!171, !172}
+!172 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!173 = distinct !{!173, !172}
+!174 = distinct !{!174, !172}
+!175 = distinct !{!175, !172}
+!176 = distinct !{!176, !160, !161, !19, !20}
+!177 = !{!178, !178, i64 0}
+!178 = !{!"buffer15.w64.b0", !179, i64 0}
+!179 = !{!"buffer15.w128.b0", !180, i64 0}
+!180 = !{!"buffer15.w256.b0", !181, i64 0}
+!181 = !{!"buffer15.w512.b0", !182, i64 0}
+!182 = !{!"buffer15.w1024.b0", !183, i64 0}
+!183 = !{!"buffer15", !6, i64 0}
+!184 = distinct !{!184, !102}
+!185 = !{!183, !183, i64 0}
+!186 = !{!"branch_weights", i32 1048704, i32 133169152}
+!187 = distinct !{!187, !46}
+!188 = !{!"branch_weights", i32 133169152, i32 1048704}
+!189 = distinct !{!189, !102}
+!190 = !{!191}
+!191 = distinct !{!191, !192}
+!192 = distinct !{!192, !"LVerDomain"}
+!193 = !{!194}
+!194 = distinct !{!194, !192}
+!195 = !{!"branch_weights", i32 127, i32 16777081}
+!196 = distinct !{!196, !19, !161, !66}
+!197 = !{!"branch_weights", i32 1, i32 7}
+!198 = !{!"branch_weights", i32 0, i32 127}
+!199 = distinct !{!199, !19, !55}
+!200 = !{!"branch_weights", i32 134217601, i32 127}
+!201 = distinct !{!201, !51}
+!202 = distinct !{!202, !55, !56}
+!203 = distinct !{!203, !46}
+!204 = distinct !{!204, !129}
+!205 = distinct !{!205, !55, !56}
+!206 = distinct !{!206, !51}
+!207 = !{!208}
+!208 = distinct !{!208, !209}
+!209 = distinct !{!209, !"LVerDomain"}
+!210 = !{!211}
+!211 = distinct !{!211, !209}
+!212 = distinct !{!212, !19, !20}

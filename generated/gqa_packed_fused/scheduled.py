@@ -198,7 +198,8 @@ class Module:
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
                         has_next: T.let[T.bool] = tile_start + 128 < range_end
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 8 - 1) // 8 * 8)
+                        num_read: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_read)
                         last: T.let[T.int32] = range_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
@@ -254,44 +255,85 @@ class Module:
                                         wanted: T.let[T.bool] = vrt == head_tiles - 1 and (has_next or not is_last)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
-                                            with T.sblock("qk_matmul"):
-                                                T.reads(q_tile[first, 0:64, 0:16], key_cache[0:k_span], key_offsets[0:256])
-                                                T.writes(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
-                                                scores_global = T.sblock_alloc_buffer((1, (valid_len_1 + 7) // 8 * 8, 16))
-                                                for i, to in T.grid(1, (valid_len_1 + 8 - 1) // 8):
-                                                    if wanted:
-                                                        for line in range(32):
-                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 32 + line) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 32 + line) % 64, 63)) * k_row]), 0, 2, 1)
-                                                    for ti_init in T.unroll(8):
-                                                        for r_init in T.vectorized(16):
-                                                            with T.sblock("scores_init"):
-                                                                vt = T.axis.spatial(128, to * 8 + ti_init)
-                                                                vi, vr = T.axis.remap("SS", [i, r_init])
-                                                                T.reads()
-                                                                T.writes(scores_global[0, vt, vr])
-                                                                scores_global[0, vt, vr] = T.float32(0.0)
-                                                    for d_0 in range(4):
-                                                        for d_1 in T.unroll(16):
-                                                            for d_2 in range(1):
-                                                                for ti in T.unroll(8):
-                                                                    for r in T.vectorized(16):
-                                                                        with T.sblock("scores_update"):
-                                                                            vt = T.axis.spatial(128, to * 8 + ti)
-                                                                            vi, vr = T.axis.remap("SS", [i, r])
-                                                                            vd = T.axis.reduce(64, d_0 * 16 + d_1 + d_2)
-                                                                            T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
-                                                                            T.writes(scores_global[0, vt, vr])
-                                                                            scores_global[0, vt, vr] = scores_global[0, vt, vr] + (T.reinterpret("float32", q_tile[first, vd, vr] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first, vd, vr] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
-                                                    for ax0 in range(1):
-                                                        for ax1 in T.unroll(8):
-                                                            for ax2 in T.vectorized(16):
-                                                                with T.sblock("scores_global"):
-                                                                    v0 = T.axis.spatial(1, ax0)
-                                                                    v1 = T.axis.spatial((valid_len_1 + 7) // 8 * 8, to * 8 + ax1)
-                                                                    v2 = T.axis.spatial(16, ax2)
-                                                                    T.reads(scores_global[v0, v1, v2])
-                                                                    T.writes(scores[v0, v1, v2])
-                                                                    scores[v0, v1, v2] = scores_global[v0, v1, v2]
+                                            num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))
+                                            if num_rows <= 8:
+                                                with T.sblock("few_qk_matmul"):
+                                                    T.reads(q_tile[first, 0:64, 0:8], key_cache[0:k_span], key_offsets[0:256])
+                                                    T.writes(scores[0, 0:(valid_len_1 + 15) // 16 * 16, 0:8])
+                                                    scores_global = T.sblock_alloc_buffer((1, (valid_len_1 + 15) // 16 * 16, 8))
+                                                    for i, to in T.grid(1, ((valid_len_1 + 8 - 1) // 8 + 2 - 1) // 2):
+                                                        for ti_init in T.unroll(16):
+                                                            for r_init in T.vectorized(8):
+                                                                with T.sblock("few_scores_init"):
+                                                                    vt = T.axis.spatial(128, to * 16 + ti_init)
+                                                                    vi, vr = T.axis.remap("SS", [i, r_init])
+                                                                    T.reads()
+                                                                    T.writes(scores_global[0, vt, vr])
+                                                                    scores_global[0, vt, vr] = T.float32(0.0)
+                                                        for d_0 in range(4):
+                                                            if wanted:
+                                                                for line in range(16):
+                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 64 + (d_0 * 16 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 64 + (d_0 * 16 + line)) % 64, 63)) * k_row]), 0, 2, 1)
+                                                            for d_1 in T.unroll(16):
+                                                                for d_2 in range(1):
+                                                                    for ti in T.unroll(16):
+                                                                        for r in T.vectorized(8):
+                                                                            with T.sblock("few_scores_update"):
+                                                                                vt = T.axis.spatial(128, to * 16 + ti)
+                                                                                vi, vr = T.axis.remap("SS", [i, r])
+                                                                                vd = T.axis.reduce(64, d_0 * 16 + d_1 + d_2)
+                                                                                T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
+                                                                                T.writes(scores_global[0, vt, vr])
+                                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + (T.reinterpret("float32", q_tile[first, vd, vr] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first, vd, vr] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
+                                                        for ax0 in range(1):
+                                                            for ax1 in T.unroll(16):
+                                                                for ax2 in T.vectorized(8):
+                                                                    with T.sblock("scores_global"):
+                                                                        v0 = T.axis.spatial(1, ax0)
+                                                                        v1 = T.axis.spatial((valid_len_1 + 15) // 16 * 16, to * 16 + ax1)
+                                                                        v2 = T.axis.spatial(8, ax2)
+                                                                        T.reads(scores_global[v0, v1, v2])
+                                                                        T.writes(scores[v0, v1, v2])
+                                                                        scores[v0, v1, v2] = scores_global[v0, v1, v2]
+                                            else:
+                                                with T.sblock("qk_matmul"):
+                                                    T.reads(q_tile[first, 0:64, 0:16], key_cache[0:k_span], key_offsets[0:256])
+                                                    T.writes(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
+                                                    scores_global = T.sblock_alloc_buffer((1, (valid_len_1 + 7) // 8 * 8, 16))
+                                                    for i, to in T.grid(1, (valid_len_1 + 8 - 1) // 8):
+                                                        if wanted:
+                                                            for line in range(32):
+                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 32 + line) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 32 + line) % 64, 63)) * k_row]), 0, 2, 1)
+                                                        for ti_init in T.unroll(8):
+                                                            for r_init in T.vectorized(16):
+                                                                with T.sblock("scores_init"):
+                                                                    vt = T.axis.spatial(128, to * 8 + ti_init)
+                                                                    vi, vr = T.axis.remap("SS", [i, r_init])
+                                                                    T.reads()
+                                                                    T.writes(scores_global[0, vt, vr])
+                                                                    scores_global[0, vt, vr] = T.float32(0.0)
+                                                        for d_0 in range(4):
+                                                            for d_1 in T.unroll(16):
+                                                                for d_2 in range(1):
+                                                                    for ti in T.unroll(8):
+                                                                        for r in T.vectorized(16):
+                                                                            with T.sblock("scores_update"):
+                                                                                vt = T.axis.spatial(128, to * 8 + ti)
+                                                                                vi, vr = T.axis.remap("SS", [i, r])
+                                                                                vd = T.axis.reduce(64, d_0 * 16 + d_1 + d_2)
+                                                                                T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
+                                                                                T.writes(scores_global[0, vt, vr])
+                                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + (T.reinterpret("float32", q_tile[first, vd, vr] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first, vd, vr] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
+                                                        for ax0 in range(1):
+                                                            for ax1 in T.unroll(8):
+                                                                for ax2 in T.vectorized(16):
+                                                                    with T.sblock("scores_global"):
+                                                                        v0 = T.axis.spatial(1, ax0)
+                                                                        v1 = T.axis.spatial((valid_len_1 + 7) // 8 * 8, to * 8 + ax1)
+                                                                        v2 = T.axis.spatial(16, ax2)
+                                                                        T.reads(scores_global[v0, v1, v2])
+                                                                        T.writes(scores[v0, v1, v2])
+                                                                        scores[v0, v1, v2] = scores_global[v0, v1, v2]
                                             with T.sblock("seen_scores"):
                                                 T.reads(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
                                                 T.writes(scaled[0:T.max((valid_len_1 + 7) // 8 * 8, T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0))), 0:16])
@@ -449,63 +491,122 @@ class Module:
                                                             T.reads(edges[vc // 2, vr], tree_mask[0:tree_cells])
                                                             T.writes(edges[vc // 2, vr])
                                                             edges[vc // 2, vr] = edges[vc // 2, vr] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
-                                            with T.sblock("pv_update"):
-                                                T.reads()
-                                                T.writes()
-                                                tile_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                                full_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                                for i_m, d_0_m in T.grid(1, 16):
-                                                    for d_1_init in T.unroll(8):
-                                                        for r_init in T.vectorized(16):
-                                                            with T.sblock("full_groups_init"):
-                                                                vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
-                                                                T.reads()
-                                                                T.writes(full_acc[vi, vd, vr])
-                                                                full_acc[vi, vd, vr] = T.float32(0.0)
-                                                    for to in range(num_full):
-                                                        if wanted:
-                                                            for line in range(2):
-                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * num_full + to) * 2 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((d_0_m * num_full + to) * 2 + line) // 4) % 2 * 4 + ((d_0_m * num_full + to) * 2 + line) % 4) * 16)]), 0, 2, 1)
-                                                        for ti in range(4):
+                                            if num_rows <= 8:
+                                                with T.sblock("few_pv_update"):
+                                                    T.reads()
+                                                    T.writes()
+                                                    tile_acc = T.sblock_alloc_buffer((1, 128, 8))
+                                                    full_acc = T.sblock_alloc_buffer((1, 128, 8))
+                                                    for i_m, d_0_m in T.grid(1, 8):
+                                                        for d_1_init in T.unroll(16):
+                                                            for r_init in T.vectorized(8):
+                                                                with T.sblock("few_full_groups_init"):
+                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                                    vd = T.axis.spatial(128, d_0_m * 16 + d_1_init)
+                                                                    T.reads()
+                                                                    T.writes(full_acc[vi, vd, vr])
+                                                                    full_acc[vi, vd, vr] = T.float32(0.0)
+                                                        for to in range(num_full):
+                                                            if wanted:
+                                                                for line in range(4):
+                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * num_full + to) * 4 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((d_0_m * num_full + to) * 4 + line) // 4) % 2 * 4 + ((d_0_m * num_full + to) * 4 + line) % 4) * 16)]), 0, 2, 1)
+                                                            for ti in range(4):
+                                                                for d_1 in T.unroll(16):
+                                                                    for r in T.vectorized(8):
+                                                                        with T.sblock("few_full_groups_update"):
+                                                                            vt = T.axis.reduce(64, to * 4 + ti)
+                                                                            vi, vr = T.axis.remap("SS", [i_m, r])
+                                                                            vd = T.axis.spatial(128, d_0_m * 16 + d_1)
+                                                                            T.reads(full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
+                                                                            T.writes(full_acc[vi, vd, vr])
+                                                                            full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
+                                                        for d_1_init in T.unroll(16):
+                                                            for r_init in T.vectorized(8):
+                                                                with T.sblock("few_tile_acc_init"):
+                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                                    vd = T.axis.spatial(128, d_0_m * 16 + d_1_init)
+                                                                    T.reads()
+                                                                    T.writes(tile_acc[0, vd, vr])
+                                                                    tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
+                                                        for ti in range((valid_len_1 - num_full * 8 + 2 - 1) // 2):
+                                                            for d_1 in T.unroll(16):
+                                                                for r in T.vectorized(8):
+                                                                    with T.sblock("few_tile_acc_update"):
+                                                                        vt = T.axis.reduce(64, ti + num_full * 4)
+                                                                        vi, vr = T.axis.remap("SS", [i_m, r])
+                                                                        vd = T.axis.spatial(128, d_0_m * 16 + d_1)
+                                                                        T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vt, vr])
+                                                                        T.writes(tile_acc[0, vd, vr])
+                                                                        tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr]) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr] & -65536))
+                                                        for d_1 in T.unroll(16):
+                                                            for r in T.vectorized(8):
+                                                                with T.sblock("few_acc"):
+                                                                    vi, vr = T.axis.remap("SS", [i_m, r])
+                                                                    vd = T.axis.spatial(128, d_0_m * 16 + d_1)
+                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
+                                                                    T.writes(acc[first, vd, vr])
+                                                                    with T.init():
+                                                                        acc[first, vd, vr] = T.float32(0.0)
+                                                                    acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
+                                            else:
+                                                with T.sblock("pv_update"):
+                                                    T.reads()
+                                                    T.writes()
+                                                    tile_acc = T.sblock_alloc_buffer((1, 128, 16))
+                                                    full_acc = T.sblock_alloc_buffer((1, 128, 16))
+                                                    for i_m, d_0_m in T.grid(1, 16):
+                                                        for d_1_init in T.unroll(8):
+                                                            for r_init in T.vectorized(16):
+                                                                with T.sblock("full_groups_init"):
+                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
+                                                                    T.reads()
+                                                                    T.writes(full_acc[vi, vd, vr])
+                                                                    full_acc[vi, vd, vr] = T.float32(0.0)
+                                                        for to in range(num_full):
+                                                            if wanted:
+                                                                for line in range(2):
+                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * num_full + to) * 2 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((d_0_m * num_full + to) * 2 + line) // 4) % 2 * 4 + ((d_0_m * num_full + to) * 2 + line) % 4) * 16)]), 0, 2, 1)
+                                                            for ti in range(4):
+                                                                for d_1 in T.unroll(8):
+                                                                    for r in T.vectorized(16):
+                                                                        with T.sblock("full_groups_update"):
+                                                                            vt = T.axis.reduce(64, to * 4 + ti)
+                                                                            vi, vr = T.axis.remap("SS", [i_m, r])
+                                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1)
+                                                                            T.reads(full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
+                                                                            T.writes(full_acc[vi, vd, vr])
+                                                                            full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
+                                                        for d_1_init in T.unroll(8):
+                                                            for r_init in T.vectorized(16):
+                                                                with T.sblock("tile_acc_init"):
+                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
+                                                                    T.reads()
+                                                                    T.writes(tile_acc[0, vd, vr])
+                                                                    tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
+                                                        for ti in range((valid_len_1 - num_full * 8 + 2 - 1) // 2):
                                                             for d_1 in T.unroll(8):
                                                                 for r in T.vectorized(16):
-                                                                    with T.sblock("full_groups_update"):
-                                                                        vt = T.axis.reduce(64, to * 4 + ti)
+                                                                    with T.sblock("tile_acc_update"):
+                                                                        vt = T.axis.reduce(64, ti + num_full * 4)
                                                                         vi, vr = T.axis.remap("SS", [i_m, r])
                                                                         vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                        T.reads(full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                                        T.writes(full_acc[vi, vd, vr])
-                                                                        full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                                    for d_1_init in T.unroll(8):
-                                                        for r_init in T.vectorized(16):
-                                                            with T.sblock("tile_acc_init"):
-                                                                vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
-                                                                T.reads()
-                                                                T.writes(tile_acc[0, vd, vr])
-                                                                tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
-                                                    for ti in range((valid_len_1 - num_full * 8 + 2 - 1) // 2):
+                                                                        T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vt, vr])
+                                                                        T.writes(tile_acc[0, vd, vr])
+                                                                        tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr]) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr] & -65536))
                                                         for d_1 in T.unroll(8):
                                                             for r in T.vectorized(16):
-                                                                with T.sblock("tile_acc_update"):
-                                                                    vt = T.axis.reduce(64, ti + num_full * 4)
+                                                                with T.sblock("acc"):
                                                                     vi, vr = T.axis.remap("SS", [i_m, r])
                                                                     vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                    T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vt, vr])
-                                                                    T.writes(tile_acc[0, vd, vr])
-                                                                    tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr]) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr] & -65536))
-                                                    for d_1 in T.unroll(8):
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("acc"):
-                                                                vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
-                                                                T.writes(acc[first, vd, vr])
-                                                                with T.init():
-                                                                    acc[first, vd, vr] = T.float32(0.0)
-                                                                acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
+                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
+                                                                    T.writes(acc[first, vd, vr])
+                                                                    with T.init():
+                                                                        acc[first, vd, vr] = T.float32(0.0)
+                                                                    acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
                 for tile in range(num_tiles):
                     with T.sblock("range_state"):
                         vtile = T.axis.spatial(num_tiles, tile)

@@ -169,7 +169,8 @@ class Module:
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
                         has_next: T.let[T.bool] = tile_start + 128 < range_end
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 8 - 1) // 8 * 8)
+                        num_read: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_read)
                         last: T.let[T.int32] = range_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
@@ -233,18 +234,33 @@ class Module:
                                             T.call_extern("int32", "next_tile", value_cache[0], value_offsets[0], v_block, v_row, v_head, next_tile, next_head * v_head, wanted)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
-                                            with T.sblock("qk_matmul"):
-                                                T.reads(q_tile[first, 0:16, 0:64], key_cache[0:k_span], key_offsets[0:256])
-                                                T.writes(scores[0, 0:16, 0:128])
-                                                for i, to, ti, r, d in T.grid(1, (valid_len_1 + 8 - 1) // 8, 8, 16, 64):
-                                                    with T.sblock("scores"):
-                                                        vt = T.axis.spatial(128, to * 8 + ti)
-                                                        vi, vr, vd = T.axis.remap("SSR", [i, r, d])
-                                                        T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
-                                                        T.writes(scores[0, vr, vt])
-                                                        with T.init():
-                                                            scores[0, vr, vt] = T.float32(0.0)
-                                                        scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
+                                            num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))
+                                            if num_rows <= 8:
+                                                with T.sblock("few_qk_matmul"):
+                                                    T.reads(q_tile[first, 0:8, 0:64], key_cache[0:k_span], key_offsets[0:256])
+                                                    T.writes(scores[0, 0:8, 0:128])
+                                                    for i, to, ti, r, d in T.grid(1, ((valid_len_1 + 8 - 1) // 8 + 2 - 1) // 2, 16, 8, 64):
+                                                        with T.sblock("few_scores"):
+                                                            vt = T.axis.spatial(128, to * 16 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSR", [i, r, d])
+                                                            T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
+                                                            T.writes(scores[0, vr, vt])
+                                                            with T.init():
+                                                                scores[0, vr, vt] = T.float32(0.0)
+                                                            scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
+                                            else:
+                                                with T.sblock("qk_matmul"):
+                                                    T.reads(q_tile[first, 0:16, 0:64], key_cache[0:k_span], key_offsets[0:256])
+                                                    T.writes(scores[0, 0:16, 0:128])
+                                                    for i, to, ti, r, d in T.grid(1, (valid_len_1 + 8 - 1) // 8, 8, 16, 64):
+                                                        with T.sblock("scores"):
+                                                            vt = T.axis.spatial(128, to * 8 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSR", [i, r, d])
+                                                            T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
+                                                            T.writes(scores[0, vr, vt])
+                                                            with T.init():
+                                                                scores[0, vr, vt] = T.float32(0.0)
+                                                            scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
                                             with T.sblock("seen_scores"):
                                                 T.reads(scores[0, 0:16, 0:128])
                                                 T.writes(scaled[0:16, 0:128])
@@ -385,38 +401,72 @@ class Module:
                                                             T.reads(edges[vr, vc // 2], tree_mask[0:tree_cells])
                                                             T.writes(edges[vr, vc // 2])
                                                             edges[vr, vc // 2] = edges[vr, vc // 2] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
-                                            with T.sblock("pv_update"):
-                                                T.reads()
-                                                T.writes()
-                                                tile_acc = T.sblock_alloc_buffer((1, 16, 128))
-                                                full_acc = T.sblock_alloc_buffer((1, 16, 128))
-                                                for i, to, ti, r, d in T.grid(1, num_full, 4, 16, 128):
-                                                    with T.sblock("full_groups"):
-                                                        vt = T.axis.reduce(64, to * 4 + ti)
-                                                        vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                        T.reads(prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                        T.writes(full_acc[vi, vr, vd])
-                                                        with T.init():
-                                                            full_acc[vi, vr, vd] = T.float32(0.0)
-                                                        full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                                for i, ti, r, d in T.grid(1, (valid_len_1 - num_full * 8 + 2 - 1) // 2, 16, 128):
-                                                    with T.sblock("tile_acc"):
-                                                        vt = T.axis.reduce(64, num_full * 4 + ti)
-                                                        vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                        T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vr, vt])
-                                                        T.writes(tile_acc[0, vr, vd])
-                                                        with T.init():
-                                                            tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                        tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt]) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt] & -65536))
-                                                for i, r, d in T.grid(1, 16, 128):
-                                                    with T.sblock("acc"):
-                                                        vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                        T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
-                                                        T.writes(acc[first + vi, vr, vd])
-                                                        with T.init():
-                                                            acc[first + vi, vr, vd] = T.float32(0.0)
-                                                        acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                                            if num_rows <= 8:
+                                                with T.sblock("few_pv_update"):
+                                                    T.reads()
+                                                    T.writes()
+                                                    tile_acc = T.sblock_alloc_buffer((1, 8, 128))
+                                                    full_acc = T.sblock_alloc_buffer((1, 8, 128))
+                                                    for i, to, ti, r, d in T.grid(1, num_full, 4, 8, 128):
+                                                        with T.sblock("few_full_groups"):
+                                                            vt = T.axis.reduce(64, to * 4 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            T.reads(prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
+                                                            T.writes(full_acc[vi, vr, vd])
+                                                            with T.init():
+                                                                full_acc[vi, vr, vd] = T.float32(0.0)
+                                                            full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
+                                                    for i, ti, r, d in T.grid(1, (valid_len_1 - num_full * 8 + 2 - 1) // 2, 8, 128):
+                                                        with T.sblock("few_tile_acc"):
+                                                            vt = T.axis.reduce(64, num_full * 4 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vr, vt])
+                                                            T.writes(tile_acc[0, vr, vd])
+                                                            with T.init():
+                                                                tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
+                                                            tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt]) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt] & -65536))
+                                                    for i, r, d in T.grid(1, 8, 128):
+                                                        with T.sblock("few_acc"):
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                            T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                            T.writes(acc[first + vi, vr, vd])
+                                                            with T.init():
+                                                                acc[first + vi, vr, vd] = T.float32(0.0)
+                                                            acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                                            else:
+                                                with T.sblock("pv_update"):
+                                                    T.reads()
+                                                    T.writes()
+                                                    tile_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                    full_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                    for i, to, ti, r, d in T.grid(1, num_full, 4, 16, 128):
+                                                        with T.sblock("full_groups"):
+                                                            vt = T.axis.reduce(64, to * 4 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            T.reads(prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
+                                                            T.writes(full_acc[vi, vr, vd])
+                                                            with T.init():
+                                                                full_acc[vi, vr, vd] = T.float32(0.0)
+                                                            full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
+                                                    for i, ti, r, d in T.grid(1, (valid_len_1 - num_full * 8 + 2 - 1) // 2, 16, 128):
+                                                        with T.sblock("tile_acc"):
+                                                            vt = T.axis.reduce(64, num_full * 4 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vr, vt])
+                                                            T.writes(tile_acc[0, vr, vd])
+                                                            with T.init():
+                                                                tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
+                                                            tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt]) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt] & -65536))
+                                                    for i, r, d in T.grid(1, 16, 128):
+                                                        with T.sblock("acc"):
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                            T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                            T.writes(acc[first + vi, vr, vd])
+                                                            with T.init():
+                                                                acc[first + vi, vr, vd] = T.float32(0.0)
+                                                            acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
                 for tile in range(num_tiles):
                     with T.sblock("range_state"):
                         vtile = T.axis.spatial(num_tiles, tile)

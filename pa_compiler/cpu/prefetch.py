@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tvm.ir import Expr
     from tvm.s_tir import Schedule
     from tvm.s_tir.schedule import LoopRV, SBlockRV
-    from tvm.tirx import For, Stmt
+    from tvm.tirx import For, Stmt, Var
 
     from pa_compiler.kernels.ahead import Announced
     from pa_compiler.kernels.caches import Cache, CacheAccess
@@ -38,7 +38,9 @@ def insert(sch: Schedule, spec: PagedAttentionSpec, tiling: Tiling, function: st
         name = sch.get(sblock).name_hint
         announced = ahead.announced(sch.get(sblock).body)
         _remove(sch, sblock)
-        _fetch(sch, name, announced, accesses[name], tiling.token_group)
+        nests = _marked(sch, name)
+        for marked in nests:
+            _fetch(sch, marked, announced, accesses[name], tiling.token_group)
 
 
 def fetching_passes(passes: int, group: int, lines: int) -> int:
@@ -50,21 +52,21 @@ def fetching_passes(passes: int, group: int, lines: int) -> int:
     return max(count for count in divisors(group) + [group * part for part in divisors(lines)] if count <= passes)
 
 
-def _fetch(sch: Schedule, name: str, announced: Announced, access: CacheAccess, token_group: int) -> None:
+def _fetch(sch: Schedule, marked: list[LoopRV], announced: Announced, access: CacheAccess, token_group: int) -> None:
     """Put the instructions of one cache into its marked loops, and take the marks off."""
     from tvm.tirx import SeqStmt
 
-    from pa_compiler.schedules.fetch import GROUP, HERE, PASS, SHARE
+    from pa_compiler.schedules.fetch import AT_ONCE, GROUP, HERE, PASS, SHARE
 
-    marked = _marked(sch, name)
     passes, groups, shares, here = (
         [loop for loop in marked if mark in sch.get(loop).annotations] for mark in (PASS, GROUP, SHARE, HERE)
     )
+    token_group *= int(sch.get(groups[0]).annotations.get(AT_ONCE, 1))
     instructions = _instructions(
         announced, access, token_group, *([sch.get(loop) for loop in loops] for loops in (passes, groups, shares))
     )
     for loop in marked:
-        for mark in (PASS, GROUP, SHARE, HERE):
+        for mark in (PASS, GROUP, SHARE, HERE, AT_ONCE):
             if mark in sch.get(loop).annotations:
                 sch.unannotate(loop, mark)
     old = sch.get(here[0])
@@ -150,15 +152,19 @@ def _index(loops: list[For]) -> Expr | int:
     return index
 
 
-def _marked(sch: Schedule, name: str) -> list[LoopRV]:
-    """The loops that a schedule has marked for a cache, from the outermost to the innermost."""
+def _marked(sch: Schedule, name: str) -> list[list[LoopRV]]:
+    """The loops that a schedule has marked for a cache, nest by nest, from the outermost to the innermost."""
     from pa_compiler.schedules.fetch import HERE
 
+    nests: dict[Var, list[LoopRV]] = {}
     for sblock in sblocks(sch):
         loops = sch.get_loops(sblock)
         marked = [loop for loop in loops if name in [*sch.get(loop).annotations.values()]]
-        if any(HERE in sch.get(loop).annotations for loop in marked):
-            return marked
+        for loop in marked:
+            if HERE in sch.get(loop).annotations:
+                nests.setdefault(sch.get(loop).loop_var, marked)
+    if nests:
+        return [*nests.values()]
     raise ValueError(f"{name}: expected a schedule that marks the loops in which it is fetched, got none")
 
 

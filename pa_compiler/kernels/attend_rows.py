@@ -54,10 +54,11 @@ def rows_of_item(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[[Item, Ex
 
 def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The four stages for one tile of rows."""
-    rows, tokens, dim, terms = tiling.row_tile, tiling.padded_kv_tile, spec.result_dim, tiling.values.terms
+    rows, tokens, terms = tiling.row_tile, tiling.padded_kv_tile, tiling.values.terms
     in_pairs, rows_of = terms == 2, rows_of_item(spec, tiling)
-    qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling), pv_matmul(spec, tiling)
-    rescale_stage, fold_stage = state.rescale(rows), state.fold(1, rows, dim)
+    qk_stage = _by_rows(tiling, lambda few: qk_matmul(spec, tiling, few))
+    update_stage = _by_rows(tiling, lambda few: _pv_update(spec, tiling, few))
+    softmax_stage, rescale_stage = softmax_prepare(spec, tiling), state.rescale(rows)
     functions = ScoreFunctions(spec, many_tokens=True)
     visible_stage, edges_stage = compute_visible(functions, tiling), find_edges(tiling)
 
@@ -84,7 +85,8 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         sight = T.meta_var(Sight(item.bounds, first, of, item.tree))
         valid_len: T.let = script.opaque(T.min(whole.valid_len, sight.reach(LIMIT) - whole.start))
         tile = T.meta_var(whole._replace(valid_len=valid_len, sight=sight))
-        qk_stage(q_tile, first, keys, key_head, tile, scores, 0)
+        num_rows: T.let = script.opaque(of.num)
+        qk_stage(num_rows, q_tile, first, keys, key_head, tile, scores, 0)
         if in_pairs:
             prob_pairs = T.sblock_alloc_buffer((1, rows, tokens // 2), "int32")
         weights = T.meta_var(prob_pairs if in_pairs else probs)
@@ -100,12 +102,45 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         rescale_stage(added, running, Factors(alpha, beta, 0), step)
         num_full: T.let = script.opaque(full_groups(tile))
         edges_stage(edges, tile, num_full)
-        with T.sblock("pv_update"):
+        update_stage(
+            num_rows, weights, values, value_head, tile, num_full, computed, edges, Factors(alpha, beta, 0),
+            running._replace(slot=first), step, num_steps,
+        )  # fmt: skip
+
+    return stage
+
+
+def _by_rows(tiling: Tiling, made: Callable[[bool], Callable[..., None]]) -> Callable[..., None]:
+    """made(few=False), or made(few=True) where a tile has few_rows rows at most: the bits of the rows are the same."""
+    few = tiling.few_rows
+    stage, few_stage = made(False), made(few > 0)
+
+    @script.inline
+    def either(num_rows, *arguments):
+        if few > 0:
+            if num_rows <= few:
+                few_stage(*arguments)
+            else:
+                stage(*arguments)
+        else:
+            stage(*arguments)
+
+    return either
+
+
+def _pv_update(spec: PagedAttentionSpec, tiling: Tiling, few: bool) -> Callable[..., None]:
+    """The outputs of one tile of rows, and their fold into the running state."""
+    rows, of, dim = tiling.few_rows if few else tiling.row_tile, "few_" if few else "", spec.result_dim
+    pv_stage, fold_stage = pv_matmul(spec, tiling, few), state.fold(1, rows, dim, of)
+
+    @script.inline
+    def stage(weights, values, value_head, tile, num_full, computed, edges, factors, running, step, num_steps):
+        with T.sblock(f"{of}pv_update"):
             T.reads()
             T.writes()
             tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
             pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, computed, edges)
-            fold_stage(tile_acc, 0, Factors(alpha, beta, 0), running.acc, first, step, num_steps)
+            fold_stage(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
 
     return stage
 

@@ -248,7 +248,9 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         valid_len: T.let = script.opaque(T.min(range_end - tile_start, tiling.kv_tile))
         tile = T.meta_var(Tile(tiling, tile_start, valid_len))
         has_next: T.let = tile_start + tiling.kv_tile < range_end
-        num_offsets: T.let = T.Select(has_next, tiling.num_offsets, tile.num_groups * tiling.token_group)
+        at_once = T.meta_var(tiling.few_groups * tiling.token_group)
+        num_read: T.let = T.ceildiv(valid_len, at_once) * at_once
+        num_offsets: T.let = T.Select(has_next, tiling.num_offsets, num_read)
         last: T.let = range_end - 1
         key_offsets_stage(table, key_cache, tile, item.seq, last, num_offsets, first_token, runs)
         if not spec.shared_kv:

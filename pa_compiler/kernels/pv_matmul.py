@@ -13,7 +13,7 @@ from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
 
 
-def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling, few: bool = False) -> Callable[..., None]:
     """tile_acc[slot, r, d] = sum over t < valid_len of weights[slot, r, t] * value of the token in column t.
 
     In the caller's sblock, for head tiles, slots and a head as in qk_matmul. The sum stops at valid_len: values in
@@ -23,8 +23,11 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
 
     Where pairs are multiplied it is the sum over t of dot_pairs(weights[slot, r, t], values of the tokens in the
     columns 2t and 2t + 1). The value past an odd valid_len is replaced by 0.
+
+    With few, of the first few_rows rows alone.
     """
-    rows, dim, group, terms = tiling.row_tile, spec.result_dim, tiling.token_group, tiling.values.terms
+    of, rows = ("few_", tiling.few_rows) if few else ("", tiling.row_tile)
+    dim, group, terms = spec.result_dim, tiling.token_group, tiling.values.terms
     tokens, num_tiles, group_tiles = tiling.padded_kv_tile, tiling.pass_tiles(spec), tiling.row_tiles(spec)
     read = reader(value_access(spec, tiling), tiling.values, tiling.copy_values)
     product = dot_pairs if terms == 2 else operator.mul
@@ -62,7 +65,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     def stage(weights, values, head_offset, tile, num_full, tile_acc, slot, computed=None, edges=None):
         full_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
         for i, to, ti, r, d in T.grid(num_tiles, num_full, group // terms, rows, dim):
-            with T.sblock("full_groups"):
+            with T.sblock(f"{of}full_groups"):
                 vt = T.axis.reduce(tokens // terms, to * (group // terms) + ti)
                 vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                 at = T.meta_var(slot if num_tiles == 1 else slot + vi)
@@ -79,7 +82,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 value = T.meta_var(seen(read(values, vt, now, vd), vt, tile))
                 full_acc[vi, vr, vd] += product(weights[at, vr, vt], shown(value, computed, at, vr, vt))
         for i, ti, r, d in T.grid(num_tiles, T.ceildiv(tile.rest(num_full), terms), rows, dim):
-            with T.sblock("tile_acc"):
+            with T.sblock(f"{of}tile_acc"):
                 vt = T.axis.reduce(tokens // terms, num_full * (group // terms) + ti)
                 vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                 at = T.meta_var(slot if num_tiles == 1 else slot + vi)

@@ -12,7 +12,7 @@ Every intermediate is laid out with its rows last. The query is turned once, and
 from collections.abc import Callable
 
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import SBlockRV
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IntImm
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
@@ -50,8 +50,20 @@ def load_values(sch: Schedule, tiling: VectorTiling) -> None:
 
 def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """Scores of a token group in registers."""
-    scores = sch.get_sblock("scores")
     _rows_last(sch, "scores")
+    group, _ = _sum_scores(sch, tiling, "scores")
+    fetch(sch, KEYS, group)
+
+
+def few_qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
+    """The same of a part of a vector of rows; qk_matmul has laid out what is written."""
+    group, dim = _sum_scores(sch, tiling, "few_scores")
+    fetch(sch, KEYS, group, shares=[dim], at_once=tiling.few_groups)
+
+
+def _sum_scores(sch: Schedule, tiling: VectorTiling, name: str) -> tuple[LoopRV, LoopRV]:
+    """Some token groups at a time; the loops over these and over the steps of a register tile."""
+    scores = sch.get_sblock(name)
     sums = sch.cache_write(scores, 0, "global")
     group, token, row, dim = sch.get_loops(scores)[-4:]
     # in the order in which the key lies in scratch
@@ -61,7 +73,7 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
         sch.unroll(step)  # for every token its address is read once for all of them
     in_registers(sch, sums, group, token, row)
     sch.decompose_reduction(scores, dim)
-    fetch(sch, KEYS, group)
+    return group, dim
 
 
 def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
@@ -102,11 +114,23 @@ def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
 
 def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
     """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
-    full, passes = sch.get_sblock("full_groups"), []
-    for name in ("full_groups", "tile_acc", "acc"):
-        _rows_last(sch, name)
+    _rows_last(sch, "acc")
+    _sum_outputs(sch, "", tiling.pv_dims)
+
+
+def few_pv_update(sch: Schedule, tiling: VectorTiling) -> None:
+    """The same of a part of a vector of rows; pv_update has laid out what is written."""
+    dims = int(sch.get(sch.get_loops("few_acc")[-1]).extent)
+    _sum_outputs(sch, "few_", largest_divisor(dims, 2 * tiling.pv_dims))
+
+
+def _sum_outputs(sch: Schedule, of: str, dims: int) -> None:
+    """With the sums of some elements of value_dim at a time in registers."""
+    full, passes = sch.get_sblock(f"{of}full_groups"), []
+    _rows_last(sch, full, f"{of}tile_acc")
+    for name in (f"{of}full_groups", f"{of}tile_acc", f"{of}acc"):
         _, *tokens, row, dim = sch.get_loops(name)
-        dim_outer, dim = sch.split(dim, [None, tiling.pv_dims])
+        dim_outer, dim = sch.split(dim, [None, dims])
         sch.reorder(dim_outer, *tokens, dim, row)
         sch.unroll(dim)
         sch.vectorize(row)
@@ -163,11 +187,13 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "load_values": load_values,
     "columns": functions.columns,
     "qk_matmul": qk_matmul,
+    "few_qk_matmul": few_qk_matmul,
     "visible_rows": visible_rows,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
     "rescale": head_dim_in_lanes.rescale,
     "pv_update": pv_update,
+    "few_pv_update": few_pv_update,
     "empty_state": empty_state,
     "normalize": normalize,
     "bounds": attend.bounds,

@@ -59,15 +59,28 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
     most = known.machine.second_level // (elements * (ITEMSIZES[spec.dtype] if known.dot_pairs else 4))
     tiles = strategy.choose(known)
+    kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, tiles.token_group))
+    few_rows = ATTEND_ROWS // 2 if strategy is HeadsInLanes and as_they_lie else 0
     return dataclasses.replace(
         tiles,
-        kv_tile=max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, tiles.token_group)),
+        kv_tile=kv_tile,
         copy_keys=not packed and not as_they_lie,
         copy_values=not packed,
         prefetches=True,
         attends=True,
         many_tokens=True,
+        few_rows=few_rows,
+        few_groups=_few_groups(spec, tiles.token_group, kv_tile) if few_rows else 1,
     )
+
+
+def _few_groups(spec: PagedAttentionSpec, token_group: int, kv_tile: int) -> int:
+    """Tiling.few_groups: two, for as many bytes of sums as of whole tiles, while the lines of their keys fit in L1.
+
+    Tokens whose rows lie a multiple of 4096 bytes apart share 8 lines of a first-level cache.
+    """
+    apart = spec.num_kv_heads * spec.head_dim * ITEMSIZES[spec.dtype] if spec.kv_layout == "NHD" else 0
+    return 2 if kv_tile % (2 * token_group) == 0 and 2 * token_group * apart <= 8 * 4096 else 1
 
 
 def choose_strategy(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> tuple[str, str]:
