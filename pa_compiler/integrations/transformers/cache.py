@@ -148,7 +148,7 @@ class PagedCache(Cache):
         return step
 
 
-def empty_caches(module: Module, blocks: int) -> Any:
+def empty_caches(module: Module, blocks: int) -> tuple[Any, Any]:
     """Key and value caches of so many blocks, on huge pages where they fill at least half of one.
 
     A page of 2 MB is cleared when it is first written: two in each layer would take longer than a short prompt.
@@ -157,7 +157,8 @@ def empty_caches(module: Module, blocks: int) -> Any:
     dtype = getattr(torch, module.spec.dtype)
     if min(math.prod(shape) for shape in shapes) * dtype.itemsize >= HUGE_PAGE // 2:
         return module.empty_cache(blocks, like="torch")
-    return tuple(torch.zeros(shape, dtype=dtype) for shape in shapes)
+    keys, values = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    return keys, values
 
 
 def append(module: Module, key: torch.Tensor, value: torch.Tensor, keys: Any, values: Any, step: Step) -> None:
