@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,14 @@ from examples import demo
 from pa_compiler.integrations.transformers import PagedCache, disable, enable
 
 CONTENDERS = ("DynamicCache", "StaticCache", "pa_compiler")
-PREFILLS, ROUNDS, STEPS = 2, 7, 3
-ERRORS = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
-"""The rms error of logits against the first contender's that is allowed, over their standard deviation."""
+ROUNDS, STEPS = 7, 2
+LONG = 2048
+"""Tokens of a prompt from which on there is one prefill, and no second one."""
+ERRORS = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.05}
+"""The rms error of logits against the first contender's that is allowed, over their standard deviation: it finds
+nonsense. StaticCache had 0.14 in bfloat16. Tests compare in float32."""
+TEXT = Path(__file__).parents[1] / "docs" / "reference.md"
+"""What prompts are of."""
 
 
 def main() -> None:
@@ -40,7 +46,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=list(ERRORS))
     options = parser.parse_args()
     with demo.progress(f"loading SmolLM2 in {options.dtype}"):
-        _, model = demo.load(getattr(torch, options.dtype))
+        tokenizer, model = demo.load(getattr(torch, options.dtype))
+    text = tokenizer(TEXT.read_text(), return_tensors="pt")["input_ids"]
     print(f"torch {torch.__version__}, {options.dtype}, tokens/s: median (quartiles)")
     print("| threads | context | what | " + " | ".join(CONTENDERS) + " |")
     print("| --- " * (3 + len(CONTENDERS)) + "|")
@@ -48,18 +55,20 @@ def main() -> None:
         for threads in options.threads:
             torch.set_num_threads(threads)
             for context in options.contexts:
-                for what, found in measure(model, context, options.batches).items():
+                for what, found in measure(model, text[:, :context], options.batches).items():
                     cells = " | ".join(_cell(found[each]) for each in CONTENDERS)
                     print(f"| {threads} | {context} | {what} | {cells} |", flush=True)
 
 
-def measure(model: Any, context: int, batches: list[int]) -> dict[str, dict[str, list[float]]]:
+def measure(model: Any, ids: torch.Tensor, batches: list[int]) -> dict[str, dict[str, list[float]]]:
     """Tokens/s of each contender by what is measured: prefill of one sequence, and decode of each batch."""
-    ids = torch.randint(100, 40000, (1, context), generator=torch.Generator().manual_seed(0))
+    context = ids.shape[1]
     columns = context + STEPS * (ROUNDS + 1) * len(batches)
     found: dict[str, dict[str, list[float]]] = {"prefill": {each: [] for each in CONTENDERS}}
     caches = {}
-    for _ in range(PREFILLS):
+    for each in CONTENDERS:  # to compile, and to warm up
+        _timed(model, each, _cache(each, model, columns), ids[:, :64])
+    for _ in range(1 if context >= LONG else 2):
         logits = {}
         for each in CONTENDERS:
             caches[each] = _cache(each, model, columns)
@@ -129,6 +138,8 @@ def _compare(model: Any, logits: dict[str, torch.Tensor]) -> None:
 
 
 def _cell(rates: list[float]) -> str:
+    if len(rates) == 1:
+        return f"{rates[0]:.1f}"
     lower, median, upper = statistics.quantiles(rates, n=4, method="inclusive")
     return f"{median:.1f} ({lower:.1f}-{upper:.1f})"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
 import sys
 import threading
 import time
@@ -116,7 +117,7 @@ def load(dtype: Any) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Say on stderr what is being done, and on a terminal every second for how long."""
+    """Say on stderr what is being done, and on a terminal every second for how long. Nothing else is printed there."""
     begin, done, stderr = time.perf_counter(), threading.Event(), sys.stderr
 
     def tick() -> None:
@@ -128,7 +129,8 @@ def progress(what: str) -> Iterator[None]:
     ticking = threading.Thread(target=tick, daemon=True)
     ticking.start()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         done.set()
         ticking.join()

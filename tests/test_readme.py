@@ -260,7 +260,7 @@ def test_the_tree_has_every_folder():
     assert all((ROOT / folder).is_dir() for folder in folders), folders
     written = {
         path.parent.relative_to(ROOT).as_posix()
-        for top in ("pa_compiler", "schedules", "templates", "tests", "benchmarks", "docs")
+        for top in ("pa_compiler", "schedules", "templates", "tests", "benchmarks", "examples", "docs")
         for path in (ROOT / top).rglob("*.*")
         if path.suffix != ".pyc"
     }

@@ -117,7 +117,7 @@ def _without_cache(
     blocks = -(-total // caches.BLOCK_SIZE)
     padding = None if mask.padding is None else mask.padding[:, mask.first_key :]
     step = make_step(batch, blocks, caches.BLOCK_SIZE, total, total, queries, padding)
-    pair = module.empty_cache(batch * blocks, like="torch")
+    pair = caches.empty_caches(module, batch * blocks)
     caches.append(module, key, value, *pair, step)
     return step, pair
 

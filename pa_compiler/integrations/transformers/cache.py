@@ -6,6 +6,7 @@ The attention, which alone knows the padding, has them written and attends. So u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ from pa_compiler.runtime.module import Module
 
 BLOCK_SIZE = 16
 """Tokens of a block."""
+
+HUGE_PAGE = 2 << 20
+"""Bytes."""
 
 
 class PagedLayer(CacheLayerMixin):
@@ -66,7 +70,7 @@ class PagedLayer(CacheLayerMixin):
         if needed <= self._blocks:
             return
         blocks = max(needed, -(-self._cache.capacity // BLOCK_SIZE), 2 * self._blocks)
-        caches = module.empty_cache(batch * blocks, like="torch")
+        caches = empty_caches(module, batch * blocks)
         if self.is_initialized:
             for new, old in zip(caches, (self.keys, self.values), strict=True):
                 _by_sequence(new, batch)[:, : self._blocks] = _by_sequence(old, batch)
@@ -79,7 +83,7 @@ class PagedLayer(CacheLayerMixin):
             before, batch = (self.keys, self.values), self._batch
             index = chosen(torch.arange(batch))
             self._batch = len(index)
-            self.keys, self.values = self._module.empty_cache(self._batch * self._blocks, like="torch")
+            self.keys, self.values = empty_caches(self._module, self._batch * self._blocks)
             for new, old in zip((self.keys, self.values), before, strict=True):
                 torch.index_select(_by_sequence(old, batch), 0, index, out=_by_sequence(new, self._batch))
 
@@ -142,6 +146,19 @@ class PagedCache(Cache):
         step = make_step(batch, blocks, BLOCK_SIZE, total, appended, appended, mask)
         self._steps.append((mask, step))
         return step
+
+
+def empty_caches(module: Module, blocks: int) -> tuple[Any, Any]:
+    """Key and value caches of so many blocks, on huge pages where they fill at least half of one.
+
+    A page of 2 MB is cleared when it is first written: two in each layer would take longer than a short prompt.
+    """
+    shapes = [(blocks, *shape[1:]) for shape in (module.spec.key_cache_shape, module.spec.value_cache_shape)]
+    dtype = getattr(torch, module.spec.dtype)
+    if min(math.prod(shape) for shape in shapes) * dtype.itemsize >= HUGE_PAGE // 2:
+        return module.empty_cache(blocks, like="torch")
+    keys, values = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    return keys, values
 
 
 def append(module: Module, key: torch.Tensor, value: torch.Tensor, keys: Any, values: Any, step: Step) -> None:
