@@ -59,8 +59,10 @@ class Queries(NamedTuple):
 
     def place(self, context_lens: Buffer, nth: Expr) -> Place:
         """The place of one of them."""
-        query_end = _bound("query_end", self.first_pos + nth + 1)
-        length = _bound("length", T.Select(self.sees_all != 0, context_lens[self.seq], query_end))
+        # Both read memory. What is bound to a variable and does not, TVM writes out wherever the variable is, and then
+        # simplifies for minutes what is nested.
+        query_end = T.min(self.first_pos + nth + 1, context_lens[self.seq])
+        length = T.Select(self.sees_all != 0, context_lens[self.seq], query_end)
         return Place(self.seq, self.token_begin + nth, length, query_end, nth)
 
 
