@@ -20,6 +20,7 @@ from pa_compiler import backends, compiler, kernels, schedules
 from pa_compiler import tvmscript as script
 from pa_compiler.cpu import assembly, target
 from pa_compiler.cpu import tiles as tiling
+from pa_compiler.kernels.arrays import BlockTable
 from pa_compiler.kernels.caches import Cache, key_access
 from pa_compiler.kernels.exp import store_exp, store_weight
 from pa_compiler.kernels.tokens import Tile, token_offsets
@@ -232,22 +233,32 @@ def test_the_token_of_each_column_of_a_tile(cpu, dtype, streams):
     blocks, size, block_stride, row_stride = 40, tiles.num_offsets, 1000, 7
 
     @script.prim_func(s_tir=True)
-    def look_up(table_handle: T.handle, offsets_handle: T.handle, tile_start: T.int32, last_token: T.int32):
-        table = T.match_buffer(table_handle, (1, blocks), "int32")
+    def look_up(
+        entries_handle: T.handle,
+        starts_handle: T.handle,
+        offsets_handle: T.handle,
+        tile_start: T.int32,
+        last_token: T.int32,
+    ):
+        entries = T.match_buffer(entries_handle, (1, blocks + 3), "int32")
+        row_starts = T.match_buffer(starts_handle, (1,), "int32")
         offsets = T.match_buffer(offsets_handle, (size,), "int64")
         tile = T.meta_var(Tile(tiles, tile_start, T.min(last_token - tile_start + 1, tiles.kv_tile)))
         cache = T.meta_var(Cache(None, T.int64(block_stride), T.int64(row_stride), None, offsets))
+        table = T.meta_var(BlockTable(entries, row_starts))
         stage(table, cache, tile, 0, last_token, tiles.padded_kv_tile)
 
     executable = tvm.compile(look_up, target=tvm.target.Target(json.loads(cpu.config)))
-    table = np.random.default_rng(0).permutation(blocks).astype(np.int32)
+    entries = np.random.default_rng(0).permutation(blocks + 3).astype(np.int32)
+    row_starts, table = np.array([3], np.int32), entries[3:]
     kv_tile, start = tiles.kv_tile, 48
     column = np.arange(kv_tile)
     in_turn = column % streams * (kv_tile // streams) + column // streams
     assert sorted(in_turn) == list(column)
     for valid_len in (1, kv_tile // 2, kv_tile - 1, kv_tile, kv_tile + 1):
         offsets = tvm.runtime.tensor(np.full(size, -1, np.int64))
-        executable["look_up"](tvm.runtime.tensor(table[None]), offsets, start, start + valid_len - 1)
+        given = tvm.runtime.tensor(entries[None]), tvm.runtime.tensor(row_starts), offsets
+        executable["look_up"](*given, start, start + valid_len - 1)
         tokens = start + (in_turn if valid_len >= kv_tile else np.minimum(column, valid_len - 1))
         expected = table[tokens // spec.block_size] * block_stride + tokens % spec.block_size * row_stride
         np.testing.assert_array_equal(offsets.numpy()[:kv_tile], expected)
