@@ -86,7 +86,8 @@ class InFloat32:
         for i, length in enumerate(lens.tolist()):
             out[i], lse[i] = 0, -np.inf if sinks is None or "sinks" in self.without else sinks
             if length:
-                one = (query[i], keys, values, table[i], length, scale, alibi_slopes, sinks)
+                blocks = table[1][table[0][i] : table[0][i + 1]] if isinstance(table, tuple) else table[i]
+                one = (query[i], keys, values, blocks, length, scale, alibi_slopes, sinks)
                 out[i], lse[i] = self.one(*one)
         return (out, lse) if return_lse else out
 
