@@ -46,10 +46,7 @@ FAULTS = {
         f"{_KERNELS}exp.py", "LN2_LOW = -2.12194440e-4", "LN2_LOW = 0.0", "test_kernels.py"
     ),
     "exp wraps around far below 0": Fault(
-        f"{_KERNELS}exp.py",
-        "T.Select(valid, T.Select(arg < smallest",
-        "T.Select(valid, T.Select(arg < 100 * smallest",
-        _DECODE,
+        f"{_KERNELS}exp.py", "valid, T.Select(arg < smallest", "valid, T.Select(arg < 100 * smallest", _DECODE
     ),
     "too little room for sums of values": Fault(
         f"{_KERNELS}headroom.py", "- (_BIAS - 2), 0)", "- (_BIAS + 1), 0)", "test_ends.py"
