@@ -10,7 +10,19 @@ import pytest
 from dlpack import CUDA, Exported
 from inputs import DTYPES, INT32, make_inputs
 from numpy.lib.stride_tricks import as_strided
-from refusals import LENGTHS, SPEC, assert_refused, decode_call, misaligned, nowhere, over, read_only, strided, with_at
+from refusals import (
+    LENGTHS,
+    SPEC,
+    assert_refused,
+    decode_call,
+    misaligned,
+    nowhere,
+    over,
+    read_only,
+    strided,
+    with_at,
+    with_byte_strides,
+)
 from specs import DTYPE_SPECS
 from tolerances import assert_same_bits
 
@@ -77,7 +89,7 @@ BAD = [
     ("query_last_axis_stride", V, "query", "1 2", lambda c: strided(c.query)),
     ("query_last_axis_reversed", V, "query", "1 -1", lambda c: c.query[..., ::-1]),
     ("query_misaligned", V, "query", "2", lambda c: misaligned(c.query)),
-    ("query_strides_in_bytes", V, "query", "2 51", lambda c: as_strided(c.query, strides=(288, 51, 2))),
+    ("query_strides_in_bytes", V, "query", "2 51", lambda c: with_byte_strides(c.query, 288, 51, 2)),
     ("query_on_gpu", V, "query", "1 2", lambda c: Exported(c.query, device=CUDA)),
     ("query_refuses", T, "query", "DLPack lent", lambda c: RefusesDLPack()),
     ("query_no_array", T, "query", "DLPack", lambda c: np.ndarray),
@@ -93,7 +105,7 @@ BAD = [
     ("key_misaligned", V, "key_cache", "2", lambda c: misaligned(c.key_cache)),
     ("key_on_gpu", V, "key_cache", "1 2", lambda c: Exported(c.key_cache, device=CUDA)),
     ("key_rank_0", V, "key_cache", "[num_blocks,8,2,24] []", lambda c: c.key_cache[0, 0, 0, 0, ...]),
-    ("key_strides_in_bytes", V, "key_cache", "2 49", lambda c: as_strided(c.key_cache, strides=(768, 96, 49, 2))),
+    ("key_strides_in_bytes", V, "key_cache", "2 49", lambda c: with_byte_strides(c.key_cache, 768, 96, 49, 2)),
     ("key_string", T, "key_cache", "str", lambda c: "cache"),
     ("value_none", T, "value_cache", "NoneType", lambda c: None),
     ("value_rank_3", V, "value_cache", "[num_blocks,8,2,24] [8,2,24]", lambda c: c.value_cache[0]),
@@ -178,7 +190,7 @@ BAD = [
     ("out_over_value_cache", V, "out", "value_cache", lambda c: over(c.value_cache, np.float32, c.out.shape)),
     ("out_over_block_table", V, "out", "block_table", lambda c: inside_out(c, "block_table")),
     ("out_over_context_lens", V, "out", "context_lens", lambda c: inside_out(c, "context_lens")),
-    ("out_strides_in_bytes", V, "out", "4 99", lambda c: as_strided(c.out, strides=(594, 99, 4))),
+    ("out_strides_in_bytes", V, "out", "4 99", lambda c: with_byte_strides(c.out, 594, 99, 4)),
     ("lse_rank_3", V, "lse", "[4,6] [1,4,6]", lambda c: c.lse[None]),
     ("lse_heads", V, "lse", "6 2", lambda c: c.lse[:, :2]),
     ("lse_batch", V, "lse", "4 2", lambda c: c.lse[::2]),

@@ -28,6 +28,14 @@ def misaligned(array):
     return copy
 
 
+def with_byte_strides(array, *strides):
+    """The same values in a room of their own, as large as strides in bytes reach."""
+    reach = sum((extent - 1) * stride for extent, stride in zip(array.shape, strides, strict=True)) + array.itemsize
+    spread = np.ndarray(array.shape, array.dtype, np.zeros(reach, np.uint8), strides=strides)
+    spread[...] = array
+    return spread
+
+
 def with_at(array, index, value):
     changed = array.copy()
     changed[index] = value
