@@ -51,29 +51,36 @@ def load_values(sch: Schedule, tiling: VectorTiling) -> None:
 def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """Scores of a token group in registers."""
     _rows_last(sch, "scores")
-    group, _ = _sum_scores(sch, tiling, "scores")
-    fetch(sch, KEYS, group)
+    group, shares = _sum_scores(sch, tiling, "scores")
+    fetch(sch, KEYS, group, shares=shares if tiling.keys.terms == 2 else [])
 
 
 def few_qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """The same of a part of a vector of rows; qk_matmul has laid out what is written."""
-    group, dim = _sum_scores(sch, tiling, "few_scores")
-    fetch(sch, KEYS, group, shares=[dim], at_once=tiling.few_groups)
+    group, shares = _sum_scores(sch, tiling, "few_scores")
+    fetch(sch, KEYS, group, shares=shares, at_once=tiling.few_groups)
 
 
-def _sum_scores(sch: Schedule, tiling: VectorTiling, name: str) -> tuple[LoopRV, LoopRV]:
-    """Some token groups at a time; the loops over these and over the steps of a register tile."""
+def _sum_scores(sch: Schedule, tiling: VectorTiling, name: str) -> tuple[LoopRV, list[LoopRV]]:
+    """Some token groups at a time; the loop over these, and those over parts of a register tile's steps.
+
+    Of pairs a part is half of a vector of words: a few lines at a time are fetched while it is multiplied, and every
+    second part reads the rest of lines that the one before it has brought into the first-level cache.
+    """
     scores = sch.get_sblock(name)
     sums = sch.cache_write(scores, 0, "global")
     group, token, row, dim = sch.get_loops(scores)[-4:]
     # in the order in which the key lies in scratch
     dim, step, half = sch.split(dim, [None, tiling.qk_lanes, tiling.keys.halves])
     sch.reorder(group, dim, step, half, token, row)
+    parts = [dim]
     if tiling.keys.terms == 2:
+        part, step = sch.split(step, [2, None])
+        parts.append(part)
         sch.unroll(step)  # for every token its address is read once for all of them
     in_registers(sch, sums, group, token, row)
     sch.decompose_reduction(scores, dim)
-    return group, dim
+    return group, parts
 
 
 def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
