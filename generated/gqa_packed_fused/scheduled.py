@@ -270,18 +270,18 @@ class Module:
                                                                     T.reads()
                                                                     T.writes(scores_global[0, vt, vr])
                                                                     scores_global[0, vt, vr] = T.float32(0.0)
-                                                        for d_0 in range(4):
+                                                        for d_0, d_1_0 in T.grid(4, 2):
                                                             if wanted:
-                                                                for line in range(16):
-                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 64 + (d_0 * 16 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 64 + (d_0 * 16 + line)) % 64, 63)) * k_row]), 0, 2, 1)
-                                                            for d_1 in T.unroll(16):
+                                                                for line in range(8):
+                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 64 + ((d_0 * 2 + d_1_0) * 8 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 64 + ((d_0 * 2 + d_1_0) * 8 + line)) % 64, 63)) * k_row]), 0, 2, 1)
+                                                            for d_1_1 in T.unroll(8):
                                                                 for d_2 in range(1):
                                                                     for ti in T.unroll(16):
                                                                         for r in T.vectorized(8):
                                                                             with T.sblock("few_scores_update"):
                                                                                 vt = T.axis.spatial(128, to * 16 + ti)
                                                                                 vi, vr = T.axis.remap("SS", [i, r])
-                                                                                vd = T.axis.reduce(64, d_0 * 16 + d_1 + d_2)
+                                                                                vd = T.axis.reduce(64, d_0 * 16 + d_1_0 * 8 + d_1_1 + d_2)
                                                                                 T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
                                                                                 T.writes(scores_global[0, vt, vr])
                                                                                 scores_global[0, vt, vr] = scores_global[0, vt, vr] + (T.reinterpret("float32", q_tile[first, vd, vr] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first, vd, vr] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
@@ -301,9 +301,6 @@ class Module:
                                                     T.writes(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
                                                     scores_global = T.sblock_alloc_buffer((1, (valid_len_1 + 7) // 8 * 8, 16))
                                                     for i, to in T.grid(1, (valid_len_1 + 8 - 1) // 8):
-                                                        if wanted:
-                                                            for line in range(32):
-                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 32 + line) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 32 + line) % 64, 63)) * k_row]), 0, 2, 1)
                                                         for ti_init in T.unroll(8):
                                                             for r_init in T.vectorized(16):
                                                                 with T.sblock("scores_init"):
@@ -312,15 +309,18 @@ class Module:
                                                                     T.reads()
                                                                     T.writes(scores_global[0, vt, vr])
                                                                     scores_global[0, vt, vr] = T.float32(0.0)
-                                                        for d_0 in range(4):
-                                                            for d_1 in T.unroll(16):
+                                                        for d_0, d_1_0 in T.grid(4, 2):
+                                                            if wanted:
+                                                                for line in range(4):
+                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 32 + ((d_0 * 2 + d_1_0) * 4 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 32 + ((d_0 * 2 + d_1_0) * 4 + line)) % 64, 63)) * k_row]), 0, 2, 1)
+                                                            for d_1_1 in T.unroll(8):
                                                                 for d_2 in range(1):
                                                                     for ti in T.unroll(8):
                                                                         for r in T.vectorized(16):
                                                                             with T.sblock("scores_update"):
                                                                                 vt = T.axis.spatial(128, to * 8 + ti)
                                                                                 vi, vr = T.axis.remap("SS", [i, r])
-                                                                                vd = T.axis.reduce(64, d_0 * 16 + d_1 + d_2)
+                                                                                vd = T.axis.reduce(64, d_0 * 16 + d_1_0 * 8 + d_1_1 + d_2)
                                                                                 T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
                                                                                 T.writes(scores_global[0, vt, vr])
                                                                                 scores_global[0, vt, vr] = scores_global[0, vt, vr] + (T.reinterpret("float32", q_tile[first, vd, vr] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first, vd, vr] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))

@@ -171,8 +171,6 @@ class Module:
                                             T.writes(scores[0, 0:(valid_len + 7) // 8 * 8, 0:16])
                                             scores_global = T.sblock_alloc_buffer((1, (valid_len + 7) // 8 * 8, 16))
                                             for i, to in T.grid(1, (valid_len + 8 - 1) // 8):
-                                                for line in range(144):
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + to * 8 + line // 18] + next_head * k_head + T.Cast("int64", line % 18 * 16)]), 0, 2, 1)
                                                 for ti_init in T.unroll(8):
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("scores_init"):
@@ -181,15 +179,17 @@ class Module:
                                                             T.reads()
                                                             T.writes(scores_global[0, vt, vr])
                                                             scores_global[0, vt, vr] = T.float32(0.0)
-                                                for d_0 in range(18):
-                                                    for d_1 in T.unroll(16):
+                                                for d_0, d_1_0 in T.grid(18, 2):
+                                                    for line in range(4):
+                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + to * 8 + ((d_0 * 2 + d_1_0) * 4 + line) // 18] + next_head * k_head + T.Cast("int64", ((d_0 * 2 + d_1_0) * 4 + line) % 18 * 16)]), 0, 2, 1)
+                                                    for d_1_1 in T.unroll(8):
                                                         for d_2 in range(1):
                                                             for ti in T.unroll(8):
                                                                 for r in T.vectorized(16):
                                                                     with T.sblock("scores_update"):
                                                                         vt = T.axis.spatial(112, to * 8 + ti)
                                                                         vi, vr = T.axis.remap("SS", [i, r])
-                                                                        vd = T.axis.reduce(288, d_0 * 16 + d_1 + d_2)
+                                                                        vd = T.axis.reduce(288, d_0 * 16 + d_1_0 * 8 + d_1_1 + d_2)
                                                                         T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], key_cache[key_offsets[vt] + key_head + T.Cast("int64", vi) // T.int64(8) * k_head + T.Cast("int64", vd)], key_offsets[vt])
                                                                         T.writes(scores_global[0, vt, vr])
                                                                         scores_global[0, vt, vr] = scores_global[0, vt, vr] + (T.reinterpret("float32", q_tile[first, vd, vr] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi // 8) * k_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", q_tile[first, vd, vr] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi // 8) * k_head) + T.Cast("int64", vd)] & -65536))
