@@ -9,6 +9,7 @@ across lanes anywhere. A row of the caches is broadcast element by element again
 Every intermediate is laid out with its rows last. The query is turned once, and acc is turned back.
 """
 
+import math
 from collections.abc import Callable
 
 from tvm.s_tir import Schedule
@@ -98,7 +99,8 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     steps = functions.score_steps(sch, tiling)
     pairs = ("pairs",) if tiling.values.terms == 2 and tiling.many_tokens else ()
     _rows_last(sch, *steps, "scaled", *exact, "probs", *pairs)
-    for name in (*steps, "scaled", "peak", *exact, "probs", *pairs, "tile_sum"):
+    _four_maxima(sch)
+    for name in (*steps, "scaled", *exact, "probs", *pairs, "tile_sum"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
         sch.reorder(group, token, row)
         if name in (*pairs, "tile_sum") and tiling.many_tokens:  # beside the exponentials of the next group
@@ -106,9 +108,26 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
             sch.reverse_compute_at(name, group, preserve_unit_loops=True)
             row = sch.get_loops(name)[-1]
         sch.vectorize(row)
-        if name in ("peak", "tile_sum"):
+        if name == "tile_sum":
             sch.decompose_reduction(sch.get_sblock(name), group)
     vectorize_rows(sch, "tile_max", *(("room",) if "room" in _names(sch) else ()))
+
+
+def _four_maxima(sch: Schedule) -> None:
+    """The maximum as that of four, of which none waits for another: a maximum takes two cycles or more."""
+    peak = sch.get_sblock("peak")
+    token = sch.get_loops(peak)[-1]
+    _, part = sch.split(token, [None, math.gcd(int(sch.get(token).extent), 4)])
+    parts = sch.rfactor(part, factor_axis=0)
+    row, group, token, part = sch.get_loops(parts)[-4:]
+    sch.reorder(group, token, part, row)
+    sch.unroll(part)
+    sch.vectorize(row)
+    sch.decompose_reduction(parts, group)
+    row, part = sch.get_loops(peak)[-2:]
+    sch.reorder(part, row)
+    sch.vectorize(row)
+    sch.decompose_reduction(peak, part)
 
 
 def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
