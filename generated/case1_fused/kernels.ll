@@ -251,7 +251,7 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor263.i = alloca [16 x float], align 16
+  %factor258.i = alloca [16 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -454,7 +454,7 @@ if_end51:                                         ; preds = %if_then49, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor263.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor258.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -500,142 +500,142 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
   %111 = shl i64 %out_head, 4
   %112 = zext i32 %98 to i64
   %113 = and i64 %52, 4294967295
-  %wide.trip.count681.i = and i64 %46, 2147483647
-  %.idx755.i = shl i64 %q_head, 2
-  %.idx756.i = mul i64 %q_head, 6
-  %.idx758.i = mul i64 %q_head, 10
-  %.idx759.i = mul i64 %q_head, 12
-  %.idx760.i = mul i64 %q_head, 14
-  %.idx287.2.i = shl i64 %q_head, 4
-  %.idx762.i = mul i64 %q_head, 18
-  %.idx763.i = mul i64 %q_head, 20
-  %.idx764.i = mul i64 %q_head, 22
-  %.idx287.3.i = mul i64 %q_head, 24
-  %.idx766.i = mul i64 %q_head, 26
-  %.idx767.i = mul i64 %q_head, 28
-  %.idx768.i = mul i64 %q_head, 30
+  %wide.trip.count697.i = and i64 %46, 2147483647
+  %.idx771.i = shl i64 %q_head, 2
+  %.idx772.i = mul i64 %q_head, 6
+  %.idx774.i = mul i64 %q_head, 10
+  %.idx775.i = mul i64 %q_head, 12
+  %.idx776.i = mul i64 %q_head, 14
+  %.idx283.2.i = shl i64 %q_head, 4
+  %.idx778.i = mul i64 %q_head, 18
+  %.idx779.i = mul i64 %q_head, 20
+  %.idx780.i = mul i64 %q_head, 22
+  %.idx283.3.i = mul i64 %q_head, 24
+  %.idx782.i = mul i64 %q_head, 26
+  %.idx783.i = mul i64 %q_head, 28
+  %.idx784.i = mul i64 %q_head, 30
   %invariant.op.i = add i32 %98, -1
   %114 = shl nuw nsw i64 %113, 13
   %115 = getelementptr i8, ptr %partial_acc, i64 %114
   %scevgep = getelementptr i8, ptr %115, i64 7680
-  %116 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %116 = add nuw nsw i64 %wide.trip.count697.i, %113
   %117 = shl nuw nsw i64 %116, 13
-  %scevgep295 = getelementptr i8, ptr %partial_acc, i64 %117
+  %scevgep307 = getelementptr i8, ptr %partial_acc, i64 %117
   %118 = shl nuw nsw i64 %113, 13
   %119 = getelementptr i8, ptr %partial_acc, i64 %118
-  %scevgep302 = getelementptr i8, ptr %119, i64 7168
-  %120 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep314 = getelementptr i8, ptr %119, i64 7168
+  %120 = add nuw nsw i64 %wide.trip.count697.i, %113
   %121 = shl nuw nsw i64 %120, 13
   %122 = getelementptr i8, ptr %partial_acc, i64 %121
-  %scevgep303 = getelementptr i8, ptr %122, i64 -512
+  %scevgep315 = getelementptr i8, ptr %122, i64 -512
   %123 = shl nuw nsw i64 %113, 13
   %124 = getelementptr i8, ptr %partial_acc, i64 %123
-  %scevgep325 = getelementptr i8, ptr %124, i64 6656
-  %125 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep337 = getelementptr i8, ptr %124, i64 6656
+  %125 = add nuw nsw i64 %wide.trip.count697.i, %113
   %126 = shl nuw nsw i64 %125, 13
   %127 = getelementptr i8, ptr %partial_acc, i64 %126
-  %scevgep326 = getelementptr i8, ptr %127, i64 -1024
+  %scevgep338 = getelementptr i8, ptr %127, i64 -1024
   %128 = shl nuw nsw i64 %113, 13
   %129 = getelementptr i8, ptr %partial_acc, i64 %128
-  %scevgep348 = getelementptr i8, ptr %129, i64 6144
-  %130 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep360 = getelementptr i8, ptr %129, i64 6144
+  %130 = add nuw nsw i64 %wide.trip.count697.i, %113
   %131 = shl nuw nsw i64 %130, 13
   %132 = getelementptr i8, ptr %partial_acc, i64 %131
-  %scevgep349 = getelementptr i8, ptr %132, i64 -1536
+  %scevgep361 = getelementptr i8, ptr %132, i64 -1536
   %133 = shl nuw nsw i64 %113, 13
   %134 = getelementptr i8, ptr %partial_acc, i64 %133
-  %scevgep371 = getelementptr i8, ptr %134, i64 5632
-  %135 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep383 = getelementptr i8, ptr %134, i64 5632
+  %135 = add nuw nsw i64 %wide.trip.count697.i, %113
   %136 = shl nuw nsw i64 %135, 13
   %137 = getelementptr i8, ptr %partial_acc, i64 %136
-  %scevgep372 = getelementptr i8, ptr %137, i64 -2048
+  %scevgep384 = getelementptr i8, ptr %137, i64 -2048
   %138 = shl nuw nsw i64 %113, 13
   %139 = getelementptr i8, ptr %partial_acc, i64 %138
-  %scevgep394 = getelementptr i8, ptr %139, i64 5120
-  %140 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep406 = getelementptr i8, ptr %139, i64 5120
+  %140 = add nuw nsw i64 %wide.trip.count697.i, %113
   %141 = shl nuw nsw i64 %140, 13
   %142 = getelementptr i8, ptr %partial_acc, i64 %141
-  %scevgep395 = getelementptr i8, ptr %142, i64 -2560
+  %scevgep407 = getelementptr i8, ptr %142, i64 -2560
   %143 = shl nuw nsw i64 %113, 13
   %144 = getelementptr i8, ptr %partial_acc, i64 %143
-  %scevgep417 = getelementptr i8, ptr %144, i64 4608
-  %145 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep429 = getelementptr i8, ptr %144, i64 4608
+  %145 = add nuw nsw i64 %wide.trip.count697.i, %113
   %146 = shl nuw nsw i64 %145, 13
   %147 = getelementptr i8, ptr %partial_acc, i64 %146
-  %scevgep418 = getelementptr i8, ptr %147, i64 -3072
+  %scevgep430 = getelementptr i8, ptr %147, i64 -3072
   %148 = shl nuw nsw i64 %113, 13
   %149 = getelementptr i8, ptr %partial_acc, i64 %148
-  %scevgep440 = getelementptr i8, ptr %149, i64 4096
-  %150 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep452 = getelementptr i8, ptr %149, i64 4096
+  %150 = add nuw nsw i64 %wide.trip.count697.i, %113
   %151 = shl nuw nsw i64 %150, 13
   %152 = getelementptr i8, ptr %partial_acc, i64 %151
-  %scevgep441 = getelementptr i8, ptr %152, i64 -3584
+  %scevgep453 = getelementptr i8, ptr %152, i64 -3584
   %153 = shl nuw nsw i64 %113, 13
   %154 = getelementptr i8, ptr %partial_acc, i64 %153
-  %scevgep463 = getelementptr i8, ptr %154, i64 3584
-  %155 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep475 = getelementptr i8, ptr %154, i64 3584
+  %155 = add nuw nsw i64 %wide.trip.count697.i, %113
   %156 = shl nuw nsw i64 %155, 13
   %157 = getelementptr i8, ptr %partial_acc, i64 %156
-  %scevgep464 = getelementptr i8, ptr %157, i64 -4096
+  %scevgep476 = getelementptr i8, ptr %157, i64 -4096
   %158 = shl nuw nsw i64 %113, 13
   %159 = getelementptr i8, ptr %partial_acc, i64 %158
-  %scevgep486 = getelementptr i8, ptr %159, i64 3072
-  %160 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep498 = getelementptr i8, ptr %159, i64 3072
+  %160 = add nuw nsw i64 %wide.trip.count697.i, %113
   %161 = shl nuw nsw i64 %160, 13
   %162 = getelementptr i8, ptr %partial_acc, i64 %161
-  %scevgep487 = getelementptr i8, ptr %162, i64 -4608
+  %scevgep499 = getelementptr i8, ptr %162, i64 -4608
   %163 = shl nuw nsw i64 %113, 13
   %164 = getelementptr i8, ptr %partial_acc, i64 %163
-  %scevgep509 = getelementptr i8, ptr %164, i64 2560
-  %165 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep521 = getelementptr i8, ptr %164, i64 2560
+  %165 = add nuw nsw i64 %wide.trip.count697.i, %113
   %166 = shl nuw nsw i64 %165, 13
   %167 = getelementptr i8, ptr %partial_acc, i64 %166
-  %scevgep510 = getelementptr i8, ptr %167, i64 -5120
+  %scevgep522 = getelementptr i8, ptr %167, i64 -5120
   %168 = shl nuw nsw i64 %113, 13
   %169 = getelementptr i8, ptr %partial_acc, i64 %168
-  %scevgep532 = getelementptr i8, ptr %169, i64 2048
-  %170 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep544 = getelementptr i8, ptr %169, i64 2048
+  %170 = add nuw nsw i64 %wide.trip.count697.i, %113
   %171 = shl nuw nsw i64 %170, 13
   %172 = getelementptr i8, ptr %partial_acc, i64 %171
-  %scevgep533 = getelementptr i8, ptr %172, i64 -5632
+  %scevgep545 = getelementptr i8, ptr %172, i64 -5632
   %173 = shl nuw nsw i64 %113, 13
   %174 = getelementptr i8, ptr %partial_acc, i64 %173
-  %scevgep555 = getelementptr i8, ptr %174, i64 1536
-  %175 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep567 = getelementptr i8, ptr %174, i64 1536
+  %175 = add nuw nsw i64 %wide.trip.count697.i, %113
   %176 = shl nuw nsw i64 %175, 13
   %177 = getelementptr i8, ptr %partial_acc, i64 %176
-  %scevgep556 = getelementptr i8, ptr %177, i64 -6144
+  %scevgep568 = getelementptr i8, ptr %177, i64 -6144
   %178 = shl nuw nsw i64 %113, 13
   %179 = getelementptr i8, ptr %partial_acc, i64 %178
-  %scevgep578 = getelementptr i8, ptr %179, i64 1024
-  %180 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep590 = getelementptr i8, ptr %179, i64 1024
+  %180 = add nuw nsw i64 %wide.trip.count697.i, %113
   %181 = shl nuw nsw i64 %180, 13
   %182 = getelementptr i8, ptr %partial_acc, i64 %181
-  %scevgep579 = getelementptr i8, ptr %182, i64 -6656
+  %scevgep591 = getelementptr i8, ptr %182, i64 -6656
   %183 = shl nuw nsw i64 %113, 13
   %184 = getelementptr i8, ptr %partial_acc, i64 %183
-  %scevgep601 = getelementptr i8, ptr %184, i64 512
-  %185 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep613 = getelementptr i8, ptr %184, i64 512
+  %185 = add nuw nsw i64 %wide.trip.count697.i, %113
   %186 = shl nuw nsw i64 %185, 13
   %187 = getelementptr i8, ptr %partial_acc, i64 %186
-  %scevgep602 = getelementptr i8, ptr %187, i64 -7168
+  %scevgep614 = getelementptr i8, ptr %187, i64 -7168
   %188 = shl nuw nsw i64 %113, 13
-  %scevgep624 = getelementptr i8, ptr %partial_acc, i64 %188
-  %189 = add nuw nsw i64 %wide.trip.count681.i, %113
+  %scevgep636 = getelementptr i8, ptr %partial_acc, i64 %188
+  %189 = add nuw nsw i64 %wide.trip.count697.i, %113
   %190 = shl nuw nsw i64 %189, 13
   %191 = getelementptr i8, ptr %partial_acc, i64 %190
-  %scevgep625 = getelementptr i8, ptr %191, i64 -7680
+  %scevgep637 = getelementptr i8, ptr %191, i64 -7680
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end254.i
-  %indvars.iv.next677.i = add nuw nsw i64 %indvars.iv676.i, 1
-  %exitcond682.not.i = icmp eq i64 %indvars.iv.next677.i, %wide.trip.count681.i
-  br i1 %exitcond682.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end249.i
+  %indvars.iv.next693.i = add nuw nsw i64 %indvars.iv692.i, 1
+  %exitcond698.not.i = icmp eq i64 %indvars.iv.next693.i, %wide.trip.count697.i
+  br i1 %exitcond698.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv676.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next677.i, %for_begin_s.i ]
+  %indvars.iv692.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next693.i, %for_begin_s.i ]
   %192 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
-  %total293489.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2121, %for_begin_s.i ]
+  %total289498.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2128, %for_begin_s.i ]
   %193 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %q_tile.i = tail call ptr %193(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %194 = icmp eq ptr %q_tile.i, null
@@ -648,7 +648,7 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %196, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %197 = add nsw i64 %indvars.iv676.i, %102
+  %197 = add nsw i64 %indvars.iv692.i, %102
   %198 = getelementptr inbounds i32, ptr %context_lens, i64 %197
   %199 = load i32, ptr %198, align 4, !tbaa !5
   %200 = mul nsw i64 %197, %q_batch
@@ -670,13 +670,13 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %209 = shl nuw <4 x i32> %208, splat (i32 16)
   %210 = bitcast <4 x i32> %209 to <4 x float>
   %211 = fmul <4 x float> %101, %210
-  %212 = getelementptr i8, ptr %gep.i, i64 %.idx755.i
+  %212 = getelementptr i8, ptr %gep.i, i64 %.idx771.i
   %213 = load <4 x i16>, ptr %212, align 2, !tbaa !5
   %214 = zext <4 x i16> %213 to <4 x i32>
   %215 = shl nuw <4 x i32> %214, splat (i32 16)
   %216 = bitcast <4 x i32> %215 to <4 x float>
   %217 = fmul <4 x float> %101, %216
-  %218 = getelementptr i8, ptr %gep.i, i64 %.idx756.i
+  %218 = getelementptr i8, ptr %gep.i, i64 %.idx772.i
   %219 = load <4 x i16>, ptr %218, align 2, !tbaa !5
   %220 = zext <4 x i16> %219 to <4 x i32>
   %221 = shl nuw <4 x i32> %220, splat (i32 16)
@@ -687,8 +687,8 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %226 = shufflevector <4 x float> %205, <4 x float> %217, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %227 = shufflevector <4 x float> %211, <4 x float> %223, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %228 = shufflevector <4 x float> %224, <4 x float> %225, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx757.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %229 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx757.i
+  %.idx773.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %229 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx773.i
   store <4 x float> %228, ptr %229, align 4, !tbaa !5
   %230 = shufflevector <4 x float> %224, <4 x float> %225, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %231 = getelementptr inbounds nuw i8, ptr %229, i64 64
@@ -717,19 +717,19 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   %240 = bitcast <4 x i32> %239 to <4 x float>
   %241 = fmul <4 x float> %101, %240
   %242 = getelementptr i16, ptr %invariant.gep353.i, i64 %236
-  %243 = getelementptr i8, ptr %242, i64 %.idx758.i
+  %243 = getelementptr i8, ptr %242, i64 %.idx774.i
   %244 = load <4 x i16>, ptr %243, align 2, !tbaa !5
   %245 = zext <4 x i16> %244 to <4 x i32>
   %246 = shl nuw <4 x i32> %245, splat (i32 16)
   %247 = bitcast <4 x i32> %246 to <4 x float>
   %248 = fmul <4 x float> %101, %247
-  %249 = getelementptr i8, ptr %242, i64 %.idx759.i
+  %249 = getelementptr i8, ptr %242, i64 %.idx775.i
   %250 = load <4 x i16>, ptr %249, align 2, !tbaa !5
   %251 = zext <4 x i16> %250 to <4 x i32>
   %252 = shl nuw <4 x i32> %251, splat (i32 16)
   %253 = bitcast <4 x i32> %252 to <4 x float>
   %254 = fmul <4 x float> %101, %253
-  %255 = getelementptr i8, ptr %242, i64 %.idx760.i
+  %255 = getelementptr i8, ptr %242, i64 %.idx776.i
   %256 = load <4 x i16>, ptr %255, align 2, !tbaa !5
   %257 = zext <4 x i16> %256 to <4 x i32>
   %258 = shl nuw <4 x i32> %257, splat (i32 16)
@@ -740,8 +740,8 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   %263 = shufflevector <4 x float> %241, <4 x float> %254, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %264 = shufflevector <4 x float> %248, <4 x float> %260, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %265 = shufflevector <4 x float> %261, <4 x float> %262, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx761.i = shl nuw nsw i64 %indvars.iv.1.i, 8
-  %266 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx761.i
+  %.idx777.i = shl nuw nsw i64 %indvars.iv.1.i, 8
+  %266 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx777.i
   %267 = getelementptr inbounds nuw i8, ptr %266, i64 16
   store <4 x float> %265, ptr %267, align 4, !tbaa !5
   %268 = shufflevector <4 x float> %261, <4 x float> %262, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -758,7 +758,7 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   br i1 %exitcond.1.not.i, label %for_end_ax2_0.1.i, label %for_body_ax2_0.1.i, !prof !16
 
 for_end_ax2_0.1.i:                                ; preds = %for_body_ax2_0.1.i
-  %gep354.2.i = getelementptr i8, ptr %invariant.gep353.i, i64 %.idx287.2.i
+  %gep354.2.i = getelementptr i8, ptr %invariant.gep353.i, i64 %.idx283.2.i
   br label %for_body_ax2_0.2.i
 
 for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_end_ax2_0.1.i
@@ -771,19 +771,19 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   %278 = bitcast <4 x i32> %277 to <4 x float>
   %279 = fmul <4 x float> %101, %278
   %280 = getelementptr i16, ptr %invariant.gep353.i, i64 %274
-  %281 = getelementptr i8, ptr %280, i64 %.idx762.i
+  %281 = getelementptr i8, ptr %280, i64 %.idx778.i
   %282 = load <4 x i16>, ptr %281, align 2, !tbaa !5
   %283 = zext <4 x i16> %282 to <4 x i32>
   %284 = shl nuw <4 x i32> %283, splat (i32 16)
   %285 = bitcast <4 x i32> %284 to <4 x float>
   %286 = fmul <4 x float> %101, %285
-  %287 = getelementptr i8, ptr %280, i64 %.idx763.i
+  %287 = getelementptr i8, ptr %280, i64 %.idx779.i
   %288 = load <4 x i16>, ptr %287, align 2, !tbaa !5
   %289 = zext <4 x i16> %288 to <4 x i32>
   %290 = shl nuw <4 x i32> %289, splat (i32 16)
   %291 = bitcast <4 x i32> %290 to <4 x float>
   %292 = fmul <4 x float> %101, %291
-  %293 = getelementptr i8, ptr %280, i64 %.idx764.i
+  %293 = getelementptr i8, ptr %280, i64 %.idx780.i
   %294 = load <4 x i16>, ptr %293, align 2, !tbaa !5
   %295 = zext <4 x i16> %294 to <4 x i32>
   %296 = shl nuw <4 x i32> %295, splat (i32 16)
@@ -794,8 +794,8 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   %301 = shufflevector <4 x float> %279, <4 x float> %292, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %302 = shufflevector <4 x float> %286, <4 x float> %298, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %303 = shufflevector <4 x float> %299, <4 x float> %300, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx765.i = shl nuw nsw i64 %indvars.iv.2.i, 8
-  %304 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx765.i
+  %.idx781.i = shl nuw nsw i64 %indvars.iv.2.i, 8
+  %304 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx781.i
   %305 = getelementptr inbounds nuw i8, ptr %304, i64 32
   store <4 x float> %303, ptr %305, align 4, !tbaa !5
   %306 = shufflevector <4 x float> %299, <4 x float> %300, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -812,7 +812,7 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   br i1 %exitcond.2.not.i, label %for_end_ax2_0.2.i, label %for_body_ax2_0.2.i, !prof !16
 
 for_end_ax2_0.2.i:                                ; preds = %for_body_ax2_0.2.i
-  %gep354.3.i = getelementptr i8, ptr %invariant.gep353.i, i64 %.idx287.3.i
+  %gep354.3.i = getelementptr i8, ptr %invariant.gep353.i, i64 %.idx283.3.i
   br label %for_body_ax2_0.3.i
 
 for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_end_ax2_0.2.i
@@ -825,19 +825,19 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   %316 = bitcast <4 x i32> %315 to <4 x float>
   %317 = fmul <4 x float> %101, %316
   %318 = getelementptr i16, ptr %invariant.gep353.i, i64 %312
-  %319 = getelementptr i8, ptr %318, i64 %.idx766.i
+  %319 = getelementptr i8, ptr %318, i64 %.idx782.i
   %320 = load <4 x i16>, ptr %319, align 2, !tbaa !5
   %321 = zext <4 x i16> %320 to <4 x i32>
   %322 = shl nuw <4 x i32> %321, splat (i32 16)
   %323 = bitcast <4 x i32> %322 to <4 x float>
   %324 = fmul <4 x float> %101, %323
-  %325 = getelementptr i8, ptr %318, i64 %.idx767.i
+  %325 = getelementptr i8, ptr %318, i64 %.idx783.i
   %326 = load <4 x i16>, ptr %325, align 2, !tbaa !5
   %327 = zext <4 x i16> %326 to <4 x i32>
   %328 = shl nuw <4 x i32> %327, splat (i32 16)
   %329 = bitcast <4 x i32> %328 to <4 x float>
   %330 = fmul <4 x float> %101, %329
-  %331 = getelementptr i8, ptr %318, i64 %.idx768.i
+  %331 = getelementptr i8, ptr %318, i64 %.idx784.i
   %332 = load <4 x i16>, ptr %331, align 2, !tbaa !5
   %333 = zext <4 x i16> %332 to <4 x i32>
   %334 = shl nuw <4 x i32> %333, splat (i32 16)
@@ -848,8 +848,8 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   %339 = shufflevector <4 x float> %317, <4 x float> %330, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %340 = shufflevector <4 x float> %324, <4 x float> %336, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %341 = shufflevector <4 x float> %337, <4 x float> %338, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx769.i = shl nuw nsw i64 %indvars.iv.3.i, 8
-  %342 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx769.i
+  %.idx785.i = shl nuw nsw i64 %indvars.iv.3.i, 8
+  %342 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx785.i
   %343 = getelementptr inbounds nuw i8, ptr %342, i64 48
   store <4 x float> %341, ptr %343, align 4, !tbaa !5
   %344 = shufflevector <4 x float> %337, <4 x float> %338, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -892,19 +892,19 @@ for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
   %369 = shufflevector <16 x float> %368, <16 x float> poison, <16 x i32> zeroinitializer
   %370 = zext nneg i32 %358 to i64
   %371 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count644.i = zext nneg i32 %359 to i64
+  %wide.trip.count660.i = zext nneg i32 %359 to i64
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end199.i
-  %exitcond645.not.i = icmp eq i64 %indvars.iv.next642.i, %wide.trip.count644.i
+for_begin_step.i:                                 ; preds = %if_end194.i
+  %exitcond661.not.i = icmp eq i64 %indvars.iv.next658.i, %wide.trip.count660.i
   %indvars.iv.next = add nsw i32 %indvars.iv, -128
-  br i1 %exitcond645.not.i, label %for_end_step.i, label %for_body_step.i, !prof !16
+  br i1 %exitcond661.not.i, label %for_end_step.i, label %for_body_step.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax2_0.3.i
   %indvars.iv = phi i32 [ %range_len.i, %for_end_ax2_0.3.i ], [ %indvars.iv.next, %for_begin_step.i ]
   %372 = phi <16 x float> [ %192, %for_end_ax2_0.3.i ], [ %m.i, %for_begin_step.i ]
-  %total294.i138 = phi <16 x float> [ %total293489.i, %for_end_ax2_0.3.i ], [ %2121, %for_begin_step.i ]
-  %indvars.iv641.i137 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next642.i, %for_begin_step.i ]
+  %total290.i141 = phi <16 x float> [ %total289498.i, %for_end_ax2_0.3.i ], [ %2128, %for_begin_step.i ]
+  %indvars.iv657.i140 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next658.i, %for_begin_step.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
   %373 = and i32 %smin, 7
   %374 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -913,194 +913,194 @@ for_body_step.i:                                  ; preds = %for_begin_step.i, %
   br i1 %375, label %fused_decode_compute_.exit, label %if_end27.i, !prof !8
 
 for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_r243.preheader.i, label %if_then204.i
+  br i1 %.not, label %for_begin_r238.preheader.i, label %if_then199.i
 
-for_begin_r243.preheader.i:                       ; preds = %for_end_step.i
-  %376 = add nuw nsw i64 %indvars.iv676.i, %113
+for_begin_r238.preheader.i:                       ; preds = %for_end_step.i
+  %376 = add nuw nsw i64 %indvars.iv692.i, %113
   %377 = shl nuw nsw i64 %376, 4
-  %row_max276.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
+  %row_max272.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
   %378 = getelementptr inbounds nuw float, ptr %partial_max, i64 %377
-  store float %row_max276.sroa.0.0.vec.extract.i, ptr %378, align 4, !tbaa !5
-  %row_sum275.sroa.0.0.vec.extract.i = extractelement <16 x float> %2121, i64 0
+  store float %row_max272.sroa.0.0.vec.extract.i, ptr %378, align 4, !tbaa !5
+  %row_sum271.sroa.0.0.vec.extract.i = extractelement <16 x float> %2128, i64 0
   %379 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %377
-  store float %row_sum275.sroa.0.0.vec.extract.i, ptr %379, align 4, !tbaa !5
-  %row_max276.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
+  store float %row_sum271.sroa.0.0.vec.extract.i, ptr %379, align 4, !tbaa !5
+  %row_max272.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
   %380 = or disjoint i64 %377, 1
   %381 = getelementptr inbounds nuw float, ptr %partial_max, i64 %380
-  store float %row_max276.sroa.0.4.vec.extract.i, ptr %381, align 4, !tbaa !5
-  %row_sum275.sroa.0.4.vec.extract.i = extractelement <16 x float> %2121, i64 1
+  store float %row_max272.sroa.0.4.vec.extract.i, ptr %381, align 4, !tbaa !5
+  %row_sum271.sroa.0.4.vec.extract.i = extractelement <16 x float> %2128, i64 1
   %382 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %380
-  store float %row_sum275.sroa.0.4.vec.extract.i, ptr %382, align 4, !tbaa !5
-  %row_max276.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
+  store float %row_sum271.sroa.0.4.vec.extract.i, ptr %382, align 4, !tbaa !5
+  %row_max272.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
   %383 = or disjoint i64 %377, 2
   %384 = getelementptr inbounds nuw float, ptr %partial_max, i64 %383
-  store float %row_max276.sroa.0.8.vec.extract.i, ptr %384, align 4, !tbaa !5
-  %row_sum275.sroa.0.8.vec.extract.i = extractelement <16 x float> %2121, i64 2
+  store float %row_max272.sroa.0.8.vec.extract.i, ptr %384, align 4, !tbaa !5
+  %row_sum271.sroa.0.8.vec.extract.i = extractelement <16 x float> %2128, i64 2
   %385 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %383
-  store float %row_sum275.sroa.0.8.vec.extract.i, ptr %385, align 4, !tbaa !5
-  %row_max276.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
+  store float %row_sum271.sroa.0.8.vec.extract.i, ptr %385, align 4, !tbaa !5
+  %row_max272.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
   %386 = or disjoint i64 %377, 3
   %387 = getelementptr inbounds nuw float, ptr %partial_max, i64 %386
-  store float %row_max276.sroa.0.12.vec.extract.i, ptr %387, align 4, !tbaa !5
-  %row_sum275.sroa.0.12.vec.extract.i = extractelement <16 x float> %2121, i64 3
+  store float %row_max272.sroa.0.12.vec.extract.i, ptr %387, align 4, !tbaa !5
+  %row_sum271.sroa.0.12.vec.extract.i = extractelement <16 x float> %2128, i64 3
   %388 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %386
-  store float %row_sum275.sroa.0.12.vec.extract.i, ptr %388, align 4, !tbaa !5
-  %row_max276.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
+  store float %row_sum271.sroa.0.12.vec.extract.i, ptr %388, align 4, !tbaa !5
+  %row_max272.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
   %389 = or disjoint i64 %377, 4
   %390 = getelementptr inbounds nuw float, ptr %partial_max, i64 %389
-  store float %row_max276.sroa.0.16.vec.extract.i, ptr %390, align 4, !tbaa !5
-  %row_sum275.sroa.0.16.vec.extract.i = extractelement <16 x float> %2121, i64 4
+  store float %row_max272.sroa.0.16.vec.extract.i, ptr %390, align 4, !tbaa !5
+  %row_sum271.sroa.0.16.vec.extract.i = extractelement <16 x float> %2128, i64 4
   %391 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %389
-  store float %row_sum275.sroa.0.16.vec.extract.i, ptr %391, align 4, !tbaa !5
-  %row_max276.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
+  store float %row_sum271.sroa.0.16.vec.extract.i, ptr %391, align 4, !tbaa !5
+  %row_max272.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
   %392 = or disjoint i64 %377, 5
   %393 = getelementptr inbounds nuw float, ptr %partial_max, i64 %392
-  store float %row_max276.sroa.0.20.vec.extract.i, ptr %393, align 4, !tbaa !5
-  %row_sum275.sroa.0.20.vec.extract.i = extractelement <16 x float> %2121, i64 5
+  store float %row_max272.sroa.0.20.vec.extract.i, ptr %393, align 4, !tbaa !5
+  %row_sum271.sroa.0.20.vec.extract.i = extractelement <16 x float> %2128, i64 5
   %394 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %392
-  store float %row_sum275.sroa.0.20.vec.extract.i, ptr %394, align 4, !tbaa !5
-  %row_max276.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
+  store float %row_sum271.sroa.0.20.vec.extract.i, ptr %394, align 4, !tbaa !5
+  %row_max272.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
   %395 = or disjoint i64 %377, 6
   %396 = getelementptr inbounds nuw float, ptr %partial_max, i64 %395
-  store float %row_max276.sroa.0.24.vec.extract.i, ptr %396, align 4, !tbaa !5
-  %row_sum275.sroa.0.24.vec.extract.i = extractelement <16 x float> %2121, i64 6
+  store float %row_max272.sroa.0.24.vec.extract.i, ptr %396, align 4, !tbaa !5
+  %row_sum271.sroa.0.24.vec.extract.i = extractelement <16 x float> %2128, i64 6
   %397 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %395
-  store float %row_sum275.sroa.0.24.vec.extract.i, ptr %397, align 4, !tbaa !5
-  %row_max276.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
+  store float %row_sum271.sroa.0.24.vec.extract.i, ptr %397, align 4, !tbaa !5
+  %row_max272.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
   %398 = or disjoint i64 %377, 7
   %399 = getelementptr inbounds nuw float, ptr %partial_max, i64 %398
-  store float %row_max276.sroa.0.28.vec.extract.i, ptr %399, align 4, !tbaa !5
-  %row_sum275.sroa.0.28.vec.extract.i = extractelement <16 x float> %2121, i64 7
+  store float %row_max272.sroa.0.28.vec.extract.i, ptr %399, align 4, !tbaa !5
+  %row_sum271.sroa.0.28.vec.extract.i = extractelement <16 x float> %2128, i64 7
   %400 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %398
-  store float %row_sum275.sroa.0.28.vec.extract.i, ptr %400, align 4, !tbaa !5
-  %row_max276.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
+  store float %row_sum271.sroa.0.28.vec.extract.i, ptr %400, align 4, !tbaa !5
+  %row_max272.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
   %401 = or disjoint i64 %377, 8
   %402 = getelementptr inbounds nuw float, ptr %partial_max, i64 %401
-  store float %row_max276.sroa.0.32.vec.extract.i, ptr %402, align 4, !tbaa !5
-  %row_sum275.sroa.0.32.vec.extract.i = extractelement <16 x float> %2121, i64 8
+  store float %row_max272.sroa.0.32.vec.extract.i, ptr %402, align 4, !tbaa !5
+  %row_sum271.sroa.0.32.vec.extract.i = extractelement <16 x float> %2128, i64 8
   %403 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %401
-  store float %row_sum275.sroa.0.32.vec.extract.i, ptr %403, align 4, !tbaa !5
-  %row_max276.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
+  store float %row_sum271.sroa.0.32.vec.extract.i, ptr %403, align 4, !tbaa !5
+  %row_max272.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
   %404 = or disjoint i64 %377, 9
   %405 = getelementptr inbounds nuw float, ptr %partial_max, i64 %404
-  store float %row_max276.sroa.0.36.vec.extract.i, ptr %405, align 4, !tbaa !5
-  %row_sum275.sroa.0.36.vec.extract.i = extractelement <16 x float> %2121, i64 9
+  store float %row_max272.sroa.0.36.vec.extract.i, ptr %405, align 4, !tbaa !5
+  %row_sum271.sroa.0.36.vec.extract.i = extractelement <16 x float> %2128, i64 9
   %406 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %404
-  store float %row_sum275.sroa.0.36.vec.extract.i, ptr %406, align 4, !tbaa !5
-  %row_max276.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
+  store float %row_sum271.sroa.0.36.vec.extract.i, ptr %406, align 4, !tbaa !5
+  %row_max272.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
   %407 = or disjoint i64 %377, 10
   %408 = getelementptr inbounds nuw float, ptr %partial_max, i64 %407
-  store float %row_max276.sroa.0.40.vec.extract.i, ptr %408, align 4, !tbaa !5
-  %row_sum275.sroa.0.40.vec.extract.i = extractelement <16 x float> %2121, i64 10
+  store float %row_max272.sroa.0.40.vec.extract.i, ptr %408, align 4, !tbaa !5
+  %row_sum271.sroa.0.40.vec.extract.i = extractelement <16 x float> %2128, i64 10
   %409 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %407
-  store float %row_sum275.sroa.0.40.vec.extract.i, ptr %409, align 4, !tbaa !5
-  %row_max276.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
+  store float %row_sum271.sroa.0.40.vec.extract.i, ptr %409, align 4, !tbaa !5
+  %row_max272.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
   %410 = or disjoint i64 %377, 11
   %411 = getelementptr inbounds nuw float, ptr %partial_max, i64 %410
-  store float %row_max276.sroa.0.44.vec.extract.i, ptr %411, align 4, !tbaa !5
-  %row_sum275.sroa.0.44.vec.extract.i = extractelement <16 x float> %2121, i64 11
+  store float %row_max272.sroa.0.44.vec.extract.i, ptr %411, align 4, !tbaa !5
+  %row_sum271.sroa.0.44.vec.extract.i = extractelement <16 x float> %2128, i64 11
   %412 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %410
-  store float %row_sum275.sroa.0.44.vec.extract.i, ptr %412, align 4, !tbaa !5
-  %row_max276.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
+  store float %row_sum271.sroa.0.44.vec.extract.i, ptr %412, align 4, !tbaa !5
+  %row_max272.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
   %413 = or disjoint i64 %377, 12
   %414 = getelementptr inbounds nuw float, ptr %partial_max, i64 %413
-  store float %row_max276.sroa.0.48.vec.extract.i, ptr %414, align 4, !tbaa !5
-  %row_sum275.sroa.0.48.vec.extract.i = extractelement <16 x float> %2121, i64 12
+  store float %row_max272.sroa.0.48.vec.extract.i, ptr %414, align 4, !tbaa !5
+  %row_sum271.sroa.0.48.vec.extract.i = extractelement <16 x float> %2128, i64 12
   %415 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %413
-  store float %row_sum275.sroa.0.48.vec.extract.i, ptr %415, align 4, !tbaa !5
-  %row_max276.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
+  store float %row_sum271.sroa.0.48.vec.extract.i, ptr %415, align 4, !tbaa !5
+  %row_max272.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
   %416 = or disjoint i64 %377, 13
   %417 = getelementptr inbounds nuw float, ptr %partial_max, i64 %416
-  store float %row_max276.sroa.0.52.vec.extract.i, ptr %417, align 4, !tbaa !5
-  %row_sum275.sroa.0.52.vec.extract.i = extractelement <16 x float> %2121, i64 13
+  store float %row_max272.sroa.0.52.vec.extract.i, ptr %417, align 4, !tbaa !5
+  %row_sum271.sroa.0.52.vec.extract.i = extractelement <16 x float> %2128, i64 13
   %418 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %416
-  store float %row_sum275.sroa.0.52.vec.extract.i, ptr %418, align 4, !tbaa !5
-  %row_max276.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
+  store float %row_sum271.sroa.0.52.vec.extract.i, ptr %418, align 4, !tbaa !5
+  %row_max272.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
   %419 = or disjoint i64 %377, 14
   %420 = getelementptr inbounds nuw float, ptr %partial_max, i64 %419
-  store float %row_max276.sroa.0.56.vec.extract.i, ptr %420, align 4, !tbaa !5
-  %row_sum275.sroa.0.56.vec.extract.i = extractelement <16 x float> %2121, i64 14
+  store float %row_max272.sroa.0.56.vec.extract.i, ptr %420, align 4, !tbaa !5
+  %row_sum271.sroa.0.56.vec.extract.i = extractelement <16 x float> %2128, i64 14
   %421 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %419
-  store float %row_sum275.sroa.0.56.vec.extract.i, ptr %421, align 4, !tbaa !5
-  %row_max276.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
+  store float %row_sum271.sroa.0.56.vec.extract.i, ptr %421, align 4, !tbaa !5
+  %row_max272.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
   %422 = or disjoint i64 %377, 15
   %423 = getelementptr inbounds nuw float, ptr %partial_max, i64 %422
-  store float %row_max276.sroa.0.60.vec.extract.i, ptr %423, align 4, !tbaa !5
-  %row_sum275.sroa.0.60.vec.extract.i = extractelement <16 x float> %2121, i64 15
+  store float %row_max272.sroa.0.60.vec.extract.i, ptr %423, align 4, !tbaa !5
+  %row_sum271.sroa.0.60.vec.extract.i = extractelement <16 x float> %2128, i64 15
   %424 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %422
-  store float %row_sum275.sroa.0.60.vec.extract.i, ptr %424, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.60.vec.extract.i, ptr %424, align 4, !tbaa !5
   %.idx.i = shl nuw nsw i64 %376, 13
   %425 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  %scevgep626 = getelementptr i8, ptr %acc.i, i64 8132
-  %bound0627 = icmp ult ptr %scevgep624, %scevgep626
-  %bound1628 = icmp ult ptr %acc.i, %scevgep625
-  %found.conflict629 = and i1 %bound0627, %bound1628
-  br i1 %found.conflict629, label %for_body_d.i, label %vector.body632, !prof !17
+  %scevgep638 = getelementptr i8, ptr %acc.i, i64 8132
+  %bound0639 = icmp ult ptr %scevgep636, %scevgep638
+  %bound1640 = icmp ult ptr %acc.i, %scevgep637
+  %found.conflict641 = and i1 %bound0639, %bound1640
+  br i1 %found.conflict641, label %for_body_d.i, label %vector.body644, !prof !17
 
-vector.body632:                                   ; preds = %for_begin_r243.preheader.i
+vector.body644:                                   ; preds = %for_begin_r238.preheader.i
   %426 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
   %427 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
   %428 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
   %429 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather638 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %426, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather639 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather640 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %428, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather641 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %429, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather650 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %426, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather651 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather652 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %428, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather653 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %429, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
   %430 = getelementptr inbounds nuw i8, ptr %425, i64 32
   %431 = getelementptr inbounds nuw i8, ptr %425, i64 64
   %432 = getelementptr inbounds nuw i8, ptr %425, i64 96
-  store <8 x float> %wide.masked.gather638, ptr %425, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather639, ptr %430, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather640, ptr %431, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather641, ptr %432, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather650, ptr %425, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather651, ptr %430, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather652, ptr %431, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather653, ptr %432, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   %433 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %434 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %435 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
   %436 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather638.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %433, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather639.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather640.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather641.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %436, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather650.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %433, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather651.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather652.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather653.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %436, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
   %437 = getelementptr inbounds nuw i8, ptr %425, i64 128
   %438 = getelementptr inbounds nuw i8, ptr %425, i64 160
   %439 = getelementptr inbounds nuw i8, ptr %425, i64 192
   %440 = getelementptr inbounds nuw i8, ptr %425, i64 224
-  store <8 x float> %wide.masked.gather638.1, ptr %437, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather639.1, ptr %438, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather640.1, ptr %439, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather641.1, ptr %440, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather650.1, ptr %437, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather651.1, ptr %438, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather652.1, ptr %439, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather653.1, ptr %440, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   %441 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
   %444 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather638.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather639.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather640.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather641.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %444, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather650.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather651.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather652.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather653.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %444, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
   %445 = getelementptr inbounds nuw i8, ptr %425, i64 256
   %446 = getelementptr inbounds nuw i8, ptr %425, i64 288
   %447 = getelementptr inbounds nuw i8, ptr %425, i64 320
   %448 = getelementptr inbounds nuw i8, ptr %425, i64 352
-  store <8 x float> %wide.masked.gather638.2, ptr %445, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather639.2, ptr %446, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather640.2, ptr %447, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather641.2, ptr %448, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather650.2, ptr %445, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather651.2, ptr %446, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather652.2, ptr %447, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather653.2, ptr %448, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   %449 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %450 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %451 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
   %452 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather638.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %449, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather639.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %450, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather640.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %451, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather641.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %452, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather650.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %449, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather651.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %450, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather652.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %451, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather653.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %452, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
   %453 = getelementptr inbounds nuw i8, ptr %425, i64 384
   %454 = getelementptr inbounds nuw i8, ptr %425, i64 416
   %455 = getelementptr inbounds nuw i8, ptr %425, i64 448
   %456 = getelementptr inbounds nuw i8, ptr %425, i64 480
-  store <8 x float> %wide.masked.gather638.3, ptr %453, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather639.3, ptr %454, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather640.3, ptr %455, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather641.3, ptr %456, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather650.3, ptr %453, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather651.3, ptr %454, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather652.3, ptr %455, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather653.3, ptr %456, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   br label %for_end_d.i
 
 if_end27.i:                                       ; preds = %for_body_step.i
@@ -1110,15 +1110,15 @@ if_end27.i:                                       ; preds = %for_body_step.i
   br i1 %458, label %fused_decode_compute_.exit, label %if_end30.i, !prof !8
 
 if_end30.i:                                       ; preds = %if_end27.i
-  %459 = shl nsw i64 %indvars.iv641.i137, 7
+  %459 = shl nsw i64 %indvars.iv657.i140, 7
   %460 = sub nsw i64 %371, %459
-  %indvars.iv.next642.i = add nuw nsw i64 %indvars.iv641.i137, 1
+  %indvars.iv.next658.i = add nuw nsw i64 %indvars.iv657.i140, 1
   %461 = trunc nsw i64 %460 to i32
   %462 = tail call i32 @llvm.smin.i32(i32 %461, i32 128)
   %463 = add nsw i32 %462, 7
   %464 = ashr i32 %463, 3
   %465 = and i32 %463, -8
-  %466 = icmp samesign ult i64 %indvars.iv.next642.i, %370
+  %466 = icmp samesign ult i64 %indvars.iv.next658.i, %370
   %467 = select i1 %466, i32 256, i32 %465
   %468 = icmp sgt i32 %467, 0
   br i1 %468, label %for_body_t.lr.ph.i, label %for_end_t36.i, !prof !3
@@ -1132,8 +1132,8 @@ for_body_t.lr.ph.i:                               ; preds = %if_end30.i
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv536.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next537.i.1, %for_body_t.i ]
-  %471 = add nuw nsw i64 %indvars.iv536.i, %469
+  %indvars.iv549.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next550.i.1, %for_body_t.i ]
+  %471 = add nuw nsw i64 %indvars.iv549.i, %469
   %472 = trunc i64 %471 to i32
   %473 = tail call i32 @llvm.smin.i32(i32 %472, i32 %.reass.i)
   %474 = sext i32 %473 to i64
@@ -1145,10 +1145,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %478 = mul nsw i64 %477, %k_row
   %479 = mul nsw i64 %k_block, %block.i
   %480 = add nsw i64 %478, %479
-  %481 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv536.i
+  %481 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv549.i
   store i64 %480, ptr %481, align 8, !tbaa !5
-  %indvars.iv.next537.i = or disjoint i64 %indvars.iv536.i, 1
-  %482 = add nuw nsw i64 %indvars.iv.next537.i, %469
+  %indvars.iv.next550.i = or disjoint i64 %indvars.iv549.i, 1
+  %482 = add nuw nsw i64 %indvars.iv.next550.i, %469
   %483 = trunc i64 %482 to i32
   %484 = tail call i32 @llvm.smin.i32(i32 %483, i32 %.reass.i)
   %485 = sext i32 %484 to i64
@@ -1160,11 +1160,11 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %489 = mul nsw i64 %488, %k_row
   %490 = mul nsw i64 %k_block, %block.i.1
   %491 = add nsw i64 %489, %490
-  %492 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next537.i
+  %492 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next550.i
   store i64 %491, ptr %492, align 8, !tbaa !5
-  %indvars.iv.next537.i.1 = add nuw nsw i64 %indvars.iv536.i, 2
-  %exitcond539.not.i.1 = icmp eq i64 %indvars.iv.next537.i.1, %wide.trip.count.i
-  br i1 %exitcond539.not.i.1, label %for_body_t35.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !23
+  %indvars.iv.next550.i.1 = add nuw nsw i64 %indvars.iv549.i, 2
+  %exitcond552.not.i.1 = icmp eq i64 %indvars.iv.next550.i.1, %wide.trip.count.i
+  br i1 %exitcond552.not.i.1, label %for_body_t35.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !23
 
 for_body_t35.lr.ph.i:                             ; preds = %for_body_t.i
   %row_start33.i = load i32, ptr %361, align 4, !tbaa !5
@@ -1173,8 +1173,8 @@ for_body_t35.lr.ph.i:                             ; preds = %for_body_t.i
   br label %for_body_t35.i
 
 for_body_t35.i:                                   ; preds = %for_body_t35.i, %for_body_t35.lr.ph.i
-  %indvars.iv540.i = phi i64 [ 0, %for_body_t35.lr.ph.i ], [ %indvars.iv.next541.i.1, %for_body_t35.i ]
-  %494 = add nuw nsw i64 %indvars.iv540.i, %469
+  %indvars.iv553.i = phi i64 [ 0, %for_body_t35.lr.ph.i ], [ %indvars.iv.next554.i.1, %for_body_t35.i ]
+  %494 = add nuw nsw i64 %indvars.iv553.i, %469
   %495 = trunc i64 %494 to i32
   %496 = tail call i32 @llvm.smin.i32(i32 %495, i32 %.reass.i)
   %497 = sext i32 %496 to i64
@@ -1186,10 +1186,10 @@ for_body_t35.i:                                   ; preds = %for_body_t35.i, %fo
   %501 = mul nsw i64 %500, %v_row
   %502 = mul nsw i64 %v_block, %block42.i
   %503 = add nsw i64 %501, %502
-  %504 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv540.i
+  %504 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv553.i
   store i64 %503, ptr %504, align 8, !tbaa !5
-  %indvars.iv.next541.i = or disjoint i64 %indvars.iv540.i, 1
-  %505 = add nuw nsw i64 %indvars.iv.next541.i, %469
+  %indvars.iv.next554.i = or disjoint i64 %indvars.iv553.i, 1
+  %505 = add nuw nsw i64 %indvars.iv.next554.i, %469
   %506 = trunc i64 %505 to i32
   %507 = tail call i32 @llvm.smin.i32(i32 %506, i32 %.reass.i)
   %508 = sext i32 %507 to i64
@@ -1201,11 +1201,11 @@ for_body_t35.i:                                   ; preds = %for_body_t35.i, %fo
   %512 = mul nsw i64 %511, %v_row
   %513 = mul nsw i64 %v_block, %block42.i.1
   %514 = add nsw i64 %512, %513
-  %515 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next541.i
+  %515 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next554.i
   store i64 %514, ptr %515, align 8, !tbaa !5
-  %indvars.iv.next541.i.1 = add nuw nsw i64 %indvars.iv540.i, 2
-  %exitcond544.not.i.1 = icmp eq i64 %indvars.iv.next541.i.1, %wide.trip.count.i
-  br i1 %exitcond544.not.i.1, label %for_end_t36.i, label %for_body_t35.i, !prof !13, !llvm.loop !25
+  %indvars.iv.next554.i.1 = add nuw nsw i64 %indvars.iv553.i, 2
+  %exitcond557.not.i.1 = icmp eq i64 %indvars.iv.next554.i.1, %wide.trip.count.i
+  br i1 %exitcond557.not.i.1, label %for_end_t36.i, label %for_body_t35.i, !prof !13, !llvm.loop !25
 
 for_end_t36.i:                                    ; preds = %for_body_t35.i, %if_end30.i
   %516 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1224,18 +1224,18 @@ for_begin_to.preheader.i:                         ; preds = %if_end46.i
   br i1 %520, label %for_begin_ti.preheader.preheader.i, label %for_end_to53.i, !prof !3
 
 for_begin_ti.preheader.preheader.i:               ; preds = %for_begin_to.preheader.i
-  %wide.trip.count552.i = zext nneg i32 %464 to i64
+  %wide.trip.count565.i = zext nneg i32 %464 to i64
   br label %for_begin_ti.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.preheader.i
-  %indvars.iv549.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next550.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv549.i, 6
+  %indvars.iv562.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next563.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv562.i, 6
   %521 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
   %522 = load i64, ptr %521, align 8, !tbaa !5
   %523 = getelementptr inbounds i32, ptr %key_cache, i64 %522
   %524 = load <16 x i32>, ptr %523, align 4, !tbaa !5
   %525 = shl <16 x i32> %524, splat (i32 16)
-  %.idx65 = shl nsw i64 %indvars.iv549.i, 12
+  %.idx65 = shl nsw i64 %indvars.iv562.i, 12
   %526 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx65
   store <16 x i32> %525, ptr %526, align 4, !tbaa !5
   %527 = load i64, ptr %521, align 8, !tbaa !5
@@ -1671,19 +1671,19 @@ for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.prehea
   %895 = and <16 x i32> %894, %107
   %896 = getelementptr inbounds nuw i8, ptr %526, i64 4032
   store <16 x i32> %895, ptr %896, align 4, !tbaa !5
-  %indvars.iv.next550.i = add nuw nsw i64 %indvars.iv549.i, 1
-  %exitcond553.not.i = icmp eq i64 %indvars.iv.next550.i, %wide.trip.count552.i
-  br i1 %exitcond553.not.i, label %for_begin_ti56.preheader.i, label %for_begin_ti.preheader.i, !prof !13
+  %indvars.iv.next563.i = add nuw nsw i64 %indvars.iv562.i, 1
+  %exitcond566.not.i = icmp eq i64 %indvars.iv.next563.i, %wide.trip.count565.i
+  br i1 %exitcond566.not.i, label %for_begin_ti56.preheader.i, label %for_begin_ti.preheader.i, !prof !13
 
 for_begin_ti56.preheader.i:                       ; preds = %for_begin_ti56.preheader.i, %for_begin_ti.preheader.i
-  %indvars.iv558.i = phi i64 [ %indvars.iv.next559.i, %for_begin_ti56.preheader.i ], [ 0, %for_begin_ti.preheader.i ]
-  %.idx66 = shl nsw i64 %indvars.iv558.i, 6
+  %indvars.iv571.i = phi i64 [ %indvars.iv.next572.i, %for_begin_ti56.preheader.i ], [ 0, %for_begin_ti.preheader.i ]
+  %.idx66 = shl nsw i64 %indvars.iv571.i, 6
   %897 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx66
   %898 = load i64, ptr %897, align 8, !tbaa !5
   %899 = getelementptr inbounds i32, ptr %value_cache, i64 %898
   %900 = load <16 x i32>, ptr %899, align 4, !tbaa !5
   %901 = shl <16 x i32> %900, splat (i32 16)
-  %.idx67 = shl nsw i64 %indvars.iv558.i, 12
+  %.idx67 = shl nsw i64 %indvars.iv571.i, 12
   %902 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx67
   store <16 x i32> %901, ptr %902, align 4, !tbaa !5
   %903 = load i64, ptr %897, align 8, !tbaa !5
@@ -2119,9 +2119,9 @@ for_begin_ti56.preheader.i:                       ; preds = %for_begin_ti56.preh
   %1271 = and <16 x i32> %1270, %107
   %1272 = getelementptr inbounds nuw i8, ptr %902, i64 4032
   store <16 x i32> %1271, ptr %1272, align 4, !tbaa !5
-  %indvars.iv.next559.i = add nuw nsw i64 %indvars.iv558.i, 1
-  %exitcond562.not.i = icmp eq i64 %indvars.iv.next559.i, %wide.trip.count552.i
-  br i1 %exitcond562.not.i, label %for_end_to53.i, label %for_begin_ti56.preheader.i, !prof !13
+  %indvars.iv.next572.i = add nuw nsw i64 %indvars.iv571.i, 1
+  %exitcond575.not.i = icmp eq i64 %indvars.iv.next572.i, %wide.trip.count565.i
+  br i1 %exitcond575.not.i, label %for_end_to53.i, label %for_begin_ti56.preheader.i, !prof !13
 
 for_end_to53.i:                                   ; preds = %for_begin_ti56.preheader.i, %for_begin_to.preheader.i
   %1273 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -2140,13 +2140,13 @@ for_begin_to67.preheader.i:                       ; preds = %if_end62.i
 
 for_begin_line.preheader.lr.ph.i:                 ; preds = %for_begin_to67.preheader.i
   %1277 = select i1 %466, i64 128, i64 0
-  %wide.trip.count580.i = zext nneg i32 %464 to i64
+  %wide.trip.count593.i = zext nneg i32 %464 to i64
   %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1277
   br label %for_begin_line.preheader.i
 
 for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %for_begin_line.preheader.lr.ph.i
-  %indvars.iv577.i = phi i64 [ 0, %for_begin_line.preheader.lr.ph.i ], [ %indvars.iv.next578.i, %for_end_d_1.3.i ]
-  %.idx68 = shl nsw i64 %indvars.iv577.i, 6
+  %indvars.iv590.i = phi i64 [ 0, %for_begin_line.preheader.lr.ph.i ], [ %indvars.iv.next591.i, %for_end_d_1.3.i ]
+  %.idx68 = shl nsw i64 %indvars.iv590.i, 6
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx68
   %1278 = load i64, ptr %gep, align 8, !tbaa !5
   %1279 = getelementptr i32, ptr %key_cache, i64 %1278
@@ -2227,7 +2227,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %f
   tail call void @llvm.prefetch.p0(ptr readonly %1323, i32 0, i32 2, i32 1)
   %1324 = getelementptr i8, ptr %1321, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1324, i32 0, i32 2, i32 1)
-  %1325 = shl i64 %indvars.iv577.i, 10
+  %1325 = shl i64 %indvars.iv590.i, 10
   %1326 = and i64 %1325, 4294966272
   %1327 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1326
   br label %for_begin_d_2.preheader.i
@@ -2240,67 +2240,67 @@ for_end_to69.i:                                   ; preds = %for_end_d_1.3.i
 
 for_end_to69.thread.i:                            ; preds = %for_begin_to67.preheader.i
   %1330 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled790.i = tail call ptr %1330(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1331 = icmp eq ptr %scaled790.i, null
-  br i1 %1331, label %fused_decode_compute_.exit, label %for_begin_to105.preheader.i, !prof !8
+  %scaled806.i = tail call ptr %1330(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1331 = icmp eq ptr %scaled806.i, null
+  br i1 %1331, label %fused_decode_compute_.exit, label %for_begin_ti_1.preheader.i, !prof !8
 
 for_begin_to75.preheader.i:                       ; preds = %for_end_to69.i
   %1332 = sext i32 %462 to i64
   br label %for_begin_ti80.preheader.i
 
 for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_line.preheader.i
-  %indvars.iv568.i = phi i64 [ 0, %for_begin_line.preheader.i ], [ %indvars.iv.next569.i, %for_begin_d_2.preheader.i ]
-  %scores_global271.sroa.0.1386.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1381, %for_begin_d_2.preheader.i ]
-  %scores_global271.sroa.4.1385.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1386, %for_begin_d_2.preheader.i ]
-  %scores_global271.sroa.8.1384.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1391, %for_begin_d_2.preheader.i ]
-  %scores_global271.sroa.12.1383.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1396, %for_begin_d_2.preheader.i ]
-  %scores_global271.sroa.16.1382.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1401, %for_begin_d_2.preheader.i ]
-  %scores_global271.sroa.20.1381.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1406, %for_begin_d_2.preheader.i ]
-  %scores_global271.sroa.24.1380.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1411, %for_begin_d_2.preheader.i ]
-  %scores_global271.sroa.28.1379.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1416, %for_begin_d_2.preheader.i ]
-  %.idx69 = shl nuw nsw i64 %indvars.iv568.i, 7
+  %indvars.iv581.i = phi i64 [ 0, %for_begin_line.preheader.i ], [ %indvars.iv.next582.i, %for_begin_d_2.preheader.i ]
+  %scores_global267.sroa.0.1386.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1381, %for_begin_d_2.preheader.i ]
+  %scores_global267.sroa.4.1385.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1386, %for_begin_d_2.preheader.i ]
+  %scores_global267.sroa.8.1384.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1391, %for_begin_d_2.preheader.i ]
+  %scores_global267.sroa.12.1383.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1396, %for_begin_d_2.preheader.i ]
+  %scores_global267.sroa.16.1382.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1401, %for_begin_d_2.preheader.i ]
+  %scores_global267.sroa.20.1381.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1406, %for_begin_d_2.preheader.i ]
+  %scores_global267.sroa.24.1380.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1411, %for_begin_d_2.preheader.i ]
+  %scores_global267.sroa.28.1379.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1416, %for_begin_d_2.preheader.i ]
+  %.idx69 = shl nuw nsw i64 %indvars.iv581.i, 7
   %1333 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx69
   %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !5
-  %1335 = getelementptr inbounds nuw float, ptr %1327, i64 %indvars.iv568.i
+  %1335 = getelementptr inbounds nuw float, ptr %1327, i64 %indvars.iv581.i
   %1336 = load float, ptr %1335, align 4, !tbaa !5
   %1337 = insertelement <16 x float> poison, float %1336, i64 0
   %1338 = shufflevector <16 x float> %1337, <16 x float> poison, <16 x i32> zeroinitializer
-  %1339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1338, <16 x float> %scores_global271.sroa.0.1386.i)
+  %1339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1338, <16 x float> %scores_global267.sroa.0.1386.i)
   %1340 = getelementptr inbounds nuw i8, ptr %1335, i64 512
   %1341 = load float, ptr %1340, align 4, !tbaa !5
   %1342 = insertelement <16 x float> poison, float %1341, i64 0
   %1343 = shufflevector <16 x float> %1342, <16 x float> poison, <16 x i32> zeroinitializer
-  %1344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1343, <16 x float> %scores_global271.sroa.4.1385.i)
+  %1344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1343, <16 x float> %scores_global267.sroa.4.1385.i)
   %1345 = getelementptr inbounds nuw i8, ptr %1335, i64 1024
   %1346 = load float, ptr %1345, align 4, !tbaa !5
   %1347 = insertelement <16 x float> poison, float %1346, i64 0
   %1348 = shufflevector <16 x float> %1347, <16 x float> poison, <16 x i32> zeroinitializer
-  %1349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1348, <16 x float> %scores_global271.sroa.8.1384.i)
+  %1349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1348, <16 x float> %scores_global267.sroa.8.1384.i)
   %1350 = getelementptr inbounds nuw i8, ptr %1335, i64 1536
   %1351 = load float, ptr %1350, align 4, !tbaa !5
   %1352 = insertelement <16 x float> poison, float %1351, i64 0
   %1353 = shufflevector <16 x float> %1352, <16 x float> poison, <16 x i32> zeroinitializer
-  %1354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1353, <16 x float> %scores_global271.sroa.12.1383.i)
+  %1354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1353, <16 x float> %scores_global267.sroa.12.1383.i)
   %1355 = getelementptr inbounds nuw i8, ptr %1335, i64 2048
   %1356 = load float, ptr %1355, align 4, !tbaa !5
   %1357 = insertelement <16 x float> poison, float %1356, i64 0
   %1358 = shufflevector <16 x float> %1357, <16 x float> poison, <16 x i32> zeroinitializer
-  %1359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1358, <16 x float> %scores_global271.sroa.16.1382.i)
+  %1359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1358, <16 x float> %scores_global267.sroa.16.1382.i)
   %1360 = getelementptr inbounds nuw i8, ptr %1335, i64 2560
   %1361 = load float, ptr %1360, align 4, !tbaa !5
   %1362 = insertelement <16 x float> poison, float %1361, i64 0
   %1363 = shufflevector <16 x float> %1362, <16 x float> poison, <16 x i32> zeroinitializer
-  %1364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1363, <16 x float> %scores_global271.sroa.20.1381.i)
+  %1364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1363, <16 x float> %scores_global267.sroa.20.1381.i)
   %1365 = getelementptr inbounds nuw i8, ptr %1335, i64 3072
   %1366 = load float, ptr %1365, align 4, !tbaa !5
   %1367 = insertelement <16 x float> poison, float %1366, i64 0
   %1368 = shufflevector <16 x float> %1367, <16 x float> poison, <16 x i32> zeroinitializer
-  %1369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1368, <16 x float> %scores_global271.sroa.24.1380.i)
+  %1369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1368, <16 x float> %scores_global267.sroa.24.1380.i)
   %1370 = getelementptr inbounds nuw i8, ptr %1335, i64 3584
   %1371 = load float, ptr %1370, align 4, !tbaa !5
   %1372 = insertelement <16 x float> poison, float %1371, i64 0
   %1373 = shufflevector <16 x float> %1372, <16 x float> poison, <16 x i32> zeroinitializer
-  %1374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1373, <16 x float> %scores_global271.sroa.28.1379.i)
+  %1374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1373, <16 x float> %scores_global267.sroa.28.1379.i)
   %1375 = getelementptr inbounds nuw i8, ptr %1333, i64 64
   %1376 = load <16 x float>, ptr %1375, align 4, !tbaa !5
   %1377 = getelementptr inbounds nuw i8, ptr %1335, i64 64
@@ -2343,68 +2343,68 @@ for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.prehe
   %1414 = insertelement <16 x float> poison, float %1413, i64 0
   %1415 = shufflevector <16 x float> %1414, <16 x float> poison, <16 x i32> zeroinitializer
   %1416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1415, <16 x float> %1374)
-  %indvars.iv.next569.i = add nuw nsw i64 %indvars.iv568.i, 1
-  %exitcond572.not.i = icmp eq i64 %indvars.iv.next569.i, 16
-  br i1 %exitcond572.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
+  %indvars.iv.next582.i = add nuw nsw i64 %indvars.iv581.i, 1
+  %exitcond585.not.i = icmp eq i64 %indvars.iv.next582.i, 16
+  br i1 %exitcond585.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
   %1417 = getelementptr inbounds nuw i8, ptr %1327, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv568.1.i = phi i64 [ %indvars.iv.next569.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global271.sroa.0.1386.1.i = phi <16 x float> [ %1467, %for_begin_d_2.preheader.1.i ], [ %1381, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global271.sroa.4.1385.1.i = phi <16 x float> [ %1472, %for_begin_d_2.preheader.1.i ], [ %1386, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global271.sroa.8.1384.1.i = phi <16 x float> [ %1477, %for_begin_d_2.preheader.1.i ], [ %1391, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global271.sroa.12.1383.1.i = phi <16 x float> [ %1482, %for_begin_d_2.preheader.1.i ], [ %1396, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global271.sroa.16.1382.1.i = phi <16 x float> [ %1487, %for_begin_d_2.preheader.1.i ], [ %1401, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global271.sroa.20.1381.1.i = phi <16 x float> [ %1492, %for_begin_d_2.preheader.1.i ], [ %1406, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global271.sroa.24.1380.1.i = phi <16 x float> [ %1497, %for_begin_d_2.preheader.1.i ], [ %1411, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global271.sroa.28.1379.1.i = phi <16 x float> [ %1502, %for_begin_d_2.preheader.1.i ], [ %1416, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx70 = shl nuw nsw i64 %indvars.iv568.1.i, 7
+  %indvars.iv581.1.i = phi i64 [ %indvars.iv.next582.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global267.sroa.0.1386.1.i = phi <16 x float> [ %1467, %for_begin_d_2.preheader.1.i ], [ %1381, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global267.sroa.4.1385.1.i = phi <16 x float> [ %1472, %for_begin_d_2.preheader.1.i ], [ %1386, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global267.sroa.8.1384.1.i = phi <16 x float> [ %1477, %for_begin_d_2.preheader.1.i ], [ %1391, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global267.sroa.12.1383.1.i = phi <16 x float> [ %1482, %for_begin_d_2.preheader.1.i ], [ %1396, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global267.sroa.16.1382.1.i = phi <16 x float> [ %1487, %for_begin_d_2.preheader.1.i ], [ %1401, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global267.sroa.20.1381.1.i = phi <16 x float> [ %1492, %for_begin_d_2.preheader.1.i ], [ %1406, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global267.sroa.24.1380.1.i = phi <16 x float> [ %1497, %for_begin_d_2.preheader.1.i ], [ %1411, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global267.sroa.28.1379.1.i = phi <16 x float> [ %1502, %for_begin_d_2.preheader.1.i ], [ %1416, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx70 = shl nuw nsw i64 %indvars.iv581.1.i, 7
   %1418 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx70
   %1419 = getelementptr inbounds nuw i8, ptr %1418, i64 2048
   %1420 = load <16 x float>, ptr %1419, align 4, !tbaa !5
-  %1421 = getelementptr inbounds nuw float, ptr %1417, i64 %indvars.iv568.1.i
+  %1421 = getelementptr inbounds nuw float, ptr %1417, i64 %indvars.iv581.1.i
   %1422 = load float, ptr %1421, align 4, !tbaa !5
   %1423 = insertelement <16 x float> poison, float %1422, i64 0
   %1424 = shufflevector <16 x float> %1423, <16 x float> poison, <16 x i32> zeroinitializer
-  %1425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1424, <16 x float> %scores_global271.sroa.0.1386.1.i)
+  %1425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1424, <16 x float> %scores_global267.sroa.0.1386.1.i)
   %1426 = getelementptr inbounds nuw i8, ptr %1421, i64 512
   %1427 = load float, ptr %1426, align 4, !tbaa !5
   %1428 = insertelement <16 x float> poison, float %1427, i64 0
   %1429 = shufflevector <16 x float> %1428, <16 x float> poison, <16 x i32> zeroinitializer
-  %1430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1429, <16 x float> %scores_global271.sroa.4.1385.1.i)
+  %1430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1429, <16 x float> %scores_global267.sroa.4.1385.1.i)
   %1431 = getelementptr inbounds nuw i8, ptr %1421, i64 1024
   %1432 = load float, ptr %1431, align 4, !tbaa !5
   %1433 = insertelement <16 x float> poison, float %1432, i64 0
   %1434 = shufflevector <16 x float> %1433, <16 x float> poison, <16 x i32> zeroinitializer
-  %1435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1434, <16 x float> %scores_global271.sroa.8.1384.1.i)
+  %1435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1434, <16 x float> %scores_global267.sroa.8.1384.1.i)
   %1436 = getelementptr inbounds nuw i8, ptr %1421, i64 1536
   %1437 = load float, ptr %1436, align 4, !tbaa !5
   %1438 = insertelement <16 x float> poison, float %1437, i64 0
   %1439 = shufflevector <16 x float> %1438, <16 x float> poison, <16 x i32> zeroinitializer
-  %1440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1439, <16 x float> %scores_global271.sroa.12.1383.1.i)
+  %1440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1439, <16 x float> %scores_global267.sroa.12.1383.1.i)
   %1441 = getelementptr inbounds nuw i8, ptr %1421, i64 2048
   %1442 = load float, ptr %1441, align 4, !tbaa !5
   %1443 = insertelement <16 x float> poison, float %1442, i64 0
   %1444 = shufflevector <16 x float> %1443, <16 x float> poison, <16 x i32> zeroinitializer
-  %1445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1444, <16 x float> %scores_global271.sroa.16.1382.1.i)
+  %1445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1444, <16 x float> %scores_global267.sroa.16.1382.1.i)
   %1446 = getelementptr inbounds nuw i8, ptr %1421, i64 2560
   %1447 = load float, ptr %1446, align 4, !tbaa !5
   %1448 = insertelement <16 x float> poison, float %1447, i64 0
   %1449 = shufflevector <16 x float> %1448, <16 x float> poison, <16 x i32> zeroinitializer
-  %1450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1449, <16 x float> %scores_global271.sroa.20.1381.1.i)
+  %1450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1449, <16 x float> %scores_global267.sroa.20.1381.1.i)
   %1451 = getelementptr inbounds nuw i8, ptr %1421, i64 3072
   %1452 = load float, ptr %1451, align 4, !tbaa !5
   %1453 = insertelement <16 x float> poison, float %1452, i64 0
   %1454 = shufflevector <16 x float> %1453, <16 x float> poison, <16 x i32> zeroinitializer
-  %1455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1454, <16 x float> %scores_global271.sroa.24.1380.1.i)
+  %1455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1454, <16 x float> %scores_global267.sroa.24.1380.1.i)
   %1456 = getelementptr inbounds nuw i8, ptr %1421, i64 3584
   %1457 = load float, ptr %1456, align 4, !tbaa !5
   %1458 = insertelement <16 x float> poison, float %1457, i64 0
   %1459 = shufflevector <16 x float> %1458, <16 x float> poison, <16 x i32> zeroinitializer
-  %1460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1459, <16 x float> %scores_global271.sroa.28.1379.1.i)
+  %1460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1459, <16 x float> %scores_global267.sroa.28.1379.1.i)
   %1461 = getelementptr inbounds nuw i8, ptr %1418, i64 2112
   %1462 = load <16 x float>, ptr %1461, align 4, !tbaa !5
   %1463 = getelementptr inbounds nuw i8, ptr %1421, i64 64
@@ -2447,68 +2447,68 @@ for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.prehe
   %1500 = insertelement <16 x float> poison, float %1499, i64 0
   %1501 = shufflevector <16 x float> %1500, <16 x float> poison, <16 x i32> zeroinitializer
   %1502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1501, <16 x float> %1460)
-  %indvars.iv.next569.1.i = add nuw nsw i64 %indvars.iv568.1.i, 1
-  %exitcond572.1.not.i = icmp eq i64 %indvars.iv.next569.1.i, 16
-  br i1 %exitcond572.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
+  %indvars.iv.next582.1.i = add nuw nsw i64 %indvars.iv581.1.i, 1
+  %exitcond585.1.not.i = icmp eq i64 %indvars.iv.next582.1.i, 16
+  br i1 %exitcond585.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
   %1503 = getelementptr inbounds nuw i8, ptr %1327, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv568.2.i = phi i64 [ %indvars.iv.next569.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global271.sroa.0.1386.2.i = phi <16 x float> [ %1553, %for_begin_d_2.preheader.2.i ], [ %1467, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global271.sroa.4.1385.2.i = phi <16 x float> [ %1558, %for_begin_d_2.preheader.2.i ], [ %1472, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global271.sroa.8.1384.2.i = phi <16 x float> [ %1563, %for_begin_d_2.preheader.2.i ], [ %1477, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global271.sroa.12.1383.2.i = phi <16 x float> [ %1568, %for_begin_d_2.preheader.2.i ], [ %1482, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global271.sroa.16.1382.2.i = phi <16 x float> [ %1573, %for_begin_d_2.preheader.2.i ], [ %1487, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global271.sroa.20.1381.2.i = phi <16 x float> [ %1578, %for_begin_d_2.preheader.2.i ], [ %1492, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global271.sroa.24.1380.2.i = phi <16 x float> [ %1583, %for_begin_d_2.preheader.2.i ], [ %1497, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global271.sroa.28.1379.2.i = phi <16 x float> [ %1588, %for_begin_d_2.preheader.2.i ], [ %1502, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx71 = shl nuw nsw i64 %indvars.iv568.2.i, 7
+  %indvars.iv581.2.i = phi i64 [ %indvars.iv.next582.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global267.sroa.0.1386.2.i = phi <16 x float> [ %1553, %for_begin_d_2.preheader.2.i ], [ %1467, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global267.sroa.4.1385.2.i = phi <16 x float> [ %1558, %for_begin_d_2.preheader.2.i ], [ %1472, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global267.sroa.8.1384.2.i = phi <16 x float> [ %1563, %for_begin_d_2.preheader.2.i ], [ %1477, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global267.sroa.12.1383.2.i = phi <16 x float> [ %1568, %for_begin_d_2.preheader.2.i ], [ %1482, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global267.sroa.16.1382.2.i = phi <16 x float> [ %1573, %for_begin_d_2.preheader.2.i ], [ %1487, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global267.sroa.20.1381.2.i = phi <16 x float> [ %1578, %for_begin_d_2.preheader.2.i ], [ %1492, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global267.sroa.24.1380.2.i = phi <16 x float> [ %1583, %for_begin_d_2.preheader.2.i ], [ %1497, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global267.sroa.28.1379.2.i = phi <16 x float> [ %1588, %for_begin_d_2.preheader.2.i ], [ %1502, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx71 = shl nuw nsw i64 %indvars.iv581.2.i, 7
   %1504 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx71
   %1505 = getelementptr inbounds nuw i8, ptr %1504, i64 4096
   %1506 = load <16 x float>, ptr %1505, align 4, !tbaa !5
-  %1507 = getelementptr inbounds nuw float, ptr %1503, i64 %indvars.iv568.2.i
+  %1507 = getelementptr inbounds nuw float, ptr %1503, i64 %indvars.iv581.2.i
   %1508 = load float, ptr %1507, align 4, !tbaa !5
   %1509 = insertelement <16 x float> poison, float %1508, i64 0
   %1510 = shufflevector <16 x float> %1509, <16 x float> poison, <16 x i32> zeroinitializer
-  %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1510, <16 x float> %scores_global271.sroa.0.1386.2.i)
+  %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1510, <16 x float> %scores_global267.sroa.0.1386.2.i)
   %1512 = getelementptr inbounds nuw i8, ptr %1507, i64 512
   %1513 = load float, ptr %1512, align 4, !tbaa !5
   %1514 = insertelement <16 x float> poison, float %1513, i64 0
   %1515 = shufflevector <16 x float> %1514, <16 x float> poison, <16 x i32> zeroinitializer
-  %1516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1515, <16 x float> %scores_global271.sroa.4.1385.2.i)
+  %1516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1515, <16 x float> %scores_global267.sroa.4.1385.2.i)
   %1517 = getelementptr inbounds nuw i8, ptr %1507, i64 1024
   %1518 = load float, ptr %1517, align 4, !tbaa !5
   %1519 = insertelement <16 x float> poison, float %1518, i64 0
   %1520 = shufflevector <16 x float> %1519, <16 x float> poison, <16 x i32> zeroinitializer
-  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1520, <16 x float> %scores_global271.sroa.8.1384.2.i)
+  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1520, <16 x float> %scores_global267.sroa.8.1384.2.i)
   %1522 = getelementptr inbounds nuw i8, ptr %1507, i64 1536
   %1523 = load float, ptr %1522, align 4, !tbaa !5
   %1524 = insertelement <16 x float> poison, float %1523, i64 0
   %1525 = shufflevector <16 x float> %1524, <16 x float> poison, <16 x i32> zeroinitializer
-  %1526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1525, <16 x float> %scores_global271.sroa.12.1383.2.i)
+  %1526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1525, <16 x float> %scores_global267.sroa.12.1383.2.i)
   %1527 = getelementptr inbounds nuw i8, ptr %1507, i64 2048
   %1528 = load float, ptr %1527, align 4, !tbaa !5
   %1529 = insertelement <16 x float> poison, float %1528, i64 0
   %1530 = shufflevector <16 x float> %1529, <16 x float> poison, <16 x i32> zeroinitializer
-  %1531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1530, <16 x float> %scores_global271.sroa.16.1382.2.i)
+  %1531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1530, <16 x float> %scores_global267.sroa.16.1382.2.i)
   %1532 = getelementptr inbounds nuw i8, ptr %1507, i64 2560
   %1533 = load float, ptr %1532, align 4, !tbaa !5
   %1534 = insertelement <16 x float> poison, float %1533, i64 0
   %1535 = shufflevector <16 x float> %1534, <16 x float> poison, <16 x i32> zeroinitializer
-  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1535, <16 x float> %scores_global271.sroa.20.1381.2.i)
+  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1535, <16 x float> %scores_global267.sroa.20.1381.2.i)
   %1537 = getelementptr inbounds nuw i8, ptr %1507, i64 3072
   %1538 = load float, ptr %1537, align 4, !tbaa !5
   %1539 = insertelement <16 x float> poison, float %1538, i64 0
   %1540 = shufflevector <16 x float> %1539, <16 x float> poison, <16 x i32> zeroinitializer
-  %1541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1540, <16 x float> %scores_global271.sroa.24.1380.2.i)
+  %1541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1540, <16 x float> %scores_global267.sroa.24.1380.2.i)
   %1542 = getelementptr inbounds nuw i8, ptr %1507, i64 3584
   %1543 = load float, ptr %1542, align 4, !tbaa !5
   %1544 = insertelement <16 x float> poison, float %1543, i64 0
   %1545 = shufflevector <16 x float> %1544, <16 x float> poison, <16 x i32> zeroinitializer
-  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1545, <16 x float> %scores_global271.sroa.28.1379.2.i)
+  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1545, <16 x float> %scores_global267.sroa.28.1379.2.i)
   %1547 = getelementptr inbounds nuw i8, ptr %1504, i64 4160
   %1548 = load <16 x float>, ptr %1547, align 4, !tbaa !5
   %1549 = getelementptr inbounds nuw i8, ptr %1507, i64 64
@@ -2551,68 +2551,68 @@ for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.prehe
   %1586 = insertelement <16 x float> poison, float %1585, i64 0
   %1587 = shufflevector <16 x float> %1586, <16 x float> poison, <16 x i32> zeroinitializer
   %1588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1587, <16 x float> %1546)
-  %indvars.iv.next569.2.i = add nuw nsw i64 %indvars.iv568.2.i, 1
-  %exitcond572.2.not.i = icmp eq i64 %indvars.iv.next569.2.i, 16
-  br i1 %exitcond572.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
+  %indvars.iv.next582.2.i = add nuw nsw i64 %indvars.iv581.2.i, 1
+  %exitcond585.2.not.i = icmp eq i64 %indvars.iv.next582.2.i, 16
+  br i1 %exitcond585.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
   %1589 = getelementptr inbounds nuw i8, ptr %1327, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv568.3.i = phi i64 [ %indvars.iv.next569.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global271.sroa.0.1386.3.i = phi <16 x float> [ %1639, %for_begin_d_2.preheader.3.i ], [ %1553, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global271.sroa.4.1385.3.i = phi <16 x float> [ %1644, %for_begin_d_2.preheader.3.i ], [ %1558, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global271.sroa.8.1384.3.i = phi <16 x float> [ %1649, %for_begin_d_2.preheader.3.i ], [ %1563, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global271.sroa.12.1383.3.i = phi <16 x float> [ %1654, %for_begin_d_2.preheader.3.i ], [ %1568, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global271.sroa.16.1382.3.i = phi <16 x float> [ %1659, %for_begin_d_2.preheader.3.i ], [ %1573, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global271.sroa.20.1381.3.i = phi <16 x float> [ %1664, %for_begin_d_2.preheader.3.i ], [ %1578, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global271.sroa.24.1380.3.i = phi <16 x float> [ %1669, %for_begin_d_2.preheader.3.i ], [ %1583, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global271.sroa.28.1379.3.i = phi <16 x float> [ %1674, %for_begin_d_2.preheader.3.i ], [ %1588, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx72 = shl nuw nsw i64 %indvars.iv568.3.i, 7
+  %indvars.iv581.3.i = phi i64 [ %indvars.iv.next582.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global267.sroa.0.1386.3.i = phi <16 x float> [ %1639, %for_begin_d_2.preheader.3.i ], [ %1553, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global267.sroa.4.1385.3.i = phi <16 x float> [ %1644, %for_begin_d_2.preheader.3.i ], [ %1558, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global267.sroa.8.1384.3.i = phi <16 x float> [ %1649, %for_begin_d_2.preheader.3.i ], [ %1563, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global267.sroa.12.1383.3.i = phi <16 x float> [ %1654, %for_begin_d_2.preheader.3.i ], [ %1568, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global267.sroa.16.1382.3.i = phi <16 x float> [ %1659, %for_begin_d_2.preheader.3.i ], [ %1573, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global267.sroa.20.1381.3.i = phi <16 x float> [ %1664, %for_begin_d_2.preheader.3.i ], [ %1578, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global267.sroa.24.1380.3.i = phi <16 x float> [ %1669, %for_begin_d_2.preheader.3.i ], [ %1583, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global267.sroa.28.1379.3.i = phi <16 x float> [ %1674, %for_begin_d_2.preheader.3.i ], [ %1588, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx72 = shl nuw nsw i64 %indvars.iv581.3.i, 7
   %1590 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx72
   %1591 = getelementptr inbounds nuw i8, ptr %1590, i64 6144
   %1592 = load <16 x float>, ptr %1591, align 4, !tbaa !5
-  %1593 = getelementptr inbounds nuw float, ptr %1589, i64 %indvars.iv568.3.i
+  %1593 = getelementptr inbounds nuw float, ptr %1589, i64 %indvars.iv581.3.i
   %1594 = load float, ptr %1593, align 4, !tbaa !5
   %1595 = insertelement <16 x float> poison, float %1594, i64 0
   %1596 = shufflevector <16 x float> %1595, <16 x float> poison, <16 x i32> zeroinitializer
-  %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1596, <16 x float> %scores_global271.sroa.0.1386.3.i)
+  %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1596, <16 x float> %scores_global267.sroa.0.1386.3.i)
   %1598 = getelementptr inbounds nuw i8, ptr %1593, i64 512
   %1599 = load float, ptr %1598, align 4, !tbaa !5
   %1600 = insertelement <16 x float> poison, float %1599, i64 0
   %1601 = shufflevector <16 x float> %1600, <16 x float> poison, <16 x i32> zeroinitializer
-  %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1601, <16 x float> %scores_global271.sroa.4.1385.3.i)
+  %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1601, <16 x float> %scores_global267.sroa.4.1385.3.i)
   %1603 = getelementptr inbounds nuw i8, ptr %1593, i64 1024
   %1604 = load float, ptr %1603, align 4, !tbaa !5
   %1605 = insertelement <16 x float> poison, float %1604, i64 0
   %1606 = shufflevector <16 x float> %1605, <16 x float> poison, <16 x i32> zeroinitializer
-  %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1606, <16 x float> %scores_global271.sroa.8.1384.3.i)
+  %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1606, <16 x float> %scores_global267.sroa.8.1384.3.i)
   %1608 = getelementptr inbounds nuw i8, ptr %1593, i64 1536
   %1609 = load float, ptr %1608, align 4, !tbaa !5
   %1610 = insertelement <16 x float> poison, float %1609, i64 0
   %1611 = shufflevector <16 x float> %1610, <16 x float> poison, <16 x i32> zeroinitializer
-  %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1611, <16 x float> %scores_global271.sroa.12.1383.3.i)
+  %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1611, <16 x float> %scores_global267.sroa.12.1383.3.i)
   %1613 = getelementptr inbounds nuw i8, ptr %1593, i64 2048
   %1614 = load float, ptr %1613, align 4, !tbaa !5
   %1615 = insertelement <16 x float> poison, float %1614, i64 0
   %1616 = shufflevector <16 x float> %1615, <16 x float> poison, <16 x i32> zeroinitializer
-  %1617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1616, <16 x float> %scores_global271.sroa.16.1382.3.i)
+  %1617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1616, <16 x float> %scores_global267.sroa.16.1382.3.i)
   %1618 = getelementptr inbounds nuw i8, ptr %1593, i64 2560
   %1619 = load float, ptr %1618, align 4, !tbaa !5
   %1620 = insertelement <16 x float> poison, float %1619, i64 0
   %1621 = shufflevector <16 x float> %1620, <16 x float> poison, <16 x i32> zeroinitializer
-  %1622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1621, <16 x float> %scores_global271.sroa.20.1381.3.i)
+  %1622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1621, <16 x float> %scores_global267.sroa.20.1381.3.i)
   %1623 = getelementptr inbounds nuw i8, ptr %1593, i64 3072
   %1624 = load float, ptr %1623, align 4, !tbaa !5
   %1625 = insertelement <16 x float> poison, float %1624, i64 0
   %1626 = shufflevector <16 x float> %1625, <16 x float> poison, <16 x i32> zeroinitializer
-  %1627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1626, <16 x float> %scores_global271.sroa.24.1380.3.i)
+  %1627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1626, <16 x float> %scores_global267.sroa.24.1380.3.i)
   %1628 = getelementptr inbounds nuw i8, ptr %1593, i64 3584
   %1629 = load float, ptr %1628, align 4, !tbaa !5
   %1630 = insertelement <16 x float> poison, float %1629, i64 0
   %1631 = shufflevector <16 x float> %1630, <16 x float> poison, <16 x i32> zeroinitializer
-  %1632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1631, <16 x float> %scores_global271.sroa.28.1379.3.i)
+  %1632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1631, <16 x float> %scores_global267.sroa.28.1379.3.i)
   %1633 = getelementptr inbounds nuw i8, ptr %1590, i64 6208
   %1634 = load <16 x float>, ptr %1633, align 4, !tbaa !5
   %1635 = getelementptr inbounds nuw i8, ptr %1593, i64 64
@@ -2655,13 +2655,13 @@ for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.prehe
   %1672 = insertelement <16 x float> poison, float %1671, i64 0
   %1673 = shufflevector <16 x float> %1672, <16 x float> poison, <16 x i32> zeroinitializer
   %1674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1673, <16 x float> %1632)
-  %indvars.iv.next569.3.i = add nuw nsw i64 %indvars.iv568.3.i, 1
-  %exitcond572.3.not.i = icmp eq i64 %indvars.iv.next569.3.i, 16
-  br i1 %exitcond572.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
+  %indvars.iv.next582.3.i = add nuw nsw i64 %indvars.iv581.3.i, 1
+  %exitcond585.3.not.i = icmp eq i64 %indvars.iv.next582.3.i, 16
+  br i1 %exitcond585.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx786.i = shl nsw i64 %indvars.iv577.i, 9
-  %1675 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx786.i
+  %.idx802.i = shl nsw i64 %indvars.iv590.i, 9
+  %1675 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx802.i
   store <16 x float> %1639, ptr %1675, align 4, !tbaa !5
   %1676 = getelementptr inbounds nuw i8, ptr %1675, i64 64
   store <16 x float> %1644, ptr %1676, align 4, !tbaa !5
@@ -2677,14 +2677,14 @@ for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.prehe
   store <16 x float> %1669, ptr %1681, align 4, !tbaa !5
   %1682 = getelementptr inbounds nuw i8, ptr %1675, i64 448
   store <16 x float> %1674, ptr %1682, align 4, !tbaa !5
-  %indvars.iv.next578.i = add nuw nsw i64 %indvars.iv577.i, 1
-  %exitcond581.not.i = icmp eq i64 %indvars.iv.next578.i, %wide.trip.count580.i
-  br i1 %exitcond581.not.i, label %for_end_to69.i, label %for_begin_line.preheader.i, !prof !13
+  %indvars.iv.next591.i = add nuw nsw i64 %indvars.iv590.i, 1
+  %exitcond594.not.i = icmp eq i64 %indvars.iv.next591.i, %wide.trip.count593.i
+  br i1 %exitcond594.not.i, label %for_end_to69.i, label %for_begin_line.preheader.i, !prof !13
 
 for_begin_ti80.preheader.i:                       ; preds = %for_begin_ti80.preheader.i, %for_begin_to75.preheader.i
-  %indvars.iv586.i = phi i64 [ 0, %for_begin_to75.preheader.i ], [ %indvars.iv.next587.i, %for_begin_ti80.preheader.i ]
-  %1683 = shl nsw i64 %indvars.iv586.i, 7
-  %1684 = shl nsw i64 %indvars.iv586.i, 3
+  %indvars.iv599.i = phi i64 [ 0, %for_begin_to75.preheader.i ], [ %indvars.iv.next600.i, %for_begin_ti80.preheader.i ]
+  %1683 = shl nsw i64 %indvars.iv599.i, 7
+  %1684 = shl nsw i64 %indvars.iv599.i, 3
   %1685 = sub nsw i64 %1332, %1684
   %1686 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1683
   %1687 = load <16 x float>, ptr %1686, align 4, !tbaa !5
@@ -2765,4045 +2765,4056 @@ for_begin_ti80.preheader.i:                       ; preds = %for_begin_ti80.preh
   %1755 = select <16 x i1> %1754, <16 x float> %1751, <16 x float> splat (float 0xFFF0000000000000)
   %1756 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1748
   store <16 x float> %1755, ptr %1756, align 4, !tbaa !5
-  %indvars.iv.next587.i = add nuw nsw i64 %indvars.iv586.i, 1
-  %exitcond590.not.i = icmp eq i64 %indvars.iv.next587.i, %wide.trip.count580.i
-  br i1 %exitcond590.not.i, label %for_begin_ti90.preheader.i, label %for_begin_ti80.preheader.i, !prof !13
+  %indvars.iv.next600.i = add nuw nsw i64 %indvars.iv599.i, 1
+  %exitcond603.not.i = icmp eq i64 %indvars.iv.next600.i, %wide.trip.count593.i
+  br i1 %exitcond603.not.i, label %for_begin_ti_0.preheader.i, label %for_begin_ti80.preheader.i, !prof !13
 
-for_begin_ti90.preheader.i:                       ; preds = %for_begin_ti90.preheader.i, %for_begin_ti80.preheader.i
-  %indvars.iv595.i = phi i64 [ %indvars.iv.next596.i, %for_begin_ti90.preheader.i ], [ 0, %for_begin_ti80.preheader.i ]
-  %peak268.sroa.0.0402.i = phi <16 x float> [ %1788, %for_begin_ti90.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti80.preheader.i ]
-  %.idx73 = shl nsw i64 %indvars.iv595.i, 9
-  %1757 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx73
-  %1758 = load <16 x float>, ptr %1757, align 4, !tbaa !5
-  %1759 = fcmp ogt <16 x float> %peak268.sroa.0.0402.i, %1758
-  %1760 = select <16 x i1> %1759, <16 x float> %peak268.sroa.0.0402.i, <16 x float> %1758
-  %1761 = getelementptr inbounds nuw i8, ptr %1757, i64 64
-  %1762 = load <16 x float>, ptr %1761, align 4, !tbaa !5
-  %1763 = fcmp ogt <16 x float> %1760, %1762
-  %1764 = select <16 x i1> %1763, <16 x float> %1760, <16 x float> %1762
-  %1765 = getelementptr inbounds nuw i8, ptr %1757, i64 128
-  %1766 = load <16 x float>, ptr %1765, align 4, !tbaa !5
-  %1767 = fcmp ogt <16 x float> %1764, %1766
-  %1768 = select <16 x i1> %1767, <16 x float> %1764, <16 x float> %1766
-  %1769 = getelementptr inbounds nuw i8, ptr %1757, i64 192
-  %1770 = load <16 x float>, ptr %1769, align 4, !tbaa !5
-  %1771 = fcmp ogt <16 x float> %1768, %1770
-  %1772 = select <16 x i1> %1771, <16 x float> %1768, <16 x float> %1770
-  %1773 = getelementptr inbounds nuw i8, ptr %1757, i64 256
+for_begin_ti_1.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_end_to69.thread.i
+  %scaled807809811.i = phi ptr [ %scaled806.i, %for_end_to69.thread.i ], [ %scaled.i, %for_begin_ti_0.preheader.i ]
+  %.lcssa403410.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to69.thread.i ], [ %1804, %for_begin_ti_0.preheader.i ]
+  %.lcssa402408.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to69.thread.i ], [ %1800, %for_begin_ti_0.preheader.i ]
+  %.lcssa401406.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to69.thread.i ], [ %1796, %for_begin_ti_0.preheader.i ]
+  %.lcssa400405.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to69.thread.i ], [ %1792, %for_begin_ti_0.preheader.i ]
+  %1757 = fcmp olt <16 x float> %.lcssa400405.lcssa.i, splat (float 0xC7EFFFFFE0000000)
+  %1758 = select <16 x i1> %1757, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.lcssa400405.lcssa.i
+  %1759 = fcmp ogt <16 x float> %1758, %.lcssa401406.lcssa.i
+  %1760 = select <16 x i1> %1759, <16 x float> %1758, <16 x float> %.lcssa401406.lcssa.i
+  %1761 = fcmp ogt <16 x float> %1760, %.lcssa402408.lcssa.i
+  %1762 = select <16 x i1> %1761, <16 x float> %1760, <16 x float> %.lcssa402408.lcssa.i
+  %1763 = fcmp ogt <16 x float> %1762, %.lcssa403410.lcssa.i
+  %1764 = select <16 x i1> %1763, <16 x float> %1762, <16 x float> %.lcssa403410.lcssa.i
+  %1765 = icmp sgt i64 %460, 0
+  %1766 = insertelement <16 x i1> poison, i1 %1765, i64 0
+  %1767 = shufflevector <16 x i1> %1766, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1768 = select <16 x i1> %1767, <16 x float> %1764, <16 x float> splat (float 0xC6293E5940000000)
+  br i1 %520, label %for_begin_ti95.preheader.preheader.i, label %for_end_to102.i, !prof !3
+
+for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_begin_ti80.preheader.i
+  %indvars.iv607.i = phi i64 [ %indvars.iv.next608.i, %for_begin_ti_0.preheader.i ], [ 0, %for_begin_ti80.preheader.i ]
+  %1769 = phi <16 x float> [ %1792, %for_begin_ti_0.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti80.preheader.i ]
+  %1770 = phi <16 x float> [ %1796, %for_begin_ti_0.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti80.preheader.i ]
+  %1771 = phi <16 x float> [ %1800, %for_begin_ti_0.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti80.preheader.i ]
+  %1772 = phi <16 x float> [ %1804, %for_begin_ti_0.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti80.preheader.i ]
+  %.idx73 = shl nsw i64 %indvars.iv607.i, 9
+  %1773 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx73
   %1774 = load <16 x float>, ptr %1773, align 4, !tbaa !5
-  %1775 = fcmp ogt <16 x float> %1772, %1774
-  %1776 = select <16 x i1> %1775, <16 x float> %1772, <16 x float> %1774
-  %1777 = getelementptr inbounds nuw i8, ptr %1757, i64 320
+  %1775 = fcmp ogt <16 x float> %1769, %1774
+  %1776 = select <16 x i1> %1775, <16 x float> %1769, <16 x float> %1774
+  %1777 = getelementptr inbounds nuw i8, ptr %1773, i64 64
   %1778 = load <16 x float>, ptr %1777, align 4, !tbaa !5
-  %1779 = fcmp ogt <16 x float> %1776, %1778
-  %1780 = select <16 x i1> %1779, <16 x float> %1776, <16 x float> %1778
-  %1781 = getelementptr inbounds nuw i8, ptr %1757, i64 384
+  %1779 = fcmp ogt <16 x float> %1770, %1778
+  %1780 = select <16 x i1> %1779, <16 x float> %1770, <16 x float> %1778
+  %1781 = getelementptr inbounds nuw i8, ptr %1773, i64 128
   %1782 = load <16 x float>, ptr %1781, align 4, !tbaa !5
-  %1783 = fcmp ogt <16 x float> %1780, %1782
-  %1784 = select <16 x i1> %1783, <16 x float> %1780, <16 x float> %1782
-  %1785 = getelementptr inbounds nuw i8, ptr %1757, i64 448
+  %1783 = fcmp ogt <16 x float> %1771, %1782
+  %1784 = select <16 x i1> %1783, <16 x float> %1771, <16 x float> %1782
+  %1785 = getelementptr inbounds nuw i8, ptr %1773, i64 192
   %1786 = load <16 x float>, ptr %1785, align 4, !tbaa !5
-  %1787 = fcmp ogt <16 x float> %1784, %1786
-  %1788 = select <16 x i1> %1787, <16 x float> %1784, <16 x float> %1786
-  %indvars.iv.next596.i = add nuw nsw i64 %indvars.iv595.i, 1
-  %exitcond599.not.i = icmp eq i64 %indvars.iv.next596.i, %wide.trip.count580.i
-  br i1 %exitcond599.not.i, label %for_begin_ti100.preheader.preheader.i, label %for_begin_ti90.preheader.i, !prof !13
+  %1787 = fcmp ogt <16 x float> %1772, %1786
+  %1788 = select <16 x i1> %1787, <16 x float> %1772, <16 x float> %1786
+  %1789 = getelementptr inbounds nuw i8, ptr %1773, i64 256
+  %1790 = load <16 x float>, ptr %1789, align 4, !tbaa !5
+  %1791 = fcmp ogt <16 x float> %1776, %1790
+  %1792 = select <16 x i1> %1791, <16 x float> %1776, <16 x float> %1790
+  %1793 = getelementptr inbounds nuw i8, ptr %1773, i64 320
+  %1794 = load <16 x float>, ptr %1793, align 4, !tbaa !5
+  %1795 = fcmp ogt <16 x float> %1780, %1794
+  %1796 = select <16 x i1> %1795, <16 x float> %1780, <16 x float> %1794
+  %1797 = getelementptr inbounds nuw i8, ptr %1773, i64 384
+  %1798 = load <16 x float>, ptr %1797, align 4, !tbaa !5
+  %1799 = fcmp ogt <16 x float> %1784, %1798
+  %1800 = select <16 x i1> %1799, <16 x float> %1784, <16 x float> %1798
+  %1801 = getelementptr inbounds nuw i8, ptr %1773, i64 448
+  %1802 = load <16 x float>, ptr %1801, align 4, !tbaa !5
+  %1803 = fcmp ogt <16 x float> %1788, %1802
+  %1804 = select <16 x i1> %1803, <16 x float> %1788, <16 x float> %1802
+  %indvars.iv.next608.i = add nuw nsw i64 %indvars.iv607.i, 1
+  %exitcond611.not.i = icmp eq i64 %indvars.iv.next608.i, %wide.trip.count593.i
+  br i1 %exitcond611.not.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti_0.preheader.i, !prof !13
 
-for_begin_ti100.preheader.preheader.i:            ; preds = %for_begin_ti90.preheader.i
-  %1789 = icmp sgt i64 %460, 0
-  %1790 = insertelement <16 x i1> poison, i1 %1789, i64 0
-  %1791 = shufflevector <16 x i1> %1790, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1792 = select <16 x i1> %1791, <16 x float> %1788, <16 x float> splat (float 0xC6293E5940000000)
-  br label %for_begin_ti100.preheader.i
+for_begin_ti95.preheader.preheader.i:             ; preds = %for_begin_ti_1.preheader.i
+  %wide.trip.count623.i = zext nneg i32 %464 to i64
+  br label %for_begin_ti95.preheader.i
 
-for_begin_to105.preheader.i:                      ; preds = %for_end_to69.thread.i
-  %1793 = icmp sgt i64 %460, 0
-  %1794 = insertelement <16 x i1> poison, i1 %1793, i64 0
-  %1795 = shufflevector <16 x i1> %1794, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1796 = select <16 x i1> %1795, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  br label %for_end_to107.i
+for_begin_ti95.preheader.i:                       ; preds = %for_begin_ti95.preheader.i, %for_begin_ti95.preheader.preheader.i
+  %indvars.iv620.i = phi i64 [ 0, %for_begin_ti95.preheader.preheader.i ], [ %indvars.iv.next621.i, %for_begin_ti95.preheader.i ]
+  %1805 = shl nsw i64 %indvars.iv620.i, 7
+  %1806 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1805
+  %1807 = load <16 x float>, ptr %1806, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %1807, %1768
+  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1809 = bitcast <16 x float> %1808 to <16 x i32>
+  %1810 = fsub <16 x float> %1808, %366
+  %1811 = fmul <16 x float> %1810, splat (float 0x3F2BD01060000000)
+  %1812 = fmul <16 x float> %1810, splat (float 0x3FE6300000000000)
+  %1813 = fsub <16 x float> %arg.i, %1812
+  %1814 = fadd <16 x float> %1811, %1813
+  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1814, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1814, <16 x float> splat (float 0x3FA5558F20000000))
+  %1817 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1816, <16 x float> %1814, <16 x float> splat (float 0x3FC5554920000000))
+  %1818 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1817, <16 x float> %1814, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1819 = fmul <16 x float> %1814, %1814
+  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1818, <16 x float> %1819, <16 x float> %1814)
+  %1821 = shl <16 x i32> %1809, splat (i32 23)
+  %1822 = bitcast <16 x i32> %1821 to <16 x float>
+  %1823 = fadd <16 x float> %1820, splat (float 1.000000e+00)
+  %1824 = fmul <16 x float> %1823, %1822
+  %1825 = fcmp olt <16 x float> %arg.i, %369
+  %1826 = select <16 x i1> %1825, <16 x float> zeroinitializer, <16 x float> %1824
+  %1827 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1805
+  store <16 x float> %1826, ptr %1827, align 4, !tbaa !5
+  %1828 = or disjoint i64 %1805, 16
+  %1829 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1828
+  %1830 = load <16 x float>, ptr %1829, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %1830, %1768
+  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1832 = bitcast <16 x float> %1831 to <16 x i32>
+  %1833 = fsub <16 x float> %1831, %366
+  %1834 = fmul <16 x float> %1833, splat (float 0x3F2BD01060000000)
+  %1835 = fmul <16 x float> %1833, splat (float 0x3FE6300000000000)
+  %1836 = fsub <16 x float> %arg.1.i, %1835
+  %1837 = fadd <16 x float> %1834, %1836
+  %1838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1837, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1838, <16 x float> %1837, <16 x float> splat (float 0x3FA5558F20000000))
+  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1839, <16 x float> %1837, <16 x float> splat (float 0x3FC5554920000000))
+  %1841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1840, <16 x float> %1837, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1842 = fmul <16 x float> %1837, %1837
+  %1843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1841, <16 x float> %1842, <16 x float> %1837)
+  %1844 = shl <16 x i32> %1832, splat (i32 23)
+  %1845 = bitcast <16 x i32> %1844 to <16 x float>
+  %1846 = fadd <16 x float> %1843, splat (float 1.000000e+00)
+  %1847 = fmul <16 x float> %1846, %1845
+  %1848 = fcmp olt <16 x float> %arg.1.i, %369
+  %1849 = select <16 x i1> %1848, <16 x float> zeroinitializer, <16 x float> %1847
+  %1850 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1828
+  store <16 x float> %1849, ptr %1850, align 4, !tbaa !5
+  %1851 = or disjoint i64 %1805, 32
+  %1852 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1851
+  %1853 = load <16 x float>, ptr %1852, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %1853, %1768
+  %1854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1855 = bitcast <16 x float> %1854 to <16 x i32>
+  %1856 = fsub <16 x float> %1854, %366
+  %1857 = fmul <16 x float> %1856, splat (float 0x3F2BD01060000000)
+  %1858 = fmul <16 x float> %1856, splat (float 0x3FE6300000000000)
+  %1859 = fsub <16 x float> %arg.2.i, %1858
+  %1860 = fadd <16 x float> %1857, %1859
+  %1861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1860, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1861, <16 x float> %1860, <16 x float> splat (float 0x3FA5558F20000000))
+  %1863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1860, <16 x float> splat (float 0x3FC5554920000000))
+  %1864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1863, <16 x float> %1860, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1865 = fmul <16 x float> %1860, %1860
+  %1866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1864, <16 x float> %1865, <16 x float> %1860)
+  %1867 = shl <16 x i32> %1855, splat (i32 23)
+  %1868 = bitcast <16 x i32> %1867 to <16 x float>
+  %1869 = fadd <16 x float> %1866, splat (float 1.000000e+00)
+  %1870 = fmul <16 x float> %1869, %1868
+  %1871 = fcmp olt <16 x float> %arg.2.i, %369
+  %1872 = select <16 x i1> %1871, <16 x float> zeroinitializer, <16 x float> %1870
+  %1873 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1851
+  store <16 x float> %1872, ptr %1873, align 4, !tbaa !5
+  %1874 = or disjoint i64 %1805, 48
+  %1875 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1874
+  %1876 = load <16 x float>, ptr %1875, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %1876, %1768
+  %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1878 = bitcast <16 x float> %1877 to <16 x i32>
+  %1879 = fsub <16 x float> %1877, %366
+  %1880 = fmul <16 x float> %1879, splat (float 0x3F2BD01060000000)
+  %1881 = fmul <16 x float> %1879, splat (float 0x3FE6300000000000)
+  %1882 = fsub <16 x float> %arg.3.i, %1881
+  %1883 = fadd <16 x float> %1880, %1882
+  %1884 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1883, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1883, <16 x float> splat (float 0x3FA5558F20000000))
+  %1886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1885, <16 x float> %1883, <16 x float> splat (float 0x3FC5554920000000))
+  %1887 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1886, <16 x float> %1883, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1888 = fmul <16 x float> %1883, %1883
+  %1889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1887, <16 x float> %1888, <16 x float> %1883)
+  %1890 = shl <16 x i32> %1878, splat (i32 23)
+  %1891 = bitcast <16 x i32> %1890 to <16 x float>
+  %1892 = fadd <16 x float> %1889, splat (float 1.000000e+00)
+  %1893 = fmul <16 x float> %1892, %1891
+  %1894 = fcmp olt <16 x float> %arg.3.i, %369
+  %1895 = select <16 x i1> %1894, <16 x float> zeroinitializer, <16 x float> %1893
+  %1896 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1874
+  store <16 x float> %1895, ptr %1896, align 4, !tbaa !5
+  %1897 = or disjoint i64 %1805, 64
+  %1898 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1897
+  %1899 = load <16 x float>, ptr %1898, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %1899, %1768
+  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1901 = bitcast <16 x float> %1900 to <16 x i32>
+  %1902 = fsub <16 x float> %1900, %366
+  %1903 = fmul <16 x float> %1902, splat (float 0x3F2BD01060000000)
+  %1904 = fmul <16 x float> %1902, splat (float 0x3FE6300000000000)
+  %1905 = fsub <16 x float> %arg.4.i, %1904
+  %1906 = fadd <16 x float> %1903, %1905
+  %1907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1906, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1907, <16 x float> %1906, <16 x float> splat (float 0x3FA5558F20000000))
+  %1909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1908, <16 x float> %1906, <16 x float> splat (float 0x3FC5554920000000))
+  %1910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1906, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1911 = fmul <16 x float> %1906, %1906
+  %1912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1910, <16 x float> %1911, <16 x float> %1906)
+  %1913 = shl <16 x i32> %1901, splat (i32 23)
+  %1914 = bitcast <16 x i32> %1913 to <16 x float>
+  %1915 = fadd <16 x float> %1912, splat (float 1.000000e+00)
+  %1916 = fmul <16 x float> %1915, %1914
+  %1917 = fcmp olt <16 x float> %arg.4.i, %369
+  %1918 = select <16 x i1> %1917, <16 x float> zeroinitializer, <16 x float> %1916
+  %1919 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1897
+  store <16 x float> %1918, ptr %1919, align 4, !tbaa !5
+  %1920 = or disjoint i64 %1805, 80
+  %1921 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1920
+  %1922 = load <16 x float>, ptr %1921, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %1922, %1768
+  %1923 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1924 = bitcast <16 x float> %1923 to <16 x i32>
+  %1925 = fsub <16 x float> %1923, %366
+  %1926 = fmul <16 x float> %1925, splat (float 0x3F2BD01060000000)
+  %1927 = fmul <16 x float> %1925, splat (float 0x3FE6300000000000)
+  %1928 = fsub <16 x float> %arg.5.i, %1927
+  %1929 = fadd <16 x float> %1926, %1928
+  %1930 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1929, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1930, <16 x float> %1929, <16 x float> splat (float 0x3FA5558F20000000))
+  %1932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1929, <16 x float> splat (float 0x3FC5554920000000))
+  %1933 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1932, <16 x float> %1929, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1934 = fmul <16 x float> %1929, %1929
+  %1935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1933, <16 x float> %1934, <16 x float> %1929)
+  %1936 = shl <16 x i32> %1924, splat (i32 23)
+  %1937 = bitcast <16 x i32> %1936 to <16 x float>
+  %1938 = fadd <16 x float> %1935, splat (float 1.000000e+00)
+  %1939 = fmul <16 x float> %1938, %1937
+  %1940 = fcmp olt <16 x float> %arg.5.i, %369
+  %1941 = select <16 x i1> %1940, <16 x float> zeroinitializer, <16 x float> %1939
+  %1942 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1920
+  store <16 x float> %1941, ptr %1942, align 4, !tbaa !5
+  %1943 = or disjoint i64 %1805, 96
+  %1944 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1943
+  %1945 = load <16 x float>, ptr %1944, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %1945, %1768
+  %1946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1947 = bitcast <16 x float> %1946 to <16 x i32>
+  %1948 = fsub <16 x float> %1946, %366
+  %1949 = fmul <16 x float> %1948, splat (float 0x3F2BD01060000000)
+  %1950 = fmul <16 x float> %1948, splat (float 0x3FE6300000000000)
+  %1951 = fsub <16 x float> %arg.6.i, %1950
+  %1952 = fadd <16 x float> %1949, %1951
+  %1953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1952, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1953, <16 x float> %1952, <16 x float> splat (float 0x3FA5558F20000000))
+  %1955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1954, <16 x float> %1952, <16 x float> splat (float 0x3FC5554920000000))
+  %1956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1955, <16 x float> %1952, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1957 = fmul <16 x float> %1952, %1952
+  %1958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1956, <16 x float> %1957, <16 x float> %1952)
+  %1959 = shl <16 x i32> %1947, splat (i32 23)
+  %1960 = bitcast <16 x i32> %1959 to <16 x float>
+  %1961 = fadd <16 x float> %1958, splat (float 1.000000e+00)
+  %1962 = fmul <16 x float> %1961, %1960
+  %1963 = fcmp olt <16 x float> %arg.6.i, %369
+  %1964 = select <16 x i1> %1963, <16 x float> zeroinitializer, <16 x float> %1962
+  %1965 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1943
+  store <16 x float> %1964, ptr %1965, align 4, !tbaa !5
+  %1966 = or disjoint i64 %1805, 112
+  %1967 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1966
+  %1968 = load <16 x float>, ptr %1967, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %1968, %1768
+  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %1970 = bitcast <16 x float> %1969 to <16 x i32>
+  %1971 = fsub <16 x float> %1969, %366
+  %1972 = fmul <16 x float> %1971, splat (float 0x3F2BD01060000000)
+  %1973 = fmul <16 x float> %1971, splat (float 0x3FE6300000000000)
+  %1974 = fsub <16 x float> %arg.7.i, %1973
+  %1975 = fadd <16 x float> %1972, %1974
+  %1976 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1977 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1976, <16 x float> %1975, <16 x float> splat (float 0x3FA5558F20000000))
+  %1978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1977, <16 x float> %1975, <16 x float> splat (float 0x3FC5554920000000))
+  %1979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1978, <16 x float> %1975, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1980 = fmul <16 x float> %1975, %1975
+  %1981 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1979, <16 x float> %1980, <16 x float> %1975)
+  %1982 = shl <16 x i32> %1970, splat (i32 23)
+  %1983 = bitcast <16 x i32> %1982 to <16 x float>
+  %1984 = fadd <16 x float> %1981, splat (float 1.000000e+00)
+  %1985 = fmul <16 x float> %1984, %1983
+  %1986 = fcmp olt <16 x float> %arg.7.i, %369
+  %1987 = select <16 x i1> %1986, <16 x float> zeroinitializer, <16 x float> %1985
+  %1988 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1966
+  store <16 x float> %1987, ptr %1988, align 4, !tbaa !5
+  %indvars.iv.next621.i = add nuw nsw i64 %indvars.iv620.i, 1
+  %exitcond624.not.i = icmp eq i64 %indvars.iv.next621.i, %wide.trip.count623.i
+  br i1 %exitcond624.not.i, label %for_begin_ti105.preheader.i.preheader, label %for_begin_ti95.preheader.i, !prof !13
 
-for_begin_ti100.preheader.i:                      ; preds = %for_begin_ti100.preheader.i, %for_begin_ti100.preheader.preheader.i
-  %indvars.iv604.i = phi i64 [ 0, %for_begin_ti100.preheader.preheader.i ], [ %indvars.iv.next605.i, %for_begin_ti100.preheader.i ]
-  %1797 = shl nsw i64 %indvars.iv604.i, 7
-  %1798 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1797
-  %1799 = load <16 x float>, ptr %1798, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %1799, %1792
-  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1801 = bitcast <16 x float> %1800 to <16 x i32>
-  %1802 = fsub <16 x float> %1800, %366
-  %1803 = fmul <16 x float> %1802, splat (float 0x3F2BD01060000000)
-  %1804 = fmul <16 x float> %1802, splat (float 0x3FE6300000000000)
-  %1805 = fsub <16 x float> %arg.i, %1804
-  %1806 = fadd <16 x float> %1803, %1805
-  %1807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1807, <16 x float> %1806, <16 x float> splat (float 0x3FA5558F20000000))
-  %1809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1808, <16 x float> %1806, <16 x float> splat (float 0x3FC5554920000000))
-  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1809, <16 x float> %1806, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1811 = fmul <16 x float> %1806, %1806
-  %1812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1810, <16 x float> %1811, <16 x float> %1806)
-  %1813 = shl <16 x i32> %1801, splat (i32 23)
-  %1814 = bitcast <16 x i32> %1813 to <16 x float>
-  %1815 = fadd <16 x float> %1812, splat (float 1.000000e+00)
-  %1816 = fmul <16 x float> %1815, %1814
-  %1817 = fcmp olt <16 x float> %arg.i, %369
-  %1818 = select <16 x i1> %1817, <16 x float> zeroinitializer, <16 x float> %1816
-  %1819 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1797
-  store <16 x float> %1818, ptr %1819, align 4, !tbaa !5
-  %1820 = or disjoint i64 %1797, 16
-  %1821 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1820
-  %1822 = load <16 x float>, ptr %1821, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %1822, %1792
-  %1823 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1824 = bitcast <16 x float> %1823 to <16 x i32>
-  %1825 = fsub <16 x float> %1823, %366
-  %1826 = fmul <16 x float> %1825, splat (float 0x3F2BD01060000000)
-  %1827 = fmul <16 x float> %1825, splat (float 0x3FE6300000000000)
-  %1828 = fsub <16 x float> %arg.1.i, %1827
-  %1829 = fadd <16 x float> %1826, %1828
-  %1830 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1829, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1829, <16 x float> splat (float 0x3FA5558F20000000))
-  %1832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1831, <16 x float> %1829, <16 x float> splat (float 0x3FC5554920000000))
-  %1833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1832, <16 x float> %1829, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1834 = fmul <16 x float> %1829, %1829
-  %1835 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1833, <16 x float> %1834, <16 x float> %1829)
-  %1836 = shl <16 x i32> %1824, splat (i32 23)
-  %1837 = bitcast <16 x i32> %1836 to <16 x float>
-  %1838 = fadd <16 x float> %1835, splat (float 1.000000e+00)
-  %1839 = fmul <16 x float> %1838, %1837
-  %1840 = fcmp olt <16 x float> %arg.1.i, %369
-  %1841 = select <16 x i1> %1840, <16 x float> zeroinitializer, <16 x float> %1839
-  %1842 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1820
-  store <16 x float> %1841, ptr %1842, align 4, !tbaa !5
-  %1843 = or disjoint i64 %1797, 32
-  %1844 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1843
-  %1845 = load <16 x float>, ptr %1844, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %1845, %1792
-  %1846 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1847 = bitcast <16 x float> %1846 to <16 x i32>
-  %1848 = fsub <16 x float> %1846, %366
-  %1849 = fmul <16 x float> %1848, splat (float 0x3F2BD01060000000)
-  %1850 = fmul <16 x float> %1848, splat (float 0x3FE6300000000000)
-  %1851 = fsub <16 x float> %arg.2.i, %1850
-  %1852 = fadd <16 x float> %1849, %1851
-  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1852, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1853, <16 x float> %1852, <16 x float> splat (float 0x3FA5558F20000000))
-  %1855 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1854, <16 x float> %1852, <16 x float> splat (float 0x3FC5554920000000))
-  %1856 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1855, <16 x float> %1852, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1857 = fmul <16 x float> %1852, %1852
-  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1856, <16 x float> %1857, <16 x float> %1852)
-  %1859 = shl <16 x i32> %1847, splat (i32 23)
-  %1860 = bitcast <16 x i32> %1859 to <16 x float>
-  %1861 = fadd <16 x float> %1858, splat (float 1.000000e+00)
-  %1862 = fmul <16 x float> %1861, %1860
-  %1863 = fcmp olt <16 x float> %arg.2.i, %369
-  %1864 = select <16 x i1> %1863, <16 x float> zeroinitializer, <16 x float> %1862
-  %1865 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1843
-  store <16 x float> %1864, ptr %1865, align 4, !tbaa !5
-  %1866 = or disjoint i64 %1797, 48
-  %1867 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1866
-  %1868 = load <16 x float>, ptr %1867, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %1868, %1792
-  %1869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1870 = bitcast <16 x float> %1869 to <16 x i32>
-  %1871 = fsub <16 x float> %1869, %366
-  %1872 = fmul <16 x float> %1871, splat (float 0x3F2BD01060000000)
-  %1873 = fmul <16 x float> %1871, splat (float 0x3FE6300000000000)
-  %1874 = fsub <16 x float> %arg.3.i, %1873
-  %1875 = fadd <16 x float> %1872, %1874
-  %1876 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1875, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1876, <16 x float> %1875, <16 x float> splat (float 0x3FA5558F20000000))
-  %1878 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1877, <16 x float> %1875, <16 x float> splat (float 0x3FC5554920000000))
-  %1879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1878, <16 x float> %1875, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1880 = fmul <16 x float> %1875, %1875
-  %1881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1879, <16 x float> %1880, <16 x float> %1875)
-  %1882 = shl <16 x i32> %1870, splat (i32 23)
-  %1883 = bitcast <16 x i32> %1882 to <16 x float>
-  %1884 = fadd <16 x float> %1881, splat (float 1.000000e+00)
-  %1885 = fmul <16 x float> %1884, %1883
-  %1886 = fcmp olt <16 x float> %arg.3.i, %369
-  %1887 = select <16 x i1> %1886, <16 x float> zeroinitializer, <16 x float> %1885
-  %1888 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1866
-  store <16 x float> %1887, ptr %1888, align 4, !tbaa !5
-  %1889 = or disjoint i64 %1797, 64
-  %1890 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1889
-  %1891 = load <16 x float>, ptr %1890, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %1891, %1792
-  %1892 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1893 = bitcast <16 x float> %1892 to <16 x i32>
-  %1894 = fsub <16 x float> %1892, %366
-  %1895 = fmul <16 x float> %1894, splat (float 0x3F2BD01060000000)
-  %1896 = fmul <16 x float> %1894, splat (float 0x3FE6300000000000)
-  %1897 = fsub <16 x float> %arg.4.i, %1896
-  %1898 = fadd <16 x float> %1895, %1897
-  %1899 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1898, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1898, <16 x float> splat (float 0x3FA5558F20000000))
-  %1901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1900, <16 x float> %1898, <16 x float> splat (float 0x3FC5554920000000))
-  %1902 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1901, <16 x float> %1898, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1903 = fmul <16 x float> %1898, %1898
-  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1902, <16 x float> %1903, <16 x float> %1898)
-  %1905 = shl <16 x i32> %1893, splat (i32 23)
-  %1906 = bitcast <16 x i32> %1905 to <16 x float>
-  %1907 = fadd <16 x float> %1904, splat (float 1.000000e+00)
-  %1908 = fmul <16 x float> %1907, %1906
-  %1909 = fcmp olt <16 x float> %arg.4.i, %369
-  %1910 = select <16 x i1> %1909, <16 x float> zeroinitializer, <16 x float> %1908
-  %1911 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1889
-  store <16 x float> %1910, ptr %1911, align 4, !tbaa !5
-  %1912 = or disjoint i64 %1797, 80
-  %1913 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1912
-  %1914 = load <16 x float>, ptr %1913, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %1914, %1792
-  %1915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1916 = bitcast <16 x float> %1915 to <16 x i32>
-  %1917 = fsub <16 x float> %1915, %366
-  %1918 = fmul <16 x float> %1917, splat (float 0x3F2BD01060000000)
-  %1919 = fmul <16 x float> %1917, splat (float 0x3FE6300000000000)
-  %1920 = fsub <16 x float> %arg.5.i, %1919
-  %1921 = fadd <16 x float> %1918, %1920
-  %1922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1921, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1923 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1922, <16 x float> %1921, <16 x float> splat (float 0x3FA5558F20000000))
-  %1924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1923, <16 x float> %1921, <16 x float> splat (float 0x3FC5554920000000))
-  %1925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1924, <16 x float> %1921, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1926 = fmul <16 x float> %1921, %1921
-  %1927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1925, <16 x float> %1926, <16 x float> %1921)
-  %1928 = shl <16 x i32> %1916, splat (i32 23)
-  %1929 = bitcast <16 x i32> %1928 to <16 x float>
-  %1930 = fadd <16 x float> %1927, splat (float 1.000000e+00)
-  %1931 = fmul <16 x float> %1930, %1929
-  %1932 = fcmp olt <16 x float> %arg.5.i, %369
-  %1933 = select <16 x i1> %1932, <16 x float> zeroinitializer, <16 x float> %1931
-  %1934 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1912
-  store <16 x float> %1933, ptr %1934, align 4, !tbaa !5
-  %1935 = or disjoint i64 %1797, 96
-  %1936 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1935
-  %1937 = load <16 x float>, ptr %1936, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %1937, %1792
-  %1938 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1939 = bitcast <16 x float> %1938 to <16 x i32>
-  %1940 = fsub <16 x float> %1938, %366
-  %1941 = fmul <16 x float> %1940, splat (float 0x3F2BD01060000000)
-  %1942 = fmul <16 x float> %1940, splat (float 0x3FE6300000000000)
-  %1943 = fsub <16 x float> %arg.6.i, %1942
-  %1944 = fadd <16 x float> %1941, %1943
-  %1945 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1944, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1945, <16 x float> %1944, <16 x float> splat (float 0x3FA5558F20000000))
-  %1947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1946, <16 x float> %1944, <16 x float> splat (float 0x3FC5554920000000))
-  %1948 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1947, <16 x float> %1944, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1949 = fmul <16 x float> %1944, %1944
-  %1950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1948, <16 x float> %1949, <16 x float> %1944)
-  %1951 = shl <16 x i32> %1939, splat (i32 23)
-  %1952 = bitcast <16 x i32> %1951 to <16 x float>
-  %1953 = fadd <16 x float> %1950, splat (float 1.000000e+00)
-  %1954 = fmul <16 x float> %1953, %1952
-  %1955 = fcmp olt <16 x float> %arg.6.i, %369
-  %1956 = select <16 x i1> %1955, <16 x float> zeroinitializer, <16 x float> %1954
-  %1957 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1935
-  store <16 x float> %1956, ptr %1957, align 4, !tbaa !5
-  %1958 = or disjoint i64 %1797, 112
-  %1959 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1958
-  %1960 = load <16 x float>, ptr %1959, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %1960, %1792
-  %1961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1962 = bitcast <16 x float> %1961 to <16 x i32>
-  %1963 = fsub <16 x float> %1961, %366
-  %1964 = fmul <16 x float> %1963, splat (float 0x3F2BD01060000000)
-  %1965 = fmul <16 x float> %1963, splat (float 0x3FE6300000000000)
-  %1966 = fsub <16 x float> %arg.7.i, %1965
-  %1967 = fadd <16 x float> %1964, %1966
-  %1968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1967, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1968, <16 x float> %1967, <16 x float> splat (float 0x3FA5558F20000000))
-  %1970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1969, <16 x float> %1967, <16 x float> splat (float 0x3FC5554920000000))
-  %1971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1970, <16 x float> %1967, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1972 = fmul <16 x float> %1967, %1967
-  %1973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1971, <16 x float> %1972, <16 x float> %1967)
-  %1974 = shl <16 x i32> %1962, splat (i32 23)
-  %1975 = bitcast <16 x i32> %1974 to <16 x float>
-  %1976 = fadd <16 x float> %1973, splat (float 1.000000e+00)
-  %1977 = fmul <16 x float> %1976, %1975
-  %1978 = fcmp olt <16 x float> %arg.7.i, %369
-  %1979 = select <16 x i1> %1978, <16 x float> zeroinitializer, <16 x float> %1977
-  %1980 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1958
-  store <16 x float> %1979, ptr %1980, align 4, !tbaa !5
-  %indvars.iv.next605.i = add nuw nsw i64 %indvars.iv604.i, 1
-  %exitcond608.not.i = icmp eq i64 %indvars.iv.next605.i, %wide.trip.count580.i
-  br i1 %exitcond608.not.i, label %for_begin_ti110.preheader.i.preheader, label %for_begin_ti100.preheader.i, !prof !13
+for_begin_ti105.preheader.i.preheader:            ; preds = %for_begin_ti95.preheader.i
+  %xtraiter = and i64 %wide.trip.count623.i, 1
+  %1989 = icmp eq i32 %464, 1
+  br i1 %1989, label %for_begin_ti105.preheader.i.epil.preheader, label %for_begin_ti105.preheader.i.preheader.new, !prof !4
 
-for_begin_ti110.preheader.i.preheader:            ; preds = %for_begin_ti100.preheader.i
-  %xtraiter = and i64 %wide.trip.count580.i, 1
-  %1981 = icmp eq i32 %464, 1
-  br i1 %1981, label %for_begin_ti110.preheader.i.epil.preheader, label %for_begin_ti110.preheader.i.preheader.new, !prof !4
+for_begin_ti105.preheader.i.preheader.new:        ; preds = %for_begin_ti105.preheader.i.preheader
+  %unroll_iter = and i64 %wide.trip.count623.i, 2147483646
+  br label %for_begin_ti105.preheader.i
 
-for_begin_ti110.preheader.i.preheader.new:        ; preds = %for_begin_ti110.preheader.i.preheader
-  %unroll_iter = and i64 %wide.trip.count580.i, 2147483646
-  br label %for_begin_ti110.preheader.i
-
-for_begin_ti110.preheader.i:                      ; preds = %for_begin_ti110.preheader.i, %for_begin_ti110.preheader.i.preheader.new
-  %indvars.iv613.i = phi i64 [ 0, %for_begin_ti110.preheader.i.preheader.new ], [ %indvars.iv.next614.i.1, %for_begin_ti110.preheader.i ]
-  %tile_sum269.sroa.0.0408.i = phi <16 x float> [ zeroinitializer, %for_begin_ti110.preheader.i.preheader.new ], [ %2030, %for_begin_ti110.preheader.i ]
-  %niter = phi i64 [ 0, %for_begin_ti110.preheader.i.preheader.new ], [ %niter.next.1, %for_begin_ti110.preheader.i ]
-  %.idx74 = shl nsw i64 %indvars.iv613.i, 9
-  %1982 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx74
-  %1983 = load <16 x float>, ptr %1982, align 4, !tbaa !5
-  %1984 = fadd <16 x float> %tile_sum269.sroa.0.0408.i, %1983
-  %1985 = getelementptr inbounds nuw i8, ptr %1982, i64 64
-  %1986 = load <16 x float>, ptr %1985, align 4, !tbaa !5
-  %1987 = fadd <16 x float> %1984, %1986
-  %1988 = getelementptr inbounds nuw i8, ptr %1982, i64 128
-  %1989 = load <16 x float>, ptr %1988, align 4, !tbaa !5
-  %1990 = fadd <16 x float> %1987, %1989
-  %1991 = getelementptr inbounds nuw i8, ptr %1982, i64 192
-  %1992 = load <16 x float>, ptr %1991, align 4, !tbaa !5
-  %1993 = fadd <16 x float> %1990, %1992
-  %1994 = getelementptr inbounds nuw i8, ptr %1982, i64 256
-  %1995 = load <16 x float>, ptr %1994, align 4, !tbaa !5
-  %1996 = fadd <16 x float> %1993, %1995
-  %1997 = getelementptr inbounds nuw i8, ptr %1982, i64 320
-  %1998 = load <16 x float>, ptr %1997, align 4, !tbaa !5
-  %1999 = fadd <16 x float> %1996, %1998
-  %2000 = getelementptr inbounds nuw i8, ptr %1982, i64 384
-  %2001 = load <16 x float>, ptr %2000, align 4, !tbaa !5
-  %2002 = fadd <16 x float> %1999, %2001
-  %2003 = getelementptr inbounds nuw i8, ptr %1982, i64 448
-  %2004 = load <16 x float>, ptr %2003, align 4, !tbaa !5
-  %2005 = fadd <16 x float> %2002, %2004
-  %indvars.iv.next614.i = shl i64 %indvars.iv613.i, 9
-  %2006 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next614.i
-  %2007 = getelementptr inbounds nuw i8, ptr %2006, i64 512
-  %2008 = load <16 x float>, ptr %2007, align 4, !tbaa !5
-  %2009 = fadd <16 x float> %2005, %2008
-  %2010 = getelementptr inbounds nuw i8, ptr %2006, i64 576
-  %2011 = load <16 x float>, ptr %2010, align 4, !tbaa !5
-  %2012 = fadd <16 x float> %2009, %2011
-  %2013 = getelementptr inbounds nuw i8, ptr %2006, i64 640
-  %2014 = load <16 x float>, ptr %2013, align 4, !tbaa !5
-  %2015 = fadd <16 x float> %2012, %2014
-  %2016 = getelementptr inbounds nuw i8, ptr %2006, i64 704
-  %2017 = load <16 x float>, ptr %2016, align 4, !tbaa !5
-  %2018 = fadd <16 x float> %2015, %2017
-  %2019 = getelementptr inbounds nuw i8, ptr %2006, i64 768
-  %2020 = load <16 x float>, ptr %2019, align 4, !tbaa !5
-  %2021 = fadd <16 x float> %2018, %2020
-  %2022 = getelementptr inbounds nuw i8, ptr %2006, i64 832
-  %2023 = load <16 x float>, ptr %2022, align 4, !tbaa !5
-  %2024 = fadd <16 x float> %2021, %2023
-  %2025 = getelementptr inbounds nuw i8, ptr %2006, i64 896
-  %2026 = load <16 x float>, ptr %2025, align 4, !tbaa !5
-  %2027 = fadd <16 x float> %2024, %2026
-  %2028 = getelementptr inbounds nuw i8, ptr %2006, i64 960
-  %2029 = load <16 x float>, ptr %2028, align 4, !tbaa !5
-  %2030 = fadd <16 x float> %2027, %2029
-  %indvars.iv.next614.i.1 = add nuw nsw i64 %indvars.iv613.i, 2
+for_begin_ti105.preheader.i:                      ; preds = %for_begin_ti105.preheader.i, %for_begin_ti105.preheader.i.preheader.new
+  %indvars.iv629.i = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader.new ], [ %indvars.iv.next630.i.1, %for_begin_ti105.preheader.i ]
+  %tile_sum265.sroa.0.0421.i = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader.new ], [ %2038, %for_begin_ti105.preheader.i ]
+  %niter = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader.new ], [ %niter.next.1, %for_begin_ti105.preheader.i ]
+  %.idx74 = shl nsw i64 %indvars.iv629.i, 9
+  %1990 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx74
+  %1991 = load <16 x float>, ptr %1990, align 4, !tbaa !5
+  %1992 = fadd <16 x float> %tile_sum265.sroa.0.0421.i, %1991
+  %1993 = getelementptr inbounds nuw i8, ptr %1990, i64 64
+  %1994 = load <16 x float>, ptr %1993, align 4, !tbaa !5
+  %1995 = fadd <16 x float> %1992, %1994
+  %1996 = getelementptr inbounds nuw i8, ptr %1990, i64 128
+  %1997 = load <16 x float>, ptr %1996, align 4, !tbaa !5
+  %1998 = fadd <16 x float> %1995, %1997
+  %1999 = getelementptr inbounds nuw i8, ptr %1990, i64 192
+  %2000 = load <16 x float>, ptr %1999, align 4, !tbaa !5
+  %2001 = fadd <16 x float> %1998, %2000
+  %2002 = getelementptr inbounds nuw i8, ptr %1990, i64 256
+  %2003 = load <16 x float>, ptr %2002, align 4, !tbaa !5
+  %2004 = fadd <16 x float> %2001, %2003
+  %2005 = getelementptr inbounds nuw i8, ptr %1990, i64 320
+  %2006 = load <16 x float>, ptr %2005, align 4, !tbaa !5
+  %2007 = fadd <16 x float> %2004, %2006
+  %2008 = getelementptr inbounds nuw i8, ptr %1990, i64 384
+  %2009 = load <16 x float>, ptr %2008, align 4, !tbaa !5
+  %2010 = fadd <16 x float> %2007, %2009
+  %2011 = getelementptr inbounds nuw i8, ptr %1990, i64 448
+  %2012 = load <16 x float>, ptr %2011, align 4, !tbaa !5
+  %2013 = fadd <16 x float> %2010, %2012
+  %indvars.iv.next630.i = shl i64 %indvars.iv629.i, 9
+  %2014 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next630.i
+  %2015 = getelementptr inbounds nuw i8, ptr %2014, i64 512
+  %2016 = load <16 x float>, ptr %2015, align 4, !tbaa !5
+  %2017 = fadd <16 x float> %2013, %2016
+  %2018 = getelementptr inbounds nuw i8, ptr %2014, i64 576
+  %2019 = load <16 x float>, ptr %2018, align 4, !tbaa !5
+  %2020 = fadd <16 x float> %2017, %2019
+  %2021 = getelementptr inbounds nuw i8, ptr %2014, i64 640
+  %2022 = load <16 x float>, ptr %2021, align 4, !tbaa !5
+  %2023 = fadd <16 x float> %2020, %2022
+  %2024 = getelementptr inbounds nuw i8, ptr %2014, i64 704
+  %2025 = load <16 x float>, ptr %2024, align 4, !tbaa !5
+  %2026 = fadd <16 x float> %2023, %2025
+  %2027 = getelementptr inbounds nuw i8, ptr %2014, i64 768
+  %2028 = load <16 x float>, ptr %2027, align 4, !tbaa !5
+  %2029 = fadd <16 x float> %2026, %2028
+  %2030 = getelementptr inbounds nuw i8, ptr %2014, i64 832
+  %2031 = load <16 x float>, ptr %2030, align 4, !tbaa !5
+  %2032 = fadd <16 x float> %2029, %2031
+  %2033 = getelementptr inbounds nuw i8, ptr %2014, i64 896
+  %2034 = load <16 x float>, ptr %2033, align 4, !tbaa !5
+  %2035 = fadd <16 x float> %2032, %2034
+  %2036 = getelementptr inbounds nuw i8, ptr %2014, i64 960
+  %2037 = load <16 x float>, ptr %2036, align 4, !tbaa !5
+  %2038 = fadd <16 x float> %2035, %2037
+  %indvars.iv.next630.i.1 = add nuw nsw i64 %indvars.iv629.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_to107.i.loopexit.unr-lcssa, label %for_begin_ti110.preheader.i, !prof !9, !llvm.loop !26
+  br i1 %niter.ncmp.1, label %for_end_to102.i.loopexit.unr-lcssa, label %for_begin_ti105.preheader.i, !prof !9, !llvm.loop !26
 
-for_end_to107.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti110.preheader.i
+for_end_to102.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti105.preheader.i
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_end_to107.i, label %for_begin_ti110.preheader.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod.not, label %for_end_to102.i, label %for_begin_ti105.preheader.i.epil.preheader, !prof !12
 
-for_begin_ti110.preheader.i.epil.preheader:       ; preds = %for_end_to107.i.loopexit.unr-lcssa, %for_begin_ti110.preheader.i.preheader
-  %indvars.iv613.i.epil.init = phi i64 [ 0, %for_begin_ti110.preheader.i.preheader ], [ %indvars.iv.next614.i.1, %for_end_to107.i.loopexit.unr-lcssa ]
-  %tile_sum269.sroa.0.0408.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti110.preheader.i.preheader ], [ %2030, %for_end_to107.i.loopexit.unr-lcssa ]
-  %lcmp.mod713 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod713)
-  %.idx74.epil = shl nsw i64 %indvars.iv613.i.epil.init, 9
-  %2031 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx74.epil
-  %2032 = load <16 x float>, ptr %2031, align 4, !tbaa !5
-  %2033 = fadd <16 x float> %tile_sum269.sroa.0.0408.i.epil.init, %2032
-  %2034 = getelementptr inbounds nuw i8, ptr %2031, i64 64
-  %2035 = load <16 x float>, ptr %2034, align 4, !tbaa !5
-  %2036 = fadd <16 x float> %2033, %2035
-  %2037 = getelementptr inbounds nuw i8, ptr %2031, i64 128
-  %2038 = load <16 x float>, ptr %2037, align 4, !tbaa !5
-  %2039 = fadd <16 x float> %2036, %2038
-  %2040 = getelementptr inbounds nuw i8, ptr %2031, i64 192
-  %2041 = load <16 x float>, ptr %2040, align 4, !tbaa !5
-  %2042 = fadd <16 x float> %2039, %2041
-  %2043 = getelementptr inbounds nuw i8, ptr %2031, i64 256
-  %2044 = load <16 x float>, ptr %2043, align 4, !tbaa !5
-  %2045 = fadd <16 x float> %2042, %2044
-  %2046 = getelementptr inbounds nuw i8, ptr %2031, i64 320
-  %2047 = load <16 x float>, ptr %2046, align 4, !tbaa !5
-  %2048 = fadd <16 x float> %2045, %2047
-  %2049 = getelementptr inbounds nuw i8, ptr %2031, i64 384
-  %2050 = load <16 x float>, ptr %2049, align 4, !tbaa !5
-  %2051 = fadd <16 x float> %2048, %2050
-  %2052 = getelementptr inbounds nuw i8, ptr %2031, i64 448
-  %2053 = load <16 x float>, ptr %2052, align 4, !tbaa !5
-  %2054 = fadd <16 x float> %2051, %2053
-  br label %for_end_to107.i
+for_begin_ti105.preheader.i.epil.preheader:       ; preds = %for_end_to102.i.loopexit.unr-lcssa, %for_begin_ti105.preheader.i.preheader
+  %indvars.iv629.i.epil.init = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader ], [ %indvars.iv.next630.i.1, %for_end_to102.i.loopexit.unr-lcssa ]
+  %tile_sum265.sroa.0.0421.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader ], [ %2038, %for_end_to102.i.loopexit.unr-lcssa ]
+  %lcmp.mod728 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod728)
+  %.idx74.epil = shl nsw i64 %indvars.iv629.i.epil.init, 9
+  %2039 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx74.epil
+  %2040 = load <16 x float>, ptr %2039, align 4, !tbaa !5
+  %2041 = fadd <16 x float> %tile_sum265.sroa.0.0421.i.epil.init, %2040
+  %2042 = getelementptr inbounds nuw i8, ptr %2039, i64 64
+  %2043 = load <16 x float>, ptr %2042, align 4, !tbaa !5
+  %2044 = fadd <16 x float> %2041, %2043
+  %2045 = getelementptr inbounds nuw i8, ptr %2039, i64 128
+  %2046 = load <16 x float>, ptr %2045, align 4, !tbaa !5
+  %2047 = fadd <16 x float> %2044, %2046
+  %2048 = getelementptr inbounds nuw i8, ptr %2039, i64 192
+  %2049 = load <16 x float>, ptr %2048, align 4, !tbaa !5
+  %2050 = fadd <16 x float> %2047, %2049
+  %2051 = getelementptr inbounds nuw i8, ptr %2039, i64 256
+  %2052 = load <16 x float>, ptr %2051, align 4, !tbaa !5
+  %2053 = fadd <16 x float> %2050, %2052
+  %2054 = getelementptr inbounds nuw i8, ptr %2039, i64 320
+  %2055 = load <16 x float>, ptr %2054, align 4, !tbaa !5
+  %2056 = fadd <16 x float> %2053, %2055
+  %2057 = getelementptr inbounds nuw i8, ptr %2039, i64 384
+  %2058 = load <16 x float>, ptr %2057, align 4, !tbaa !5
+  %2059 = fadd <16 x float> %2056, %2058
+  %2060 = getelementptr inbounds nuw i8, ptr %2039, i64 448
+  %2061 = load <16 x float>, ptr %2060, align 4, !tbaa !5
+  %2062 = fadd <16 x float> %2059, %2061
+  br label %for_end_to102.i
 
-for_end_to107.i:                                  ; preds = %for_begin_ti110.preheader.i.epil.preheader, %for_end_to107.i.loopexit.unr-lcssa, %for_begin_to105.preheader.i
-  %scaled791793795798801.i = phi ptr [ %scaled790.i, %for_begin_to105.preheader.i ], [ %scaled.i, %for_end_to107.i.loopexit.unr-lcssa ], [ %scaled.i, %for_begin_ti110.preheader.i.epil.preheader ]
-  %2055 = phi <16 x float> [ %1796, %for_begin_to105.preheader.i ], [ %1792, %for_end_to107.i.loopexit.unr-lcssa ], [ %1792, %for_begin_ti110.preheader.i.epil.preheader ]
-  %tile_sum269.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to105.preheader.i ], [ %2030, %for_end_to107.i.loopexit.unr-lcssa ], [ %2054, %for_begin_ti110.preheader.i.epil.preheader ]
-  %2056 = icmp eq i64 %indvars.iv641.i137, 0
-  %2057 = insertelement <16 x i1> poison, i1 %2056, i64 0
-  %2058 = shufflevector <16 x i1> %2057, <16 x i1> poison, <16 x i32> zeroinitializer
-  %old_max.i = select <16 x i1> %2058, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %372
-  %old_sum.i = select <16 x i1> %2058, <16 x float> zeroinitializer, <16 x float> %total294.i138
-  %2059 = fcmp ogt <16 x float> %old_max.i, %2055
-  %2060 = fcmp oeq <16 x float> %tile_sum269.sroa.0.0.lcssa.i, zeroinitializer
-  %2061 = select <16 x i1> %2060, <16 x i1> splat (i1 true), <16 x i1> %2059
-  %old_or_both.i = select <16 x i1> %2061, <16 x float> %old_max.i, <16 x float> %2055
-  %2062 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2062, <16 x float> %2055, <16 x float> %old_or_both.i
-  %2063 = fsub <16 x float> %old_max.i, %m.i
-  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2063, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2065 = bitcast <16 x float> %2064 to <16 x i32>
-  %2066 = fadd <16 x float> %2064, splat (float 0xC168000FE0000000)
-  %2067 = fmul <16 x float> %2066, splat (float 0x3F2BD01060000000)
-  %2068 = fmul <16 x float> %2066, splat (float 0x3FE6300000000000)
-  %2069 = fsub <16 x float> %2063, %2068
-  %2070 = fadd <16 x float> %2067, %2069
-  %2071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2070, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2070, <16 x float> splat (float 0x3FA5558F20000000))
-  %2073 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2070, <16 x float> splat (float 0x3FC5554920000000))
-  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2070, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2075 = fmul <16 x float> %2070, %2070
-  %2076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2075, <16 x float> %2070)
-  %2077 = shl <16 x i32> %2065, splat (i32 23)
-  %2078 = bitcast <16 x i32> %2077 to <16 x float>
-  %2079 = fadd <16 x float> %2076, splat (float 1.000000e+00)
-  %2080 = fmul <16 x float> %2079, %2078
-  %2081 = fcmp olt <16 x float> %2063, splat (float -8.700000e+01)
-  %2082 = select <16 x i1> %2081, <16 x float> zeroinitializer, <16 x float> %2080
-  %2083 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2084 = select <16 x i1> %2083, <16 x float> %2082, <16 x float> zeroinitializer
-  %arg132.i = fsub <16 x float> %2055, %m.i
-  %2085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg132.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2086 = bitcast <16 x float> %2085 to <16 x i32>
-  %2087 = fadd <16 x float> %2085, splat (float 0xC168000FE0000000)
-  %2088 = fmul <16 x float> %2087, splat (float 0x3F2BD01060000000)
-  %2089 = fmul <16 x float> %2087, splat (float 0x3FE6300000000000)
-  %2090 = fsub <16 x float> %arg132.i, %2089
-  %2091 = fadd <16 x float> %2088, %2090
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2092, <16 x float> %2091, <16 x float> splat (float 0x3FA5558F20000000))
-  %2094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2093, <16 x float> %2091, <16 x float> splat (float 0x3FC5554920000000))
-  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %2091, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2096 = fmul <16 x float> %2091, %2091
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2095, <16 x float> %2096, <16 x float> %2091)
-  %2098 = shl <16 x i32> %2086, splat (i32 23)
-  %2099 = bitcast <16 x i32> %2098 to <16 x float>
-  %2100 = fadd <16 x float> %2097, splat (float 1.000000e+00)
-  %2101 = fmul <16 x float> %2100, %2099
-  %2102 = fcmp olt <16 x float> %arg132.i, splat (float -8.700000e+01)
-  %2103 = select <16 x i1> %2102, <16 x float> zeroinitializer, <16 x float> %2101
-  %2104 = fcmp one <16 x float> %tile_sum269.sroa.0.0.lcssa.i, zeroinitializer
-  %2105 = select <16 x i1> %2104, <16 x float> %2103, <16 x float> zeroinitializer
-  %2106 = ashr i32 %462, 3
-  %2107 = icmp sgt i32 %2106, 0
-  %2108 = and i32 %462, 7
-  %.not496.i = icmp eq i32 %2108, 0
-  %2109 = select i1 %466, i32 128, i32 0
-  %2110 = shl nsw i32 %2106, 7
-  %2111 = shl nsw i32 %2106, 10
-  %2112 = fmul <16 x float> %2084, zeroinitializer
-  %2113 = sext i32 %2110 to i64
-  %2114 = zext i32 %2106 to i64
-  %invariant.gep859.i = getelementptr float, ptr %probs.i, i64 %2113
+for_end_to102.i:                                  ; preds = %for_begin_ti105.preheader.i.epil.preheader, %for_end_to102.i.loopexit.unr-lcssa, %for_begin_ti_1.preheader.i
+  %tile_sum265.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1.preheader.i ], [ %2038, %for_end_to102.i.loopexit.unr-lcssa ], [ %2062, %for_begin_ti105.preheader.i.epil.preheader ]
+  %2063 = icmp eq i64 %indvars.iv657.i140, 0
+  %2064 = insertelement <16 x i1> poison, i1 %2063, i64 0
+  %2065 = shufflevector <16 x i1> %2064, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %2065, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %372
+  %old_sum.i = select <16 x i1> %2065, <16 x float> zeroinitializer, <16 x float> %total290.i141
+  %2066 = fcmp ogt <16 x float> %old_max.i, %1768
+  %2067 = fcmp oeq <16 x float> %tile_sum265.sroa.0.0.lcssa.i, zeroinitializer
+  %2068 = select <16 x i1> %2067, <16 x i1> splat (i1 true), <16 x i1> %2066
+  %old_or_both.i = select <16 x i1> %2068, <16 x float> %old_max.i, <16 x float> %1768
+  %2069 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2069, <16 x float> %1768, <16 x float> %old_or_both.i
+  %2070 = fsub <16 x float> %old_max.i, %m.i
+  %2071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2070, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2072 = bitcast <16 x float> %2071 to <16 x i32>
+  %2073 = fadd <16 x float> %2071, splat (float 0xC168000FE0000000)
+  %2074 = fmul <16 x float> %2073, splat (float 0x3F2BD01060000000)
+  %2075 = fmul <16 x float> %2073, splat (float 0x3FE6300000000000)
+  %2076 = fsub <16 x float> %2070, %2075
+  %2077 = fadd <16 x float> %2074, %2076
+  %2078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2077, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2078, <16 x float> %2077, <16 x float> splat (float 0x3FA5558F20000000))
+  %2080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2077, <16 x float> splat (float 0x3FC5554920000000))
+  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2080, <16 x float> %2077, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2082 = fmul <16 x float> %2077, %2077
+  %2083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2082, <16 x float> %2077)
+  %2084 = shl <16 x i32> %2072, splat (i32 23)
+  %2085 = bitcast <16 x i32> %2084 to <16 x float>
+  %2086 = fadd <16 x float> %2083, splat (float 1.000000e+00)
+  %2087 = fmul <16 x float> %2086, %2085
+  %2088 = fcmp olt <16 x float> %2070, splat (float -8.700000e+01)
+  %2089 = select <16 x i1> %2088, <16 x float> zeroinitializer, <16 x float> %2087
+  %2090 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2091 = select <16 x i1> %2090, <16 x float> %2089, <16 x float> zeroinitializer
+  %arg127.i = fsub <16 x float> %1768, %m.i
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg127.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2093 = bitcast <16 x float> %2092 to <16 x i32>
+  %2094 = fadd <16 x float> %2092, splat (float 0xC168000FE0000000)
+  %2095 = fmul <16 x float> %2094, splat (float 0x3F2BD01060000000)
+  %2096 = fmul <16 x float> %2094, splat (float 0x3FE6300000000000)
+  %2097 = fsub <16 x float> %arg127.i, %2096
+  %2098 = fadd <16 x float> %2095, %2097
+  %2099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2098, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2099, <16 x float> %2098, <16 x float> splat (float 0x3FA5558F20000000))
+  %2101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2100, <16 x float> %2098, <16 x float> splat (float 0x3FC5554920000000))
+  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2098, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2103 = fmul <16 x float> %2098, %2098
+  %2104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2102, <16 x float> %2103, <16 x float> %2098)
+  %2105 = shl <16 x i32> %2093, splat (i32 23)
+  %2106 = bitcast <16 x i32> %2105 to <16 x float>
+  %2107 = fadd <16 x float> %2104, splat (float 1.000000e+00)
+  %2108 = fmul <16 x float> %2107, %2106
+  %2109 = fcmp olt <16 x float> %arg127.i, splat (float -8.700000e+01)
+  %2110 = select <16 x i1> %2109, <16 x float> zeroinitializer, <16 x float> %2108
+  %2111 = fcmp one <16 x float> %tile_sum265.sroa.0.0.lcssa.i, zeroinitializer
+  %2112 = select <16 x i1> %2111, <16 x float> %2110, <16 x float> zeroinitializer
+  %2113 = ashr i32 %462, 3
+  %2114 = icmp sgt i32 %2113, 0
+  %2115 = and i32 %462, 7
+  %.not505.i = icmp eq i32 %2115, 0
+  %2116 = select i1 %466, i32 128, i32 0
+  %2117 = shl nsw i32 %2113, 7
+  %2118 = shl nsw i32 %2113, 10
+  %2119 = fmul <16 x float> %2091, zeroinitializer
+  %2120 = sext i32 %2117 to i64
+  %2121 = zext i32 %2113 to i64
+  %invariant.gep871.i = getelementptr float, ptr %probs.i, i64 %2120
   %exitcond.not = icmp eq i32 %373, 1
-  %gep860.i.1 = getelementptr i8, ptr %invariant.gep859.i, i64 64
+  %gep872.i.1 = getelementptr i8, ptr %invariant.gep871.i, i64 64
   %exitcond.not.1 = icmp eq i32 %373, 2
-  %gep860.i.2 = getelementptr i8, ptr %invariant.gep859.i, i64 128
+  %gep872.i.2 = getelementptr i8, ptr %invariant.gep871.i, i64 128
   %exitcond.not.2 = icmp eq i32 %373, 3
-  %gep860.i.3 = getelementptr i8, ptr %invariant.gep859.i, i64 192
+  %gep872.i.3 = getelementptr i8, ptr %invariant.gep871.i, i64 192
   %exitcond.not.3 = icmp eq i32 %373, 4
-  %gep860.i.4 = getelementptr i8, ptr %invariant.gep859.i, i64 256
+  %gep872.i.4 = getelementptr i8, ptr %invariant.gep871.i, i64 256
   %exitcond.not.4 = icmp eq i32 %373, 5
-  %gep860.i.5 = getelementptr i8, ptr %invariant.gep859.i, i64 320
+  %gep872.i.5 = getelementptr i8, ptr %invariant.gep871.i, i64 320
   %exitcond.not.5 = icmp eq i32 %373, 6
-  %gep860.i.6 = getelementptr i8, ptr %invariant.gep859.i, i64 384
+  %gep872.i.6 = getelementptr i8, ptr %invariant.gep871.i, i64 384
   br label %for_body_d_0_m.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end182.i, %for_end_to107.i
-  %indvars.iv637.i = phi i64 [ 0, %for_end_to107.i ], [ %indvars.iv.next638.i, %if_end182.i ]
-  br i1 %2107, label %for_begin_line152.preheader.lr.ph.i, label %for_end_to149.i, !prof !3
+for_body_d_0_m.i:                                 ; preds = %if_end177.i, %for_end_to102.i
+  %indvars.iv653.i = phi i64 [ 0, %for_end_to102.i ], [ %indvars.iv.next654.i, %if_end177.i ]
+  br i1 %2114, label %for_begin_line147.preheader.lr.ph.i, label %for_end_to144.i, !prof !3
 
-for_begin_line152.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
-  %2115 = mul nuw nsw i64 %indvars.iv637.i, %2114
-  %2116 = shl i64 %indvars.iv637.i, 2
-  %2117 = and i64 %2116, 12
-  %2118 = shl i64 %indvars.iv637.i, 3
-  %2119 = and i64 %2118, 96
-  %invariant.gep133 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2119
-  %invariant.gep135 = getelementptr inbounds nuw float, ptr %invariant.gep133, i64 %2117
-  br label %for_begin_line152.preheader.i
+for_begin_line147.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
+  %2122 = mul nuw nsw i64 %indvars.iv653.i, %2121
+  %2123 = shl i64 %indvars.iv653.i, 2
+  %2124 = and i64 %2123, 12
+  %2125 = shl i64 %indvars.iv653.i, 3
+  %2126 = and i64 %2125, 96
+  %invariant.gep136 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2126
+  %invariant.gep138 = getelementptr inbounds nuw float, ptr %invariant.gep136, i64 %2124
+  br label %for_begin_line147.preheader.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end182.i
-  %2120 = fmul <16 x float> %old_sum.i, %2084
-  %2121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_sum269.sroa.0.0.lcssa.i, <16 x float> %2120)
-  %2122 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2123 = tail call i32 %2122(i32 1, i32 %dev_id, ptr nonnull %scaled791793795798801.i)
-  %.not280.i = icmp eq i32 %2123, 0
-  br i1 %.not280.i, label %if_end184.i, label %fused_decode_compute_.exit, !prof !27
+for_end_d_0_m.i:                                  ; preds = %if_end177.i
+  %2127 = fmul <16 x float> %old_sum.i, %2091
+  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_sum265.sroa.0.0.lcssa.i, <16 x float> %2127)
+  %2129 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2130 = tail call i32 %2129(i32 1, i32 %dev_id, ptr nonnull %scaled807809811.i)
+  %.not276.i = icmp eq i32 %2130, 0
+  br i1 %.not276.i, label %if_end179.i, label %fused_decode_compute_.exit, !prof !27
 
-for_begin_line152.preheader.i:                    ; preds = %for_begin_line152.preheader.i, %for_begin_line152.preheader.lr.ph.i
-  %indvars.iv626.i = phi i64 [ 0, %for_begin_line152.preheader.lr.ph.i ], [ %indvars.iv.next627.i, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.28.0434.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2471, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.24.0433.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2466, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.20.0432.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2461, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.16.0431.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2456, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.12.0430.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2451, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.8.0429.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2446, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.4.0428.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2441, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.0.0427.i = phi <16 x float> [ zeroinitializer, %for_begin_line152.preheader.lr.ph.i ], [ %2436, %for_begin_line152.preheader.i ]
-  %2124 = add nuw nsw i64 %indvars.iv626.i, %2115
-  %2125 = trunc nuw i64 %2124 to i32
-  %2126 = lshr i32 %2125, 1
-  %2127 = add nuw nsw i32 %2126, %2109
-  %2128 = zext nneg i32 %2127 to i64
-  %2129 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2128
-  %2130 = load i64, ptr %2129, align 8, !tbaa !5
-  %2131 = shl nuw nsw i64 %2124, 5
-  %2132 = and i64 %2131, 32
-  %2133 = getelementptr i32, ptr %value_cache, i64 %2132
-  %invariant.gep411.i = getelementptr i32, ptr %2133, i64 %2130
-  tail call void @llvm.prefetch.p0(ptr readonly %invariant.gep411.i, i32 0, i32 2, i32 1)
-  %gep412.1.i = getelementptr i8, ptr %invariant.gep411.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep412.1.i, i32 0, i32 2, i32 1)
-  %2134 = shl nsw i64 %indvars.iv626.i, 10
-  %.masked.i = and i64 %2134, 4294966272
-  %2135 = shl i64 %indvars.iv626.i, 7
-  %2136 = and i64 %2135, 4294967168
-  %2137 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2136
-  %2138 = load <16 x float>, ptr %2137, align 4, !tbaa !5
-  %gep136 = getelementptr inbounds nuw float, ptr %invariant.gep135, i64 %.masked.i
-  %2139 = load float, ptr %gep136, align 4, !tbaa !5
-  %2140 = insertelement <16 x float> poison, float %2139, i64 0
-  %2141 = shufflevector <16 x float> %2140, <16 x float> poison, <16 x i32> zeroinitializer
-  %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2141, <16 x float> %full_acc264.sroa.0.0427.i)
-  %2143 = getelementptr inbounds nuw i8, ptr %gep136, i64 64
-  %2144 = load float, ptr %2143, align 4, !tbaa !5
-  %2145 = insertelement <16 x float> poison, float %2144, i64 0
-  %2146 = shufflevector <16 x float> %2145, <16 x float> poison, <16 x i32> zeroinitializer
-  %2147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2146, <16 x float> %full_acc264.sroa.4.0428.i)
-  %2148 = getelementptr inbounds nuw i8, ptr %gep136, i64 4
-  %2149 = load float, ptr %2148, align 4, !tbaa !5
-  %2150 = insertelement <16 x float> poison, float %2149, i64 0
-  %2151 = shufflevector <16 x float> %2150, <16 x float> poison, <16 x i32> zeroinitializer
-  %2152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2151, <16 x float> %full_acc264.sroa.8.0429.i)
-  %2153 = getelementptr inbounds nuw i8, ptr %gep136, i64 68
-  %2154 = load float, ptr %2153, align 4, !tbaa !5
-  %2155 = insertelement <16 x float> poison, float %2154, i64 0
-  %2156 = shufflevector <16 x float> %2155, <16 x float> poison, <16 x i32> zeroinitializer
-  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2156, <16 x float> %full_acc264.sroa.12.0430.i)
-  %2158 = getelementptr inbounds nuw i8, ptr %gep136, i64 8
-  %2159 = load float, ptr %2158, align 4, !tbaa !5
-  %2160 = insertelement <16 x float> poison, float %2159, i64 0
-  %2161 = shufflevector <16 x float> %2160, <16 x float> poison, <16 x i32> zeroinitializer
-  %2162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2161, <16 x float> %full_acc264.sroa.16.0431.i)
-  %2163 = getelementptr inbounds nuw i8, ptr %gep136, i64 72
-  %2164 = load float, ptr %2163, align 4, !tbaa !5
-  %2165 = insertelement <16 x float> poison, float %2164, i64 0
-  %2166 = shufflevector <16 x float> %2165, <16 x float> poison, <16 x i32> zeroinitializer
-  %2167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2166, <16 x float> %full_acc264.sroa.20.0432.i)
-  %2168 = getelementptr inbounds nuw i8, ptr %gep136, i64 12
-  %2169 = load float, ptr %2168, align 4, !tbaa !5
-  %2170 = insertelement <16 x float> poison, float %2169, i64 0
-  %2171 = shufflevector <16 x float> %2170, <16 x float> poison, <16 x i32> zeroinitializer
-  %2172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2171, <16 x float> %full_acc264.sroa.24.0433.i)
-  %2173 = getelementptr inbounds nuw i8, ptr %gep136, i64 76
-  %2174 = load float, ptr %2173, align 4, !tbaa !5
-  %2175 = insertelement <16 x float> poison, float %2174, i64 0
-  %2176 = shufflevector <16 x float> %2175, <16 x float> poison, <16 x i32> zeroinitializer
-  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2176, <16 x float> %full_acc264.sroa.28.0434.i)
-  %2178 = getelementptr inbounds nuw i8, ptr %2137, i64 64
-  %2179 = load <16 x float>, ptr %2178, align 4, !tbaa !5
-  %2180 = getelementptr inbounds nuw i8, ptr %gep136, i64 512
+for_begin_line147.preheader.i:                    ; preds = %for_begin_line147.preheader.i, %for_begin_line147.preheader.lr.ph.i
+  %indvars.iv642.i = phi i64 [ 0, %for_begin_line147.preheader.lr.ph.i ], [ %indvars.iv.next643.i, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.28.0447.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2478, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.24.0446.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2473, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.20.0445.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2468, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.16.0444.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2463, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.12.0443.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2458, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.8.0442.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2453, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.4.0441.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2448, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.0.0440.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2443, %for_begin_line147.preheader.i ]
+  %2131 = add nuw nsw i64 %indvars.iv642.i, %2122
+  %2132 = trunc nuw i64 %2131 to i32
+  %2133 = lshr i32 %2132, 1
+  %2134 = add nuw nsw i32 %2133, %2116
+  %2135 = zext nneg i32 %2134 to i64
+  %2136 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2135
+  %2137 = load i64, ptr %2136, align 8, !tbaa !5
+  %2138 = shl nuw nsw i64 %2131, 5
+  %2139 = and i64 %2138, 32
+  %2140 = getelementptr i32, ptr %value_cache, i64 %2139
+  %invariant.gep424.i = getelementptr i32, ptr %2140, i64 %2137
+  tail call void @llvm.prefetch.p0(ptr readonly %invariant.gep424.i, i32 0, i32 2, i32 1)
+  %gep425.1.i = getelementptr i8, ptr %invariant.gep424.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep425.1.i, i32 0, i32 2, i32 1)
+  %2141 = shl nsw i64 %indvars.iv642.i, 10
+  %.masked.i = and i64 %2141, 4294966272
+  %2142 = shl i64 %indvars.iv642.i, 7
+  %2143 = and i64 %2142, 4294967168
+  %2144 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2143
+  %2145 = load <16 x float>, ptr %2144, align 4, !tbaa !5
+  %gep139 = getelementptr inbounds nuw float, ptr %invariant.gep138, i64 %.masked.i
+  %2146 = load float, ptr %gep139, align 4, !tbaa !5
+  %2147 = insertelement <16 x float> poison, float %2146, i64 0
+  %2148 = shufflevector <16 x float> %2147, <16 x float> poison, <16 x i32> zeroinitializer
+  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2148, <16 x float> %full_acc259.sroa.0.0440.i)
+  %2150 = getelementptr inbounds nuw i8, ptr %gep139, i64 64
+  %2151 = load float, ptr %2150, align 4, !tbaa !5
+  %2152 = insertelement <16 x float> poison, float %2151, i64 0
+  %2153 = shufflevector <16 x float> %2152, <16 x float> poison, <16 x i32> zeroinitializer
+  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2153, <16 x float> %full_acc259.sroa.4.0441.i)
+  %2155 = getelementptr inbounds nuw i8, ptr %gep139, i64 4
+  %2156 = load float, ptr %2155, align 4, !tbaa !5
+  %2157 = insertelement <16 x float> poison, float %2156, i64 0
+  %2158 = shufflevector <16 x float> %2157, <16 x float> poison, <16 x i32> zeroinitializer
+  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2158, <16 x float> %full_acc259.sroa.8.0442.i)
+  %2160 = getelementptr inbounds nuw i8, ptr %gep139, i64 68
+  %2161 = load float, ptr %2160, align 4, !tbaa !5
+  %2162 = insertelement <16 x float> poison, float %2161, i64 0
+  %2163 = shufflevector <16 x float> %2162, <16 x float> poison, <16 x i32> zeroinitializer
+  %2164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2163, <16 x float> %full_acc259.sroa.12.0443.i)
+  %2165 = getelementptr inbounds nuw i8, ptr %gep139, i64 8
+  %2166 = load float, ptr %2165, align 4, !tbaa !5
+  %2167 = insertelement <16 x float> poison, float %2166, i64 0
+  %2168 = shufflevector <16 x float> %2167, <16 x float> poison, <16 x i32> zeroinitializer
+  %2169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2168, <16 x float> %full_acc259.sroa.16.0444.i)
+  %2170 = getelementptr inbounds nuw i8, ptr %gep139, i64 72
+  %2171 = load float, ptr %2170, align 4, !tbaa !5
+  %2172 = insertelement <16 x float> poison, float %2171, i64 0
+  %2173 = shufflevector <16 x float> %2172, <16 x float> poison, <16 x i32> zeroinitializer
+  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2173, <16 x float> %full_acc259.sroa.20.0445.i)
+  %2175 = getelementptr inbounds nuw i8, ptr %gep139, i64 12
+  %2176 = load float, ptr %2175, align 4, !tbaa !5
+  %2177 = insertelement <16 x float> poison, float %2176, i64 0
+  %2178 = shufflevector <16 x float> %2177, <16 x float> poison, <16 x i32> zeroinitializer
+  %2179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2178, <16 x float> %full_acc259.sroa.24.0446.i)
+  %2180 = getelementptr inbounds nuw i8, ptr %gep139, i64 76
   %2181 = load float, ptr %2180, align 4, !tbaa !5
   %2182 = insertelement <16 x float> poison, float %2181, i64 0
   %2183 = shufflevector <16 x float> %2182, <16 x float> poison, <16 x i32> zeroinitializer
-  %2184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2183, <16 x float> %2142)
-  %2185 = getelementptr inbounds nuw i8, ptr %gep136, i64 576
-  %2186 = load float, ptr %2185, align 4, !tbaa !5
-  %2187 = insertelement <16 x float> poison, float %2186, i64 0
-  %2188 = shufflevector <16 x float> %2187, <16 x float> poison, <16 x i32> zeroinitializer
-  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2188, <16 x float> %2147)
-  %2190 = getelementptr inbounds nuw i8, ptr %gep136, i64 516
-  %2191 = load float, ptr %2190, align 4, !tbaa !5
-  %2192 = insertelement <16 x float> poison, float %2191, i64 0
-  %2193 = shufflevector <16 x float> %2192, <16 x float> poison, <16 x i32> zeroinitializer
-  %2194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2193, <16 x float> %2152)
-  %2195 = getelementptr inbounds nuw i8, ptr %gep136, i64 580
-  %2196 = load float, ptr %2195, align 4, !tbaa !5
-  %2197 = insertelement <16 x float> poison, float %2196, i64 0
-  %2198 = shufflevector <16 x float> %2197, <16 x float> poison, <16 x i32> zeroinitializer
-  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2198, <16 x float> %2157)
-  %2200 = getelementptr inbounds nuw i8, ptr %gep136, i64 520
-  %2201 = load float, ptr %2200, align 4, !tbaa !5
-  %2202 = insertelement <16 x float> poison, float %2201, i64 0
-  %2203 = shufflevector <16 x float> %2202, <16 x float> poison, <16 x i32> zeroinitializer
-  %2204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2203, <16 x float> %2162)
-  %2205 = getelementptr inbounds nuw i8, ptr %gep136, i64 584
-  %2206 = load float, ptr %2205, align 4, !tbaa !5
-  %2207 = insertelement <16 x float> poison, float %2206, i64 0
-  %2208 = shufflevector <16 x float> %2207, <16 x float> poison, <16 x i32> zeroinitializer
-  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2208, <16 x float> %2167)
-  %2210 = getelementptr inbounds nuw i8, ptr %gep136, i64 524
-  %2211 = load float, ptr %2210, align 4, !tbaa !5
-  %2212 = insertelement <16 x float> poison, float %2211, i64 0
-  %2213 = shufflevector <16 x float> %2212, <16 x float> poison, <16 x i32> zeroinitializer
-  %2214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2213, <16 x float> %2172)
-  %2215 = getelementptr inbounds nuw i8, ptr %gep136, i64 588
-  %2216 = load float, ptr %2215, align 4, !tbaa !5
-  %2217 = insertelement <16 x float> poison, float %2216, i64 0
-  %2218 = shufflevector <16 x float> %2217, <16 x float> poison, <16 x i32> zeroinitializer
-  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2218, <16 x float> %2177)
-  %2220 = getelementptr inbounds nuw i8, ptr %2137, i64 128
-  %2221 = load <16 x float>, ptr %2220, align 4, !tbaa !5
-  %2222 = getelementptr inbounds nuw i8, ptr %gep136, i64 1024
+  %2184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2183, <16 x float> %full_acc259.sroa.28.0447.i)
+  %2185 = getelementptr inbounds nuw i8, ptr %2144, i64 64
+  %2186 = load <16 x float>, ptr %2185, align 4, !tbaa !5
+  %2187 = getelementptr inbounds nuw i8, ptr %gep139, i64 512
+  %2188 = load float, ptr %2187, align 4, !tbaa !5
+  %2189 = insertelement <16 x float> poison, float %2188, i64 0
+  %2190 = shufflevector <16 x float> %2189, <16 x float> poison, <16 x i32> zeroinitializer
+  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2190, <16 x float> %2149)
+  %2192 = getelementptr inbounds nuw i8, ptr %gep139, i64 576
+  %2193 = load float, ptr %2192, align 4, !tbaa !5
+  %2194 = insertelement <16 x float> poison, float %2193, i64 0
+  %2195 = shufflevector <16 x float> %2194, <16 x float> poison, <16 x i32> zeroinitializer
+  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2195, <16 x float> %2154)
+  %2197 = getelementptr inbounds nuw i8, ptr %gep139, i64 516
+  %2198 = load float, ptr %2197, align 4, !tbaa !5
+  %2199 = insertelement <16 x float> poison, float %2198, i64 0
+  %2200 = shufflevector <16 x float> %2199, <16 x float> poison, <16 x i32> zeroinitializer
+  %2201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2200, <16 x float> %2159)
+  %2202 = getelementptr inbounds nuw i8, ptr %gep139, i64 580
+  %2203 = load float, ptr %2202, align 4, !tbaa !5
+  %2204 = insertelement <16 x float> poison, float %2203, i64 0
+  %2205 = shufflevector <16 x float> %2204, <16 x float> poison, <16 x i32> zeroinitializer
+  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2205, <16 x float> %2164)
+  %2207 = getelementptr inbounds nuw i8, ptr %gep139, i64 520
+  %2208 = load float, ptr %2207, align 4, !tbaa !5
+  %2209 = insertelement <16 x float> poison, float %2208, i64 0
+  %2210 = shufflevector <16 x float> %2209, <16 x float> poison, <16 x i32> zeroinitializer
+  %2211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2210, <16 x float> %2169)
+  %2212 = getelementptr inbounds nuw i8, ptr %gep139, i64 584
+  %2213 = load float, ptr %2212, align 4, !tbaa !5
+  %2214 = insertelement <16 x float> poison, float %2213, i64 0
+  %2215 = shufflevector <16 x float> %2214, <16 x float> poison, <16 x i32> zeroinitializer
+  %2216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2215, <16 x float> %2174)
+  %2217 = getelementptr inbounds nuw i8, ptr %gep139, i64 524
+  %2218 = load float, ptr %2217, align 4, !tbaa !5
+  %2219 = insertelement <16 x float> poison, float %2218, i64 0
+  %2220 = shufflevector <16 x float> %2219, <16 x float> poison, <16 x i32> zeroinitializer
+  %2221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2220, <16 x float> %2179)
+  %2222 = getelementptr inbounds nuw i8, ptr %gep139, i64 588
   %2223 = load float, ptr %2222, align 4, !tbaa !5
   %2224 = insertelement <16 x float> poison, float %2223, i64 0
   %2225 = shufflevector <16 x float> %2224, <16 x float> poison, <16 x i32> zeroinitializer
-  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2225, <16 x float> %2184)
-  %2227 = getelementptr inbounds nuw i8, ptr %gep136, i64 1088
-  %2228 = load float, ptr %2227, align 4, !tbaa !5
-  %2229 = insertelement <16 x float> poison, float %2228, i64 0
-  %2230 = shufflevector <16 x float> %2229, <16 x float> poison, <16 x i32> zeroinitializer
-  %2231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2230, <16 x float> %2189)
-  %2232 = getelementptr inbounds nuw i8, ptr %gep136, i64 1028
-  %2233 = load float, ptr %2232, align 4, !tbaa !5
-  %2234 = insertelement <16 x float> poison, float %2233, i64 0
-  %2235 = shufflevector <16 x float> %2234, <16 x float> poison, <16 x i32> zeroinitializer
-  %2236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2235, <16 x float> %2194)
-  %2237 = getelementptr inbounds nuw i8, ptr %gep136, i64 1092
-  %2238 = load float, ptr %2237, align 4, !tbaa !5
-  %2239 = insertelement <16 x float> poison, float %2238, i64 0
-  %2240 = shufflevector <16 x float> %2239, <16 x float> poison, <16 x i32> zeroinitializer
-  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2240, <16 x float> %2199)
-  %2242 = getelementptr inbounds nuw i8, ptr %gep136, i64 1032
-  %2243 = load float, ptr %2242, align 4, !tbaa !5
-  %2244 = insertelement <16 x float> poison, float %2243, i64 0
-  %2245 = shufflevector <16 x float> %2244, <16 x float> poison, <16 x i32> zeroinitializer
-  %2246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2245, <16 x float> %2204)
-  %2247 = getelementptr inbounds nuw i8, ptr %gep136, i64 1096
-  %2248 = load float, ptr %2247, align 4, !tbaa !5
-  %2249 = insertelement <16 x float> poison, float %2248, i64 0
-  %2250 = shufflevector <16 x float> %2249, <16 x float> poison, <16 x i32> zeroinitializer
-  %2251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2250, <16 x float> %2209)
-  %2252 = getelementptr inbounds nuw i8, ptr %gep136, i64 1036
-  %2253 = load float, ptr %2252, align 4, !tbaa !5
-  %2254 = insertelement <16 x float> poison, float %2253, i64 0
-  %2255 = shufflevector <16 x float> %2254, <16 x float> poison, <16 x i32> zeroinitializer
-  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2255, <16 x float> %2214)
-  %2257 = getelementptr inbounds nuw i8, ptr %gep136, i64 1100
-  %2258 = load float, ptr %2257, align 4, !tbaa !5
-  %2259 = insertelement <16 x float> poison, float %2258, i64 0
-  %2260 = shufflevector <16 x float> %2259, <16 x float> poison, <16 x i32> zeroinitializer
-  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> %2260, <16 x float> %2219)
-  %2262 = getelementptr inbounds nuw i8, ptr %2137, i64 192
-  %2263 = load <16 x float>, ptr %2262, align 4, !tbaa !5
-  %2264 = getelementptr inbounds nuw i8, ptr %gep136, i64 1536
+  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2225, <16 x float> %2184)
+  %2227 = getelementptr inbounds nuw i8, ptr %2144, i64 128
+  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !5
+  %2229 = getelementptr inbounds nuw i8, ptr %gep139, i64 1024
+  %2230 = load float, ptr %2229, align 4, !tbaa !5
+  %2231 = insertelement <16 x float> poison, float %2230, i64 0
+  %2232 = shufflevector <16 x float> %2231, <16 x float> poison, <16 x i32> zeroinitializer
+  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2232, <16 x float> %2191)
+  %2234 = getelementptr inbounds nuw i8, ptr %gep139, i64 1088
+  %2235 = load float, ptr %2234, align 4, !tbaa !5
+  %2236 = insertelement <16 x float> poison, float %2235, i64 0
+  %2237 = shufflevector <16 x float> %2236, <16 x float> poison, <16 x i32> zeroinitializer
+  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2237, <16 x float> %2196)
+  %2239 = getelementptr inbounds nuw i8, ptr %gep139, i64 1028
+  %2240 = load float, ptr %2239, align 4, !tbaa !5
+  %2241 = insertelement <16 x float> poison, float %2240, i64 0
+  %2242 = shufflevector <16 x float> %2241, <16 x float> poison, <16 x i32> zeroinitializer
+  %2243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2242, <16 x float> %2201)
+  %2244 = getelementptr inbounds nuw i8, ptr %gep139, i64 1092
+  %2245 = load float, ptr %2244, align 4, !tbaa !5
+  %2246 = insertelement <16 x float> poison, float %2245, i64 0
+  %2247 = shufflevector <16 x float> %2246, <16 x float> poison, <16 x i32> zeroinitializer
+  %2248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2247, <16 x float> %2206)
+  %2249 = getelementptr inbounds nuw i8, ptr %gep139, i64 1032
+  %2250 = load float, ptr %2249, align 4, !tbaa !5
+  %2251 = insertelement <16 x float> poison, float %2250, i64 0
+  %2252 = shufflevector <16 x float> %2251, <16 x float> poison, <16 x i32> zeroinitializer
+  %2253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2252, <16 x float> %2211)
+  %2254 = getelementptr inbounds nuw i8, ptr %gep139, i64 1096
+  %2255 = load float, ptr %2254, align 4, !tbaa !5
+  %2256 = insertelement <16 x float> poison, float %2255, i64 0
+  %2257 = shufflevector <16 x float> %2256, <16 x float> poison, <16 x i32> zeroinitializer
+  %2258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2257, <16 x float> %2216)
+  %2259 = getelementptr inbounds nuw i8, ptr %gep139, i64 1036
+  %2260 = load float, ptr %2259, align 4, !tbaa !5
+  %2261 = insertelement <16 x float> poison, float %2260, i64 0
+  %2262 = shufflevector <16 x float> %2261, <16 x float> poison, <16 x i32> zeroinitializer
+  %2263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2262, <16 x float> %2221)
+  %2264 = getelementptr inbounds nuw i8, ptr %gep139, i64 1100
   %2265 = load float, ptr %2264, align 4, !tbaa !5
   %2266 = insertelement <16 x float> poison, float %2265, i64 0
   %2267 = shufflevector <16 x float> %2266, <16 x float> poison, <16 x i32> zeroinitializer
-  %2268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2267, <16 x float> %2226)
-  %2269 = getelementptr inbounds nuw i8, ptr %gep136, i64 1600
-  %2270 = load float, ptr %2269, align 4, !tbaa !5
-  %2271 = insertelement <16 x float> poison, float %2270, i64 0
-  %2272 = shufflevector <16 x float> %2271, <16 x float> poison, <16 x i32> zeroinitializer
-  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2272, <16 x float> %2231)
-  %2274 = getelementptr inbounds nuw i8, ptr %gep136, i64 1540
-  %2275 = load float, ptr %2274, align 4, !tbaa !5
-  %2276 = insertelement <16 x float> poison, float %2275, i64 0
-  %2277 = shufflevector <16 x float> %2276, <16 x float> poison, <16 x i32> zeroinitializer
-  %2278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2277, <16 x float> %2236)
-  %2279 = getelementptr inbounds nuw i8, ptr %gep136, i64 1604
-  %2280 = load float, ptr %2279, align 4, !tbaa !5
-  %2281 = insertelement <16 x float> poison, float %2280, i64 0
-  %2282 = shufflevector <16 x float> %2281, <16 x float> poison, <16 x i32> zeroinitializer
-  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2282, <16 x float> %2241)
-  %2284 = getelementptr inbounds nuw i8, ptr %gep136, i64 1544
-  %2285 = load float, ptr %2284, align 4, !tbaa !5
-  %2286 = insertelement <16 x float> poison, float %2285, i64 0
-  %2287 = shufflevector <16 x float> %2286, <16 x float> poison, <16 x i32> zeroinitializer
-  %2288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2287, <16 x float> %2246)
-  %2289 = getelementptr inbounds nuw i8, ptr %gep136, i64 1608
-  %2290 = load float, ptr %2289, align 4, !tbaa !5
-  %2291 = insertelement <16 x float> poison, float %2290, i64 0
-  %2292 = shufflevector <16 x float> %2291, <16 x float> poison, <16 x i32> zeroinitializer
-  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2292, <16 x float> %2251)
-  %2294 = getelementptr inbounds nuw i8, ptr %gep136, i64 1548
-  %2295 = load float, ptr %2294, align 4, !tbaa !5
-  %2296 = insertelement <16 x float> poison, float %2295, i64 0
-  %2297 = shufflevector <16 x float> %2296, <16 x float> poison, <16 x i32> zeroinitializer
-  %2298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2297, <16 x float> %2256)
-  %2299 = getelementptr inbounds nuw i8, ptr %gep136, i64 1612
-  %2300 = load float, ptr %2299, align 4, !tbaa !5
-  %2301 = insertelement <16 x float> poison, float %2300, i64 0
-  %2302 = shufflevector <16 x float> %2301, <16 x float> poison, <16 x i32> zeroinitializer
-  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2302, <16 x float> %2261)
-  %2304 = getelementptr inbounds nuw i8, ptr %2137, i64 256
-  %2305 = load <16 x float>, ptr %2304, align 4, !tbaa !5
-  %2306 = getelementptr inbounds nuw i8, ptr %gep136, i64 2048
+  %2268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2267, <16 x float> %2226)
+  %2269 = getelementptr inbounds nuw i8, ptr %2144, i64 192
+  %2270 = load <16 x float>, ptr %2269, align 4, !tbaa !5
+  %2271 = getelementptr inbounds nuw i8, ptr %gep139, i64 1536
+  %2272 = load float, ptr %2271, align 4, !tbaa !5
+  %2273 = insertelement <16 x float> poison, float %2272, i64 0
+  %2274 = shufflevector <16 x float> %2273, <16 x float> poison, <16 x i32> zeroinitializer
+  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2274, <16 x float> %2233)
+  %2276 = getelementptr inbounds nuw i8, ptr %gep139, i64 1600
+  %2277 = load float, ptr %2276, align 4, !tbaa !5
+  %2278 = insertelement <16 x float> poison, float %2277, i64 0
+  %2279 = shufflevector <16 x float> %2278, <16 x float> poison, <16 x i32> zeroinitializer
+  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2279, <16 x float> %2238)
+  %2281 = getelementptr inbounds nuw i8, ptr %gep139, i64 1540
+  %2282 = load float, ptr %2281, align 4, !tbaa !5
+  %2283 = insertelement <16 x float> poison, float %2282, i64 0
+  %2284 = shufflevector <16 x float> %2283, <16 x float> poison, <16 x i32> zeroinitializer
+  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2284, <16 x float> %2243)
+  %2286 = getelementptr inbounds nuw i8, ptr %gep139, i64 1604
+  %2287 = load float, ptr %2286, align 4, !tbaa !5
+  %2288 = insertelement <16 x float> poison, float %2287, i64 0
+  %2289 = shufflevector <16 x float> %2288, <16 x float> poison, <16 x i32> zeroinitializer
+  %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2289, <16 x float> %2248)
+  %2291 = getelementptr inbounds nuw i8, ptr %gep139, i64 1544
+  %2292 = load float, ptr %2291, align 4, !tbaa !5
+  %2293 = insertelement <16 x float> poison, float %2292, i64 0
+  %2294 = shufflevector <16 x float> %2293, <16 x float> poison, <16 x i32> zeroinitializer
+  %2295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2294, <16 x float> %2253)
+  %2296 = getelementptr inbounds nuw i8, ptr %gep139, i64 1608
+  %2297 = load float, ptr %2296, align 4, !tbaa !5
+  %2298 = insertelement <16 x float> poison, float %2297, i64 0
+  %2299 = shufflevector <16 x float> %2298, <16 x float> poison, <16 x i32> zeroinitializer
+  %2300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2299, <16 x float> %2258)
+  %2301 = getelementptr inbounds nuw i8, ptr %gep139, i64 1548
+  %2302 = load float, ptr %2301, align 4, !tbaa !5
+  %2303 = insertelement <16 x float> poison, float %2302, i64 0
+  %2304 = shufflevector <16 x float> %2303, <16 x float> poison, <16 x i32> zeroinitializer
+  %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2304, <16 x float> %2263)
+  %2306 = getelementptr inbounds nuw i8, ptr %gep139, i64 1612
   %2307 = load float, ptr %2306, align 4, !tbaa !5
   %2308 = insertelement <16 x float> poison, float %2307, i64 0
   %2309 = shufflevector <16 x float> %2308, <16 x float> poison, <16 x i32> zeroinitializer
-  %2310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2309, <16 x float> %2268)
-  %2311 = getelementptr inbounds nuw i8, ptr %gep136, i64 2112
-  %2312 = load float, ptr %2311, align 4, !tbaa !5
-  %2313 = insertelement <16 x float> poison, float %2312, i64 0
-  %2314 = shufflevector <16 x float> %2313, <16 x float> poison, <16 x i32> zeroinitializer
-  %2315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2314, <16 x float> %2273)
-  %2316 = getelementptr inbounds nuw i8, ptr %gep136, i64 2052
-  %2317 = load float, ptr %2316, align 4, !tbaa !5
-  %2318 = insertelement <16 x float> poison, float %2317, i64 0
-  %2319 = shufflevector <16 x float> %2318, <16 x float> poison, <16 x i32> zeroinitializer
-  %2320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2319, <16 x float> %2278)
-  %2321 = getelementptr inbounds nuw i8, ptr %gep136, i64 2116
-  %2322 = load float, ptr %2321, align 4, !tbaa !5
-  %2323 = insertelement <16 x float> poison, float %2322, i64 0
-  %2324 = shufflevector <16 x float> %2323, <16 x float> poison, <16 x i32> zeroinitializer
-  %2325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2324, <16 x float> %2283)
-  %2326 = getelementptr inbounds nuw i8, ptr %gep136, i64 2056
-  %2327 = load float, ptr %2326, align 4, !tbaa !5
-  %2328 = insertelement <16 x float> poison, float %2327, i64 0
-  %2329 = shufflevector <16 x float> %2328, <16 x float> poison, <16 x i32> zeroinitializer
-  %2330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2329, <16 x float> %2288)
-  %2331 = getelementptr inbounds nuw i8, ptr %gep136, i64 2120
-  %2332 = load float, ptr %2331, align 4, !tbaa !5
-  %2333 = insertelement <16 x float> poison, float %2332, i64 0
-  %2334 = shufflevector <16 x float> %2333, <16 x float> poison, <16 x i32> zeroinitializer
-  %2335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2334, <16 x float> %2293)
-  %2336 = getelementptr inbounds nuw i8, ptr %gep136, i64 2060
-  %2337 = load float, ptr %2336, align 4, !tbaa !5
-  %2338 = insertelement <16 x float> poison, float %2337, i64 0
-  %2339 = shufflevector <16 x float> %2338, <16 x float> poison, <16 x i32> zeroinitializer
-  %2340 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2339, <16 x float> %2298)
-  %2341 = getelementptr inbounds nuw i8, ptr %gep136, i64 2124
-  %2342 = load float, ptr %2341, align 4, !tbaa !5
-  %2343 = insertelement <16 x float> poison, float %2342, i64 0
-  %2344 = shufflevector <16 x float> %2343, <16 x float> poison, <16 x i32> zeroinitializer
-  %2345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2305, <16 x float> %2344, <16 x float> %2303)
-  %2346 = getelementptr inbounds nuw i8, ptr %2137, i64 320
-  %2347 = load <16 x float>, ptr %2346, align 4, !tbaa !5
-  %2348 = getelementptr inbounds nuw i8, ptr %gep136, i64 2560
+  %2310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2309, <16 x float> %2268)
+  %2311 = getelementptr inbounds nuw i8, ptr %2144, i64 256
+  %2312 = load <16 x float>, ptr %2311, align 4, !tbaa !5
+  %2313 = getelementptr inbounds nuw i8, ptr %gep139, i64 2048
+  %2314 = load float, ptr %2313, align 4, !tbaa !5
+  %2315 = insertelement <16 x float> poison, float %2314, i64 0
+  %2316 = shufflevector <16 x float> %2315, <16 x float> poison, <16 x i32> zeroinitializer
+  %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2316, <16 x float> %2275)
+  %2318 = getelementptr inbounds nuw i8, ptr %gep139, i64 2112
+  %2319 = load float, ptr %2318, align 4, !tbaa !5
+  %2320 = insertelement <16 x float> poison, float %2319, i64 0
+  %2321 = shufflevector <16 x float> %2320, <16 x float> poison, <16 x i32> zeroinitializer
+  %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2321, <16 x float> %2280)
+  %2323 = getelementptr inbounds nuw i8, ptr %gep139, i64 2052
+  %2324 = load float, ptr %2323, align 4, !tbaa !5
+  %2325 = insertelement <16 x float> poison, float %2324, i64 0
+  %2326 = shufflevector <16 x float> %2325, <16 x float> poison, <16 x i32> zeroinitializer
+  %2327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2326, <16 x float> %2285)
+  %2328 = getelementptr inbounds nuw i8, ptr %gep139, i64 2116
+  %2329 = load float, ptr %2328, align 4, !tbaa !5
+  %2330 = insertelement <16 x float> poison, float %2329, i64 0
+  %2331 = shufflevector <16 x float> %2330, <16 x float> poison, <16 x i32> zeroinitializer
+  %2332 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2331, <16 x float> %2290)
+  %2333 = getelementptr inbounds nuw i8, ptr %gep139, i64 2056
+  %2334 = load float, ptr %2333, align 4, !tbaa !5
+  %2335 = insertelement <16 x float> poison, float %2334, i64 0
+  %2336 = shufflevector <16 x float> %2335, <16 x float> poison, <16 x i32> zeroinitializer
+  %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2336, <16 x float> %2295)
+  %2338 = getelementptr inbounds nuw i8, ptr %gep139, i64 2120
+  %2339 = load float, ptr %2338, align 4, !tbaa !5
+  %2340 = insertelement <16 x float> poison, float %2339, i64 0
+  %2341 = shufflevector <16 x float> %2340, <16 x float> poison, <16 x i32> zeroinitializer
+  %2342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2341, <16 x float> %2300)
+  %2343 = getelementptr inbounds nuw i8, ptr %gep139, i64 2060
+  %2344 = load float, ptr %2343, align 4, !tbaa !5
+  %2345 = insertelement <16 x float> poison, float %2344, i64 0
+  %2346 = shufflevector <16 x float> %2345, <16 x float> poison, <16 x i32> zeroinitializer
+  %2347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2346, <16 x float> %2305)
+  %2348 = getelementptr inbounds nuw i8, ptr %gep139, i64 2124
   %2349 = load float, ptr %2348, align 4, !tbaa !5
   %2350 = insertelement <16 x float> poison, float %2349, i64 0
   %2351 = shufflevector <16 x float> %2350, <16 x float> poison, <16 x i32> zeroinitializer
-  %2352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2351, <16 x float> %2310)
-  %2353 = getelementptr inbounds nuw i8, ptr %gep136, i64 2624
-  %2354 = load float, ptr %2353, align 4, !tbaa !5
-  %2355 = insertelement <16 x float> poison, float %2354, i64 0
-  %2356 = shufflevector <16 x float> %2355, <16 x float> poison, <16 x i32> zeroinitializer
-  %2357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2356, <16 x float> %2315)
-  %2358 = getelementptr inbounds nuw i8, ptr %gep136, i64 2564
-  %2359 = load float, ptr %2358, align 4, !tbaa !5
-  %2360 = insertelement <16 x float> poison, float %2359, i64 0
-  %2361 = shufflevector <16 x float> %2360, <16 x float> poison, <16 x i32> zeroinitializer
-  %2362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2361, <16 x float> %2320)
-  %2363 = getelementptr inbounds nuw i8, ptr %gep136, i64 2628
-  %2364 = load float, ptr %2363, align 4, !tbaa !5
-  %2365 = insertelement <16 x float> poison, float %2364, i64 0
-  %2366 = shufflevector <16 x float> %2365, <16 x float> poison, <16 x i32> zeroinitializer
-  %2367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2366, <16 x float> %2325)
-  %2368 = getelementptr inbounds nuw i8, ptr %gep136, i64 2568
-  %2369 = load float, ptr %2368, align 4, !tbaa !5
-  %2370 = insertelement <16 x float> poison, float %2369, i64 0
-  %2371 = shufflevector <16 x float> %2370, <16 x float> poison, <16 x i32> zeroinitializer
-  %2372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2371, <16 x float> %2330)
-  %2373 = getelementptr inbounds nuw i8, ptr %gep136, i64 2632
-  %2374 = load float, ptr %2373, align 4, !tbaa !5
-  %2375 = insertelement <16 x float> poison, float %2374, i64 0
-  %2376 = shufflevector <16 x float> %2375, <16 x float> poison, <16 x i32> zeroinitializer
-  %2377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2376, <16 x float> %2335)
-  %2378 = getelementptr inbounds nuw i8, ptr %gep136, i64 2572
-  %2379 = load float, ptr %2378, align 4, !tbaa !5
-  %2380 = insertelement <16 x float> poison, float %2379, i64 0
-  %2381 = shufflevector <16 x float> %2380, <16 x float> poison, <16 x i32> zeroinitializer
-  %2382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2381, <16 x float> %2340)
-  %2383 = getelementptr inbounds nuw i8, ptr %gep136, i64 2636
-  %2384 = load float, ptr %2383, align 4, !tbaa !5
-  %2385 = insertelement <16 x float> poison, float %2384, i64 0
-  %2386 = shufflevector <16 x float> %2385, <16 x float> poison, <16 x i32> zeroinitializer
-  %2387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2386, <16 x float> %2345)
-  %2388 = getelementptr inbounds nuw i8, ptr %2137, i64 384
-  %2389 = load <16 x float>, ptr %2388, align 4, !tbaa !5
-  %2390 = getelementptr inbounds nuw i8, ptr %gep136, i64 3072
+  %2352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2351, <16 x float> %2310)
+  %2353 = getelementptr inbounds nuw i8, ptr %2144, i64 320
+  %2354 = load <16 x float>, ptr %2353, align 4, !tbaa !5
+  %2355 = getelementptr inbounds nuw i8, ptr %gep139, i64 2560
+  %2356 = load float, ptr %2355, align 4, !tbaa !5
+  %2357 = insertelement <16 x float> poison, float %2356, i64 0
+  %2358 = shufflevector <16 x float> %2357, <16 x float> poison, <16 x i32> zeroinitializer
+  %2359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2358, <16 x float> %2317)
+  %2360 = getelementptr inbounds nuw i8, ptr %gep139, i64 2624
+  %2361 = load float, ptr %2360, align 4, !tbaa !5
+  %2362 = insertelement <16 x float> poison, float %2361, i64 0
+  %2363 = shufflevector <16 x float> %2362, <16 x float> poison, <16 x i32> zeroinitializer
+  %2364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2363, <16 x float> %2322)
+  %2365 = getelementptr inbounds nuw i8, ptr %gep139, i64 2564
+  %2366 = load float, ptr %2365, align 4, !tbaa !5
+  %2367 = insertelement <16 x float> poison, float %2366, i64 0
+  %2368 = shufflevector <16 x float> %2367, <16 x float> poison, <16 x i32> zeroinitializer
+  %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2368, <16 x float> %2327)
+  %2370 = getelementptr inbounds nuw i8, ptr %gep139, i64 2628
+  %2371 = load float, ptr %2370, align 4, !tbaa !5
+  %2372 = insertelement <16 x float> poison, float %2371, i64 0
+  %2373 = shufflevector <16 x float> %2372, <16 x float> poison, <16 x i32> zeroinitializer
+  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2373, <16 x float> %2332)
+  %2375 = getelementptr inbounds nuw i8, ptr %gep139, i64 2568
+  %2376 = load float, ptr %2375, align 4, !tbaa !5
+  %2377 = insertelement <16 x float> poison, float %2376, i64 0
+  %2378 = shufflevector <16 x float> %2377, <16 x float> poison, <16 x i32> zeroinitializer
+  %2379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2378, <16 x float> %2337)
+  %2380 = getelementptr inbounds nuw i8, ptr %gep139, i64 2632
+  %2381 = load float, ptr %2380, align 4, !tbaa !5
+  %2382 = insertelement <16 x float> poison, float %2381, i64 0
+  %2383 = shufflevector <16 x float> %2382, <16 x float> poison, <16 x i32> zeroinitializer
+  %2384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2383, <16 x float> %2342)
+  %2385 = getelementptr inbounds nuw i8, ptr %gep139, i64 2572
+  %2386 = load float, ptr %2385, align 4, !tbaa !5
+  %2387 = insertelement <16 x float> poison, float %2386, i64 0
+  %2388 = shufflevector <16 x float> %2387, <16 x float> poison, <16 x i32> zeroinitializer
+  %2389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2388, <16 x float> %2347)
+  %2390 = getelementptr inbounds nuw i8, ptr %gep139, i64 2636
   %2391 = load float, ptr %2390, align 4, !tbaa !5
   %2392 = insertelement <16 x float> poison, float %2391, i64 0
   %2393 = shufflevector <16 x float> %2392, <16 x float> poison, <16 x i32> zeroinitializer
-  %2394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2393, <16 x float> %2352)
-  %2395 = getelementptr inbounds nuw i8, ptr %gep136, i64 3136
-  %2396 = load float, ptr %2395, align 4, !tbaa !5
-  %2397 = insertelement <16 x float> poison, float %2396, i64 0
-  %2398 = shufflevector <16 x float> %2397, <16 x float> poison, <16 x i32> zeroinitializer
-  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2398, <16 x float> %2357)
-  %2400 = getelementptr inbounds nuw i8, ptr %gep136, i64 3076
-  %2401 = load float, ptr %2400, align 4, !tbaa !5
-  %2402 = insertelement <16 x float> poison, float %2401, i64 0
-  %2403 = shufflevector <16 x float> %2402, <16 x float> poison, <16 x i32> zeroinitializer
-  %2404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2403, <16 x float> %2362)
-  %2405 = getelementptr inbounds nuw i8, ptr %gep136, i64 3140
-  %2406 = load float, ptr %2405, align 4, !tbaa !5
-  %2407 = insertelement <16 x float> poison, float %2406, i64 0
-  %2408 = shufflevector <16 x float> %2407, <16 x float> poison, <16 x i32> zeroinitializer
-  %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2408, <16 x float> %2367)
-  %2410 = getelementptr inbounds nuw i8, ptr %gep136, i64 3080
-  %2411 = load float, ptr %2410, align 4, !tbaa !5
-  %2412 = insertelement <16 x float> poison, float %2411, i64 0
-  %2413 = shufflevector <16 x float> %2412, <16 x float> poison, <16 x i32> zeroinitializer
-  %2414 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2413, <16 x float> %2372)
-  %2415 = getelementptr inbounds nuw i8, ptr %gep136, i64 3144
-  %2416 = load float, ptr %2415, align 4, !tbaa !5
-  %2417 = insertelement <16 x float> poison, float %2416, i64 0
-  %2418 = shufflevector <16 x float> %2417, <16 x float> poison, <16 x i32> zeroinitializer
-  %2419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2418, <16 x float> %2377)
-  %2420 = getelementptr inbounds nuw i8, ptr %gep136, i64 3084
-  %2421 = load float, ptr %2420, align 4, !tbaa !5
-  %2422 = insertelement <16 x float> poison, float %2421, i64 0
-  %2423 = shufflevector <16 x float> %2422, <16 x float> poison, <16 x i32> zeroinitializer
-  %2424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2423, <16 x float> %2382)
-  %2425 = getelementptr inbounds nuw i8, ptr %gep136, i64 3148
-  %2426 = load float, ptr %2425, align 4, !tbaa !5
-  %2427 = insertelement <16 x float> poison, float %2426, i64 0
-  %2428 = shufflevector <16 x float> %2427, <16 x float> poison, <16 x i32> zeroinitializer
-  %2429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2389, <16 x float> %2428, <16 x float> %2387)
-  %2430 = getelementptr inbounds nuw i8, ptr %2137, i64 448
-  %2431 = load <16 x float>, ptr %2430, align 4, !tbaa !5
-  %2432 = getelementptr inbounds nuw i8, ptr %gep136, i64 3584
+  %2394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2393, <16 x float> %2352)
+  %2395 = getelementptr inbounds nuw i8, ptr %2144, i64 384
+  %2396 = load <16 x float>, ptr %2395, align 4, !tbaa !5
+  %2397 = getelementptr inbounds nuw i8, ptr %gep139, i64 3072
+  %2398 = load float, ptr %2397, align 4, !tbaa !5
+  %2399 = insertelement <16 x float> poison, float %2398, i64 0
+  %2400 = shufflevector <16 x float> %2399, <16 x float> poison, <16 x i32> zeroinitializer
+  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2400, <16 x float> %2359)
+  %2402 = getelementptr inbounds nuw i8, ptr %gep139, i64 3136
+  %2403 = load float, ptr %2402, align 4, !tbaa !5
+  %2404 = insertelement <16 x float> poison, float %2403, i64 0
+  %2405 = shufflevector <16 x float> %2404, <16 x float> poison, <16 x i32> zeroinitializer
+  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2405, <16 x float> %2364)
+  %2407 = getelementptr inbounds nuw i8, ptr %gep139, i64 3076
+  %2408 = load float, ptr %2407, align 4, !tbaa !5
+  %2409 = insertelement <16 x float> poison, float %2408, i64 0
+  %2410 = shufflevector <16 x float> %2409, <16 x float> poison, <16 x i32> zeroinitializer
+  %2411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2410, <16 x float> %2369)
+  %2412 = getelementptr inbounds nuw i8, ptr %gep139, i64 3140
+  %2413 = load float, ptr %2412, align 4, !tbaa !5
+  %2414 = insertelement <16 x float> poison, float %2413, i64 0
+  %2415 = shufflevector <16 x float> %2414, <16 x float> poison, <16 x i32> zeroinitializer
+  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2415, <16 x float> %2374)
+  %2417 = getelementptr inbounds nuw i8, ptr %gep139, i64 3080
+  %2418 = load float, ptr %2417, align 4, !tbaa !5
+  %2419 = insertelement <16 x float> poison, float %2418, i64 0
+  %2420 = shufflevector <16 x float> %2419, <16 x float> poison, <16 x i32> zeroinitializer
+  %2421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2420, <16 x float> %2379)
+  %2422 = getelementptr inbounds nuw i8, ptr %gep139, i64 3144
+  %2423 = load float, ptr %2422, align 4, !tbaa !5
+  %2424 = insertelement <16 x float> poison, float %2423, i64 0
+  %2425 = shufflevector <16 x float> %2424, <16 x float> poison, <16 x i32> zeroinitializer
+  %2426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2425, <16 x float> %2384)
+  %2427 = getelementptr inbounds nuw i8, ptr %gep139, i64 3084
+  %2428 = load float, ptr %2427, align 4, !tbaa !5
+  %2429 = insertelement <16 x float> poison, float %2428, i64 0
+  %2430 = shufflevector <16 x float> %2429, <16 x float> poison, <16 x i32> zeroinitializer
+  %2431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2430, <16 x float> %2389)
+  %2432 = getelementptr inbounds nuw i8, ptr %gep139, i64 3148
   %2433 = load float, ptr %2432, align 4, !tbaa !5
   %2434 = insertelement <16 x float> poison, float %2433, i64 0
   %2435 = shufflevector <16 x float> %2434, <16 x float> poison, <16 x i32> zeroinitializer
-  %2436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2435, <16 x float> %2394)
-  %2437 = getelementptr inbounds nuw i8, ptr %gep136, i64 3648
-  %2438 = load float, ptr %2437, align 4, !tbaa !5
-  %2439 = insertelement <16 x float> poison, float %2438, i64 0
-  %2440 = shufflevector <16 x float> %2439, <16 x float> poison, <16 x i32> zeroinitializer
-  %2441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2440, <16 x float> %2399)
-  %2442 = getelementptr inbounds nuw i8, ptr %gep136, i64 3588
-  %2443 = load float, ptr %2442, align 4, !tbaa !5
-  %2444 = insertelement <16 x float> poison, float %2443, i64 0
-  %2445 = shufflevector <16 x float> %2444, <16 x float> poison, <16 x i32> zeroinitializer
-  %2446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2445, <16 x float> %2404)
-  %2447 = getelementptr inbounds nuw i8, ptr %gep136, i64 3652
-  %2448 = load float, ptr %2447, align 4, !tbaa !5
-  %2449 = insertelement <16 x float> poison, float %2448, i64 0
-  %2450 = shufflevector <16 x float> %2449, <16 x float> poison, <16 x i32> zeroinitializer
-  %2451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2450, <16 x float> %2409)
-  %2452 = getelementptr inbounds nuw i8, ptr %gep136, i64 3592
-  %2453 = load float, ptr %2452, align 4, !tbaa !5
-  %2454 = insertelement <16 x float> poison, float %2453, i64 0
-  %2455 = shufflevector <16 x float> %2454, <16 x float> poison, <16 x i32> zeroinitializer
-  %2456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2455, <16 x float> %2414)
-  %2457 = getelementptr inbounds nuw i8, ptr %gep136, i64 3656
-  %2458 = load float, ptr %2457, align 4, !tbaa !5
-  %2459 = insertelement <16 x float> poison, float %2458, i64 0
-  %2460 = shufflevector <16 x float> %2459, <16 x float> poison, <16 x i32> zeroinitializer
-  %2461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2460, <16 x float> %2419)
-  %2462 = getelementptr inbounds nuw i8, ptr %gep136, i64 3596
-  %2463 = load float, ptr %2462, align 4, !tbaa !5
-  %2464 = insertelement <16 x float> poison, float %2463, i64 0
-  %2465 = shufflevector <16 x float> %2464, <16 x float> poison, <16 x i32> zeroinitializer
-  %2466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2465, <16 x float> %2424)
-  %2467 = getelementptr inbounds nuw i8, ptr %gep136, i64 3660
-  %2468 = load float, ptr %2467, align 4, !tbaa !5
-  %2469 = insertelement <16 x float> poison, float %2468, i64 0
-  %2470 = shufflevector <16 x float> %2469, <16 x float> poison, <16 x i32> zeroinitializer
-  %2471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2470, <16 x float> %2429)
-  %indvars.iv.next627.i = add nuw nsw i64 %indvars.iv626.i, 1
-  %exitcond632.not.i = icmp eq i64 %indvars.iv.next627.i, %2114
-  br i1 %exitcond632.not.i, label %for_end_to149.i, label %for_begin_line152.preheader.i, !prof !13
+  %2436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2435, <16 x float> %2394)
+  %2437 = getelementptr inbounds nuw i8, ptr %2144, i64 448
+  %2438 = load <16 x float>, ptr %2437, align 4, !tbaa !5
+  %2439 = getelementptr inbounds nuw i8, ptr %gep139, i64 3584
+  %2440 = load float, ptr %2439, align 4, !tbaa !5
+  %2441 = insertelement <16 x float> poison, float %2440, i64 0
+  %2442 = shufflevector <16 x float> %2441, <16 x float> poison, <16 x i32> zeroinitializer
+  %2443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2442, <16 x float> %2401)
+  %2444 = getelementptr inbounds nuw i8, ptr %gep139, i64 3648
+  %2445 = load float, ptr %2444, align 4, !tbaa !5
+  %2446 = insertelement <16 x float> poison, float %2445, i64 0
+  %2447 = shufflevector <16 x float> %2446, <16 x float> poison, <16 x i32> zeroinitializer
+  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2447, <16 x float> %2406)
+  %2449 = getelementptr inbounds nuw i8, ptr %gep139, i64 3588
+  %2450 = load float, ptr %2449, align 4, !tbaa !5
+  %2451 = insertelement <16 x float> poison, float %2450, i64 0
+  %2452 = shufflevector <16 x float> %2451, <16 x float> poison, <16 x i32> zeroinitializer
+  %2453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2452, <16 x float> %2411)
+  %2454 = getelementptr inbounds nuw i8, ptr %gep139, i64 3652
+  %2455 = load float, ptr %2454, align 4, !tbaa !5
+  %2456 = insertelement <16 x float> poison, float %2455, i64 0
+  %2457 = shufflevector <16 x float> %2456, <16 x float> poison, <16 x i32> zeroinitializer
+  %2458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2457, <16 x float> %2416)
+  %2459 = getelementptr inbounds nuw i8, ptr %gep139, i64 3592
+  %2460 = load float, ptr %2459, align 4, !tbaa !5
+  %2461 = insertelement <16 x float> poison, float %2460, i64 0
+  %2462 = shufflevector <16 x float> %2461, <16 x float> poison, <16 x i32> zeroinitializer
+  %2463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2462, <16 x float> %2421)
+  %2464 = getelementptr inbounds nuw i8, ptr %gep139, i64 3656
+  %2465 = load float, ptr %2464, align 4, !tbaa !5
+  %2466 = insertelement <16 x float> poison, float %2465, i64 0
+  %2467 = shufflevector <16 x float> %2466, <16 x float> poison, <16 x i32> zeroinitializer
+  %2468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2467, <16 x float> %2426)
+  %2469 = getelementptr inbounds nuw i8, ptr %gep139, i64 3596
+  %2470 = load float, ptr %2469, align 4, !tbaa !5
+  %2471 = insertelement <16 x float> poison, float %2470, i64 0
+  %2472 = shufflevector <16 x float> %2471, <16 x float> poison, <16 x i32> zeroinitializer
+  %2473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2472, <16 x float> %2431)
+  %2474 = getelementptr inbounds nuw i8, ptr %gep139, i64 3660
+  %2475 = load float, ptr %2474, align 4, !tbaa !5
+  %2476 = insertelement <16 x float> poison, float %2475, i64 0
+  %2477 = shufflevector <16 x float> %2476, <16 x float> poison, <16 x i32> zeroinitializer
+  %2478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2477, <16 x float> %2436)
+  %indvars.iv.next643.i = add nuw nsw i64 %indvars.iv642.i, 1
+  %exitcond648.not.i = icmp eq i64 %indvars.iv.next643.i, %2121
+  br i1 %exitcond648.not.i, label %for_end_to144.i, label %for_begin_line147.preheader.i, !prof !13
 
-for_end_to149.i:                                  ; preds = %for_begin_line152.preheader.i, %for_body_d_0_m.i
-  %full_acc264.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2436, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2441, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2446, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2451, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2456, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2461, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2466, %for_begin_line152.preheader.i ]
-  %full_acc264.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2471, %for_begin_line152.preheader.i ]
-  br i1 %.not496.i, label %for_end_ti164.i, label %for_body_ti163.lr.ph.i, !prof !17
+for_end_to144.i:                                  ; preds = %for_begin_line147.preheader.i, %for_body_d_0_m.i
+  %full_acc259.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2443, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2448, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2453, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2458, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2463, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2468, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2473, %for_begin_line147.preheader.i ]
+  %full_acc259.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2478, %for_begin_line147.preheader.i ]
+  br i1 %.not505.i, label %for_end_ti159.i, label %for_body_ti158.lr.ph.i, !prof !17
 
-for_body_ti163.lr.ph.i:                           ; preds = %for_end_to149.i
-  %indvars.iv637.tr.i = trunc i64 %indvars.iv637.i to i32
-  %2472 = shl i32 %indvars.iv637.tr.i, 2
-  %2473 = and i32 %2472, 12
-  %2474 = shl i32 %indvars.iv637.tr.i, 3
-  %2475 = and i32 %2474, 96
-  %invariant.op462.i = or disjoint i32 %2475, %2111
-  %invariant.op464.i = or disjoint i32 %invariant.op462.i, %2473
-  %2476 = load <16 x float>, ptr %invariant.gep859.i, align 4, !tbaa !5
-  %2477 = sext i32 %invariant.op464.i to i64
-  %2478 = getelementptr inbounds float, ptr %v_tile.i, i64 %2477
-  %2479 = load float, ptr %2478, align 4, !tbaa !5
-  %2480 = insertelement <16 x float> poison, float %2479, i64 0
-  %2481 = shufflevector <16 x float> %2480, <16 x float> poison, <16 x i32> zeroinitializer
-  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2481, <16 x float> %full_acc264.sroa.0.0.lcssa.i)
-  %2483 = getelementptr i8, ptr %2478, i64 64
-  %2484 = load float, ptr %2483, align 4, !tbaa !5
-  %2485 = insertelement <16 x float> poison, float %2484, i64 0
-  %2486 = shufflevector <16 x float> %2485, <16 x float> poison, <16 x i32> zeroinitializer
-  %2487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2486, <16 x float> %full_acc264.sroa.4.0.lcssa.i)
-  %2488 = getelementptr i8, ptr %2478, i64 4
-  %2489 = load float, ptr %2488, align 4, !tbaa !5
-  %2490 = insertelement <16 x float> poison, float %2489, i64 0
-  %2491 = shufflevector <16 x float> %2490, <16 x float> poison, <16 x i32> zeroinitializer
-  %2492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2491, <16 x float> %full_acc264.sroa.8.0.lcssa.i)
-  %2493 = getelementptr i8, ptr %2478, i64 68
-  %2494 = load float, ptr %2493, align 4, !tbaa !5
-  %2495 = insertelement <16 x float> poison, float %2494, i64 0
-  %2496 = shufflevector <16 x float> %2495, <16 x float> poison, <16 x i32> zeroinitializer
-  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2496, <16 x float> %full_acc264.sroa.12.0.lcssa.i)
-  %2498 = getelementptr i8, ptr %2478, i64 8
-  %2499 = load float, ptr %2498, align 4, !tbaa !5
-  %2500 = insertelement <16 x float> poison, float %2499, i64 0
-  %2501 = shufflevector <16 x float> %2500, <16 x float> poison, <16 x i32> zeroinitializer
-  %2502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2501, <16 x float> %full_acc264.sroa.16.0.lcssa.i)
-  %2503 = getelementptr i8, ptr %2478, i64 72
-  %2504 = load float, ptr %2503, align 4, !tbaa !5
-  %2505 = insertelement <16 x float> poison, float %2504, i64 0
-  %2506 = shufflevector <16 x float> %2505, <16 x float> poison, <16 x i32> zeroinitializer
-  %2507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2506, <16 x float> %full_acc264.sroa.20.0.lcssa.i)
-  %2508 = getelementptr i8, ptr %2478, i64 12
-  %2509 = load float, ptr %2508, align 4, !tbaa !5
-  %2510 = insertelement <16 x float> poison, float %2509, i64 0
-  %2511 = shufflevector <16 x float> %2510, <16 x float> poison, <16 x i32> zeroinitializer
-  %2512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2511, <16 x float> %full_acc264.sroa.24.0.lcssa.i)
-  %2513 = getelementptr i8, ptr %2478, i64 76
-  %2514 = load float, ptr %2513, align 4, !tbaa !5
-  %2515 = insertelement <16 x float> poison, float %2514, i64 0
-  %2516 = shufflevector <16 x float> %2515, <16 x float> poison, <16 x i32> zeroinitializer
-  %2517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2476, <16 x float> %2516, <16 x float> %full_acc264.sroa.28.0.lcssa.i)
-  br i1 %exitcond.not, label %for_end_ti164.i, label %for_body_ti163.i.1, !prof !13
+for_body_ti158.lr.ph.i:                           ; preds = %for_end_to144.i
+  %indvars.iv653.tr.i = trunc i64 %indvars.iv653.i to i32
+  %2479 = shl i32 %indvars.iv653.tr.i, 2
+  %2480 = and i32 %2479, 12
+  %2481 = shl i32 %indvars.iv653.tr.i, 3
+  %2482 = and i32 %2481, 96
+  %invariant.op475.i = or disjoint i32 %2482, %2118
+  %invariant.op477.i = or disjoint i32 %invariant.op475.i, %2480
+  %2483 = load <16 x float>, ptr %invariant.gep871.i, align 4, !tbaa !5
+  %2484 = sext i32 %invariant.op477.i to i64
+  %2485 = getelementptr inbounds float, ptr %v_tile.i, i64 %2484
+  %2486 = load float, ptr %2485, align 4, !tbaa !5
+  %2487 = insertelement <16 x float> poison, float %2486, i64 0
+  %2488 = shufflevector <16 x float> %2487, <16 x float> poison, <16 x i32> zeroinitializer
+  %2489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2488, <16 x float> %full_acc259.sroa.0.0.lcssa.i)
+  %2490 = getelementptr i8, ptr %2485, i64 64
+  %2491 = load float, ptr %2490, align 4, !tbaa !5
+  %2492 = insertelement <16 x float> poison, float %2491, i64 0
+  %2493 = shufflevector <16 x float> %2492, <16 x float> poison, <16 x i32> zeroinitializer
+  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2493, <16 x float> %full_acc259.sroa.4.0.lcssa.i)
+  %2495 = getelementptr i8, ptr %2485, i64 4
+  %2496 = load float, ptr %2495, align 4, !tbaa !5
+  %2497 = insertelement <16 x float> poison, float %2496, i64 0
+  %2498 = shufflevector <16 x float> %2497, <16 x float> poison, <16 x i32> zeroinitializer
+  %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2498, <16 x float> %full_acc259.sroa.8.0.lcssa.i)
+  %2500 = getelementptr i8, ptr %2485, i64 68
+  %2501 = load float, ptr %2500, align 4, !tbaa !5
+  %2502 = insertelement <16 x float> poison, float %2501, i64 0
+  %2503 = shufflevector <16 x float> %2502, <16 x float> poison, <16 x i32> zeroinitializer
+  %2504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2503, <16 x float> %full_acc259.sroa.12.0.lcssa.i)
+  %2505 = getelementptr i8, ptr %2485, i64 8
+  %2506 = load float, ptr %2505, align 4, !tbaa !5
+  %2507 = insertelement <16 x float> poison, float %2506, i64 0
+  %2508 = shufflevector <16 x float> %2507, <16 x float> poison, <16 x i32> zeroinitializer
+  %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2508, <16 x float> %full_acc259.sroa.16.0.lcssa.i)
+  %2510 = getelementptr i8, ptr %2485, i64 72
+  %2511 = load float, ptr %2510, align 4, !tbaa !5
+  %2512 = insertelement <16 x float> poison, float %2511, i64 0
+  %2513 = shufflevector <16 x float> %2512, <16 x float> poison, <16 x i32> zeroinitializer
+  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2513, <16 x float> %full_acc259.sroa.20.0.lcssa.i)
+  %2515 = getelementptr i8, ptr %2485, i64 12
+  %2516 = load float, ptr %2515, align 4, !tbaa !5
+  %2517 = insertelement <16 x float> poison, float %2516, i64 0
+  %2518 = shufflevector <16 x float> %2517, <16 x float> poison, <16 x i32> zeroinitializer
+  %2519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2518, <16 x float> %full_acc259.sroa.24.0.lcssa.i)
+  %2520 = getelementptr i8, ptr %2485, i64 76
+  %2521 = load float, ptr %2520, align 4, !tbaa !5
+  %2522 = insertelement <16 x float> poison, float %2521, i64 0
+  %2523 = shufflevector <16 x float> %2522, <16 x float> poison, <16 x i32> zeroinitializer
+  %2524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2523, <16 x float> %full_acc259.sroa.28.0.lcssa.i)
+  br i1 %exitcond.not, label %for_end_ti159.i, label %for_body_ti158.i.1, !prof !13
 
-for_body_ti163.i.1:                               ; preds = %for_body_ti163.lr.ph.i
-  %2518 = load <16 x float>, ptr %gep860.i.1, align 4, !tbaa !5
-  %2519 = sext i32 %invariant.op464.i to i64
-  %2520 = getelementptr float, ptr %v_tile.i, i64 %2519
-  %2521 = getelementptr i8, ptr %2520, i64 512
-  %2522 = load float, ptr %2521, align 4, !tbaa !5
-  %2523 = insertelement <16 x float> poison, float %2522, i64 0
-  %2524 = shufflevector <16 x float> %2523, <16 x float> poison, <16 x i32> zeroinitializer
-  %2525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2524, <16 x float> %2482)
-  %2526 = getelementptr i8, ptr %2520, i64 576
-  %2527 = load float, ptr %2526, align 4, !tbaa !5
-  %2528 = insertelement <16 x float> poison, float %2527, i64 0
-  %2529 = shufflevector <16 x float> %2528, <16 x float> poison, <16 x i32> zeroinitializer
-  %2530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2529, <16 x float> %2487)
-  %2531 = getelementptr i8, ptr %2520, i64 516
-  %2532 = load float, ptr %2531, align 4, !tbaa !5
-  %2533 = insertelement <16 x float> poison, float %2532, i64 0
-  %2534 = shufflevector <16 x float> %2533, <16 x float> poison, <16 x i32> zeroinitializer
-  %2535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2534, <16 x float> %2492)
-  %2536 = getelementptr i8, ptr %2520, i64 580
-  %2537 = load float, ptr %2536, align 4, !tbaa !5
-  %2538 = insertelement <16 x float> poison, float %2537, i64 0
-  %2539 = shufflevector <16 x float> %2538, <16 x float> poison, <16 x i32> zeroinitializer
-  %2540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2539, <16 x float> %2497)
-  %2541 = getelementptr i8, ptr %2520, i64 520
-  %2542 = load float, ptr %2541, align 4, !tbaa !5
-  %2543 = insertelement <16 x float> poison, float %2542, i64 0
-  %2544 = shufflevector <16 x float> %2543, <16 x float> poison, <16 x i32> zeroinitializer
-  %2545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2544, <16 x float> %2502)
-  %2546 = getelementptr i8, ptr %2520, i64 584
-  %2547 = load float, ptr %2546, align 4, !tbaa !5
-  %2548 = insertelement <16 x float> poison, float %2547, i64 0
-  %2549 = shufflevector <16 x float> %2548, <16 x float> poison, <16 x i32> zeroinitializer
-  %2550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2549, <16 x float> %2507)
-  %2551 = getelementptr i8, ptr %2520, i64 524
-  %2552 = load float, ptr %2551, align 4, !tbaa !5
-  %2553 = insertelement <16 x float> poison, float %2552, i64 0
-  %2554 = shufflevector <16 x float> %2553, <16 x float> poison, <16 x i32> zeroinitializer
-  %2555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2554, <16 x float> %2512)
-  %2556 = getelementptr i8, ptr %2520, i64 588
-  %2557 = load float, ptr %2556, align 4, !tbaa !5
-  %2558 = insertelement <16 x float> poison, float %2557, i64 0
-  %2559 = shufflevector <16 x float> %2558, <16 x float> poison, <16 x i32> zeroinitializer
-  %2560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2559, <16 x float> %2517)
-  br i1 %exitcond.not.1, label %for_end_ti164.i, label %for_body_ti163.i.2, !prof !13
+for_body_ti158.i.1:                               ; preds = %for_body_ti158.lr.ph.i
+  %2525 = load <16 x float>, ptr %gep872.i.1, align 4, !tbaa !5
+  %2526 = sext i32 %invariant.op477.i to i64
+  %2527 = getelementptr float, ptr %v_tile.i, i64 %2526
+  %2528 = getelementptr i8, ptr %2527, i64 512
+  %2529 = load float, ptr %2528, align 4, !tbaa !5
+  %2530 = insertelement <16 x float> poison, float %2529, i64 0
+  %2531 = shufflevector <16 x float> %2530, <16 x float> poison, <16 x i32> zeroinitializer
+  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2531, <16 x float> %2489)
+  %2533 = getelementptr i8, ptr %2527, i64 576
+  %2534 = load float, ptr %2533, align 4, !tbaa !5
+  %2535 = insertelement <16 x float> poison, float %2534, i64 0
+  %2536 = shufflevector <16 x float> %2535, <16 x float> poison, <16 x i32> zeroinitializer
+  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2536, <16 x float> %2494)
+  %2538 = getelementptr i8, ptr %2527, i64 516
+  %2539 = load float, ptr %2538, align 4, !tbaa !5
+  %2540 = insertelement <16 x float> poison, float %2539, i64 0
+  %2541 = shufflevector <16 x float> %2540, <16 x float> poison, <16 x i32> zeroinitializer
+  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2541, <16 x float> %2499)
+  %2543 = getelementptr i8, ptr %2527, i64 580
+  %2544 = load float, ptr %2543, align 4, !tbaa !5
+  %2545 = insertelement <16 x float> poison, float %2544, i64 0
+  %2546 = shufflevector <16 x float> %2545, <16 x float> poison, <16 x i32> zeroinitializer
+  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2546, <16 x float> %2504)
+  %2548 = getelementptr i8, ptr %2527, i64 520
+  %2549 = load float, ptr %2548, align 4, !tbaa !5
+  %2550 = insertelement <16 x float> poison, float %2549, i64 0
+  %2551 = shufflevector <16 x float> %2550, <16 x float> poison, <16 x i32> zeroinitializer
+  %2552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2551, <16 x float> %2509)
+  %2553 = getelementptr i8, ptr %2527, i64 584
+  %2554 = load float, ptr %2553, align 4, !tbaa !5
+  %2555 = insertelement <16 x float> poison, float %2554, i64 0
+  %2556 = shufflevector <16 x float> %2555, <16 x float> poison, <16 x i32> zeroinitializer
+  %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2556, <16 x float> %2514)
+  %2558 = getelementptr i8, ptr %2527, i64 524
+  %2559 = load float, ptr %2558, align 4, !tbaa !5
+  %2560 = insertelement <16 x float> poison, float %2559, i64 0
+  %2561 = shufflevector <16 x float> %2560, <16 x float> poison, <16 x i32> zeroinitializer
+  %2562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2561, <16 x float> %2519)
+  %2563 = getelementptr i8, ptr %2527, i64 588
+  %2564 = load float, ptr %2563, align 4, !tbaa !5
+  %2565 = insertelement <16 x float> poison, float %2564, i64 0
+  %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
+  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2566, <16 x float> %2524)
+  br i1 %exitcond.not.1, label %for_end_ti159.i, label %for_body_ti158.i.2, !prof !13
 
-for_body_ti163.i.2:                               ; preds = %for_body_ti163.i.1
-  %2561 = load <16 x float>, ptr %gep860.i.2, align 4, !tbaa !5
-  %2562 = sext i32 %invariant.op464.i to i64
-  %2563 = getelementptr float, ptr %v_tile.i, i64 %2562
-  %2564 = getelementptr i8, ptr %2563, i64 1024
-  %2565 = load float, ptr %2564, align 4, !tbaa !5
-  %2566 = insertelement <16 x float> poison, float %2565, i64 0
-  %2567 = shufflevector <16 x float> %2566, <16 x float> poison, <16 x i32> zeroinitializer
-  %2568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2567, <16 x float> %2525)
-  %2569 = getelementptr i8, ptr %2563, i64 1088
-  %2570 = load float, ptr %2569, align 4, !tbaa !5
-  %2571 = insertelement <16 x float> poison, float %2570, i64 0
-  %2572 = shufflevector <16 x float> %2571, <16 x float> poison, <16 x i32> zeroinitializer
-  %2573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2572, <16 x float> %2530)
-  %2574 = getelementptr i8, ptr %2563, i64 1028
-  %2575 = load float, ptr %2574, align 4, !tbaa !5
-  %2576 = insertelement <16 x float> poison, float %2575, i64 0
-  %2577 = shufflevector <16 x float> %2576, <16 x float> poison, <16 x i32> zeroinitializer
-  %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2577, <16 x float> %2535)
-  %2579 = getelementptr i8, ptr %2563, i64 1092
-  %2580 = load float, ptr %2579, align 4, !tbaa !5
-  %2581 = insertelement <16 x float> poison, float %2580, i64 0
-  %2582 = shufflevector <16 x float> %2581, <16 x float> poison, <16 x i32> zeroinitializer
-  %2583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2582, <16 x float> %2540)
-  %2584 = getelementptr i8, ptr %2563, i64 1032
-  %2585 = load float, ptr %2584, align 4, !tbaa !5
-  %2586 = insertelement <16 x float> poison, float %2585, i64 0
-  %2587 = shufflevector <16 x float> %2586, <16 x float> poison, <16 x i32> zeroinitializer
-  %2588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2587, <16 x float> %2545)
-  %2589 = getelementptr i8, ptr %2563, i64 1096
-  %2590 = load float, ptr %2589, align 4, !tbaa !5
-  %2591 = insertelement <16 x float> poison, float %2590, i64 0
-  %2592 = shufflevector <16 x float> %2591, <16 x float> poison, <16 x i32> zeroinitializer
-  %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2592, <16 x float> %2550)
-  %2594 = getelementptr i8, ptr %2563, i64 1036
-  %2595 = load float, ptr %2594, align 4, !tbaa !5
-  %2596 = insertelement <16 x float> poison, float %2595, i64 0
-  %2597 = shufflevector <16 x float> %2596, <16 x float> poison, <16 x i32> zeroinitializer
-  %2598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2597, <16 x float> %2555)
-  %2599 = getelementptr i8, ptr %2563, i64 1100
-  %2600 = load float, ptr %2599, align 4, !tbaa !5
-  %2601 = insertelement <16 x float> poison, float %2600, i64 0
-  %2602 = shufflevector <16 x float> %2601, <16 x float> poison, <16 x i32> zeroinitializer
-  %2603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2561, <16 x float> %2602, <16 x float> %2560)
-  br i1 %exitcond.not.2, label %for_end_ti164.i, label %for_body_ti163.i.3, !prof !13
+for_body_ti158.i.2:                               ; preds = %for_body_ti158.i.1
+  %2568 = load <16 x float>, ptr %gep872.i.2, align 4, !tbaa !5
+  %2569 = sext i32 %invariant.op477.i to i64
+  %2570 = getelementptr float, ptr %v_tile.i, i64 %2569
+  %2571 = getelementptr i8, ptr %2570, i64 1024
+  %2572 = load float, ptr %2571, align 4, !tbaa !5
+  %2573 = insertelement <16 x float> poison, float %2572, i64 0
+  %2574 = shufflevector <16 x float> %2573, <16 x float> poison, <16 x i32> zeroinitializer
+  %2575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2574, <16 x float> %2532)
+  %2576 = getelementptr i8, ptr %2570, i64 1088
+  %2577 = load float, ptr %2576, align 4, !tbaa !5
+  %2578 = insertelement <16 x float> poison, float %2577, i64 0
+  %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
+  %2580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2579, <16 x float> %2537)
+  %2581 = getelementptr i8, ptr %2570, i64 1028
+  %2582 = load float, ptr %2581, align 4, !tbaa !5
+  %2583 = insertelement <16 x float> poison, float %2582, i64 0
+  %2584 = shufflevector <16 x float> %2583, <16 x float> poison, <16 x i32> zeroinitializer
+  %2585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2584, <16 x float> %2542)
+  %2586 = getelementptr i8, ptr %2570, i64 1092
+  %2587 = load float, ptr %2586, align 4, !tbaa !5
+  %2588 = insertelement <16 x float> poison, float %2587, i64 0
+  %2589 = shufflevector <16 x float> %2588, <16 x float> poison, <16 x i32> zeroinitializer
+  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2589, <16 x float> %2547)
+  %2591 = getelementptr i8, ptr %2570, i64 1032
+  %2592 = load float, ptr %2591, align 4, !tbaa !5
+  %2593 = insertelement <16 x float> poison, float %2592, i64 0
+  %2594 = shufflevector <16 x float> %2593, <16 x float> poison, <16 x i32> zeroinitializer
+  %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2594, <16 x float> %2552)
+  %2596 = getelementptr i8, ptr %2570, i64 1096
+  %2597 = load float, ptr %2596, align 4, !tbaa !5
+  %2598 = insertelement <16 x float> poison, float %2597, i64 0
+  %2599 = shufflevector <16 x float> %2598, <16 x float> poison, <16 x i32> zeroinitializer
+  %2600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2599, <16 x float> %2557)
+  %2601 = getelementptr i8, ptr %2570, i64 1036
+  %2602 = load float, ptr %2601, align 4, !tbaa !5
+  %2603 = insertelement <16 x float> poison, float %2602, i64 0
+  %2604 = shufflevector <16 x float> %2603, <16 x float> poison, <16 x i32> zeroinitializer
+  %2605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2604, <16 x float> %2562)
+  %2606 = getelementptr i8, ptr %2570, i64 1100
+  %2607 = load float, ptr %2606, align 4, !tbaa !5
+  %2608 = insertelement <16 x float> poison, float %2607, i64 0
+  %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
+  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2609, <16 x float> %2567)
+  br i1 %exitcond.not.2, label %for_end_ti159.i, label %for_body_ti158.i.3, !prof !13
 
-for_body_ti163.i.3:                               ; preds = %for_body_ti163.i.2
-  %2604 = load <16 x float>, ptr %gep860.i.3, align 4, !tbaa !5
-  %2605 = sext i32 %invariant.op464.i to i64
-  %2606 = getelementptr float, ptr %v_tile.i, i64 %2605
-  %2607 = getelementptr i8, ptr %2606, i64 1536
-  %2608 = load float, ptr %2607, align 4, !tbaa !5
-  %2609 = insertelement <16 x float> poison, float %2608, i64 0
-  %2610 = shufflevector <16 x float> %2609, <16 x float> poison, <16 x i32> zeroinitializer
-  %2611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2610, <16 x float> %2568)
-  %2612 = getelementptr i8, ptr %2606, i64 1600
-  %2613 = load float, ptr %2612, align 4, !tbaa !5
-  %2614 = insertelement <16 x float> poison, float %2613, i64 0
-  %2615 = shufflevector <16 x float> %2614, <16 x float> poison, <16 x i32> zeroinitializer
-  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2615, <16 x float> %2573)
-  %2617 = getelementptr i8, ptr %2606, i64 1540
-  %2618 = load float, ptr %2617, align 4, !tbaa !5
-  %2619 = insertelement <16 x float> poison, float %2618, i64 0
-  %2620 = shufflevector <16 x float> %2619, <16 x float> poison, <16 x i32> zeroinitializer
-  %2621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2620, <16 x float> %2578)
-  %2622 = getelementptr i8, ptr %2606, i64 1604
-  %2623 = load float, ptr %2622, align 4, !tbaa !5
-  %2624 = insertelement <16 x float> poison, float %2623, i64 0
-  %2625 = shufflevector <16 x float> %2624, <16 x float> poison, <16 x i32> zeroinitializer
-  %2626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2625, <16 x float> %2583)
-  %2627 = getelementptr i8, ptr %2606, i64 1544
-  %2628 = load float, ptr %2627, align 4, !tbaa !5
-  %2629 = insertelement <16 x float> poison, float %2628, i64 0
-  %2630 = shufflevector <16 x float> %2629, <16 x float> poison, <16 x i32> zeroinitializer
-  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2630, <16 x float> %2588)
-  %2632 = getelementptr i8, ptr %2606, i64 1608
-  %2633 = load float, ptr %2632, align 4, !tbaa !5
-  %2634 = insertelement <16 x float> poison, float %2633, i64 0
-  %2635 = shufflevector <16 x float> %2634, <16 x float> poison, <16 x i32> zeroinitializer
-  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2635, <16 x float> %2593)
-  %2637 = getelementptr i8, ptr %2606, i64 1548
-  %2638 = load float, ptr %2637, align 4, !tbaa !5
-  %2639 = insertelement <16 x float> poison, float %2638, i64 0
-  %2640 = shufflevector <16 x float> %2639, <16 x float> poison, <16 x i32> zeroinitializer
-  %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2640, <16 x float> %2598)
-  %2642 = getelementptr i8, ptr %2606, i64 1612
-  %2643 = load float, ptr %2642, align 4, !tbaa !5
-  %2644 = insertelement <16 x float> poison, float %2643, i64 0
-  %2645 = shufflevector <16 x float> %2644, <16 x float> poison, <16 x i32> zeroinitializer
-  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2604, <16 x float> %2645, <16 x float> %2603)
-  br i1 %exitcond.not.3, label %for_end_ti164.i, label %for_body_ti163.i.4, !prof !13
+for_body_ti158.i.3:                               ; preds = %for_body_ti158.i.2
+  %2611 = load <16 x float>, ptr %gep872.i.3, align 4, !tbaa !5
+  %2612 = sext i32 %invariant.op477.i to i64
+  %2613 = getelementptr float, ptr %v_tile.i, i64 %2612
+  %2614 = getelementptr i8, ptr %2613, i64 1536
+  %2615 = load float, ptr %2614, align 4, !tbaa !5
+  %2616 = insertelement <16 x float> poison, float %2615, i64 0
+  %2617 = shufflevector <16 x float> %2616, <16 x float> poison, <16 x i32> zeroinitializer
+  %2618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2617, <16 x float> %2575)
+  %2619 = getelementptr i8, ptr %2613, i64 1600
+  %2620 = load float, ptr %2619, align 4, !tbaa !5
+  %2621 = insertelement <16 x float> poison, float %2620, i64 0
+  %2622 = shufflevector <16 x float> %2621, <16 x float> poison, <16 x i32> zeroinitializer
+  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2622, <16 x float> %2580)
+  %2624 = getelementptr i8, ptr %2613, i64 1540
+  %2625 = load float, ptr %2624, align 4, !tbaa !5
+  %2626 = insertelement <16 x float> poison, float %2625, i64 0
+  %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
+  %2628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2627, <16 x float> %2585)
+  %2629 = getelementptr i8, ptr %2613, i64 1604
+  %2630 = load float, ptr %2629, align 4, !tbaa !5
+  %2631 = insertelement <16 x float> poison, float %2630, i64 0
+  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
+  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2632, <16 x float> %2590)
+  %2634 = getelementptr i8, ptr %2613, i64 1544
+  %2635 = load float, ptr %2634, align 4, !tbaa !5
+  %2636 = insertelement <16 x float> poison, float %2635, i64 0
+  %2637 = shufflevector <16 x float> %2636, <16 x float> poison, <16 x i32> zeroinitializer
+  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2637, <16 x float> %2595)
+  %2639 = getelementptr i8, ptr %2613, i64 1608
+  %2640 = load float, ptr %2639, align 4, !tbaa !5
+  %2641 = insertelement <16 x float> poison, float %2640, i64 0
+  %2642 = shufflevector <16 x float> %2641, <16 x float> poison, <16 x i32> zeroinitializer
+  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2642, <16 x float> %2600)
+  %2644 = getelementptr i8, ptr %2613, i64 1548
+  %2645 = load float, ptr %2644, align 4, !tbaa !5
+  %2646 = insertelement <16 x float> poison, float %2645, i64 0
+  %2647 = shufflevector <16 x float> %2646, <16 x float> poison, <16 x i32> zeroinitializer
+  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2647, <16 x float> %2605)
+  %2649 = getelementptr i8, ptr %2613, i64 1612
+  %2650 = load float, ptr %2649, align 4, !tbaa !5
+  %2651 = insertelement <16 x float> poison, float %2650, i64 0
+  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
+  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2652, <16 x float> %2610)
+  br i1 %exitcond.not.3, label %for_end_ti159.i, label %for_body_ti158.i.4, !prof !13
 
-for_body_ti163.i.4:                               ; preds = %for_body_ti163.i.3
-  %2647 = load <16 x float>, ptr %gep860.i.4, align 4, !tbaa !5
-  %2648 = sext i32 %invariant.op464.i to i64
-  %2649 = getelementptr float, ptr %v_tile.i, i64 %2648
-  %2650 = getelementptr i8, ptr %2649, i64 2048
-  %2651 = load float, ptr %2650, align 4, !tbaa !5
-  %2652 = insertelement <16 x float> poison, float %2651, i64 0
-  %2653 = shufflevector <16 x float> %2652, <16 x float> poison, <16 x i32> zeroinitializer
-  %2654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2653, <16 x float> %2611)
-  %2655 = getelementptr i8, ptr %2649, i64 2112
-  %2656 = load float, ptr %2655, align 4, !tbaa !5
-  %2657 = insertelement <16 x float> poison, float %2656, i64 0
-  %2658 = shufflevector <16 x float> %2657, <16 x float> poison, <16 x i32> zeroinitializer
-  %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2658, <16 x float> %2616)
-  %2660 = getelementptr i8, ptr %2649, i64 2052
-  %2661 = load float, ptr %2660, align 4, !tbaa !5
-  %2662 = insertelement <16 x float> poison, float %2661, i64 0
-  %2663 = shufflevector <16 x float> %2662, <16 x float> poison, <16 x i32> zeroinitializer
-  %2664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2663, <16 x float> %2621)
-  %2665 = getelementptr i8, ptr %2649, i64 2116
-  %2666 = load float, ptr %2665, align 4, !tbaa !5
-  %2667 = insertelement <16 x float> poison, float %2666, i64 0
-  %2668 = shufflevector <16 x float> %2667, <16 x float> poison, <16 x i32> zeroinitializer
-  %2669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2668, <16 x float> %2626)
-  %2670 = getelementptr i8, ptr %2649, i64 2056
-  %2671 = load float, ptr %2670, align 4, !tbaa !5
-  %2672 = insertelement <16 x float> poison, float %2671, i64 0
-  %2673 = shufflevector <16 x float> %2672, <16 x float> poison, <16 x i32> zeroinitializer
-  %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2673, <16 x float> %2631)
-  %2675 = getelementptr i8, ptr %2649, i64 2120
-  %2676 = load float, ptr %2675, align 4, !tbaa !5
-  %2677 = insertelement <16 x float> poison, float %2676, i64 0
-  %2678 = shufflevector <16 x float> %2677, <16 x float> poison, <16 x i32> zeroinitializer
-  %2679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2678, <16 x float> %2636)
-  %2680 = getelementptr i8, ptr %2649, i64 2060
-  %2681 = load float, ptr %2680, align 4, !tbaa !5
-  %2682 = insertelement <16 x float> poison, float %2681, i64 0
-  %2683 = shufflevector <16 x float> %2682, <16 x float> poison, <16 x i32> zeroinitializer
-  %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2683, <16 x float> %2641)
-  %2685 = getelementptr i8, ptr %2649, i64 2124
-  %2686 = load float, ptr %2685, align 4, !tbaa !5
-  %2687 = insertelement <16 x float> poison, float %2686, i64 0
-  %2688 = shufflevector <16 x float> %2687, <16 x float> poison, <16 x i32> zeroinitializer
-  %2689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2688, <16 x float> %2646)
-  br i1 %exitcond.not.4, label %for_end_ti164.i, label %for_body_ti163.i.5, !prof !13
+for_body_ti158.i.4:                               ; preds = %for_body_ti158.i.3
+  %2654 = load <16 x float>, ptr %gep872.i.4, align 4, !tbaa !5
+  %2655 = sext i32 %invariant.op477.i to i64
+  %2656 = getelementptr float, ptr %v_tile.i, i64 %2655
+  %2657 = getelementptr i8, ptr %2656, i64 2048
+  %2658 = load float, ptr %2657, align 4, !tbaa !5
+  %2659 = insertelement <16 x float> poison, float %2658, i64 0
+  %2660 = shufflevector <16 x float> %2659, <16 x float> poison, <16 x i32> zeroinitializer
+  %2661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2660, <16 x float> %2618)
+  %2662 = getelementptr i8, ptr %2656, i64 2112
+  %2663 = load float, ptr %2662, align 4, !tbaa !5
+  %2664 = insertelement <16 x float> poison, float %2663, i64 0
+  %2665 = shufflevector <16 x float> %2664, <16 x float> poison, <16 x i32> zeroinitializer
+  %2666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2665, <16 x float> %2623)
+  %2667 = getelementptr i8, ptr %2656, i64 2052
+  %2668 = load float, ptr %2667, align 4, !tbaa !5
+  %2669 = insertelement <16 x float> poison, float %2668, i64 0
+  %2670 = shufflevector <16 x float> %2669, <16 x float> poison, <16 x i32> zeroinitializer
+  %2671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2670, <16 x float> %2628)
+  %2672 = getelementptr i8, ptr %2656, i64 2116
+  %2673 = load float, ptr %2672, align 4, !tbaa !5
+  %2674 = insertelement <16 x float> poison, float %2673, i64 0
+  %2675 = shufflevector <16 x float> %2674, <16 x float> poison, <16 x i32> zeroinitializer
+  %2676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2675, <16 x float> %2633)
+  %2677 = getelementptr i8, ptr %2656, i64 2056
+  %2678 = load float, ptr %2677, align 4, !tbaa !5
+  %2679 = insertelement <16 x float> poison, float %2678, i64 0
+  %2680 = shufflevector <16 x float> %2679, <16 x float> poison, <16 x i32> zeroinitializer
+  %2681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2680, <16 x float> %2638)
+  %2682 = getelementptr i8, ptr %2656, i64 2120
+  %2683 = load float, ptr %2682, align 4, !tbaa !5
+  %2684 = insertelement <16 x float> poison, float %2683, i64 0
+  %2685 = shufflevector <16 x float> %2684, <16 x float> poison, <16 x i32> zeroinitializer
+  %2686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2685, <16 x float> %2643)
+  %2687 = getelementptr i8, ptr %2656, i64 2060
+  %2688 = load float, ptr %2687, align 4, !tbaa !5
+  %2689 = insertelement <16 x float> poison, float %2688, i64 0
+  %2690 = shufflevector <16 x float> %2689, <16 x float> poison, <16 x i32> zeroinitializer
+  %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2690, <16 x float> %2648)
+  %2692 = getelementptr i8, ptr %2656, i64 2124
+  %2693 = load float, ptr %2692, align 4, !tbaa !5
+  %2694 = insertelement <16 x float> poison, float %2693, i64 0
+  %2695 = shufflevector <16 x float> %2694, <16 x float> poison, <16 x i32> zeroinitializer
+  %2696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2695, <16 x float> %2653)
+  br i1 %exitcond.not.4, label %for_end_ti159.i, label %for_body_ti158.i.5, !prof !13
 
-for_body_ti163.i.5:                               ; preds = %for_body_ti163.i.4
-  %2690 = load <16 x float>, ptr %gep860.i.5, align 4, !tbaa !5
-  %2691 = sext i32 %invariant.op464.i to i64
-  %2692 = getelementptr float, ptr %v_tile.i, i64 %2691
-  %2693 = getelementptr i8, ptr %2692, i64 2560
-  %2694 = load float, ptr %2693, align 4, !tbaa !5
-  %2695 = insertelement <16 x float> poison, float %2694, i64 0
-  %2696 = shufflevector <16 x float> %2695, <16 x float> poison, <16 x i32> zeroinitializer
-  %2697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2696, <16 x float> %2654)
-  %2698 = getelementptr i8, ptr %2692, i64 2624
-  %2699 = load float, ptr %2698, align 4, !tbaa !5
-  %2700 = insertelement <16 x float> poison, float %2699, i64 0
-  %2701 = shufflevector <16 x float> %2700, <16 x float> poison, <16 x i32> zeroinitializer
-  %2702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2701, <16 x float> %2659)
-  %2703 = getelementptr i8, ptr %2692, i64 2564
-  %2704 = load float, ptr %2703, align 4, !tbaa !5
-  %2705 = insertelement <16 x float> poison, float %2704, i64 0
-  %2706 = shufflevector <16 x float> %2705, <16 x float> poison, <16 x i32> zeroinitializer
-  %2707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2706, <16 x float> %2664)
-  %2708 = getelementptr i8, ptr %2692, i64 2628
-  %2709 = load float, ptr %2708, align 4, !tbaa !5
-  %2710 = insertelement <16 x float> poison, float %2709, i64 0
-  %2711 = shufflevector <16 x float> %2710, <16 x float> poison, <16 x i32> zeroinitializer
-  %2712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2711, <16 x float> %2669)
-  %2713 = getelementptr i8, ptr %2692, i64 2568
-  %2714 = load float, ptr %2713, align 4, !tbaa !5
-  %2715 = insertelement <16 x float> poison, float %2714, i64 0
-  %2716 = shufflevector <16 x float> %2715, <16 x float> poison, <16 x i32> zeroinitializer
-  %2717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2716, <16 x float> %2674)
-  %2718 = getelementptr i8, ptr %2692, i64 2632
-  %2719 = load float, ptr %2718, align 4, !tbaa !5
-  %2720 = insertelement <16 x float> poison, float %2719, i64 0
-  %2721 = shufflevector <16 x float> %2720, <16 x float> poison, <16 x i32> zeroinitializer
-  %2722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2721, <16 x float> %2679)
-  %2723 = getelementptr i8, ptr %2692, i64 2572
-  %2724 = load float, ptr %2723, align 4, !tbaa !5
-  %2725 = insertelement <16 x float> poison, float %2724, i64 0
-  %2726 = shufflevector <16 x float> %2725, <16 x float> poison, <16 x i32> zeroinitializer
-  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2726, <16 x float> %2684)
-  %2728 = getelementptr i8, ptr %2692, i64 2636
-  %2729 = load float, ptr %2728, align 4, !tbaa !5
-  %2730 = insertelement <16 x float> poison, float %2729, i64 0
-  %2731 = shufflevector <16 x float> %2730, <16 x float> poison, <16 x i32> zeroinitializer
-  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2731, <16 x float> %2689)
-  br i1 %exitcond.not.5, label %for_end_ti164.i, label %for_body_ti163.i.6, !prof !13
+for_body_ti158.i.5:                               ; preds = %for_body_ti158.i.4
+  %2697 = load <16 x float>, ptr %gep872.i.5, align 4, !tbaa !5
+  %2698 = sext i32 %invariant.op477.i to i64
+  %2699 = getelementptr float, ptr %v_tile.i, i64 %2698
+  %2700 = getelementptr i8, ptr %2699, i64 2560
+  %2701 = load float, ptr %2700, align 4, !tbaa !5
+  %2702 = insertelement <16 x float> poison, float %2701, i64 0
+  %2703 = shufflevector <16 x float> %2702, <16 x float> poison, <16 x i32> zeroinitializer
+  %2704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2703, <16 x float> %2661)
+  %2705 = getelementptr i8, ptr %2699, i64 2624
+  %2706 = load float, ptr %2705, align 4, !tbaa !5
+  %2707 = insertelement <16 x float> poison, float %2706, i64 0
+  %2708 = shufflevector <16 x float> %2707, <16 x float> poison, <16 x i32> zeroinitializer
+  %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2708, <16 x float> %2666)
+  %2710 = getelementptr i8, ptr %2699, i64 2564
+  %2711 = load float, ptr %2710, align 4, !tbaa !5
+  %2712 = insertelement <16 x float> poison, float %2711, i64 0
+  %2713 = shufflevector <16 x float> %2712, <16 x float> poison, <16 x i32> zeroinitializer
+  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2713, <16 x float> %2671)
+  %2715 = getelementptr i8, ptr %2699, i64 2628
+  %2716 = load float, ptr %2715, align 4, !tbaa !5
+  %2717 = insertelement <16 x float> poison, float %2716, i64 0
+  %2718 = shufflevector <16 x float> %2717, <16 x float> poison, <16 x i32> zeroinitializer
+  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2718, <16 x float> %2676)
+  %2720 = getelementptr i8, ptr %2699, i64 2568
+  %2721 = load float, ptr %2720, align 4, !tbaa !5
+  %2722 = insertelement <16 x float> poison, float %2721, i64 0
+  %2723 = shufflevector <16 x float> %2722, <16 x float> poison, <16 x i32> zeroinitializer
+  %2724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2723, <16 x float> %2681)
+  %2725 = getelementptr i8, ptr %2699, i64 2632
+  %2726 = load float, ptr %2725, align 4, !tbaa !5
+  %2727 = insertelement <16 x float> poison, float %2726, i64 0
+  %2728 = shufflevector <16 x float> %2727, <16 x float> poison, <16 x i32> zeroinitializer
+  %2729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2728, <16 x float> %2686)
+  %2730 = getelementptr i8, ptr %2699, i64 2572
+  %2731 = load float, ptr %2730, align 4, !tbaa !5
+  %2732 = insertelement <16 x float> poison, float %2731, i64 0
+  %2733 = shufflevector <16 x float> %2732, <16 x float> poison, <16 x i32> zeroinitializer
+  %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2733, <16 x float> %2691)
+  %2735 = getelementptr i8, ptr %2699, i64 2636
+  %2736 = load float, ptr %2735, align 4, !tbaa !5
+  %2737 = insertelement <16 x float> poison, float %2736, i64 0
+  %2738 = shufflevector <16 x float> %2737, <16 x float> poison, <16 x i32> zeroinitializer
+  %2739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2738, <16 x float> %2696)
+  br i1 %exitcond.not.5, label %for_end_ti159.i, label %for_body_ti158.i.6, !prof !13
 
-for_body_ti163.i.6:                               ; preds = %for_body_ti163.i.5
-  %2733 = load <16 x float>, ptr %gep860.i.6, align 4, !tbaa !5
-  %2734 = sext i32 %invariant.op464.i to i64
-  %2735 = getelementptr float, ptr %v_tile.i, i64 %2734
-  %2736 = getelementptr i8, ptr %2735, i64 3072
-  %2737 = load float, ptr %2736, align 4, !tbaa !5
-  %2738 = insertelement <16 x float> poison, float %2737, i64 0
-  %2739 = shufflevector <16 x float> %2738, <16 x float> poison, <16 x i32> zeroinitializer
-  %2740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2739, <16 x float> %2697)
-  %2741 = getelementptr i8, ptr %2735, i64 3136
-  %2742 = load float, ptr %2741, align 4, !tbaa !5
-  %2743 = insertelement <16 x float> poison, float %2742, i64 0
-  %2744 = shufflevector <16 x float> %2743, <16 x float> poison, <16 x i32> zeroinitializer
-  %2745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2744, <16 x float> %2702)
-  %2746 = getelementptr i8, ptr %2735, i64 3076
-  %2747 = load float, ptr %2746, align 4, !tbaa !5
-  %2748 = insertelement <16 x float> poison, float %2747, i64 0
-  %2749 = shufflevector <16 x float> %2748, <16 x float> poison, <16 x i32> zeroinitializer
-  %2750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2749, <16 x float> %2707)
-  %2751 = getelementptr i8, ptr %2735, i64 3140
-  %2752 = load float, ptr %2751, align 4, !tbaa !5
-  %2753 = insertelement <16 x float> poison, float %2752, i64 0
-  %2754 = shufflevector <16 x float> %2753, <16 x float> poison, <16 x i32> zeroinitializer
-  %2755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2754, <16 x float> %2712)
-  %2756 = getelementptr i8, ptr %2735, i64 3080
-  %2757 = load float, ptr %2756, align 4, !tbaa !5
-  %2758 = insertelement <16 x float> poison, float %2757, i64 0
-  %2759 = shufflevector <16 x float> %2758, <16 x float> poison, <16 x i32> zeroinitializer
-  %2760 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2759, <16 x float> %2717)
-  %2761 = getelementptr i8, ptr %2735, i64 3144
-  %2762 = load float, ptr %2761, align 4, !tbaa !5
-  %2763 = insertelement <16 x float> poison, float %2762, i64 0
-  %2764 = shufflevector <16 x float> %2763, <16 x float> poison, <16 x i32> zeroinitializer
-  %2765 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2764, <16 x float> %2722)
-  %2766 = getelementptr i8, ptr %2735, i64 3084
-  %2767 = load float, ptr %2766, align 4, !tbaa !5
-  %2768 = insertelement <16 x float> poison, float %2767, i64 0
-  %2769 = shufflevector <16 x float> %2768, <16 x float> poison, <16 x i32> zeroinitializer
-  %2770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2769, <16 x float> %2727)
-  %2771 = getelementptr i8, ptr %2735, i64 3148
-  %2772 = load float, ptr %2771, align 4, !tbaa !5
-  %2773 = insertelement <16 x float> poison, float %2772, i64 0
-  %2774 = shufflevector <16 x float> %2773, <16 x float> poison, <16 x i32> zeroinitializer
-  %2775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2733, <16 x float> %2774, <16 x float> %2732)
-  br label %for_end_ti164.i
+for_body_ti158.i.6:                               ; preds = %for_body_ti158.i.5
+  %2740 = load <16 x float>, ptr %gep872.i.6, align 4, !tbaa !5
+  %2741 = sext i32 %invariant.op477.i to i64
+  %2742 = getelementptr float, ptr %v_tile.i, i64 %2741
+  %2743 = getelementptr i8, ptr %2742, i64 3072
+  %2744 = load float, ptr %2743, align 4, !tbaa !5
+  %2745 = insertelement <16 x float> poison, float %2744, i64 0
+  %2746 = shufflevector <16 x float> %2745, <16 x float> poison, <16 x i32> zeroinitializer
+  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2746, <16 x float> %2704)
+  %2748 = getelementptr i8, ptr %2742, i64 3136
+  %2749 = load float, ptr %2748, align 4, !tbaa !5
+  %2750 = insertelement <16 x float> poison, float %2749, i64 0
+  %2751 = shufflevector <16 x float> %2750, <16 x float> poison, <16 x i32> zeroinitializer
+  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2751, <16 x float> %2709)
+  %2753 = getelementptr i8, ptr %2742, i64 3076
+  %2754 = load float, ptr %2753, align 4, !tbaa !5
+  %2755 = insertelement <16 x float> poison, float %2754, i64 0
+  %2756 = shufflevector <16 x float> %2755, <16 x float> poison, <16 x i32> zeroinitializer
+  %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2756, <16 x float> %2714)
+  %2758 = getelementptr i8, ptr %2742, i64 3140
+  %2759 = load float, ptr %2758, align 4, !tbaa !5
+  %2760 = insertelement <16 x float> poison, float %2759, i64 0
+  %2761 = shufflevector <16 x float> %2760, <16 x float> poison, <16 x i32> zeroinitializer
+  %2762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2761, <16 x float> %2719)
+  %2763 = getelementptr i8, ptr %2742, i64 3080
+  %2764 = load float, ptr %2763, align 4, !tbaa !5
+  %2765 = insertelement <16 x float> poison, float %2764, i64 0
+  %2766 = shufflevector <16 x float> %2765, <16 x float> poison, <16 x i32> zeroinitializer
+  %2767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2766, <16 x float> %2724)
+  %2768 = getelementptr i8, ptr %2742, i64 3144
+  %2769 = load float, ptr %2768, align 4, !tbaa !5
+  %2770 = insertelement <16 x float> poison, float %2769, i64 0
+  %2771 = shufflevector <16 x float> %2770, <16 x float> poison, <16 x i32> zeroinitializer
+  %2772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2771, <16 x float> %2729)
+  %2773 = getelementptr i8, ptr %2742, i64 3084
+  %2774 = load float, ptr %2773, align 4, !tbaa !5
+  %2775 = insertelement <16 x float> poison, float %2774, i64 0
+  %2776 = shufflevector <16 x float> %2775, <16 x float> poison, <16 x i32> zeroinitializer
+  %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2776, <16 x float> %2734)
+  %2778 = getelementptr i8, ptr %2742, i64 3148
+  %2779 = load float, ptr %2778, align 4, !tbaa !5
+  %2780 = insertelement <16 x float> poison, float %2779, i64 0
+  %2781 = shufflevector <16 x float> %2780, <16 x float> poison, <16 x i32> zeroinitializer
+  %2782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2781, <16 x float> %2739)
+  br label %for_end_ti159.i
 
-for_end_ti164.i:                                  ; preds = %for_body_ti163.i.6, %for_body_ti163.i.5, %for_body_ti163.i.4, %for_body_ti163.i.3, %for_body_ti163.i.2, %for_body_ti163.i.1, %for_body_ti163.lr.ph.i, %for_end_to149.i
-  %tile_acc265.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.28.0.lcssa.i, %for_end_to149.i ], [ %2517, %for_body_ti163.lr.ph.i ], [ %2560, %for_body_ti163.i.1 ], [ %2603, %for_body_ti163.i.2 ], [ %2646, %for_body_ti163.i.3 ], [ %2689, %for_body_ti163.i.4 ], [ %2732, %for_body_ti163.i.5 ], [ %2775, %for_body_ti163.i.6 ]
-  %tile_acc265.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.24.0.lcssa.i, %for_end_to149.i ], [ %2512, %for_body_ti163.lr.ph.i ], [ %2555, %for_body_ti163.i.1 ], [ %2598, %for_body_ti163.i.2 ], [ %2641, %for_body_ti163.i.3 ], [ %2684, %for_body_ti163.i.4 ], [ %2727, %for_body_ti163.i.5 ], [ %2770, %for_body_ti163.i.6 ]
-  %tile_acc265.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.20.0.lcssa.i, %for_end_to149.i ], [ %2507, %for_body_ti163.lr.ph.i ], [ %2550, %for_body_ti163.i.1 ], [ %2593, %for_body_ti163.i.2 ], [ %2636, %for_body_ti163.i.3 ], [ %2679, %for_body_ti163.i.4 ], [ %2722, %for_body_ti163.i.5 ], [ %2765, %for_body_ti163.i.6 ]
-  %tile_acc265.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.16.0.lcssa.i, %for_end_to149.i ], [ %2502, %for_body_ti163.lr.ph.i ], [ %2545, %for_body_ti163.i.1 ], [ %2588, %for_body_ti163.i.2 ], [ %2631, %for_body_ti163.i.3 ], [ %2674, %for_body_ti163.i.4 ], [ %2717, %for_body_ti163.i.5 ], [ %2760, %for_body_ti163.i.6 ]
-  %tile_acc265.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.12.0.lcssa.i, %for_end_to149.i ], [ %2497, %for_body_ti163.lr.ph.i ], [ %2540, %for_body_ti163.i.1 ], [ %2583, %for_body_ti163.i.2 ], [ %2626, %for_body_ti163.i.3 ], [ %2669, %for_body_ti163.i.4 ], [ %2712, %for_body_ti163.i.5 ], [ %2755, %for_body_ti163.i.6 ]
-  %tile_acc265.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.8.0.lcssa.i, %for_end_to149.i ], [ %2492, %for_body_ti163.lr.ph.i ], [ %2535, %for_body_ti163.i.1 ], [ %2578, %for_body_ti163.i.2 ], [ %2621, %for_body_ti163.i.3 ], [ %2664, %for_body_ti163.i.4 ], [ %2707, %for_body_ti163.i.5 ], [ %2750, %for_body_ti163.i.6 ]
-  %tile_acc265.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.4.0.lcssa.i, %for_end_to149.i ], [ %2487, %for_body_ti163.lr.ph.i ], [ %2530, %for_body_ti163.i.1 ], [ %2573, %for_body_ti163.i.2 ], [ %2616, %for_body_ti163.i.3 ], [ %2659, %for_body_ti163.i.4 ], [ %2702, %for_body_ti163.i.5 ], [ %2745, %for_body_ti163.i.6 ]
-  %tile_acc265.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc264.sroa.0.0.lcssa.i, %for_end_to149.i ], [ %2482, %for_body_ti163.lr.ph.i ], [ %2525, %for_body_ti163.i.1 ], [ %2568, %for_body_ti163.i.2 ], [ %2611, %for_body_ti163.i.3 ], [ %2654, %for_body_ti163.i.4 ], [ %2697, %for_body_ti163.i.5 ], [ %2740, %for_body_ti163.i.6 ]
-  %.idx75 = shl nuw nsw i64 %indvars.iv637.i, 9
-  %2776 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx75
-  br i1 %2056, label %if_then181.i, label %if_end180.i, !prof !8
+for_end_ti159.i:                                  ; preds = %for_body_ti158.i.6, %for_body_ti158.i.5, %for_body_ti158.i.4, %for_body_ti158.i.3, %for_body_ti158.i.2, %for_body_ti158.i.1, %for_body_ti158.lr.ph.i, %for_end_to144.i
+  %tile_acc260.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.28.0.lcssa.i, %for_end_to144.i ], [ %2524, %for_body_ti158.lr.ph.i ], [ %2567, %for_body_ti158.i.1 ], [ %2610, %for_body_ti158.i.2 ], [ %2653, %for_body_ti158.i.3 ], [ %2696, %for_body_ti158.i.4 ], [ %2739, %for_body_ti158.i.5 ], [ %2782, %for_body_ti158.i.6 ]
+  %tile_acc260.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.24.0.lcssa.i, %for_end_to144.i ], [ %2519, %for_body_ti158.lr.ph.i ], [ %2562, %for_body_ti158.i.1 ], [ %2605, %for_body_ti158.i.2 ], [ %2648, %for_body_ti158.i.3 ], [ %2691, %for_body_ti158.i.4 ], [ %2734, %for_body_ti158.i.5 ], [ %2777, %for_body_ti158.i.6 ]
+  %tile_acc260.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.20.0.lcssa.i, %for_end_to144.i ], [ %2514, %for_body_ti158.lr.ph.i ], [ %2557, %for_body_ti158.i.1 ], [ %2600, %for_body_ti158.i.2 ], [ %2643, %for_body_ti158.i.3 ], [ %2686, %for_body_ti158.i.4 ], [ %2729, %for_body_ti158.i.5 ], [ %2772, %for_body_ti158.i.6 ]
+  %tile_acc260.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.16.0.lcssa.i, %for_end_to144.i ], [ %2509, %for_body_ti158.lr.ph.i ], [ %2552, %for_body_ti158.i.1 ], [ %2595, %for_body_ti158.i.2 ], [ %2638, %for_body_ti158.i.3 ], [ %2681, %for_body_ti158.i.4 ], [ %2724, %for_body_ti158.i.5 ], [ %2767, %for_body_ti158.i.6 ]
+  %tile_acc260.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.12.0.lcssa.i, %for_end_to144.i ], [ %2504, %for_body_ti158.lr.ph.i ], [ %2547, %for_body_ti158.i.1 ], [ %2590, %for_body_ti158.i.2 ], [ %2633, %for_body_ti158.i.3 ], [ %2676, %for_body_ti158.i.4 ], [ %2719, %for_body_ti158.i.5 ], [ %2762, %for_body_ti158.i.6 ]
+  %tile_acc260.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.8.0.lcssa.i, %for_end_to144.i ], [ %2499, %for_body_ti158.lr.ph.i ], [ %2542, %for_body_ti158.i.1 ], [ %2585, %for_body_ti158.i.2 ], [ %2628, %for_body_ti158.i.3 ], [ %2671, %for_body_ti158.i.4 ], [ %2714, %for_body_ti158.i.5 ], [ %2757, %for_body_ti158.i.6 ]
+  %tile_acc260.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.4.0.lcssa.i, %for_end_to144.i ], [ %2494, %for_body_ti158.lr.ph.i ], [ %2537, %for_body_ti158.i.1 ], [ %2580, %for_body_ti158.i.2 ], [ %2623, %for_body_ti158.i.3 ], [ %2666, %for_body_ti158.i.4 ], [ %2709, %for_body_ti158.i.5 ], [ %2752, %for_body_ti158.i.6 ]
+  %tile_acc260.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.0.0.lcssa.i, %for_end_to144.i ], [ %2489, %for_body_ti158.lr.ph.i ], [ %2532, %for_body_ti158.i.1 ], [ %2575, %for_body_ti158.i.2 ], [ %2618, %for_body_ti158.i.3 ], [ %2661, %for_body_ti158.i.4 ], [ %2704, %for_body_ti158.i.5 ], [ %2747, %for_body_ti158.i.6 ]
+  %.idx75 = shl nuw nsw i64 %indvars.iv653.i, 9
+  %2783 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx75
+  br i1 %2063, label %if_then176.i, label %if_end175.i, !prof !8
 
-if_end180.i:                                      ; preds = %for_end_ti164.i
-  %2777 = load <16 x float>, ptr %2776, align 4, !tbaa !5
-  %2778 = fmul <16 x float> %2084, %2777
-  %2779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.0.0.lcssa.i, <16 x float> %2778)
-  store <16 x float> %2779, ptr %2776, align 4, !tbaa !5
-  %2780 = getelementptr inbounds nuw i8, ptr %2776, i64 64
-  %2781 = load <16 x float>, ptr %2780, align 4, !tbaa !5
-  %2782 = fmul <16 x float> %2084, %2781
-  %2783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.4.0.lcssa.i, <16 x float> %2782)
-  store <16 x float> %2783, ptr %2780, align 4, !tbaa !5
-  %2784 = getelementptr inbounds nuw i8, ptr %2776, i64 128
-  %2785 = load <16 x float>, ptr %2784, align 4, !tbaa !5
-  %2786 = fmul <16 x float> %2084, %2785
-  %2787 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.9.0.lcssa.i, <16 x float> %2786)
-  store <16 x float> %2787, ptr %2784, align 4, !tbaa !5
-  %2788 = getelementptr inbounds nuw i8, ptr %2776, i64 192
-  %2789 = load <16 x float>, ptr %2788, align 4, !tbaa !5
-  %2790 = fmul <16 x float> %2084, %2789
-  %2791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.13.0.lcssa.i, <16 x float> %2790)
-  store <16 x float> %2791, ptr %2788, align 4, !tbaa !5
-  %2792 = getelementptr inbounds nuw i8, ptr %2776, i64 256
-  %2793 = load <16 x float>, ptr %2792, align 4, !tbaa !5
-  %2794 = fmul <16 x float> %2084, %2793
-  %2795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.18.0.lcssa.i, <16 x float> %2794)
-  store <16 x float> %2795, ptr %2792, align 4, !tbaa !5
-  %2796 = getelementptr inbounds nuw i8, ptr %2776, i64 320
-  %2797 = load <16 x float>, ptr %2796, align 4, !tbaa !5
-  %2798 = fmul <16 x float> %2084, %2797
-  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.22.0.lcssa.i, <16 x float> %2798)
-  store <16 x float> %2799, ptr %2796, align 4, !tbaa !5
-  %2800 = getelementptr inbounds nuw i8, ptr %2776, i64 384
-  %2801 = load <16 x float>, ptr %2800, align 4, !tbaa !5
-  %2802 = fmul <16 x float> %2084, %2801
-  %2803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.27.0.lcssa.i, <16 x float> %2802)
-  store <16 x float> %2803, ptr %2800, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2776, i64 448
+if_end175.i:                                      ; preds = %for_end_ti159.i
+  %2784 = load <16 x float>, ptr %2783, align 4, !tbaa !5
+  %2785 = fmul <16 x float> %2091, %2784
+  %2786 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.0.0.lcssa.i, <16 x float> %2785)
+  store <16 x float> %2786, ptr %2783, align 4, !tbaa !5
+  %2787 = getelementptr inbounds nuw i8, ptr %2783, i64 64
+  %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !5
+  %2789 = fmul <16 x float> %2091, %2788
+  %2790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.4.0.lcssa.i, <16 x float> %2789)
+  store <16 x float> %2790, ptr %2787, align 4, !tbaa !5
+  %2791 = getelementptr inbounds nuw i8, ptr %2783, i64 128
+  %2792 = load <16 x float>, ptr %2791, align 4, !tbaa !5
+  %2793 = fmul <16 x float> %2091, %2792
+  %2794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.9.0.lcssa.i, <16 x float> %2793)
+  store <16 x float> %2794, ptr %2791, align 4, !tbaa !5
+  %2795 = getelementptr inbounds nuw i8, ptr %2783, i64 192
+  %2796 = load <16 x float>, ptr %2795, align 4, !tbaa !5
+  %2797 = fmul <16 x float> %2091, %2796
+  %2798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.13.0.lcssa.i, <16 x float> %2797)
+  store <16 x float> %2798, ptr %2795, align 4, !tbaa !5
+  %2799 = getelementptr inbounds nuw i8, ptr %2783, i64 256
+  %2800 = load <16 x float>, ptr %2799, align 4, !tbaa !5
+  %2801 = fmul <16 x float> %2091, %2800
+  %2802 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.18.0.lcssa.i, <16 x float> %2801)
+  store <16 x float> %2802, ptr %2799, align 4, !tbaa !5
+  %2803 = getelementptr inbounds nuw i8, ptr %2783, i64 320
+  %2804 = load <16 x float>, ptr %2803, align 4, !tbaa !5
+  %2805 = fmul <16 x float> %2091, %2804
+  %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.22.0.lcssa.i, <16 x float> %2805)
+  store <16 x float> %2806, ptr %2803, align 4, !tbaa !5
+  %2807 = getelementptr inbounds nuw i8, ptr %2783, i64 384
+  %2808 = load <16 x float>, ptr %2807, align 4, !tbaa !5
+  %2809 = fmul <16 x float> %2091, %2808
+  %2810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.27.0.lcssa.i, <16 x float> %2809)
+  store <16 x float> %2810, ptr %2807, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2783, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre752.i = fmul <16 x float> %2084, %.pre.i
-  br label %if_end182.i
+  %.pre768.i = fmul <16 x float> %2091, %.pre.i
+  br label %if_end177.i
 
-if_then181.i:                                     ; preds = %for_end_ti164.i
-  %2804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.0.0.lcssa.i, <16 x float> %2112)
-  store <16 x float> %2804, ptr %2776, align 4, !tbaa !5
-  %2805 = getelementptr inbounds nuw i8, ptr %2776, i64 64
-  %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.4.0.lcssa.i, <16 x float> %2112)
-  store <16 x float> %2806, ptr %2805, align 4, !tbaa !5
-  %2807 = getelementptr inbounds nuw i8, ptr %2776, i64 128
-  %2808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.9.0.lcssa.i, <16 x float> %2112)
-  store <16 x float> %2808, ptr %2807, align 4, !tbaa !5
-  %2809 = getelementptr inbounds nuw i8, ptr %2776, i64 192
-  %2810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.13.0.lcssa.i, <16 x float> %2112)
-  store <16 x float> %2810, ptr %2809, align 4, !tbaa !5
-  %2811 = getelementptr inbounds nuw i8, ptr %2776, i64 256
-  %2812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.18.0.lcssa.i, <16 x float> %2112)
-  store <16 x float> %2812, ptr %2811, align 4, !tbaa !5
-  %2813 = getelementptr inbounds nuw i8, ptr %2776, i64 320
-  %2814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.22.0.lcssa.i, <16 x float> %2112)
-  store <16 x float> %2814, ptr %2813, align 4, !tbaa !5
-  %2815 = getelementptr inbounds nuw i8, ptr %2776, i64 384
-  %2816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.27.0.lcssa.i, <16 x float> %2112)
-  store <16 x float> %2816, ptr %2815, align 4, !tbaa !5
-  br label %if_end182.i
+if_then176.i:                                     ; preds = %for_end_ti159.i
+  %2811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.0.0.lcssa.i, <16 x float> %2119)
+  store <16 x float> %2811, ptr %2783, align 4, !tbaa !5
+  %2812 = getelementptr inbounds nuw i8, ptr %2783, i64 64
+  %2813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.4.0.lcssa.i, <16 x float> %2119)
+  store <16 x float> %2813, ptr %2812, align 4, !tbaa !5
+  %2814 = getelementptr inbounds nuw i8, ptr %2783, i64 128
+  %2815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.9.0.lcssa.i, <16 x float> %2119)
+  store <16 x float> %2815, ptr %2814, align 4, !tbaa !5
+  %2816 = getelementptr inbounds nuw i8, ptr %2783, i64 192
+  %2817 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.13.0.lcssa.i, <16 x float> %2119)
+  store <16 x float> %2817, ptr %2816, align 4, !tbaa !5
+  %2818 = getelementptr inbounds nuw i8, ptr %2783, i64 256
+  %2819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.18.0.lcssa.i, <16 x float> %2119)
+  store <16 x float> %2819, ptr %2818, align 4, !tbaa !5
+  %2820 = getelementptr inbounds nuw i8, ptr %2783, i64 320
+  %2821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.22.0.lcssa.i, <16 x float> %2119)
+  store <16 x float> %2821, ptr %2820, align 4, !tbaa !5
+  %2822 = getelementptr inbounds nuw i8, ptr %2783, i64 384
+  %2823 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.27.0.lcssa.i, <16 x float> %2119)
+  store <16 x float> %2823, ptr %2822, align 4, !tbaa !5
+  br label %if_end177.i
 
-if_end182.i:                                      ; preds = %if_then181.i, %if_end180.i
-  %.pre-phi.i = phi <16 x float> [ %.pre752.i, %if_end180.i ], [ %2112, %if_then181.i ]
-  %2817 = getelementptr inbounds nuw i8, ptr %2776, i64 448
-  %2818 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %tile_acc265.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2818, ptr %2817, align 4, !tbaa !5
-  %indvars.iv.next638.i = add nuw nsw i64 %indvars.iv637.i, 1
-  %exitcond640.not.i = icmp eq i64 %indvars.iv.next638.i, 16
-  br i1 %exitcond640.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
+if_end177.i:                                      ; preds = %if_then176.i, %if_end175.i
+  %.pre-phi.i = phi <16 x float> [ %.pre768.i, %if_end175.i ], [ %2119, %if_then176.i ]
+  %2824 = getelementptr inbounds nuw i8, ptr %2783, i64 448
+  %2825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2825, ptr %2824, align 4, !tbaa !5
+  %indvars.iv.next654.i = add nuw nsw i64 %indvars.iv653.i, 1
+  %exitcond656.not.i = icmp eq i64 %indvars.iv.next654.i, 16
+  br i1 %exitcond656.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
-if_end184.i:                                      ; preds = %for_end_d_0_m.i
-  %2819 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2820 = tail call i32 %2819(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not281.i = icmp eq i32 %2820, 0
-  br i1 %.not281.i, label %if_end187.i, label %fused_decode_compute_.exit, !prof !27
+if_end179.i:                                      ; preds = %for_end_d_0_m.i
+  %2826 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2827 = tail call i32 %2826(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not277.i = icmp eq i32 %2827, 0
+  br i1 %.not277.i, label %if_end182.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end187.i:                                      ; preds = %if_end184.i
-  %2821 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2822 = tail call i32 %2821(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not282.i = icmp eq i32 %2822, 0
-  br i1 %.not282.i, label %if_end190.i, label %fused_decode_compute_.exit, !prof !27
+if_end182.i:                                      ; preds = %if_end179.i
+  %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2829 = tail call i32 %2828(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not278.i = icmp eq i32 %2829, 0
+  br i1 %.not278.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end190.i:                                      ; preds = %if_end187.i
-  %2823 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2824 = tail call i32 %2823(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not283.i = icmp eq i32 %2824, 0
-  br i1 %.not283.i, label %if_end193.i, label %fused_decode_compute_.exit, !prof !27
+if_end185.i:                                      ; preds = %if_end182.i
+  %2830 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2831 = tail call i32 %2830(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not279.i = icmp eq i32 %2831, 0
+  br i1 %.not279.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end193.i:                                      ; preds = %if_end190.i
-  %2825 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2826 = tail call i32 %2825(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not284.i = icmp eq i32 %2826, 0
-  br i1 %.not284.i, label %if_end196.i, label %fused_decode_compute_.exit, !prof !27
+if_end188.i:                                      ; preds = %if_end185.i
+  %2832 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2833 = tail call i32 %2832(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not280.i = icmp eq i32 %2833, 0
+  br i1 %.not280.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end196.i:                                      ; preds = %if_end193.i
-  %2827 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2828 = tail call i32 %2827(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not285.i = icmp eq i32 %2828, 0
-  br i1 %.not285.i, label %if_end199.i, label %fused_decode_compute_.exit, !prof !27
+if_end191.i:                                      ; preds = %if_end188.i
+  %2834 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2835 = tail call i32 %2834(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not281.i = icmp eq i32 %2835, 0
+  br i1 %.not281.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end199.i:                                      ; preds = %if_end196.i
-  %2829 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2830 = tail call i32 %2829(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not286.i = icmp eq i32 %2830, 0
-  br i1 %.not286.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !27
+if_end194.i:                                      ; preds = %if_end191.i
+  %2836 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2837 = tail call i32 %2836(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not282.i = icmp eq i32 %2837, 0
+  br i1 %.not282.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !27
 
-if_then204.i:                                     ; preds = %for_end_step.i
-  %2831 = fdiv <16 x float> splat (float 1.000000e+00), %2121
-  %2832 = fcmp oeq <16 x float> %2121, zeroinitializer
-  %2833 = select <16 x i1> %2832, <16 x float> zeroinitializer, <16 x float> %2831
-  store <16 x float> %2833, ptr %factor263.i, align 16, !tbaa !28
-  %2834 = mul nsw i64 %197, %out_batch
-  %invariant.gep479.i = getelementptr float, ptr %out, i64 %2834
-  br label %for_begin_d_0206.preheader.i
+if_then199.i:                                     ; preds = %for_end_step.i
+  %2838 = fdiv <16 x float> splat (float 1.000000e+00), %2128
+  %2839 = fcmp oeq <16 x float> %2128, zeroinitializer
+  %2840 = select <16 x i1> %2839, <16 x float> zeroinitializer, <16 x float> %2838
+  store <16 x float> %2840, ptr %factor258.i, align 16, !tbaa !28
+  %2841 = mul nsw i64 %197, %out_batch
+  %invariant.gep494.i = getelementptr float, ptr %out, i64 %2841
+  br label %for_begin_d_0201.preheader.i
 
-if_end205.i:                                      ; preds = %for_body_d.15.i, %vector.body, %if_end242.15.i
-  %2835 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2836 = tail call i32 %2835(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2836, 0
-  br i1 %.not.i, label %if_end254.i, label %fused_decode_compute_.exit, !prof !27
+if_end200.i:                                      ; preds = %for_body_d.15.i, %vector.body, %if_end237.15.i
+  %2842 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2843 = tail call i32 %2842(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2843, 0
+  br i1 %.not.i, label %if_end249.i, label %fused_decode_compute_.exit, !prof !27
 
-for_begin_r.preheader.i:                          ; preds = %for_end_d_0208.i
-  %2837 = mul nsw i64 %197, %lse_batch
-  %2838 = getelementptr float, ptr %lse, i64 %2837
-  %2839 = shl nuw nsw i32 %354, 23
-  %2840 = add nuw i32 %2839, 16777216
-  %2841 = bitcast i32 %2840 to float
-  %row_sum275.sroa.0.0.vec.extract718.i = extractelement <16 x float> %2121, i64 0
-  %2842 = fcmp oeq float %row_sum275.sroa.0.0.vec.extract718.i, 0.000000e+00
-  br i1 %2842, label %if_end242.i, label %if_else241.i
+for_begin_r.preheader.i:                          ; preds = %for_end_d_0203.i
+  %2844 = mul nsw i64 %197, %lse_batch
+  %2845 = getelementptr float, ptr %lse, i64 %2844
+  %2846 = shl nuw nsw i32 %354, 23
+  %2847 = add nuw i32 %2846, 16777216
+  %2848 = bitcast i32 %2847 to float
+  %row_sum271.sroa.0.0.vec.extract734.i = extractelement <16 x float> %2128, i64 0
+  %2849 = fcmp oeq float %row_sum271.sroa.0.0.vec.extract734.i, 0.000000e+00
+  br i1 %2849, label %if_end237.i, label %if_else236.i
 
-for_begin_d_0206.preheader.i:                     ; preds = %for_end_d_0208.i, %if_then204.i
-  %indvars.iv668.i = phi i64 [ 0, %if_then204.i ], [ %indvars.iv.next669.i, %for_end_d_0208.i ]
-  %2843 = shl nuw nsw i64 %indvars.iv668.i, 2
-  %2844 = getelementptr inbounds nuw float, ptr %factor263.i, i64 %2843
-  %2845 = load float, ptr %2844, align 16, !tbaa !35
-  %2846 = insertelement <16 x float> poison, float %2845, i64 0
-  %2847 = shufflevector <16 x float> %2846, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx279.i = mul i64 %111, %indvars.iv668.i
-  %gep480.i = getelementptr i8, ptr %invariant.gep479.i, i64 %.idx279.i
-  %2848 = getelementptr inbounds nuw i8, ptr %2844, i64 4
-  %2849 = load float, ptr %2848, align 4, !tbaa !35
-  %2850 = insertelement <16 x float> poison, float %2849, i64 0
-  %2851 = shufflevector <16 x float> %2850, <16 x float> poison, <16 x i32> zeroinitializer
-  %2852 = or disjoint i64 %2843, 1
-  %2853 = mul nsw i64 %2852, %out_head
-  %2854 = getelementptr inbounds nuw i8, ptr %2844, i64 8
-  %2855 = load float, ptr %2854, align 8, !tbaa !35
-  %2856 = insertelement <16 x float> poison, float %2855, i64 0
-  %2857 = shufflevector <16 x float> %2856, <16 x float> poison, <16 x i32> zeroinitializer
-  %2858 = or disjoint i64 %2843, 2
-  %2859 = mul nsw i64 %2858, %out_head
-  %2860 = getelementptr inbounds nuw i8, ptr %2844, i64 12
-  %2861 = load float, ptr %2860, align 4, !tbaa !35
-  %2862 = insertelement <16 x float> poison, float %2861, i64 0
-  %2863 = shufflevector <16 x float> %2862, <16 x float> poison, <16 x i32> zeroinitializer
-  %2864 = or disjoint i64 %2843, 3
-  %2865 = mul nsw i64 %2864, %out_head
-  %invariant.gep139 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2843
-  br label %for_begin_ax1_0211.preheader.i
+for_begin_d_0201.preheader.i:                     ; preds = %for_end_d_0203.i, %if_then199.i
+  %indvars.iv684.i = phi i64 [ 0, %if_then199.i ], [ %indvars.iv.next685.i, %for_end_d_0203.i ]
+  %2850 = shl nuw nsw i64 %indvars.iv684.i, 2
+  %2851 = getelementptr inbounds nuw float, ptr %factor258.i, i64 %2850
+  %2852 = load float, ptr %2851, align 16, !tbaa !35
+  %2853 = insertelement <16 x float> poison, float %2852, i64 0
+  %2854 = shufflevector <16 x float> %2853, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx275.i = mul i64 %111, %indvars.iv684.i
+  %gep495.i = getelementptr i8, ptr %invariant.gep494.i, i64 %.idx275.i
+  %2855 = getelementptr inbounds nuw i8, ptr %2851, i64 4
+  %2856 = load float, ptr %2855, align 4, !tbaa !35
+  %2857 = insertelement <16 x float> poison, float %2856, i64 0
+  %2858 = shufflevector <16 x float> %2857, <16 x float> poison, <16 x i32> zeroinitializer
+  %2859 = or disjoint i64 %2850, 1
+  %2860 = mul nsw i64 %2859, %out_head
+  %2861 = getelementptr inbounds nuw i8, ptr %2851, i64 8
+  %2862 = load float, ptr %2861, align 8, !tbaa !35
+  %2863 = insertelement <16 x float> poison, float %2862, i64 0
+  %2864 = shufflevector <16 x float> %2863, <16 x float> poison, <16 x i32> zeroinitializer
+  %2865 = or disjoint i64 %2850, 2
+  %2866 = mul nsw i64 %2865, %out_head
+  %2867 = getelementptr inbounds nuw i8, ptr %2851, i64 12
+  %2868 = load float, ptr %2867, align 4, !tbaa !35
+  %2869 = insertelement <16 x float> poison, float %2868, i64 0
+  %2870 = shufflevector <16 x float> %2869, <16 x float> poison, <16 x i32> zeroinitializer
+  %2871 = or disjoint i64 %2850, 3
+  %2872 = mul nsw i64 %2871, %out_head
+  %invariant.gep142 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2850
+  br label %for_begin_ax1_0206.preheader.i
 
-for_begin_ax1_0211.preheader.i:                   ; preds = %for_begin_ax1_0211.preheader.i, %for_begin_d_0206.preheader.i
-  %indvars.iv663.i = phi i64 [ 0, %for_begin_d_0206.preheader.i ], [ %indvars.iv.next664.i, %for_begin_ax1_0211.preheader.i ]
-  %.idx76 = shl nuw nsw i64 %indvars.iv663.i, 10
-  %gep140 = getelementptr inbounds nuw i8, ptr %invariant.gep139, i64 %.idx76
-  %v217.i = load <4 x float>, ptr %gep140, align 4, !tbaa !5
-  %2866 = getelementptr inbounds nuw i8, ptr %gep140, i64 64
-  %v219.i = load <4 x float>, ptr %2866, align 4, !tbaa !5
-  %2867 = getelementptr inbounds nuw i8, ptr %gep140, i64 128
-  %v221.i = load <4 x float>, ptr %2867, align 4, !tbaa !5
-  %2868 = getelementptr inbounds nuw i8, ptr %gep140, i64 192
-  %v223.i = load <4 x float>, ptr %2868, align 4, !tbaa !5
-  %2869 = shufflevector <4 x float> %v217.i, <4 x float> %v221.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2870 = shufflevector <4 x float> %v219.i, <4 x float> %v223.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2871 = shufflevector <4 x float> %v217.i, <4 x float> %v221.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2872 = shufflevector <4 x float> %v219.i, <4 x float> %v223.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2873 = shufflevector <4 x float> %2869, <4 x float> %2870, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2874 = shufflevector <4 x float> %2869, <4 x float> %2870, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2875 = shufflevector <4 x float> %2871, <4 x float> %2872, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2876 = shufflevector <4 x float> %2871, <4 x float> %2872, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2877 = getelementptr inbounds nuw i8, ptr %gep140, i64 256
-  %v217.1.i = load <4 x float>, ptr %2877, align 4, !tbaa !5
-  %2878 = getelementptr inbounds nuw i8, ptr %gep140, i64 320
-  %v219.1.i = load <4 x float>, ptr %2878, align 4, !tbaa !5
-  %2879 = getelementptr inbounds nuw i8, ptr %gep140, i64 384
-  %v221.1.i = load <4 x float>, ptr %2879, align 4, !tbaa !5
-  %2880 = getelementptr inbounds nuw i8, ptr %gep140, i64 448
-  %v223.1.i = load <4 x float>, ptr %2880, align 4, !tbaa !5
-  %2881 = shufflevector <4 x float> %v217.1.i, <4 x float> %v221.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2882 = shufflevector <4 x float> %v219.1.i, <4 x float> %v223.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2883 = shufflevector <4 x float> %v217.1.i, <4 x float> %v221.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2884 = shufflevector <4 x float> %v219.1.i, <4 x float> %v223.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2885 = shufflevector <4 x float> %2881, <4 x float> %2882, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2886 = shufflevector <4 x float> %2881, <4 x float> %2882, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2887 = shufflevector <4 x float> %2883, <4 x float> %2884, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2888 = shufflevector <4 x float> %2883, <4 x float> %2884, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2889 = getelementptr inbounds nuw i8, ptr %gep140, i64 512
-  %v217.2.i = load <4 x float>, ptr %2889, align 4, !tbaa !5
-  %2890 = getelementptr inbounds nuw i8, ptr %gep140, i64 576
-  %v219.2.i = load <4 x float>, ptr %2890, align 4, !tbaa !5
-  %2891 = getelementptr inbounds nuw i8, ptr %gep140, i64 640
-  %v221.2.i = load <4 x float>, ptr %2891, align 4, !tbaa !5
-  %2892 = getelementptr inbounds nuw i8, ptr %gep140, i64 704
-  %v223.2.i = load <4 x float>, ptr %2892, align 4, !tbaa !5
-  %2893 = shufflevector <4 x float> %v217.2.i, <4 x float> %v221.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2894 = shufflevector <4 x float> %v219.2.i, <4 x float> %v223.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2895 = shufflevector <4 x float> %v217.2.i, <4 x float> %v221.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2896 = shufflevector <4 x float> %v219.2.i, <4 x float> %v223.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2897 = shufflevector <4 x float> %2893, <4 x float> %2894, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2898 = shufflevector <4 x float> %2893, <4 x float> %2894, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2899 = shufflevector <4 x float> %2895, <4 x float> %2896, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2900 = shufflevector <4 x float> %2895, <4 x float> %2896, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2901 = getelementptr inbounds nuw i8, ptr %gep140, i64 768
-  %v217.3.i = load <4 x float>, ptr %2901, align 4, !tbaa !5
-  %2902 = getelementptr inbounds nuw i8, ptr %gep140, i64 832
-  %v219.3.i = load <4 x float>, ptr %2902, align 4, !tbaa !5
-  %2903 = getelementptr inbounds nuw i8, ptr %gep140, i64 896
-  %v221.3.i = load <4 x float>, ptr %2903, align 4, !tbaa !5
-  %2904 = getelementptr inbounds nuw i8, ptr %gep140, i64 960
-  %v223.3.i = load <4 x float>, ptr %2904, align 4, !tbaa !5
-  %2905 = shufflevector <4 x float> %v217.3.i, <4 x float> %v221.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2906 = shufflevector <4 x float> %v219.3.i, <4 x float> %v223.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2907 = shufflevector <4 x float> %v217.3.i, <4 x float> %v221.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2908 = shufflevector <4 x float> %v219.3.i, <4 x float> %v223.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2909 = shufflevector <4 x float> %2905, <4 x float> %2906, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2910 = shufflevector <4 x float> %2873, <4 x float> %2885, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2911 = shufflevector <4 x float> %2897, <4 x float> %2909, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2912 = shufflevector <8 x float> %2910, <8 x float> %2911, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2913 = shufflevector <4 x float> %2905, <4 x float> %2906, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2914 = shufflevector <4 x float> %2874, <4 x float> %2886, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2915 = shufflevector <4 x float> %2898, <4 x float> %2913, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2916 = shufflevector <8 x float> %2914, <8 x float> %2915, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2917 = shufflevector <4 x float> %2907, <4 x float> %2908, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2918 = shufflevector <4 x float> %2875, <4 x float> %2887, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2919 = shufflevector <4 x float> %2899, <4 x float> %2917, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2920 = shufflevector <8 x float> %2918, <8 x float> %2919, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2921 = shufflevector <4 x float> %2907, <4 x float> %2908, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2922 = shufflevector <4 x float> %2876, <4 x float> %2888, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2923 = shufflevector <4 x float> %2900, <4 x float> %2921, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2924 = shufflevector <8 x float> %2922, <8 x float> %2923, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2925 = fmul <16 x float> %2847, %2912
-  %2926 = shl nuw nsw i64 %indvars.iv663.i, 4
-  %gep477.i = getelementptr float, ptr %gep480.i, i64 %2926
-  store <16 x float> %2925, ptr %gep477.i, align 4, !tbaa !5
-  %2927 = fmul <16 x float> %2851, %2916
-  %2928 = getelementptr float, ptr %invariant.gep479.i, i64 %2926
-  %2929 = getelementptr float, ptr %2928, i64 %2853
-  store <16 x float> %2927, ptr %2929, align 4, !tbaa !5
-  %2930 = fmul <16 x float> %2857, %2920
-  %2931 = getelementptr float, ptr %2928, i64 %2859
-  store <16 x float> %2930, ptr %2931, align 4, !tbaa !5
-  %2932 = fmul <16 x float> %2863, %2924
-  %2933 = getelementptr float, ptr %2928, i64 %2865
-  store <16 x float> %2932, ptr %2933, align 4, !tbaa !5
-  %indvars.iv.next664.i = add nuw nsw i64 %indvars.iv663.i, 1
-  %exitcond667.not.i = icmp eq i64 %indvars.iv.next664.i, 8
-  br i1 %exitcond667.not.i, label %for_end_d_0208.i, label %for_begin_ax1_0211.preheader.i, !prof !16
+for_begin_ax1_0206.preheader.i:                   ; preds = %for_begin_ax1_0206.preheader.i, %for_begin_d_0201.preheader.i
+  %indvars.iv679.i = phi i64 [ 0, %for_begin_d_0201.preheader.i ], [ %indvars.iv.next680.i, %for_begin_ax1_0206.preheader.i ]
+  %.idx76 = shl nuw nsw i64 %indvars.iv679.i, 10
+  %gep143 = getelementptr inbounds nuw i8, ptr %invariant.gep142, i64 %.idx76
+  %v212.i = load <4 x float>, ptr %gep143, align 4, !tbaa !5
+  %2873 = getelementptr inbounds nuw i8, ptr %gep143, i64 64
+  %v214.i = load <4 x float>, ptr %2873, align 4, !tbaa !5
+  %2874 = getelementptr inbounds nuw i8, ptr %gep143, i64 128
+  %v216.i = load <4 x float>, ptr %2874, align 4, !tbaa !5
+  %2875 = getelementptr inbounds nuw i8, ptr %gep143, i64 192
+  %v218.i = load <4 x float>, ptr %2875, align 4, !tbaa !5
+  %2876 = shufflevector <4 x float> %v212.i, <4 x float> %v216.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2877 = shufflevector <4 x float> %v214.i, <4 x float> %v218.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2878 = shufflevector <4 x float> %v212.i, <4 x float> %v216.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2879 = shufflevector <4 x float> %v214.i, <4 x float> %v218.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2880 = shufflevector <4 x float> %2876, <4 x float> %2877, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2881 = shufflevector <4 x float> %2876, <4 x float> %2877, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2882 = shufflevector <4 x float> %2878, <4 x float> %2879, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2883 = shufflevector <4 x float> %2878, <4 x float> %2879, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2884 = getelementptr inbounds nuw i8, ptr %gep143, i64 256
+  %v212.1.i = load <4 x float>, ptr %2884, align 4, !tbaa !5
+  %2885 = getelementptr inbounds nuw i8, ptr %gep143, i64 320
+  %v214.1.i = load <4 x float>, ptr %2885, align 4, !tbaa !5
+  %2886 = getelementptr inbounds nuw i8, ptr %gep143, i64 384
+  %v216.1.i = load <4 x float>, ptr %2886, align 4, !tbaa !5
+  %2887 = getelementptr inbounds nuw i8, ptr %gep143, i64 448
+  %v218.1.i = load <4 x float>, ptr %2887, align 4, !tbaa !5
+  %2888 = shufflevector <4 x float> %v212.1.i, <4 x float> %v216.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2889 = shufflevector <4 x float> %v214.1.i, <4 x float> %v218.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2890 = shufflevector <4 x float> %v212.1.i, <4 x float> %v216.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2891 = shufflevector <4 x float> %v214.1.i, <4 x float> %v218.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2892 = shufflevector <4 x float> %2888, <4 x float> %2889, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2893 = shufflevector <4 x float> %2888, <4 x float> %2889, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2894 = shufflevector <4 x float> %2890, <4 x float> %2891, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2895 = shufflevector <4 x float> %2890, <4 x float> %2891, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2896 = getelementptr inbounds nuw i8, ptr %gep143, i64 512
+  %v212.2.i = load <4 x float>, ptr %2896, align 4, !tbaa !5
+  %2897 = getelementptr inbounds nuw i8, ptr %gep143, i64 576
+  %v214.2.i = load <4 x float>, ptr %2897, align 4, !tbaa !5
+  %2898 = getelementptr inbounds nuw i8, ptr %gep143, i64 640
+  %v216.2.i = load <4 x float>, ptr %2898, align 4, !tbaa !5
+  %2899 = getelementptr inbounds nuw i8, ptr %gep143, i64 704
+  %v218.2.i = load <4 x float>, ptr %2899, align 4, !tbaa !5
+  %2900 = shufflevector <4 x float> %v212.2.i, <4 x float> %v216.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2901 = shufflevector <4 x float> %v214.2.i, <4 x float> %v218.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2902 = shufflevector <4 x float> %v212.2.i, <4 x float> %v216.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2903 = shufflevector <4 x float> %v214.2.i, <4 x float> %v218.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2904 = shufflevector <4 x float> %2900, <4 x float> %2901, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2905 = shufflevector <4 x float> %2900, <4 x float> %2901, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2906 = shufflevector <4 x float> %2902, <4 x float> %2903, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2907 = shufflevector <4 x float> %2902, <4 x float> %2903, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2908 = getelementptr inbounds nuw i8, ptr %gep143, i64 768
+  %v212.3.i = load <4 x float>, ptr %2908, align 4, !tbaa !5
+  %2909 = getelementptr inbounds nuw i8, ptr %gep143, i64 832
+  %v214.3.i = load <4 x float>, ptr %2909, align 4, !tbaa !5
+  %2910 = getelementptr inbounds nuw i8, ptr %gep143, i64 896
+  %v216.3.i = load <4 x float>, ptr %2910, align 4, !tbaa !5
+  %2911 = getelementptr inbounds nuw i8, ptr %gep143, i64 960
+  %v218.3.i = load <4 x float>, ptr %2911, align 4, !tbaa !5
+  %2912 = shufflevector <4 x float> %v212.3.i, <4 x float> %v216.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2913 = shufflevector <4 x float> %v214.3.i, <4 x float> %v218.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2914 = shufflevector <4 x float> %v212.3.i, <4 x float> %v216.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2915 = shufflevector <4 x float> %v214.3.i, <4 x float> %v218.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2916 = shufflevector <4 x float> %2912, <4 x float> %2913, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2917 = shufflevector <4 x float> %2880, <4 x float> %2892, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2918 = shufflevector <4 x float> %2904, <4 x float> %2916, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2919 = shufflevector <8 x float> %2917, <8 x float> %2918, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2920 = shufflevector <4 x float> %2912, <4 x float> %2913, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2921 = shufflevector <4 x float> %2881, <4 x float> %2893, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2922 = shufflevector <4 x float> %2905, <4 x float> %2920, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2923 = shufflevector <8 x float> %2921, <8 x float> %2922, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2924 = shufflevector <4 x float> %2914, <4 x float> %2915, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2925 = shufflevector <4 x float> %2882, <4 x float> %2894, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2926 = shufflevector <4 x float> %2906, <4 x float> %2924, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2927 = shufflevector <8 x float> %2925, <8 x float> %2926, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2928 = shufflevector <4 x float> %2914, <4 x float> %2915, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2929 = shufflevector <4 x float> %2883, <4 x float> %2895, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2930 = shufflevector <4 x float> %2907, <4 x float> %2928, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2931 = shufflevector <8 x float> %2929, <8 x float> %2930, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2932 = fmul <16 x float> %2854, %2919
+  %2933 = shl nuw nsw i64 %indvars.iv679.i, 4
+  %gep492.i = getelementptr float, ptr %gep495.i, i64 %2933
+  store <16 x float> %2932, ptr %gep492.i, align 4, !tbaa !5
+  %2934 = fmul <16 x float> %2858, %2923
+  %2935 = getelementptr float, ptr %invariant.gep494.i, i64 %2933
+  %2936 = getelementptr float, ptr %2935, i64 %2860
+  store <16 x float> %2934, ptr %2936, align 4, !tbaa !5
+  %2937 = fmul <16 x float> %2864, %2927
+  %2938 = getelementptr float, ptr %2935, i64 %2866
+  store <16 x float> %2937, ptr %2938, align 4, !tbaa !5
+  %2939 = fmul <16 x float> %2870, %2931
+  %2940 = getelementptr float, ptr %2935, i64 %2872
+  store <16 x float> %2939, ptr %2940, align 4, !tbaa !5
+  %indvars.iv.next680.i = add nuw nsw i64 %indvars.iv679.i, 1
+  %exitcond683.not.i = icmp eq i64 %indvars.iv.next680.i, 8
+  br i1 %exitcond683.not.i, label %for_end_d_0203.i, label %for_begin_ax1_0206.preheader.i, !prof !16
 
-for_end_d_0208.i:                                 ; preds = %for_begin_ax1_0211.preheader.i
-  %indvars.iv.next669.i = add nuw nsw i64 %indvars.iv668.i, 1
-  %exitcond671.not.i = icmp eq i64 %indvars.iv.next669.i, 4
-  br i1 %exitcond671.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0206.preheader.i, !prof !16
+for_end_d_0203.i:                                 ; preds = %for_begin_ax1_0206.preheader.i
+  %indvars.iv.next685.i = add nuw nsw i64 %indvars.iv684.i, 1
+  %exitcond687.not.i = icmp eq i64 %indvars.iv.next685.i, 4
+  br i1 %exitcond687.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0201.preheader.i, !prof !16
 
-if_else241.i:                                     ; preds = %for_begin_r.preheader.i
-  %2934 = fmul float %row_sum275.sroa.0.0.vec.extract718.i, %2841
-  %2935 = tail call float @llvm.log.f32(float %2934)
-  %row_max276.sroa.0.0.vec.extract685.i = extractelement <16 x float> %m.i, i64 0
-  %2936 = fadd float %row_max276.sroa.0.0.vec.extract685.i, %2935
-  br label %if_end242.i
+if_else236.i:                                     ; preds = %for_begin_r.preheader.i
+  %2941 = fmul float %row_sum271.sroa.0.0.vec.extract734.i, %2848
+  %2942 = tail call float @llvm.log.f32(float %2941)
+  %row_max272.sroa.0.0.vec.extract701.i = extractelement <16 x float> %m.i, i64 0
+  %2943 = fadd float %row_max272.sroa.0.0.vec.extract701.i, %2942
+  br label %if_end237.i
 
-if_end242.i:                                      ; preds = %if_else241.i, %for_begin_r.preheader.i
-  %2937 = phi float [ %2936, %if_else241.i ], [ 0xFFF0000000000000, %for_begin_r.preheader.i ]
-  store float %2937, ptr %2838, align 4, !tbaa !5
-  %row_sum275.sroa.0.4.vec.extract720.i = extractelement <16 x float> %2121, i64 1
-  %2938 = fcmp oeq float %row_sum275.sroa.0.4.vec.extract720.i, 0.000000e+00
-  br i1 %2938, label %if_end242.1.i, label %if_else241.1.i
+if_end237.i:                                      ; preds = %if_else236.i, %for_begin_r.preheader.i
+  %2944 = phi float [ %2943, %if_else236.i ], [ 0xFFF0000000000000, %for_begin_r.preheader.i ]
+  store float %2944, ptr %2845, align 4, !tbaa !5
+  %row_sum271.sroa.0.4.vec.extract736.i = extractelement <16 x float> %2128, i64 1
+  %2945 = fcmp oeq float %row_sum271.sroa.0.4.vec.extract736.i, 0.000000e+00
+  br i1 %2945, label %if_end237.1.i, label %if_else236.1.i
 
-if_else241.1.i:                                   ; preds = %if_end242.i
-  %2939 = fmul float %row_sum275.sroa.0.4.vec.extract720.i, %2841
-  %2940 = tail call float @llvm.log.f32(float %2939)
-  %row_max276.sroa.0.4.vec.extract687.i = extractelement <16 x float> %m.i, i64 1
-  %2941 = fadd float %row_max276.sroa.0.4.vec.extract687.i, %2940
-  br label %if_end242.1.i
+if_else236.1.i:                                   ; preds = %if_end237.i
+  %2946 = fmul float %row_sum271.sroa.0.4.vec.extract736.i, %2848
+  %2947 = tail call float @llvm.log.f32(float %2946)
+  %row_max272.sroa.0.4.vec.extract703.i = extractelement <16 x float> %m.i, i64 1
+  %2948 = fadd float %row_max272.sroa.0.4.vec.extract703.i, %2947
+  br label %if_end237.1.i
 
-if_end242.1.i:                                    ; preds = %if_else241.1.i, %if_end242.i
-  %2942 = phi float [ %2941, %if_else241.1.i ], [ 0xFFF0000000000000, %if_end242.i ]
-  %2943 = getelementptr i8, ptr %2838, i64 4
-  store float %2942, ptr %2943, align 4, !tbaa !5
-  %row_sum275.sroa.0.8.vec.extract722.i = extractelement <16 x float> %2121, i64 2
-  %2944 = fcmp oeq float %row_sum275.sroa.0.8.vec.extract722.i, 0.000000e+00
-  br i1 %2944, label %if_end242.2.i, label %if_else241.2.i
+if_end237.1.i:                                    ; preds = %if_else236.1.i, %if_end237.i
+  %2949 = phi float [ %2948, %if_else236.1.i ], [ 0xFFF0000000000000, %if_end237.i ]
+  %2950 = getelementptr i8, ptr %2845, i64 4
+  store float %2949, ptr %2950, align 4, !tbaa !5
+  %row_sum271.sroa.0.8.vec.extract738.i = extractelement <16 x float> %2128, i64 2
+  %2951 = fcmp oeq float %row_sum271.sroa.0.8.vec.extract738.i, 0.000000e+00
+  br i1 %2951, label %if_end237.2.i, label %if_else236.2.i
 
-if_else241.2.i:                                   ; preds = %if_end242.1.i
-  %2945 = fmul float %row_sum275.sroa.0.8.vec.extract722.i, %2841
-  %2946 = tail call float @llvm.log.f32(float %2945)
-  %row_max276.sroa.0.8.vec.extract689.i = extractelement <16 x float> %m.i, i64 2
-  %2947 = fadd float %row_max276.sroa.0.8.vec.extract689.i, %2946
-  br label %if_end242.2.i
+if_else236.2.i:                                   ; preds = %if_end237.1.i
+  %2952 = fmul float %row_sum271.sroa.0.8.vec.extract738.i, %2848
+  %2953 = tail call float @llvm.log.f32(float %2952)
+  %row_max272.sroa.0.8.vec.extract705.i = extractelement <16 x float> %m.i, i64 2
+  %2954 = fadd float %row_max272.sroa.0.8.vec.extract705.i, %2953
+  br label %if_end237.2.i
 
-if_end242.2.i:                                    ; preds = %if_else241.2.i, %if_end242.1.i
-  %2948 = phi float [ %2947, %if_else241.2.i ], [ 0xFFF0000000000000, %if_end242.1.i ]
-  %2949 = getelementptr i8, ptr %2838, i64 8
-  store float %2948, ptr %2949, align 4, !tbaa !5
-  %row_sum275.sroa.0.12.vec.extract724.i = extractelement <16 x float> %2121, i64 3
-  %2950 = fcmp oeq float %row_sum275.sroa.0.12.vec.extract724.i, 0.000000e+00
-  br i1 %2950, label %if_end242.3.i, label %if_else241.3.i
+if_end237.2.i:                                    ; preds = %if_else236.2.i, %if_end237.1.i
+  %2955 = phi float [ %2954, %if_else236.2.i ], [ 0xFFF0000000000000, %if_end237.1.i ]
+  %2956 = getelementptr i8, ptr %2845, i64 8
+  store float %2955, ptr %2956, align 4, !tbaa !5
+  %row_sum271.sroa.0.12.vec.extract740.i = extractelement <16 x float> %2128, i64 3
+  %2957 = fcmp oeq float %row_sum271.sroa.0.12.vec.extract740.i, 0.000000e+00
+  br i1 %2957, label %if_end237.3.i, label %if_else236.3.i
 
-if_else241.3.i:                                   ; preds = %if_end242.2.i
-  %2951 = fmul float %row_sum275.sroa.0.12.vec.extract724.i, %2841
-  %2952 = tail call float @llvm.log.f32(float %2951)
-  %row_max276.sroa.0.12.vec.extract691.i = extractelement <16 x float> %m.i, i64 3
-  %2953 = fadd float %row_max276.sroa.0.12.vec.extract691.i, %2952
-  br label %if_end242.3.i
+if_else236.3.i:                                   ; preds = %if_end237.2.i
+  %2958 = fmul float %row_sum271.sroa.0.12.vec.extract740.i, %2848
+  %2959 = tail call float @llvm.log.f32(float %2958)
+  %row_max272.sroa.0.12.vec.extract707.i = extractelement <16 x float> %m.i, i64 3
+  %2960 = fadd float %row_max272.sroa.0.12.vec.extract707.i, %2959
+  br label %if_end237.3.i
 
-if_end242.3.i:                                    ; preds = %if_else241.3.i, %if_end242.2.i
-  %2954 = phi float [ %2953, %if_else241.3.i ], [ 0xFFF0000000000000, %if_end242.2.i ]
-  %2955 = getelementptr i8, ptr %2838, i64 12
-  store float %2954, ptr %2955, align 4, !tbaa !5
-  %row_sum275.sroa.0.16.vec.extract726.i = extractelement <16 x float> %2121, i64 4
-  %2956 = fcmp oeq float %row_sum275.sroa.0.16.vec.extract726.i, 0.000000e+00
-  br i1 %2956, label %if_end242.4.i, label %if_else241.4.i
+if_end237.3.i:                                    ; preds = %if_else236.3.i, %if_end237.2.i
+  %2961 = phi float [ %2960, %if_else236.3.i ], [ 0xFFF0000000000000, %if_end237.2.i ]
+  %2962 = getelementptr i8, ptr %2845, i64 12
+  store float %2961, ptr %2962, align 4, !tbaa !5
+  %row_sum271.sroa.0.16.vec.extract742.i = extractelement <16 x float> %2128, i64 4
+  %2963 = fcmp oeq float %row_sum271.sroa.0.16.vec.extract742.i, 0.000000e+00
+  br i1 %2963, label %if_end237.4.i, label %if_else236.4.i
 
-if_else241.4.i:                                   ; preds = %if_end242.3.i
-  %2957 = fmul float %row_sum275.sroa.0.16.vec.extract726.i, %2841
-  %2958 = tail call float @llvm.log.f32(float %2957)
-  %row_max276.sroa.0.16.vec.extract693.i = extractelement <16 x float> %m.i, i64 4
-  %2959 = fadd float %row_max276.sroa.0.16.vec.extract693.i, %2958
-  br label %if_end242.4.i
+if_else236.4.i:                                   ; preds = %if_end237.3.i
+  %2964 = fmul float %row_sum271.sroa.0.16.vec.extract742.i, %2848
+  %2965 = tail call float @llvm.log.f32(float %2964)
+  %row_max272.sroa.0.16.vec.extract709.i = extractelement <16 x float> %m.i, i64 4
+  %2966 = fadd float %row_max272.sroa.0.16.vec.extract709.i, %2965
+  br label %if_end237.4.i
 
-if_end242.4.i:                                    ; preds = %if_else241.4.i, %if_end242.3.i
-  %2960 = phi float [ %2959, %if_else241.4.i ], [ 0xFFF0000000000000, %if_end242.3.i ]
-  %2961 = getelementptr i8, ptr %2838, i64 16
-  store float %2960, ptr %2961, align 4, !tbaa !5
-  %row_sum275.sroa.0.20.vec.extract728.i = extractelement <16 x float> %2121, i64 5
-  %2962 = fcmp oeq float %row_sum275.sroa.0.20.vec.extract728.i, 0.000000e+00
-  br i1 %2962, label %if_end242.5.i, label %if_else241.5.i
+if_end237.4.i:                                    ; preds = %if_else236.4.i, %if_end237.3.i
+  %2967 = phi float [ %2966, %if_else236.4.i ], [ 0xFFF0000000000000, %if_end237.3.i ]
+  %2968 = getelementptr i8, ptr %2845, i64 16
+  store float %2967, ptr %2968, align 4, !tbaa !5
+  %row_sum271.sroa.0.20.vec.extract744.i = extractelement <16 x float> %2128, i64 5
+  %2969 = fcmp oeq float %row_sum271.sroa.0.20.vec.extract744.i, 0.000000e+00
+  br i1 %2969, label %if_end237.5.i, label %if_else236.5.i
 
-if_else241.5.i:                                   ; preds = %if_end242.4.i
-  %2963 = fmul float %row_sum275.sroa.0.20.vec.extract728.i, %2841
-  %2964 = tail call float @llvm.log.f32(float %2963)
-  %row_max276.sroa.0.20.vec.extract695.i = extractelement <16 x float> %m.i, i64 5
-  %2965 = fadd float %row_max276.sroa.0.20.vec.extract695.i, %2964
-  br label %if_end242.5.i
+if_else236.5.i:                                   ; preds = %if_end237.4.i
+  %2970 = fmul float %row_sum271.sroa.0.20.vec.extract744.i, %2848
+  %2971 = tail call float @llvm.log.f32(float %2970)
+  %row_max272.sroa.0.20.vec.extract711.i = extractelement <16 x float> %m.i, i64 5
+  %2972 = fadd float %row_max272.sroa.0.20.vec.extract711.i, %2971
+  br label %if_end237.5.i
 
-if_end242.5.i:                                    ; preds = %if_else241.5.i, %if_end242.4.i
-  %2966 = phi float [ %2965, %if_else241.5.i ], [ 0xFFF0000000000000, %if_end242.4.i ]
-  %2967 = getelementptr i8, ptr %2838, i64 20
-  store float %2966, ptr %2967, align 4, !tbaa !5
-  %row_sum275.sroa.0.24.vec.extract730.i = extractelement <16 x float> %2121, i64 6
-  %2968 = fcmp oeq float %row_sum275.sroa.0.24.vec.extract730.i, 0.000000e+00
-  br i1 %2968, label %if_end242.6.i, label %if_else241.6.i
+if_end237.5.i:                                    ; preds = %if_else236.5.i, %if_end237.4.i
+  %2973 = phi float [ %2972, %if_else236.5.i ], [ 0xFFF0000000000000, %if_end237.4.i ]
+  %2974 = getelementptr i8, ptr %2845, i64 20
+  store float %2973, ptr %2974, align 4, !tbaa !5
+  %row_sum271.sroa.0.24.vec.extract746.i = extractelement <16 x float> %2128, i64 6
+  %2975 = fcmp oeq float %row_sum271.sroa.0.24.vec.extract746.i, 0.000000e+00
+  br i1 %2975, label %if_end237.6.i, label %if_else236.6.i
 
-if_else241.6.i:                                   ; preds = %if_end242.5.i
-  %2969 = fmul float %row_sum275.sroa.0.24.vec.extract730.i, %2841
-  %2970 = tail call float @llvm.log.f32(float %2969)
-  %row_max276.sroa.0.24.vec.extract697.i = extractelement <16 x float> %m.i, i64 6
-  %2971 = fadd float %row_max276.sroa.0.24.vec.extract697.i, %2970
-  br label %if_end242.6.i
+if_else236.6.i:                                   ; preds = %if_end237.5.i
+  %2976 = fmul float %row_sum271.sroa.0.24.vec.extract746.i, %2848
+  %2977 = tail call float @llvm.log.f32(float %2976)
+  %row_max272.sroa.0.24.vec.extract713.i = extractelement <16 x float> %m.i, i64 6
+  %2978 = fadd float %row_max272.sroa.0.24.vec.extract713.i, %2977
+  br label %if_end237.6.i
 
-if_end242.6.i:                                    ; preds = %if_else241.6.i, %if_end242.5.i
-  %2972 = phi float [ %2971, %if_else241.6.i ], [ 0xFFF0000000000000, %if_end242.5.i ]
-  %2973 = getelementptr i8, ptr %2838, i64 24
-  store float %2972, ptr %2973, align 4, !tbaa !5
-  %row_sum275.sroa.0.28.vec.extract732.i = extractelement <16 x float> %2121, i64 7
-  %2974 = fcmp oeq float %row_sum275.sroa.0.28.vec.extract732.i, 0.000000e+00
-  br i1 %2974, label %if_end242.7.i, label %if_else241.7.i
+if_end237.6.i:                                    ; preds = %if_else236.6.i, %if_end237.5.i
+  %2979 = phi float [ %2978, %if_else236.6.i ], [ 0xFFF0000000000000, %if_end237.5.i ]
+  %2980 = getelementptr i8, ptr %2845, i64 24
+  store float %2979, ptr %2980, align 4, !tbaa !5
+  %row_sum271.sroa.0.28.vec.extract748.i = extractelement <16 x float> %2128, i64 7
+  %2981 = fcmp oeq float %row_sum271.sroa.0.28.vec.extract748.i, 0.000000e+00
+  br i1 %2981, label %if_end237.7.i, label %if_else236.7.i
 
-if_else241.7.i:                                   ; preds = %if_end242.6.i
-  %2975 = fmul float %row_sum275.sroa.0.28.vec.extract732.i, %2841
-  %2976 = tail call float @llvm.log.f32(float %2975)
-  %row_max276.sroa.0.28.vec.extract699.i = extractelement <16 x float> %m.i, i64 7
-  %2977 = fadd float %row_max276.sroa.0.28.vec.extract699.i, %2976
-  br label %if_end242.7.i
+if_else236.7.i:                                   ; preds = %if_end237.6.i
+  %2982 = fmul float %row_sum271.sroa.0.28.vec.extract748.i, %2848
+  %2983 = tail call float @llvm.log.f32(float %2982)
+  %row_max272.sroa.0.28.vec.extract715.i = extractelement <16 x float> %m.i, i64 7
+  %2984 = fadd float %row_max272.sroa.0.28.vec.extract715.i, %2983
+  br label %if_end237.7.i
 
-if_end242.7.i:                                    ; preds = %if_else241.7.i, %if_end242.6.i
-  %2978 = phi float [ %2977, %if_else241.7.i ], [ 0xFFF0000000000000, %if_end242.6.i ]
-  %2979 = getelementptr i8, ptr %2838, i64 28
-  store float %2978, ptr %2979, align 4, !tbaa !5
-  %row_sum275.sroa.0.32.vec.extract734.i = extractelement <16 x float> %2121, i64 8
-  %2980 = fcmp oeq float %row_sum275.sroa.0.32.vec.extract734.i, 0.000000e+00
-  br i1 %2980, label %if_end242.8.i, label %if_else241.8.i
+if_end237.7.i:                                    ; preds = %if_else236.7.i, %if_end237.6.i
+  %2985 = phi float [ %2984, %if_else236.7.i ], [ 0xFFF0000000000000, %if_end237.6.i ]
+  %2986 = getelementptr i8, ptr %2845, i64 28
+  store float %2985, ptr %2986, align 4, !tbaa !5
+  %row_sum271.sroa.0.32.vec.extract750.i = extractelement <16 x float> %2128, i64 8
+  %2987 = fcmp oeq float %row_sum271.sroa.0.32.vec.extract750.i, 0.000000e+00
+  br i1 %2987, label %if_end237.8.i, label %if_else236.8.i
 
-if_else241.8.i:                                   ; preds = %if_end242.7.i
-  %2981 = fmul float %row_sum275.sroa.0.32.vec.extract734.i, %2841
-  %2982 = tail call float @llvm.log.f32(float %2981)
-  %row_max276.sroa.0.32.vec.extract701.i = extractelement <16 x float> %m.i, i64 8
-  %2983 = fadd float %row_max276.sroa.0.32.vec.extract701.i, %2982
-  br label %if_end242.8.i
+if_else236.8.i:                                   ; preds = %if_end237.7.i
+  %2988 = fmul float %row_sum271.sroa.0.32.vec.extract750.i, %2848
+  %2989 = tail call float @llvm.log.f32(float %2988)
+  %row_max272.sroa.0.32.vec.extract717.i = extractelement <16 x float> %m.i, i64 8
+  %2990 = fadd float %row_max272.sroa.0.32.vec.extract717.i, %2989
+  br label %if_end237.8.i
 
-if_end242.8.i:                                    ; preds = %if_else241.8.i, %if_end242.7.i
-  %2984 = phi float [ %2983, %if_else241.8.i ], [ 0xFFF0000000000000, %if_end242.7.i ]
-  %2985 = getelementptr i8, ptr %2838, i64 32
-  store float %2984, ptr %2985, align 4, !tbaa !5
-  %row_sum275.sroa.0.36.vec.extract736.i = extractelement <16 x float> %2121, i64 9
-  %2986 = fcmp oeq float %row_sum275.sroa.0.36.vec.extract736.i, 0.000000e+00
-  br i1 %2986, label %if_end242.9.i, label %if_else241.9.i
+if_end237.8.i:                                    ; preds = %if_else236.8.i, %if_end237.7.i
+  %2991 = phi float [ %2990, %if_else236.8.i ], [ 0xFFF0000000000000, %if_end237.7.i ]
+  %2992 = getelementptr i8, ptr %2845, i64 32
+  store float %2991, ptr %2992, align 4, !tbaa !5
+  %row_sum271.sroa.0.36.vec.extract752.i = extractelement <16 x float> %2128, i64 9
+  %2993 = fcmp oeq float %row_sum271.sroa.0.36.vec.extract752.i, 0.000000e+00
+  br i1 %2993, label %if_end237.9.i, label %if_else236.9.i
 
-if_else241.9.i:                                   ; preds = %if_end242.8.i
-  %2987 = fmul float %row_sum275.sroa.0.36.vec.extract736.i, %2841
-  %2988 = tail call float @llvm.log.f32(float %2987)
-  %row_max276.sroa.0.36.vec.extract703.i = extractelement <16 x float> %m.i, i64 9
-  %2989 = fadd float %row_max276.sroa.0.36.vec.extract703.i, %2988
-  br label %if_end242.9.i
+if_else236.9.i:                                   ; preds = %if_end237.8.i
+  %2994 = fmul float %row_sum271.sroa.0.36.vec.extract752.i, %2848
+  %2995 = tail call float @llvm.log.f32(float %2994)
+  %row_max272.sroa.0.36.vec.extract719.i = extractelement <16 x float> %m.i, i64 9
+  %2996 = fadd float %row_max272.sroa.0.36.vec.extract719.i, %2995
+  br label %if_end237.9.i
 
-if_end242.9.i:                                    ; preds = %if_else241.9.i, %if_end242.8.i
-  %2990 = phi float [ %2989, %if_else241.9.i ], [ 0xFFF0000000000000, %if_end242.8.i ]
-  %2991 = getelementptr i8, ptr %2838, i64 36
-  store float %2990, ptr %2991, align 4, !tbaa !5
-  %row_sum275.sroa.0.40.vec.extract738.i = extractelement <16 x float> %2121, i64 10
-  %2992 = fcmp oeq float %row_sum275.sroa.0.40.vec.extract738.i, 0.000000e+00
-  br i1 %2992, label %if_end242.10.i, label %if_else241.10.i
+if_end237.9.i:                                    ; preds = %if_else236.9.i, %if_end237.8.i
+  %2997 = phi float [ %2996, %if_else236.9.i ], [ 0xFFF0000000000000, %if_end237.8.i ]
+  %2998 = getelementptr i8, ptr %2845, i64 36
+  store float %2997, ptr %2998, align 4, !tbaa !5
+  %row_sum271.sroa.0.40.vec.extract754.i = extractelement <16 x float> %2128, i64 10
+  %2999 = fcmp oeq float %row_sum271.sroa.0.40.vec.extract754.i, 0.000000e+00
+  br i1 %2999, label %if_end237.10.i, label %if_else236.10.i
 
-if_else241.10.i:                                  ; preds = %if_end242.9.i
-  %2993 = fmul float %row_sum275.sroa.0.40.vec.extract738.i, %2841
-  %2994 = tail call float @llvm.log.f32(float %2993)
-  %row_max276.sroa.0.40.vec.extract705.i = extractelement <16 x float> %m.i, i64 10
-  %2995 = fadd float %row_max276.sroa.0.40.vec.extract705.i, %2994
-  br label %if_end242.10.i
+if_else236.10.i:                                  ; preds = %if_end237.9.i
+  %3000 = fmul float %row_sum271.sroa.0.40.vec.extract754.i, %2848
+  %3001 = tail call float @llvm.log.f32(float %3000)
+  %row_max272.sroa.0.40.vec.extract721.i = extractelement <16 x float> %m.i, i64 10
+  %3002 = fadd float %row_max272.sroa.0.40.vec.extract721.i, %3001
+  br label %if_end237.10.i
 
-if_end242.10.i:                                   ; preds = %if_else241.10.i, %if_end242.9.i
-  %2996 = phi float [ %2995, %if_else241.10.i ], [ 0xFFF0000000000000, %if_end242.9.i ]
-  %2997 = getelementptr i8, ptr %2838, i64 40
-  store float %2996, ptr %2997, align 4, !tbaa !5
-  %row_sum275.sroa.0.44.vec.extract740.i = extractelement <16 x float> %2121, i64 11
-  %2998 = fcmp oeq float %row_sum275.sroa.0.44.vec.extract740.i, 0.000000e+00
-  br i1 %2998, label %if_end242.11.i, label %if_else241.11.i
+if_end237.10.i:                                   ; preds = %if_else236.10.i, %if_end237.9.i
+  %3003 = phi float [ %3002, %if_else236.10.i ], [ 0xFFF0000000000000, %if_end237.9.i ]
+  %3004 = getelementptr i8, ptr %2845, i64 40
+  store float %3003, ptr %3004, align 4, !tbaa !5
+  %row_sum271.sroa.0.44.vec.extract756.i = extractelement <16 x float> %2128, i64 11
+  %3005 = fcmp oeq float %row_sum271.sroa.0.44.vec.extract756.i, 0.000000e+00
+  br i1 %3005, label %if_end237.11.i, label %if_else236.11.i
 
-if_else241.11.i:                                  ; preds = %if_end242.10.i
-  %2999 = fmul float %row_sum275.sroa.0.44.vec.extract740.i, %2841
-  %3000 = tail call float @llvm.log.f32(float %2999)
-  %row_max276.sroa.0.44.vec.extract707.i = extractelement <16 x float> %m.i, i64 11
-  %3001 = fadd float %row_max276.sroa.0.44.vec.extract707.i, %3000
-  br label %if_end242.11.i
+if_else236.11.i:                                  ; preds = %if_end237.10.i
+  %3006 = fmul float %row_sum271.sroa.0.44.vec.extract756.i, %2848
+  %3007 = tail call float @llvm.log.f32(float %3006)
+  %row_max272.sroa.0.44.vec.extract723.i = extractelement <16 x float> %m.i, i64 11
+  %3008 = fadd float %row_max272.sroa.0.44.vec.extract723.i, %3007
+  br label %if_end237.11.i
 
-if_end242.11.i:                                   ; preds = %if_else241.11.i, %if_end242.10.i
-  %3002 = phi float [ %3001, %if_else241.11.i ], [ 0xFFF0000000000000, %if_end242.10.i ]
-  %3003 = getelementptr i8, ptr %2838, i64 44
-  store float %3002, ptr %3003, align 4, !tbaa !5
-  %row_sum275.sroa.0.48.vec.extract742.i = extractelement <16 x float> %2121, i64 12
-  %3004 = fcmp oeq float %row_sum275.sroa.0.48.vec.extract742.i, 0.000000e+00
-  br i1 %3004, label %if_end242.12.i, label %if_else241.12.i
+if_end237.11.i:                                   ; preds = %if_else236.11.i, %if_end237.10.i
+  %3009 = phi float [ %3008, %if_else236.11.i ], [ 0xFFF0000000000000, %if_end237.10.i ]
+  %3010 = getelementptr i8, ptr %2845, i64 44
+  store float %3009, ptr %3010, align 4, !tbaa !5
+  %row_sum271.sroa.0.48.vec.extract758.i = extractelement <16 x float> %2128, i64 12
+  %3011 = fcmp oeq float %row_sum271.sroa.0.48.vec.extract758.i, 0.000000e+00
+  br i1 %3011, label %if_end237.12.i, label %if_else236.12.i
 
-if_else241.12.i:                                  ; preds = %if_end242.11.i
-  %3005 = fmul float %row_sum275.sroa.0.48.vec.extract742.i, %2841
-  %3006 = tail call float @llvm.log.f32(float %3005)
-  %row_max276.sroa.0.48.vec.extract709.i = extractelement <16 x float> %m.i, i64 12
-  %3007 = fadd float %row_max276.sroa.0.48.vec.extract709.i, %3006
-  br label %if_end242.12.i
+if_else236.12.i:                                  ; preds = %if_end237.11.i
+  %3012 = fmul float %row_sum271.sroa.0.48.vec.extract758.i, %2848
+  %3013 = tail call float @llvm.log.f32(float %3012)
+  %row_max272.sroa.0.48.vec.extract725.i = extractelement <16 x float> %m.i, i64 12
+  %3014 = fadd float %row_max272.sroa.0.48.vec.extract725.i, %3013
+  br label %if_end237.12.i
 
-if_end242.12.i:                                   ; preds = %if_else241.12.i, %if_end242.11.i
-  %3008 = phi float [ %3007, %if_else241.12.i ], [ 0xFFF0000000000000, %if_end242.11.i ]
-  %3009 = getelementptr i8, ptr %2838, i64 48
-  store float %3008, ptr %3009, align 4, !tbaa !5
-  %row_sum275.sroa.0.52.vec.extract744.i = extractelement <16 x float> %2121, i64 13
-  %3010 = fcmp oeq float %row_sum275.sroa.0.52.vec.extract744.i, 0.000000e+00
-  br i1 %3010, label %if_end242.13.i, label %if_else241.13.i
+if_end237.12.i:                                   ; preds = %if_else236.12.i, %if_end237.11.i
+  %3015 = phi float [ %3014, %if_else236.12.i ], [ 0xFFF0000000000000, %if_end237.11.i ]
+  %3016 = getelementptr i8, ptr %2845, i64 48
+  store float %3015, ptr %3016, align 4, !tbaa !5
+  %row_sum271.sroa.0.52.vec.extract760.i = extractelement <16 x float> %2128, i64 13
+  %3017 = fcmp oeq float %row_sum271.sroa.0.52.vec.extract760.i, 0.000000e+00
+  br i1 %3017, label %if_end237.13.i, label %if_else236.13.i
 
-if_else241.13.i:                                  ; preds = %if_end242.12.i
-  %3011 = fmul float %row_sum275.sroa.0.52.vec.extract744.i, %2841
-  %3012 = tail call float @llvm.log.f32(float %3011)
-  %row_max276.sroa.0.52.vec.extract711.i = extractelement <16 x float> %m.i, i64 13
-  %3013 = fadd float %row_max276.sroa.0.52.vec.extract711.i, %3012
-  br label %if_end242.13.i
+if_else236.13.i:                                  ; preds = %if_end237.12.i
+  %3018 = fmul float %row_sum271.sroa.0.52.vec.extract760.i, %2848
+  %3019 = tail call float @llvm.log.f32(float %3018)
+  %row_max272.sroa.0.52.vec.extract727.i = extractelement <16 x float> %m.i, i64 13
+  %3020 = fadd float %row_max272.sroa.0.52.vec.extract727.i, %3019
+  br label %if_end237.13.i
 
-if_end242.13.i:                                   ; preds = %if_else241.13.i, %if_end242.12.i
-  %3014 = phi float [ %3013, %if_else241.13.i ], [ 0xFFF0000000000000, %if_end242.12.i ]
-  %3015 = getelementptr i8, ptr %2838, i64 52
-  store float %3014, ptr %3015, align 4, !tbaa !5
-  %row_sum275.sroa.0.56.vec.extract746.i = extractelement <16 x float> %2121, i64 14
-  %3016 = fcmp oeq float %row_sum275.sroa.0.56.vec.extract746.i, 0.000000e+00
-  br i1 %3016, label %if_end242.14.i, label %if_else241.14.i
+if_end237.13.i:                                   ; preds = %if_else236.13.i, %if_end237.12.i
+  %3021 = phi float [ %3020, %if_else236.13.i ], [ 0xFFF0000000000000, %if_end237.12.i ]
+  %3022 = getelementptr i8, ptr %2845, i64 52
+  store float %3021, ptr %3022, align 4, !tbaa !5
+  %row_sum271.sroa.0.56.vec.extract762.i = extractelement <16 x float> %2128, i64 14
+  %3023 = fcmp oeq float %row_sum271.sroa.0.56.vec.extract762.i, 0.000000e+00
+  br i1 %3023, label %if_end237.14.i, label %if_else236.14.i
 
-if_else241.14.i:                                  ; preds = %if_end242.13.i
-  %3017 = fmul float %row_sum275.sroa.0.56.vec.extract746.i, %2841
-  %3018 = tail call float @llvm.log.f32(float %3017)
-  %row_max276.sroa.0.56.vec.extract713.i = extractelement <16 x float> %m.i, i64 14
-  %3019 = fadd float %row_max276.sroa.0.56.vec.extract713.i, %3018
-  br label %if_end242.14.i
+if_else236.14.i:                                  ; preds = %if_end237.13.i
+  %3024 = fmul float %row_sum271.sroa.0.56.vec.extract762.i, %2848
+  %3025 = tail call float @llvm.log.f32(float %3024)
+  %row_max272.sroa.0.56.vec.extract729.i = extractelement <16 x float> %m.i, i64 14
+  %3026 = fadd float %row_max272.sroa.0.56.vec.extract729.i, %3025
+  br label %if_end237.14.i
 
-if_end242.14.i:                                   ; preds = %if_else241.14.i, %if_end242.13.i
-  %3020 = phi float [ %3019, %if_else241.14.i ], [ 0xFFF0000000000000, %if_end242.13.i ]
-  %3021 = getelementptr i8, ptr %2838, i64 56
-  store float %3020, ptr %3021, align 4, !tbaa !5
-  %row_sum275.sroa.0.60.vec.extract748.i = extractelement <16 x float> %2121, i64 15
-  %3022 = fcmp oeq float %row_sum275.sroa.0.60.vec.extract748.i, 0.000000e+00
-  br i1 %3022, label %if_end242.15.i, label %if_else241.15.i
+if_end237.14.i:                                   ; preds = %if_else236.14.i, %if_end237.13.i
+  %3027 = phi float [ %3026, %if_else236.14.i ], [ 0xFFF0000000000000, %if_end237.13.i ]
+  %3028 = getelementptr i8, ptr %2845, i64 56
+  store float %3027, ptr %3028, align 4, !tbaa !5
+  %row_sum271.sroa.0.60.vec.extract764.i = extractelement <16 x float> %2128, i64 15
+  %3029 = fcmp oeq float %row_sum271.sroa.0.60.vec.extract764.i, 0.000000e+00
+  br i1 %3029, label %if_end237.15.i, label %if_else236.15.i
 
-if_else241.15.i:                                  ; preds = %if_end242.14.i
-  %3023 = fmul float %row_sum275.sroa.0.60.vec.extract748.i, %2841
-  %3024 = tail call float @llvm.log.f32(float %3023)
-  %row_max276.sroa.0.60.vec.extract715.i = extractelement <16 x float> %m.i, i64 15
-  %3025 = fadd float %row_max276.sroa.0.60.vec.extract715.i, %3024
-  br label %if_end242.15.i
+if_else236.15.i:                                  ; preds = %if_end237.14.i
+  %3030 = fmul float %row_sum271.sroa.0.60.vec.extract764.i, %2848
+  %3031 = tail call float @llvm.log.f32(float %3030)
+  %row_max272.sroa.0.60.vec.extract731.i = extractelement <16 x float> %m.i, i64 15
+  %3032 = fadd float %row_max272.sroa.0.60.vec.extract731.i, %3031
+  br label %if_end237.15.i
 
-if_end242.15.i:                                   ; preds = %if_else241.15.i, %if_end242.14.i
-  %3026 = phi float [ %3025, %if_else241.15.i ], [ 0xFFF0000000000000, %if_end242.14.i ]
-  %3027 = getelementptr i8, ptr %2838, i64 60
-  store float %3026, ptr %3027, align 4, !tbaa !5
-  br label %if_end205.i
+if_end237.15.i:                                   ; preds = %if_else236.15.i, %if_end237.14.i
+  %3033 = phi float [ %3032, %if_else236.15.i ], [ 0xFFF0000000000000, %if_end237.14.i ]
+  %3034 = getelementptr i8, ptr %2845, i64 60
+  store float %3033, ptr %3034, align 4, !tbaa !5
+  br label %if_end200.i
 
-for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r243.preheader.i
-  %indvars.iv650.i = phi i64 [ %indvars.iv.next651.i.7, %for_body_d.i ], [ 0, %for_begin_r243.preheader.i ]
-  %.idx770.i = shl nuw nsw i64 %indvars.iv650.i, 6
-  %3028 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i
-  %3029 = load float, ptr %3028, align 4, !tbaa !5
-  %3030 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv650.i
-  store float %3029, ptr %3030, align 4, !tbaa !5
-  %indvars.iv.next651.i = or disjoint i64 %indvars.iv650.i, 1
-  %.idx770.i.1 = shl nuw nsw i64 %indvars.iv.next651.i, 6
-  %3031 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.1
-  %3032 = load float, ptr %3031, align 4, !tbaa !5
-  %3033 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i
-  store float %3032, ptr %3033, align 4, !tbaa !5
-  %indvars.iv.next651.i.1 = or disjoint i64 %indvars.iv650.i, 2
-  %.idx770.i.2 = shl nuw nsw i64 %indvars.iv.next651.i.1, 6
-  %3034 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.2
-  %3035 = load float, ptr %3034, align 4, !tbaa !5
-  %3036 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i.1
-  store float %3035, ptr %3036, align 4, !tbaa !5
-  %indvars.iv.next651.i.2 = or disjoint i64 %indvars.iv650.i, 3
-  %.idx770.i.3 = shl nuw nsw i64 %indvars.iv.next651.i.2, 6
-  %3037 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.3
-  %3038 = load float, ptr %3037, align 4, !tbaa !5
-  %3039 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i.2
-  store float %3038, ptr %3039, align 4, !tbaa !5
-  %indvars.iv.next651.i.3 = or disjoint i64 %indvars.iv650.i, 4
-  %.idx770.i.4 = shl nuw nsw i64 %indvars.iv.next651.i.3, 6
-  %3040 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.4
-  %3041 = load float, ptr %3040, align 4, !tbaa !5
-  %3042 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i.3
-  store float %3041, ptr %3042, align 4, !tbaa !5
-  %indvars.iv.next651.i.4 = or disjoint i64 %indvars.iv650.i, 5
-  %.idx770.i.5 = shl nuw nsw i64 %indvars.iv.next651.i.4, 6
-  %3043 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.5
-  %3044 = load float, ptr %3043, align 4, !tbaa !5
-  %3045 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i.4
-  store float %3044, ptr %3045, align 4, !tbaa !5
-  %indvars.iv.next651.i.5 = or disjoint i64 %indvars.iv650.i, 6
-  %.idx770.i.6 = shl nuw nsw i64 %indvars.iv.next651.i.5, 6
-  %3046 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.6
-  %3047 = load float, ptr %3046, align 4, !tbaa !5
-  %3048 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i.5
-  store float %3047, ptr %3048, align 4, !tbaa !5
-  %indvars.iv.next651.i.6 = or disjoint i64 %indvars.iv650.i, 7
-  %.idx770.i.7 = shl nuw nsw i64 %indvars.iv.next651.i.6, 6
-  %3049 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.7
-  %3050 = load float, ptr %3049, align 4, !tbaa !5
-  %3051 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next651.i.6
-  store float %3050, ptr %3051, align 4, !tbaa !5
-  %indvars.iv.next651.i.7 = add nuw nsw i64 %indvars.iv650.i, 8
-  %exitcond653.not.i.7 = icmp eq i64 %indvars.iv.next651.i.7, 128
-  br i1 %exitcond653.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !36, !llvm.loop !37
+for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r238.preheader.i
+  %indvars.iv666.i = phi i64 [ %indvars.iv.next667.i.7, %for_body_d.i ], [ 0, %for_begin_r238.preheader.i ]
+  %.idx786.i = shl nuw nsw i64 %indvars.iv666.i, 6
+  %3035 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i
+  %3036 = load float, ptr %3035, align 4, !tbaa !5
+  %3037 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv666.i
+  store float %3036, ptr %3037, align 4, !tbaa !5
+  %indvars.iv.next667.i = or disjoint i64 %indvars.iv666.i, 1
+  %.idx786.i.1 = shl nuw nsw i64 %indvars.iv.next667.i, 6
+  %3038 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.1
+  %3039 = load float, ptr %3038, align 4, !tbaa !5
+  %3040 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i
+  store float %3039, ptr %3040, align 4, !tbaa !5
+  %indvars.iv.next667.i.1 = or disjoint i64 %indvars.iv666.i, 2
+  %.idx786.i.2 = shl nuw nsw i64 %indvars.iv.next667.i.1, 6
+  %3041 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.2
+  %3042 = load float, ptr %3041, align 4, !tbaa !5
+  %3043 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.1
+  store float %3042, ptr %3043, align 4, !tbaa !5
+  %indvars.iv.next667.i.2 = or disjoint i64 %indvars.iv666.i, 3
+  %.idx786.i.3 = shl nuw nsw i64 %indvars.iv.next667.i.2, 6
+  %3044 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.3
+  %3045 = load float, ptr %3044, align 4, !tbaa !5
+  %3046 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.2
+  store float %3045, ptr %3046, align 4, !tbaa !5
+  %indvars.iv.next667.i.3 = or disjoint i64 %indvars.iv666.i, 4
+  %.idx786.i.4 = shl nuw nsw i64 %indvars.iv.next667.i.3, 6
+  %3047 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.4
+  %3048 = load float, ptr %3047, align 4, !tbaa !5
+  %3049 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.3
+  store float %3048, ptr %3049, align 4, !tbaa !5
+  %indvars.iv.next667.i.4 = or disjoint i64 %indvars.iv666.i, 5
+  %.idx786.i.5 = shl nuw nsw i64 %indvars.iv.next667.i.4, 6
+  %3050 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.5
+  %3051 = load float, ptr %3050, align 4, !tbaa !5
+  %3052 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.4
+  store float %3051, ptr %3052, align 4, !tbaa !5
+  %indvars.iv.next667.i.5 = or disjoint i64 %indvars.iv666.i, 6
+  %.idx786.i.6 = shl nuw nsw i64 %indvars.iv.next667.i.5, 6
+  %3053 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.6
+  %3054 = load float, ptr %3053, align 4, !tbaa !5
+  %3055 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.5
+  store float %3054, ptr %3055, align 4, !tbaa !5
+  %indvars.iv.next667.i.6 = or disjoint i64 %indvars.iv666.i, 7
+  %.idx786.i.7 = shl nuw nsw i64 %indvars.iv.next667.i.6, 6
+  %3056 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.7
+  %3057 = load float, ptr %3056, align 4, !tbaa !5
+  %3058 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.6
+  store float %3057, ptr %3058, align 4, !tbaa !5
+  %indvars.iv.next667.i.7 = add nuw nsw i64 %indvars.iv666.i, 8
+  %exitcond669.not.i.7 = icmp eq i64 %indvars.iv.next667.i.7, 128
+  br i1 %exitcond669.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !36, !llvm.loop !37
 
-for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body632
-  %3052 = getelementptr inbounds nuw i8, ptr %425, i64 512
-  %scevgep603 = getelementptr i8, ptr %acc.i, i64 4
-  %scevgep604 = getelementptr i8, ptr %acc.i, i64 8136
-  %bound0605 = icmp ult ptr %scevgep601, %scevgep604
-  %bound1606 = icmp ult ptr %scevgep603, %scevgep602
-  %found.conflict607 = and i1 %bound0605, %bound1606
-  br i1 %found.conflict607, label %for_body_d.1.i, label %vector.body610, !prof !17
+for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body644
+  %3059 = getelementptr inbounds nuw i8, ptr %425, i64 512
+  %scevgep615 = getelementptr i8, ptr %acc.i, i64 4
+  %scevgep616 = getelementptr i8, ptr %acc.i, i64 8136
+  %bound0617 = icmp ult ptr %scevgep613, %scevgep616
+  %bound1618 = icmp ult ptr %scevgep615, %scevgep614
+  %found.conflict619 = and i1 %bound0617, %bound1618
+  br i1 %found.conflict619, label %for_body_d.1.i, label %vector.body622, !prof !17
 
-vector.body610:                                   ; preds = %for_end_d.i
-  %3053 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3054 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3055 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3056 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3057 = getelementptr inbounds nuw i8, <8 x ptr> %3053, i64 4
-  %3058 = getelementptr inbounds nuw i8, <8 x ptr> %3054, i64 4
-  %3059 = getelementptr inbounds nuw i8, <8 x ptr> %3055, i64 4
-  %3060 = getelementptr inbounds nuw i8, <8 x ptr> %3056, i64 4
-  %wide.masked.gather616 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather617 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3058, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather618 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather619 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3061 = getelementptr inbounds nuw i8, ptr %425, i64 544
-  %3062 = getelementptr inbounds nuw i8, ptr %425, i64 576
-  %3063 = getelementptr inbounds nuw i8, ptr %425, i64 608
-  store <8 x float> %wide.masked.gather616, ptr %3052, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather617, ptr %3061, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather618, ptr %3062, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather619, ptr %3063, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %3064 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3065 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3066 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3067 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3068 = getelementptr inbounds nuw i8, <8 x ptr> %3064, i64 4
-  %3069 = getelementptr inbounds nuw i8, <8 x ptr> %3065, i64 4
-  %3070 = getelementptr inbounds nuw i8, <8 x ptr> %3066, i64 4
-  %3071 = getelementptr inbounds nuw i8, <8 x ptr> %3067, i64 4
-  %wide.masked.gather616.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3068, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather617.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather618.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather619.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3071, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3072 = getelementptr inbounds nuw i8, ptr %425, i64 640
-  %3073 = getelementptr inbounds nuw i8, ptr %425, i64 672
-  %3074 = getelementptr inbounds nuw i8, ptr %425, i64 704
-  %3075 = getelementptr inbounds nuw i8, ptr %425, i64 736
-  store <8 x float> %wide.masked.gather616.1, ptr %3072, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather617.1, ptr %3073, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather618.1, ptr %3074, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather619.1, ptr %3075, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %3076 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3077 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3078 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3079 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3080 = getelementptr inbounds nuw i8, <8 x ptr> %3076, i64 4
-  %3081 = getelementptr inbounds nuw i8, <8 x ptr> %3077, i64 4
-  %3082 = getelementptr inbounds nuw i8, <8 x ptr> %3078, i64 4
-  %3083 = getelementptr inbounds nuw i8, <8 x ptr> %3079, i64 4
-  %wide.masked.gather616.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3080, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather617.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather618.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3082, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather619.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3083, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3084 = getelementptr inbounds nuw i8, ptr %425, i64 768
-  %3085 = getelementptr inbounds nuw i8, ptr %425, i64 800
-  %3086 = getelementptr inbounds nuw i8, ptr %425, i64 832
-  %3087 = getelementptr inbounds nuw i8, ptr %425, i64 864
-  store <8 x float> %wide.masked.gather616.2, ptr %3084, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather617.2, ptr %3085, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather618.2, ptr %3086, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather619.2, ptr %3087, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %3088 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3089 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3090 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3091 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3092 = getelementptr inbounds nuw i8, <8 x ptr> %3088, i64 4
-  %3093 = getelementptr inbounds nuw i8, <8 x ptr> %3089, i64 4
-  %3094 = getelementptr inbounds nuw i8, <8 x ptr> %3090, i64 4
-  %3095 = getelementptr inbounds nuw i8, <8 x ptr> %3091, i64 4
-  %wide.masked.gather616.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3092, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather617.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3093, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather618.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3094, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather619.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3096 = getelementptr inbounds nuw i8, ptr %425, i64 896
-  %3097 = getelementptr inbounds nuw i8, ptr %425, i64 928
-  %3098 = getelementptr inbounds nuw i8, ptr %425, i64 960
-  %3099 = getelementptr inbounds nuw i8, ptr %425, i64 992
-  store <8 x float> %wide.masked.gather616.3, ptr %3096, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather617.3, ptr %3097, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather618.3, ptr %3098, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather619.3, ptr %3099, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+vector.body622:                                   ; preds = %for_end_d.i
+  %3060 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3061 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3062 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3063 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3064 = getelementptr inbounds nuw i8, <8 x ptr> %3060, i64 4
+  %3065 = getelementptr inbounds nuw i8, <8 x ptr> %3061, i64 4
+  %3066 = getelementptr inbounds nuw i8, <8 x ptr> %3062, i64 4
+  %3067 = getelementptr inbounds nuw i8, <8 x ptr> %3063, i64 4
+  %wide.masked.gather628 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3064, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather629 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3065, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather630 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3066, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather631 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3067, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3068 = getelementptr inbounds nuw i8, ptr %425, i64 544
+  %3069 = getelementptr inbounds nuw i8, ptr %425, i64 576
+  %3070 = getelementptr inbounds nuw i8, ptr %425, i64 608
+  store <8 x float> %wide.masked.gather628, ptr %3059, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather629, ptr %3068, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather630, ptr %3069, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather631, ptr %3070, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3071 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3072 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3073 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3074 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3075 = getelementptr inbounds nuw i8, <8 x ptr> %3071, i64 4
+  %3076 = getelementptr inbounds nuw i8, <8 x ptr> %3072, i64 4
+  %3077 = getelementptr inbounds nuw i8, <8 x ptr> %3073, i64 4
+  %3078 = getelementptr inbounds nuw i8, <8 x ptr> %3074, i64 4
+  %wide.masked.gather628.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3075, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather629.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3076, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather630.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3077, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather631.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3078, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3079 = getelementptr inbounds nuw i8, ptr %425, i64 640
+  %3080 = getelementptr inbounds nuw i8, ptr %425, i64 672
+  %3081 = getelementptr inbounds nuw i8, ptr %425, i64 704
+  %3082 = getelementptr inbounds nuw i8, ptr %425, i64 736
+  store <8 x float> %wide.masked.gather628.1, ptr %3079, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather629.1, ptr %3080, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather630.1, ptr %3081, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather631.1, ptr %3082, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3083 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3084 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3085 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3086 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3087 = getelementptr inbounds nuw i8, <8 x ptr> %3083, i64 4
+  %3088 = getelementptr inbounds nuw i8, <8 x ptr> %3084, i64 4
+  %3089 = getelementptr inbounds nuw i8, <8 x ptr> %3085, i64 4
+  %3090 = getelementptr inbounds nuw i8, <8 x ptr> %3086, i64 4
+  %wide.masked.gather628.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather629.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather630.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather631.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3090, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3091 = getelementptr inbounds nuw i8, ptr %425, i64 768
+  %3092 = getelementptr inbounds nuw i8, ptr %425, i64 800
+  %3093 = getelementptr inbounds nuw i8, ptr %425, i64 832
+  %3094 = getelementptr inbounds nuw i8, ptr %425, i64 864
+  store <8 x float> %wide.masked.gather628.2, ptr %3091, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather629.2, ptr %3092, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather630.2, ptr %3093, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather631.2, ptr %3094, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3095 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3096 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3097 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3098 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3099 = getelementptr inbounds nuw i8, <8 x ptr> %3095, i64 4
+  %3100 = getelementptr inbounds nuw i8, <8 x ptr> %3096, i64 4
+  %3101 = getelementptr inbounds nuw i8, <8 x ptr> %3097, i64 4
+  %3102 = getelementptr inbounds nuw i8, <8 x ptr> %3098, i64 4
+  %wide.masked.gather628.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather629.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather630.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3101, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather631.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3103 = getelementptr inbounds nuw i8, ptr %425, i64 896
+  %3104 = getelementptr inbounds nuw i8, ptr %425, i64 928
+  %3105 = getelementptr inbounds nuw i8, ptr %425, i64 960
+  %3106 = getelementptr inbounds nuw i8, ptr %425, i64 992
+  store <8 x float> %wide.masked.gather628.3, ptr %3103, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather629.3, ptr %3104, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather630.3, ptr %3105, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather631.3, ptr %3106, align 4, !tbaa !5, !alias.scope !43, !noalias !40
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
-  %indvars.iv650.1.i = phi i64 [ %indvars.iv.next651.1.i.7, %for_body_d.1.i ], [ 0, %for_end_d.i ]
-  %.idx771.i = shl nuw nsw i64 %indvars.iv650.1.i, 6
-  %3100 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i
-  %3101 = getelementptr inbounds nuw i8, ptr %3100, i64 4
-  %3102 = load float, ptr %3101, align 4, !tbaa !5
-  %3103 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv650.1.i
-  store float %3102, ptr %3103, align 4, !tbaa !5
-  %indvars.iv.next651.1.i = or disjoint i64 %indvars.iv650.1.i, 1
-  %.idx771.i.1 = shl nuw nsw i64 %indvars.iv.next651.1.i, 6
-  %3104 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.1
-  %3105 = getelementptr inbounds nuw i8, ptr %3104, i64 4
-  %3106 = load float, ptr %3105, align 4, !tbaa !5
-  %3107 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i
-  store float %3106, ptr %3107, align 4, !tbaa !5
-  %indvars.iv.next651.1.i.1 = or disjoint i64 %indvars.iv650.1.i, 2
-  %.idx771.i.2 = shl nuw nsw i64 %indvars.iv.next651.1.i.1, 6
-  %3108 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.2
-  %3109 = getelementptr inbounds nuw i8, ptr %3108, i64 4
-  %3110 = load float, ptr %3109, align 4, !tbaa !5
-  %3111 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i.1
-  store float %3110, ptr %3111, align 4, !tbaa !5
-  %indvars.iv.next651.1.i.2 = or disjoint i64 %indvars.iv650.1.i, 3
-  %.idx771.i.3 = shl nuw nsw i64 %indvars.iv.next651.1.i.2, 6
-  %3112 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.3
-  %3113 = getelementptr inbounds nuw i8, ptr %3112, i64 4
-  %3114 = load float, ptr %3113, align 4, !tbaa !5
-  %3115 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i.2
-  store float %3114, ptr %3115, align 4, !tbaa !5
-  %indvars.iv.next651.1.i.3 = or disjoint i64 %indvars.iv650.1.i, 4
-  %.idx771.i.4 = shl nuw nsw i64 %indvars.iv.next651.1.i.3, 6
-  %3116 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.4
-  %3117 = getelementptr inbounds nuw i8, ptr %3116, i64 4
-  %3118 = load float, ptr %3117, align 4, !tbaa !5
-  %3119 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i.3
-  store float %3118, ptr %3119, align 4, !tbaa !5
-  %indvars.iv.next651.1.i.4 = or disjoint i64 %indvars.iv650.1.i, 5
-  %.idx771.i.5 = shl nuw nsw i64 %indvars.iv.next651.1.i.4, 6
-  %3120 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.5
-  %3121 = getelementptr inbounds nuw i8, ptr %3120, i64 4
-  %3122 = load float, ptr %3121, align 4, !tbaa !5
-  %3123 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i.4
-  store float %3122, ptr %3123, align 4, !tbaa !5
-  %indvars.iv.next651.1.i.5 = or disjoint i64 %indvars.iv650.1.i, 6
-  %.idx771.i.6 = shl nuw nsw i64 %indvars.iv.next651.1.i.5, 6
-  %3124 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.6
-  %3125 = getelementptr inbounds nuw i8, ptr %3124, i64 4
-  %3126 = load float, ptr %3125, align 4, !tbaa !5
-  %3127 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i.5
-  store float %3126, ptr %3127, align 4, !tbaa !5
-  %indvars.iv.next651.1.i.6 = or disjoint i64 %indvars.iv650.1.i, 7
-  %.idx771.i.7 = shl nuw nsw i64 %indvars.iv.next651.1.i.6, 6
-  %3128 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.7
-  %3129 = getelementptr inbounds nuw i8, ptr %3128, i64 4
-  %3130 = load float, ptr %3129, align 4, !tbaa !5
-  %3131 = getelementptr inbounds nuw float, ptr %3052, i64 %indvars.iv.next651.1.i.6
-  store float %3130, ptr %3131, align 4, !tbaa !5
-  %indvars.iv.next651.1.i.7 = add nuw nsw i64 %indvars.iv650.1.i, 8
-  %exitcond653.1.not.i.7 = icmp eq i64 %indvars.iv.next651.1.i.7, 128
-  br i1 %exitcond653.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !36, !llvm.loop !45
+  %indvars.iv666.1.i = phi i64 [ %indvars.iv.next667.1.i.7, %for_body_d.1.i ], [ 0, %for_end_d.i ]
+  %.idx787.i = shl nuw nsw i64 %indvars.iv666.1.i, 6
+  %3107 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i
+  %3108 = getelementptr inbounds nuw i8, ptr %3107, i64 4
+  %3109 = load float, ptr %3108, align 4, !tbaa !5
+  %3110 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv666.1.i
+  store float %3109, ptr %3110, align 4, !tbaa !5
+  %indvars.iv.next667.1.i = or disjoint i64 %indvars.iv666.1.i, 1
+  %.idx787.i.1 = shl nuw nsw i64 %indvars.iv.next667.1.i, 6
+  %3111 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.1
+  %3112 = getelementptr inbounds nuw i8, ptr %3111, i64 4
+  %3113 = load float, ptr %3112, align 4, !tbaa !5
+  %3114 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i
+  store float %3113, ptr %3114, align 4, !tbaa !5
+  %indvars.iv.next667.1.i.1 = or disjoint i64 %indvars.iv666.1.i, 2
+  %.idx787.i.2 = shl nuw nsw i64 %indvars.iv.next667.1.i.1, 6
+  %3115 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.2
+  %3116 = getelementptr inbounds nuw i8, ptr %3115, i64 4
+  %3117 = load float, ptr %3116, align 4, !tbaa !5
+  %3118 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.1
+  store float %3117, ptr %3118, align 4, !tbaa !5
+  %indvars.iv.next667.1.i.2 = or disjoint i64 %indvars.iv666.1.i, 3
+  %.idx787.i.3 = shl nuw nsw i64 %indvars.iv.next667.1.i.2, 6
+  %3119 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.3
+  %3120 = getelementptr inbounds nuw i8, ptr %3119, i64 4
+  %3121 = load float, ptr %3120, align 4, !tbaa !5
+  %3122 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.2
+  store float %3121, ptr %3122, align 4, !tbaa !5
+  %indvars.iv.next667.1.i.3 = or disjoint i64 %indvars.iv666.1.i, 4
+  %.idx787.i.4 = shl nuw nsw i64 %indvars.iv.next667.1.i.3, 6
+  %3123 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.4
+  %3124 = getelementptr inbounds nuw i8, ptr %3123, i64 4
+  %3125 = load float, ptr %3124, align 4, !tbaa !5
+  %3126 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.3
+  store float %3125, ptr %3126, align 4, !tbaa !5
+  %indvars.iv.next667.1.i.4 = or disjoint i64 %indvars.iv666.1.i, 5
+  %.idx787.i.5 = shl nuw nsw i64 %indvars.iv.next667.1.i.4, 6
+  %3127 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.5
+  %3128 = getelementptr inbounds nuw i8, ptr %3127, i64 4
+  %3129 = load float, ptr %3128, align 4, !tbaa !5
+  %3130 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.4
+  store float %3129, ptr %3130, align 4, !tbaa !5
+  %indvars.iv.next667.1.i.5 = or disjoint i64 %indvars.iv666.1.i, 6
+  %.idx787.i.6 = shl nuw nsw i64 %indvars.iv.next667.1.i.5, 6
+  %3131 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.6
+  %3132 = getelementptr inbounds nuw i8, ptr %3131, i64 4
+  %3133 = load float, ptr %3132, align 4, !tbaa !5
+  %3134 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.5
+  store float %3133, ptr %3134, align 4, !tbaa !5
+  %indvars.iv.next667.1.i.6 = or disjoint i64 %indvars.iv666.1.i, 7
+  %.idx787.i.7 = shl nuw nsw i64 %indvars.iv.next667.1.i.6, 6
+  %3135 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.7
+  %3136 = getelementptr inbounds nuw i8, ptr %3135, i64 4
+  %3137 = load float, ptr %3136, align 4, !tbaa !5
+  %3138 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.6
+  store float %3137, ptr %3138, align 4, !tbaa !5
+  %indvars.iv.next667.1.i.7 = add nuw nsw i64 %indvars.iv666.1.i, 8
+  %exitcond669.1.not.i.7 = icmp eq i64 %indvars.iv.next667.1.i.7, 128
+  br i1 %exitcond669.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !36, !llvm.loop !45
 
-for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body610
-  %3132 = getelementptr inbounds nuw i8, ptr %425, i64 1024
-  %scevgep580 = getelementptr i8, ptr %acc.i, i64 8
-  %scevgep581 = getelementptr i8, ptr %acc.i, i64 8140
-  %bound0582 = icmp ult ptr %scevgep578, %scevgep581
-  %bound1583 = icmp ult ptr %scevgep580, %scevgep579
-  %found.conflict584 = and i1 %bound0582, %bound1583
-  br i1 %found.conflict584, label %for_body_d.2.i, label %vector.body587, !prof !17
+for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body622
+  %3139 = getelementptr inbounds nuw i8, ptr %425, i64 1024
+  %scevgep592 = getelementptr i8, ptr %acc.i, i64 8
+  %scevgep593 = getelementptr i8, ptr %acc.i, i64 8140
+  %bound0594 = icmp ult ptr %scevgep590, %scevgep593
+  %bound1595 = icmp ult ptr %scevgep592, %scevgep591
+  %found.conflict596 = and i1 %bound0594, %bound1595
+  br i1 %found.conflict596, label %for_body_d.2.i, label %vector.body599, !prof !17
 
-vector.body587:                                   ; preds = %for_end_d.1.i
-  %3133 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3134 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3135 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3136 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3137 = getelementptr inbounds nuw i8, <8 x ptr> %3133, i64 8
-  %3138 = getelementptr inbounds nuw i8, <8 x ptr> %3134, i64 8
-  %3139 = getelementptr inbounds nuw i8, <8 x ptr> %3135, i64 8
-  %3140 = getelementptr inbounds nuw i8, <8 x ptr> %3136, i64 8
-  %wide.masked.gather593 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather594 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather595 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather596 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3141 = getelementptr inbounds nuw i8, ptr %425, i64 1056
-  %3142 = getelementptr inbounds nuw i8, ptr %425, i64 1088
-  %3143 = getelementptr inbounds nuw i8, ptr %425, i64 1120
-  store <8 x float> %wide.masked.gather593, ptr %3132, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather594, ptr %3141, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather595, ptr %3142, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather596, ptr %3143, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3144 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3145 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3146 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3147 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3148 = getelementptr inbounds nuw i8, <8 x ptr> %3144, i64 8
-  %3149 = getelementptr inbounds nuw i8, <8 x ptr> %3145, i64 8
-  %3150 = getelementptr inbounds nuw i8, <8 x ptr> %3146, i64 8
-  %3151 = getelementptr inbounds nuw i8, <8 x ptr> %3147, i64 8
-  %wide.masked.gather593.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather594.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather595.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather596.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3152 = getelementptr inbounds nuw i8, ptr %425, i64 1152
-  %3153 = getelementptr inbounds nuw i8, ptr %425, i64 1184
-  %3154 = getelementptr inbounds nuw i8, ptr %425, i64 1216
-  %3155 = getelementptr inbounds nuw i8, ptr %425, i64 1248
-  store <8 x float> %wide.masked.gather593.1, ptr %3152, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather594.1, ptr %3153, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather595.1, ptr %3154, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather596.1, ptr %3155, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3156 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3157 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3158 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3159 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3160 = getelementptr inbounds nuw i8, <8 x ptr> %3156, i64 8
-  %3161 = getelementptr inbounds nuw i8, <8 x ptr> %3157, i64 8
-  %3162 = getelementptr inbounds nuw i8, <8 x ptr> %3158, i64 8
-  %3163 = getelementptr inbounds nuw i8, <8 x ptr> %3159, i64 8
-  %wide.masked.gather593.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3160, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather594.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather595.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather596.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3163, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3164 = getelementptr inbounds nuw i8, ptr %425, i64 1280
-  %3165 = getelementptr inbounds nuw i8, ptr %425, i64 1312
-  %3166 = getelementptr inbounds nuw i8, ptr %425, i64 1344
-  %3167 = getelementptr inbounds nuw i8, ptr %425, i64 1376
-  store <8 x float> %wide.masked.gather593.2, ptr %3164, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather594.2, ptr %3165, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather595.2, ptr %3166, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather596.2, ptr %3167, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3168 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3169 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3170 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3171 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3172 = getelementptr inbounds nuw i8, <8 x ptr> %3168, i64 8
-  %3173 = getelementptr inbounds nuw i8, <8 x ptr> %3169, i64 8
-  %3174 = getelementptr inbounds nuw i8, <8 x ptr> %3170, i64 8
-  %3175 = getelementptr inbounds nuw i8, <8 x ptr> %3171, i64 8
-  %wide.masked.gather593.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3172, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather594.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3173, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather595.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3174, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather596.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3175, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3176 = getelementptr inbounds nuw i8, ptr %425, i64 1408
-  %3177 = getelementptr inbounds nuw i8, ptr %425, i64 1440
-  %3178 = getelementptr inbounds nuw i8, ptr %425, i64 1472
-  %3179 = getelementptr inbounds nuw i8, ptr %425, i64 1504
-  store <8 x float> %wide.masked.gather593.3, ptr %3176, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather594.3, ptr %3177, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather595.3, ptr %3178, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather596.3, ptr %3179, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+vector.body599:                                   ; preds = %for_end_d.1.i
+  %3140 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3141 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3142 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3143 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3144 = getelementptr inbounds nuw i8, <8 x ptr> %3140, i64 8
+  %3145 = getelementptr inbounds nuw i8, <8 x ptr> %3141, i64 8
+  %3146 = getelementptr inbounds nuw i8, <8 x ptr> %3142, i64 8
+  %3147 = getelementptr inbounds nuw i8, <8 x ptr> %3143, i64 8
+  %wide.masked.gather605 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather606 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather607 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3146, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather608 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3148 = getelementptr inbounds nuw i8, ptr %425, i64 1056
+  %3149 = getelementptr inbounds nuw i8, ptr %425, i64 1088
+  %3150 = getelementptr inbounds nuw i8, ptr %425, i64 1120
+  store <8 x float> %wide.masked.gather605, ptr %3139, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather606, ptr %3148, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather607, ptr %3149, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather608, ptr %3150, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3151 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3152 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3153 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3154 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3155 = getelementptr inbounds nuw i8, <8 x ptr> %3151, i64 8
+  %3156 = getelementptr inbounds nuw i8, <8 x ptr> %3152, i64 8
+  %3157 = getelementptr inbounds nuw i8, <8 x ptr> %3153, i64 8
+  %3158 = getelementptr inbounds nuw i8, <8 x ptr> %3154, i64 8
+  %wide.masked.gather605.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3155, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather606.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather607.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather608.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3159 = getelementptr inbounds nuw i8, ptr %425, i64 1152
+  %3160 = getelementptr inbounds nuw i8, ptr %425, i64 1184
+  %3161 = getelementptr inbounds nuw i8, ptr %425, i64 1216
+  %3162 = getelementptr inbounds nuw i8, ptr %425, i64 1248
+  store <8 x float> %wide.masked.gather605.1, ptr %3159, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather606.1, ptr %3160, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather607.1, ptr %3161, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather608.1, ptr %3162, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3163 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3164 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3165 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3166 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3167 = getelementptr inbounds nuw i8, <8 x ptr> %3163, i64 8
+  %3168 = getelementptr inbounds nuw i8, <8 x ptr> %3164, i64 8
+  %3169 = getelementptr inbounds nuw i8, <8 x ptr> %3165, i64 8
+  %3170 = getelementptr inbounds nuw i8, <8 x ptr> %3166, i64 8
+  %wide.masked.gather605.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather606.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather607.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather608.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3170, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3171 = getelementptr inbounds nuw i8, ptr %425, i64 1280
+  %3172 = getelementptr inbounds nuw i8, ptr %425, i64 1312
+  %3173 = getelementptr inbounds nuw i8, ptr %425, i64 1344
+  %3174 = getelementptr inbounds nuw i8, ptr %425, i64 1376
+  store <8 x float> %wide.masked.gather605.2, ptr %3171, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather606.2, ptr %3172, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather607.2, ptr %3173, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather608.2, ptr %3174, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3175 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3176 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3177 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3178 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3179 = getelementptr inbounds nuw i8, <8 x ptr> %3175, i64 8
+  %3180 = getelementptr inbounds nuw i8, <8 x ptr> %3176, i64 8
+  %3181 = getelementptr inbounds nuw i8, <8 x ptr> %3177, i64 8
+  %3182 = getelementptr inbounds nuw i8, <8 x ptr> %3178, i64 8
+  %wide.masked.gather605.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather606.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather607.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3181, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather608.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3182, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3183 = getelementptr inbounds nuw i8, ptr %425, i64 1408
+  %3184 = getelementptr inbounds nuw i8, ptr %425, i64 1440
+  %3185 = getelementptr inbounds nuw i8, ptr %425, i64 1472
+  %3186 = getelementptr inbounds nuw i8, ptr %425, i64 1504
+  store <8 x float> %wide.masked.gather605.3, ptr %3183, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather606.3, ptr %3184, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather607.3, ptr %3185, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather608.3, ptr %3186, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
-  %indvars.iv650.2.i = phi i64 [ %indvars.iv.next651.2.i.7, %for_body_d.2.i ], [ 0, %for_end_d.1.i ]
-  %.idx772.i = shl nuw nsw i64 %indvars.iv650.2.i, 6
-  %3180 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i
-  %3181 = getelementptr inbounds nuw i8, ptr %3180, i64 8
-  %3182 = load float, ptr %3181, align 4, !tbaa !5
-  %3183 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv650.2.i
-  store float %3182, ptr %3183, align 4, !tbaa !5
-  %indvars.iv.next651.2.i = or disjoint i64 %indvars.iv650.2.i, 1
-  %.idx772.i.1 = shl nuw nsw i64 %indvars.iv.next651.2.i, 6
-  %3184 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.1
-  %3185 = getelementptr inbounds nuw i8, ptr %3184, i64 8
-  %3186 = load float, ptr %3185, align 4, !tbaa !5
-  %3187 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i
-  store float %3186, ptr %3187, align 4, !tbaa !5
-  %indvars.iv.next651.2.i.1 = or disjoint i64 %indvars.iv650.2.i, 2
-  %.idx772.i.2 = shl nuw nsw i64 %indvars.iv.next651.2.i.1, 6
-  %3188 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.2
-  %3189 = getelementptr inbounds nuw i8, ptr %3188, i64 8
-  %3190 = load float, ptr %3189, align 4, !tbaa !5
-  %3191 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i.1
-  store float %3190, ptr %3191, align 4, !tbaa !5
-  %indvars.iv.next651.2.i.2 = or disjoint i64 %indvars.iv650.2.i, 3
-  %.idx772.i.3 = shl nuw nsw i64 %indvars.iv.next651.2.i.2, 6
-  %3192 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.3
-  %3193 = getelementptr inbounds nuw i8, ptr %3192, i64 8
-  %3194 = load float, ptr %3193, align 4, !tbaa !5
-  %3195 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i.2
-  store float %3194, ptr %3195, align 4, !tbaa !5
-  %indvars.iv.next651.2.i.3 = or disjoint i64 %indvars.iv650.2.i, 4
-  %.idx772.i.4 = shl nuw nsw i64 %indvars.iv.next651.2.i.3, 6
-  %3196 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.4
-  %3197 = getelementptr inbounds nuw i8, ptr %3196, i64 8
-  %3198 = load float, ptr %3197, align 4, !tbaa !5
-  %3199 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i.3
-  store float %3198, ptr %3199, align 4, !tbaa !5
-  %indvars.iv.next651.2.i.4 = or disjoint i64 %indvars.iv650.2.i, 5
-  %.idx772.i.5 = shl nuw nsw i64 %indvars.iv.next651.2.i.4, 6
-  %3200 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.5
-  %3201 = getelementptr inbounds nuw i8, ptr %3200, i64 8
-  %3202 = load float, ptr %3201, align 4, !tbaa !5
-  %3203 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i.4
-  store float %3202, ptr %3203, align 4, !tbaa !5
-  %indvars.iv.next651.2.i.5 = or disjoint i64 %indvars.iv650.2.i, 6
-  %.idx772.i.6 = shl nuw nsw i64 %indvars.iv.next651.2.i.5, 6
-  %3204 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.6
-  %3205 = getelementptr inbounds nuw i8, ptr %3204, i64 8
-  %3206 = load float, ptr %3205, align 4, !tbaa !5
-  %3207 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i.5
-  store float %3206, ptr %3207, align 4, !tbaa !5
-  %indvars.iv.next651.2.i.6 = or disjoint i64 %indvars.iv650.2.i, 7
-  %.idx772.i.7 = shl nuw nsw i64 %indvars.iv.next651.2.i.6, 6
-  %3208 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.7
-  %3209 = getelementptr inbounds nuw i8, ptr %3208, i64 8
-  %3210 = load float, ptr %3209, align 4, !tbaa !5
-  %3211 = getelementptr inbounds nuw float, ptr %3132, i64 %indvars.iv.next651.2.i.6
-  store float %3210, ptr %3211, align 4, !tbaa !5
-  %indvars.iv.next651.2.i.7 = add nuw nsw i64 %indvars.iv650.2.i, 8
-  %exitcond653.2.not.i.7 = icmp eq i64 %indvars.iv.next651.2.i.7, 128
-  br i1 %exitcond653.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !36, !llvm.loop !51
+  %indvars.iv666.2.i = phi i64 [ %indvars.iv.next667.2.i.7, %for_body_d.2.i ], [ 0, %for_end_d.1.i ]
+  %.idx788.i = shl nuw nsw i64 %indvars.iv666.2.i, 6
+  %3187 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i
+  %3188 = getelementptr inbounds nuw i8, ptr %3187, i64 8
+  %3189 = load float, ptr %3188, align 4, !tbaa !5
+  %3190 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv666.2.i
+  store float %3189, ptr %3190, align 4, !tbaa !5
+  %indvars.iv.next667.2.i = or disjoint i64 %indvars.iv666.2.i, 1
+  %.idx788.i.1 = shl nuw nsw i64 %indvars.iv.next667.2.i, 6
+  %3191 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.1
+  %3192 = getelementptr inbounds nuw i8, ptr %3191, i64 8
+  %3193 = load float, ptr %3192, align 4, !tbaa !5
+  %3194 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i
+  store float %3193, ptr %3194, align 4, !tbaa !5
+  %indvars.iv.next667.2.i.1 = or disjoint i64 %indvars.iv666.2.i, 2
+  %.idx788.i.2 = shl nuw nsw i64 %indvars.iv.next667.2.i.1, 6
+  %3195 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.2
+  %3196 = getelementptr inbounds nuw i8, ptr %3195, i64 8
+  %3197 = load float, ptr %3196, align 4, !tbaa !5
+  %3198 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.1
+  store float %3197, ptr %3198, align 4, !tbaa !5
+  %indvars.iv.next667.2.i.2 = or disjoint i64 %indvars.iv666.2.i, 3
+  %.idx788.i.3 = shl nuw nsw i64 %indvars.iv.next667.2.i.2, 6
+  %3199 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.3
+  %3200 = getelementptr inbounds nuw i8, ptr %3199, i64 8
+  %3201 = load float, ptr %3200, align 4, !tbaa !5
+  %3202 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.2
+  store float %3201, ptr %3202, align 4, !tbaa !5
+  %indvars.iv.next667.2.i.3 = or disjoint i64 %indvars.iv666.2.i, 4
+  %.idx788.i.4 = shl nuw nsw i64 %indvars.iv.next667.2.i.3, 6
+  %3203 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.4
+  %3204 = getelementptr inbounds nuw i8, ptr %3203, i64 8
+  %3205 = load float, ptr %3204, align 4, !tbaa !5
+  %3206 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.3
+  store float %3205, ptr %3206, align 4, !tbaa !5
+  %indvars.iv.next667.2.i.4 = or disjoint i64 %indvars.iv666.2.i, 5
+  %.idx788.i.5 = shl nuw nsw i64 %indvars.iv.next667.2.i.4, 6
+  %3207 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.5
+  %3208 = getelementptr inbounds nuw i8, ptr %3207, i64 8
+  %3209 = load float, ptr %3208, align 4, !tbaa !5
+  %3210 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.4
+  store float %3209, ptr %3210, align 4, !tbaa !5
+  %indvars.iv.next667.2.i.5 = or disjoint i64 %indvars.iv666.2.i, 6
+  %.idx788.i.6 = shl nuw nsw i64 %indvars.iv.next667.2.i.5, 6
+  %3211 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.6
+  %3212 = getelementptr inbounds nuw i8, ptr %3211, i64 8
+  %3213 = load float, ptr %3212, align 4, !tbaa !5
+  %3214 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.5
+  store float %3213, ptr %3214, align 4, !tbaa !5
+  %indvars.iv.next667.2.i.6 = or disjoint i64 %indvars.iv666.2.i, 7
+  %.idx788.i.7 = shl nuw nsw i64 %indvars.iv.next667.2.i.6, 6
+  %3215 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.7
+  %3216 = getelementptr inbounds nuw i8, ptr %3215, i64 8
+  %3217 = load float, ptr %3216, align 4, !tbaa !5
+  %3218 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.6
+  store float %3217, ptr %3218, align 4, !tbaa !5
+  %indvars.iv.next667.2.i.7 = add nuw nsw i64 %indvars.iv666.2.i, 8
+  %exitcond669.2.not.i.7 = icmp eq i64 %indvars.iv.next667.2.i.7, 128
+  br i1 %exitcond669.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !36, !llvm.loop !51
 
-for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body587
-  %3212 = getelementptr inbounds nuw i8, ptr %425, i64 1536
-  %scevgep557 = getelementptr i8, ptr %acc.i, i64 12
-  %scevgep558 = getelementptr i8, ptr %acc.i, i64 8144
-  %bound0559 = icmp ult ptr %scevgep555, %scevgep558
-  %bound1560 = icmp ult ptr %scevgep557, %scevgep556
-  %found.conflict561 = and i1 %bound0559, %bound1560
-  br i1 %found.conflict561, label %for_body_d.3.i, label %vector.body564, !prof !17
+for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body599
+  %3219 = getelementptr inbounds nuw i8, ptr %425, i64 1536
+  %scevgep569 = getelementptr i8, ptr %acc.i, i64 12
+  %scevgep570 = getelementptr i8, ptr %acc.i, i64 8144
+  %bound0571 = icmp ult ptr %scevgep567, %scevgep570
+  %bound1572 = icmp ult ptr %scevgep569, %scevgep568
+  %found.conflict573 = and i1 %bound0571, %bound1572
+  br i1 %found.conflict573, label %for_body_d.3.i, label %vector.body576, !prof !17
 
-vector.body564:                                   ; preds = %for_end_d.2.i
-  %3213 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3214 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3215 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3216 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3217 = getelementptr inbounds nuw i8, <8 x ptr> %3213, i64 12
-  %3218 = getelementptr inbounds nuw i8, <8 x ptr> %3214, i64 12
-  %3219 = getelementptr inbounds nuw i8, <8 x ptr> %3215, i64 12
-  %3220 = getelementptr inbounds nuw i8, <8 x ptr> %3216, i64 12
-  %wide.masked.gather570 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3217, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather571 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3218, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather572 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather573 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3221 = getelementptr inbounds nuw i8, ptr %425, i64 1568
-  %3222 = getelementptr inbounds nuw i8, ptr %425, i64 1600
-  %3223 = getelementptr inbounds nuw i8, ptr %425, i64 1632
-  store <8 x float> %wide.masked.gather570, ptr %3212, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather571, ptr %3221, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather572, ptr %3222, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather573, ptr %3223, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3224 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3225 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3226 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3227 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3228 = getelementptr inbounds nuw i8, <8 x ptr> %3224, i64 12
-  %3229 = getelementptr inbounds nuw i8, <8 x ptr> %3225, i64 12
-  %3230 = getelementptr inbounds nuw i8, <8 x ptr> %3226, i64 12
-  %3231 = getelementptr inbounds nuw i8, <8 x ptr> %3227, i64 12
-  %wide.masked.gather570.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3228, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather571.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather572.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather573.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3231, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3232 = getelementptr inbounds nuw i8, ptr %425, i64 1664
-  %3233 = getelementptr inbounds nuw i8, ptr %425, i64 1696
-  %3234 = getelementptr inbounds nuw i8, ptr %425, i64 1728
-  %3235 = getelementptr inbounds nuw i8, ptr %425, i64 1760
-  store <8 x float> %wide.masked.gather570.1, ptr %3232, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather571.1, ptr %3233, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather572.1, ptr %3234, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather573.1, ptr %3235, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3236 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3237 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3238 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3239 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3240 = getelementptr inbounds nuw i8, <8 x ptr> %3236, i64 12
-  %3241 = getelementptr inbounds nuw i8, <8 x ptr> %3237, i64 12
-  %3242 = getelementptr inbounds nuw i8, <8 x ptr> %3238, i64 12
-  %3243 = getelementptr inbounds nuw i8, <8 x ptr> %3239, i64 12
-  %wide.masked.gather570.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3240, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather571.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3241, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather572.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather573.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3244 = getelementptr inbounds nuw i8, ptr %425, i64 1792
-  %3245 = getelementptr inbounds nuw i8, ptr %425, i64 1824
-  %3246 = getelementptr inbounds nuw i8, ptr %425, i64 1856
-  %3247 = getelementptr inbounds nuw i8, ptr %425, i64 1888
-  store <8 x float> %wide.masked.gather570.2, ptr %3244, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather571.2, ptr %3245, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather572.2, ptr %3246, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather573.2, ptr %3247, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3248 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3249 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3250 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3251 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3252 = getelementptr inbounds nuw i8, <8 x ptr> %3248, i64 12
-  %3253 = getelementptr inbounds nuw i8, <8 x ptr> %3249, i64 12
-  %3254 = getelementptr inbounds nuw i8, <8 x ptr> %3250, i64 12
-  %3255 = getelementptr inbounds nuw i8, <8 x ptr> %3251, i64 12
-  %wide.masked.gather570.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3252, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather571.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3253, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather572.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3254, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather573.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3255, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3256 = getelementptr inbounds nuw i8, ptr %425, i64 1920
-  %3257 = getelementptr inbounds nuw i8, ptr %425, i64 1952
-  %3258 = getelementptr inbounds nuw i8, ptr %425, i64 1984
-  %3259 = getelementptr inbounds nuw i8, ptr %425, i64 2016
-  store <8 x float> %wide.masked.gather570.3, ptr %3256, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather571.3, ptr %3257, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather572.3, ptr %3258, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather573.3, ptr %3259, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+vector.body576:                                   ; preds = %for_end_d.2.i
+  %3220 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3221 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3222 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3223 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3224 = getelementptr inbounds nuw i8, <8 x ptr> %3220, i64 12
+  %3225 = getelementptr inbounds nuw i8, <8 x ptr> %3221, i64 12
+  %3226 = getelementptr inbounds nuw i8, <8 x ptr> %3222, i64 12
+  %3227 = getelementptr inbounds nuw i8, <8 x ptr> %3223, i64 12
+  %wide.masked.gather582 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3224, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather583 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3225, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather584 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3226, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather585 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3228 = getelementptr inbounds nuw i8, ptr %425, i64 1568
+  %3229 = getelementptr inbounds nuw i8, ptr %425, i64 1600
+  %3230 = getelementptr inbounds nuw i8, ptr %425, i64 1632
+  store <8 x float> %wide.masked.gather582, ptr %3219, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather583, ptr %3228, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather584, ptr %3229, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather585, ptr %3230, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3231 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3232 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3233 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3234 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3235 = getelementptr inbounds nuw i8, <8 x ptr> %3231, i64 12
+  %3236 = getelementptr inbounds nuw i8, <8 x ptr> %3232, i64 12
+  %3237 = getelementptr inbounds nuw i8, <8 x ptr> %3233, i64 12
+  %3238 = getelementptr inbounds nuw i8, <8 x ptr> %3234, i64 12
+  %wide.masked.gather582.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3235, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather583.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3236, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather584.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3237, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather585.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3238, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3239 = getelementptr inbounds nuw i8, ptr %425, i64 1664
+  %3240 = getelementptr inbounds nuw i8, ptr %425, i64 1696
+  %3241 = getelementptr inbounds nuw i8, ptr %425, i64 1728
+  %3242 = getelementptr inbounds nuw i8, ptr %425, i64 1760
+  store <8 x float> %wide.masked.gather582.1, ptr %3239, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather583.1, ptr %3240, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather584.1, ptr %3241, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather585.1, ptr %3242, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3243 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3244 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3245 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3246 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3247 = getelementptr inbounds nuw i8, <8 x ptr> %3243, i64 12
+  %3248 = getelementptr inbounds nuw i8, <8 x ptr> %3244, i64 12
+  %3249 = getelementptr inbounds nuw i8, <8 x ptr> %3245, i64 12
+  %3250 = getelementptr inbounds nuw i8, <8 x ptr> %3246, i64 12
+  %wide.masked.gather582.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3247, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather583.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3248, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather584.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3249, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather585.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3251 = getelementptr inbounds nuw i8, ptr %425, i64 1792
+  %3252 = getelementptr inbounds nuw i8, ptr %425, i64 1824
+  %3253 = getelementptr inbounds nuw i8, ptr %425, i64 1856
+  %3254 = getelementptr inbounds nuw i8, ptr %425, i64 1888
+  store <8 x float> %wide.masked.gather582.2, ptr %3251, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather583.2, ptr %3252, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather584.2, ptr %3253, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather585.2, ptr %3254, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3255 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3256 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3257 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3258 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3259 = getelementptr inbounds nuw i8, <8 x ptr> %3255, i64 12
+  %3260 = getelementptr inbounds nuw i8, <8 x ptr> %3256, i64 12
+  %3261 = getelementptr inbounds nuw i8, <8 x ptr> %3257, i64 12
+  %3262 = getelementptr inbounds nuw i8, <8 x ptr> %3258, i64 12
+  %wide.masked.gather582.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3259, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather583.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3260, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather584.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3261, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather585.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3262, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3263 = getelementptr inbounds nuw i8, ptr %425, i64 1920
+  %3264 = getelementptr inbounds nuw i8, ptr %425, i64 1952
+  %3265 = getelementptr inbounds nuw i8, ptr %425, i64 1984
+  %3266 = getelementptr inbounds nuw i8, ptr %425, i64 2016
+  store <8 x float> %wide.masked.gather582.3, ptr %3263, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather583.3, ptr %3264, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather584.3, ptr %3265, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather585.3, ptr %3266, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
-  %indvars.iv650.3.i = phi i64 [ %indvars.iv.next651.3.i.7, %for_body_d.3.i ], [ 0, %for_end_d.2.i ]
-  %.idx773.i = shl nuw nsw i64 %indvars.iv650.3.i, 6
-  %3260 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i
-  %3261 = getelementptr inbounds nuw i8, ptr %3260, i64 12
-  %3262 = load float, ptr %3261, align 4, !tbaa !5
-  %3263 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv650.3.i
-  store float %3262, ptr %3263, align 4, !tbaa !5
-  %indvars.iv.next651.3.i = or disjoint i64 %indvars.iv650.3.i, 1
-  %.idx773.i.1 = shl nuw nsw i64 %indvars.iv.next651.3.i, 6
-  %3264 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.1
-  %3265 = getelementptr inbounds nuw i8, ptr %3264, i64 12
-  %3266 = load float, ptr %3265, align 4, !tbaa !5
-  %3267 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i
-  store float %3266, ptr %3267, align 4, !tbaa !5
-  %indvars.iv.next651.3.i.1 = or disjoint i64 %indvars.iv650.3.i, 2
-  %.idx773.i.2 = shl nuw nsw i64 %indvars.iv.next651.3.i.1, 6
-  %3268 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.2
-  %3269 = getelementptr inbounds nuw i8, ptr %3268, i64 12
-  %3270 = load float, ptr %3269, align 4, !tbaa !5
-  %3271 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i.1
-  store float %3270, ptr %3271, align 4, !tbaa !5
-  %indvars.iv.next651.3.i.2 = or disjoint i64 %indvars.iv650.3.i, 3
-  %.idx773.i.3 = shl nuw nsw i64 %indvars.iv.next651.3.i.2, 6
-  %3272 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.3
-  %3273 = getelementptr inbounds nuw i8, ptr %3272, i64 12
-  %3274 = load float, ptr %3273, align 4, !tbaa !5
-  %3275 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i.2
-  store float %3274, ptr %3275, align 4, !tbaa !5
-  %indvars.iv.next651.3.i.3 = or disjoint i64 %indvars.iv650.3.i, 4
-  %.idx773.i.4 = shl nuw nsw i64 %indvars.iv.next651.3.i.3, 6
-  %3276 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.4
-  %3277 = getelementptr inbounds nuw i8, ptr %3276, i64 12
-  %3278 = load float, ptr %3277, align 4, !tbaa !5
-  %3279 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i.3
-  store float %3278, ptr %3279, align 4, !tbaa !5
-  %indvars.iv.next651.3.i.4 = or disjoint i64 %indvars.iv650.3.i, 5
-  %.idx773.i.5 = shl nuw nsw i64 %indvars.iv.next651.3.i.4, 6
-  %3280 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.5
-  %3281 = getelementptr inbounds nuw i8, ptr %3280, i64 12
-  %3282 = load float, ptr %3281, align 4, !tbaa !5
-  %3283 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i.4
-  store float %3282, ptr %3283, align 4, !tbaa !5
-  %indvars.iv.next651.3.i.5 = or disjoint i64 %indvars.iv650.3.i, 6
-  %.idx773.i.6 = shl nuw nsw i64 %indvars.iv.next651.3.i.5, 6
-  %3284 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.6
-  %3285 = getelementptr inbounds nuw i8, ptr %3284, i64 12
-  %3286 = load float, ptr %3285, align 4, !tbaa !5
-  %3287 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i.5
-  store float %3286, ptr %3287, align 4, !tbaa !5
-  %indvars.iv.next651.3.i.6 = or disjoint i64 %indvars.iv650.3.i, 7
-  %.idx773.i.7 = shl nuw nsw i64 %indvars.iv.next651.3.i.6, 6
-  %3288 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.7
-  %3289 = getelementptr inbounds nuw i8, ptr %3288, i64 12
-  %3290 = load float, ptr %3289, align 4, !tbaa !5
-  %3291 = getelementptr inbounds nuw float, ptr %3212, i64 %indvars.iv.next651.3.i.6
-  store float %3290, ptr %3291, align 4, !tbaa !5
-  %indvars.iv.next651.3.i.7 = add nuw nsw i64 %indvars.iv650.3.i, 8
-  %exitcond653.3.not.i.7 = icmp eq i64 %indvars.iv.next651.3.i.7, 128
-  br i1 %exitcond653.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !36, !llvm.loop !57
+  %indvars.iv666.3.i = phi i64 [ %indvars.iv.next667.3.i.7, %for_body_d.3.i ], [ 0, %for_end_d.2.i ]
+  %.idx789.i = shl nuw nsw i64 %indvars.iv666.3.i, 6
+  %3267 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i
+  %3268 = getelementptr inbounds nuw i8, ptr %3267, i64 12
+  %3269 = load float, ptr %3268, align 4, !tbaa !5
+  %3270 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv666.3.i
+  store float %3269, ptr %3270, align 4, !tbaa !5
+  %indvars.iv.next667.3.i = or disjoint i64 %indvars.iv666.3.i, 1
+  %.idx789.i.1 = shl nuw nsw i64 %indvars.iv.next667.3.i, 6
+  %3271 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.1
+  %3272 = getelementptr inbounds nuw i8, ptr %3271, i64 12
+  %3273 = load float, ptr %3272, align 4, !tbaa !5
+  %3274 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i
+  store float %3273, ptr %3274, align 4, !tbaa !5
+  %indvars.iv.next667.3.i.1 = or disjoint i64 %indvars.iv666.3.i, 2
+  %.idx789.i.2 = shl nuw nsw i64 %indvars.iv.next667.3.i.1, 6
+  %3275 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.2
+  %3276 = getelementptr inbounds nuw i8, ptr %3275, i64 12
+  %3277 = load float, ptr %3276, align 4, !tbaa !5
+  %3278 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.1
+  store float %3277, ptr %3278, align 4, !tbaa !5
+  %indvars.iv.next667.3.i.2 = or disjoint i64 %indvars.iv666.3.i, 3
+  %.idx789.i.3 = shl nuw nsw i64 %indvars.iv.next667.3.i.2, 6
+  %3279 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.3
+  %3280 = getelementptr inbounds nuw i8, ptr %3279, i64 12
+  %3281 = load float, ptr %3280, align 4, !tbaa !5
+  %3282 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.2
+  store float %3281, ptr %3282, align 4, !tbaa !5
+  %indvars.iv.next667.3.i.3 = or disjoint i64 %indvars.iv666.3.i, 4
+  %.idx789.i.4 = shl nuw nsw i64 %indvars.iv.next667.3.i.3, 6
+  %3283 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.4
+  %3284 = getelementptr inbounds nuw i8, ptr %3283, i64 12
+  %3285 = load float, ptr %3284, align 4, !tbaa !5
+  %3286 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.3
+  store float %3285, ptr %3286, align 4, !tbaa !5
+  %indvars.iv.next667.3.i.4 = or disjoint i64 %indvars.iv666.3.i, 5
+  %.idx789.i.5 = shl nuw nsw i64 %indvars.iv.next667.3.i.4, 6
+  %3287 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.5
+  %3288 = getelementptr inbounds nuw i8, ptr %3287, i64 12
+  %3289 = load float, ptr %3288, align 4, !tbaa !5
+  %3290 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.4
+  store float %3289, ptr %3290, align 4, !tbaa !5
+  %indvars.iv.next667.3.i.5 = or disjoint i64 %indvars.iv666.3.i, 6
+  %.idx789.i.6 = shl nuw nsw i64 %indvars.iv.next667.3.i.5, 6
+  %3291 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.6
+  %3292 = getelementptr inbounds nuw i8, ptr %3291, i64 12
+  %3293 = load float, ptr %3292, align 4, !tbaa !5
+  %3294 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.5
+  store float %3293, ptr %3294, align 4, !tbaa !5
+  %indvars.iv.next667.3.i.6 = or disjoint i64 %indvars.iv666.3.i, 7
+  %.idx789.i.7 = shl nuw nsw i64 %indvars.iv.next667.3.i.6, 6
+  %3295 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.7
+  %3296 = getelementptr inbounds nuw i8, ptr %3295, i64 12
+  %3297 = load float, ptr %3296, align 4, !tbaa !5
+  %3298 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.6
+  store float %3297, ptr %3298, align 4, !tbaa !5
+  %indvars.iv.next667.3.i.7 = add nuw nsw i64 %indvars.iv666.3.i, 8
+  %exitcond669.3.not.i.7 = icmp eq i64 %indvars.iv.next667.3.i.7, 128
+  br i1 %exitcond669.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !36, !llvm.loop !57
 
-for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body564
-  %3292 = getelementptr inbounds nuw i8, ptr %425, i64 2048
-  %scevgep534 = getelementptr i8, ptr %acc.i, i64 16
-  %scevgep535 = getelementptr i8, ptr %acc.i, i64 8148
-  %bound0536 = icmp ult ptr %scevgep532, %scevgep535
-  %bound1537 = icmp ult ptr %scevgep534, %scevgep533
-  %found.conflict538 = and i1 %bound0536, %bound1537
-  br i1 %found.conflict538, label %for_body_d.4.i, label %vector.body541, !prof !17
+for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body576
+  %3299 = getelementptr inbounds nuw i8, ptr %425, i64 2048
+  %scevgep546 = getelementptr i8, ptr %acc.i, i64 16
+  %scevgep547 = getelementptr i8, ptr %acc.i, i64 8148
+  %bound0548 = icmp ult ptr %scevgep544, %scevgep547
+  %bound1549 = icmp ult ptr %scevgep546, %scevgep545
+  %found.conflict550 = and i1 %bound0548, %bound1549
+  br i1 %found.conflict550, label %for_body_d.4.i, label %vector.body553, !prof !17
 
-vector.body541:                                   ; preds = %for_end_d.3.i
-  %3293 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3294 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3295 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3296 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3297 = getelementptr inbounds nuw i8, <8 x ptr> %3293, i64 16
-  %3298 = getelementptr inbounds nuw i8, <8 x ptr> %3294, i64 16
-  %3299 = getelementptr inbounds nuw i8, <8 x ptr> %3295, i64 16
-  %3300 = getelementptr inbounds nuw i8, <8 x ptr> %3296, i64 16
-  %wide.masked.gather547 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3297, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather548 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3298, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather549 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3299, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather550 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3300, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3301 = getelementptr inbounds nuw i8, ptr %425, i64 2080
-  %3302 = getelementptr inbounds nuw i8, ptr %425, i64 2112
-  %3303 = getelementptr inbounds nuw i8, ptr %425, i64 2144
-  store <8 x float> %wide.masked.gather547, ptr %3292, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather548, ptr %3301, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather549, ptr %3302, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather550, ptr %3303, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3304 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3305 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3306 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3307 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3308 = getelementptr inbounds nuw i8, <8 x ptr> %3304, i64 16
-  %3309 = getelementptr inbounds nuw i8, <8 x ptr> %3305, i64 16
-  %3310 = getelementptr inbounds nuw i8, <8 x ptr> %3306, i64 16
-  %3311 = getelementptr inbounds nuw i8, <8 x ptr> %3307, i64 16
-  %wide.masked.gather547.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3308, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather548.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3309, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather549.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3310, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather550.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3311, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3312 = getelementptr inbounds nuw i8, ptr %425, i64 2176
-  %3313 = getelementptr inbounds nuw i8, ptr %425, i64 2208
-  %3314 = getelementptr inbounds nuw i8, ptr %425, i64 2240
-  %3315 = getelementptr inbounds nuw i8, ptr %425, i64 2272
-  store <8 x float> %wide.masked.gather547.1, ptr %3312, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather548.1, ptr %3313, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather549.1, ptr %3314, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather550.1, ptr %3315, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3316 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3317 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3318 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3319 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3320 = getelementptr inbounds nuw i8, <8 x ptr> %3316, i64 16
-  %3321 = getelementptr inbounds nuw i8, <8 x ptr> %3317, i64 16
-  %3322 = getelementptr inbounds nuw i8, <8 x ptr> %3318, i64 16
-  %3323 = getelementptr inbounds nuw i8, <8 x ptr> %3319, i64 16
-  %wide.masked.gather547.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3320, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather548.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather549.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather550.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3323, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3324 = getelementptr inbounds nuw i8, ptr %425, i64 2304
-  %3325 = getelementptr inbounds nuw i8, ptr %425, i64 2336
-  %3326 = getelementptr inbounds nuw i8, ptr %425, i64 2368
-  %3327 = getelementptr inbounds nuw i8, ptr %425, i64 2400
-  store <8 x float> %wide.masked.gather547.2, ptr %3324, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather548.2, ptr %3325, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather549.2, ptr %3326, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather550.2, ptr %3327, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3328 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3329 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3330 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3331 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3332 = getelementptr inbounds nuw i8, <8 x ptr> %3328, i64 16
-  %3333 = getelementptr inbounds nuw i8, <8 x ptr> %3329, i64 16
-  %3334 = getelementptr inbounds nuw i8, <8 x ptr> %3330, i64 16
-  %3335 = getelementptr inbounds nuw i8, <8 x ptr> %3331, i64 16
-  %wide.masked.gather547.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3332, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather548.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3333, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather549.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3334, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather550.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3335, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3336 = getelementptr inbounds nuw i8, ptr %425, i64 2432
-  %3337 = getelementptr inbounds nuw i8, ptr %425, i64 2464
-  %3338 = getelementptr inbounds nuw i8, ptr %425, i64 2496
-  %3339 = getelementptr inbounds nuw i8, ptr %425, i64 2528
-  store <8 x float> %wide.masked.gather547.3, ptr %3336, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather548.3, ptr %3337, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather549.3, ptr %3338, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather550.3, ptr %3339, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+vector.body553:                                   ; preds = %for_end_d.3.i
+  %3300 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3301 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3302 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3303 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3304 = getelementptr inbounds nuw i8, <8 x ptr> %3300, i64 16
+  %3305 = getelementptr inbounds nuw i8, <8 x ptr> %3301, i64 16
+  %3306 = getelementptr inbounds nuw i8, <8 x ptr> %3302, i64 16
+  %3307 = getelementptr inbounds nuw i8, <8 x ptr> %3303, i64 16
+  %wide.masked.gather559 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3304, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather560 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3305, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather561 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3306, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather562 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3308 = getelementptr inbounds nuw i8, ptr %425, i64 2080
+  %3309 = getelementptr inbounds nuw i8, ptr %425, i64 2112
+  %3310 = getelementptr inbounds nuw i8, ptr %425, i64 2144
+  store <8 x float> %wide.masked.gather559, ptr %3299, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather560, ptr %3308, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather561, ptr %3309, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather562, ptr %3310, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3311 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3312 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3313 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3314 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3315 = getelementptr inbounds nuw i8, <8 x ptr> %3311, i64 16
+  %3316 = getelementptr inbounds nuw i8, <8 x ptr> %3312, i64 16
+  %3317 = getelementptr inbounds nuw i8, <8 x ptr> %3313, i64 16
+  %3318 = getelementptr inbounds nuw i8, <8 x ptr> %3314, i64 16
+  %wide.masked.gather559.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3315, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather560.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3316, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather561.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3317, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather562.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3318, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3319 = getelementptr inbounds nuw i8, ptr %425, i64 2176
+  %3320 = getelementptr inbounds nuw i8, ptr %425, i64 2208
+  %3321 = getelementptr inbounds nuw i8, ptr %425, i64 2240
+  %3322 = getelementptr inbounds nuw i8, ptr %425, i64 2272
+  store <8 x float> %wide.masked.gather559.1, ptr %3319, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather560.1, ptr %3320, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather561.1, ptr %3321, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather562.1, ptr %3322, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3323 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3324 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3325 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3326 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3327 = getelementptr inbounds nuw i8, <8 x ptr> %3323, i64 16
+  %3328 = getelementptr inbounds nuw i8, <8 x ptr> %3324, i64 16
+  %3329 = getelementptr inbounds nuw i8, <8 x ptr> %3325, i64 16
+  %3330 = getelementptr inbounds nuw i8, <8 x ptr> %3326, i64 16
+  %wide.masked.gather559.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3327, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather560.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3328, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather561.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3329, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather562.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3330, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3331 = getelementptr inbounds nuw i8, ptr %425, i64 2304
+  %3332 = getelementptr inbounds nuw i8, ptr %425, i64 2336
+  %3333 = getelementptr inbounds nuw i8, ptr %425, i64 2368
+  %3334 = getelementptr inbounds nuw i8, ptr %425, i64 2400
+  store <8 x float> %wide.masked.gather559.2, ptr %3331, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather560.2, ptr %3332, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather561.2, ptr %3333, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather562.2, ptr %3334, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3335 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3336 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3337 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3338 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3339 = getelementptr inbounds nuw i8, <8 x ptr> %3335, i64 16
+  %3340 = getelementptr inbounds nuw i8, <8 x ptr> %3336, i64 16
+  %3341 = getelementptr inbounds nuw i8, <8 x ptr> %3337, i64 16
+  %3342 = getelementptr inbounds nuw i8, <8 x ptr> %3338, i64 16
+  %wide.masked.gather559.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3339, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather560.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3340, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather561.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3341, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather562.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3342, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3343 = getelementptr inbounds nuw i8, ptr %425, i64 2432
+  %3344 = getelementptr inbounds nuw i8, ptr %425, i64 2464
+  %3345 = getelementptr inbounds nuw i8, ptr %425, i64 2496
+  %3346 = getelementptr inbounds nuw i8, ptr %425, i64 2528
+  store <8 x float> %wide.masked.gather559.3, ptr %3343, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather560.3, ptr %3344, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather561.3, ptr %3345, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather562.3, ptr %3346, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   br label %for_end_d.4.i
 
 for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %for_end_d.3.i
-  %indvars.iv650.4.i = phi i64 [ %indvars.iv.next651.4.i.7, %for_body_d.4.i ], [ 0, %for_end_d.3.i ]
-  %.idx774.i = shl nuw nsw i64 %indvars.iv650.4.i, 6
-  %3340 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i
-  %3341 = getelementptr inbounds nuw i8, ptr %3340, i64 16
-  %3342 = load float, ptr %3341, align 4, !tbaa !5
-  %3343 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv650.4.i
-  store float %3342, ptr %3343, align 4, !tbaa !5
-  %indvars.iv.next651.4.i = or disjoint i64 %indvars.iv650.4.i, 1
-  %.idx774.i.1 = shl nuw nsw i64 %indvars.iv.next651.4.i, 6
-  %3344 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.1
-  %3345 = getelementptr inbounds nuw i8, ptr %3344, i64 16
-  %3346 = load float, ptr %3345, align 4, !tbaa !5
-  %3347 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i
-  store float %3346, ptr %3347, align 4, !tbaa !5
-  %indvars.iv.next651.4.i.1 = or disjoint i64 %indvars.iv650.4.i, 2
-  %.idx774.i.2 = shl nuw nsw i64 %indvars.iv.next651.4.i.1, 6
-  %3348 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.2
-  %3349 = getelementptr inbounds nuw i8, ptr %3348, i64 16
-  %3350 = load float, ptr %3349, align 4, !tbaa !5
-  %3351 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i.1
-  store float %3350, ptr %3351, align 4, !tbaa !5
-  %indvars.iv.next651.4.i.2 = or disjoint i64 %indvars.iv650.4.i, 3
-  %.idx774.i.3 = shl nuw nsw i64 %indvars.iv.next651.4.i.2, 6
-  %3352 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.3
-  %3353 = getelementptr inbounds nuw i8, ptr %3352, i64 16
-  %3354 = load float, ptr %3353, align 4, !tbaa !5
-  %3355 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i.2
-  store float %3354, ptr %3355, align 4, !tbaa !5
-  %indvars.iv.next651.4.i.3 = or disjoint i64 %indvars.iv650.4.i, 4
-  %.idx774.i.4 = shl nuw nsw i64 %indvars.iv.next651.4.i.3, 6
-  %3356 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.4
-  %3357 = getelementptr inbounds nuw i8, ptr %3356, i64 16
-  %3358 = load float, ptr %3357, align 4, !tbaa !5
-  %3359 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i.3
-  store float %3358, ptr %3359, align 4, !tbaa !5
-  %indvars.iv.next651.4.i.4 = or disjoint i64 %indvars.iv650.4.i, 5
-  %.idx774.i.5 = shl nuw nsw i64 %indvars.iv.next651.4.i.4, 6
-  %3360 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.5
-  %3361 = getelementptr inbounds nuw i8, ptr %3360, i64 16
-  %3362 = load float, ptr %3361, align 4, !tbaa !5
-  %3363 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i.4
-  store float %3362, ptr %3363, align 4, !tbaa !5
-  %indvars.iv.next651.4.i.5 = or disjoint i64 %indvars.iv650.4.i, 6
-  %.idx774.i.6 = shl nuw nsw i64 %indvars.iv.next651.4.i.5, 6
-  %3364 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.6
-  %3365 = getelementptr inbounds nuw i8, ptr %3364, i64 16
-  %3366 = load float, ptr %3365, align 4, !tbaa !5
-  %3367 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i.5
-  store float %3366, ptr %3367, align 4, !tbaa !5
-  %indvars.iv.next651.4.i.6 = or disjoint i64 %indvars.iv650.4.i, 7
-  %.idx774.i.7 = shl nuw nsw i64 %indvars.iv.next651.4.i.6, 6
-  %3368 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.7
-  %3369 = getelementptr inbounds nuw i8, ptr %3368, i64 16
-  %3370 = load float, ptr %3369, align 4, !tbaa !5
-  %3371 = getelementptr inbounds nuw float, ptr %3292, i64 %indvars.iv.next651.4.i.6
-  store float %3370, ptr %3371, align 4, !tbaa !5
-  %indvars.iv.next651.4.i.7 = add nuw nsw i64 %indvars.iv650.4.i, 8
-  %exitcond653.4.not.i.7 = icmp eq i64 %indvars.iv.next651.4.i.7, 128
-  br i1 %exitcond653.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !36, !llvm.loop !63
+  %indvars.iv666.4.i = phi i64 [ %indvars.iv.next667.4.i.7, %for_body_d.4.i ], [ 0, %for_end_d.3.i ]
+  %.idx790.i = shl nuw nsw i64 %indvars.iv666.4.i, 6
+  %3347 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i
+  %3348 = getelementptr inbounds nuw i8, ptr %3347, i64 16
+  %3349 = load float, ptr %3348, align 4, !tbaa !5
+  %3350 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv666.4.i
+  store float %3349, ptr %3350, align 4, !tbaa !5
+  %indvars.iv.next667.4.i = or disjoint i64 %indvars.iv666.4.i, 1
+  %.idx790.i.1 = shl nuw nsw i64 %indvars.iv.next667.4.i, 6
+  %3351 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.1
+  %3352 = getelementptr inbounds nuw i8, ptr %3351, i64 16
+  %3353 = load float, ptr %3352, align 4, !tbaa !5
+  %3354 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i
+  store float %3353, ptr %3354, align 4, !tbaa !5
+  %indvars.iv.next667.4.i.1 = or disjoint i64 %indvars.iv666.4.i, 2
+  %.idx790.i.2 = shl nuw nsw i64 %indvars.iv.next667.4.i.1, 6
+  %3355 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.2
+  %3356 = getelementptr inbounds nuw i8, ptr %3355, i64 16
+  %3357 = load float, ptr %3356, align 4, !tbaa !5
+  %3358 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.1
+  store float %3357, ptr %3358, align 4, !tbaa !5
+  %indvars.iv.next667.4.i.2 = or disjoint i64 %indvars.iv666.4.i, 3
+  %.idx790.i.3 = shl nuw nsw i64 %indvars.iv.next667.4.i.2, 6
+  %3359 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.3
+  %3360 = getelementptr inbounds nuw i8, ptr %3359, i64 16
+  %3361 = load float, ptr %3360, align 4, !tbaa !5
+  %3362 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.2
+  store float %3361, ptr %3362, align 4, !tbaa !5
+  %indvars.iv.next667.4.i.3 = or disjoint i64 %indvars.iv666.4.i, 4
+  %.idx790.i.4 = shl nuw nsw i64 %indvars.iv.next667.4.i.3, 6
+  %3363 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.4
+  %3364 = getelementptr inbounds nuw i8, ptr %3363, i64 16
+  %3365 = load float, ptr %3364, align 4, !tbaa !5
+  %3366 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.3
+  store float %3365, ptr %3366, align 4, !tbaa !5
+  %indvars.iv.next667.4.i.4 = or disjoint i64 %indvars.iv666.4.i, 5
+  %.idx790.i.5 = shl nuw nsw i64 %indvars.iv.next667.4.i.4, 6
+  %3367 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.5
+  %3368 = getelementptr inbounds nuw i8, ptr %3367, i64 16
+  %3369 = load float, ptr %3368, align 4, !tbaa !5
+  %3370 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.4
+  store float %3369, ptr %3370, align 4, !tbaa !5
+  %indvars.iv.next667.4.i.5 = or disjoint i64 %indvars.iv666.4.i, 6
+  %.idx790.i.6 = shl nuw nsw i64 %indvars.iv.next667.4.i.5, 6
+  %3371 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.6
+  %3372 = getelementptr inbounds nuw i8, ptr %3371, i64 16
+  %3373 = load float, ptr %3372, align 4, !tbaa !5
+  %3374 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.5
+  store float %3373, ptr %3374, align 4, !tbaa !5
+  %indvars.iv.next667.4.i.6 = or disjoint i64 %indvars.iv666.4.i, 7
+  %.idx790.i.7 = shl nuw nsw i64 %indvars.iv.next667.4.i.6, 6
+  %3375 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.7
+  %3376 = getelementptr inbounds nuw i8, ptr %3375, i64 16
+  %3377 = load float, ptr %3376, align 4, !tbaa !5
+  %3378 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.6
+  store float %3377, ptr %3378, align 4, !tbaa !5
+  %indvars.iv.next667.4.i.7 = add nuw nsw i64 %indvars.iv666.4.i, 8
+  %exitcond669.4.not.i.7 = icmp eq i64 %indvars.iv.next667.4.i.7, 128
+  br i1 %exitcond669.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !36, !llvm.loop !63
 
-for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body541
-  %3372 = getelementptr inbounds nuw i8, ptr %425, i64 2560
-  %scevgep511 = getelementptr i8, ptr %acc.i, i64 20
-  %scevgep512 = getelementptr i8, ptr %acc.i, i64 8152
-  %bound0513 = icmp ult ptr %scevgep509, %scevgep512
-  %bound1514 = icmp ult ptr %scevgep511, %scevgep510
-  %found.conflict515 = and i1 %bound0513, %bound1514
-  br i1 %found.conflict515, label %for_body_d.5.i, label %vector.body518, !prof !17
+for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body553
+  %3379 = getelementptr inbounds nuw i8, ptr %425, i64 2560
+  %scevgep523 = getelementptr i8, ptr %acc.i, i64 20
+  %scevgep524 = getelementptr i8, ptr %acc.i, i64 8152
+  %bound0525 = icmp ult ptr %scevgep521, %scevgep524
+  %bound1526 = icmp ult ptr %scevgep523, %scevgep522
+  %found.conflict527 = and i1 %bound0525, %bound1526
+  br i1 %found.conflict527, label %for_body_d.5.i, label %vector.body530, !prof !17
 
-vector.body518:                                   ; preds = %for_end_d.4.i
-  %3373 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3374 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3375 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3376 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3377 = getelementptr inbounds nuw i8, <8 x ptr> %3373, i64 20
-  %3378 = getelementptr inbounds nuw i8, <8 x ptr> %3374, i64 20
-  %3379 = getelementptr inbounds nuw i8, <8 x ptr> %3375, i64 20
-  %3380 = getelementptr inbounds nuw i8, <8 x ptr> %3376, i64 20
-  %wide.masked.gather524 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3377, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather525 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3378, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather526 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3379, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather527 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3380, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3381 = getelementptr inbounds nuw i8, ptr %425, i64 2592
-  %3382 = getelementptr inbounds nuw i8, ptr %425, i64 2624
-  %3383 = getelementptr inbounds nuw i8, ptr %425, i64 2656
-  store <8 x float> %wide.masked.gather524, ptr %3372, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather525, ptr %3381, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather526, ptr %3382, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather527, ptr %3383, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3384 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3385 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3386 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3387 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3388 = getelementptr inbounds nuw i8, <8 x ptr> %3384, i64 20
-  %3389 = getelementptr inbounds nuw i8, <8 x ptr> %3385, i64 20
-  %3390 = getelementptr inbounds nuw i8, <8 x ptr> %3386, i64 20
-  %3391 = getelementptr inbounds nuw i8, <8 x ptr> %3387, i64 20
-  %wide.masked.gather524.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3388, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather525.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3389, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather526.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3390, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather527.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3391, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3392 = getelementptr inbounds nuw i8, ptr %425, i64 2688
-  %3393 = getelementptr inbounds nuw i8, ptr %425, i64 2720
-  %3394 = getelementptr inbounds nuw i8, ptr %425, i64 2752
-  %3395 = getelementptr inbounds nuw i8, ptr %425, i64 2784
-  store <8 x float> %wide.masked.gather524.1, ptr %3392, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather525.1, ptr %3393, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather526.1, ptr %3394, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather527.1, ptr %3395, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3396 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3397 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3398 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3399 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3400 = getelementptr inbounds nuw i8, <8 x ptr> %3396, i64 20
-  %3401 = getelementptr inbounds nuw i8, <8 x ptr> %3397, i64 20
-  %3402 = getelementptr inbounds nuw i8, <8 x ptr> %3398, i64 20
-  %3403 = getelementptr inbounds nuw i8, <8 x ptr> %3399, i64 20
-  %wide.masked.gather524.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3400, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather525.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3401, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather526.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3402, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather527.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3403, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3404 = getelementptr inbounds nuw i8, ptr %425, i64 2816
-  %3405 = getelementptr inbounds nuw i8, ptr %425, i64 2848
-  %3406 = getelementptr inbounds nuw i8, ptr %425, i64 2880
-  %3407 = getelementptr inbounds nuw i8, ptr %425, i64 2912
-  store <8 x float> %wide.masked.gather524.2, ptr %3404, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather525.2, ptr %3405, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather526.2, ptr %3406, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather527.2, ptr %3407, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3408 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3409 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3410 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3411 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3412 = getelementptr inbounds nuw i8, <8 x ptr> %3408, i64 20
-  %3413 = getelementptr inbounds nuw i8, <8 x ptr> %3409, i64 20
-  %3414 = getelementptr inbounds nuw i8, <8 x ptr> %3410, i64 20
-  %3415 = getelementptr inbounds nuw i8, <8 x ptr> %3411, i64 20
-  %wide.masked.gather524.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3412, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather525.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3413, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather526.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3414, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather527.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3415, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3416 = getelementptr inbounds nuw i8, ptr %425, i64 2944
-  %3417 = getelementptr inbounds nuw i8, ptr %425, i64 2976
-  %3418 = getelementptr inbounds nuw i8, ptr %425, i64 3008
-  %3419 = getelementptr inbounds nuw i8, ptr %425, i64 3040
-  store <8 x float> %wide.masked.gather524.3, ptr %3416, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather525.3, ptr %3417, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather526.3, ptr %3418, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather527.3, ptr %3419, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+vector.body530:                                   ; preds = %for_end_d.4.i
+  %3380 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3381 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3382 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3383 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3384 = getelementptr inbounds nuw i8, <8 x ptr> %3380, i64 20
+  %3385 = getelementptr inbounds nuw i8, <8 x ptr> %3381, i64 20
+  %3386 = getelementptr inbounds nuw i8, <8 x ptr> %3382, i64 20
+  %3387 = getelementptr inbounds nuw i8, <8 x ptr> %3383, i64 20
+  %wide.masked.gather536 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3384, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather537 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3385, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather538 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3386, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather539 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3387, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3388 = getelementptr inbounds nuw i8, ptr %425, i64 2592
+  %3389 = getelementptr inbounds nuw i8, ptr %425, i64 2624
+  %3390 = getelementptr inbounds nuw i8, ptr %425, i64 2656
+  store <8 x float> %wide.masked.gather536, ptr %3379, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather537, ptr %3388, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather538, ptr %3389, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather539, ptr %3390, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3391 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3392 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3393 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3394 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3395 = getelementptr inbounds nuw i8, <8 x ptr> %3391, i64 20
+  %3396 = getelementptr inbounds nuw i8, <8 x ptr> %3392, i64 20
+  %3397 = getelementptr inbounds nuw i8, <8 x ptr> %3393, i64 20
+  %3398 = getelementptr inbounds nuw i8, <8 x ptr> %3394, i64 20
+  %wide.masked.gather536.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3395, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather537.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3396, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather538.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3397, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather539.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3398, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3399 = getelementptr inbounds nuw i8, ptr %425, i64 2688
+  %3400 = getelementptr inbounds nuw i8, ptr %425, i64 2720
+  %3401 = getelementptr inbounds nuw i8, ptr %425, i64 2752
+  %3402 = getelementptr inbounds nuw i8, ptr %425, i64 2784
+  store <8 x float> %wide.masked.gather536.1, ptr %3399, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather537.1, ptr %3400, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather538.1, ptr %3401, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather539.1, ptr %3402, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3403 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3404 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3405 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3406 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3407 = getelementptr inbounds nuw i8, <8 x ptr> %3403, i64 20
+  %3408 = getelementptr inbounds nuw i8, <8 x ptr> %3404, i64 20
+  %3409 = getelementptr inbounds nuw i8, <8 x ptr> %3405, i64 20
+  %3410 = getelementptr inbounds nuw i8, <8 x ptr> %3406, i64 20
+  %wide.masked.gather536.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3407, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather537.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3408, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather538.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3409, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather539.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3410, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3411 = getelementptr inbounds nuw i8, ptr %425, i64 2816
+  %3412 = getelementptr inbounds nuw i8, ptr %425, i64 2848
+  %3413 = getelementptr inbounds nuw i8, ptr %425, i64 2880
+  %3414 = getelementptr inbounds nuw i8, ptr %425, i64 2912
+  store <8 x float> %wide.masked.gather536.2, ptr %3411, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather537.2, ptr %3412, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather538.2, ptr %3413, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather539.2, ptr %3414, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3415 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3416 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3417 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3418 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3419 = getelementptr inbounds nuw i8, <8 x ptr> %3415, i64 20
+  %3420 = getelementptr inbounds nuw i8, <8 x ptr> %3416, i64 20
+  %3421 = getelementptr inbounds nuw i8, <8 x ptr> %3417, i64 20
+  %3422 = getelementptr inbounds nuw i8, <8 x ptr> %3418, i64 20
+  %wide.masked.gather536.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3419, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather537.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3420, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather538.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3421, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather539.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3422, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3423 = getelementptr inbounds nuw i8, ptr %425, i64 2944
+  %3424 = getelementptr inbounds nuw i8, ptr %425, i64 2976
+  %3425 = getelementptr inbounds nuw i8, ptr %425, i64 3008
+  %3426 = getelementptr inbounds nuw i8, ptr %425, i64 3040
+  store <8 x float> %wide.masked.gather536.3, ptr %3423, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather537.3, ptr %3424, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather538.3, ptr %3425, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather539.3, ptr %3426, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   br label %for_end_d.5.i
 
 for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %for_end_d.4.i
-  %indvars.iv650.5.i = phi i64 [ %indvars.iv.next651.5.i.7, %for_body_d.5.i ], [ 0, %for_end_d.4.i ]
-  %.idx775.i = shl nuw nsw i64 %indvars.iv650.5.i, 6
-  %3420 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i
-  %3421 = getelementptr inbounds nuw i8, ptr %3420, i64 20
-  %3422 = load float, ptr %3421, align 4, !tbaa !5
-  %3423 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv650.5.i
-  store float %3422, ptr %3423, align 4, !tbaa !5
-  %indvars.iv.next651.5.i = or disjoint i64 %indvars.iv650.5.i, 1
-  %.idx775.i.1 = shl nuw nsw i64 %indvars.iv.next651.5.i, 6
-  %3424 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.1
-  %3425 = getelementptr inbounds nuw i8, ptr %3424, i64 20
-  %3426 = load float, ptr %3425, align 4, !tbaa !5
-  %3427 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i
-  store float %3426, ptr %3427, align 4, !tbaa !5
-  %indvars.iv.next651.5.i.1 = or disjoint i64 %indvars.iv650.5.i, 2
-  %.idx775.i.2 = shl nuw nsw i64 %indvars.iv.next651.5.i.1, 6
-  %3428 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.2
-  %3429 = getelementptr inbounds nuw i8, ptr %3428, i64 20
-  %3430 = load float, ptr %3429, align 4, !tbaa !5
-  %3431 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i.1
-  store float %3430, ptr %3431, align 4, !tbaa !5
-  %indvars.iv.next651.5.i.2 = or disjoint i64 %indvars.iv650.5.i, 3
-  %.idx775.i.3 = shl nuw nsw i64 %indvars.iv.next651.5.i.2, 6
-  %3432 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.3
-  %3433 = getelementptr inbounds nuw i8, ptr %3432, i64 20
-  %3434 = load float, ptr %3433, align 4, !tbaa !5
-  %3435 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i.2
-  store float %3434, ptr %3435, align 4, !tbaa !5
-  %indvars.iv.next651.5.i.3 = or disjoint i64 %indvars.iv650.5.i, 4
-  %.idx775.i.4 = shl nuw nsw i64 %indvars.iv.next651.5.i.3, 6
-  %3436 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.4
-  %3437 = getelementptr inbounds nuw i8, ptr %3436, i64 20
-  %3438 = load float, ptr %3437, align 4, !tbaa !5
-  %3439 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i.3
-  store float %3438, ptr %3439, align 4, !tbaa !5
-  %indvars.iv.next651.5.i.4 = or disjoint i64 %indvars.iv650.5.i, 5
-  %.idx775.i.5 = shl nuw nsw i64 %indvars.iv.next651.5.i.4, 6
-  %3440 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.5
-  %3441 = getelementptr inbounds nuw i8, ptr %3440, i64 20
-  %3442 = load float, ptr %3441, align 4, !tbaa !5
-  %3443 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i.4
-  store float %3442, ptr %3443, align 4, !tbaa !5
-  %indvars.iv.next651.5.i.5 = or disjoint i64 %indvars.iv650.5.i, 6
-  %.idx775.i.6 = shl nuw nsw i64 %indvars.iv.next651.5.i.5, 6
-  %3444 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.6
-  %3445 = getelementptr inbounds nuw i8, ptr %3444, i64 20
-  %3446 = load float, ptr %3445, align 4, !tbaa !5
-  %3447 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i.5
-  store float %3446, ptr %3447, align 4, !tbaa !5
-  %indvars.iv.next651.5.i.6 = or disjoint i64 %indvars.iv650.5.i, 7
-  %.idx775.i.7 = shl nuw nsw i64 %indvars.iv.next651.5.i.6, 6
-  %3448 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.7
-  %3449 = getelementptr inbounds nuw i8, ptr %3448, i64 20
-  %3450 = load float, ptr %3449, align 4, !tbaa !5
-  %3451 = getelementptr inbounds nuw float, ptr %3372, i64 %indvars.iv.next651.5.i.6
-  store float %3450, ptr %3451, align 4, !tbaa !5
-  %indvars.iv.next651.5.i.7 = add nuw nsw i64 %indvars.iv650.5.i, 8
-  %exitcond653.5.not.i.7 = icmp eq i64 %indvars.iv.next651.5.i.7, 128
-  br i1 %exitcond653.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !36, !llvm.loop !69
+  %indvars.iv666.5.i = phi i64 [ %indvars.iv.next667.5.i.7, %for_body_d.5.i ], [ 0, %for_end_d.4.i ]
+  %.idx791.i = shl nuw nsw i64 %indvars.iv666.5.i, 6
+  %3427 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i
+  %3428 = getelementptr inbounds nuw i8, ptr %3427, i64 20
+  %3429 = load float, ptr %3428, align 4, !tbaa !5
+  %3430 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv666.5.i
+  store float %3429, ptr %3430, align 4, !tbaa !5
+  %indvars.iv.next667.5.i = or disjoint i64 %indvars.iv666.5.i, 1
+  %.idx791.i.1 = shl nuw nsw i64 %indvars.iv.next667.5.i, 6
+  %3431 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.1
+  %3432 = getelementptr inbounds nuw i8, ptr %3431, i64 20
+  %3433 = load float, ptr %3432, align 4, !tbaa !5
+  %3434 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i
+  store float %3433, ptr %3434, align 4, !tbaa !5
+  %indvars.iv.next667.5.i.1 = or disjoint i64 %indvars.iv666.5.i, 2
+  %.idx791.i.2 = shl nuw nsw i64 %indvars.iv.next667.5.i.1, 6
+  %3435 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.2
+  %3436 = getelementptr inbounds nuw i8, ptr %3435, i64 20
+  %3437 = load float, ptr %3436, align 4, !tbaa !5
+  %3438 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.1
+  store float %3437, ptr %3438, align 4, !tbaa !5
+  %indvars.iv.next667.5.i.2 = or disjoint i64 %indvars.iv666.5.i, 3
+  %.idx791.i.3 = shl nuw nsw i64 %indvars.iv.next667.5.i.2, 6
+  %3439 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.3
+  %3440 = getelementptr inbounds nuw i8, ptr %3439, i64 20
+  %3441 = load float, ptr %3440, align 4, !tbaa !5
+  %3442 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.2
+  store float %3441, ptr %3442, align 4, !tbaa !5
+  %indvars.iv.next667.5.i.3 = or disjoint i64 %indvars.iv666.5.i, 4
+  %.idx791.i.4 = shl nuw nsw i64 %indvars.iv.next667.5.i.3, 6
+  %3443 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.4
+  %3444 = getelementptr inbounds nuw i8, ptr %3443, i64 20
+  %3445 = load float, ptr %3444, align 4, !tbaa !5
+  %3446 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.3
+  store float %3445, ptr %3446, align 4, !tbaa !5
+  %indvars.iv.next667.5.i.4 = or disjoint i64 %indvars.iv666.5.i, 5
+  %.idx791.i.5 = shl nuw nsw i64 %indvars.iv.next667.5.i.4, 6
+  %3447 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.5
+  %3448 = getelementptr inbounds nuw i8, ptr %3447, i64 20
+  %3449 = load float, ptr %3448, align 4, !tbaa !5
+  %3450 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.4
+  store float %3449, ptr %3450, align 4, !tbaa !5
+  %indvars.iv.next667.5.i.5 = or disjoint i64 %indvars.iv666.5.i, 6
+  %.idx791.i.6 = shl nuw nsw i64 %indvars.iv.next667.5.i.5, 6
+  %3451 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.6
+  %3452 = getelementptr inbounds nuw i8, ptr %3451, i64 20
+  %3453 = load float, ptr %3452, align 4, !tbaa !5
+  %3454 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.5
+  store float %3453, ptr %3454, align 4, !tbaa !5
+  %indvars.iv.next667.5.i.6 = or disjoint i64 %indvars.iv666.5.i, 7
+  %.idx791.i.7 = shl nuw nsw i64 %indvars.iv.next667.5.i.6, 6
+  %3455 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.7
+  %3456 = getelementptr inbounds nuw i8, ptr %3455, i64 20
+  %3457 = load float, ptr %3456, align 4, !tbaa !5
+  %3458 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.6
+  store float %3457, ptr %3458, align 4, !tbaa !5
+  %indvars.iv.next667.5.i.7 = add nuw nsw i64 %indvars.iv666.5.i, 8
+  %exitcond669.5.not.i.7 = icmp eq i64 %indvars.iv.next667.5.i.7, 128
+  br i1 %exitcond669.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !36, !llvm.loop !69
 
-for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body518
-  %3452 = getelementptr inbounds nuw i8, ptr %425, i64 3072
-  %scevgep488 = getelementptr i8, ptr %acc.i, i64 24
-  %scevgep489 = getelementptr i8, ptr %acc.i, i64 8156
-  %bound0490 = icmp ult ptr %scevgep486, %scevgep489
-  %bound1491 = icmp ult ptr %scevgep488, %scevgep487
-  %found.conflict492 = and i1 %bound0490, %bound1491
-  br i1 %found.conflict492, label %for_body_d.6.i, label %vector.body495, !prof !17
+for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body530
+  %3459 = getelementptr inbounds nuw i8, ptr %425, i64 3072
+  %scevgep500 = getelementptr i8, ptr %acc.i, i64 24
+  %scevgep501 = getelementptr i8, ptr %acc.i, i64 8156
+  %bound0502 = icmp ult ptr %scevgep498, %scevgep501
+  %bound1503 = icmp ult ptr %scevgep500, %scevgep499
+  %found.conflict504 = and i1 %bound0502, %bound1503
+  br i1 %found.conflict504, label %for_body_d.6.i, label %vector.body507, !prof !17
 
-vector.body495:                                   ; preds = %for_end_d.5.i
-  %3453 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3454 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3455 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3456 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3457 = getelementptr inbounds nuw i8, <8 x ptr> %3453, i64 24
-  %3458 = getelementptr inbounds nuw i8, <8 x ptr> %3454, i64 24
-  %3459 = getelementptr inbounds nuw i8, <8 x ptr> %3455, i64 24
-  %3460 = getelementptr inbounds nuw i8, <8 x ptr> %3456, i64 24
-  %wide.masked.gather501 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3457, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather502 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3458, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather503 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3459, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather504 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3460, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3461 = getelementptr inbounds nuw i8, ptr %425, i64 3104
-  %3462 = getelementptr inbounds nuw i8, ptr %425, i64 3136
-  %3463 = getelementptr inbounds nuw i8, ptr %425, i64 3168
-  store <8 x float> %wide.masked.gather501, ptr %3452, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather502, ptr %3461, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather503, ptr %3462, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather504, ptr %3463, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3464 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3465 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3466 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3467 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3468 = getelementptr inbounds nuw i8, <8 x ptr> %3464, i64 24
-  %3469 = getelementptr inbounds nuw i8, <8 x ptr> %3465, i64 24
-  %3470 = getelementptr inbounds nuw i8, <8 x ptr> %3466, i64 24
-  %3471 = getelementptr inbounds nuw i8, <8 x ptr> %3467, i64 24
-  %wide.masked.gather501.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3468, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather502.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3469, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather503.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3470, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather504.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3471, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3472 = getelementptr inbounds nuw i8, ptr %425, i64 3200
-  %3473 = getelementptr inbounds nuw i8, ptr %425, i64 3232
-  %3474 = getelementptr inbounds nuw i8, ptr %425, i64 3264
-  %3475 = getelementptr inbounds nuw i8, ptr %425, i64 3296
-  store <8 x float> %wide.masked.gather501.1, ptr %3472, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather502.1, ptr %3473, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather503.1, ptr %3474, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather504.1, ptr %3475, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3476 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3477 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3478 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3479 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3480 = getelementptr inbounds nuw i8, <8 x ptr> %3476, i64 24
-  %3481 = getelementptr inbounds nuw i8, <8 x ptr> %3477, i64 24
-  %3482 = getelementptr inbounds nuw i8, <8 x ptr> %3478, i64 24
-  %3483 = getelementptr inbounds nuw i8, <8 x ptr> %3479, i64 24
-  %wide.masked.gather501.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3480, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather502.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3481, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather503.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3482, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather504.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3483, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3484 = getelementptr inbounds nuw i8, ptr %425, i64 3328
-  %3485 = getelementptr inbounds nuw i8, ptr %425, i64 3360
-  %3486 = getelementptr inbounds nuw i8, ptr %425, i64 3392
-  %3487 = getelementptr inbounds nuw i8, ptr %425, i64 3424
-  store <8 x float> %wide.masked.gather501.2, ptr %3484, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather502.2, ptr %3485, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather503.2, ptr %3486, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather504.2, ptr %3487, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3488 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3489 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3490 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3491 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3492 = getelementptr inbounds nuw i8, <8 x ptr> %3488, i64 24
-  %3493 = getelementptr inbounds nuw i8, <8 x ptr> %3489, i64 24
-  %3494 = getelementptr inbounds nuw i8, <8 x ptr> %3490, i64 24
-  %3495 = getelementptr inbounds nuw i8, <8 x ptr> %3491, i64 24
-  %wide.masked.gather501.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3492, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather502.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3493, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather503.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3494, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather504.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3495, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3496 = getelementptr inbounds nuw i8, ptr %425, i64 3456
-  %3497 = getelementptr inbounds nuw i8, ptr %425, i64 3488
-  %3498 = getelementptr inbounds nuw i8, ptr %425, i64 3520
-  %3499 = getelementptr inbounds nuw i8, ptr %425, i64 3552
-  store <8 x float> %wide.masked.gather501.3, ptr %3496, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather502.3, ptr %3497, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather503.3, ptr %3498, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather504.3, ptr %3499, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+vector.body507:                                   ; preds = %for_end_d.5.i
+  %3460 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3461 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3462 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3463 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3464 = getelementptr inbounds nuw i8, <8 x ptr> %3460, i64 24
+  %3465 = getelementptr inbounds nuw i8, <8 x ptr> %3461, i64 24
+  %3466 = getelementptr inbounds nuw i8, <8 x ptr> %3462, i64 24
+  %3467 = getelementptr inbounds nuw i8, <8 x ptr> %3463, i64 24
+  %wide.masked.gather513 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3464, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather514 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3465, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather515 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3466, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather516 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3467, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3468 = getelementptr inbounds nuw i8, ptr %425, i64 3104
+  %3469 = getelementptr inbounds nuw i8, ptr %425, i64 3136
+  %3470 = getelementptr inbounds nuw i8, ptr %425, i64 3168
+  store <8 x float> %wide.masked.gather513, ptr %3459, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather514, ptr %3468, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather515, ptr %3469, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather516, ptr %3470, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3471 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3472 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3473 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3474 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3475 = getelementptr inbounds nuw i8, <8 x ptr> %3471, i64 24
+  %3476 = getelementptr inbounds nuw i8, <8 x ptr> %3472, i64 24
+  %3477 = getelementptr inbounds nuw i8, <8 x ptr> %3473, i64 24
+  %3478 = getelementptr inbounds nuw i8, <8 x ptr> %3474, i64 24
+  %wide.masked.gather513.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3475, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather514.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3476, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather515.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3477, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather516.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3478, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3479 = getelementptr inbounds nuw i8, ptr %425, i64 3200
+  %3480 = getelementptr inbounds nuw i8, ptr %425, i64 3232
+  %3481 = getelementptr inbounds nuw i8, ptr %425, i64 3264
+  %3482 = getelementptr inbounds nuw i8, ptr %425, i64 3296
+  store <8 x float> %wide.masked.gather513.1, ptr %3479, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather514.1, ptr %3480, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather515.1, ptr %3481, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather516.1, ptr %3482, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3483 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3484 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3485 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3486 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3487 = getelementptr inbounds nuw i8, <8 x ptr> %3483, i64 24
+  %3488 = getelementptr inbounds nuw i8, <8 x ptr> %3484, i64 24
+  %3489 = getelementptr inbounds nuw i8, <8 x ptr> %3485, i64 24
+  %3490 = getelementptr inbounds nuw i8, <8 x ptr> %3486, i64 24
+  %wide.masked.gather513.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3487, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather514.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3488, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather515.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3489, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather516.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3490, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3491 = getelementptr inbounds nuw i8, ptr %425, i64 3328
+  %3492 = getelementptr inbounds nuw i8, ptr %425, i64 3360
+  %3493 = getelementptr inbounds nuw i8, ptr %425, i64 3392
+  %3494 = getelementptr inbounds nuw i8, ptr %425, i64 3424
+  store <8 x float> %wide.masked.gather513.2, ptr %3491, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather514.2, ptr %3492, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather515.2, ptr %3493, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather516.2, ptr %3494, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3495 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3496 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3497 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3498 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3499 = getelementptr inbounds nuw i8, <8 x ptr> %3495, i64 24
+  %3500 = getelementptr inbounds nuw i8, <8 x ptr> %3496, i64 24
+  %3501 = getelementptr inbounds nuw i8, <8 x ptr> %3497, i64 24
+  %3502 = getelementptr inbounds nuw i8, <8 x ptr> %3498, i64 24
+  %wide.masked.gather513.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3499, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather514.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3500, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather515.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3501, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather516.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3502, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3503 = getelementptr inbounds nuw i8, ptr %425, i64 3456
+  %3504 = getelementptr inbounds nuw i8, ptr %425, i64 3488
+  %3505 = getelementptr inbounds nuw i8, ptr %425, i64 3520
+  %3506 = getelementptr inbounds nuw i8, ptr %425, i64 3552
+  store <8 x float> %wide.masked.gather513.3, ptr %3503, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather514.3, ptr %3504, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather515.3, ptr %3505, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather516.3, ptr %3506, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   br label %for_end_d.6.i
 
 for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %for_end_d.5.i
-  %indvars.iv650.6.i = phi i64 [ %indvars.iv.next651.6.i.7, %for_body_d.6.i ], [ 0, %for_end_d.5.i ]
-  %.idx776.i = shl nuw nsw i64 %indvars.iv650.6.i, 6
-  %3500 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i
-  %3501 = getelementptr inbounds nuw i8, ptr %3500, i64 24
-  %3502 = load float, ptr %3501, align 4, !tbaa !5
-  %3503 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv650.6.i
-  store float %3502, ptr %3503, align 4, !tbaa !5
-  %indvars.iv.next651.6.i = or disjoint i64 %indvars.iv650.6.i, 1
-  %.idx776.i.1 = shl nuw nsw i64 %indvars.iv.next651.6.i, 6
-  %3504 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.1
-  %3505 = getelementptr inbounds nuw i8, ptr %3504, i64 24
-  %3506 = load float, ptr %3505, align 4, !tbaa !5
-  %3507 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i
-  store float %3506, ptr %3507, align 4, !tbaa !5
-  %indvars.iv.next651.6.i.1 = or disjoint i64 %indvars.iv650.6.i, 2
-  %.idx776.i.2 = shl nuw nsw i64 %indvars.iv.next651.6.i.1, 6
-  %3508 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.2
-  %3509 = getelementptr inbounds nuw i8, ptr %3508, i64 24
-  %3510 = load float, ptr %3509, align 4, !tbaa !5
-  %3511 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i.1
-  store float %3510, ptr %3511, align 4, !tbaa !5
-  %indvars.iv.next651.6.i.2 = or disjoint i64 %indvars.iv650.6.i, 3
-  %.idx776.i.3 = shl nuw nsw i64 %indvars.iv.next651.6.i.2, 6
-  %3512 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.3
-  %3513 = getelementptr inbounds nuw i8, ptr %3512, i64 24
-  %3514 = load float, ptr %3513, align 4, !tbaa !5
-  %3515 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i.2
-  store float %3514, ptr %3515, align 4, !tbaa !5
-  %indvars.iv.next651.6.i.3 = or disjoint i64 %indvars.iv650.6.i, 4
-  %.idx776.i.4 = shl nuw nsw i64 %indvars.iv.next651.6.i.3, 6
-  %3516 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.4
-  %3517 = getelementptr inbounds nuw i8, ptr %3516, i64 24
-  %3518 = load float, ptr %3517, align 4, !tbaa !5
-  %3519 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i.3
-  store float %3518, ptr %3519, align 4, !tbaa !5
-  %indvars.iv.next651.6.i.4 = or disjoint i64 %indvars.iv650.6.i, 5
-  %.idx776.i.5 = shl nuw nsw i64 %indvars.iv.next651.6.i.4, 6
-  %3520 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.5
-  %3521 = getelementptr inbounds nuw i8, ptr %3520, i64 24
-  %3522 = load float, ptr %3521, align 4, !tbaa !5
-  %3523 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i.4
-  store float %3522, ptr %3523, align 4, !tbaa !5
-  %indvars.iv.next651.6.i.5 = or disjoint i64 %indvars.iv650.6.i, 6
-  %.idx776.i.6 = shl nuw nsw i64 %indvars.iv.next651.6.i.5, 6
-  %3524 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.6
-  %3525 = getelementptr inbounds nuw i8, ptr %3524, i64 24
-  %3526 = load float, ptr %3525, align 4, !tbaa !5
-  %3527 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i.5
-  store float %3526, ptr %3527, align 4, !tbaa !5
-  %indvars.iv.next651.6.i.6 = or disjoint i64 %indvars.iv650.6.i, 7
-  %.idx776.i.7 = shl nuw nsw i64 %indvars.iv.next651.6.i.6, 6
-  %3528 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.7
-  %3529 = getelementptr inbounds nuw i8, ptr %3528, i64 24
-  %3530 = load float, ptr %3529, align 4, !tbaa !5
-  %3531 = getelementptr inbounds nuw float, ptr %3452, i64 %indvars.iv.next651.6.i.6
-  store float %3530, ptr %3531, align 4, !tbaa !5
-  %indvars.iv.next651.6.i.7 = add nuw nsw i64 %indvars.iv650.6.i, 8
-  %exitcond653.6.not.i.7 = icmp eq i64 %indvars.iv.next651.6.i.7, 128
-  br i1 %exitcond653.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !36, !llvm.loop !75
+  %indvars.iv666.6.i = phi i64 [ %indvars.iv.next667.6.i.7, %for_body_d.6.i ], [ 0, %for_end_d.5.i ]
+  %.idx792.i = shl nuw nsw i64 %indvars.iv666.6.i, 6
+  %3507 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i
+  %3508 = getelementptr inbounds nuw i8, ptr %3507, i64 24
+  %3509 = load float, ptr %3508, align 4, !tbaa !5
+  %3510 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv666.6.i
+  store float %3509, ptr %3510, align 4, !tbaa !5
+  %indvars.iv.next667.6.i = or disjoint i64 %indvars.iv666.6.i, 1
+  %.idx792.i.1 = shl nuw nsw i64 %indvars.iv.next667.6.i, 6
+  %3511 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.1
+  %3512 = getelementptr inbounds nuw i8, ptr %3511, i64 24
+  %3513 = load float, ptr %3512, align 4, !tbaa !5
+  %3514 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i
+  store float %3513, ptr %3514, align 4, !tbaa !5
+  %indvars.iv.next667.6.i.1 = or disjoint i64 %indvars.iv666.6.i, 2
+  %.idx792.i.2 = shl nuw nsw i64 %indvars.iv.next667.6.i.1, 6
+  %3515 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.2
+  %3516 = getelementptr inbounds nuw i8, ptr %3515, i64 24
+  %3517 = load float, ptr %3516, align 4, !tbaa !5
+  %3518 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.1
+  store float %3517, ptr %3518, align 4, !tbaa !5
+  %indvars.iv.next667.6.i.2 = or disjoint i64 %indvars.iv666.6.i, 3
+  %.idx792.i.3 = shl nuw nsw i64 %indvars.iv.next667.6.i.2, 6
+  %3519 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.3
+  %3520 = getelementptr inbounds nuw i8, ptr %3519, i64 24
+  %3521 = load float, ptr %3520, align 4, !tbaa !5
+  %3522 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.2
+  store float %3521, ptr %3522, align 4, !tbaa !5
+  %indvars.iv.next667.6.i.3 = or disjoint i64 %indvars.iv666.6.i, 4
+  %.idx792.i.4 = shl nuw nsw i64 %indvars.iv.next667.6.i.3, 6
+  %3523 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.4
+  %3524 = getelementptr inbounds nuw i8, ptr %3523, i64 24
+  %3525 = load float, ptr %3524, align 4, !tbaa !5
+  %3526 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.3
+  store float %3525, ptr %3526, align 4, !tbaa !5
+  %indvars.iv.next667.6.i.4 = or disjoint i64 %indvars.iv666.6.i, 5
+  %.idx792.i.5 = shl nuw nsw i64 %indvars.iv.next667.6.i.4, 6
+  %3527 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.5
+  %3528 = getelementptr inbounds nuw i8, ptr %3527, i64 24
+  %3529 = load float, ptr %3528, align 4, !tbaa !5
+  %3530 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.4
+  store float %3529, ptr %3530, align 4, !tbaa !5
+  %indvars.iv.next667.6.i.5 = or disjoint i64 %indvars.iv666.6.i, 6
+  %.idx792.i.6 = shl nuw nsw i64 %indvars.iv.next667.6.i.5, 6
+  %3531 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.6
+  %3532 = getelementptr inbounds nuw i8, ptr %3531, i64 24
+  %3533 = load float, ptr %3532, align 4, !tbaa !5
+  %3534 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.5
+  store float %3533, ptr %3534, align 4, !tbaa !5
+  %indvars.iv.next667.6.i.6 = or disjoint i64 %indvars.iv666.6.i, 7
+  %.idx792.i.7 = shl nuw nsw i64 %indvars.iv.next667.6.i.6, 6
+  %3535 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.7
+  %3536 = getelementptr inbounds nuw i8, ptr %3535, i64 24
+  %3537 = load float, ptr %3536, align 4, !tbaa !5
+  %3538 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.6
+  store float %3537, ptr %3538, align 4, !tbaa !5
+  %indvars.iv.next667.6.i.7 = add nuw nsw i64 %indvars.iv666.6.i, 8
+  %exitcond669.6.not.i.7 = icmp eq i64 %indvars.iv.next667.6.i.7, 128
+  br i1 %exitcond669.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !36, !llvm.loop !75
 
-for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body495
-  %3532 = getelementptr inbounds nuw i8, ptr %425, i64 3584
-  %scevgep465 = getelementptr i8, ptr %acc.i, i64 28
-  %scevgep466 = getelementptr i8, ptr %acc.i, i64 8160
-  %bound0467 = icmp ult ptr %scevgep463, %scevgep466
-  %bound1468 = icmp ult ptr %scevgep465, %scevgep464
-  %found.conflict469 = and i1 %bound0467, %bound1468
-  br i1 %found.conflict469, label %for_body_d.7.i, label %vector.body472, !prof !17
+for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body507
+  %3539 = getelementptr inbounds nuw i8, ptr %425, i64 3584
+  %scevgep477 = getelementptr i8, ptr %acc.i, i64 28
+  %scevgep478 = getelementptr i8, ptr %acc.i, i64 8160
+  %bound0479 = icmp ult ptr %scevgep475, %scevgep478
+  %bound1480 = icmp ult ptr %scevgep477, %scevgep476
+  %found.conflict481 = and i1 %bound0479, %bound1480
+  br i1 %found.conflict481, label %for_body_d.7.i, label %vector.body484, !prof !17
 
-vector.body472:                                   ; preds = %for_end_d.6.i
-  %3533 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3534 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3535 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3536 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3537 = getelementptr inbounds nuw i8, <8 x ptr> %3533, i64 28
-  %3538 = getelementptr inbounds nuw i8, <8 x ptr> %3534, i64 28
-  %3539 = getelementptr inbounds nuw i8, <8 x ptr> %3535, i64 28
-  %3540 = getelementptr inbounds nuw i8, <8 x ptr> %3536, i64 28
-  %wide.masked.gather478 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3537, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather479 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3538, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather480 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3539, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather481 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3540, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3541 = getelementptr inbounds nuw i8, ptr %425, i64 3616
-  %3542 = getelementptr inbounds nuw i8, ptr %425, i64 3648
-  %3543 = getelementptr inbounds nuw i8, ptr %425, i64 3680
-  store <8 x float> %wide.masked.gather478, ptr %3532, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather479, ptr %3541, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather480, ptr %3542, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather481, ptr %3543, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3544 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3545 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3546 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3547 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3548 = getelementptr inbounds nuw i8, <8 x ptr> %3544, i64 28
-  %3549 = getelementptr inbounds nuw i8, <8 x ptr> %3545, i64 28
-  %3550 = getelementptr inbounds nuw i8, <8 x ptr> %3546, i64 28
-  %3551 = getelementptr inbounds nuw i8, <8 x ptr> %3547, i64 28
-  %wide.masked.gather478.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3548, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather479.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3549, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather480.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3550, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather481.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3551, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3552 = getelementptr inbounds nuw i8, ptr %425, i64 3712
-  %3553 = getelementptr inbounds nuw i8, ptr %425, i64 3744
-  %3554 = getelementptr inbounds nuw i8, ptr %425, i64 3776
-  %3555 = getelementptr inbounds nuw i8, ptr %425, i64 3808
-  store <8 x float> %wide.masked.gather478.1, ptr %3552, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather479.1, ptr %3553, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather480.1, ptr %3554, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather481.1, ptr %3555, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3556 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3557 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3558 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3559 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3560 = getelementptr inbounds nuw i8, <8 x ptr> %3556, i64 28
-  %3561 = getelementptr inbounds nuw i8, <8 x ptr> %3557, i64 28
-  %3562 = getelementptr inbounds nuw i8, <8 x ptr> %3558, i64 28
-  %3563 = getelementptr inbounds nuw i8, <8 x ptr> %3559, i64 28
-  %wide.masked.gather478.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3560, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather479.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3561, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather480.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3562, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather481.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3563, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3564 = getelementptr inbounds nuw i8, ptr %425, i64 3840
-  %3565 = getelementptr inbounds nuw i8, ptr %425, i64 3872
-  %3566 = getelementptr inbounds nuw i8, ptr %425, i64 3904
-  %3567 = getelementptr inbounds nuw i8, ptr %425, i64 3936
-  store <8 x float> %wide.masked.gather478.2, ptr %3564, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather479.2, ptr %3565, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather480.2, ptr %3566, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather481.2, ptr %3567, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3568 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3569 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3570 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3571 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3572 = getelementptr inbounds nuw i8, <8 x ptr> %3568, i64 28
-  %3573 = getelementptr inbounds nuw i8, <8 x ptr> %3569, i64 28
-  %3574 = getelementptr inbounds nuw i8, <8 x ptr> %3570, i64 28
-  %3575 = getelementptr inbounds nuw i8, <8 x ptr> %3571, i64 28
-  %wide.masked.gather478.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3572, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather479.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3573, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather480.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3574, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather481.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3575, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3576 = getelementptr inbounds nuw i8, ptr %425, i64 3968
-  %3577 = getelementptr inbounds nuw i8, ptr %425, i64 4000
-  %3578 = getelementptr inbounds nuw i8, ptr %425, i64 4032
-  %3579 = getelementptr inbounds nuw i8, ptr %425, i64 4064
-  store <8 x float> %wide.masked.gather478.3, ptr %3576, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather479.3, ptr %3577, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather480.3, ptr %3578, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather481.3, ptr %3579, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+vector.body484:                                   ; preds = %for_end_d.6.i
+  %3540 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3541 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3542 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3543 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3544 = getelementptr inbounds nuw i8, <8 x ptr> %3540, i64 28
+  %3545 = getelementptr inbounds nuw i8, <8 x ptr> %3541, i64 28
+  %3546 = getelementptr inbounds nuw i8, <8 x ptr> %3542, i64 28
+  %3547 = getelementptr inbounds nuw i8, <8 x ptr> %3543, i64 28
+  %wide.masked.gather490 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3544, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather491 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3545, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather492 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3546, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather493 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3547, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3548 = getelementptr inbounds nuw i8, ptr %425, i64 3616
+  %3549 = getelementptr inbounds nuw i8, ptr %425, i64 3648
+  %3550 = getelementptr inbounds nuw i8, ptr %425, i64 3680
+  store <8 x float> %wide.masked.gather490, ptr %3539, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather491, ptr %3548, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather492, ptr %3549, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather493, ptr %3550, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3551 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3552 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3553 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3554 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3555 = getelementptr inbounds nuw i8, <8 x ptr> %3551, i64 28
+  %3556 = getelementptr inbounds nuw i8, <8 x ptr> %3552, i64 28
+  %3557 = getelementptr inbounds nuw i8, <8 x ptr> %3553, i64 28
+  %3558 = getelementptr inbounds nuw i8, <8 x ptr> %3554, i64 28
+  %wide.masked.gather490.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3555, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather491.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3556, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather492.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3557, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather493.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3558, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3559 = getelementptr inbounds nuw i8, ptr %425, i64 3712
+  %3560 = getelementptr inbounds nuw i8, ptr %425, i64 3744
+  %3561 = getelementptr inbounds nuw i8, ptr %425, i64 3776
+  %3562 = getelementptr inbounds nuw i8, ptr %425, i64 3808
+  store <8 x float> %wide.masked.gather490.1, ptr %3559, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather491.1, ptr %3560, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather492.1, ptr %3561, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather493.1, ptr %3562, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3563 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3564 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3565 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3566 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3567 = getelementptr inbounds nuw i8, <8 x ptr> %3563, i64 28
+  %3568 = getelementptr inbounds nuw i8, <8 x ptr> %3564, i64 28
+  %3569 = getelementptr inbounds nuw i8, <8 x ptr> %3565, i64 28
+  %3570 = getelementptr inbounds nuw i8, <8 x ptr> %3566, i64 28
+  %wide.masked.gather490.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3567, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather491.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3568, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather492.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3569, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather493.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3570, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3571 = getelementptr inbounds nuw i8, ptr %425, i64 3840
+  %3572 = getelementptr inbounds nuw i8, ptr %425, i64 3872
+  %3573 = getelementptr inbounds nuw i8, ptr %425, i64 3904
+  %3574 = getelementptr inbounds nuw i8, ptr %425, i64 3936
+  store <8 x float> %wide.masked.gather490.2, ptr %3571, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather491.2, ptr %3572, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather492.2, ptr %3573, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather493.2, ptr %3574, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3575 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3576 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3577 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3578 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3579 = getelementptr inbounds nuw i8, <8 x ptr> %3575, i64 28
+  %3580 = getelementptr inbounds nuw i8, <8 x ptr> %3576, i64 28
+  %3581 = getelementptr inbounds nuw i8, <8 x ptr> %3577, i64 28
+  %3582 = getelementptr inbounds nuw i8, <8 x ptr> %3578, i64 28
+  %wide.masked.gather490.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3579, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather491.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3580, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather492.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3581, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather493.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3582, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3583 = getelementptr inbounds nuw i8, ptr %425, i64 3968
+  %3584 = getelementptr inbounds nuw i8, ptr %425, i64 4000
+  %3585 = getelementptr inbounds nuw i8, ptr %425, i64 4032
+  %3586 = getelementptr inbounds nuw i8, ptr %425, i64 4064
+  store <8 x float> %wide.masked.gather490.3, ptr %3583, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather491.3, ptr %3584, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather492.3, ptr %3585, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather493.3, ptr %3586, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   br label %for_end_d.7.i
 
 for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %for_end_d.6.i
-  %indvars.iv650.7.i = phi i64 [ %indvars.iv.next651.7.i.7, %for_body_d.7.i ], [ 0, %for_end_d.6.i ]
-  %.idx777.i = shl nuw nsw i64 %indvars.iv650.7.i, 6
-  %3580 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i
-  %3581 = getelementptr inbounds nuw i8, ptr %3580, i64 28
-  %3582 = load float, ptr %3581, align 4, !tbaa !5
-  %3583 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv650.7.i
-  store float %3582, ptr %3583, align 4, !tbaa !5
-  %indvars.iv.next651.7.i = or disjoint i64 %indvars.iv650.7.i, 1
-  %.idx777.i.1 = shl nuw nsw i64 %indvars.iv.next651.7.i, 6
-  %3584 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.1
-  %3585 = getelementptr inbounds nuw i8, ptr %3584, i64 28
-  %3586 = load float, ptr %3585, align 4, !tbaa !5
-  %3587 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i
-  store float %3586, ptr %3587, align 4, !tbaa !5
-  %indvars.iv.next651.7.i.1 = or disjoint i64 %indvars.iv650.7.i, 2
-  %.idx777.i.2 = shl nuw nsw i64 %indvars.iv.next651.7.i.1, 6
-  %3588 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.2
-  %3589 = getelementptr inbounds nuw i8, ptr %3588, i64 28
-  %3590 = load float, ptr %3589, align 4, !tbaa !5
-  %3591 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i.1
-  store float %3590, ptr %3591, align 4, !tbaa !5
-  %indvars.iv.next651.7.i.2 = or disjoint i64 %indvars.iv650.7.i, 3
-  %.idx777.i.3 = shl nuw nsw i64 %indvars.iv.next651.7.i.2, 6
-  %3592 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.3
-  %3593 = getelementptr inbounds nuw i8, ptr %3592, i64 28
-  %3594 = load float, ptr %3593, align 4, !tbaa !5
-  %3595 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i.2
-  store float %3594, ptr %3595, align 4, !tbaa !5
-  %indvars.iv.next651.7.i.3 = or disjoint i64 %indvars.iv650.7.i, 4
-  %.idx777.i.4 = shl nuw nsw i64 %indvars.iv.next651.7.i.3, 6
-  %3596 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.4
-  %3597 = getelementptr inbounds nuw i8, ptr %3596, i64 28
-  %3598 = load float, ptr %3597, align 4, !tbaa !5
-  %3599 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i.3
-  store float %3598, ptr %3599, align 4, !tbaa !5
-  %indvars.iv.next651.7.i.4 = or disjoint i64 %indvars.iv650.7.i, 5
-  %.idx777.i.5 = shl nuw nsw i64 %indvars.iv.next651.7.i.4, 6
-  %3600 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.5
-  %3601 = getelementptr inbounds nuw i8, ptr %3600, i64 28
-  %3602 = load float, ptr %3601, align 4, !tbaa !5
-  %3603 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i.4
-  store float %3602, ptr %3603, align 4, !tbaa !5
-  %indvars.iv.next651.7.i.5 = or disjoint i64 %indvars.iv650.7.i, 6
-  %.idx777.i.6 = shl nuw nsw i64 %indvars.iv.next651.7.i.5, 6
-  %3604 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.6
-  %3605 = getelementptr inbounds nuw i8, ptr %3604, i64 28
-  %3606 = load float, ptr %3605, align 4, !tbaa !5
-  %3607 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i.5
-  store float %3606, ptr %3607, align 4, !tbaa !5
-  %indvars.iv.next651.7.i.6 = or disjoint i64 %indvars.iv650.7.i, 7
-  %.idx777.i.7 = shl nuw nsw i64 %indvars.iv.next651.7.i.6, 6
-  %3608 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.7
-  %3609 = getelementptr inbounds nuw i8, ptr %3608, i64 28
-  %3610 = load float, ptr %3609, align 4, !tbaa !5
-  %3611 = getelementptr inbounds nuw float, ptr %3532, i64 %indvars.iv.next651.7.i.6
-  store float %3610, ptr %3611, align 4, !tbaa !5
-  %indvars.iv.next651.7.i.7 = add nuw nsw i64 %indvars.iv650.7.i, 8
-  %exitcond653.7.not.i.7 = icmp eq i64 %indvars.iv.next651.7.i.7, 128
-  br i1 %exitcond653.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !36, !llvm.loop !81
+  %indvars.iv666.7.i = phi i64 [ %indvars.iv.next667.7.i.7, %for_body_d.7.i ], [ 0, %for_end_d.6.i ]
+  %.idx793.i = shl nuw nsw i64 %indvars.iv666.7.i, 6
+  %3587 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i
+  %3588 = getelementptr inbounds nuw i8, ptr %3587, i64 28
+  %3589 = load float, ptr %3588, align 4, !tbaa !5
+  %3590 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv666.7.i
+  store float %3589, ptr %3590, align 4, !tbaa !5
+  %indvars.iv.next667.7.i = or disjoint i64 %indvars.iv666.7.i, 1
+  %.idx793.i.1 = shl nuw nsw i64 %indvars.iv.next667.7.i, 6
+  %3591 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.1
+  %3592 = getelementptr inbounds nuw i8, ptr %3591, i64 28
+  %3593 = load float, ptr %3592, align 4, !tbaa !5
+  %3594 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i
+  store float %3593, ptr %3594, align 4, !tbaa !5
+  %indvars.iv.next667.7.i.1 = or disjoint i64 %indvars.iv666.7.i, 2
+  %.idx793.i.2 = shl nuw nsw i64 %indvars.iv.next667.7.i.1, 6
+  %3595 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.2
+  %3596 = getelementptr inbounds nuw i8, ptr %3595, i64 28
+  %3597 = load float, ptr %3596, align 4, !tbaa !5
+  %3598 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.1
+  store float %3597, ptr %3598, align 4, !tbaa !5
+  %indvars.iv.next667.7.i.2 = or disjoint i64 %indvars.iv666.7.i, 3
+  %.idx793.i.3 = shl nuw nsw i64 %indvars.iv.next667.7.i.2, 6
+  %3599 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.3
+  %3600 = getelementptr inbounds nuw i8, ptr %3599, i64 28
+  %3601 = load float, ptr %3600, align 4, !tbaa !5
+  %3602 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.2
+  store float %3601, ptr %3602, align 4, !tbaa !5
+  %indvars.iv.next667.7.i.3 = or disjoint i64 %indvars.iv666.7.i, 4
+  %.idx793.i.4 = shl nuw nsw i64 %indvars.iv.next667.7.i.3, 6
+  %3603 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.4
+  %3604 = getelementptr inbounds nuw i8, ptr %3603, i64 28
+  %3605 = load float, ptr %3604, align 4, !tbaa !5
+  %3606 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.3
+  store float %3605, ptr %3606, align 4, !tbaa !5
+  %indvars.iv.next667.7.i.4 = or disjoint i64 %indvars.iv666.7.i, 5
+  %.idx793.i.5 = shl nuw nsw i64 %indvars.iv.next667.7.i.4, 6
+  %3607 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.5
+  %3608 = getelementptr inbounds nuw i8, ptr %3607, i64 28
+  %3609 = load float, ptr %3608, align 4, !tbaa !5
+  %3610 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.4
+  store float %3609, ptr %3610, align 4, !tbaa !5
+  %indvars.iv.next667.7.i.5 = or disjoint i64 %indvars.iv666.7.i, 6
+  %.idx793.i.6 = shl nuw nsw i64 %indvars.iv.next667.7.i.5, 6
+  %3611 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.6
+  %3612 = getelementptr inbounds nuw i8, ptr %3611, i64 28
+  %3613 = load float, ptr %3612, align 4, !tbaa !5
+  %3614 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.5
+  store float %3613, ptr %3614, align 4, !tbaa !5
+  %indvars.iv.next667.7.i.6 = or disjoint i64 %indvars.iv666.7.i, 7
+  %.idx793.i.7 = shl nuw nsw i64 %indvars.iv.next667.7.i.6, 6
+  %3615 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.7
+  %3616 = getelementptr inbounds nuw i8, ptr %3615, i64 28
+  %3617 = load float, ptr %3616, align 4, !tbaa !5
+  %3618 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.6
+  store float %3617, ptr %3618, align 4, !tbaa !5
+  %indvars.iv.next667.7.i.7 = add nuw nsw i64 %indvars.iv666.7.i, 8
+  %exitcond669.7.not.i.7 = icmp eq i64 %indvars.iv.next667.7.i.7, 128
+  br i1 %exitcond669.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !36, !llvm.loop !81
 
-for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body472
-  %3612 = getelementptr inbounds nuw i8, ptr %425, i64 4096
-  %scevgep442 = getelementptr i8, ptr %acc.i, i64 32
-  %scevgep443 = getelementptr i8, ptr %acc.i, i64 8164
-  %bound0444 = icmp ult ptr %scevgep440, %scevgep443
-  %bound1445 = icmp ult ptr %scevgep442, %scevgep441
-  %found.conflict446 = and i1 %bound0444, %bound1445
-  br i1 %found.conflict446, label %for_body_d.8.i, label %vector.body449, !prof !17
+for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body484
+  %3619 = getelementptr inbounds nuw i8, ptr %425, i64 4096
+  %scevgep454 = getelementptr i8, ptr %acc.i, i64 32
+  %scevgep455 = getelementptr i8, ptr %acc.i, i64 8164
+  %bound0456 = icmp ult ptr %scevgep452, %scevgep455
+  %bound1457 = icmp ult ptr %scevgep454, %scevgep453
+  %found.conflict458 = and i1 %bound0456, %bound1457
+  br i1 %found.conflict458, label %for_body_d.8.i, label %vector.body461, !prof !17
 
-vector.body449:                                   ; preds = %for_end_d.7.i
-  %3613 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3614 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3615 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3616 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3617 = getelementptr inbounds nuw i8, <8 x ptr> %3613, i64 32
-  %3618 = getelementptr inbounds nuw i8, <8 x ptr> %3614, i64 32
-  %3619 = getelementptr inbounds nuw i8, <8 x ptr> %3615, i64 32
-  %3620 = getelementptr inbounds nuw i8, <8 x ptr> %3616, i64 32
-  %wide.masked.gather455 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3617, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather456 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3618, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather457 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3619, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather458 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3620, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3621 = getelementptr inbounds nuw i8, ptr %425, i64 4128
-  %3622 = getelementptr inbounds nuw i8, ptr %425, i64 4160
-  %3623 = getelementptr inbounds nuw i8, ptr %425, i64 4192
-  store <8 x float> %wide.masked.gather455, ptr %3612, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather456, ptr %3621, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather457, ptr %3622, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather458, ptr %3623, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3624 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3625 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3626 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3627 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3628 = getelementptr inbounds nuw i8, <8 x ptr> %3624, i64 32
-  %3629 = getelementptr inbounds nuw i8, <8 x ptr> %3625, i64 32
-  %3630 = getelementptr inbounds nuw i8, <8 x ptr> %3626, i64 32
-  %3631 = getelementptr inbounds nuw i8, <8 x ptr> %3627, i64 32
-  %wide.masked.gather455.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3628, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather456.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3629, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather457.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3630, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather458.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3631, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3632 = getelementptr inbounds nuw i8, ptr %425, i64 4224
-  %3633 = getelementptr inbounds nuw i8, ptr %425, i64 4256
-  %3634 = getelementptr inbounds nuw i8, ptr %425, i64 4288
-  %3635 = getelementptr inbounds nuw i8, ptr %425, i64 4320
-  store <8 x float> %wide.masked.gather455.1, ptr %3632, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather456.1, ptr %3633, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather457.1, ptr %3634, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather458.1, ptr %3635, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3636 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3637 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3638 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3639 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3640 = getelementptr inbounds nuw i8, <8 x ptr> %3636, i64 32
-  %3641 = getelementptr inbounds nuw i8, <8 x ptr> %3637, i64 32
-  %3642 = getelementptr inbounds nuw i8, <8 x ptr> %3638, i64 32
-  %3643 = getelementptr inbounds nuw i8, <8 x ptr> %3639, i64 32
-  %wide.masked.gather455.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3640, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather456.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3641, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather457.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3642, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather458.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3643, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3644 = getelementptr inbounds nuw i8, ptr %425, i64 4352
-  %3645 = getelementptr inbounds nuw i8, ptr %425, i64 4384
-  %3646 = getelementptr inbounds nuw i8, ptr %425, i64 4416
-  %3647 = getelementptr inbounds nuw i8, ptr %425, i64 4448
-  store <8 x float> %wide.masked.gather455.2, ptr %3644, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather456.2, ptr %3645, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather457.2, ptr %3646, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather458.2, ptr %3647, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3648 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3649 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3650 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3651 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3652 = getelementptr inbounds nuw i8, <8 x ptr> %3648, i64 32
-  %3653 = getelementptr inbounds nuw i8, <8 x ptr> %3649, i64 32
-  %3654 = getelementptr inbounds nuw i8, <8 x ptr> %3650, i64 32
-  %3655 = getelementptr inbounds nuw i8, <8 x ptr> %3651, i64 32
-  %wide.masked.gather455.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3652, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather456.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3653, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather457.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3654, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather458.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3655, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3656 = getelementptr inbounds nuw i8, ptr %425, i64 4480
-  %3657 = getelementptr inbounds nuw i8, ptr %425, i64 4512
-  %3658 = getelementptr inbounds nuw i8, ptr %425, i64 4544
-  %3659 = getelementptr inbounds nuw i8, ptr %425, i64 4576
-  store <8 x float> %wide.masked.gather455.3, ptr %3656, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather456.3, ptr %3657, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather457.3, ptr %3658, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather458.3, ptr %3659, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+vector.body461:                                   ; preds = %for_end_d.7.i
+  %3620 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3621 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3622 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3623 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3624 = getelementptr inbounds nuw i8, <8 x ptr> %3620, i64 32
+  %3625 = getelementptr inbounds nuw i8, <8 x ptr> %3621, i64 32
+  %3626 = getelementptr inbounds nuw i8, <8 x ptr> %3622, i64 32
+  %3627 = getelementptr inbounds nuw i8, <8 x ptr> %3623, i64 32
+  %wide.masked.gather467 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3624, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather468 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3625, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather469 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3626, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather470 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3627, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3628 = getelementptr inbounds nuw i8, ptr %425, i64 4128
+  %3629 = getelementptr inbounds nuw i8, ptr %425, i64 4160
+  %3630 = getelementptr inbounds nuw i8, ptr %425, i64 4192
+  store <8 x float> %wide.masked.gather467, ptr %3619, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather468, ptr %3628, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather469, ptr %3629, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather470, ptr %3630, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3631 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3632 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3633 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3634 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3635 = getelementptr inbounds nuw i8, <8 x ptr> %3631, i64 32
+  %3636 = getelementptr inbounds nuw i8, <8 x ptr> %3632, i64 32
+  %3637 = getelementptr inbounds nuw i8, <8 x ptr> %3633, i64 32
+  %3638 = getelementptr inbounds nuw i8, <8 x ptr> %3634, i64 32
+  %wide.masked.gather467.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3635, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather468.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3636, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather469.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3637, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather470.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3638, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3639 = getelementptr inbounds nuw i8, ptr %425, i64 4224
+  %3640 = getelementptr inbounds nuw i8, ptr %425, i64 4256
+  %3641 = getelementptr inbounds nuw i8, ptr %425, i64 4288
+  %3642 = getelementptr inbounds nuw i8, ptr %425, i64 4320
+  store <8 x float> %wide.masked.gather467.1, ptr %3639, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather468.1, ptr %3640, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather469.1, ptr %3641, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather470.1, ptr %3642, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3643 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3644 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3645 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3646 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3647 = getelementptr inbounds nuw i8, <8 x ptr> %3643, i64 32
+  %3648 = getelementptr inbounds nuw i8, <8 x ptr> %3644, i64 32
+  %3649 = getelementptr inbounds nuw i8, <8 x ptr> %3645, i64 32
+  %3650 = getelementptr inbounds nuw i8, <8 x ptr> %3646, i64 32
+  %wide.masked.gather467.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3647, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather468.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3648, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather469.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3649, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather470.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3650, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3651 = getelementptr inbounds nuw i8, ptr %425, i64 4352
+  %3652 = getelementptr inbounds nuw i8, ptr %425, i64 4384
+  %3653 = getelementptr inbounds nuw i8, ptr %425, i64 4416
+  %3654 = getelementptr inbounds nuw i8, ptr %425, i64 4448
+  store <8 x float> %wide.masked.gather467.2, ptr %3651, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather468.2, ptr %3652, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather469.2, ptr %3653, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather470.2, ptr %3654, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3655 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3656 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3657 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3658 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3659 = getelementptr inbounds nuw i8, <8 x ptr> %3655, i64 32
+  %3660 = getelementptr inbounds nuw i8, <8 x ptr> %3656, i64 32
+  %3661 = getelementptr inbounds nuw i8, <8 x ptr> %3657, i64 32
+  %3662 = getelementptr inbounds nuw i8, <8 x ptr> %3658, i64 32
+  %wide.masked.gather467.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3659, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather468.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3660, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather469.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3661, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather470.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3662, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3663 = getelementptr inbounds nuw i8, ptr %425, i64 4480
+  %3664 = getelementptr inbounds nuw i8, ptr %425, i64 4512
+  %3665 = getelementptr inbounds nuw i8, ptr %425, i64 4544
+  %3666 = getelementptr inbounds nuw i8, ptr %425, i64 4576
+  store <8 x float> %wide.masked.gather467.3, ptr %3663, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather468.3, ptr %3664, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather469.3, ptr %3665, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather470.3, ptr %3666, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   br label %for_end_d.8.i
 
 for_body_d.8.i:                                   ; preds = %for_body_d.8.i, %for_end_d.7.i
-  %indvars.iv650.8.i = phi i64 [ %indvars.iv.next651.8.i.7, %for_body_d.8.i ], [ 0, %for_end_d.7.i ]
-  %.idx778.i = shl nuw nsw i64 %indvars.iv650.8.i, 6
-  %3660 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i
-  %3661 = getelementptr inbounds nuw i8, ptr %3660, i64 32
-  %3662 = load float, ptr %3661, align 4, !tbaa !5
-  %3663 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv650.8.i
-  store float %3662, ptr %3663, align 4, !tbaa !5
-  %indvars.iv.next651.8.i = or disjoint i64 %indvars.iv650.8.i, 1
-  %.idx778.i.1 = shl nuw nsw i64 %indvars.iv.next651.8.i, 6
-  %3664 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.1
-  %3665 = getelementptr inbounds nuw i8, ptr %3664, i64 32
-  %3666 = load float, ptr %3665, align 4, !tbaa !5
-  %3667 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i
-  store float %3666, ptr %3667, align 4, !tbaa !5
-  %indvars.iv.next651.8.i.1 = or disjoint i64 %indvars.iv650.8.i, 2
-  %.idx778.i.2 = shl nuw nsw i64 %indvars.iv.next651.8.i.1, 6
-  %3668 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.2
-  %3669 = getelementptr inbounds nuw i8, ptr %3668, i64 32
-  %3670 = load float, ptr %3669, align 4, !tbaa !5
-  %3671 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i.1
-  store float %3670, ptr %3671, align 4, !tbaa !5
-  %indvars.iv.next651.8.i.2 = or disjoint i64 %indvars.iv650.8.i, 3
-  %.idx778.i.3 = shl nuw nsw i64 %indvars.iv.next651.8.i.2, 6
-  %3672 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.3
-  %3673 = getelementptr inbounds nuw i8, ptr %3672, i64 32
-  %3674 = load float, ptr %3673, align 4, !tbaa !5
-  %3675 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i.2
-  store float %3674, ptr %3675, align 4, !tbaa !5
-  %indvars.iv.next651.8.i.3 = or disjoint i64 %indvars.iv650.8.i, 4
-  %.idx778.i.4 = shl nuw nsw i64 %indvars.iv.next651.8.i.3, 6
-  %3676 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.4
-  %3677 = getelementptr inbounds nuw i8, ptr %3676, i64 32
-  %3678 = load float, ptr %3677, align 4, !tbaa !5
-  %3679 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i.3
-  store float %3678, ptr %3679, align 4, !tbaa !5
-  %indvars.iv.next651.8.i.4 = or disjoint i64 %indvars.iv650.8.i, 5
-  %.idx778.i.5 = shl nuw nsw i64 %indvars.iv.next651.8.i.4, 6
-  %3680 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.5
-  %3681 = getelementptr inbounds nuw i8, ptr %3680, i64 32
-  %3682 = load float, ptr %3681, align 4, !tbaa !5
-  %3683 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i.4
-  store float %3682, ptr %3683, align 4, !tbaa !5
-  %indvars.iv.next651.8.i.5 = or disjoint i64 %indvars.iv650.8.i, 6
-  %.idx778.i.6 = shl nuw nsw i64 %indvars.iv.next651.8.i.5, 6
-  %3684 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.6
-  %3685 = getelementptr inbounds nuw i8, ptr %3684, i64 32
-  %3686 = load float, ptr %3685, align 4, !tbaa !5
-  %3687 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i.5
-  store float %3686, ptr %3687, align 4, !tbaa !5
-  %indvars.iv.next651.8.i.6 = or disjoint i64 %indvars.iv650.8.i, 7
-  %.idx778.i.7 = shl nuw nsw i64 %indvars.iv.next651.8.i.6, 6
-  %3688 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.7
-  %3689 = getelementptr inbounds nuw i8, ptr %3688, i64 32
-  %3690 = load float, ptr %3689, align 4, !tbaa !5
-  %3691 = getelementptr inbounds nuw float, ptr %3612, i64 %indvars.iv.next651.8.i.6
-  store float %3690, ptr %3691, align 4, !tbaa !5
-  %indvars.iv.next651.8.i.7 = add nuw nsw i64 %indvars.iv650.8.i, 8
-  %exitcond653.8.not.i.7 = icmp eq i64 %indvars.iv.next651.8.i.7, 128
-  br i1 %exitcond653.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !36, !llvm.loop !87
+  %indvars.iv666.8.i = phi i64 [ %indvars.iv.next667.8.i.7, %for_body_d.8.i ], [ 0, %for_end_d.7.i ]
+  %.idx794.i = shl nuw nsw i64 %indvars.iv666.8.i, 6
+  %3667 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i
+  %3668 = getelementptr inbounds nuw i8, ptr %3667, i64 32
+  %3669 = load float, ptr %3668, align 4, !tbaa !5
+  %3670 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv666.8.i
+  store float %3669, ptr %3670, align 4, !tbaa !5
+  %indvars.iv.next667.8.i = or disjoint i64 %indvars.iv666.8.i, 1
+  %.idx794.i.1 = shl nuw nsw i64 %indvars.iv.next667.8.i, 6
+  %3671 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.1
+  %3672 = getelementptr inbounds nuw i8, ptr %3671, i64 32
+  %3673 = load float, ptr %3672, align 4, !tbaa !5
+  %3674 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i
+  store float %3673, ptr %3674, align 4, !tbaa !5
+  %indvars.iv.next667.8.i.1 = or disjoint i64 %indvars.iv666.8.i, 2
+  %.idx794.i.2 = shl nuw nsw i64 %indvars.iv.next667.8.i.1, 6
+  %3675 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.2
+  %3676 = getelementptr inbounds nuw i8, ptr %3675, i64 32
+  %3677 = load float, ptr %3676, align 4, !tbaa !5
+  %3678 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.1
+  store float %3677, ptr %3678, align 4, !tbaa !5
+  %indvars.iv.next667.8.i.2 = or disjoint i64 %indvars.iv666.8.i, 3
+  %.idx794.i.3 = shl nuw nsw i64 %indvars.iv.next667.8.i.2, 6
+  %3679 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.3
+  %3680 = getelementptr inbounds nuw i8, ptr %3679, i64 32
+  %3681 = load float, ptr %3680, align 4, !tbaa !5
+  %3682 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.2
+  store float %3681, ptr %3682, align 4, !tbaa !5
+  %indvars.iv.next667.8.i.3 = or disjoint i64 %indvars.iv666.8.i, 4
+  %.idx794.i.4 = shl nuw nsw i64 %indvars.iv.next667.8.i.3, 6
+  %3683 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.4
+  %3684 = getelementptr inbounds nuw i8, ptr %3683, i64 32
+  %3685 = load float, ptr %3684, align 4, !tbaa !5
+  %3686 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.3
+  store float %3685, ptr %3686, align 4, !tbaa !5
+  %indvars.iv.next667.8.i.4 = or disjoint i64 %indvars.iv666.8.i, 5
+  %.idx794.i.5 = shl nuw nsw i64 %indvars.iv.next667.8.i.4, 6
+  %3687 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.5
+  %3688 = getelementptr inbounds nuw i8, ptr %3687, i64 32
+  %3689 = load float, ptr %3688, align 4, !tbaa !5
+  %3690 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.4
+  store float %3689, ptr %3690, align 4, !tbaa !5
+  %indvars.iv.next667.8.i.5 = or disjoint i64 %indvars.iv666.8.i, 6
+  %.idx794.i.6 = shl nuw nsw i64 %indvars.iv.next667.8.i.5, 6
+  %3691 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.6
+  %3692 = getelementptr inbounds nuw i8, ptr %3691, i64 32
+  %3693 = load float, ptr %3692, align 4, !tbaa !5
+  %3694 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.5
+  store float %3693, ptr %3694, align 4, !tbaa !5
+  %indvars.iv.next667.8.i.6 = or disjoint i64 %indvars.iv666.8.i, 7
+  %.idx794.i.7 = shl nuw nsw i64 %indvars.iv.next667.8.i.6, 6
+  %3695 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.7
+  %3696 = getelementptr inbounds nuw i8, ptr %3695, i64 32
+  %3697 = load float, ptr %3696, align 4, !tbaa !5
+  %3698 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.6
+  store float %3697, ptr %3698, align 4, !tbaa !5
+  %indvars.iv.next667.8.i.7 = add nuw nsw i64 %indvars.iv666.8.i, 8
+  %exitcond669.8.not.i.7 = icmp eq i64 %indvars.iv.next667.8.i.7, 128
+  br i1 %exitcond669.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !36, !llvm.loop !87
 
-for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %vector.body449
-  %3692 = getelementptr inbounds nuw i8, ptr %425, i64 4608
-  %scevgep419 = getelementptr i8, ptr %acc.i, i64 36
-  %scevgep420 = getelementptr i8, ptr %acc.i, i64 8168
-  %bound0421 = icmp ult ptr %scevgep417, %scevgep420
-  %bound1422 = icmp ult ptr %scevgep419, %scevgep418
-  %found.conflict423 = and i1 %bound0421, %bound1422
-  br i1 %found.conflict423, label %for_body_d.9.i, label %vector.body426, !prof !17
+for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %vector.body461
+  %3699 = getelementptr inbounds nuw i8, ptr %425, i64 4608
+  %scevgep431 = getelementptr i8, ptr %acc.i, i64 36
+  %scevgep432 = getelementptr i8, ptr %acc.i, i64 8168
+  %bound0433 = icmp ult ptr %scevgep429, %scevgep432
+  %bound1434 = icmp ult ptr %scevgep431, %scevgep430
+  %found.conflict435 = and i1 %bound0433, %bound1434
+  br i1 %found.conflict435, label %for_body_d.9.i, label %vector.body438, !prof !17
 
-vector.body426:                                   ; preds = %for_end_d.8.i
-  %3693 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3694 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3695 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3696 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3697 = getelementptr inbounds nuw i8, <8 x ptr> %3693, i64 36
-  %3698 = getelementptr inbounds nuw i8, <8 x ptr> %3694, i64 36
-  %3699 = getelementptr inbounds nuw i8, <8 x ptr> %3695, i64 36
-  %3700 = getelementptr inbounds nuw i8, <8 x ptr> %3696, i64 36
-  %wide.masked.gather432 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3697, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather433 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3698, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather434 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3699, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather435 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3700, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3701 = getelementptr inbounds nuw i8, ptr %425, i64 4640
-  %3702 = getelementptr inbounds nuw i8, ptr %425, i64 4672
-  %3703 = getelementptr inbounds nuw i8, ptr %425, i64 4704
-  store <8 x float> %wide.masked.gather432, ptr %3692, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather433, ptr %3701, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather434, ptr %3702, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather435, ptr %3703, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3704 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3705 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3706 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3707 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3708 = getelementptr inbounds nuw i8, <8 x ptr> %3704, i64 36
-  %3709 = getelementptr inbounds nuw i8, <8 x ptr> %3705, i64 36
-  %3710 = getelementptr inbounds nuw i8, <8 x ptr> %3706, i64 36
-  %3711 = getelementptr inbounds nuw i8, <8 x ptr> %3707, i64 36
-  %wide.masked.gather432.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3708, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather433.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3709, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather434.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3710, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather435.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3711, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3712 = getelementptr inbounds nuw i8, ptr %425, i64 4736
-  %3713 = getelementptr inbounds nuw i8, ptr %425, i64 4768
-  %3714 = getelementptr inbounds nuw i8, ptr %425, i64 4800
-  %3715 = getelementptr inbounds nuw i8, ptr %425, i64 4832
-  store <8 x float> %wide.masked.gather432.1, ptr %3712, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather433.1, ptr %3713, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather434.1, ptr %3714, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather435.1, ptr %3715, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3716 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3717 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3718 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3719 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3720 = getelementptr inbounds nuw i8, <8 x ptr> %3716, i64 36
-  %3721 = getelementptr inbounds nuw i8, <8 x ptr> %3717, i64 36
-  %3722 = getelementptr inbounds nuw i8, <8 x ptr> %3718, i64 36
-  %3723 = getelementptr inbounds nuw i8, <8 x ptr> %3719, i64 36
-  %wide.masked.gather432.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3720, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather433.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3721, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather434.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3722, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather435.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3723, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3724 = getelementptr inbounds nuw i8, ptr %425, i64 4864
-  %3725 = getelementptr inbounds nuw i8, ptr %425, i64 4896
-  %3726 = getelementptr inbounds nuw i8, ptr %425, i64 4928
-  %3727 = getelementptr inbounds nuw i8, ptr %425, i64 4960
-  store <8 x float> %wide.masked.gather432.2, ptr %3724, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather433.2, ptr %3725, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather434.2, ptr %3726, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather435.2, ptr %3727, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3728 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3729 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3730 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3731 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3732 = getelementptr inbounds nuw i8, <8 x ptr> %3728, i64 36
-  %3733 = getelementptr inbounds nuw i8, <8 x ptr> %3729, i64 36
-  %3734 = getelementptr inbounds nuw i8, <8 x ptr> %3730, i64 36
-  %3735 = getelementptr inbounds nuw i8, <8 x ptr> %3731, i64 36
-  %wide.masked.gather432.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3732, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather433.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3733, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather434.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3734, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather435.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3735, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3736 = getelementptr inbounds nuw i8, ptr %425, i64 4992
-  %3737 = getelementptr inbounds nuw i8, ptr %425, i64 5024
-  %3738 = getelementptr inbounds nuw i8, ptr %425, i64 5056
-  %3739 = getelementptr inbounds nuw i8, ptr %425, i64 5088
-  store <8 x float> %wide.masked.gather432.3, ptr %3736, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather433.3, ptr %3737, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather434.3, ptr %3738, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather435.3, ptr %3739, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+vector.body438:                                   ; preds = %for_end_d.8.i
+  %3700 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3701 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3702 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3703 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3704 = getelementptr inbounds nuw i8, <8 x ptr> %3700, i64 36
+  %3705 = getelementptr inbounds nuw i8, <8 x ptr> %3701, i64 36
+  %3706 = getelementptr inbounds nuw i8, <8 x ptr> %3702, i64 36
+  %3707 = getelementptr inbounds nuw i8, <8 x ptr> %3703, i64 36
+  %wide.masked.gather444 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3704, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather445 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3705, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather446 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3706, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather447 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3707, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3708 = getelementptr inbounds nuw i8, ptr %425, i64 4640
+  %3709 = getelementptr inbounds nuw i8, ptr %425, i64 4672
+  %3710 = getelementptr inbounds nuw i8, ptr %425, i64 4704
+  store <8 x float> %wide.masked.gather444, ptr %3699, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather445, ptr %3708, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather446, ptr %3709, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather447, ptr %3710, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3711 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3712 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3713 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3714 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3715 = getelementptr inbounds nuw i8, <8 x ptr> %3711, i64 36
+  %3716 = getelementptr inbounds nuw i8, <8 x ptr> %3712, i64 36
+  %3717 = getelementptr inbounds nuw i8, <8 x ptr> %3713, i64 36
+  %3718 = getelementptr inbounds nuw i8, <8 x ptr> %3714, i64 36
+  %wide.masked.gather444.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3715, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather445.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3716, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather446.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3717, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather447.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3718, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3719 = getelementptr inbounds nuw i8, ptr %425, i64 4736
+  %3720 = getelementptr inbounds nuw i8, ptr %425, i64 4768
+  %3721 = getelementptr inbounds nuw i8, ptr %425, i64 4800
+  %3722 = getelementptr inbounds nuw i8, ptr %425, i64 4832
+  store <8 x float> %wide.masked.gather444.1, ptr %3719, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather445.1, ptr %3720, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather446.1, ptr %3721, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather447.1, ptr %3722, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3723 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3724 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3725 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3726 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3727 = getelementptr inbounds nuw i8, <8 x ptr> %3723, i64 36
+  %3728 = getelementptr inbounds nuw i8, <8 x ptr> %3724, i64 36
+  %3729 = getelementptr inbounds nuw i8, <8 x ptr> %3725, i64 36
+  %3730 = getelementptr inbounds nuw i8, <8 x ptr> %3726, i64 36
+  %wide.masked.gather444.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3727, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather445.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3728, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather446.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3729, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather447.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3730, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3731 = getelementptr inbounds nuw i8, ptr %425, i64 4864
+  %3732 = getelementptr inbounds nuw i8, ptr %425, i64 4896
+  %3733 = getelementptr inbounds nuw i8, ptr %425, i64 4928
+  %3734 = getelementptr inbounds nuw i8, ptr %425, i64 4960
+  store <8 x float> %wide.masked.gather444.2, ptr %3731, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather445.2, ptr %3732, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather446.2, ptr %3733, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather447.2, ptr %3734, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3735 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3736 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3737 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3738 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3739 = getelementptr inbounds nuw i8, <8 x ptr> %3735, i64 36
+  %3740 = getelementptr inbounds nuw i8, <8 x ptr> %3736, i64 36
+  %3741 = getelementptr inbounds nuw i8, <8 x ptr> %3737, i64 36
+  %3742 = getelementptr inbounds nuw i8, <8 x ptr> %3738, i64 36
+  %wide.masked.gather444.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3739, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather445.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3740, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather446.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3741, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather447.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3742, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3743 = getelementptr inbounds nuw i8, ptr %425, i64 4992
+  %3744 = getelementptr inbounds nuw i8, ptr %425, i64 5024
+  %3745 = getelementptr inbounds nuw i8, ptr %425, i64 5056
+  %3746 = getelementptr inbounds nuw i8, ptr %425, i64 5088
+  store <8 x float> %wide.masked.gather444.3, ptr %3743, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather445.3, ptr %3744, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather446.3, ptr %3745, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather447.3, ptr %3746, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   br label %for_end_d.9.i
 
 for_body_d.9.i:                                   ; preds = %for_body_d.9.i, %for_end_d.8.i
-  %indvars.iv650.9.i = phi i64 [ %indvars.iv.next651.9.i.7, %for_body_d.9.i ], [ 0, %for_end_d.8.i ]
-  %.idx779.i = shl nuw nsw i64 %indvars.iv650.9.i, 6
-  %3740 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i
-  %3741 = getelementptr inbounds nuw i8, ptr %3740, i64 36
-  %3742 = load float, ptr %3741, align 4, !tbaa !5
-  %3743 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv650.9.i
-  store float %3742, ptr %3743, align 4, !tbaa !5
-  %indvars.iv.next651.9.i = or disjoint i64 %indvars.iv650.9.i, 1
-  %.idx779.i.1 = shl nuw nsw i64 %indvars.iv.next651.9.i, 6
-  %3744 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.1
-  %3745 = getelementptr inbounds nuw i8, ptr %3744, i64 36
-  %3746 = load float, ptr %3745, align 4, !tbaa !5
-  %3747 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i
-  store float %3746, ptr %3747, align 4, !tbaa !5
-  %indvars.iv.next651.9.i.1 = or disjoint i64 %indvars.iv650.9.i, 2
-  %.idx779.i.2 = shl nuw nsw i64 %indvars.iv.next651.9.i.1, 6
-  %3748 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.2
-  %3749 = getelementptr inbounds nuw i8, ptr %3748, i64 36
-  %3750 = load float, ptr %3749, align 4, !tbaa !5
-  %3751 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i.1
-  store float %3750, ptr %3751, align 4, !tbaa !5
-  %indvars.iv.next651.9.i.2 = or disjoint i64 %indvars.iv650.9.i, 3
-  %.idx779.i.3 = shl nuw nsw i64 %indvars.iv.next651.9.i.2, 6
-  %3752 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.3
-  %3753 = getelementptr inbounds nuw i8, ptr %3752, i64 36
-  %3754 = load float, ptr %3753, align 4, !tbaa !5
-  %3755 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i.2
-  store float %3754, ptr %3755, align 4, !tbaa !5
-  %indvars.iv.next651.9.i.3 = or disjoint i64 %indvars.iv650.9.i, 4
-  %.idx779.i.4 = shl nuw nsw i64 %indvars.iv.next651.9.i.3, 6
-  %3756 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.4
-  %3757 = getelementptr inbounds nuw i8, ptr %3756, i64 36
-  %3758 = load float, ptr %3757, align 4, !tbaa !5
-  %3759 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i.3
-  store float %3758, ptr %3759, align 4, !tbaa !5
-  %indvars.iv.next651.9.i.4 = or disjoint i64 %indvars.iv650.9.i, 5
-  %.idx779.i.5 = shl nuw nsw i64 %indvars.iv.next651.9.i.4, 6
-  %3760 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.5
-  %3761 = getelementptr inbounds nuw i8, ptr %3760, i64 36
-  %3762 = load float, ptr %3761, align 4, !tbaa !5
-  %3763 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i.4
-  store float %3762, ptr %3763, align 4, !tbaa !5
-  %indvars.iv.next651.9.i.5 = or disjoint i64 %indvars.iv650.9.i, 6
-  %.idx779.i.6 = shl nuw nsw i64 %indvars.iv.next651.9.i.5, 6
-  %3764 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.6
-  %3765 = getelementptr inbounds nuw i8, ptr %3764, i64 36
-  %3766 = load float, ptr %3765, align 4, !tbaa !5
-  %3767 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i.5
-  store float %3766, ptr %3767, align 4, !tbaa !5
-  %indvars.iv.next651.9.i.6 = or disjoint i64 %indvars.iv650.9.i, 7
-  %.idx779.i.7 = shl nuw nsw i64 %indvars.iv.next651.9.i.6, 6
-  %3768 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.7
-  %3769 = getelementptr inbounds nuw i8, ptr %3768, i64 36
-  %3770 = load float, ptr %3769, align 4, !tbaa !5
-  %3771 = getelementptr inbounds nuw float, ptr %3692, i64 %indvars.iv.next651.9.i.6
-  store float %3770, ptr %3771, align 4, !tbaa !5
-  %indvars.iv.next651.9.i.7 = add nuw nsw i64 %indvars.iv650.9.i, 8
-  %exitcond653.9.not.i.7 = icmp eq i64 %indvars.iv.next651.9.i.7, 128
-  br i1 %exitcond653.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !36, !llvm.loop !93
+  %indvars.iv666.9.i = phi i64 [ %indvars.iv.next667.9.i.7, %for_body_d.9.i ], [ 0, %for_end_d.8.i ]
+  %.idx795.i = shl nuw nsw i64 %indvars.iv666.9.i, 6
+  %3747 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i
+  %3748 = getelementptr inbounds nuw i8, ptr %3747, i64 36
+  %3749 = load float, ptr %3748, align 4, !tbaa !5
+  %3750 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv666.9.i
+  store float %3749, ptr %3750, align 4, !tbaa !5
+  %indvars.iv.next667.9.i = or disjoint i64 %indvars.iv666.9.i, 1
+  %.idx795.i.1 = shl nuw nsw i64 %indvars.iv.next667.9.i, 6
+  %3751 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.1
+  %3752 = getelementptr inbounds nuw i8, ptr %3751, i64 36
+  %3753 = load float, ptr %3752, align 4, !tbaa !5
+  %3754 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i
+  store float %3753, ptr %3754, align 4, !tbaa !5
+  %indvars.iv.next667.9.i.1 = or disjoint i64 %indvars.iv666.9.i, 2
+  %.idx795.i.2 = shl nuw nsw i64 %indvars.iv.next667.9.i.1, 6
+  %3755 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.2
+  %3756 = getelementptr inbounds nuw i8, ptr %3755, i64 36
+  %3757 = load float, ptr %3756, align 4, !tbaa !5
+  %3758 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.1
+  store float %3757, ptr %3758, align 4, !tbaa !5
+  %indvars.iv.next667.9.i.2 = or disjoint i64 %indvars.iv666.9.i, 3
+  %.idx795.i.3 = shl nuw nsw i64 %indvars.iv.next667.9.i.2, 6
+  %3759 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.3
+  %3760 = getelementptr inbounds nuw i8, ptr %3759, i64 36
+  %3761 = load float, ptr %3760, align 4, !tbaa !5
+  %3762 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.2
+  store float %3761, ptr %3762, align 4, !tbaa !5
+  %indvars.iv.next667.9.i.3 = or disjoint i64 %indvars.iv666.9.i, 4
+  %.idx795.i.4 = shl nuw nsw i64 %indvars.iv.next667.9.i.3, 6
+  %3763 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.4
+  %3764 = getelementptr inbounds nuw i8, ptr %3763, i64 36
+  %3765 = load float, ptr %3764, align 4, !tbaa !5
+  %3766 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.3
+  store float %3765, ptr %3766, align 4, !tbaa !5
+  %indvars.iv.next667.9.i.4 = or disjoint i64 %indvars.iv666.9.i, 5
+  %.idx795.i.5 = shl nuw nsw i64 %indvars.iv.next667.9.i.4, 6
+  %3767 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.5
+  %3768 = getelementptr inbounds nuw i8, ptr %3767, i64 36
+  %3769 = load float, ptr %3768, align 4, !tbaa !5
+  %3770 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.4
+  store float %3769, ptr %3770, align 4, !tbaa !5
+  %indvars.iv.next667.9.i.5 = or disjoint i64 %indvars.iv666.9.i, 6
+  %.idx795.i.6 = shl nuw nsw i64 %indvars.iv.next667.9.i.5, 6
+  %3771 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.6
+  %3772 = getelementptr inbounds nuw i8, ptr %3771, i64 36
+  %3773 = load float, ptr %3772, align 4, !tbaa !5
+  %3774 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.5
+  store float %3773, ptr %3774, align 4, !tbaa !5
+  %indvars.iv.next667.9.i.6 = or disjoint i64 %indvars.iv666.9.i, 7
+  %.idx795.i.7 = shl nuw nsw i64 %indvars.iv.next667.9.i.6, 6
+  %3775 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.7
+  %3776 = getelementptr inbounds nuw i8, ptr %3775, i64 36
+  %3777 = load float, ptr %3776, align 4, !tbaa !5
+  %3778 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.6
+  store float %3777, ptr %3778, align 4, !tbaa !5
+  %indvars.iv.next667.9.i.7 = add nuw nsw i64 %indvars.iv666.9.i, 8
+  %exitcond669.9.not.i.7 = icmp eq i64 %indvars.iv.next667.9.i.7, 128
+  br i1 %exitcond669.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !36, !llvm.loop !93
 
-for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %vector.body426
-  %3772 = getelementptr inbounds nuw i8, ptr %425, i64 5120
-  %scevgep396 = getelementptr i8, ptr %acc.i, i64 40
-  %scevgep397 = getelementptr i8, ptr %acc.i, i64 8172
-  %bound0398 = icmp ult ptr %scevgep394, %scevgep397
-  %bound1399 = icmp ult ptr %scevgep396, %scevgep395
-  %found.conflict400 = and i1 %bound0398, %bound1399
-  br i1 %found.conflict400, label %for_body_d.10.i, label %vector.body403, !prof !17
+for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %vector.body438
+  %3779 = getelementptr inbounds nuw i8, ptr %425, i64 5120
+  %scevgep408 = getelementptr i8, ptr %acc.i, i64 40
+  %scevgep409 = getelementptr i8, ptr %acc.i, i64 8172
+  %bound0410 = icmp ult ptr %scevgep406, %scevgep409
+  %bound1411 = icmp ult ptr %scevgep408, %scevgep407
+  %found.conflict412 = and i1 %bound0410, %bound1411
+  br i1 %found.conflict412, label %for_body_d.10.i, label %vector.body415, !prof !17
 
-vector.body403:                                   ; preds = %for_end_d.9.i
-  %3773 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3774 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3775 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3776 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3777 = getelementptr inbounds nuw i8, <8 x ptr> %3773, i64 40
-  %3778 = getelementptr inbounds nuw i8, <8 x ptr> %3774, i64 40
-  %3779 = getelementptr inbounds nuw i8, <8 x ptr> %3775, i64 40
-  %3780 = getelementptr inbounds nuw i8, <8 x ptr> %3776, i64 40
-  %wide.masked.gather409 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3777, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather410 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3778, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather411 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3779, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather412 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3780, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3781 = getelementptr inbounds nuw i8, ptr %425, i64 5152
-  %3782 = getelementptr inbounds nuw i8, ptr %425, i64 5184
-  %3783 = getelementptr inbounds nuw i8, ptr %425, i64 5216
-  store <8 x float> %wide.masked.gather409, ptr %3772, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather410, ptr %3781, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather411, ptr %3782, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather412, ptr %3783, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3784 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3785 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3786 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3787 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3788 = getelementptr inbounds nuw i8, <8 x ptr> %3784, i64 40
-  %3789 = getelementptr inbounds nuw i8, <8 x ptr> %3785, i64 40
-  %3790 = getelementptr inbounds nuw i8, <8 x ptr> %3786, i64 40
-  %3791 = getelementptr inbounds nuw i8, <8 x ptr> %3787, i64 40
-  %wide.masked.gather409.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3788, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather410.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3789, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather411.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3790, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather412.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3791, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3792 = getelementptr inbounds nuw i8, ptr %425, i64 5248
-  %3793 = getelementptr inbounds nuw i8, ptr %425, i64 5280
-  %3794 = getelementptr inbounds nuw i8, ptr %425, i64 5312
-  %3795 = getelementptr inbounds nuw i8, ptr %425, i64 5344
-  store <8 x float> %wide.masked.gather409.1, ptr %3792, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather410.1, ptr %3793, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather411.1, ptr %3794, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather412.1, ptr %3795, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3796 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3797 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3798 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3799 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3800 = getelementptr inbounds nuw i8, <8 x ptr> %3796, i64 40
-  %3801 = getelementptr inbounds nuw i8, <8 x ptr> %3797, i64 40
-  %3802 = getelementptr inbounds nuw i8, <8 x ptr> %3798, i64 40
-  %3803 = getelementptr inbounds nuw i8, <8 x ptr> %3799, i64 40
-  %wide.masked.gather409.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3800, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather410.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3801, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather411.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3802, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather412.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3803, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3804 = getelementptr inbounds nuw i8, ptr %425, i64 5376
-  %3805 = getelementptr inbounds nuw i8, ptr %425, i64 5408
-  %3806 = getelementptr inbounds nuw i8, ptr %425, i64 5440
-  %3807 = getelementptr inbounds nuw i8, ptr %425, i64 5472
-  store <8 x float> %wide.masked.gather409.2, ptr %3804, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather410.2, ptr %3805, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather411.2, ptr %3806, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather412.2, ptr %3807, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3808 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3809 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3810 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3811 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3812 = getelementptr inbounds nuw i8, <8 x ptr> %3808, i64 40
-  %3813 = getelementptr inbounds nuw i8, <8 x ptr> %3809, i64 40
-  %3814 = getelementptr inbounds nuw i8, <8 x ptr> %3810, i64 40
-  %3815 = getelementptr inbounds nuw i8, <8 x ptr> %3811, i64 40
-  %wide.masked.gather409.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3812, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather410.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3813, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather411.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3814, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather412.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3815, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3816 = getelementptr inbounds nuw i8, ptr %425, i64 5504
-  %3817 = getelementptr inbounds nuw i8, ptr %425, i64 5536
-  %3818 = getelementptr inbounds nuw i8, ptr %425, i64 5568
-  %3819 = getelementptr inbounds nuw i8, ptr %425, i64 5600
-  store <8 x float> %wide.masked.gather409.3, ptr %3816, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather410.3, ptr %3817, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather411.3, ptr %3818, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather412.3, ptr %3819, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+vector.body415:                                   ; preds = %for_end_d.9.i
+  %3780 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3781 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3782 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3783 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3784 = getelementptr inbounds nuw i8, <8 x ptr> %3780, i64 40
+  %3785 = getelementptr inbounds nuw i8, <8 x ptr> %3781, i64 40
+  %3786 = getelementptr inbounds nuw i8, <8 x ptr> %3782, i64 40
+  %3787 = getelementptr inbounds nuw i8, <8 x ptr> %3783, i64 40
+  %wide.masked.gather421 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3784, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather422 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3785, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather423 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3786, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather424 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3787, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3788 = getelementptr inbounds nuw i8, ptr %425, i64 5152
+  %3789 = getelementptr inbounds nuw i8, ptr %425, i64 5184
+  %3790 = getelementptr inbounds nuw i8, ptr %425, i64 5216
+  store <8 x float> %wide.masked.gather421, ptr %3779, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather422, ptr %3788, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather423, ptr %3789, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather424, ptr %3790, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3791 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3792 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3793 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3794 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3795 = getelementptr inbounds nuw i8, <8 x ptr> %3791, i64 40
+  %3796 = getelementptr inbounds nuw i8, <8 x ptr> %3792, i64 40
+  %3797 = getelementptr inbounds nuw i8, <8 x ptr> %3793, i64 40
+  %3798 = getelementptr inbounds nuw i8, <8 x ptr> %3794, i64 40
+  %wide.masked.gather421.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3795, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather422.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3796, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather423.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3797, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather424.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3798, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3799 = getelementptr inbounds nuw i8, ptr %425, i64 5248
+  %3800 = getelementptr inbounds nuw i8, ptr %425, i64 5280
+  %3801 = getelementptr inbounds nuw i8, ptr %425, i64 5312
+  %3802 = getelementptr inbounds nuw i8, ptr %425, i64 5344
+  store <8 x float> %wide.masked.gather421.1, ptr %3799, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather422.1, ptr %3800, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather423.1, ptr %3801, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather424.1, ptr %3802, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3803 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3804 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3805 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3806 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3807 = getelementptr inbounds nuw i8, <8 x ptr> %3803, i64 40
+  %3808 = getelementptr inbounds nuw i8, <8 x ptr> %3804, i64 40
+  %3809 = getelementptr inbounds nuw i8, <8 x ptr> %3805, i64 40
+  %3810 = getelementptr inbounds nuw i8, <8 x ptr> %3806, i64 40
+  %wide.masked.gather421.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3807, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather422.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3808, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather423.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3809, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather424.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3810, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3811 = getelementptr inbounds nuw i8, ptr %425, i64 5376
+  %3812 = getelementptr inbounds nuw i8, ptr %425, i64 5408
+  %3813 = getelementptr inbounds nuw i8, ptr %425, i64 5440
+  %3814 = getelementptr inbounds nuw i8, ptr %425, i64 5472
+  store <8 x float> %wide.masked.gather421.2, ptr %3811, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather422.2, ptr %3812, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather423.2, ptr %3813, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather424.2, ptr %3814, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3815 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3816 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3817 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3818 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3819 = getelementptr inbounds nuw i8, <8 x ptr> %3815, i64 40
+  %3820 = getelementptr inbounds nuw i8, <8 x ptr> %3816, i64 40
+  %3821 = getelementptr inbounds nuw i8, <8 x ptr> %3817, i64 40
+  %3822 = getelementptr inbounds nuw i8, <8 x ptr> %3818, i64 40
+  %wide.masked.gather421.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3819, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather422.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3820, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather423.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3821, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather424.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3822, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3823 = getelementptr inbounds nuw i8, ptr %425, i64 5504
+  %3824 = getelementptr inbounds nuw i8, ptr %425, i64 5536
+  %3825 = getelementptr inbounds nuw i8, ptr %425, i64 5568
+  %3826 = getelementptr inbounds nuw i8, ptr %425, i64 5600
+  store <8 x float> %wide.masked.gather421.3, ptr %3823, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather422.3, ptr %3824, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather423.3, ptr %3825, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather424.3, ptr %3826, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   br label %for_end_d.10.i
 
 for_body_d.10.i:                                  ; preds = %for_body_d.10.i, %for_end_d.9.i
-  %indvars.iv650.10.i = phi i64 [ %indvars.iv.next651.10.i.7, %for_body_d.10.i ], [ 0, %for_end_d.9.i ]
-  %.idx780.i = shl nuw nsw i64 %indvars.iv650.10.i, 6
-  %3820 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i
-  %3821 = getelementptr inbounds nuw i8, ptr %3820, i64 40
-  %3822 = load float, ptr %3821, align 4, !tbaa !5
-  %3823 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv650.10.i
-  store float %3822, ptr %3823, align 4, !tbaa !5
-  %indvars.iv.next651.10.i = or disjoint i64 %indvars.iv650.10.i, 1
-  %.idx780.i.1 = shl nuw nsw i64 %indvars.iv.next651.10.i, 6
-  %3824 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.1
-  %3825 = getelementptr inbounds nuw i8, ptr %3824, i64 40
-  %3826 = load float, ptr %3825, align 4, !tbaa !5
-  %3827 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i
-  store float %3826, ptr %3827, align 4, !tbaa !5
-  %indvars.iv.next651.10.i.1 = or disjoint i64 %indvars.iv650.10.i, 2
-  %.idx780.i.2 = shl nuw nsw i64 %indvars.iv.next651.10.i.1, 6
-  %3828 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.2
-  %3829 = getelementptr inbounds nuw i8, ptr %3828, i64 40
-  %3830 = load float, ptr %3829, align 4, !tbaa !5
-  %3831 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i.1
-  store float %3830, ptr %3831, align 4, !tbaa !5
-  %indvars.iv.next651.10.i.2 = or disjoint i64 %indvars.iv650.10.i, 3
-  %.idx780.i.3 = shl nuw nsw i64 %indvars.iv.next651.10.i.2, 6
-  %3832 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.3
-  %3833 = getelementptr inbounds nuw i8, ptr %3832, i64 40
-  %3834 = load float, ptr %3833, align 4, !tbaa !5
-  %3835 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i.2
-  store float %3834, ptr %3835, align 4, !tbaa !5
-  %indvars.iv.next651.10.i.3 = or disjoint i64 %indvars.iv650.10.i, 4
-  %.idx780.i.4 = shl nuw nsw i64 %indvars.iv.next651.10.i.3, 6
-  %3836 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.4
-  %3837 = getelementptr inbounds nuw i8, ptr %3836, i64 40
-  %3838 = load float, ptr %3837, align 4, !tbaa !5
-  %3839 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i.3
-  store float %3838, ptr %3839, align 4, !tbaa !5
-  %indvars.iv.next651.10.i.4 = or disjoint i64 %indvars.iv650.10.i, 5
-  %.idx780.i.5 = shl nuw nsw i64 %indvars.iv.next651.10.i.4, 6
-  %3840 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.5
-  %3841 = getelementptr inbounds nuw i8, ptr %3840, i64 40
-  %3842 = load float, ptr %3841, align 4, !tbaa !5
-  %3843 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i.4
-  store float %3842, ptr %3843, align 4, !tbaa !5
-  %indvars.iv.next651.10.i.5 = or disjoint i64 %indvars.iv650.10.i, 6
-  %.idx780.i.6 = shl nuw nsw i64 %indvars.iv.next651.10.i.5, 6
-  %3844 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.6
-  %3845 = getelementptr inbounds nuw i8, ptr %3844, i64 40
-  %3846 = load float, ptr %3845, align 4, !tbaa !5
-  %3847 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i.5
-  store float %3846, ptr %3847, align 4, !tbaa !5
-  %indvars.iv.next651.10.i.6 = or disjoint i64 %indvars.iv650.10.i, 7
-  %.idx780.i.7 = shl nuw nsw i64 %indvars.iv.next651.10.i.6, 6
-  %3848 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx780.i.7
-  %3849 = getelementptr inbounds nuw i8, ptr %3848, i64 40
-  %3850 = load float, ptr %3849, align 4, !tbaa !5
-  %3851 = getelementptr inbounds nuw float, ptr %3772, i64 %indvars.iv.next651.10.i.6
-  store float %3850, ptr %3851, align 4, !tbaa !5
-  %indvars.iv.next651.10.i.7 = add nuw nsw i64 %indvars.iv650.10.i, 8
-  %exitcond653.10.not.i.7 = icmp eq i64 %indvars.iv.next651.10.i.7, 128
-  br i1 %exitcond653.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !36, !llvm.loop !99
+  %indvars.iv666.10.i = phi i64 [ %indvars.iv.next667.10.i.7, %for_body_d.10.i ], [ 0, %for_end_d.9.i ]
+  %.idx796.i = shl nuw nsw i64 %indvars.iv666.10.i, 6
+  %3827 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i
+  %3828 = getelementptr inbounds nuw i8, ptr %3827, i64 40
+  %3829 = load float, ptr %3828, align 4, !tbaa !5
+  %3830 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv666.10.i
+  store float %3829, ptr %3830, align 4, !tbaa !5
+  %indvars.iv.next667.10.i = or disjoint i64 %indvars.iv666.10.i, 1
+  %.idx796.i.1 = shl nuw nsw i64 %indvars.iv.next667.10.i, 6
+  %3831 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.1
+  %3832 = getelementptr inbounds nuw i8, ptr %3831, i64 40
+  %3833 = load float, ptr %3832, align 4, !tbaa !5
+  %3834 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i
+  store float %3833, ptr %3834, align 4, !tbaa !5
+  %indvars.iv.next667.10.i.1 = or disjoint i64 %indvars.iv666.10.i, 2
+  %.idx796.i.2 = shl nuw nsw i64 %indvars.iv.next667.10.i.1, 6
+  %3835 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.2
+  %3836 = getelementptr inbounds nuw i8, ptr %3835, i64 40
+  %3837 = load float, ptr %3836, align 4, !tbaa !5
+  %3838 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.1
+  store float %3837, ptr %3838, align 4, !tbaa !5
+  %indvars.iv.next667.10.i.2 = or disjoint i64 %indvars.iv666.10.i, 3
+  %.idx796.i.3 = shl nuw nsw i64 %indvars.iv.next667.10.i.2, 6
+  %3839 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.3
+  %3840 = getelementptr inbounds nuw i8, ptr %3839, i64 40
+  %3841 = load float, ptr %3840, align 4, !tbaa !5
+  %3842 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.2
+  store float %3841, ptr %3842, align 4, !tbaa !5
+  %indvars.iv.next667.10.i.3 = or disjoint i64 %indvars.iv666.10.i, 4
+  %.idx796.i.4 = shl nuw nsw i64 %indvars.iv.next667.10.i.3, 6
+  %3843 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.4
+  %3844 = getelementptr inbounds nuw i8, ptr %3843, i64 40
+  %3845 = load float, ptr %3844, align 4, !tbaa !5
+  %3846 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.3
+  store float %3845, ptr %3846, align 4, !tbaa !5
+  %indvars.iv.next667.10.i.4 = or disjoint i64 %indvars.iv666.10.i, 5
+  %.idx796.i.5 = shl nuw nsw i64 %indvars.iv.next667.10.i.4, 6
+  %3847 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.5
+  %3848 = getelementptr inbounds nuw i8, ptr %3847, i64 40
+  %3849 = load float, ptr %3848, align 4, !tbaa !5
+  %3850 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.4
+  store float %3849, ptr %3850, align 4, !tbaa !5
+  %indvars.iv.next667.10.i.5 = or disjoint i64 %indvars.iv666.10.i, 6
+  %.idx796.i.6 = shl nuw nsw i64 %indvars.iv.next667.10.i.5, 6
+  %3851 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.6
+  %3852 = getelementptr inbounds nuw i8, ptr %3851, i64 40
+  %3853 = load float, ptr %3852, align 4, !tbaa !5
+  %3854 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.5
+  store float %3853, ptr %3854, align 4, !tbaa !5
+  %indvars.iv.next667.10.i.6 = or disjoint i64 %indvars.iv666.10.i, 7
+  %.idx796.i.7 = shl nuw nsw i64 %indvars.iv.next667.10.i.6, 6
+  %3855 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.7
+  %3856 = getelementptr inbounds nuw i8, ptr %3855, i64 40
+  %3857 = load float, ptr %3856, align 4, !tbaa !5
+  %3858 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.6
+  store float %3857, ptr %3858, align 4, !tbaa !5
+  %indvars.iv.next667.10.i.7 = add nuw nsw i64 %indvars.iv666.10.i, 8
+  %exitcond669.10.not.i.7 = icmp eq i64 %indvars.iv.next667.10.i.7, 128
+  br i1 %exitcond669.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !36, !llvm.loop !99
 
-for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %vector.body403
-  %3852 = getelementptr inbounds nuw i8, ptr %425, i64 5632
-  %scevgep373 = getelementptr i8, ptr %acc.i, i64 44
-  %scevgep374 = getelementptr i8, ptr %acc.i, i64 8176
-  %bound0375 = icmp ult ptr %scevgep371, %scevgep374
-  %bound1376 = icmp ult ptr %scevgep373, %scevgep372
-  %found.conflict377 = and i1 %bound0375, %bound1376
-  br i1 %found.conflict377, label %for_body_d.11.i, label %vector.body380, !prof !17
+for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %vector.body415
+  %3859 = getelementptr inbounds nuw i8, ptr %425, i64 5632
+  %scevgep385 = getelementptr i8, ptr %acc.i, i64 44
+  %scevgep386 = getelementptr i8, ptr %acc.i, i64 8176
+  %bound0387 = icmp ult ptr %scevgep383, %scevgep386
+  %bound1388 = icmp ult ptr %scevgep385, %scevgep384
+  %found.conflict389 = and i1 %bound0387, %bound1388
+  br i1 %found.conflict389, label %for_body_d.11.i, label %vector.body392, !prof !17
 
-vector.body380:                                   ; preds = %for_end_d.10.i
-  %3853 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3854 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3855 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3856 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3857 = getelementptr inbounds nuw i8, <8 x ptr> %3853, i64 44
-  %3858 = getelementptr inbounds nuw i8, <8 x ptr> %3854, i64 44
-  %3859 = getelementptr inbounds nuw i8, <8 x ptr> %3855, i64 44
-  %3860 = getelementptr inbounds nuw i8, <8 x ptr> %3856, i64 44
-  %wide.masked.gather386 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3857, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather387 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3858, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather388 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3859, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather389 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3860, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3861 = getelementptr inbounds nuw i8, ptr %425, i64 5664
-  %3862 = getelementptr inbounds nuw i8, ptr %425, i64 5696
-  %3863 = getelementptr inbounds nuw i8, ptr %425, i64 5728
-  store <8 x float> %wide.masked.gather386, ptr %3852, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather387, ptr %3861, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather388, ptr %3862, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather389, ptr %3863, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3864 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3865 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3866 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3867 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3868 = getelementptr inbounds nuw i8, <8 x ptr> %3864, i64 44
-  %3869 = getelementptr inbounds nuw i8, <8 x ptr> %3865, i64 44
-  %3870 = getelementptr inbounds nuw i8, <8 x ptr> %3866, i64 44
-  %3871 = getelementptr inbounds nuw i8, <8 x ptr> %3867, i64 44
-  %wide.masked.gather386.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3868, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather387.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3869, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather388.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3870, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather389.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3871, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3872 = getelementptr inbounds nuw i8, ptr %425, i64 5760
-  %3873 = getelementptr inbounds nuw i8, ptr %425, i64 5792
-  %3874 = getelementptr inbounds nuw i8, ptr %425, i64 5824
-  %3875 = getelementptr inbounds nuw i8, ptr %425, i64 5856
-  store <8 x float> %wide.masked.gather386.1, ptr %3872, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather387.1, ptr %3873, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather388.1, ptr %3874, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather389.1, ptr %3875, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3876 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3877 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3878 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3879 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3880 = getelementptr inbounds nuw i8, <8 x ptr> %3876, i64 44
-  %3881 = getelementptr inbounds nuw i8, <8 x ptr> %3877, i64 44
-  %3882 = getelementptr inbounds nuw i8, <8 x ptr> %3878, i64 44
-  %3883 = getelementptr inbounds nuw i8, <8 x ptr> %3879, i64 44
-  %wide.masked.gather386.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3880, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather387.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3881, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather388.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather389.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3883, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3884 = getelementptr inbounds nuw i8, ptr %425, i64 5888
-  %3885 = getelementptr inbounds nuw i8, ptr %425, i64 5920
-  %3886 = getelementptr inbounds nuw i8, ptr %425, i64 5952
-  %3887 = getelementptr inbounds nuw i8, ptr %425, i64 5984
-  store <8 x float> %wide.masked.gather386.2, ptr %3884, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather387.2, ptr %3885, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather388.2, ptr %3886, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather389.2, ptr %3887, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3888 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3889 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3890 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3891 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3892 = getelementptr inbounds nuw i8, <8 x ptr> %3888, i64 44
-  %3893 = getelementptr inbounds nuw i8, <8 x ptr> %3889, i64 44
-  %3894 = getelementptr inbounds nuw i8, <8 x ptr> %3890, i64 44
-  %3895 = getelementptr inbounds nuw i8, <8 x ptr> %3891, i64 44
-  %wide.masked.gather386.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3892, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather387.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3893, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather388.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3894, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather389.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3895, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3896 = getelementptr inbounds nuw i8, ptr %425, i64 6016
-  %3897 = getelementptr inbounds nuw i8, ptr %425, i64 6048
-  %3898 = getelementptr inbounds nuw i8, ptr %425, i64 6080
-  %3899 = getelementptr inbounds nuw i8, ptr %425, i64 6112
-  store <8 x float> %wide.masked.gather386.3, ptr %3896, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather387.3, ptr %3897, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather388.3, ptr %3898, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather389.3, ptr %3899, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+vector.body392:                                   ; preds = %for_end_d.10.i
+  %3860 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3861 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3862 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3863 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3864 = getelementptr inbounds nuw i8, <8 x ptr> %3860, i64 44
+  %3865 = getelementptr inbounds nuw i8, <8 x ptr> %3861, i64 44
+  %3866 = getelementptr inbounds nuw i8, <8 x ptr> %3862, i64 44
+  %3867 = getelementptr inbounds nuw i8, <8 x ptr> %3863, i64 44
+  %wide.masked.gather398 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3864, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather399 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3865, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather400 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3866, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather401 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3867, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3868 = getelementptr inbounds nuw i8, ptr %425, i64 5664
+  %3869 = getelementptr inbounds nuw i8, ptr %425, i64 5696
+  %3870 = getelementptr inbounds nuw i8, ptr %425, i64 5728
+  store <8 x float> %wide.masked.gather398, ptr %3859, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather399, ptr %3868, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather400, ptr %3869, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather401, ptr %3870, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3871 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3872 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3873 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3874 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3875 = getelementptr inbounds nuw i8, <8 x ptr> %3871, i64 44
+  %3876 = getelementptr inbounds nuw i8, <8 x ptr> %3872, i64 44
+  %3877 = getelementptr inbounds nuw i8, <8 x ptr> %3873, i64 44
+  %3878 = getelementptr inbounds nuw i8, <8 x ptr> %3874, i64 44
+  %wide.masked.gather398.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3875, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather399.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3876, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather400.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3877, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather401.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3878, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3879 = getelementptr inbounds nuw i8, ptr %425, i64 5760
+  %3880 = getelementptr inbounds nuw i8, ptr %425, i64 5792
+  %3881 = getelementptr inbounds nuw i8, ptr %425, i64 5824
+  %3882 = getelementptr inbounds nuw i8, ptr %425, i64 5856
+  store <8 x float> %wide.masked.gather398.1, ptr %3879, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather399.1, ptr %3880, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather400.1, ptr %3881, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather401.1, ptr %3882, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3883 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3884 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3885 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3886 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3887 = getelementptr inbounds nuw i8, <8 x ptr> %3883, i64 44
+  %3888 = getelementptr inbounds nuw i8, <8 x ptr> %3884, i64 44
+  %3889 = getelementptr inbounds nuw i8, <8 x ptr> %3885, i64 44
+  %3890 = getelementptr inbounds nuw i8, <8 x ptr> %3886, i64 44
+  %wide.masked.gather398.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3887, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather399.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3888, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather400.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3889, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather401.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3890, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3891 = getelementptr inbounds nuw i8, ptr %425, i64 5888
+  %3892 = getelementptr inbounds nuw i8, ptr %425, i64 5920
+  %3893 = getelementptr inbounds nuw i8, ptr %425, i64 5952
+  %3894 = getelementptr inbounds nuw i8, ptr %425, i64 5984
+  store <8 x float> %wide.masked.gather398.2, ptr %3891, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather399.2, ptr %3892, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather400.2, ptr %3893, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather401.2, ptr %3894, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3895 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3896 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3897 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3898 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3899 = getelementptr inbounds nuw i8, <8 x ptr> %3895, i64 44
+  %3900 = getelementptr inbounds nuw i8, <8 x ptr> %3896, i64 44
+  %3901 = getelementptr inbounds nuw i8, <8 x ptr> %3897, i64 44
+  %3902 = getelementptr inbounds nuw i8, <8 x ptr> %3898, i64 44
+  %wide.masked.gather398.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3899, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather399.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3900, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather400.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3901, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather401.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3902, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3903 = getelementptr inbounds nuw i8, ptr %425, i64 6016
+  %3904 = getelementptr inbounds nuw i8, ptr %425, i64 6048
+  %3905 = getelementptr inbounds nuw i8, ptr %425, i64 6080
+  %3906 = getelementptr inbounds nuw i8, ptr %425, i64 6112
+  store <8 x float> %wide.masked.gather398.3, ptr %3903, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather399.3, ptr %3904, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather400.3, ptr %3905, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather401.3, ptr %3906, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   br label %for_end_d.11.i
 
 for_body_d.11.i:                                  ; preds = %for_body_d.11.i, %for_end_d.10.i
-  %indvars.iv650.11.i = phi i64 [ %indvars.iv.next651.11.i.7, %for_body_d.11.i ], [ 0, %for_end_d.10.i ]
-  %.idx781.i = shl nuw nsw i64 %indvars.iv650.11.i, 6
-  %3900 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i
-  %3901 = getelementptr inbounds nuw i8, ptr %3900, i64 44
-  %3902 = load float, ptr %3901, align 4, !tbaa !5
-  %3903 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv650.11.i
-  store float %3902, ptr %3903, align 4, !tbaa !5
-  %indvars.iv.next651.11.i = or disjoint i64 %indvars.iv650.11.i, 1
-  %.idx781.i.1 = shl nuw nsw i64 %indvars.iv.next651.11.i, 6
-  %3904 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.1
-  %3905 = getelementptr inbounds nuw i8, ptr %3904, i64 44
-  %3906 = load float, ptr %3905, align 4, !tbaa !5
-  %3907 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i
-  store float %3906, ptr %3907, align 4, !tbaa !5
-  %indvars.iv.next651.11.i.1 = or disjoint i64 %indvars.iv650.11.i, 2
-  %.idx781.i.2 = shl nuw nsw i64 %indvars.iv.next651.11.i.1, 6
-  %3908 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.2
-  %3909 = getelementptr inbounds nuw i8, ptr %3908, i64 44
-  %3910 = load float, ptr %3909, align 4, !tbaa !5
-  %3911 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i.1
-  store float %3910, ptr %3911, align 4, !tbaa !5
-  %indvars.iv.next651.11.i.2 = or disjoint i64 %indvars.iv650.11.i, 3
-  %.idx781.i.3 = shl nuw nsw i64 %indvars.iv.next651.11.i.2, 6
-  %3912 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.3
-  %3913 = getelementptr inbounds nuw i8, ptr %3912, i64 44
-  %3914 = load float, ptr %3913, align 4, !tbaa !5
-  %3915 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i.2
-  store float %3914, ptr %3915, align 4, !tbaa !5
-  %indvars.iv.next651.11.i.3 = or disjoint i64 %indvars.iv650.11.i, 4
-  %.idx781.i.4 = shl nuw nsw i64 %indvars.iv.next651.11.i.3, 6
-  %3916 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.4
-  %3917 = getelementptr inbounds nuw i8, ptr %3916, i64 44
-  %3918 = load float, ptr %3917, align 4, !tbaa !5
-  %3919 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i.3
-  store float %3918, ptr %3919, align 4, !tbaa !5
-  %indvars.iv.next651.11.i.4 = or disjoint i64 %indvars.iv650.11.i, 5
-  %.idx781.i.5 = shl nuw nsw i64 %indvars.iv.next651.11.i.4, 6
-  %3920 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.5
-  %3921 = getelementptr inbounds nuw i8, ptr %3920, i64 44
-  %3922 = load float, ptr %3921, align 4, !tbaa !5
-  %3923 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i.4
-  store float %3922, ptr %3923, align 4, !tbaa !5
-  %indvars.iv.next651.11.i.5 = or disjoint i64 %indvars.iv650.11.i, 6
-  %.idx781.i.6 = shl nuw nsw i64 %indvars.iv.next651.11.i.5, 6
-  %3924 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.6
-  %3925 = getelementptr inbounds nuw i8, ptr %3924, i64 44
-  %3926 = load float, ptr %3925, align 4, !tbaa !5
-  %3927 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i.5
-  store float %3926, ptr %3927, align 4, !tbaa !5
-  %indvars.iv.next651.11.i.6 = or disjoint i64 %indvars.iv650.11.i, 7
-  %.idx781.i.7 = shl nuw nsw i64 %indvars.iv.next651.11.i.6, 6
-  %3928 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx781.i.7
-  %3929 = getelementptr inbounds nuw i8, ptr %3928, i64 44
-  %3930 = load float, ptr %3929, align 4, !tbaa !5
-  %3931 = getelementptr inbounds nuw float, ptr %3852, i64 %indvars.iv.next651.11.i.6
-  store float %3930, ptr %3931, align 4, !tbaa !5
-  %indvars.iv.next651.11.i.7 = add nuw nsw i64 %indvars.iv650.11.i, 8
-  %exitcond653.11.not.i.7 = icmp eq i64 %indvars.iv.next651.11.i.7, 128
-  br i1 %exitcond653.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !36, !llvm.loop !105
+  %indvars.iv666.11.i = phi i64 [ %indvars.iv.next667.11.i.7, %for_body_d.11.i ], [ 0, %for_end_d.10.i ]
+  %.idx797.i = shl nuw nsw i64 %indvars.iv666.11.i, 6
+  %3907 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i
+  %3908 = getelementptr inbounds nuw i8, ptr %3907, i64 44
+  %3909 = load float, ptr %3908, align 4, !tbaa !5
+  %3910 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv666.11.i
+  store float %3909, ptr %3910, align 4, !tbaa !5
+  %indvars.iv.next667.11.i = or disjoint i64 %indvars.iv666.11.i, 1
+  %.idx797.i.1 = shl nuw nsw i64 %indvars.iv.next667.11.i, 6
+  %3911 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.1
+  %3912 = getelementptr inbounds nuw i8, ptr %3911, i64 44
+  %3913 = load float, ptr %3912, align 4, !tbaa !5
+  %3914 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i
+  store float %3913, ptr %3914, align 4, !tbaa !5
+  %indvars.iv.next667.11.i.1 = or disjoint i64 %indvars.iv666.11.i, 2
+  %.idx797.i.2 = shl nuw nsw i64 %indvars.iv.next667.11.i.1, 6
+  %3915 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.2
+  %3916 = getelementptr inbounds nuw i8, ptr %3915, i64 44
+  %3917 = load float, ptr %3916, align 4, !tbaa !5
+  %3918 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.1
+  store float %3917, ptr %3918, align 4, !tbaa !5
+  %indvars.iv.next667.11.i.2 = or disjoint i64 %indvars.iv666.11.i, 3
+  %.idx797.i.3 = shl nuw nsw i64 %indvars.iv.next667.11.i.2, 6
+  %3919 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.3
+  %3920 = getelementptr inbounds nuw i8, ptr %3919, i64 44
+  %3921 = load float, ptr %3920, align 4, !tbaa !5
+  %3922 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.2
+  store float %3921, ptr %3922, align 4, !tbaa !5
+  %indvars.iv.next667.11.i.3 = or disjoint i64 %indvars.iv666.11.i, 4
+  %.idx797.i.4 = shl nuw nsw i64 %indvars.iv.next667.11.i.3, 6
+  %3923 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.4
+  %3924 = getelementptr inbounds nuw i8, ptr %3923, i64 44
+  %3925 = load float, ptr %3924, align 4, !tbaa !5
+  %3926 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.3
+  store float %3925, ptr %3926, align 4, !tbaa !5
+  %indvars.iv.next667.11.i.4 = or disjoint i64 %indvars.iv666.11.i, 5
+  %.idx797.i.5 = shl nuw nsw i64 %indvars.iv.next667.11.i.4, 6
+  %3927 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.5
+  %3928 = getelementptr inbounds nuw i8, ptr %3927, i64 44
+  %3929 = load float, ptr %3928, align 4, !tbaa !5
+  %3930 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.4
+  store float %3929, ptr %3930, align 4, !tbaa !5
+  %indvars.iv.next667.11.i.5 = or disjoint i64 %indvars.iv666.11.i, 6
+  %.idx797.i.6 = shl nuw nsw i64 %indvars.iv.next667.11.i.5, 6
+  %3931 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.6
+  %3932 = getelementptr inbounds nuw i8, ptr %3931, i64 44
+  %3933 = load float, ptr %3932, align 4, !tbaa !5
+  %3934 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.5
+  store float %3933, ptr %3934, align 4, !tbaa !5
+  %indvars.iv.next667.11.i.6 = or disjoint i64 %indvars.iv666.11.i, 7
+  %.idx797.i.7 = shl nuw nsw i64 %indvars.iv.next667.11.i.6, 6
+  %3935 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.7
+  %3936 = getelementptr inbounds nuw i8, ptr %3935, i64 44
+  %3937 = load float, ptr %3936, align 4, !tbaa !5
+  %3938 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.6
+  store float %3937, ptr %3938, align 4, !tbaa !5
+  %indvars.iv.next667.11.i.7 = add nuw nsw i64 %indvars.iv666.11.i, 8
+  %exitcond669.11.not.i.7 = icmp eq i64 %indvars.iv.next667.11.i.7, 128
+  br i1 %exitcond669.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !36, !llvm.loop !105
 
-for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %vector.body380
-  %3932 = getelementptr inbounds nuw i8, ptr %425, i64 6144
-  %scevgep350 = getelementptr i8, ptr %acc.i, i64 48
-  %scevgep351 = getelementptr i8, ptr %acc.i, i64 8180
-  %bound0352 = icmp ult ptr %scevgep348, %scevgep351
-  %bound1353 = icmp ult ptr %scevgep350, %scevgep349
-  %found.conflict354 = and i1 %bound0352, %bound1353
-  br i1 %found.conflict354, label %for_body_d.12.i, label %vector.body357, !prof !17
+for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %vector.body392
+  %3939 = getelementptr inbounds nuw i8, ptr %425, i64 6144
+  %scevgep362 = getelementptr i8, ptr %acc.i, i64 48
+  %scevgep363 = getelementptr i8, ptr %acc.i, i64 8180
+  %bound0364 = icmp ult ptr %scevgep360, %scevgep363
+  %bound1365 = icmp ult ptr %scevgep362, %scevgep361
+  %found.conflict366 = and i1 %bound0364, %bound1365
+  br i1 %found.conflict366, label %for_body_d.12.i, label %vector.body369, !prof !17
 
-vector.body357:                                   ; preds = %for_end_d.11.i
-  %3933 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3934 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3935 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3936 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3937 = getelementptr inbounds nuw i8, <8 x ptr> %3933, i64 48
-  %3938 = getelementptr inbounds nuw i8, <8 x ptr> %3934, i64 48
-  %3939 = getelementptr inbounds nuw i8, <8 x ptr> %3935, i64 48
-  %3940 = getelementptr inbounds nuw i8, <8 x ptr> %3936, i64 48
-  %wide.masked.gather363 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3937, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather364 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3938, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather365 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3939, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather366 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3940, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3941 = getelementptr inbounds nuw i8, ptr %425, i64 6176
-  %3942 = getelementptr inbounds nuw i8, ptr %425, i64 6208
-  %3943 = getelementptr inbounds nuw i8, ptr %425, i64 6240
-  store <8 x float> %wide.masked.gather363, ptr %3932, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather364, ptr %3941, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather365, ptr %3942, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather366, ptr %3943, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3944 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3945 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3946 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3947 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3948 = getelementptr inbounds nuw i8, <8 x ptr> %3944, i64 48
-  %3949 = getelementptr inbounds nuw i8, <8 x ptr> %3945, i64 48
-  %3950 = getelementptr inbounds nuw i8, <8 x ptr> %3946, i64 48
-  %3951 = getelementptr inbounds nuw i8, <8 x ptr> %3947, i64 48
-  %wide.masked.gather363.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3948, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather364.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3949, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather365.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3950, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather366.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3951, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3952 = getelementptr inbounds nuw i8, ptr %425, i64 6272
-  %3953 = getelementptr inbounds nuw i8, ptr %425, i64 6304
-  %3954 = getelementptr inbounds nuw i8, ptr %425, i64 6336
-  %3955 = getelementptr inbounds nuw i8, ptr %425, i64 6368
-  store <8 x float> %wide.masked.gather363.1, ptr %3952, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather364.1, ptr %3953, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather365.1, ptr %3954, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather366.1, ptr %3955, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3956 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3957 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3958 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3959 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3960 = getelementptr inbounds nuw i8, <8 x ptr> %3956, i64 48
-  %3961 = getelementptr inbounds nuw i8, <8 x ptr> %3957, i64 48
-  %3962 = getelementptr inbounds nuw i8, <8 x ptr> %3958, i64 48
-  %3963 = getelementptr inbounds nuw i8, <8 x ptr> %3959, i64 48
-  %wide.masked.gather363.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3960, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather364.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3961, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather365.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3962, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather366.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3963, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3964 = getelementptr inbounds nuw i8, ptr %425, i64 6400
-  %3965 = getelementptr inbounds nuw i8, ptr %425, i64 6432
-  %3966 = getelementptr inbounds nuw i8, ptr %425, i64 6464
-  %3967 = getelementptr inbounds nuw i8, ptr %425, i64 6496
-  store <8 x float> %wide.masked.gather363.2, ptr %3964, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather364.2, ptr %3965, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather365.2, ptr %3966, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather366.2, ptr %3967, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3968 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3969 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3970 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3971 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3972 = getelementptr inbounds nuw i8, <8 x ptr> %3968, i64 48
-  %3973 = getelementptr inbounds nuw i8, <8 x ptr> %3969, i64 48
-  %3974 = getelementptr inbounds nuw i8, <8 x ptr> %3970, i64 48
-  %3975 = getelementptr inbounds nuw i8, <8 x ptr> %3971, i64 48
-  %wide.masked.gather363.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3972, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather364.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3973, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather365.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3974, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather366.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3975, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3976 = getelementptr inbounds nuw i8, ptr %425, i64 6528
-  %3977 = getelementptr inbounds nuw i8, ptr %425, i64 6560
-  %3978 = getelementptr inbounds nuw i8, ptr %425, i64 6592
-  %3979 = getelementptr inbounds nuw i8, ptr %425, i64 6624
-  store <8 x float> %wide.masked.gather363.3, ptr %3976, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather364.3, ptr %3977, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather365.3, ptr %3978, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather366.3, ptr %3979, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+vector.body369:                                   ; preds = %for_end_d.11.i
+  %3940 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3941 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3942 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3943 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3944 = getelementptr inbounds nuw i8, <8 x ptr> %3940, i64 48
+  %3945 = getelementptr inbounds nuw i8, <8 x ptr> %3941, i64 48
+  %3946 = getelementptr inbounds nuw i8, <8 x ptr> %3942, i64 48
+  %3947 = getelementptr inbounds nuw i8, <8 x ptr> %3943, i64 48
+  %wide.masked.gather375 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3944, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather376 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3945, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather377 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3946, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather378 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3947, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3948 = getelementptr inbounds nuw i8, ptr %425, i64 6176
+  %3949 = getelementptr inbounds nuw i8, ptr %425, i64 6208
+  %3950 = getelementptr inbounds nuw i8, ptr %425, i64 6240
+  store <8 x float> %wide.masked.gather375, ptr %3939, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather376, ptr %3948, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather377, ptr %3949, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather378, ptr %3950, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3951 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3952 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3953 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3954 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3955 = getelementptr inbounds nuw i8, <8 x ptr> %3951, i64 48
+  %3956 = getelementptr inbounds nuw i8, <8 x ptr> %3952, i64 48
+  %3957 = getelementptr inbounds nuw i8, <8 x ptr> %3953, i64 48
+  %3958 = getelementptr inbounds nuw i8, <8 x ptr> %3954, i64 48
+  %wide.masked.gather375.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3955, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather376.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3956, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather377.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3957, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather378.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3958, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3959 = getelementptr inbounds nuw i8, ptr %425, i64 6272
+  %3960 = getelementptr inbounds nuw i8, ptr %425, i64 6304
+  %3961 = getelementptr inbounds nuw i8, ptr %425, i64 6336
+  %3962 = getelementptr inbounds nuw i8, ptr %425, i64 6368
+  store <8 x float> %wide.masked.gather375.1, ptr %3959, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather376.1, ptr %3960, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather377.1, ptr %3961, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather378.1, ptr %3962, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3963 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3964 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3965 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3966 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3967 = getelementptr inbounds nuw i8, <8 x ptr> %3963, i64 48
+  %3968 = getelementptr inbounds nuw i8, <8 x ptr> %3964, i64 48
+  %3969 = getelementptr inbounds nuw i8, <8 x ptr> %3965, i64 48
+  %3970 = getelementptr inbounds nuw i8, <8 x ptr> %3966, i64 48
+  %wide.masked.gather375.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3967, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather376.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3968, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather377.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3969, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather378.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3970, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3971 = getelementptr inbounds nuw i8, ptr %425, i64 6400
+  %3972 = getelementptr inbounds nuw i8, ptr %425, i64 6432
+  %3973 = getelementptr inbounds nuw i8, ptr %425, i64 6464
+  %3974 = getelementptr inbounds nuw i8, ptr %425, i64 6496
+  store <8 x float> %wide.masked.gather375.2, ptr %3971, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather376.2, ptr %3972, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather377.2, ptr %3973, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather378.2, ptr %3974, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3975 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3976 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3977 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3978 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3979 = getelementptr inbounds nuw i8, <8 x ptr> %3975, i64 48
+  %3980 = getelementptr inbounds nuw i8, <8 x ptr> %3976, i64 48
+  %3981 = getelementptr inbounds nuw i8, <8 x ptr> %3977, i64 48
+  %3982 = getelementptr inbounds nuw i8, <8 x ptr> %3978, i64 48
+  %wide.masked.gather375.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3979, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather376.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3980, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather377.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3981, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather378.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3982, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3983 = getelementptr inbounds nuw i8, ptr %425, i64 6528
+  %3984 = getelementptr inbounds nuw i8, ptr %425, i64 6560
+  %3985 = getelementptr inbounds nuw i8, ptr %425, i64 6592
+  %3986 = getelementptr inbounds nuw i8, ptr %425, i64 6624
+  store <8 x float> %wide.masked.gather375.3, ptr %3983, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather376.3, ptr %3984, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather377.3, ptr %3985, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather378.3, ptr %3986, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   br label %for_end_d.12.i
 
 for_body_d.12.i:                                  ; preds = %for_body_d.12.i, %for_end_d.11.i
-  %indvars.iv650.12.i = phi i64 [ %indvars.iv.next651.12.i.7, %for_body_d.12.i ], [ 0, %for_end_d.11.i ]
-  %.idx782.i = shl nuw nsw i64 %indvars.iv650.12.i, 6
-  %3980 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i
-  %3981 = getelementptr inbounds nuw i8, ptr %3980, i64 48
-  %3982 = load float, ptr %3981, align 4, !tbaa !5
-  %3983 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv650.12.i
-  store float %3982, ptr %3983, align 4, !tbaa !5
-  %indvars.iv.next651.12.i = or disjoint i64 %indvars.iv650.12.i, 1
-  %.idx782.i.1 = shl nuw nsw i64 %indvars.iv.next651.12.i, 6
-  %3984 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.1
-  %3985 = getelementptr inbounds nuw i8, ptr %3984, i64 48
-  %3986 = load float, ptr %3985, align 4, !tbaa !5
-  %3987 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i
-  store float %3986, ptr %3987, align 4, !tbaa !5
-  %indvars.iv.next651.12.i.1 = or disjoint i64 %indvars.iv650.12.i, 2
-  %.idx782.i.2 = shl nuw nsw i64 %indvars.iv.next651.12.i.1, 6
-  %3988 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.2
-  %3989 = getelementptr inbounds nuw i8, ptr %3988, i64 48
-  %3990 = load float, ptr %3989, align 4, !tbaa !5
-  %3991 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i.1
-  store float %3990, ptr %3991, align 4, !tbaa !5
-  %indvars.iv.next651.12.i.2 = or disjoint i64 %indvars.iv650.12.i, 3
-  %.idx782.i.3 = shl nuw nsw i64 %indvars.iv.next651.12.i.2, 6
-  %3992 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.3
-  %3993 = getelementptr inbounds nuw i8, ptr %3992, i64 48
-  %3994 = load float, ptr %3993, align 4, !tbaa !5
-  %3995 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i.2
-  store float %3994, ptr %3995, align 4, !tbaa !5
-  %indvars.iv.next651.12.i.3 = or disjoint i64 %indvars.iv650.12.i, 4
-  %.idx782.i.4 = shl nuw nsw i64 %indvars.iv.next651.12.i.3, 6
-  %3996 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.4
-  %3997 = getelementptr inbounds nuw i8, ptr %3996, i64 48
-  %3998 = load float, ptr %3997, align 4, !tbaa !5
-  %3999 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i.3
-  store float %3998, ptr %3999, align 4, !tbaa !5
-  %indvars.iv.next651.12.i.4 = or disjoint i64 %indvars.iv650.12.i, 5
-  %.idx782.i.5 = shl nuw nsw i64 %indvars.iv.next651.12.i.4, 6
-  %4000 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.5
-  %4001 = getelementptr inbounds nuw i8, ptr %4000, i64 48
-  %4002 = load float, ptr %4001, align 4, !tbaa !5
-  %4003 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i.4
-  store float %4002, ptr %4003, align 4, !tbaa !5
-  %indvars.iv.next651.12.i.5 = or disjoint i64 %indvars.iv650.12.i, 6
-  %.idx782.i.6 = shl nuw nsw i64 %indvars.iv.next651.12.i.5, 6
-  %4004 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.6
-  %4005 = getelementptr inbounds nuw i8, ptr %4004, i64 48
-  %4006 = load float, ptr %4005, align 4, !tbaa !5
-  %4007 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i.5
-  store float %4006, ptr %4007, align 4, !tbaa !5
-  %indvars.iv.next651.12.i.6 = or disjoint i64 %indvars.iv650.12.i, 7
-  %.idx782.i.7 = shl nuw nsw i64 %indvars.iv.next651.12.i.6, 6
-  %4008 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx782.i.7
-  %4009 = getelementptr inbounds nuw i8, ptr %4008, i64 48
-  %4010 = load float, ptr %4009, align 4, !tbaa !5
-  %4011 = getelementptr inbounds nuw float, ptr %3932, i64 %indvars.iv.next651.12.i.6
-  store float %4010, ptr %4011, align 4, !tbaa !5
-  %indvars.iv.next651.12.i.7 = add nuw nsw i64 %indvars.iv650.12.i, 8
-  %exitcond653.12.not.i.7 = icmp eq i64 %indvars.iv.next651.12.i.7, 128
-  br i1 %exitcond653.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !36, !llvm.loop !111
+  %indvars.iv666.12.i = phi i64 [ %indvars.iv.next667.12.i.7, %for_body_d.12.i ], [ 0, %for_end_d.11.i ]
+  %.idx798.i = shl nuw nsw i64 %indvars.iv666.12.i, 6
+  %3987 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i
+  %3988 = getelementptr inbounds nuw i8, ptr %3987, i64 48
+  %3989 = load float, ptr %3988, align 4, !tbaa !5
+  %3990 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv666.12.i
+  store float %3989, ptr %3990, align 4, !tbaa !5
+  %indvars.iv.next667.12.i = or disjoint i64 %indvars.iv666.12.i, 1
+  %.idx798.i.1 = shl nuw nsw i64 %indvars.iv.next667.12.i, 6
+  %3991 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.1
+  %3992 = getelementptr inbounds nuw i8, ptr %3991, i64 48
+  %3993 = load float, ptr %3992, align 4, !tbaa !5
+  %3994 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i
+  store float %3993, ptr %3994, align 4, !tbaa !5
+  %indvars.iv.next667.12.i.1 = or disjoint i64 %indvars.iv666.12.i, 2
+  %.idx798.i.2 = shl nuw nsw i64 %indvars.iv.next667.12.i.1, 6
+  %3995 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.2
+  %3996 = getelementptr inbounds nuw i8, ptr %3995, i64 48
+  %3997 = load float, ptr %3996, align 4, !tbaa !5
+  %3998 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.1
+  store float %3997, ptr %3998, align 4, !tbaa !5
+  %indvars.iv.next667.12.i.2 = or disjoint i64 %indvars.iv666.12.i, 3
+  %.idx798.i.3 = shl nuw nsw i64 %indvars.iv.next667.12.i.2, 6
+  %3999 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.3
+  %4000 = getelementptr inbounds nuw i8, ptr %3999, i64 48
+  %4001 = load float, ptr %4000, align 4, !tbaa !5
+  %4002 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.2
+  store float %4001, ptr %4002, align 4, !tbaa !5
+  %indvars.iv.next667.12.i.3 = or disjoint i64 %indvars.iv666.12.i, 4
+  %.idx798.i.4 = shl nuw nsw i64 %indvars.iv.next667.12.i.3, 6
+  %4003 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.4
+  %4004 = getelementptr inbounds nuw i8, ptr %4003, i64 48
+  %4005 = load float, ptr %4004, align 4, !tbaa !5
+  %4006 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.3
+  store float %4005, ptr %4006, align 4, !tbaa !5
+  %indvars.iv.next667.12.i.4 = or disjoint i64 %indvars.iv666.12.i, 5
+  %.idx798.i.5 = shl nuw nsw i64 %indvars.iv.next667.12.i.4, 6
+  %4007 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.5
+  %4008 = getelementptr inbounds nuw i8, ptr %4007, i64 48
+  %4009 = load float, ptr %4008, align 4, !tbaa !5
+  %4010 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.4
+  store float %4009, ptr %4010, align 4, !tbaa !5
+  %indvars.iv.next667.12.i.5 = or disjoint i64 %indvars.iv666.12.i, 6
+  %.idx798.i.6 = shl nuw nsw i64 %indvars.iv.next667.12.i.5, 6
+  %4011 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.6
+  %4012 = getelementptr inbounds nuw i8, ptr %4011, i64 48
+  %4013 = load float, ptr %4012, align 4, !tbaa !5
+  %4014 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.5
+  store float %4013, ptr %4014, align 4, !tbaa !5
+  %indvars.iv.next667.12.i.6 = or disjoint i64 %indvars.iv666.12.i, 7
+  %.idx798.i.7 = shl nuw nsw i64 %indvars.iv.next667.12.i.6, 6
+  %4015 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.7
+  %4016 = getelementptr inbounds nuw i8, ptr %4015, i64 48
+  %4017 = load float, ptr %4016, align 4, !tbaa !5
+  %4018 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.6
+  store float %4017, ptr %4018, align 4, !tbaa !5
+  %indvars.iv.next667.12.i.7 = add nuw nsw i64 %indvars.iv666.12.i, 8
+  %exitcond669.12.not.i.7 = icmp eq i64 %indvars.iv.next667.12.i.7, 128
+  br i1 %exitcond669.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !36, !llvm.loop !111
 
-for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %vector.body357
-  %4012 = getelementptr inbounds nuw i8, ptr %425, i64 6656
-  %scevgep327 = getelementptr i8, ptr %acc.i, i64 52
-  %scevgep328 = getelementptr i8, ptr %acc.i, i64 8184
-  %bound0329 = icmp ult ptr %scevgep325, %scevgep328
-  %bound1330 = icmp ult ptr %scevgep327, %scevgep326
-  %found.conflict331 = and i1 %bound0329, %bound1330
-  br i1 %found.conflict331, label %for_body_d.13.i, label %vector.body334, !prof !17
+for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %vector.body369
+  %4019 = getelementptr inbounds nuw i8, ptr %425, i64 6656
+  %scevgep339 = getelementptr i8, ptr %acc.i, i64 52
+  %scevgep340 = getelementptr i8, ptr %acc.i, i64 8184
+  %bound0341 = icmp ult ptr %scevgep337, %scevgep340
+  %bound1342 = icmp ult ptr %scevgep339, %scevgep338
+  %found.conflict343 = and i1 %bound0341, %bound1342
+  br i1 %found.conflict343, label %for_body_d.13.i, label %vector.body346, !prof !17
 
-vector.body334:                                   ; preds = %for_end_d.12.i
-  %4013 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4014 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4015 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4016 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4017 = getelementptr inbounds nuw i8, <8 x ptr> %4013, i64 52
-  %4018 = getelementptr inbounds nuw i8, <8 x ptr> %4014, i64 52
-  %4019 = getelementptr inbounds nuw i8, <8 x ptr> %4015, i64 52
-  %4020 = getelementptr inbounds nuw i8, <8 x ptr> %4016, i64 52
-  %wide.masked.gather340 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4017, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather341 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4018, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather342 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4019, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather343 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4020, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %4021 = getelementptr inbounds nuw i8, ptr %425, i64 6688
-  %4022 = getelementptr inbounds nuw i8, ptr %425, i64 6720
-  %4023 = getelementptr inbounds nuw i8, ptr %425, i64 6752
-  store <8 x float> %wide.masked.gather340, ptr %4012, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather341, ptr %4021, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather342, ptr %4022, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather343, ptr %4023, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %4024 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4025 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4026 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4027 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %4028 = getelementptr inbounds nuw i8, <8 x ptr> %4024, i64 52
-  %4029 = getelementptr inbounds nuw i8, <8 x ptr> %4025, i64 52
-  %4030 = getelementptr inbounds nuw i8, <8 x ptr> %4026, i64 52
-  %4031 = getelementptr inbounds nuw i8, <8 x ptr> %4027, i64 52
-  %wide.masked.gather340.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4028, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather341.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4029, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather342.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4030, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather343.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4031, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %4032 = getelementptr inbounds nuw i8, ptr %425, i64 6784
-  %4033 = getelementptr inbounds nuw i8, ptr %425, i64 6816
-  %4034 = getelementptr inbounds nuw i8, ptr %425, i64 6848
-  %4035 = getelementptr inbounds nuw i8, ptr %425, i64 6880
-  store <8 x float> %wide.masked.gather340.1, ptr %4032, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather341.1, ptr %4033, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather342.1, ptr %4034, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather343.1, ptr %4035, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %4036 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4037 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4038 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4039 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %4040 = getelementptr inbounds nuw i8, <8 x ptr> %4036, i64 52
-  %4041 = getelementptr inbounds nuw i8, <8 x ptr> %4037, i64 52
-  %4042 = getelementptr inbounds nuw i8, <8 x ptr> %4038, i64 52
-  %4043 = getelementptr inbounds nuw i8, <8 x ptr> %4039, i64 52
-  %wide.masked.gather340.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4040, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather341.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4041, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather342.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4042, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather343.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4043, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %4044 = getelementptr inbounds nuw i8, ptr %425, i64 6912
-  %4045 = getelementptr inbounds nuw i8, ptr %425, i64 6944
-  %4046 = getelementptr inbounds nuw i8, ptr %425, i64 6976
-  %4047 = getelementptr inbounds nuw i8, ptr %425, i64 7008
-  store <8 x float> %wide.masked.gather340.2, ptr %4044, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather341.2, ptr %4045, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather342.2, ptr %4046, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather343.2, ptr %4047, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %4048 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4049 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4050 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4051 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %4052 = getelementptr inbounds nuw i8, <8 x ptr> %4048, i64 52
-  %4053 = getelementptr inbounds nuw i8, <8 x ptr> %4049, i64 52
-  %4054 = getelementptr inbounds nuw i8, <8 x ptr> %4050, i64 52
-  %4055 = getelementptr inbounds nuw i8, <8 x ptr> %4051, i64 52
-  %wide.masked.gather340.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4052, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather341.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4053, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather342.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4054, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather343.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4055, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %4056 = getelementptr inbounds nuw i8, ptr %425, i64 7040
-  %4057 = getelementptr inbounds nuw i8, ptr %425, i64 7072
-  %4058 = getelementptr inbounds nuw i8, ptr %425, i64 7104
-  %4059 = getelementptr inbounds nuw i8, ptr %425, i64 7136
-  store <8 x float> %wide.masked.gather340.3, ptr %4056, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather341.3, ptr %4057, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather342.3, ptr %4058, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather343.3, ptr %4059, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+vector.body346:                                   ; preds = %for_end_d.12.i
+  %4020 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4021 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4022 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4023 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %4024 = getelementptr inbounds nuw i8, <8 x ptr> %4020, i64 52
+  %4025 = getelementptr inbounds nuw i8, <8 x ptr> %4021, i64 52
+  %4026 = getelementptr inbounds nuw i8, <8 x ptr> %4022, i64 52
+  %4027 = getelementptr inbounds nuw i8, <8 x ptr> %4023, i64 52
+  %wide.masked.gather352 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4024, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather353 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4025, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather354 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4026, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather355 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4027, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4028 = getelementptr inbounds nuw i8, ptr %425, i64 6688
+  %4029 = getelementptr inbounds nuw i8, ptr %425, i64 6720
+  %4030 = getelementptr inbounds nuw i8, ptr %425, i64 6752
+  store <8 x float> %wide.masked.gather352, ptr %4019, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather353, ptr %4028, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather354, ptr %4029, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather355, ptr %4030, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4031 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4032 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4033 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4034 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %4035 = getelementptr inbounds nuw i8, <8 x ptr> %4031, i64 52
+  %4036 = getelementptr inbounds nuw i8, <8 x ptr> %4032, i64 52
+  %4037 = getelementptr inbounds nuw i8, <8 x ptr> %4033, i64 52
+  %4038 = getelementptr inbounds nuw i8, <8 x ptr> %4034, i64 52
+  %wide.masked.gather352.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4035, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather353.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4036, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather354.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4037, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather355.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4038, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4039 = getelementptr inbounds nuw i8, ptr %425, i64 6784
+  %4040 = getelementptr inbounds nuw i8, ptr %425, i64 6816
+  %4041 = getelementptr inbounds nuw i8, ptr %425, i64 6848
+  %4042 = getelementptr inbounds nuw i8, ptr %425, i64 6880
+  store <8 x float> %wide.masked.gather352.1, ptr %4039, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather353.1, ptr %4040, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather354.1, ptr %4041, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather355.1, ptr %4042, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4043 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4044 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4045 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4046 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %4047 = getelementptr inbounds nuw i8, <8 x ptr> %4043, i64 52
+  %4048 = getelementptr inbounds nuw i8, <8 x ptr> %4044, i64 52
+  %4049 = getelementptr inbounds nuw i8, <8 x ptr> %4045, i64 52
+  %4050 = getelementptr inbounds nuw i8, <8 x ptr> %4046, i64 52
+  %wide.masked.gather352.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather353.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather354.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather355.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4050, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4051 = getelementptr inbounds nuw i8, ptr %425, i64 6912
+  %4052 = getelementptr inbounds nuw i8, ptr %425, i64 6944
+  %4053 = getelementptr inbounds nuw i8, ptr %425, i64 6976
+  %4054 = getelementptr inbounds nuw i8, ptr %425, i64 7008
+  store <8 x float> %wide.masked.gather352.2, ptr %4051, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather353.2, ptr %4052, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather354.2, ptr %4053, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather355.2, ptr %4054, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4055 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4056 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4057 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4058 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %4059 = getelementptr inbounds nuw i8, <8 x ptr> %4055, i64 52
+  %4060 = getelementptr inbounds nuw i8, <8 x ptr> %4056, i64 52
+  %4061 = getelementptr inbounds nuw i8, <8 x ptr> %4057, i64 52
+  %4062 = getelementptr inbounds nuw i8, <8 x ptr> %4058, i64 52
+  %wide.masked.gather352.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather353.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather354.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4061, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather355.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4062, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4063 = getelementptr inbounds nuw i8, ptr %425, i64 7040
+  %4064 = getelementptr inbounds nuw i8, ptr %425, i64 7072
+  %4065 = getelementptr inbounds nuw i8, ptr %425, i64 7104
+  %4066 = getelementptr inbounds nuw i8, ptr %425, i64 7136
+  store <8 x float> %wide.masked.gather352.3, ptr %4063, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather353.3, ptr %4064, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather354.3, ptr %4065, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather355.3, ptr %4066, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   br label %for_end_d.13.i
 
 for_body_d.13.i:                                  ; preds = %for_body_d.13.i, %for_end_d.12.i
-  %indvars.iv650.13.i = phi i64 [ %indvars.iv.next651.13.i.7, %for_body_d.13.i ], [ 0, %for_end_d.12.i ]
-  %.idx783.i = shl nuw nsw i64 %indvars.iv650.13.i, 6
-  %4060 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i
-  %4061 = getelementptr inbounds nuw i8, ptr %4060, i64 52
-  %4062 = load float, ptr %4061, align 4, !tbaa !5
-  %4063 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv650.13.i
-  store float %4062, ptr %4063, align 4, !tbaa !5
-  %indvars.iv.next651.13.i = or disjoint i64 %indvars.iv650.13.i, 1
-  %.idx783.i.1 = shl nuw nsw i64 %indvars.iv.next651.13.i, 6
-  %4064 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.1
-  %4065 = getelementptr inbounds nuw i8, ptr %4064, i64 52
-  %4066 = load float, ptr %4065, align 4, !tbaa !5
-  %4067 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i
-  store float %4066, ptr %4067, align 4, !tbaa !5
-  %indvars.iv.next651.13.i.1 = or disjoint i64 %indvars.iv650.13.i, 2
-  %.idx783.i.2 = shl nuw nsw i64 %indvars.iv.next651.13.i.1, 6
-  %4068 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.2
-  %4069 = getelementptr inbounds nuw i8, ptr %4068, i64 52
-  %4070 = load float, ptr %4069, align 4, !tbaa !5
-  %4071 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i.1
-  store float %4070, ptr %4071, align 4, !tbaa !5
-  %indvars.iv.next651.13.i.2 = or disjoint i64 %indvars.iv650.13.i, 3
-  %.idx783.i.3 = shl nuw nsw i64 %indvars.iv.next651.13.i.2, 6
-  %4072 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.3
-  %4073 = getelementptr inbounds nuw i8, ptr %4072, i64 52
-  %4074 = load float, ptr %4073, align 4, !tbaa !5
-  %4075 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i.2
-  store float %4074, ptr %4075, align 4, !tbaa !5
-  %indvars.iv.next651.13.i.3 = or disjoint i64 %indvars.iv650.13.i, 4
-  %.idx783.i.4 = shl nuw nsw i64 %indvars.iv.next651.13.i.3, 6
-  %4076 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.4
-  %4077 = getelementptr inbounds nuw i8, ptr %4076, i64 52
-  %4078 = load float, ptr %4077, align 4, !tbaa !5
-  %4079 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i.3
-  store float %4078, ptr %4079, align 4, !tbaa !5
-  %indvars.iv.next651.13.i.4 = or disjoint i64 %indvars.iv650.13.i, 5
-  %.idx783.i.5 = shl nuw nsw i64 %indvars.iv.next651.13.i.4, 6
-  %4080 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.5
-  %4081 = getelementptr inbounds nuw i8, ptr %4080, i64 52
-  %4082 = load float, ptr %4081, align 4, !tbaa !5
-  %4083 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i.4
-  store float %4082, ptr %4083, align 4, !tbaa !5
-  %indvars.iv.next651.13.i.5 = or disjoint i64 %indvars.iv650.13.i, 6
-  %.idx783.i.6 = shl nuw nsw i64 %indvars.iv.next651.13.i.5, 6
-  %4084 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.6
-  %4085 = getelementptr inbounds nuw i8, ptr %4084, i64 52
-  %4086 = load float, ptr %4085, align 4, !tbaa !5
-  %4087 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i.5
-  store float %4086, ptr %4087, align 4, !tbaa !5
-  %indvars.iv.next651.13.i.6 = or disjoint i64 %indvars.iv650.13.i, 7
-  %.idx783.i.7 = shl nuw nsw i64 %indvars.iv.next651.13.i.6, 6
-  %4088 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx783.i.7
-  %4089 = getelementptr inbounds nuw i8, ptr %4088, i64 52
-  %4090 = load float, ptr %4089, align 4, !tbaa !5
-  %4091 = getelementptr inbounds nuw float, ptr %4012, i64 %indvars.iv.next651.13.i.6
-  store float %4090, ptr %4091, align 4, !tbaa !5
-  %indvars.iv.next651.13.i.7 = add nuw nsw i64 %indvars.iv650.13.i, 8
-  %exitcond653.13.not.i.7 = icmp eq i64 %indvars.iv.next651.13.i.7, 128
-  br i1 %exitcond653.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !36, !llvm.loop !117
+  %indvars.iv666.13.i = phi i64 [ %indvars.iv.next667.13.i.7, %for_body_d.13.i ], [ 0, %for_end_d.12.i ]
+  %.idx799.i = shl nuw nsw i64 %indvars.iv666.13.i, 6
+  %4067 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i
+  %4068 = getelementptr inbounds nuw i8, ptr %4067, i64 52
+  %4069 = load float, ptr %4068, align 4, !tbaa !5
+  %4070 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv666.13.i
+  store float %4069, ptr %4070, align 4, !tbaa !5
+  %indvars.iv.next667.13.i = or disjoint i64 %indvars.iv666.13.i, 1
+  %.idx799.i.1 = shl nuw nsw i64 %indvars.iv.next667.13.i, 6
+  %4071 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.1
+  %4072 = getelementptr inbounds nuw i8, ptr %4071, i64 52
+  %4073 = load float, ptr %4072, align 4, !tbaa !5
+  %4074 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i
+  store float %4073, ptr %4074, align 4, !tbaa !5
+  %indvars.iv.next667.13.i.1 = or disjoint i64 %indvars.iv666.13.i, 2
+  %.idx799.i.2 = shl nuw nsw i64 %indvars.iv.next667.13.i.1, 6
+  %4075 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.2
+  %4076 = getelementptr inbounds nuw i8, ptr %4075, i64 52
+  %4077 = load float, ptr %4076, align 4, !tbaa !5
+  %4078 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.1
+  store float %4077, ptr %4078, align 4, !tbaa !5
+  %indvars.iv.next667.13.i.2 = or disjoint i64 %indvars.iv666.13.i, 3
+  %.idx799.i.3 = shl nuw nsw i64 %indvars.iv.next667.13.i.2, 6
+  %4079 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.3
+  %4080 = getelementptr inbounds nuw i8, ptr %4079, i64 52
+  %4081 = load float, ptr %4080, align 4, !tbaa !5
+  %4082 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.2
+  store float %4081, ptr %4082, align 4, !tbaa !5
+  %indvars.iv.next667.13.i.3 = or disjoint i64 %indvars.iv666.13.i, 4
+  %.idx799.i.4 = shl nuw nsw i64 %indvars.iv.next667.13.i.3, 6
+  %4083 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.4
+  %4084 = getelementptr inbounds nuw i8, ptr %4083, i64 52
+  %4085 = load float, ptr %4084, align 4, !tbaa !5
+  %4086 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.3
+  store float %4085, ptr %4086, align 4, !tbaa !5
+  %indvars.iv.next667.13.i.4 = or disjoint i64 %indvars.iv666.13.i, 5
+  %.idx799.i.5 = shl nuw nsw i64 %indvars.iv.next667.13.i.4, 6
+  %4087 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.5
+  %4088 = getelementptr inbounds nuw i8, ptr %4087, i64 52
+  %4089 = load float, ptr %4088, align 4, !tbaa !5
+  %4090 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.4
+  store float %4089, ptr %4090, align 4, !tbaa !5
+  %indvars.iv.next667.13.i.5 = or disjoint i64 %indvars.iv666.13.i, 6
+  %.idx799.i.6 = shl nuw nsw i64 %indvars.iv.next667.13.i.5, 6
+  %4091 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.6
+  %4092 = getelementptr inbounds nuw i8, ptr %4091, i64 52
+  %4093 = load float, ptr %4092, align 4, !tbaa !5
+  %4094 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.5
+  store float %4093, ptr %4094, align 4, !tbaa !5
+  %indvars.iv.next667.13.i.6 = or disjoint i64 %indvars.iv666.13.i, 7
+  %.idx799.i.7 = shl nuw nsw i64 %indvars.iv.next667.13.i.6, 6
+  %4095 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.7
+  %4096 = getelementptr inbounds nuw i8, ptr %4095, i64 52
+  %4097 = load float, ptr %4096, align 4, !tbaa !5
+  %4098 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.6
+  store float %4097, ptr %4098, align 4, !tbaa !5
+  %indvars.iv.next667.13.i.7 = add nuw nsw i64 %indvars.iv666.13.i, 8
+  %exitcond669.13.not.i.7 = icmp eq i64 %indvars.iv.next667.13.i.7, 128
+  br i1 %exitcond669.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !36, !llvm.loop !117
 
-for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %vector.body334
-  %4092 = getelementptr inbounds nuw i8, ptr %425, i64 7168
-  %scevgep304 = getelementptr i8, ptr %acc.i, i64 56
-  %scevgep305 = getelementptr i8, ptr %acc.i, i64 8188
-  %bound0306 = icmp ult ptr %scevgep302, %scevgep305
-  %bound1307 = icmp ult ptr %scevgep304, %scevgep303
-  %found.conflict308 = and i1 %bound0306, %bound1307
-  br i1 %found.conflict308, label %for_body_d.14.i, label %vector.body311, !prof !17
+for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %vector.body346
+  %4099 = getelementptr inbounds nuw i8, ptr %425, i64 7168
+  %scevgep316 = getelementptr i8, ptr %acc.i, i64 56
+  %scevgep317 = getelementptr i8, ptr %acc.i, i64 8188
+  %bound0318 = icmp ult ptr %scevgep314, %scevgep317
+  %bound1319 = icmp ult ptr %scevgep316, %scevgep315
+  %found.conflict320 = and i1 %bound0318, %bound1319
+  br i1 %found.conflict320, label %for_body_d.14.i, label %vector.body323, !prof !17
 
-vector.body311:                                   ; preds = %for_end_d.13.i
-  %4093 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4094 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4095 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4096 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4097 = getelementptr inbounds nuw i8, <8 x ptr> %4093, i64 56
-  %4098 = getelementptr inbounds nuw i8, <8 x ptr> %4094, i64 56
-  %4099 = getelementptr inbounds nuw i8, <8 x ptr> %4095, i64 56
-  %4100 = getelementptr inbounds nuw i8, <8 x ptr> %4096, i64 56
-  %wide.masked.gather317 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather318 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather319 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather320 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4101 = getelementptr inbounds nuw i8, ptr %425, i64 7200
-  %4102 = getelementptr inbounds nuw i8, ptr %425, i64 7232
-  %4103 = getelementptr inbounds nuw i8, ptr %425, i64 7264
-  store <8 x float> %wide.masked.gather317, ptr %4092, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather318, ptr %4101, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather319, ptr %4102, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather320, ptr %4103, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4104 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4105 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4106 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4107 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %4108 = getelementptr inbounds nuw i8, <8 x ptr> %4104, i64 56
-  %4109 = getelementptr inbounds nuw i8, <8 x ptr> %4105, i64 56
-  %4110 = getelementptr inbounds nuw i8, <8 x ptr> %4106, i64 56
-  %4111 = getelementptr inbounds nuw i8, <8 x ptr> %4107, i64 56
-  %wide.masked.gather317.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather318.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather319.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather320.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4111, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4112 = getelementptr inbounds nuw i8, ptr %425, i64 7296
-  %4113 = getelementptr inbounds nuw i8, ptr %425, i64 7328
-  %4114 = getelementptr inbounds nuw i8, ptr %425, i64 7360
-  %4115 = getelementptr inbounds nuw i8, ptr %425, i64 7392
-  store <8 x float> %wide.masked.gather317.1, ptr %4112, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather318.1, ptr %4113, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather319.1, ptr %4114, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather320.1, ptr %4115, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4116 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4117 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4118 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4119 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %4120 = getelementptr inbounds nuw i8, <8 x ptr> %4116, i64 56
-  %4121 = getelementptr inbounds nuw i8, <8 x ptr> %4117, i64 56
-  %4122 = getelementptr inbounds nuw i8, <8 x ptr> %4118, i64 56
-  %4123 = getelementptr inbounds nuw i8, <8 x ptr> %4119, i64 56
-  %wide.masked.gather317.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4120, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather318.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather319.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather320.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4123, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4124 = getelementptr inbounds nuw i8, ptr %425, i64 7424
-  %4125 = getelementptr inbounds nuw i8, ptr %425, i64 7456
-  %4126 = getelementptr inbounds nuw i8, ptr %425, i64 7488
-  %4127 = getelementptr inbounds nuw i8, ptr %425, i64 7520
-  store <8 x float> %wide.masked.gather317.2, ptr %4124, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather318.2, ptr %4125, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather319.2, ptr %4126, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather320.2, ptr %4127, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4128 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4129 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4130 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4131 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %4132 = getelementptr inbounds nuw i8, <8 x ptr> %4128, i64 56
-  %4133 = getelementptr inbounds nuw i8, <8 x ptr> %4129, i64 56
-  %4134 = getelementptr inbounds nuw i8, <8 x ptr> %4130, i64 56
-  %4135 = getelementptr inbounds nuw i8, <8 x ptr> %4131, i64 56
-  %wide.masked.gather317.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4132, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather318.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4133, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather319.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4134, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather320.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4135, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4136 = getelementptr inbounds nuw i8, ptr %425, i64 7552
-  %4137 = getelementptr inbounds nuw i8, ptr %425, i64 7584
-  %4138 = getelementptr inbounds nuw i8, ptr %425, i64 7616
-  %4139 = getelementptr inbounds nuw i8, ptr %425, i64 7648
-  store <8 x float> %wide.masked.gather317.3, ptr %4136, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather318.3, ptr %4137, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather319.3, ptr %4138, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather320.3, ptr %4139, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+vector.body323:                                   ; preds = %for_end_d.13.i
+  %4100 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4101 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4102 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4103 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %4104 = getelementptr inbounds nuw i8, <8 x ptr> %4100, i64 56
+  %4105 = getelementptr inbounds nuw i8, <8 x ptr> %4101, i64 56
+  %4106 = getelementptr inbounds nuw i8, <8 x ptr> %4102, i64 56
+  %4107 = getelementptr inbounds nuw i8, <8 x ptr> %4103, i64 56
+  %wide.masked.gather329 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather330 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather331 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4106, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather332 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4108 = getelementptr inbounds nuw i8, ptr %425, i64 7200
+  %4109 = getelementptr inbounds nuw i8, ptr %425, i64 7232
+  %4110 = getelementptr inbounds nuw i8, ptr %425, i64 7264
+  store <8 x float> %wide.masked.gather329, ptr %4099, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather330, ptr %4108, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather331, ptr %4109, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather332, ptr %4110, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4111 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4112 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4113 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4114 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %4115 = getelementptr inbounds nuw i8, <8 x ptr> %4111, i64 56
+  %4116 = getelementptr inbounds nuw i8, <8 x ptr> %4112, i64 56
+  %4117 = getelementptr inbounds nuw i8, <8 x ptr> %4113, i64 56
+  %4118 = getelementptr inbounds nuw i8, <8 x ptr> %4114, i64 56
+  %wide.masked.gather329.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4115, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather330.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4116, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather331.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4117, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather332.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4119 = getelementptr inbounds nuw i8, ptr %425, i64 7296
+  %4120 = getelementptr inbounds nuw i8, ptr %425, i64 7328
+  %4121 = getelementptr inbounds nuw i8, ptr %425, i64 7360
+  %4122 = getelementptr inbounds nuw i8, ptr %425, i64 7392
+  store <8 x float> %wide.masked.gather329.1, ptr %4119, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather330.1, ptr %4120, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather331.1, ptr %4121, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather332.1, ptr %4122, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4123 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4124 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4125 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4126 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %4127 = getelementptr inbounds nuw i8, <8 x ptr> %4123, i64 56
+  %4128 = getelementptr inbounds nuw i8, <8 x ptr> %4124, i64 56
+  %4129 = getelementptr inbounds nuw i8, <8 x ptr> %4125, i64 56
+  %4130 = getelementptr inbounds nuw i8, <8 x ptr> %4126, i64 56
+  %wide.masked.gather329.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4127, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather330.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4128, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather331.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather332.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4130, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4131 = getelementptr inbounds nuw i8, ptr %425, i64 7424
+  %4132 = getelementptr inbounds nuw i8, ptr %425, i64 7456
+  %4133 = getelementptr inbounds nuw i8, ptr %425, i64 7488
+  %4134 = getelementptr inbounds nuw i8, ptr %425, i64 7520
+  store <8 x float> %wide.masked.gather329.2, ptr %4131, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather330.2, ptr %4132, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather331.2, ptr %4133, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather332.2, ptr %4134, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4135 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4136 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4137 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4138 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %4139 = getelementptr inbounds nuw i8, <8 x ptr> %4135, i64 56
+  %4140 = getelementptr inbounds nuw i8, <8 x ptr> %4136, i64 56
+  %4141 = getelementptr inbounds nuw i8, <8 x ptr> %4137, i64 56
+  %4142 = getelementptr inbounds nuw i8, <8 x ptr> %4138, i64 56
+  %wide.masked.gather329.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather330.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather331.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4141, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather332.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4142, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4143 = getelementptr inbounds nuw i8, ptr %425, i64 7552
+  %4144 = getelementptr inbounds nuw i8, ptr %425, i64 7584
+  %4145 = getelementptr inbounds nuw i8, ptr %425, i64 7616
+  %4146 = getelementptr inbounds nuw i8, ptr %425, i64 7648
+  store <8 x float> %wide.masked.gather329.3, ptr %4143, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather330.3, ptr %4144, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather331.3, ptr %4145, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather332.3, ptr %4146, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   br label %for_end_d.14.i
 
 for_body_d.14.i:                                  ; preds = %for_body_d.14.i, %for_end_d.13.i
-  %indvars.iv650.14.i = phi i64 [ %indvars.iv.next651.14.i.7, %for_body_d.14.i ], [ 0, %for_end_d.13.i ]
-  %.idx784.i = shl nuw nsw i64 %indvars.iv650.14.i, 6
-  %4140 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i
-  %4141 = getelementptr inbounds nuw i8, ptr %4140, i64 56
-  %4142 = load float, ptr %4141, align 4, !tbaa !5
-  %4143 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv650.14.i
-  store float %4142, ptr %4143, align 4, !tbaa !5
-  %indvars.iv.next651.14.i = or disjoint i64 %indvars.iv650.14.i, 1
-  %.idx784.i.1 = shl nuw nsw i64 %indvars.iv.next651.14.i, 6
-  %4144 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.1
-  %4145 = getelementptr inbounds nuw i8, ptr %4144, i64 56
-  %4146 = load float, ptr %4145, align 4, !tbaa !5
-  %4147 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i
-  store float %4146, ptr %4147, align 4, !tbaa !5
-  %indvars.iv.next651.14.i.1 = or disjoint i64 %indvars.iv650.14.i, 2
-  %.idx784.i.2 = shl nuw nsw i64 %indvars.iv.next651.14.i.1, 6
-  %4148 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.2
-  %4149 = getelementptr inbounds nuw i8, ptr %4148, i64 56
-  %4150 = load float, ptr %4149, align 4, !tbaa !5
-  %4151 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i.1
-  store float %4150, ptr %4151, align 4, !tbaa !5
-  %indvars.iv.next651.14.i.2 = or disjoint i64 %indvars.iv650.14.i, 3
-  %.idx784.i.3 = shl nuw nsw i64 %indvars.iv.next651.14.i.2, 6
-  %4152 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.3
-  %4153 = getelementptr inbounds nuw i8, ptr %4152, i64 56
-  %4154 = load float, ptr %4153, align 4, !tbaa !5
-  %4155 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i.2
-  store float %4154, ptr %4155, align 4, !tbaa !5
-  %indvars.iv.next651.14.i.3 = or disjoint i64 %indvars.iv650.14.i, 4
-  %.idx784.i.4 = shl nuw nsw i64 %indvars.iv.next651.14.i.3, 6
-  %4156 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.4
-  %4157 = getelementptr inbounds nuw i8, ptr %4156, i64 56
-  %4158 = load float, ptr %4157, align 4, !tbaa !5
-  %4159 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i.3
-  store float %4158, ptr %4159, align 4, !tbaa !5
-  %indvars.iv.next651.14.i.4 = or disjoint i64 %indvars.iv650.14.i, 5
-  %.idx784.i.5 = shl nuw nsw i64 %indvars.iv.next651.14.i.4, 6
-  %4160 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.5
-  %4161 = getelementptr inbounds nuw i8, ptr %4160, i64 56
-  %4162 = load float, ptr %4161, align 4, !tbaa !5
-  %4163 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i.4
-  store float %4162, ptr %4163, align 4, !tbaa !5
-  %indvars.iv.next651.14.i.5 = or disjoint i64 %indvars.iv650.14.i, 6
-  %.idx784.i.6 = shl nuw nsw i64 %indvars.iv.next651.14.i.5, 6
-  %4164 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.6
-  %4165 = getelementptr inbounds nuw i8, ptr %4164, i64 56
-  %4166 = load float, ptr %4165, align 4, !tbaa !5
-  %4167 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i.5
-  store float %4166, ptr %4167, align 4, !tbaa !5
-  %indvars.iv.next651.14.i.6 = or disjoint i64 %indvars.iv650.14.i, 7
-  %.idx784.i.7 = shl nuw nsw i64 %indvars.iv.next651.14.i.6, 6
-  %4168 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx784.i.7
-  %4169 = getelementptr inbounds nuw i8, ptr %4168, i64 56
-  %4170 = load float, ptr %4169, align 4, !tbaa !5
-  %4171 = getelementptr inbounds nuw float, ptr %4092, i64 %indvars.iv.next651.14.i.6
-  store float %4170, ptr %4171, align 4, !tbaa !5
-  %indvars.iv.next651.14.i.7 = add nuw nsw i64 %indvars.iv650.14.i, 8
-  %exitcond653.14.not.i.7 = icmp eq i64 %indvars.iv.next651.14.i.7, 128
-  br i1 %exitcond653.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !36, !llvm.loop !123
+  %indvars.iv666.14.i = phi i64 [ %indvars.iv.next667.14.i.7, %for_body_d.14.i ], [ 0, %for_end_d.13.i ]
+  %.idx800.i = shl nuw nsw i64 %indvars.iv666.14.i, 6
+  %4147 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i
+  %4148 = getelementptr inbounds nuw i8, ptr %4147, i64 56
+  %4149 = load float, ptr %4148, align 4, !tbaa !5
+  %4150 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv666.14.i
+  store float %4149, ptr %4150, align 4, !tbaa !5
+  %indvars.iv.next667.14.i = or disjoint i64 %indvars.iv666.14.i, 1
+  %.idx800.i.1 = shl nuw nsw i64 %indvars.iv.next667.14.i, 6
+  %4151 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.1
+  %4152 = getelementptr inbounds nuw i8, ptr %4151, i64 56
+  %4153 = load float, ptr %4152, align 4, !tbaa !5
+  %4154 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i
+  store float %4153, ptr %4154, align 4, !tbaa !5
+  %indvars.iv.next667.14.i.1 = or disjoint i64 %indvars.iv666.14.i, 2
+  %.idx800.i.2 = shl nuw nsw i64 %indvars.iv.next667.14.i.1, 6
+  %4155 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.2
+  %4156 = getelementptr inbounds nuw i8, ptr %4155, i64 56
+  %4157 = load float, ptr %4156, align 4, !tbaa !5
+  %4158 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.1
+  store float %4157, ptr %4158, align 4, !tbaa !5
+  %indvars.iv.next667.14.i.2 = or disjoint i64 %indvars.iv666.14.i, 3
+  %.idx800.i.3 = shl nuw nsw i64 %indvars.iv.next667.14.i.2, 6
+  %4159 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.3
+  %4160 = getelementptr inbounds nuw i8, ptr %4159, i64 56
+  %4161 = load float, ptr %4160, align 4, !tbaa !5
+  %4162 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.2
+  store float %4161, ptr %4162, align 4, !tbaa !5
+  %indvars.iv.next667.14.i.3 = or disjoint i64 %indvars.iv666.14.i, 4
+  %.idx800.i.4 = shl nuw nsw i64 %indvars.iv.next667.14.i.3, 6
+  %4163 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.4
+  %4164 = getelementptr inbounds nuw i8, ptr %4163, i64 56
+  %4165 = load float, ptr %4164, align 4, !tbaa !5
+  %4166 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.3
+  store float %4165, ptr %4166, align 4, !tbaa !5
+  %indvars.iv.next667.14.i.4 = or disjoint i64 %indvars.iv666.14.i, 5
+  %.idx800.i.5 = shl nuw nsw i64 %indvars.iv.next667.14.i.4, 6
+  %4167 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.5
+  %4168 = getelementptr inbounds nuw i8, ptr %4167, i64 56
+  %4169 = load float, ptr %4168, align 4, !tbaa !5
+  %4170 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.4
+  store float %4169, ptr %4170, align 4, !tbaa !5
+  %indvars.iv.next667.14.i.5 = or disjoint i64 %indvars.iv666.14.i, 6
+  %.idx800.i.6 = shl nuw nsw i64 %indvars.iv.next667.14.i.5, 6
+  %4171 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.6
+  %4172 = getelementptr inbounds nuw i8, ptr %4171, i64 56
+  %4173 = load float, ptr %4172, align 4, !tbaa !5
+  %4174 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.5
+  store float %4173, ptr %4174, align 4, !tbaa !5
+  %indvars.iv.next667.14.i.6 = or disjoint i64 %indvars.iv666.14.i, 7
+  %.idx800.i.7 = shl nuw nsw i64 %indvars.iv.next667.14.i.6, 6
+  %4175 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.7
+  %4176 = getelementptr inbounds nuw i8, ptr %4175, i64 56
+  %4177 = load float, ptr %4176, align 4, !tbaa !5
+  %4178 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.6
+  store float %4177, ptr %4178, align 4, !tbaa !5
+  %indvars.iv.next667.14.i.7 = add nuw nsw i64 %indvars.iv666.14.i, 8
+  %exitcond669.14.not.i.7 = icmp eq i64 %indvars.iv.next667.14.i.7, 128
+  br i1 %exitcond669.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !36, !llvm.loop !123
 
-for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %vector.body311
-  %4172 = getelementptr inbounds nuw i8, ptr %425, i64 7680
-  %scevgep296 = getelementptr i8, ptr %acc.i, i64 60
-  %scevgep297 = getelementptr i8, ptr %acc.i, i64 8192
-  %bound0 = icmp ult ptr %scevgep, %scevgep297
-  %bound1 = icmp ult ptr %scevgep296, %scevgep295
+for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %vector.body323
+  %4179 = getelementptr inbounds nuw i8, ptr %425, i64 7680
+  %scevgep308 = getelementptr i8, ptr %acc.i, i64 60
+  %scevgep309 = getelementptr i8, ptr %acc.i, i64 8192
+  %bound0 = icmp ult ptr %scevgep, %scevgep309
+  %bound1 = icmp ult ptr %scevgep308, %scevgep307
   %found.conflict = and i1 %bound0, %bound1
   br i1 %found.conflict, label %for_body_d.15.i, label %vector.body, !prof !17
 
 vector.body:                                      ; preds = %for_end_d.14.i
-  %4173 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4174 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4175 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4176 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4177 = getelementptr inbounds nuw i8, <8 x ptr> %4173, i64 60
-  %4178 = getelementptr inbounds nuw i8, <8 x ptr> %4174, i64 60
-  %4179 = getelementptr inbounds nuw i8, <8 x ptr> %4175, i64 60
-  %4180 = getelementptr inbounds nuw i8, <8 x ptr> %4176, i64 60
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4177, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather298 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4178, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather299 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather300 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4181 = getelementptr inbounds nuw i8, ptr %425, i64 7712
-  %4182 = getelementptr inbounds nuw i8, ptr %425, i64 7744
-  %4183 = getelementptr inbounds nuw i8, ptr %425, i64 7776
-  store <8 x float> %wide.masked.gather, ptr %4172, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather298, ptr %4181, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather299, ptr %4182, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather300, ptr %4183, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4184 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4185 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4186 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4187 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %4188 = getelementptr inbounds nuw i8, <8 x ptr> %4184, i64 60
-  %4189 = getelementptr inbounds nuw i8, <8 x ptr> %4185, i64 60
-  %4190 = getelementptr inbounds nuw i8, <8 x ptr> %4186, i64 60
-  %4191 = getelementptr inbounds nuw i8, <8 x ptr> %4187, i64 60
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4188, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather298.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4189, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather299.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4190, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather300.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4191, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4192 = getelementptr inbounds nuw i8, ptr %425, i64 7808
-  %4193 = getelementptr inbounds nuw i8, ptr %425, i64 7840
-  %4194 = getelementptr inbounds nuw i8, ptr %425, i64 7872
-  %4195 = getelementptr inbounds nuw i8, ptr %425, i64 7904
-  store <8 x float> %wide.masked.gather.1, ptr %4192, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather298.1, ptr %4193, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather299.1, ptr %4194, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather300.1, ptr %4195, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4196 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4197 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4198 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4199 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %4200 = getelementptr inbounds nuw i8, <8 x ptr> %4196, i64 60
-  %4201 = getelementptr inbounds nuw i8, <8 x ptr> %4197, i64 60
-  %4202 = getelementptr inbounds nuw i8, <8 x ptr> %4198, i64 60
-  %4203 = getelementptr inbounds nuw i8, <8 x ptr> %4199, i64 60
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4200, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather298.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather299.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4202, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather300.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4203, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4204 = getelementptr inbounds nuw i8, ptr %425, i64 7936
-  %4205 = getelementptr inbounds nuw i8, ptr %425, i64 7968
-  %4206 = getelementptr inbounds nuw i8, ptr %425, i64 8000
-  %4207 = getelementptr inbounds nuw i8, ptr %425, i64 8032
-  store <8 x float> %wide.masked.gather.2, ptr %4204, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather298.2, ptr %4205, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather299.2, ptr %4206, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather300.2, ptr %4207, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4208 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4209 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4210 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4211 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %4212 = getelementptr inbounds nuw i8, <8 x ptr> %4208, i64 60
-  %4213 = getelementptr inbounds nuw i8, <8 x ptr> %4209, i64 60
-  %4214 = getelementptr inbounds nuw i8, <8 x ptr> %4210, i64 60
-  %4215 = getelementptr inbounds nuw i8, <8 x ptr> %4211, i64 60
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4212, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather298.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4213, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather299.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4214, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather300.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4215, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4216 = getelementptr inbounds nuw i8, ptr %425, i64 8064
-  %4217 = getelementptr inbounds nuw i8, ptr %425, i64 8096
-  %4218 = getelementptr inbounds nuw i8, ptr %425, i64 8128
-  %4219 = getelementptr inbounds nuw i8, ptr %425, i64 8160
-  store <8 x float> %wide.masked.gather.3, ptr %4216, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather298.3, ptr %4217, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather299.3, ptr %4218, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather300.3, ptr %4219, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  br label %if_end205.i
+  %4180 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4181 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4182 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4183 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %4184 = getelementptr inbounds nuw i8, <8 x ptr> %4180, i64 60
+  %4185 = getelementptr inbounds nuw i8, <8 x ptr> %4181, i64 60
+  %4186 = getelementptr inbounds nuw i8, <8 x ptr> %4182, i64 60
+  %4187 = getelementptr inbounds nuw i8, <8 x ptr> %4183, i64 60
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4184, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather310 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4185, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4186, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4187, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4188 = getelementptr inbounds nuw i8, ptr %425, i64 7712
+  %4189 = getelementptr inbounds nuw i8, ptr %425, i64 7744
+  %4190 = getelementptr inbounds nuw i8, ptr %425, i64 7776
+  store <8 x float> %wide.masked.gather, ptr %4179, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather310, ptr %4188, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather311, ptr %4189, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather312, ptr %4190, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4191 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4192 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4193 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4194 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %4195 = getelementptr inbounds nuw i8, <8 x ptr> %4191, i64 60
+  %4196 = getelementptr inbounds nuw i8, <8 x ptr> %4192, i64 60
+  %4197 = getelementptr inbounds nuw i8, <8 x ptr> %4193, i64 60
+  %4198 = getelementptr inbounds nuw i8, <8 x ptr> %4194, i64 60
+  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4195, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather310.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4196, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4197, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4198, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4199 = getelementptr inbounds nuw i8, ptr %425, i64 7808
+  %4200 = getelementptr inbounds nuw i8, ptr %425, i64 7840
+  %4201 = getelementptr inbounds nuw i8, ptr %425, i64 7872
+  %4202 = getelementptr inbounds nuw i8, ptr %425, i64 7904
+  store <8 x float> %wide.masked.gather.1, ptr %4199, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather310.1, ptr %4200, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather311.1, ptr %4201, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather312.1, ptr %4202, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4203 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4204 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4205 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4206 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %4207 = getelementptr inbounds nuw i8, <8 x ptr> %4203, i64 60
+  %4208 = getelementptr inbounds nuw i8, <8 x ptr> %4204, i64 60
+  %4209 = getelementptr inbounds nuw i8, <8 x ptr> %4205, i64 60
+  %4210 = getelementptr inbounds nuw i8, <8 x ptr> %4206, i64 60
+  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather310.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4208, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4209, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4210, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4211 = getelementptr inbounds nuw i8, ptr %425, i64 7936
+  %4212 = getelementptr inbounds nuw i8, ptr %425, i64 7968
+  %4213 = getelementptr inbounds nuw i8, ptr %425, i64 8000
+  %4214 = getelementptr inbounds nuw i8, ptr %425, i64 8032
+  store <8 x float> %wide.masked.gather.2, ptr %4211, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather310.2, ptr %4212, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather311.2, ptr %4213, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather312.2, ptr %4214, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4215 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4216 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4217 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4218 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %4219 = getelementptr inbounds nuw i8, <8 x ptr> %4215, i64 60
+  %4220 = getelementptr inbounds nuw i8, <8 x ptr> %4216, i64 60
+  %4221 = getelementptr inbounds nuw i8, <8 x ptr> %4217, i64 60
+  %4222 = getelementptr inbounds nuw i8, <8 x ptr> %4218, i64 60
+  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather310.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4221, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4222, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4223 = getelementptr inbounds nuw i8, ptr %425, i64 8064
+  %4224 = getelementptr inbounds nuw i8, ptr %425, i64 8096
+  %4225 = getelementptr inbounds nuw i8, ptr %425, i64 8128
+  %4226 = getelementptr inbounds nuw i8, ptr %425, i64 8160
+  store <8 x float> %wide.masked.gather.3, ptr %4223, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather310.3, ptr %4224, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather311.3, ptr %4225, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather312.3, ptr %4226, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  br label %if_end200.i
 
 for_body_d.15.i:                                  ; preds = %for_body_d.15.i, %for_end_d.14.i
-  %indvars.iv650.15.i = phi i64 [ %indvars.iv.next651.15.i.7, %for_body_d.15.i ], [ 0, %for_end_d.14.i ]
-  %.idx785.i = shl nuw nsw i64 %indvars.iv650.15.i, 6
-  %4220 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i
-  %4221 = getelementptr inbounds nuw i8, ptr %4220, i64 60
-  %4222 = load float, ptr %4221, align 4, !tbaa !5
-  %4223 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv650.15.i
-  store float %4222, ptr %4223, align 4, !tbaa !5
-  %indvars.iv.next651.15.i = or disjoint i64 %indvars.iv650.15.i, 1
-  %.idx785.i.1 = shl nuw nsw i64 %indvars.iv.next651.15.i, 6
-  %4224 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.1
-  %4225 = getelementptr inbounds nuw i8, ptr %4224, i64 60
-  %4226 = load float, ptr %4225, align 4, !tbaa !5
-  %4227 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i
-  store float %4226, ptr %4227, align 4, !tbaa !5
-  %indvars.iv.next651.15.i.1 = or disjoint i64 %indvars.iv650.15.i, 2
-  %.idx785.i.2 = shl nuw nsw i64 %indvars.iv.next651.15.i.1, 6
-  %4228 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.2
-  %4229 = getelementptr inbounds nuw i8, ptr %4228, i64 60
-  %4230 = load float, ptr %4229, align 4, !tbaa !5
-  %4231 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i.1
-  store float %4230, ptr %4231, align 4, !tbaa !5
-  %indvars.iv.next651.15.i.2 = or disjoint i64 %indvars.iv650.15.i, 3
-  %.idx785.i.3 = shl nuw nsw i64 %indvars.iv.next651.15.i.2, 6
-  %4232 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.3
-  %4233 = getelementptr inbounds nuw i8, ptr %4232, i64 60
-  %4234 = load float, ptr %4233, align 4, !tbaa !5
-  %4235 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i.2
-  store float %4234, ptr %4235, align 4, !tbaa !5
-  %indvars.iv.next651.15.i.3 = or disjoint i64 %indvars.iv650.15.i, 4
-  %.idx785.i.4 = shl nuw nsw i64 %indvars.iv.next651.15.i.3, 6
-  %4236 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.4
-  %4237 = getelementptr inbounds nuw i8, ptr %4236, i64 60
-  %4238 = load float, ptr %4237, align 4, !tbaa !5
-  %4239 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i.3
-  store float %4238, ptr %4239, align 4, !tbaa !5
-  %indvars.iv.next651.15.i.4 = or disjoint i64 %indvars.iv650.15.i, 5
-  %.idx785.i.5 = shl nuw nsw i64 %indvars.iv.next651.15.i.4, 6
-  %4240 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.5
-  %4241 = getelementptr inbounds nuw i8, ptr %4240, i64 60
-  %4242 = load float, ptr %4241, align 4, !tbaa !5
-  %4243 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i.4
-  store float %4242, ptr %4243, align 4, !tbaa !5
-  %indvars.iv.next651.15.i.5 = or disjoint i64 %indvars.iv650.15.i, 6
-  %.idx785.i.6 = shl nuw nsw i64 %indvars.iv.next651.15.i.5, 6
-  %4244 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.6
-  %4245 = getelementptr inbounds nuw i8, ptr %4244, i64 60
-  %4246 = load float, ptr %4245, align 4, !tbaa !5
-  %4247 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i.5
-  store float %4246, ptr %4247, align 4, !tbaa !5
-  %indvars.iv.next651.15.i.6 = or disjoint i64 %indvars.iv650.15.i, 7
-  %.idx785.i.7 = shl nuw nsw i64 %indvars.iv.next651.15.i.6, 6
-  %4248 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx785.i.7
-  %4249 = getelementptr inbounds nuw i8, ptr %4248, i64 60
-  %4250 = load float, ptr %4249, align 4, !tbaa !5
-  %4251 = getelementptr inbounds nuw float, ptr %4172, i64 %indvars.iv.next651.15.i.6
-  store float %4250, ptr %4251, align 4, !tbaa !5
-  %indvars.iv.next651.15.i.7 = add nuw nsw i64 %indvars.iv650.15.i, 8
-  %exitcond653.15.not.i.7 = icmp eq i64 %indvars.iv.next651.15.i.7, 128
-  br i1 %exitcond653.15.not.i.7, label %if_end205.i, label %for_body_d.15.i, !prof !36, !llvm.loop !129
+  %indvars.iv666.15.i = phi i64 [ %indvars.iv.next667.15.i.7, %for_body_d.15.i ], [ 0, %for_end_d.14.i ]
+  %.idx801.i = shl nuw nsw i64 %indvars.iv666.15.i, 6
+  %4227 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i
+  %4228 = getelementptr inbounds nuw i8, ptr %4227, i64 60
+  %4229 = load float, ptr %4228, align 4, !tbaa !5
+  %4230 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv666.15.i
+  store float %4229, ptr %4230, align 4, !tbaa !5
+  %indvars.iv.next667.15.i = or disjoint i64 %indvars.iv666.15.i, 1
+  %.idx801.i.1 = shl nuw nsw i64 %indvars.iv.next667.15.i, 6
+  %4231 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.1
+  %4232 = getelementptr inbounds nuw i8, ptr %4231, i64 60
+  %4233 = load float, ptr %4232, align 4, !tbaa !5
+  %4234 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i
+  store float %4233, ptr %4234, align 4, !tbaa !5
+  %indvars.iv.next667.15.i.1 = or disjoint i64 %indvars.iv666.15.i, 2
+  %.idx801.i.2 = shl nuw nsw i64 %indvars.iv.next667.15.i.1, 6
+  %4235 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.2
+  %4236 = getelementptr inbounds nuw i8, ptr %4235, i64 60
+  %4237 = load float, ptr %4236, align 4, !tbaa !5
+  %4238 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.1
+  store float %4237, ptr %4238, align 4, !tbaa !5
+  %indvars.iv.next667.15.i.2 = or disjoint i64 %indvars.iv666.15.i, 3
+  %.idx801.i.3 = shl nuw nsw i64 %indvars.iv.next667.15.i.2, 6
+  %4239 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.3
+  %4240 = getelementptr inbounds nuw i8, ptr %4239, i64 60
+  %4241 = load float, ptr %4240, align 4, !tbaa !5
+  %4242 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.2
+  store float %4241, ptr %4242, align 4, !tbaa !5
+  %indvars.iv.next667.15.i.3 = or disjoint i64 %indvars.iv666.15.i, 4
+  %.idx801.i.4 = shl nuw nsw i64 %indvars.iv.next667.15.i.3, 6
+  %4243 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.4
+  %4244 = getelementptr inbounds nuw i8, ptr %4243, i64 60
+  %4245 = load float, ptr %4244, align 4, !tbaa !5
+  %4246 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.3
+  store float %4245, ptr %4246, align 4, !tbaa !5
+  %indvars.iv.next667.15.i.4 = or disjoint i64 %indvars.iv666.15.i, 5
+  %.idx801.i.5 = shl nuw nsw i64 %indvars.iv.next667.15.i.4, 6
+  %4247 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.5
+  %4248 = getelementptr inbounds nuw i8, ptr %4247, i64 60
+  %4249 = load float, ptr %4248, align 4, !tbaa !5
+  %4250 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.4
+  store float %4249, ptr %4250, align 4, !tbaa !5
+  %indvars.iv.next667.15.i.5 = or disjoint i64 %indvars.iv666.15.i, 6
+  %.idx801.i.6 = shl nuw nsw i64 %indvars.iv.next667.15.i.5, 6
+  %4251 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.6
+  %4252 = getelementptr inbounds nuw i8, ptr %4251, i64 60
+  %4253 = load float, ptr %4252, align 4, !tbaa !5
+  %4254 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.5
+  store float %4253, ptr %4254, align 4, !tbaa !5
+  %indvars.iv.next667.15.i.6 = or disjoint i64 %indvars.iv666.15.i, 7
+  %.idx801.i.7 = shl nuw nsw i64 %indvars.iv.next667.15.i.6, 6
+  %4255 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.7
+  %4256 = getelementptr inbounds nuw i8, ptr %4255, i64 60
+  %4257 = load float, ptr %4256, align 4, !tbaa !5
+  %4258 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.6
+  store float %4257, ptr %4258, align 4, !tbaa !5
+  %indvars.iv.next667.15.i.7 = add nuw nsw i64 %indvars.iv666.15.i, 8
+  %exitcond669.15.not.i.7 = icmp eq i64 %indvars.iv.next667.15.i.7, 128
+  br i1 %exitcond669.15.not.i.7, label %if_end200.i, label %for_body_d.15.i, !prof !36, !llvm.loop !129
 
-if_end254.i:                                      ; preds = %if_end205.i
-  %4252 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %4253 = tail call i32 %4252(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not278.i = icmp eq i32 %4253, 0
-  br i1 %.not278.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !27
+if_end249.i:                                      ; preds = %if_end200.i
+  %4259 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %4260 = tail call i32 %4259(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not274.i = icmp eq i32 %4260, 0
+  br i1 %.not274.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !27
 
-fused_decode_compute_.exit:                       ; preds = %if_end254.i, %if_end205.i, %if_end199.i, %if_end196.i, %if_end193.i, %if_end190.i, %if_end187.i, %if_end184.i, %for_end_d_0_m.i, %for_end_to69.thread.i, %for_end_to69.i, %if_end62.i, %for_end_to53.i, %if_end46.i, %for_end_t36.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
-  %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end51 ], [ -1, %if_end199.i ], [ -1, %if_end196.i ], [ -1, %if_end193.i ], [ -1, %if_end190.i ], [ -1, %if_end187.i ], [ -1, %if_end184.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to69.thread.i ], [ -1, %for_end_to69.i ], [ -1, %if_end62.i ], [ -1, %for_end_to53.i ], [ -1, %if_end46.i ], [ -1, %for_end_t36.i ], [ -1, %if_end27.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end205.i ], [ -1, %if_end254.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor263.i)
+fused_decode_compute_.exit:                       ; preds = %if_end249.i, %if_end200.i, %if_end194.i, %if_end191.i, %if_end188.i, %if_end185.i, %if_end182.i, %if_end179.i, %for_end_d_0_m.i, %for_end_to69.thread.i, %for_end_to69.i, %if_end62.i, %for_end_to53.i, %if_end46.i, %for_end_t36.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
+  %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end51 ], [ -1, %if_end194.i ], [ -1, %if_end191.i ], [ -1, %if_end188.i ], [ -1, %if_end185.i ], [ -1, %if_end182.i ], [ -1, %if_end179.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to69.thread.i ], [ -1, %for_end_to69.i ], [ -1, %if_end62.i ], [ -1, %for_end_to53.i ], [ -1, %if_end46.i ], [ -1, %for_end_t36.i ], [ -1, %if_end27.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end200.i ], [ -1, %if_end249.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor258.i)
   ret i32 %common.ret.op.i
 }
 

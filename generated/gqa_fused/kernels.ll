@@ -251,8 +251,8 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor541.i = alloca [16 x float], align 16
-  %reach559.i = alloca [128 x i32], align 16
+  %factor536.i = alloca [16 x float], align 16
+  %reach555.i = alloca [128 x i32], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -490,8 +490,8 @@ if_end54:                                         ; preds = %if_then52, %if_end5
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor541.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %reach559.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor536.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach555.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -583,36 +583,36 @@ for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end14.i
   br label %for_begin_ax1_0.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
-  %indvars.iv915.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next916.i, %for_body_r.peel.next.i ]
-  %160 = trunc nuw nsw i64 %indvars.iv915.i to i32
+  %indvars.iv933.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next934.i, %for_body_r.peel.next.i ]
+  %160 = trunc nuw nsw i64 %indvars.iv933.i to i32
   %rmod.i = srem i32 %160, %120
   %rdiv39.i = sdiv i32 %160, %120
   %161 = icmp ne i32 %rmod.i, 0
-  %.not589.i = and i1 %145, %161
-  %162 = select i1 %.not589.i, i32 %120, i32 0
+  %.not585.i = and i1 %145, %161
+  %162 = select i1 %.not585.i, i32 %120, i32 0
   %163 = add nsw i32 %162, %rmod.i
   %164 = shl nsw i32 %163, 2
   %165 = shl nsw i32 %163, 4
   %166 = sub nsw i32 %118, %165
   %167 = shl nsw i32 %163, 3
-  %invariant.op663.i = sub i32 %167, %159
-  %168 = sext i1 %.not589.i to i32
+  %invariant.op662.i = sub i32 %167, %159
+  %168 = sext i1 %.not585.i to i32
   %169 = sext i32 %163 to i64
   %170 = shl nsw i64 %169, 2
-  %invariant.op665.i = add nsw i64 %170, %150
+  %invariant.op664.i = add nsw i64 %170, %150
   %171 = sext i32 %166 to i64
-  %172 = shl i64 %indvars.iv915.i, 11
+  %172 = shl i64 %indvars.iv933.i, 11
   %173 = and i64 %172, 4294965248
-  %invariant.gep1232.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
+  %invariant.gep1255.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
   br label %for_begin_ax2_0.preheader.i
 
 for_begin_tile105.preheader.i:                    ; preds = %for_body_r.peel.next.i
-  %174 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 4
+  %174 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 4
   %175 = load <2 x i32>, ptr %174, align 4
-  %exitcond923.peel.not.i = icmp eq i32 %121, 1
+  %exitcond941.peel.not.i = icmp eq i32 %121, 1
   %176 = extractelement <2 x i32> %175, i64 0
   %177 = extractelement <2 x i32> %175, i64 1
-  br i1 %exitcond923.peel.not.i, label %for_end_tile107.loopexit.i, label %iter.check, !prof !13
+  br i1 %exitcond941.peel.not.i, label %for_end_tile107.loopexit.i, label %iter.check, !prof !13
 
 iter.check:                                       ; preds = %for_begin_tile105.preheader.i
   %178 = add nsw i64 %wide.trip.count.i, -1
@@ -620,8 +620,8 @@ iter.check:                                       ; preds = %for_begin_tile105.p
   br i1 %min.iters.check, label %if_end115.i.preheader, label %vector.main.loop.iter.check, !prof !16
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check365 = icmp ult i32 %121, 34
-  br i1 %min.iters.check365, label %vec.epilog.ph, label %vector.ph, !prof !16
+  %min.iters.check377 = icmp ult i32 %121, 34
+  br i1 %min.iters.check377, label %vec.epilog.ph, label %vector.ph, !prof !16
 
 vector.ph:                                        ; preds = %vector.main.loop.iter.check
   %n.mod.vf = and i64 %178, 31
@@ -629,64 +629,64 @@ vector.ph:                                        ; preds = %vector.main.loop.it
   %180 = select i1 %179, i64 32, i64 %n.mod.vf
   %n.vec = sub nsw i64 %178, %180
   %broadcast.splat = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat367 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splat379 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body
 
 vector.body:                                      ; preds = %vector.body, %vector.ph
   %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
   %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %193, %vector.body ]
-  %vec.phi368 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
-  %vec.phi369 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
-  %vec.phi370 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
-  %vec.phi371 = phi <8 x i32> [ %broadcast.splat367, %vector.ph ], [ %197, %vector.body ]
-  %vec.phi372 = phi <8 x i32> [ %broadcast.splat367, %vector.ph ], [ %198, %vector.body ]
-  %vec.phi373 = phi <8 x i32> [ %broadcast.splat367, %vector.ph ], [ %199, %vector.body ]
-  %vec.phi374 = phi <8 x i32> [ %broadcast.splat367, %vector.ph ], [ %200, %vector.body ]
+  %vec.phi380 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
+  %vec.phi381 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
+  %vec.phi382 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
+  %vec.phi383 = phi <8 x i32> [ %broadcast.splat379, %vector.ph ], [ %197, %vector.body ]
+  %vec.phi384 = phi <8 x i32> [ %broadcast.splat379, %vector.ph ], [ %198, %vector.body ]
+  %vec.phi385 = phi <8 x i32> [ %broadcast.splat379, %vector.ph ], [ %199, %vector.body ]
+  %vec.phi386 = phi <8 x i32> [ %broadcast.splat379, %vector.ph ], [ %200, %vector.body ]
   %181 = shl i64 %index, 4
   %182 = shl i64 %index, 4
   %183 = shl i64 %index, 4
   %184 = shl i64 %index, 4
-  %185 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %181
-  %186 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %182
-  %187 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %183
-  %188 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %184
+  %185 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %181
+  %186 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %182
+  %187 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %183
+  %188 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %184
   %189 = getelementptr inbounds nuw i8, ptr %185, i64 20
   %190 = getelementptr inbounds nuw i8, ptr %186, i64 148
   %191 = getelementptr inbounds nuw i8, ptr %187, i64 276
   %192 = getelementptr inbounds nuw i8, ptr %188, i64 404
   %wide.vec = load <32 x i32>, ptr %189, align 4, !tbaa !17
   %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec375 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec376 = load <32 x i32>, ptr %190, align 4, !tbaa !17
-  %strided.vec377 = shufflevector <32 x i32> %wide.vec376, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec378 = shufflevector <32 x i32> %wide.vec376, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec379 = load <32 x i32>, ptr %191, align 4, !tbaa !17
-  %strided.vec380 = shufflevector <32 x i32> %wide.vec379, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec381 = shufflevector <32 x i32> %wide.vec379, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec382 = load <32 x i32>, ptr %192, align 4, !tbaa !17
-  %strided.vec383 = shufflevector <32 x i32> %wide.vec382, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec384 = shufflevector <32 x i32> %wide.vec382, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec375)
-  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi368, <8 x i32> %strided.vec378)
-  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi369, <8 x i32> %strided.vec381)
-  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi370, <8 x i32> %strided.vec384)
-  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi371, <8 x i32> %strided.vec)
-  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi372, <8 x i32> %strided.vec377)
-  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi373, <8 x i32> %strided.vec380)
-  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi374, <8 x i32> %strided.vec383)
+  %strided.vec387 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec388 = load <32 x i32>, ptr %190, align 4, !tbaa !17
+  %strided.vec389 = shufflevector <32 x i32> %wide.vec388, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec390 = shufflevector <32 x i32> %wide.vec388, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec391 = load <32 x i32>, ptr %191, align 4, !tbaa !17
+  %strided.vec392 = shufflevector <32 x i32> %wide.vec391, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec393 = shufflevector <32 x i32> %wide.vec391, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec394 = load <32 x i32>, ptr %192, align 4, !tbaa !17
+  %strided.vec395 = shufflevector <32 x i32> %wide.vec394, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec396 = shufflevector <32 x i32> %wide.vec394, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec387)
+  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi380, <8 x i32> %strided.vec390)
+  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi381, <8 x i32> %strided.vec393)
+  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi382, <8 x i32> %strided.vec396)
+  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi383, <8 x i32> %strided.vec)
+  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi384, <8 x i32> %strided.vec389)
+  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi385, <8 x i32> %strided.vec392)
+  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi386, <8 x i32> %strided.vec395)
   %index.next = add nuw i64 %index, 32
   %201 = icmp eq i64 %index.next, %n.vec
   br i1 %201, label %vec.epilog.iter.check, label %vector.body, !prof !19, !llvm.loop !20
 
 vec.epilog.iter.check:                            ; preds = %vector.body
-  %rdx.minmax387 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
-  %rdx.minmax388 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax387, <8 x i32> %199)
-  %rdx.minmax389 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax388, <8 x i32> %200)
-  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax389)
+  %rdx.minmax399 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
+  %rdx.minmax400 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax399, <8 x i32> %199)
+  %rdx.minmax401 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax400, <8 x i32> %200)
+  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax401)
   %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %193, <8 x i32> %194)
-  %rdx.minmax385 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
-  %rdx.minmax386 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax385, <8 x i32> %196)
-  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax386)
+  %rdx.minmax397 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
+  %rdx.minmax398 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax397, <8 x i32> %196)
+  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax398)
   %ind.end = add nsw i64 %n.vec, 1
   %min.epilog.iters.check = icmp samesign ult i64 %180, 5
   %204 = insertelement <2 x i32> poison, i32 %202, i64 0
@@ -696,29 +696,29 @@ vec.epilog.iter.check:                            ; preds = %vector.body
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
   %206 = phi <2 x i32> [ %205, %vec.epilog.iter.check ], [ %175, %vector.main.loop.iter.check ]
-  %n.mod.vf391 = and i64 %178, 3
-  %207 = icmp eq i64 %n.mod.vf391, 0
-  %208 = select i1 %207, i64 4, i64 %n.mod.vf391
-  %n.vec392 = sub nsw i64 %178, %208
-  %209 = add nsw i64 %n.vec392, 1
-  %broadcast.splat394 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat396 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
+  %n.mod.vf403 = and i64 %178, 3
+  %207 = icmp eq i64 %n.mod.vf403, 0
+  %208 = select i1 %207, i64 4, i64 %n.mod.vf403
+  %n.vec404 = sub nsw i64 %178, %208
+  %209 = add nsw i64 %n.vec404, 1
+  %broadcast.splat406 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat408 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index397 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next403, %vec.epilog.vector.body ]
-  %vec.phi398 = phi <4 x i32> [ %broadcast.splat394, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
-  %vec.phi399 = phi <4 x i32> [ %broadcast.splat396, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index397, 4
-  %210 = getelementptr i8, ptr %reach559.i, i64 %offset.idx
+  %index409 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next415, %vec.epilog.vector.body ]
+  %vec.phi410 = phi <4 x i32> [ %broadcast.splat406, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
+  %vec.phi411 = phi <4 x i32> [ %broadcast.splat408, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index409, 4
+  %210 = getelementptr i8, ptr %reach555.i, i64 %offset.idx
   %211 = getelementptr i8, ptr %210, i64 20
-  %wide.vec400 = load <16 x i32>, ptr %211, align 4, !tbaa !17
-  %strided.vec401 = shufflevector <16 x i32> %wide.vec400, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec402 = shufflevector <16 x i32> %wide.vec400, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi398, <4 x i32> %strided.vec402)
-  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi399, <4 x i32> %strided.vec401)
-  %index.next403 = add nuw i64 %index397, 4
-  %214 = icmp eq i64 %index.next403, %n.vec392
+  %wide.vec412 = load <16 x i32>, ptr %211, align 4, !tbaa !17
+  %strided.vec413 = shufflevector <16 x i32> %wide.vec412, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec414 = shufflevector <16 x i32> %wide.vec412, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi410, <4 x i32> %strided.vec414)
+  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi411, <4 x i32> %strided.vec413)
+  %index.next415 = add nuw i64 %index409, 4
+  %214 = icmp eq i64 %index.next415, %n.vec404
   br i1 %214, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !26
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
@@ -727,28 +727,28 @@ vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.b
   br label %if_end115.i.preheader
 
 if_end115.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv919.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
-  %span558.sroa.0.0678.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
-  %span558.sroa.3.0677.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
+  %indvars.iv937.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
+  %span554.sroa.0.0677.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
+  %span554.sroa.3.0676.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
   br label %if_end115.i
 
 for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv902.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next903.i, %for_end_ax2_0.i ]
-  %217 = trunc i64 %indvars.iv902.i to i32
+  %indvars.iv920.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next921.i, %for_end_ax2_0.i ]
+  %217 = trunc i64 %indvars.iv920.i to i32
   %218 = add i32 %164, %217
   %219 = icmp slt i32 %218, %num_query
-  %220 = shl nuw nsw i64 %indvars.iv902.i, 2
+  %220 = shl nuw nsw i64 %indvars.iv920.i, 2
   %221 = or disjoint i64 %220, 1
   %222 = icmp slt i64 %221, %171
   %223 = shl i32 %217, 1
-  %.reass664.i = add i32 %invariant.op663.i, %223
-  %224 = icmp slt i32 %.reass664.i, -1
+  %.reass663.i = add i32 %invariant.op662.i, %223
+  %224 = icmp slt i32 %.reass663.i, -1
   %225 = or disjoint i64 %220, 3
   %226 = icmp slt i64 %225, %171
-  %.reass666.i = add nsw i64 %invariant.op665.i, %indvars.iv902.i
-  %227 = mul nsw i64 %.reass666.i, %q_batch
+  %.reass665.i = add nsw i64 %invariant.op664.i, %indvars.iv920.i
+  %227 = mul nsw i64 %.reass665.i, %q_batch
   %228 = getelementptr i16, ptr %query, i64 %227
-  %invariant.gep1234.i = getelementptr inbounds nuw float, ptr %invariant.gep1232.i, i64 %220
+  %invariant.gep1257.i = getelementptr inbounds nuw float, ptr %invariant.gep1255.i, i64 %220
   br label %for_body_ax2_0.i
 
 for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
@@ -769,7 +769,7 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %243 = ashr <16 x i32> %242, splat (i32 2)
   %244 = add <16 x i32> %243, %153
   %245 = select <16 x i1> %158, <16 x i32> %155, <16 x i32> %244
-  %246 = shl nsw i64 %indvars.iv915.i, 4
+  %246 = shl nsw i64 %indvars.iv933.i, 4
   %247 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %246
   store <16 x i32> %245, ptr %247, align 4, !tbaa !5
   %248 = add nsw <16 x i32> %245, splat (i32 -1)
@@ -780,74 +780,74 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %253 = add nsw <16 x i32> %252, splat (i32 -125)
   %254 = getelementptr inbounds nuw i32, ptr %places.i, i64 %246
   store <16 x i32> %253, ptr %254, align 4, !tbaa !5
-  %255 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %246
+  %255 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %246
   %256 = getelementptr inbounds nuw i8, ptr %255, i64 4
   %257 = getelementptr inbounds nuw i8, ptr %255, i64 8
   %258 = getelementptr inbounds nuw i8, ptr %255, i64 12
   %259 = and i64 %246, 4294967280
   %260 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %259
   %own.peel.i = load i32, ptr %260, align 4, !tbaa !5
-  %gep1237.i = getelementptr inbounds nuw i8, ptr %260, i64 4
-  %own.i = load i32, ptr %gep1237.i, align 4, !tbaa !5
+  %gep1260.i = getelementptr inbounds nuw i8, ptr %260, i64 4
+  %own.i = load i32, ptr %gep1260.i, align 4, !tbaa !5
   %261 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
   %262 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1237.i.1 = getelementptr inbounds nuw i8, ptr %260, i64 8
-  %own.i.1 = load i32, ptr %gep1237.i.1, align 4, !tbaa !5
+  %gep1260.i.1 = getelementptr inbounds nuw i8, ptr %260, i64 8
+  %own.i.1 = load i32, ptr %gep1260.i.1, align 4, !tbaa !5
   %263 = tail call i32 @llvm.smin.i32(i32 %261, i32 %own.i.1)
   %264 = tail call i32 @llvm.smax.i32(i32 %262, i32 %own.i.1)
-  %gep1237.i.2 = getelementptr inbounds nuw i8, ptr %260, i64 12
-  %own.i.2 = load i32, ptr %gep1237.i.2, align 4, !tbaa !5
+  %gep1260.i.2 = getelementptr inbounds nuw i8, ptr %260, i64 12
+  %own.i.2 = load i32, ptr %gep1260.i.2, align 4, !tbaa !5
   %265 = tail call i32 @llvm.smin.i32(i32 %263, i32 %own.i.2)
   %266 = tail call i32 @llvm.smax.i32(i32 %264, i32 %own.i.2)
-  %gep1237.i.3 = getelementptr inbounds nuw i8, ptr %260, i64 16
-  %own.i.3 = load i32, ptr %gep1237.i.3, align 4, !tbaa !5
+  %gep1260.i.3 = getelementptr inbounds nuw i8, ptr %260, i64 16
+  %own.i.3 = load i32, ptr %gep1260.i.3, align 4, !tbaa !5
   %267 = tail call i32 @llvm.smin.i32(i32 %265, i32 %own.i.3)
   %268 = tail call i32 @llvm.smax.i32(i32 %266, i32 %own.i.3)
-  %gep1237.i.4 = getelementptr inbounds nuw i8, ptr %260, i64 20
-  %own.i.4 = load i32, ptr %gep1237.i.4, align 4, !tbaa !5
+  %gep1260.i.4 = getelementptr inbounds nuw i8, ptr %260, i64 20
+  %own.i.4 = load i32, ptr %gep1260.i.4, align 4, !tbaa !5
   %269 = tail call i32 @llvm.smin.i32(i32 %267, i32 %own.i.4)
   %270 = tail call i32 @llvm.smax.i32(i32 %268, i32 %own.i.4)
-  %gep1237.i.5 = getelementptr inbounds nuw i8, ptr %260, i64 24
-  %own.i.5 = load i32, ptr %gep1237.i.5, align 4, !tbaa !5
+  %gep1260.i.5 = getelementptr inbounds nuw i8, ptr %260, i64 24
+  %own.i.5 = load i32, ptr %gep1260.i.5, align 4, !tbaa !5
   %271 = tail call i32 @llvm.smin.i32(i32 %269, i32 %own.i.5)
   %272 = tail call i32 @llvm.smax.i32(i32 %270, i32 %own.i.5)
-  %gep1237.i.6 = getelementptr inbounds nuw i8, ptr %260, i64 28
-  %own.i.6 = load i32, ptr %gep1237.i.6, align 4, !tbaa !5
+  %gep1260.i.6 = getelementptr inbounds nuw i8, ptr %260, i64 28
+  %own.i.6 = load i32, ptr %gep1260.i.6, align 4, !tbaa !5
   %273 = tail call i32 @llvm.smin.i32(i32 %271, i32 %own.i.6)
   %274 = tail call i32 @llvm.smax.i32(i32 %272, i32 %own.i.6)
-  %gep1237.i.7 = getelementptr inbounds nuw i8, ptr %260, i64 32
-  %own.i.7 = load i32, ptr %gep1237.i.7, align 4, !tbaa !5
+  %gep1260.i.7 = getelementptr inbounds nuw i8, ptr %260, i64 32
+  %own.i.7 = load i32, ptr %gep1260.i.7, align 4, !tbaa !5
   %275 = tail call i32 @llvm.smin.i32(i32 %273, i32 %own.i.7)
   %276 = tail call i32 @llvm.smax.i32(i32 %274, i32 %own.i.7)
-  %gep1237.i.8 = getelementptr inbounds nuw i8, ptr %260, i64 36
-  %own.i.8 = load i32, ptr %gep1237.i.8, align 4, !tbaa !5
+  %gep1260.i.8 = getelementptr inbounds nuw i8, ptr %260, i64 36
+  %own.i.8 = load i32, ptr %gep1260.i.8, align 4, !tbaa !5
   %277 = tail call i32 @llvm.smin.i32(i32 %275, i32 %own.i.8)
   %278 = tail call i32 @llvm.smax.i32(i32 %276, i32 %own.i.8)
-  %gep1237.i.9 = getelementptr inbounds nuw i8, ptr %260, i64 40
-  %own.i.9 = load i32, ptr %gep1237.i.9, align 4, !tbaa !5
+  %gep1260.i.9 = getelementptr inbounds nuw i8, ptr %260, i64 40
+  %own.i.9 = load i32, ptr %gep1260.i.9, align 4, !tbaa !5
   %279 = tail call i32 @llvm.smin.i32(i32 %277, i32 %own.i.9)
   %280 = tail call i32 @llvm.smax.i32(i32 %278, i32 %own.i.9)
-  %gep1237.i.10 = getelementptr inbounds nuw i8, ptr %260, i64 44
-  %own.i.10 = load i32, ptr %gep1237.i.10, align 4, !tbaa !5
+  %gep1260.i.10 = getelementptr inbounds nuw i8, ptr %260, i64 44
+  %own.i.10 = load i32, ptr %gep1260.i.10, align 4, !tbaa !5
   %281 = tail call i32 @llvm.smin.i32(i32 %279, i32 %own.i.10)
   %282 = tail call i32 @llvm.smax.i32(i32 %280, i32 %own.i.10)
-  %gep1237.i.11 = getelementptr inbounds nuw i8, ptr %260, i64 48
-  %own.i.11 = load i32, ptr %gep1237.i.11, align 4, !tbaa !5
+  %gep1260.i.11 = getelementptr inbounds nuw i8, ptr %260, i64 48
+  %own.i.11 = load i32, ptr %gep1260.i.11, align 4, !tbaa !5
   %283 = tail call i32 @llvm.smin.i32(i32 %281, i32 %own.i.11)
   %284 = tail call i32 @llvm.smax.i32(i32 %282, i32 %own.i.11)
-  %gep1237.i.12 = getelementptr inbounds nuw i8, ptr %260, i64 52
-  %own.i.12 = load i32, ptr %gep1237.i.12, align 4, !tbaa !5
+  %gep1260.i.12 = getelementptr inbounds nuw i8, ptr %260, i64 52
+  %own.i.12 = load i32, ptr %gep1260.i.12, align 4, !tbaa !5
   %285 = tail call i32 @llvm.smin.i32(i32 %283, i32 %own.i.12)
   %286 = tail call i32 @llvm.smax.i32(i32 %284, i32 %own.i.12)
-  %gep1237.i.13 = getelementptr inbounds nuw i8, ptr %260, i64 56
-  %own.i.13 = load i32, ptr %gep1237.i.13, align 4, !tbaa !5
+  %gep1260.i.13 = getelementptr inbounds nuw i8, ptr %260, i64 56
+  %own.i.13 = load i32, ptr %gep1260.i.13, align 4, !tbaa !5
   %287 = tail call i32 @llvm.smin.i32(i32 %285, i32 %own.i.13)
   %288 = tail call i32 @llvm.smax.i32(i32 %286, i32 %own.i.13)
-  %gep1237.i.14 = getelementptr inbounds nuw i8, ptr %260, i64 60
-  %own.i.14 = load i32, ptr %gep1237.i.14, align 4, !tbaa !5
+  %gep1260.i.14 = getelementptr inbounds nuw i8, ptr %260, i64 60
+  %own.i.14 = load i32, ptr %gep1260.i.14, align 4, !tbaa !5
   %289 = tail call i32 @llvm.smin.i32(i32 %287, i32 %own.i.14)
   %290 = tail call i32 @llvm.smax.i32(i32 %288, i32 %own.i.14)
-  %291 = shl i64 %indvars.iv915.i, 13
+  %291 = shl i64 %indvars.iv933.i, 13
   %292 = and i64 %291, 17179860992
   %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %292
   store i32 %289, ptr %255, align 16, !tbaa !17
@@ -859,18 +859,18 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %294 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %246
   store <16 x float> zeroinitializer, ptr %294, align 4, !tbaa !5
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
-  %indvars.iv.next916.i = add nuw nsw i64 %indvars.iv915.i, 1
-  %exitcond918.not.i = icmp eq i64 %indvars.iv.next916.i, %wide.trip.count.i
-  br i1 %exitcond918.not.i, label %for_begin_tile105.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+  %indvars.iv.next934.i = add nuw nsw i64 %indvars.iv933.i, 1
+  %exitcond936.not.i = icmp eq i64 %indvars.iv.next934.i, %wide.trip.count.i
+  br i1 %exitcond936.not.i, label %for_begin_tile105.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
 
 for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_begin_ax2_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end36.i ]
   br i1 %219, label %if_then16.i, label %if_end17.i
 
 for_end_ax2_0.i:                                  ; preds = %if_end36.i
-  %indvars.iv.next903.i = add nuw nsw i64 %indvars.iv902.i, 1
-  %exitcond906.not.i = icmp eq i64 %indvars.iv.next903.i, 4
-  br i1 %exitcond906.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
+  %indvars.iv.next921.i = add nuw nsw i64 %indvars.iv920.i, 1
+  %exitcond924.not.i = icmp eq i64 %indvars.iv.next921.i, 4
+  br i1 %exitcond924.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
 
 if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %rdiv.i = sdiv i32 %160, %120
@@ -878,8 +878,8 @@ if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %296 = sext i32 %295 to i64
   %297 = add nsw i64 %148, %296
   %298 = mul i64 %149, %297
-  %.idx1158.i = shl i64 %indvars.iv.i, 3
-  %299 = getelementptr i8, ptr %228, i64 %.idx1158.i
+  %.idx1179.i = shl i64 %indvars.iv.i, 3
+  %299 = getelementptr i8, ptr %228, i64 %.idx1179.i
   %300 = getelementptr i16, ptr %299, i64 %298
   %301 = load <4 x i16>, ptr %300, align 2, !tbaa !5
   %302 = zext <4 x i16> %301 to <4 x i32>
@@ -900,8 +900,8 @@ if_then20.i:                                      ; preds = %if_end17.i
   %310 = shl nsw i64 %309, 2
   %311 = or disjoint i64 %310, 1
   %312 = mul nsw i64 %311, %q_head
-  %.idx1159.i = shl i64 %indvars.iv.i, 3
-  %313 = getelementptr i8, ptr %228, i64 %.idx1159.i
+  %.idx1180.i = shl i64 %indvars.iv.i, 3
+  %313 = getelementptr i8, ptr %228, i64 %.idx1180.i
   %314 = getelementptr i16, ptr %313, i64 %312
   %315 = load <4 x i16>, ptr %314, align 2, !tbaa !5
   %316 = zext <4 x i16> %315 to <4 x i32>
@@ -922,8 +922,8 @@ if_then27.i:                                      ; preds = %if_end22.i
   %324 = shl nsw i64 %323, 2
   %325 = or disjoint i64 %324, 2
   %326 = mul nsw i64 %325, %q_head
-  %.idx1160.i = shl i64 %indvars.iv.i, 3
-  %327 = getelementptr i8, ptr %228, i64 %.idx1160.i
+  %.idx1181.i = shl i64 %indvars.iv.i, 3
+  %327 = getelementptr i8, ptr %228, i64 %.idx1181.i
   %328 = getelementptr i16, ptr %327, i64 %326
   %329 = load <4 x i16>, ptr %328, align 2, !tbaa !5
   %330 = zext <4 x i16> %329 to <4 x i32>
@@ -943,8 +943,8 @@ if_then34.i:                                      ; preds = %if_end29.i
   %338 = shl nsw i64 %337, 2
   %339 = or disjoint i64 %338, 3
   %340 = mul nsw i64 %339, %q_head
-  %.idx1161.i = shl i64 %indvars.iv.i, 3
-  %341 = getelementptr i8, ptr %228, i64 %.idx1161.i
+  %.idx1182.i = shl i64 %indvars.iv.i, 3
+  %341 = getelementptr i8, ptr %228, i64 %.idx1182.i
   %342 = getelementptr i16, ptr %341, i64 %340
   %343 = load <4 x i16>, ptr %342, align 2, !tbaa !5
   %344 = zext <4 x i16> %343 to <4 x i32>
@@ -960,40 +960,40 @@ if_end36.i:                                       ; preds = %if_then34.i, %if_en
   %351 = shufflevector <4 x float> %306, <4 x float> %334, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %352 = shufflevector <4 x float> %320, <4 x float> %348, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %353 = shufflevector <4 x float> %349, <4 x float> %350, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1162.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %gep1235.i = getelementptr inbounds nuw i8, ptr %invariant.gep1234.i, i64 %.idx1162.i
-  store <4 x float> %353, ptr %gep1235.i, align 4, !tbaa !5
+  %.idx1183.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep1258.i = getelementptr inbounds nuw i8, ptr %invariant.gep1257.i, i64 %.idx1183.i
+  store <4 x float> %353, ptr %gep1258.i, align 4, !tbaa !5
   %354 = shufflevector <4 x float> %349, <4 x float> %350, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %355 = getelementptr inbounds nuw i8, ptr %gep1235.i, i64 64
+  %355 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 64
   store <4 x float> %354, ptr %355, align 4, !tbaa !5
   %356 = shufflevector <4 x float> %351, <4 x float> %352, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %357 = getelementptr inbounds nuw i8, ptr %gep1235.i, i64 128
+  %357 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 128
   store <4 x float> %356, ptr %357, align 4, !tbaa !5
   %358 = shufflevector <4 x float> %351, <4 x float> %352, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %359 = getelementptr inbounds nuw i8, ptr %gep1235.i, i64 192
+  %359 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 192
   store <4 x float> %358, ptr %359, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !28
 
 for_end_tile107.loopexit.i:                       ; preds = %if_end115.i, %for_begin_tile105.preheader.i
-  %.lcssa899.i = phi i32 [ %177, %for_begin_tile105.preheader.i ], [ %399, %if_end115.i ]
-  %.lcssa898.i = phi i32 [ %176, %for_begin_tile105.preheader.i ], [ %402, %if_end115.i ]
-  %360 = and i32 %.lcssa899.i, -128
+  %.lcssa917.i = phi i32 [ %177, %for_begin_tile105.preheader.i ], [ %399, %if_end115.i ]
+  %.lcssa916.i = phi i32 [ %176, %for_begin_tile105.preheader.i ], [ %402, %if_end115.i ]
+  %360 = and i32 %.lcssa917.i, -128
   br label %for_end_tile107.i
 
 for_end_tile107.i:                                ; preds = %for_end_tile107.loopexit.i, %if_end14.i
-  %span558.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa898.i, %for_end_tile107.loopexit.i ]
-  %span558.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %360, %for_end_tile107.loopexit.i ]
+  %span554.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa916.i, %for_end_tile107.loopexit.i ]
+  %span554.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %360, %for_end_tile107.loopexit.i ]
   %361 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %361, i32 %span558.sroa.3.0.lcssa.i)
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %361, i32 %span554.sroa.3.0.lcssa.i)
   %362 = shl nsw i32 %block_begin, 4
   %363 = sub nsw i32 %key_end.i, %362
   %364 = tail call i32 @llvm.smax.i32(i32 %363, i32 0)
   %365 = add nuw nsw i32 %364, 4095
   %366 = lshr i32 %365, 12
-  %.not860.i = icmp eq i32 %366, 0
-  br i1 %.not860.i, label %for_begin_tile413.preheader.i, label %for_body_number.lr.ph.i, !prof !16
+  %.not874.i = icmp eq i32 %366, 0
+  br i1 %.not874.i, label %for_begin_tile408.preheader.i, label %for_body_number.lr.ph.i, !prof !16
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile107.i
   %367 = mul nsw i64 %row_step, %139
@@ -1018,13 +1018,13 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile107.i
   %383 = add i64 %382, %tree_start
   %384 = sub i64 %383, %381
   %385 = mul nsw i64 %371, %v_head
-  %invariant.gep809.i = getelementptr i32, ptr %value_cache, i64 %385
+  %invariant.gep821.i = getelementptr i32, ptr %value_cache, i64 %385
   %386 = zext i32 %377 to i64
   %387 = sext i32 %120 to i64
-  %wide.trip.count1048.i = and i64 %60, 4294967295
-  %wide.trip.count1043.i = zext nneg i32 %120 to i64
+  %wide.trip.count1069.i = and i64 %60, 4294967295
+  %wide.trip.count1064.i = zext nneg i32 %120 to i64
   %388 = getelementptr i8, ptr %tree_mask, i64 %384
-  %wide.trip.count1062.i = zext nneg i32 %121 to i64
+  %wide.trip.count1083.i = zext nneg i32 %121 to i64
   %389 = add i64 %tree_start, %382
   %390 = sub i64 %389, %381
   %391 = add i32 %362, 4096
@@ -1035,31 +1035,31 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile107.i
   br label %for_body_number.i
 
 if_end115.i:                                      ; preds = %if_end115.i, %if_end115.i.preheader
-  %indvars.iv919.i = phi i64 [ %indvars.iv.next920.i, %if_end115.i ], [ %indvars.iv919.i.ph, %if_end115.i.preheader ]
-  %span558.sroa.0.0678.i = phi i32 [ %399, %if_end115.i ], [ %span558.sroa.0.0678.i.ph, %if_end115.i.preheader ]
-  %span558.sroa.3.0677.i = phi i32 [ %402, %if_end115.i ], [ %span558.sroa.3.0677.i.ph, %if_end115.i.preheader ]
-  %.idx1164.i = shl nsw i64 %indvars.iv919.i, 4
-  %396 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %.idx1164.i
+  %indvars.iv937.i = phi i64 [ %indvars.iv.next938.i, %if_end115.i ], [ %indvars.iv937.i.ph, %if_end115.i.preheader ]
+  %span554.sroa.0.0677.i = phi i32 [ %399, %if_end115.i ], [ %span554.sroa.0.0677.i.ph, %if_end115.i.preheader ]
+  %span554.sroa.3.0676.i = phi i32 [ %402, %if_end115.i ], [ %span554.sroa.3.0676.i.ph, %if_end115.i.preheader ]
+  %.idx1185.i = shl nsw i64 %indvars.iv937.i, 4
+  %396 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %.idx1185.i
   %397 = getelementptr inbounds nuw i8, ptr %396, i64 8
   %398 = load i32, ptr %397, align 8, !tbaa !17
-  %399 = tail call i32 @llvm.smin.i32(i32 %span558.sroa.0.0678.i, i32 %398)
+  %399 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.0.0677.i, i32 %398)
   %400 = getelementptr inbounds nuw i8, ptr %396, i64 4
   %401 = load i32, ptr %400, align 4, !tbaa !17
-  %402 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.3.0677.i, i32 %401)
-  %indvars.iv.next920.i = add nuw nsw i64 %indvars.iv919.i, 1
-  %exitcond923.not.i = icmp eq i64 %indvars.iv.next920.i, %wide.trip.count.i
-  br i1 %exitcond923.not.i, label %for_end_tile107.loopexit.i, label %if_end115.i, !prof !29, !llvm.loop !30
+  %402 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.3.0676.i, i32 %401)
+  %indvars.iv.next938.i = add nuw nsw i64 %indvars.iv937.i, 1
+  %exitcond941.not.i = icmp eq i64 %indvars.iv.next938.i, %wide.trip.count.i
+  br i1 %exitcond941.not.i, label %for_end_tile107.loopexit.i, label %if_end115.i, !prof !29, !llvm.loop !30
 
-for_begin_number.i:                               ; preds = %if_end408.i
-  %403 = add nuw nsw i32 %number840.i, 1
-  %exitcond1064.not.i = icmp eq i32 %403, %366
+for_begin_number.i:                               ; preds = %if_end403.i
+  %403 = add nuw nsw i32 %number854.i, 1
+  %exitcond1085.not.i = icmp eq i32 %403, %366
   %indvars.iv.next = add i32 %indvars.iv, 4096
-  br i1 %exitcond1064.not.i, label %for_begin_tile413.preheader.i, label %for_body_number.i, !prof !13
+  br i1 %exitcond1085.not.i, label %for_begin_tile408.preheader.i, label %for_body_number.i, !prof !13
 
-for_begin_tile413.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile107.i
-  br i1 %142, label %for_end_tile415.i, label %for_body_tile414.lr.ph.i, !prof !16
+for_begin_tile408.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile107.i
+  br i1 %142, label %for_end_tile410.i, label %for_body_tile409.lr.ph.i, !prof !16
 
-for_body_tile414.lr.ph.i:                         ; preds = %for_begin_tile413.preheader.i
+for_body_tile409.lr.ph.i:                         ; preds = %for_begin_tile408.preheader.i
   %404 = and i64 %66, 2147483648
   %.not = icmp eq i64 %404, 0
   %405 = icmp slt i32 %120, 0
@@ -1067,72 +1067,72 @@ for_body_tile414.lr.ph.i:                         ; preds = %for_begin_tile413.p
   %406 = ashr exact i64 %sext84, 32
   %407 = and i64 %66, 4294967295
   %408 = shl nuw nsw i64 %407, 5
-  %.idx569.i = shl nuw nsw i64 %407, 14
+  %.idx565.i = shl nuw nsw i64 %407, 14
   %sext85 = shl i64 %52, 32
   %409 = ashr exact i64 %sext85, 32
-  %wide.trip.count1119.i = zext nneg i32 %121 to i64
-  br i1 %.not, label %for_body_tile414.i.preheader, label %for_body_tile414.us.i
+  %wide.trip.count1140.i = zext nneg i32 %121 to i64
+  br i1 %.not, label %for_body_tile409.i.preheader, label %for_body_tile409.us.i
 
-for_body_tile414.i.preheader:                     ; preds = %for_body_tile414.lr.ph.i
-  %scevgep505 = getelementptr i8, ptr %partial_acc, i64 %.idx569.i
-  %410 = getelementptr i8, ptr %partial_acc, i64 %.idx569.i
-  %scevgep508 = getelementptr i8, ptr %410, i64 512
-  %scevgep512 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile414.i
+for_body_tile409.i.preheader:                     ; preds = %for_body_tile409.lr.ph.i
+  %scevgep517 = getelementptr i8, ptr %partial_acc, i64 %.idx565.i
+  %410 = getelementptr i8, ptr %partial_acc, i64 %.idx565.i
+  %scevgep520 = getelementptr i8, ptr %410, i64 512
+  %scevgep524 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile409.i
 
-for_body_tile414.us.i:                            ; preds = %if_end419.us.i, %for_body_tile414.lr.ph.i
-  %indvars.iv1116.i = phi i64 [ %indvars.iv.next1117.i, %if_end419.us.i ], [ 0, %for_body_tile414.lr.ph.i ]
+for_body_tile409.us.i:                            ; preds = %if_end414.us.i, %for_body_tile409.lr.ph.i
+  %indvars.iv1137.i = phi i64 [ %indvars.iv.next1138.i, %if_end414.us.i ], [ 0, %for_body_tile409.lr.ph.i ]
   %411 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %ordered.us.i = tail call ptr %411(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %412 = icmp eq ptr %ordered.us.i, null
-  br i1 %412, label %fused_attend_compute_.exit, label %if_end422.us.i, !prof !8
+  br i1 %412, label %fused_attend_compute_.exit, label %if_end417.us.i, !prof !8
 
-if_end422.us.i:                                   ; preds = %for_body_tile414.us.i
-  %413 = shl nsw i64 %indvars.iv1116.i, 4
+if_end417.us.i:                                   ; preds = %for_body_tile409.us.i
+  %413 = shl nsw i64 %indvars.iv1137.i, 4
   %414 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %413
   %total.us.i = load <16 x float>, ptr %414, align 4, !tbaa !5
   %415 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
   %416 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
   %417 = select <16 x i1> %416, <16 x float> zeroinitializer, <16 x float> %415
-  store <16 x float> %417, ptr %factor541.i, align 16, !tbaa !31
-  %418 = shl i64 %indvars.iv1116.i, 11
+  store <16 x float> %417, ptr %factor536.i, align 16, !tbaa !31
+  %418 = shl i64 %indvars.iv1137.i, 11
   %419 = and i64 %418, 4294965248
-  %invariant.gep158 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %419
-  br label %for_begin_d_0424.preheader.us.i
+  %invariant.gep161 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %419
+  br label %for_begin_d_0419.preheader.us.i
 
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0426.us.i
-  %420 = trunc nuw nsw i64 %indvars.iv1116.i to i32
-  %rmod458.us.i = srem i32 %420, %120
-  %rdiv470.us.i = sdiv i32 %420, %120
-  %421 = icmp ne i32 %rmod458.us.i, 0
-  %.not573.us.i = and i1 %405, %421
-  %422 = select i1 %.not573.us.i, i32 %120, i32 0
-  %423 = add nsw i32 %422, %rmod458.us.i
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0421.us.i
+  %420 = trunc nuw nsw i64 %indvars.iv1137.i to i32
+  %rmod453.us.i = srem i32 %420, %120
+  %rdiv465.us.i = sdiv i32 %420, %120
+  %421 = icmp ne i32 %rmod453.us.i, 0
+  %.not569.us.i = and i1 %405, %421
+  %422 = select i1 %.not569.us.i, i32 %120, i32 0
+  %423 = add nsw i32 %422, %rmod453.us.i
   %424 = shl nsw i32 %423, 4
   %425 = sub nsw i32 %118, %424
   %426 = icmp sgt i32 %425, 0
-  br i1 %426, label %for_begin_d_0464.preheader.lr.ph.us.i, label %for_end_r475.us.i, !prof !3
+  br i1 %426, label %for_begin_d_0459.preheader.lr.ph.us.i, label %for_end_r470.us.i, !prof !3
 
-for_end_r475.us.i:                                ; preds = %if_end480.us.i.1, %for_end_r_0.us.i
+for_end_r470.us.i:                                ; preds = %if_end475.us.i.1, %for_end_r_0.us.i
   %427 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %428 = tail call i32 %427(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not570.us.i = icmp eq i32 %428, 0
-  br i1 %.not570.us.i, label %if_end419.us.i, label %fused_attend_compute_.exit, !prof !38
+  %.not566.us.i = icmp eq i32 %428, 0
+  br i1 %.not566.us.i, label %if_end414.us.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end419.us.i:                                   ; preds = %for_end_r475.us.i
-  %indvars.iv.next1117.i = add nuw nsw i64 %indvars.iv1116.i, 1
-  %exitcond1120.not.i = icmp eq i64 %indvars.iv.next1117.i, %wide.trip.count1119.i
-  br i1 %exitcond1120.not.i, label %for_end_tile415.i, label %for_body_tile414.us.i, !prof !13
+if_end414.us.i:                                   ; preds = %for_end_r470.us.i
+  %indvars.iv.next1138.i = add nuw nsw i64 %indvars.iv1137.i, 1
+  %exitcond1141.not.i = icmp eq i64 %indvars.iv.next1138.i, %wide.trip.count1140.i
+  br i1 %exitcond1141.not.i, label %for_end_tile410.i, label %for_body_tile409.us.i, !prof !13
 
-for_body_r474.us.i:                               ; preds = %for_body_r474.lr.ph.us.i, %if_end480.us.i.1
-  %indvars.iv1110.i = phi i64 [ 0, %for_body_r474.lr.ph.us.i ], [ %indvars.iv.next1111.i.1, %if_end480.us.i.1 ]
-  %429 = add nuw nsw i64 %indvars.iv1110.i, %603
+for_body_r469.us.i:                               ; preds = %for_body_r469.lr.ph.us.i, %if_end475.us.i.1
+  %indvars.iv1131.i = phi i64 [ 0, %for_body_r469.lr.ph.us.i ], [ %indvars.iv.next1132.i.1, %if_end475.us.i.1 ]
+  %429 = add nuw nsw i64 %indvars.iv1131.i, %603
   %430 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %429
   %431 = load float, ptr %430, align 4, !tbaa !5
   %432 = fcmp oeq float %431, 0.000000e+00
-  br i1 %432, label %if_end480.us.i, label %if_else479.us.i
+  br i1 %432, label %if_end475.us.i, label %if_else474.us.i
 
-if_else479.us.i:                                  ; preds = %for_body_r474.us.i
+if_else474.us.i:                                  ; preds = %for_body_r469.us.i
   %433 = getelementptr inbounds nuw i32, ptr %places.i, i64 %429
   %434 = load i32, ptr %433, align 4, !tbaa !5
   %435 = shl i32 %434, 23
@@ -1143,25 +1143,25 @@ if_else479.us.i:                                  ; preds = %for_body_r474.us.i
   %440 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %429
   %441 = load float, ptr %440, align 4, !tbaa !5
   %442 = fadd float %441, %439
-  br label %if_end480.us.i
+  br label %if_end475.us.i
 
-if_end480.us.i:                                   ; preds = %if_else479.us.i, %for_body_r474.us.i
-  %443 = phi float [ %442, %if_else479.us.i ], [ 0xFFF0000000000000, %for_body_r474.us.i ]
-  %444 = and i64 %indvars.iv1110.i, 2
-  %445 = lshr i64 %indvars.iv1110.i, 2
+if_end475.us.i:                                   ; preds = %if_else474.us.i, %for_body_r469.us.i
+  %443 = phi float [ %442, %if_else474.us.i ], [ 0xFFF0000000000000, %for_body_r469.us.i ]
+  %444 = and i64 %indvars.iv1131.i, 2
+  %445 = lshr i64 %indvars.iv1131.i, 2
   %446 = add nsw i64 %445, %600
   %447 = mul nsw i64 %446, %lse_batch
   %448 = getelementptr float, ptr %602, i64 %447
   %449 = getelementptr float, ptr %448, i64 %444
   store float %443, ptr %449, align 4, !tbaa !5
-  %indvars.iv.next1111.i = or disjoint i64 %indvars.iv1110.i, 1
-  %450 = add nuw nsw i64 %indvars.iv.next1111.i, %603
+  %indvars.iv.next1132.i = or disjoint i64 %indvars.iv1131.i, 1
+  %450 = add nuw nsw i64 %indvars.iv.next1132.i, %603
   %451 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %450
   %452 = load float, ptr %451, align 4, !tbaa !5
   %453 = fcmp oeq float %452, 0.000000e+00
-  br i1 %453, label %if_end480.us.i.1, label %if_else479.us.i.1
+  br i1 %453, label %if_end475.us.i.1, label %if_else474.us.i.1
 
-if_else479.us.i.1:                                ; preds = %if_end480.us.i
+if_else474.us.i.1:                                ; preds = %if_end475.us.i
   %454 = getelementptr inbounds nuw i32, ptr %places.i, i64 %450
   %455 = load i32, ptr %454, align 4, !tbaa !5
   %456 = shl i32 %455, 23
@@ -1172,89 +1172,89 @@ if_else479.us.i.1:                                ; preds = %if_end480.us.i
   %461 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %450
   %462 = load float, ptr %461, align 4, !tbaa !5
   %463 = fadd float %462, %460
-  br label %if_end480.us.i.1
+  br label %if_end475.us.i.1
 
-if_end480.us.i.1:                                 ; preds = %if_else479.us.i.1, %if_end480.us.i
-  %464 = phi float [ %463, %if_else479.us.i.1 ], [ 0xFFF0000000000000, %if_end480.us.i ]
-  %465 = and i64 %indvars.iv.next1111.i, 3
-  %466 = lshr i64 %indvars.iv1110.i, 2
+if_end475.us.i.1:                                 ; preds = %if_else474.us.i.1, %if_end475.us.i
+  %464 = phi float [ %463, %if_else474.us.i.1 ], [ 0xFFF0000000000000, %if_end475.us.i ]
+  %465 = and i64 %indvars.iv.next1132.i, 3
+  %466 = lshr i64 %indvars.iv1131.i, 2
   %467 = add nsw i64 %466, %600
   %468 = mul nsw i64 %467, %lse_batch
   %469 = getelementptr float, ptr %602, i64 %468
   %470 = getelementptr float, ptr %469, i64 %465
   store float %464, ptr %470, align 4, !tbaa !5
-  %indvars.iv.next1111.i.1 = add nuw nsw i64 %indvars.iv1110.i, 2
-  %exitcond1115.not.i.1 = icmp eq i64 %indvars.iv.next1111.i.1, %wide.trip.count1108.i
-  br i1 %exitcond1115.not.i.1, label %for_end_r475.us.i, label %for_body_r474.us.i, !prof !13, !llvm.loop !39
+  %indvars.iv.next1132.i.1 = add nuw nsw i64 %indvars.iv1131.i, 2
+  %exitcond1136.not.i.1 = icmp eq i64 %indvars.iv.next1132.i.1, %wide.trip.count1129.i
+  br i1 %exitcond1136.not.i.1, label %for_end_r470.us.i, label %for_body_r469.us.i, !prof !13, !llvm.loop !39
 
-for_end_d_0426.us.i:                              ; preds = %for_begin_ax1_0429.preheader.us.i
-  %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
-  %exitcond1099.not.i = icmp eq i64 %indvars.iv.next1096.i, 4
-  br i1 %exitcond1099.not.i, label %for_end_r_0.us.i, label %for_begin_d_0424.preheader.us.i, !prof !28
+for_end_d_0421.us.i:                              ; preds = %for_begin_ax1_0424.preheader.us.i
+  %indvars.iv.next1117.i = add nuw nsw i64 %indvars.iv1116.i, 1
+  %exitcond1120.not.i = icmp eq i64 %indvars.iv.next1117.i, 4
+  br i1 %exitcond1120.not.i, label %for_end_r_0.us.i, label %for_begin_d_0419.preheader.us.i, !prof !28
 
-for_begin_ax1_0429.preheader.us.i:                ; preds = %for_begin_d_0424.preheader.us.i, %for_begin_ax1_0429.preheader.us.i
-  %indvars.iv1090.i = phi i64 [ 0, %for_begin_d_0424.preheader.us.i ], [ %indvars.iv.next1091.i, %for_begin_ax1_0429.preheader.us.i ]
-  %.idx86 = shl nuw nsw i64 %indvars.iv1090.i, 10
-  %gep161 = getelementptr inbounds nuw i8, ptr %invariant.gep160, i64 %.idx86
-  %v435.us.i = load <4 x float>, ptr %gep161, align 4, !tbaa !5
-  %471 = getelementptr inbounds nuw i8, ptr %gep161, i64 64
-  %v437.us.i = load <4 x float>, ptr %471, align 4, !tbaa !5
-  %472 = getelementptr inbounds nuw i8, ptr %gep161, i64 128
-  %v439.us.i = load <4 x float>, ptr %472, align 4, !tbaa !5
-  %473 = getelementptr inbounds nuw i8, ptr %gep161, i64 192
-  %v441.us.i = load <4 x float>, ptr %473, align 4, !tbaa !5
-  %474 = shufflevector <4 x float> %v435.us.i, <4 x float> %v439.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %475 = shufflevector <4 x float> %v437.us.i, <4 x float> %v441.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %476 = shufflevector <4 x float> %v435.us.i, <4 x float> %v439.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %477 = shufflevector <4 x float> %v437.us.i, <4 x float> %v441.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+for_begin_ax1_0424.preheader.us.i:                ; preds = %for_begin_d_0419.preheader.us.i, %for_begin_ax1_0424.preheader.us.i
+  %indvars.iv1111.i = phi i64 [ 0, %for_begin_d_0419.preheader.us.i ], [ %indvars.iv.next1112.i, %for_begin_ax1_0424.preheader.us.i ]
+  %.idx86 = shl nuw nsw i64 %indvars.iv1111.i, 10
+  %gep164 = getelementptr inbounds nuw i8, ptr %invariant.gep163, i64 %.idx86
+  %v430.us.i = load <4 x float>, ptr %gep164, align 4, !tbaa !5
+  %471 = getelementptr inbounds nuw i8, ptr %gep164, i64 64
+  %v432.us.i = load <4 x float>, ptr %471, align 4, !tbaa !5
+  %472 = getelementptr inbounds nuw i8, ptr %gep164, i64 128
+  %v434.us.i = load <4 x float>, ptr %472, align 4, !tbaa !5
+  %473 = getelementptr inbounds nuw i8, ptr %gep164, i64 192
+  %v436.us.i = load <4 x float>, ptr %473, align 4, !tbaa !5
+  %474 = shufflevector <4 x float> %v430.us.i, <4 x float> %v434.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %475 = shufflevector <4 x float> %v432.us.i, <4 x float> %v436.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %476 = shufflevector <4 x float> %v430.us.i, <4 x float> %v434.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %477 = shufflevector <4 x float> %v432.us.i, <4 x float> %v436.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %478 = shufflevector <4 x float> %474, <4 x float> %475, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %479 = shufflevector <4 x float> %474, <4 x float> %475, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %480 = shufflevector <4 x float> %476, <4 x float> %477, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %481 = shufflevector <4 x float> %476, <4 x float> %477, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %482 = getelementptr inbounds nuw i8, ptr %gep161, i64 256
-  %v435.us.1.i = load <4 x float>, ptr %482, align 4, !tbaa !5
-  %483 = getelementptr inbounds nuw i8, ptr %gep161, i64 320
-  %v437.us.1.i = load <4 x float>, ptr %483, align 4, !tbaa !5
-  %484 = getelementptr inbounds nuw i8, ptr %gep161, i64 384
-  %v439.us.1.i = load <4 x float>, ptr %484, align 4, !tbaa !5
-  %485 = getelementptr inbounds nuw i8, ptr %gep161, i64 448
-  %v441.us.1.i = load <4 x float>, ptr %485, align 4, !tbaa !5
-  %486 = shufflevector <4 x float> %v435.us.1.i, <4 x float> %v439.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %487 = shufflevector <4 x float> %v437.us.1.i, <4 x float> %v441.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %488 = shufflevector <4 x float> %v435.us.1.i, <4 x float> %v439.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %489 = shufflevector <4 x float> %v437.us.1.i, <4 x float> %v441.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %482 = getelementptr inbounds nuw i8, ptr %gep164, i64 256
+  %v430.us.1.i = load <4 x float>, ptr %482, align 4, !tbaa !5
+  %483 = getelementptr inbounds nuw i8, ptr %gep164, i64 320
+  %v432.us.1.i = load <4 x float>, ptr %483, align 4, !tbaa !5
+  %484 = getelementptr inbounds nuw i8, ptr %gep164, i64 384
+  %v434.us.1.i = load <4 x float>, ptr %484, align 4, !tbaa !5
+  %485 = getelementptr inbounds nuw i8, ptr %gep164, i64 448
+  %v436.us.1.i = load <4 x float>, ptr %485, align 4, !tbaa !5
+  %486 = shufflevector <4 x float> %v430.us.1.i, <4 x float> %v434.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %487 = shufflevector <4 x float> %v432.us.1.i, <4 x float> %v436.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %488 = shufflevector <4 x float> %v430.us.1.i, <4 x float> %v434.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %489 = shufflevector <4 x float> %v432.us.1.i, <4 x float> %v436.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %490 = shufflevector <4 x float> %486, <4 x float> %487, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %491 = shufflevector <4 x float> %486, <4 x float> %487, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %492 = shufflevector <4 x float> %488, <4 x float> %489, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %493 = shufflevector <4 x float> %488, <4 x float> %489, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %494 = getelementptr inbounds nuw i8, ptr %gep161, i64 512
-  %v435.us.2.i = load <4 x float>, ptr %494, align 4, !tbaa !5
-  %495 = getelementptr inbounds nuw i8, ptr %gep161, i64 576
-  %v437.us.2.i = load <4 x float>, ptr %495, align 4, !tbaa !5
-  %496 = getelementptr inbounds nuw i8, ptr %gep161, i64 640
-  %v439.us.2.i = load <4 x float>, ptr %496, align 4, !tbaa !5
-  %497 = getelementptr inbounds nuw i8, ptr %gep161, i64 704
-  %v441.us.2.i = load <4 x float>, ptr %497, align 4, !tbaa !5
-  %498 = shufflevector <4 x float> %v435.us.2.i, <4 x float> %v439.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %499 = shufflevector <4 x float> %v437.us.2.i, <4 x float> %v441.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %500 = shufflevector <4 x float> %v435.us.2.i, <4 x float> %v439.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %501 = shufflevector <4 x float> %v437.us.2.i, <4 x float> %v441.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %494 = getelementptr inbounds nuw i8, ptr %gep164, i64 512
+  %v430.us.2.i = load <4 x float>, ptr %494, align 4, !tbaa !5
+  %495 = getelementptr inbounds nuw i8, ptr %gep164, i64 576
+  %v432.us.2.i = load <4 x float>, ptr %495, align 4, !tbaa !5
+  %496 = getelementptr inbounds nuw i8, ptr %gep164, i64 640
+  %v434.us.2.i = load <4 x float>, ptr %496, align 4, !tbaa !5
+  %497 = getelementptr inbounds nuw i8, ptr %gep164, i64 704
+  %v436.us.2.i = load <4 x float>, ptr %497, align 4, !tbaa !5
+  %498 = shufflevector <4 x float> %v430.us.2.i, <4 x float> %v434.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %499 = shufflevector <4 x float> %v432.us.2.i, <4 x float> %v436.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %500 = shufflevector <4 x float> %v430.us.2.i, <4 x float> %v434.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %501 = shufflevector <4 x float> %v432.us.2.i, <4 x float> %v436.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %502 = shufflevector <4 x float> %498, <4 x float> %499, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %503 = shufflevector <4 x float> %498, <4 x float> %499, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %504 = shufflevector <4 x float> %500, <4 x float> %501, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %505 = shufflevector <4 x float> %500, <4 x float> %501, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %506 = getelementptr inbounds nuw i8, ptr %gep161, i64 768
-  %v435.us.3.i = load <4 x float>, ptr %506, align 4, !tbaa !5
-  %507 = getelementptr inbounds nuw i8, ptr %gep161, i64 832
-  %v437.us.3.i = load <4 x float>, ptr %507, align 4, !tbaa !5
-  %508 = getelementptr inbounds nuw i8, ptr %gep161, i64 896
-  %v439.us.3.i = load <4 x float>, ptr %508, align 4, !tbaa !5
-  %509 = getelementptr inbounds nuw i8, ptr %gep161, i64 960
-  %v441.us.3.i = load <4 x float>, ptr %509, align 4, !tbaa !5
-  %510 = shufflevector <4 x float> %v435.us.3.i, <4 x float> %v439.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %511 = shufflevector <4 x float> %v437.us.3.i, <4 x float> %v441.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %512 = shufflevector <4 x float> %v435.us.3.i, <4 x float> %v439.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %513 = shufflevector <4 x float> %v437.us.3.i, <4 x float> %v441.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %506 = getelementptr inbounds nuw i8, ptr %gep164, i64 768
+  %v430.us.3.i = load <4 x float>, ptr %506, align 4, !tbaa !5
+  %507 = getelementptr inbounds nuw i8, ptr %gep164, i64 832
+  %v432.us.3.i = load <4 x float>, ptr %507, align 4, !tbaa !5
+  %508 = getelementptr inbounds nuw i8, ptr %gep164, i64 896
+  %v434.us.3.i = load <4 x float>, ptr %508, align 4, !tbaa !5
+  %509 = getelementptr inbounds nuw i8, ptr %gep164, i64 960
+  %v436.us.3.i = load <4 x float>, ptr %509, align 4, !tbaa !5
+  %510 = shufflevector <4 x float> %v430.us.3.i, <4 x float> %v434.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %511 = shufflevector <4 x float> %v432.us.3.i, <4 x float> %v436.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %512 = shufflevector <4 x float> %v430.us.3.i, <4 x float> %v434.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %513 = shufflevector <4 x float> %v432.us.3.i, <4 x float> %v436.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %514 = shufflevector <4 x float> %510, <4 x float> %511, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %515 = shufflevector <4 x float> %478, <4 x float> %490, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %516 = shufflevector <4 x float> %502, <4 x float> %514, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
@@ -1272,33 +1272,33 @@ for_begin_ax1_0429.preheader.us.i:                ; preds = %for_begin_d_0424.pr
   %528 = shufflevector <4 x float> %505, <4 x float> %526, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %529 = shufflevector <8 x float> %527, <8 x float> %528, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %530 = fmul <16 x float> %580, %517
-  %.idx1173.i = shl nuw nsw i64 %indvars.iv1090.i, 6
-  %gep1245.i = getelementptr inbounds nuw i8, ptr %invariant.gep1244.i, i64 %.idx1173.i
-  store <16 x float> %530, ptr %gep1245.i, align 4, !tbaa !5
+  %.idx1194.i = shl nuw nsw i64 %indvars.iv1111.i, 6
+  %gep1268.i = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 %.idx1194.i
+  store <16 x float> %530, ptr %gep1268.i, align 4, !tbaa !5
   %531 = fmul <16 x float> %584, %521
-  %532 = getelementptr inbounds nuw i8, ptr %gep1245.i, i64 512
+  %532 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 512
   store <16 x float> %531, ptr %532, align 4, !tbaa !5
   %533 = fmul <16 x float> %588, %525
-  %534 = getelementptr inbounds nuw i8, ptr %gep1245.i, i64 1024
+  %534 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 1024
   store <16 x float> %533, ptr %534, align 4, !tbaa !5
   %535 = fmul <16 x float> %592, %529
-  %536 = getelementptr inbounds nuw i8, ptr %gep1245.i, i64 1536
+  %536 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 1536
   store <16 x float> %535, ptr %536, align 4, !tbaa !5
-  %indvars.iv.next1091.i = add nuw nsw i64 %indvars.iv1090.i, 1
-  %exitcond1094.not.i = icmp eq i64 %indvars.iv.next1091.i, 8
-  br i1 %exitcond1094.not.i, label %for_end_d_0426.us.i, label %for_begin_ax1_0429.preheader.us.i, !prof !28
+  %indvars.iv.next1112.i = add nuw nsw i64 %indvars.iv1111.i, 1
+  %exitcond1115.not.i = icmp eq i64 %indvars.iv.next1112.i, 8
+  br i1 %exitcond1115.not.i, label %for_end_d_0421.us.i, label %for_begin_ax1_0424.preheader.us.i, !prof !28
 
-for_begin_d_0464.preheader.us.i:                  ; preds = %for_begin_d_0464.preheader.lr.ph.us.i, %for_begin_d_0464.preheader.us.i
-  %indvars.iv1104.i = phi i64 [ 0, %for_begin_d_0464.preheader.lr.ph.us.i ], [ %indvars.iv.next1105.i, %for_begin_d_0464.preheader.us.i ]
-  %537 = and i64 %indvars.iv1104.i, 3
+for_begin_d_0459.preheader.us.i:                  ; preds = %for_begin_d_0459.preheader.lr.ph.us.i, %for_begin_d_0459.preheader.us.i
+  %indvars.iv1125.i = phi i64 [ 0, %for_begin_d_0459.preheader.lr.ph.us.i ], [ %indvars.iv.next1126.i, %for_begin_d_0459.preheader.us.i ]
+  %537 = and i64 %indvars.iv1125.i, 3
   %538 = or disjoint i64 %537, %597
   %539 = mul nsw i64 %538, %out_head
-  %540 = lshr i64 %indvars.iv1104.i, 2
+  %540 = lshr i64 %indvars.iv1125.i, 2
   %541 = add nsw i64 %540, %600
   %542 = mul nsw i64 %541, %out_batch
   %543 = getelementptr i16, ptr %out, i64 %542
-  %invariant.gep852.us.i = getelementptr i16, ptr %543, i64 %539
-  %.idx87 = shl nsw i64 %indvars.iv1104.i, 9
+  %invariant.gep866.us.i = getelementptr i16, ptr %543, i64 %539
+  %.idx87 = shl nsw i64 %indvars.iv1125.i, 9
   %544 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx87
   %545 = load <32 x i32>, ptr %544, align 4, !tbaa !5
   %546 = lshr <32 x i32> %545, splat (i32 16)
@@ -1307,7 +1307,7 @@ for_begin_d_0464.preheader.us.i:                  ; preds = %for_begin_d_0464.pr
   %549 = add nuw <32 x i32> %548, %547
   %550 = lshr <32 x i32> %549, splat (i32 16)
   %551 = trunc nuw <32 x i32> %550 to <32 x i16>
-  store <32 x i16> %551, ptr %invariant.gep852.us.i, align 2, !tbaa !5
+  store <32 x i16> %551, ptr %invariant.gep866.us.i, align 2, !tbaa !5
   %552 = getelementptr inbounds nuw i8, ptr %544, i64 128
   %553 = load <32 x i32>, ptr %552, align 4, !tbaa !5
   %554 = lshr <32 x i32> %553, splat (i32 16)
@@ -1316,8 +1316,8 @@ for_begin_d_0464.preheader.us.i:                  ; preds = %for_begin_d_0464.pr
   %557 = add nuw <32 x i32> %556, %555
   %558 = lshr <32 x i32> %557, splat (i32 16)
   %559 = trunc nuw <32 x i32> %558 to <32 x i16>
-  %gep853.us.1.i = getelementptr i8, ptr %invariant.gep852.us.i, i64 64
-  store <32 x i16> %559, ptr %gep853.us.1.i, align 2, !tbaa !5
+  %gep867.us.1.i = getelementptr i8, ptr %invariant.gep866.us.i, i64 64
+  store <32 x i16> %559, ptr %gep867.us.1.i, align 2, !tbaa !5
   %560 = getelementptr inbounds nuw i8, ptr %544, i64 256
   %561 = load <32 x i32>, ptr %560, align 4, !tbaa !5
   %562 = lshr <32 x i32> %561, splat (i32 16)
@@ -1326,8 +1326,8 @@ for_begin_d_0464.preheader.us.i:                  ; preds = %for_begin_d_0464.pr
   %565 = add nuw <32 x i32> %564, %563
   %566 = lshr <32 x i32> %565, splat (i32 16)
   %567 = trunc nuw <32 x i32> %566 to <32 x i16>
-  %gep853.us.2.i = getelementptr i8, ptr %invariant.gep852.us.i, i64 128
-  store <32 x i16> %567, ptr %gep853.us.2.i, align 2, !tbaa !5
+  %gep867.us.2.i = getelementptr i8, ptr %invariant.gep866.us.i, i64 128
+  store <32 x i16> %567, ptr %gep867.us.2.i, align 2, !tbaa !5
   %568 = getelementptr inbounds nuw i8, ptr %544, i64 384
   %569 = load <32 x i32>, ptr %568, align 4, !tbaa !5
   %570 = lshr <32 x i32> %569, splat (i32 16)
@@ -1336,16 +1336,16 @@ for_begin_d_0464.preheader.us.i:                  ; preds = %for_begin_d_0464.pr
   %573 = add nuw <32 x i32> %572, %571
   %574 = lshr <32 x i32> %573, splat (i32 16)
   %575 = trunc nuw <32 x i32> %574 to <32 x i16>
-  %gep853.us.3.i = getelementptr i8, ptr %invariant.gep852.us.i, i64 192
-  store <32 x i16> %575, ptr %gep853.us.3.i, align 2, !tbaa !5
-  %indvars.iv.next1105.i = add nuw nsw i64 %indvars.iv1104.i, 1
-  %exitcond1109.not.i = icmp eq i64 %indvars.iv.next1105.i, %wide.trip.count1108.i
-  br i1 %exitcond1109.not.i, label %for_body_r474.lr.ph.us.i, label %for_begin_d_0464.preheader.us.i, !prof !13
+  %gep867.us.3.i = getelementptr i8, ptr %invariant.gep866.us.i, i64 192
+  store <32 x i16> %575, ptr %gep867.us.3.i, align 2, !tbaa !5
+  %indvars.iv.next1126.i = add nuw nsw i64 %indvars.iv1125.i, 1
+  %exitcond1130.not.i = icmp eq i64 %indvars.iv.next1126.i, %wide.trip.count1129.i
+  br i1 %exitcond1130.not.i, label %for_body_r469.lr.ph.us.i, label %for_begin_d_0459.preheader.us.i, !prof !13
 
-for_begin_d_0424.preheader.us.i:                  ; preds = %for_end_d_0426.us.i, %if_end422.us.i
-  %indvars.iv1095.i = phi i64 [ %indvars.iv.next1096.i, %for_end_d_0426.us.i ], [ 0, %if_end422.us.i ]
-  %576 = shl nuw nsw i64 %indvars.iv1095.i, 2
-  %577 = getelementptr inbounds nuw float, ptr %factor541.i, i64 %576
+for_begin_d_0419.preheader.us.i:                  ; preds = %for_end_d_0421.us.i, %if_end417.us.i
+  %indvars.iv1116.i = phi i64 [ %indvars.iv.next1117.i, %for_end_d_0421.us.i ], [ 0, %if_end417.us.i ]
+  %576 = shl nuw nsw i64 %indvars.iv1116.i, 2
+  %577 = getelementptr inbounds nuw float, ptr %factor536.i, i64 %576
   %578 = load float, ptr %577, align 16, !tbaa !41
   %579 = insertelement <16 x float> poison, float %578, i64 0
   %580 = shufflevector <16 x float> %579, <16 x float> poison, <16 x i32> zeroinitializer
@@ -1361,14 +1361,14 @@ for_begin_d_0424.preheader.us.i:                  ; preds = %for_end_d_0426.us.i
   %590 = load float, ptr %589, align 4, !tbaa !41
   %591 = insertelement <16 x float> poison, float %590, i64 0
   %592 = shufflevector <16 x float> %591, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1174.i = shl nuw nsw i64 %indvars.iv1095.i, 11
-  %invariant.gep1244.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1174.i
-  %invariant.gep160 = getelementptr inbounds nuw float, ptr %invariant.gep158, i64 %576
-  br label %for_begin_ax1_0429.preheader.us.i
+  %.idx1195.i = shl nuw nsw i64 %indvars.iv1116.i, 11
+  %invariant.gep1267.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1195.i
+  %invariant.gep163 = getelementptr inbounds nuw float, ptr %invariant.gep161, i64 %576
+  br label %for_begin_ax1_0424.preheader.us.i
 
-for_begin_d_0464.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %593 = sext i1 %.not573.us.i to i32
-  %594 = add nsw i32 %rdiv470.us.i, %593
+for_begin_d_0459.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %593 = sext i1 %.not569.us.i to i32
+  %594 = add nsw i32 %rdiv465.us.i, %593
   %595 = sext i32 %594 to i64
   %596 = add nsw i64 %406, %595
   %597 = shl nsw i64 %596, 2
@@ -1376,67 +1376,67 @@ for_begin_d_0464.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
   %599 = shl nsw i64 %598, 2
   %600 = add nsw i64 %599, %409
   %601 = tail call i32 @llvm.umin.i32(i32 %425, i32 16)
-  %wide.trip.count1108.i = zext nneg i32 %601 to i64
-  br label %for_begin_d_0464.preheader.us.i
+  %wide.trip.count1129.i = zext nneg i32 %601 to i64
+  br label %for_begin_d_0459.preheader.us.i
 
-for_body_r474.lr.ph.us.i:                         ; preds = %for_begin_d_0464.preheader.us.i
-  %.idx574.us.i = shl nsw i64 %596, 4
-  %602 = getelementptr i8, ptr %lse, i64 %.idx574.us.i
+for_body_r469.lr.ph.us.i:                         ; preds = %for_begin_d_0459.preheader.us.i
+  %.idx570.us.i = shl nsw i64 %596, 4
+  %602 = getelementptr i8, ptr %lse, i64 %.idx570.us.i
   %603 = and i64 %413, 4294967280
-  br label %for_body_r474.us.i
+  br label %for_body_r469.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv223.in = phi i32 [ %indvars.iv223, %for_begin_number.i ], [ %362, %for_body_number.lr.ph.i ]
+  %indvars.iv229.in = phi i32 [ %indvars.iv229, %for_begin_number.i ], [ %362, %for_body_number.lr.ph.i ]
   %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %362, %for_body_number.lr.ph.i ]
-  %number840.i = phi i32 [ %403, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %604 = shl nuw nsw i32 %number840.i, 12
+  %number854.i = phi i32 [ %403, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %604 = shl nuw nsw i32 %number854.i, 12
   %605 = add i32 %391, %604
-  %smin480 = tail call i32 @llvm.smin.i32(i32 %span558.sroa.3.0.lcssa.i, i32 %605)
-  %smin481 = tail call i32 @llvm.smin.i32(i32 %smin480, i32 %361)
-  %smax482 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %606 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %smax459 = sext i32 %606 to i64
+  %smin492 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %605)
+  %smin493 = tail call i32 @llvm.smin.i32(i32 %smin492, i32 %361)
+  %smax494 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %606 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %smax471 = sext i32 %606 to i64
   %607 = add i32 %606, %tree_size
   %608 = sub i32 %context_len.i, %607
-  %609 = shl nuw nsw i32 %number840.i, 12
+  %609 = shl nuw nsw i32 %number854.i, 12
   %610 = add i32 %391, %609
-  %smin464 = tail call i32 @llvm.smin.i32(i32 %span558.sroa.3.0.lcssa.i, i32 %610)
-  %smin465 = tail call i32 @llvm.smin.i32(i32 %smin464, i32 %361)
-  %smax466 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %611 = sub i32 %smin465, %smax466
-  %612 = shl nuw nsw i32 %number840.i, 12
+  %smin476 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %610)
+  %smin477 = tail call i32 @llvm.smin.i32(i32 %smin476, i32 %361)
+  %smax478 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %611 = sub i32 %smin477, %smax478
+  %612 = shl nuw nsw i32 %number854.i, 12
   %613 = add i32 %391, %612
-  %smin444 = tail call i32 @llvm.smin.i32(i32 %span558.sroa.3.0.lcssa.i, i32 %613)
-  %smin445 = tail call i32 @llvm.smin.i32(i32 %smin444, i32 %361)
-  %smax446 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %614 = sub i32 %smin445, %smax446
-  %615 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %smin456 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %613)
+  %smin457 = tail call i32 @llvm.smin.i32(i32 %smin456, i32 %361)
+  %smax458 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %614 = sub i32 %smin457, %smax458
+  %615 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
   %616 = add i32 %615, %tree_size
   %617 = sub i32 %context_len.i, %616
-  %618 = shl nuw nsw i32 %number840.i, 12
+  %618 = shl nuw nsw i32 %number854.i, 12
   %619 = add i32 %391, %618
-  %smin424 = tail call i32 @llvm.smin.i32(i32 %span558.sroa.3.0.lcssa.i, i32 %619)
-  %smin425 = tail call i32 @llvm.smin.i32(i32 %smin424, i32 %361)
-  %smax426 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %620 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %smax407 = sext i32 %620 to i64
+  %smin436 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %619)
+  %smin437 = tail call i32 @llvm.smin.i32(i32 %smin436, i32 %361)
+  %smax438 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %620 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %smax419 = sext i32 %620 to i64
   %621 = add i32 %620, %tree_size
   %622 = sub i32 %context_len.i, %621
-  %623 = shl nuw nsw i32 %number840.i, 12
+  %623 = shl nuw nsw i32 %number854.i, 12
   %624 = add i32 %391, %623
-  %smin411 = tail call i32 @llvm.smin.i32(i32 %span558.sroa.3.0.lcssa.i, i32 %624)
-  %smin412 = tail call i32 @llvm.smin.i32(i32 %smin411, i32 %361)
-  %smax413 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %625 = sub i32 %smin412, %smax413
-  %626 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %smin423 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %624)
+  %smin424 = tail call i32 @llvm.smin.i32(i32 %smin423, i32 %361)
+  %smax425 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %625 = sub i32 %smin424, %smax425
+  %626 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
   %627 = add i32 %626, %tree_size
-  %indvars.iv223 = add i32 %indvars.iv223.in, 4096
-  %628 = tail call i32 @llvm.smax.i32(i32 %span558.sroa.0.0.lcssa.i, i32 %indvars.iv)
+  %indvars.iv229 = add i32 %indvars.iv229.in, 4096
+  %628 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
   %629 = add i32 %628, %tree_size
   %630 = sub i32 %context_len.i, %629
-  %smin = tail call i32 @llvm.smin.i32(i32 %span558.sroa.3.0.lcssa.i, i32 %indvars.iv223)
-  %smin225 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %361)
-  %631 = sub i32 %smin225, %628
+  %smin = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %indvars.iv229)
+  %smin231 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %361)
+  %631 = sub i32 %smin231, %628
   %632 = sub i32 0, %628
   %633 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %row_max.i = tail call ptr %633(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
@@ -1456,101 +1456,101 @@ if_end120.i:                                      ; preds = %if_end117.i
   br i1 %638, label %fused_attend_compute_.exit, label %if_end123.i, !prof !8
 
 if_end123.i:                                      ; preds = %if_end120.i
-  %639 = shl nsw i32 %number840.i, 12
+  %639 = shl nsw i32 %number854.i, 12
   %640 = add nsw i32 %639, %362
   %641 = add nsw i32 %640, 4096
-  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %640, i32 %span558.sroa.0.0.lcssa.i)
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %640, i32 %span554.sroa.0.0.lcssa.i)
   %642 = tail call i32 @llvm.smin.i32(i32 %641, i32 %key_end.i)
   %643 = sub nsw i32 %642, %read_begin.i
-  %.fr863.i = freeze i32 %643
-  %644 = icmp slt i32 %.fr863.i, 1
-  %645 = tail call i32 @llvm.smax.i32(i32 %.fr863.i, i32 0)
+  %.fr877.i = freeze i32 %643
+  %644 = icmp slt i32 %.fr877.i, 1
+  %645 = tail call i32 @llvm.smax.i32(i32 %.fr877.i, i32 0)
   %646 = add nuw nsw i32 %645, 127
   %647 = lshr i32 %646, 7
-  %.not861.i = icmp eq i32 %647, 0
-  br i1 %.not861.i, label %for_begin_tile344.preheader.i, label %for_body_step.lr.ph.i, !prof !16
+  %.not875.i = icmp eq i32 %647, 0
+  br i1 %.not875.i, label %for_begin_tile339.preheader.i, label %for_body_step.lr.ph.i, !prof !16
 
 for_body_step.lr.ph.i:                            ; preds = %if_end123.i
   %648 = add nsw i32 %642, -1
   %649 = sext i32 %read_begin.i to i64
   %650 = sext i32 %642 to i64
-  %wide.trip.count1053.i = zext nneg i32 %647 to i64
+  %wide.trip.count1074.i = zext nneg i32 %647 to i64
   %invariant.op.i = add nsw i64 %650, -128
-  %651 = getelementptr i8, ptr %394, i64 %smax459
-  %652 = getelementptr i8, ptr %395, i64 %smax407
+  %651 = getelementptr i8, ptr %394, i64 %smax471
+  %652 = getelementptr i8, ptr %395, i64 %smax419
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end339.i
-  %indvars.iv.next1051.i = add nuw nsw i64 %indvars.iv1050.i, 1
-  %exitcond1054.not.i = icmp eq i64 %indvars.iv.next1051.i, %wide.trip.count1053.i
-  %indvars.iv.next221 = add i32 %indvars.iv220, -128
+for_begin_step.i:                                 ; preds = %if_end334.i
+  %indvars.iv.next1072.i = add nuw nsw i64 %indvars.iv1071.i, 1
+  %exitcond1075.not.i = icmp eq i64 %indvars.iv.next1072.i, %wide.trip.count1074.i
   %indvars.iv.next227 = add i32 %indvars.iv226, -128
-  %indvars.iv.next229 = add i32 %indvars.iv228, -128
-  br i1 %exitcond1054.not.i, label %for_begin_tile344.preheader.i, label %for_body_step.i, !prof !13
+  %indvars.iv.next233 = add i32 %indvars.iv232, -128
+  %indvars.iv.next235 = add i32 %indvars.iv234, -128
+  br i1 %exitcond1075.not.i, label %for_begin_tile339.preheader.i, label %for_body_step.i, !prof !13
 
-for_begin_tile344.preheader.i:                    ; preds = %for_begin_step.i, %if_end123.i
+for_begin_tile339.preheader.i:                    ; preds = %for_begin_step.i, %if_end123.i
   %brmerge.i = or i1 %142, %644
-  br i1 %brmerge.i, label %for_end_tile346.i, label %for_body_tile345.i, !prof !42
+  br i1 %brmerge.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !42
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv228 = phi i32 [ %indvars.iv.next229, %for_begin_step.i ], [ %632, %for_body_step.lr.ph.i ]
-  %indvars.iv226 = phi i32 [ %indvars.iv.next227, %for_begin_step.i ], [ %631, %for_body_step.lr.ph.i ]
-  %indvars.iv220 = phi i32 [ %indvars.iv.next221, %for_begin_step.i ], [ %630, %for_body_step.lr.ph.i ]
-  %indvars.iv1050.i = phi i64 [ %indvars.iv.next1051.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %smax479 = tail call i32 @llvm.smax.i32(i32 %indvars.iv220, i32 0)
-  %indvars.iv1050.i.tr = trunc i64 %indvars.iv1050.i to i32
-  %653 = shl i32 %indvars.iv1050.i.tr, 7
-  %654 = add i32 %smax482, %653
-  %655 = sub i32 %smin481, %654
-  %656 = shl nuw nsw i64 %indvars.iv1050.i, 7
-  %scevgep460 = getelementptr i8, ptr %651, i64 %656
-  %657 = mul nsw i64 %indvars.iv1050.i, -128
+  %indvars.iv234 = phi i32 [ %indvars.iv.next235, %for_begin_step.i ], [ %632, %for_body_step.lr.ph.i ]
+  %indvars.iv232 = phi i32 [ %indvars.iv.next233, %for_begin_step.i ], [ %631, %for_body_step.lr.ph.i ]
+  %indvars.iv226 = phi i32 [ %indvars.iv.next227, %for_begin_step.i ], [ %630, %for_body_step.lr.ph.i ]
+  %indvars.iv1071.i = phi i64 [ %indvars.iv.next1072.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %smax491 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %indvars.iv1071.i.tr = trunc i64 %indvars.iv1071.i to i32
+  %653 = shl i32 %indvars.iv1071.i.tr, 7
+  %654 = add i32 %smax494, %653
+  %655 = sub i32 %smin493, %654
+  %656 = shl nuw nsw i64 %indvars.iv1071.i, 7
+  %scevgep472 = getelementptr i8, ptr %651, i64 %656
+  %657 = mul nsw i64 %indvars.iv1071.i, -128
   %658 = trunc i64 %657 to i32
   %659 = add i32 %608, %658
-  %smax461 = tail call i32 @llvm.smax.i32(i32 %659, i32 0)
-  %660 = zext nneg i32 %smax461 to i64
-  %smax463 = tail call i32 @llvm.smax.i32(i32 %indvars.iv220, i32 0)
+  %smax473 = tail call i32 @llvm.smax.i32(i32 %659, i32 0)
+  %660 = zext nneg i32 %smax473 to i64
+  %smax475 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
   %661 = trunc i64 %657 to i32
   %662 = add i32 %611, %661
-  %663 = shl i32 %smax461, 4
+  %663 = shl i32 %smax473, 4
   %664 = sext i32 %663 to i64
   %665 = shl nsw i64 %664, 2
-  %smax443 = tail call i32 @llvm.smax.i32(i32 %indvars.iv220, i32 0)
-  %666 = mul nsw i64 %indvars.iv1050.i, -128
+  %smax455 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %666 = mul nsw i64 %indvars.iv1071.i, -128
   %667 = trunc i64 %666 to i32
   %668 = add i32 %614, %667
   %669 = trunc i64 %666 to i32
   %670 = add i32 %617, %669
-  %smax450 = tail call i32 @llvm.smax.i32(i32 %670, i32 0)
-  %671 = shl i32 %smax450, 4
+  %smax462 = tail call i32 @llvm.smax.i32(i32 %670, i32 0)
+  %671 = shl i32 %smax462, 4
   %672 = sext i32 %671 to i64
-  %smax423 = tail call i32 @llvm.smax.i32(i32 %indvars.iv220, i32 0)
-  %indvars.iv1050.i.tr529 = trunc i64 %indvars.iv1050.i to i32
-  %673 = shl i32 %indvars.iv1050.i.tr529, 7
-  %674 = add i32 %smax426, %673
-  %675 = sub i32 %smin425, %674
-  %676 = shl nuw nsw i64 %indvars.iv1050.i, 7
+  %smax435 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %indvars.iv1071.i.tr541 = trunc i64 %indvars.iv1071.i to i32
+  %673 = shl i32 %indvars.iv1071.i.tr541, 7
+  %674 = add i32 %smax438, %673
+  %675 = sub i32 %smin437, %674
+  %676 = shl nuw nsw i64 %indvars.iv1071.i, 7
   %scevgep = getelementptr i8, ptr %652, i64 %676
-  %677 = mul nsw i64 %indvars.iv1050.i, -128
+  %677 = mul nsw i64 %indvars.iv1071.i, -128
   %678 = trunc i64 %677 to i32
   %679 = add i32 %622, %678
-  %smax408 = tail call i32 @llvm.smax.i32(i32 %679, i32 0)
-  %680 = zext nneg i32 %smax408 to i64
-  %smax410 = tail call i32 @llvm.smax.i32(i32 %indvars.iv220, i32 0)
+  %smax420 = tail call i32 @llvm.smax.i32(i32 %679, i32 0)
+  %680 = zext nneg i32 %smax420 to i64
+  %smax422 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
   %681 = trunc i64 %677 to i32
   %682 = add i32 %625, %681
   %683 = trunc i64 %677 to i32
-  %684 = sub i32 %683, %smax413
-  %685 = shl i32 %smax408, 4
+  %684 = sub i32 %683, %smax425
+  %685 = shl i32 %smax420, 4
   %686 = sext i32 %685 to i64
   %687 = shl nsw i64 %686, 2
-  %indvars.iv1050.i.tr530 = trunc i64 %indvars.iv1050.i to i32
-  %688 = shl i32 %indvars.iv1050.i.tr530, 7
+  %indvars.iv1071.i.tr542 = trunc i64 %indvars.iv1071.i to i32
+  %688 = shl i32 %indvars.iv1071.i.tr542, 7
   %689 = add i32 %627, %688
   %690 = sub i32 %context_len.i, %689
-  %smax406 = tail call i32 @llvm.smax.i32(i32 %690, i32 0)
-  %691 = shl i32 %smax406, 4
-  %smax232 = tail call i32 @llvm.smax.i32(i32 %indvars.iv220, i32 0)
+  %smax418 = tail call i32 @llvm.smax.i32(i32 %690, i32 0)
+  %691 = shl i32 %smax418, 4
+  %smax238 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
   %692 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %key_offsets.i = tail call ptr %692(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %693 = icmp eq ptr %key_offsets.i, null
@@ -1563,7 +1563,7 @@ if_end126.i:                                      ; preds = %for_body_step.i
   br i1 %695, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
 
 if_end129.i:                                      ; preds = %if_end126.i
-  %696 = shl nsw i64 %indvars.iv1050.i, 7
+  %696 = shl nsw i64 %indvars.iv1071.i, 7
   %697 = add nsw i64 %696, %649
   %698 = trunc i64 %697 to i32
   %699 = sub i32 %642, %698
@@ -1579,49 +1579,49 @@ if_end129.i:                                      ; preds = %if_end126.i
 for_body_t.lr.ph.i:                               ; preds = %if_end129.i
   %row_start.i = load i32, ptr %368, align 4, !tbaa !5
   %707 = sext i32 %row_start.i to i64
-  %invariant.gep682.i = getelementptr i32, ptr %invariant.gep.i, i64 %707
-  %wide.trip.count928.i = zext nneg i32 %705 to i64
+  %invariant.gep681.i = getelementptr i32, ptr %invariant.gep.i, i64 %707
+  %wide.trip.count946.i = zext nneg i32 %705 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv925.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next926.i.1, %for_body_t.i ]
-  %708 = add nsw i64 %indvars.iv925.i, %697
+  %indvars.iv943.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next944.i.1, %for_body_t.i ]
+  %708 = add nsw i64 %indvars.iv943.i, %697
   %709 = trunc nsw i64 %708 to i32
   %710 = tail call i32 @llvm.smin.i32(i32 %709, i32 %648)
   %711 = sext i32 %710 to i64
   %712 = ashr i64 %711, 4
-  %gep683.i = getelementptr i32, ptr %invariant.gep682.i, i64 %712
-  %713 = load i32, ptr %gep683.i, align 4, !tbaa !5
+  %gep682.i = getelementptr i32, ptr %invariant.gep681.i, i64 %712
+  %713 = load i32, ptr %gep682.i, align 4, !tbaa !5
   %block.i = sext i32 %713 to i64
   %714 = and i64 %711, 15
   %715 = mul nsw i64 %714, %k_row
   %716 = mul nsw i64 %k_block, %block.i
   %717 = add nsw i64 %715, %716
-  %718 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv925.i
+  %718 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv943.i
   store i64 %717, ptr %718, align 8, !tbaa !5
-  %indvars.iv.next926.i = or disjoint i64 %indvars.iv925.i, 1
-  %719 = add nsw i64 %indvars.iv.next926.i, %697
+  %indvars.iv.next944.i = or disjoint i64 %indvars.iv943.i, 1
+  %719 = add nsw i64 %indvars.iv.next944.i, %697
   %720 = trunc nsw i64 %719 to i32
   %721 = tail call i32 @llvm.smin.i32(i32 %720, i32 %648)
   %722 = sext i32 %721 to i64
   %723 = ashr i64 %722, 4
-  %gep683.i.1 = getelementptr i32, ptr %invariant.gep682.i, i64 %723
-  %724 = load i32, ptr %gep683.i.1, align 4, !tbaa !5
+  %gep682.i.1 = getelementptr i32, ptr %invariant.gep681.i, i64 %723
+  %724 = load i32, ptr %gep682.i.1, align 4, !tbaa !5
   %block.i.1 = sext i32 %724 to i64
   %725 = and i64 %722, 15
   %726 = mul nsw i64 %725, %k_row
   %727 = mul nsw i64 %k_block, %block.i.1
   %728 = add nsw i64 %726, %727
-  %729 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next926.i
+  %729 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next944.i
   store i64 %728, ptr %729, align 8, !tbaa !5
-  %indvars.iv.next926.i.1 = add nuw nsw i64 %indvars.iv925.i, 2
-  %exitcond929.not.i.1 = icmp eq i64 %indvars.iv.next926.i.1, %wide.trip.count928.i
-  br i1 %exitcond929.not.i.1, label %for_body_t134.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !43
+  %indvars.iv.next944.i.1 = add nuw nsw i64 %indvars.iv943.i, 2
+  %exitcond947.not.i.1 = icmp eq i64 %indvars.iv.next944.i.1, %wide.trip.count946.i
+  br i1 %exitcond947.not.i.1, label %for_body_t134.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !43
 
 for_body_t134.lr.ph.i:                            ; preds = %for_body_t.i
   %row_start132.i = load i32, ptr %368, align 4, !tbaa !5
   %730 = sext i32 %row_start132.i to i64
-  %invariant.gep686.i = getelementptr i32, ptr %invariant.gep.i, i64 %730
+  %invariant.gep685.i = getelementptr i32, ptr %invariant.gep.i, i64 %730
   br label %for_body_t134.i
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t134.i, %if_end129.i
@@ -1633,62 +1633,62 @@ for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.p
   %733 = sub i32 %context_len.i, %732
   %734 = tail call i32 @llvm.smax.i32(i32 %733, i32 0)
   %735 = zext nneg i32 %734 to i64
-  %736 = icmp eq i64 %indvars.iv1050.i, 0
+  %736 = icmp eq i64 %indvars.iv1071.i, 0
   %737 = insertelement <16 x i1> poison, i1 %736, i64 0
   %738 = shufflevector <16 x i1> %737, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count942.i = zext nneg i32 %702 to i64
+  %wide.trip.count960.i = zext nneg i32 %702 to i64
   %739 = getelementptr i8, ptr %388, i64 %697
   %740 = getelementptr i8, ptr %739, i64 %735
-  %scevgep409 = getelementptr i8, ptr %scevgep, i64 %680
-  %scevgep462 = getelementptr i8, ptr %scevgep460, i64 %660
-  %broadcast.splatinsert492 = insertelement <8 x i32> poison, i32 %734, i64 0
-  %broadcast.splat493 = shufflevector <8 x i32> %broadcast.splatinsert492, <8 x i32> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert435 = insertelement <8 x i32> poison, i32 %734, i64 0
-  %broadcast.splat436 = shufflevector <8 x i32> %broadcast.splatinsert435, <8 x i32> poison, <8 x i32> zeroinitializer
+  %scevgep421 = getelementptr i8, ptr %scevgep, i64 %680
+  %scevgep474 = getelementptr i8, ptr %scevgep472, i64 %660
+  %broadcast.splatinsert504 = insertelement <8 x i32> poison, i32 %734, i64 0
+  %broadcast.splat505 = shufflevector <8 x i32> %broadcast.splatinsert504, <8 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splatinsert447 = insertelement <8 x i32> poison, i32 %734, i64 0
+  %broadcast.splat448 = shufflevector <8 x i32> %broadcast.splatinsert447, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %for_body_kv_head.i
 
 for_body_t134.i:                                  ; preds = %for_body_t134.i, %for_body_t134.lr.ph.i
-  %indvars.iv930.i = phi i64 [ 0, %for_body_t134.lr.ph.i ], [ %indvars.iv.next931.i.1, %for_body_t134.i ]
-  %741 = add nsw i64 %indvars.iv930.i, %697
+  %indvars.iv948.i = phi i64 [ 0, %for_body_t134.lr.ph.i ], [ %indvars.iv.next949.i.1, %for_body_t134.i ]
+  %741 = add nsw i64 %indvars.iv948.i, %697
   %742 = trunc nsw i64 %741 to i32
   %743 = tail call i32 @llvm.smin.i32(i32 %742, i32 %648)
   %744 = sext i32 %743 to i64
   %745 = ashr i64 %744, 4
-  %gep687.i = getelementptr i32, ptr %invariant.gep686.i, i64 %745
-  %746 = load i32, ptr %gep687.i, align 4, !tbaa !5
+  %gep686.i = getelementptr i32, ptr %invariant.gep685.i, i64 %745
+  %746 = load i32, ptr %gep686.i, align 4, !tbaa !5
   %block141.i = sext i32 %746 to i64
   %747 = and i64 %744, 15
   %748 = mul nsw i64 %747, %v_row
   %749 = mul nsw i64 %v_block, %block141.i
   %750 = add nsw i64 %748, %749
-  %751 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv930.i
+  %751 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv948.i
   store i64 %750, ptr %751, align 8, !tbaa !5
-  %indvars.iv.next931.i = or disjoint i64 %indvars.iv930.i, 1
-  %752 = add nsw i64 %indvars.iv.next931.i, %697
+  %indvars.iv.next949.i = or disjoint i64 %indvars.iv948.i, 1
+  %752 = add nsw i64 %indvars.iv.next949.i, %697
   %753 = trunc nsw i64 %752 to i32
   %754 = tail call i32 @llvm.smin.i32(i32 %753, i32 %648)
   %755 = sext i32 %754 to i64
   %756 = ashr i64 %755, 4
-  %gep687.i.1 = getelementptr i32, ptr %invariant.gep686.i, i64 %756
-  %757 = load i32, ptr %gep687.i.1, align 4, !tbaa !5
+  %gep686.i.1 = getelementptr i32, ptr %invariant.gep685.i, i64 %756
+  %757 = load i32, ptr %gep686.i.1, align 4, !tbaa !5
   %block141.i.1 = sext i32 %757 to i64
   %758 = and i64 %755, 15
   %759 = mul nsw i64 %758, %v_row
   %760 = mul nsw i64 %v_block, %block141.i.1
   %761 = add nsw i64 %759, %760
-  %762 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next931.i
+  %762 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next949.i
   store i64 %761, ptr %762, align 8, !tbaa !5
-  %indvars.iv.next931.i.1 = add nuw nsw i64 %indvars.iv930.i, 2
-  %exitcond934.not.i.1 = icmp eq i64 %indvars.iv.next931.i.1, %wide.trip.count928.i
-  br i1 %exitcond934.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t134.i, !prof !13, !llvm.loop !44
+  %indvars.iv.next949.i.1 = add nuw nsw i64 %indvars.iv948.i, 2
+  %exitcond952.not.i.1 = icmp eq i64 %indvars.iv.next949.i.1, %wide.trip.count946.i
+  br i1 %exitcond952.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t134.i, !prof !13, !llvm.loop !44
 
-for_begin_kv_head.i:                              ; preds = %if_end333.i
-  %indvars.iv.next1046.i = add nuw nsw i64 %indvars.iv1045.i, 1
-  %exitcond1049.not.i = icmp eq i64 %indvars.iv.next1046.i, %wide.trip.count1048.i
-  br i1 %exitcond1049.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+for_begin_kv_head.i:                              ; preds = %if_end328.i
+  %indvars.iv.next1067.i = add nuw nsw i64 %indvars.iv1066.i, 1
+  %exitcond1070.not.i = icmp eq i64 %indvars.iv.next1067.i, %wide.trip.count1069.i
+  br i1 %exitcond1070.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
-  %indvars.iv1045.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1046.i, %for_begin_kv_head.i ]
+  %indvars.iv1066.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1067.i, %for_begin_kv_head.i ]
   %763 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %k_tile.i = tail call ptr %763(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
   %764 = icmp eq ptr %k_tile.i, null
@@ -1697,8 +1697,8 @@ for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
   %765 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %766 = tail call i32 %765(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not578.i = icmp eq i32 %766, 0
-  br i1 %.not578.i, label %if_end339.i, label %fused_attend_compute_.exit, !prof !38
+  %.not574.i = icmp eq i32 %766, 0
+  br i1 %.not574.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end145.i:                                      ; preds = %for_body_kv_head.i
   %767 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1707,931 +1707,931 @@ if_end145.i:                                      ; preds = %for_body_kv_head.i
   br i1 %768, label %fused_attend_compute_.exit, label %if_end148.i, !prof !8
 
 if_end148.i:                                      ; preds = %if_end145.i
-  %769 = add nsw i64 %indvars.iv1045.i, %371
+  %769 = add nsw i64 %indvars.iv1066.i, %371
   br i1 %731, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
 
 for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end148.i
   %770 = mul nsw i64 %769, %k_head
-  %invariant.gep688.i = getelementptr i32, ptr %key_cache, i64 %770
+  %invariant.gep687.i = getelementptr i32, ptr %key_cache, i64 %770
   br label %for_begin_ti.preheader.i
 
 for_begin_ti155.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
   %771 = mul nsw i64 %769, %v_head
-  %invariant.gep705.i = getelementptr i32, ptr %value_cache, i64 %771
+  %invariant.gep704.i = getelementptr i32, ptr %value_cache, i64 %771
   br label %for_begin_ti155.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
-  %indvars.iv939.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next940.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv939.i, 6
+  %indvars.iv957.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next958.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv957.i, 6
   %772 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
   %773 = load i64, ptr %772, align 8, !tbaa !5
-  %gep.i = getelementptr i32, ptr %invariant.gep688.i, i64 %773
+  %gep.i = getelementptr i32, ptr %invariant.gep687.i, i64 %773
   %774 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !5
   %775 = shl <16 x i32> %774, splat (i32 16)
-  %.idx74 = shl nsw i64 %indvars.iv939.i, 12
+  %.idx74 = shl nsw i64 %indvars.iv957.i, 12
   %776 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx74
   store <16 x i32> %775, ptr %776, align 4, !tbaa !5
   %777 = load i64, ptr %772, align 8, !tbaa !5
-  %gep690.i = getelementptr i32, ptr %invariant.gep688.i, i64 %777
-  %778 = load <16 x i32>, ptr %gep690.i, align 4, !tbaa !5
+  %gep689.i = getelementptr i32, ptr %invariant.gep687.i, i64 %777
+  %778 = load <16 x i32>, ptr %gep689.i, align 4, !tbaa !5
   %779 = and <16 x i32> %778, %375
   %780 = getelementptr inbounds nuw i8, ptr %776, i64 64
   store <16 x i32> %779, ptr %780, align 4, !tbaa !5
   %781 = load i64, ptr %772, align 8, !tbaa !5
-  %gep692.i = getelementptr i32, ptr %invariant.gep688.i, i64 %781
-  %782 = getelementptr i8, ptr %gep692.i, i64 64
+  %gep691.i = getelementptr i32, ptr %invariant.gep687.i, i64 %781
+  %782 = getelementptr i8, ptr %gep691.i, i64 64
   %783 = load <16 x i32>, ptr %782, align 4, !tbaa !5
   %784 = shl <16 x i32> %783, splat (i32 16)
   %785 = getelementptr inbounds nuw i8, ptr %776, i64 128
   store <16 x i32> %784, ptr %785, align 4, !tbaa !5
   %786 = load i64, ptr %772, align 8, !tbaa !5
-  %gep694.i = getelementptr i32, ptr %invariant.gep688.i, i64 %786
-  %787 = getelementptr i8, ptr %gep694.i, i64 64
+  %gep693.i = getelementptr i32, ptr %invariant.gep687.i, i64 %786
+  %787 = getelementptr i8, ptr %gep693.i, i64 64
   %788 = load <16 x i32>, ptr %787, align 4, !tbaa !5
   %789 = and <16 x i32> %788, %375
   %790 = getelementptr inbounds nuw i8, ptr %776, i64 192
   store <16 x i32> %789, ptr %790, align 4, !tbaa !5
   %791 = load i64, ptr %772, align 8, !tbaa !5
-  %gep696.i = getelementptr i32, ptr %invariant.gep688.i, i64 %791
-  %792 = getelementptr i8, ptr %gep696.i, i64 128
+  %gep695.i = getelementptr i32, ptr %invariant.gep687.i, i64 %791
+  %792 = getelementptr i8, ptr %gep695.i, i64 128
   %793 = load <16 x i32>, ptr %792, align 4, !tbaa !5
   %794 = shl <16 x i32> %793, splat (i32 16)
   %795 = getelementptr inbounds nuw i8, ptr %776, i64 256
   store <16 x i32> %794, ptr %795, align 4, !tbaa !5
   %796 = load i64, ptr %772, align 8, !tbaa !5
-  %gep698.i = getelementptr i32, ptr %invariant.gep688.i, i64 %796
-  %797 = getelementptr i8, ptr %gep698.i, i64 128
+  %gep697.i = getelementptr i32, ptr %invariant.gep687.i, i64 %796
+  %797 = getelementptr i8, ptr %gep697.i, i64 128
   %798 = load <16 x i32>, ptr %797, align 4, !tbaa !5
   %799 = and <16 x i32> %798, %375
   %800 = getelementptr inbounds nuw i8, ptr %776, i64 320
   store <16 x i32> %799, ptr %800, align 4, !tbaa !5
   %801 = load i64, ptr %772, align 8, !tbaa !5
-  %gep700.i = getelementptr i32, ptr %invariant.gep688.i, i64 %801
-  %802 = getelementptr i8, ptr %gep700.i, i64 192
+  %gep699.i = getelementptr i32, ptr %invariant.gep687.i, i64 %801
+  %802 = getelementptr i8, ptr %gep699.i, i64 192
   %803 = load <16 x i32>, ptr %802, align 4, !tbaa !5
   %804 = shl <16 x i32> %803, splat (i32 16)
   %805 = getelementptr inbounds nuw i8, ptr %776, i64 384
   store <16 x i32> %804, ptr %805, align 4, !tbaa !5
   %806 = load i64, ptr %772, align 8, !tbaa !5
-  %gep702.i = getelementptr i32, ptr %invariant.gep688.i, i64 %806
-  %807 = getelementptr i8, ptr %gep702.i, i64 192
+  %gep701.i = getelementptr i32, ptr %invariant.gep687.i, i64 %806
+  %807 = getelementptr i8, ptr %gep701.i, i64 192
   %808 = load <16 x i32>, ptr %807, align 4, !tbaa !5
   %809 = and <16 x i32> %808, %375
   %810 = getelementptr inbounds nuw i8, ptr %776, i64 448
   store <16 x i32> %809, ptr %810, align 4, !tbaa !5
   %811 = getelementptr inbounds nuw i8, ptr %772, i64 8
   %812 = load i64, ptr %811, align 8, !tbaa !5
-  %gep.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %812
+  %gep.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %812
   %813 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !5
   %814 = shl <16 x i32> %813, splat (i32 16)
   %815 = getelementptr inbounds nuw i8, ptr %776, i64 512
   store <16 x i32> %814, ptr %815, align 4, !tbaa !5
   %816 = load i64, ptr %811, align 8, !tbaa !5
-  %gep690.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %816
-  %817 = load <16 x i32>, ptr %gep690.1.i, align 4, !tbaa !5
+  %gep689.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %816
+  %817 = load <16 x i32>, ptr %gep689.1.i, align 4, !tbaa !5
   %818 = and <16 x i32> %817, %375
   %819 = getelementptr inbounds nuw i8, ptr %776, i64 576
   store <16 x i32> %818, ptr %819, align 4, !tbaa !5
   %820 = load i64, ptr %811, align 8, !tbaa !5
-  %gep692.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %820
-  %821 = getelementptr i8, ptr %gep692.1.i, i64 64
+  %gep691.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %820
+  %821 = getelementptr i8, ptr %gep691.1.i, i64 64
   %822 = load <16 x i32>, ptr %821, align 4, !tbaa !5
   %823 = shl <16 x i32> %822, splat (i32 16)
   %824 = getelementptr inbounds nuw i8, ptr %776, i64 640
   store <16 x i32> %823, ptr %824, align 4, !tbaa !5
   %825 = load i64, ptr %811, align 8, !tbaa !5
-  %gep694.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %825
-  %826 = getelementptr i8, ptr %gep694.1.i, i64 64
+  %gep693.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %825
+  %826 = getelementptr i8, ptr %gep693.1.i, i64 64
   %827 = load <16 x i32>, ptr %826, align 4, !tbaa !5
   %828 = and <16 x i32> %827, %375
   %829 = getelementptr inbounds nuw i8, ptr %776, i64 704
   store <16 x i32> %828, ptr %829, align 4, !tbaa !5
   %830 = load i64, ptr %811, align 8, !tbaa !5
-  %gep696.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %830
-  %831 = getelementptr i8, ptr %gep696.1.i, i64 128
+  %gep695.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %830
+  %831 = getelementptr i8, ptr %gep695.1.i, i64 128
   %832 = load <16 x i32>, ptr %831, align 4, !tbaa !5
   %833 = shl <16 x i32> %832, splat (i32 16)
   %834 = getelementptr inbounds nuw i8, ptr %776, i64 768
   store <16 x i32> %833, ptr %834, align 4, !tbaa !5
   %835 = load i64, ptr %811, align 8, !tbaa !5
-  %gep698.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %835
-  %836 = getelementptr i8, ptr %gep698.1.i, i64 128
+  %gep697.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %835
+  %836 = getelementptr i8, ptr %gep697.1.i, i64 128
   %837 = load <16 x i32>, ptr %836, align 4, !tbaa !5
   %838 = and <16 x i32> %837, %375
   %839 = getelementptr inbounds nuw i8, ptr %776, i64 832
   store <16 x i32> %838, ptr %839, align 4, !tbaa !5
   %840 = load i64, ptr %811, align 8, !tbaa !5
-  %gep700.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %840
-  %841 = getelementptr i8, ptr %gep700.1.i, i64 192
+  %gep699.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %840
+  %841 = getelementptr i8, ptr %gep699.1.i, i64 192
   %842 = load <16 x i32>, ptr %841, align 4, !tbaa !5
   %843 = shl <16 x i32> %842, splat (i32 16)
   %844 = getelementptr inbounds nuw i8, ptr %776, i64 896
   store <16 x i32> %843, ptr %844, align 4, !tbaa !5
   %845 = load i64, ptr %811, align 8, !tbaa !5
-  %gep702.1.i = getelementptr i32, ptr %invariant.gep688.i, i64 %845
-  %846 = getelementptr i8, ptr %gep702.1.i, i64 192
+  %gep701.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %845
+  %846 = getelementptr i8, ptr %gep701.1.i, i64 192
   %847 = load <16 x i32>, ptr %846, align 4, !tbaa !5
   %848 = and <16 x i32> %847, %375
   %849 = getelementptr inbounds nuw i8, ptr %776, i64 960
   store <16 x i32> %848, ptr %849, align 4, !tbaa !5
   %850 = getelementptr inbounds nuw i8, ptr %772, i64 16
   %851 = load i64, ptr %850, align 8, !tbaa !5
-  %gep.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %851
+  %gep.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %851
   %852 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !5
   %853 = shl <16 x i32> %852, splat (i32 16)
   %854 = getelementptr inbounds nuw i8, ptr %776, i64 1024
   store <16 x i32> %853, ptr %854, align 4, !tbaa !5
   %855 = load i64, ptr %850, align 8, !tbaa !5
-  %gep690.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %855
-  %856 = load <16 x i32>, ptr %gep690.2.i, align 4, !tbaa !5
+  %gep689.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %855
+  %856 = load <16 x i32>, ptr %gep689.2.i, align 4, !tbaa !5
   %857 = and <16 x i32> %856, %375
   %858 = getelementptr inbounds nuw i8, ptr %776, i64 1088
   store <16 x i32> %857, ptr %858, align 4, !tbaa !5
   %859 = load i64, ptr %850, align 8, !tbaa !5
-  %gep692.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %859
-  %860 = getelementptr i8, ptr %gep692.2.i, i64 64
+  %gep691.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %859
+  %860 = getelementptr i8, ptr %gep691.2.i, i64 64
   %861 = load <16 x i32>, ptr %860, align 4, !tbaa !5
   %862 = shl <16 x i32> %861, splat (i32 16)
   %863 = getelementptr inbounds nuw i8, ptr %776, i64 1152
   store <16 x i32> %862, ptr %863, align 4, !tbaa !5
   %864 = load i64, ptr %850, align 8, !tbaa !5
-  %gep694.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %864
-  %865 = getelementptr i8, ptr %gep694.2.i, i64 64
+  %gep693.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %864
+  %865 = getelementptr i8, ptr %gep693.2.i, i64 64
   %866 = load <16 x i32>, ptr %865, align 4, !tbaa !5
   %867 = and <16 x i32> %866, %375
   %868 = getelementptr inbounds nuw i8, ptr %776, i64 1216
   store <16 x i32> %867, ptr %868, align 4, !tbaa !5
   %869 = load i64, ptr %850, align 8, !tbaa !5
-  %gep696.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %869
-  %870 = getelementptr i8, ptr %gep696.2.i, i64 128
+  %gep695.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %869
+  %870 = getelementptr i8, ptr %gep695.2.i, i64 128
   %871 = load <16 x i32>, ptr %870, align 4, !tbaa !5
   %872 = shl <16 x i32> %871, splat (i32 16)
   %873 = getelementptr inbounds nuw i8, ptr %776, i64 1280
   store <16 x i32> %872, ptr %873, align 4, !tbaa !5
   %874 = load i64, ptr %850, align 8, !tbaa !5
-  %gep698.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %874
-  %875 = getelementptr i8, ptr %gep698.2.i, i64 128
+  %gep697.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %874
+  %875 = getelementptr i8, ptr %gep697.2.i, i64 128
   %876 = load <16 x i32>, ptr %875, align 4, !tbaa !5
   %877 = and <16 x i32> %876, %375
   %878 = getelementptr inbounds nuw i8, ptr %776, i64 1344
   store <16 x i32> %877, ptr %878, align 4, !tbaa !5
   %879 = load i64, ptr %850, align 8, !tbaa !5
-  %gep700.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %879
-  %880 = getelementptr i8, ptr %gep700.2.i, i64 192
+  %gep699.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %879
+  %880 = getelementptr i8, ptr %gep699.2.i, i64 192
   %881 = load <16 x i32>, ptr %880, align 4, !tbaa !5
   %882 = shl <16 x i32> %881, splat (i32 16)
   %883 = getelementptr inbounds nuw i8, ptr %776, i64 1408
   store <16 x i32> %882, ptr %883, align 4, !tbaa !5
   %884 = load i64, ptr %850, align 8, !tbaa !5
-  %gep702.2.i = getelementptr i32, ptr %invariant.gep688.i, i64 %884
-  %885 = getelementptr i8, ptr %gep702.2.i, i64 192
+  %gep701.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %884
+  %885 = getelementptr i8, ptr %gep701.2.i, i64 192
   %886 = load <16 x i32>, ptr %885, align 4, !tbaa !5
   %887 = and <16 x i32> %886, %375
   %888 = getelementptr inbounds nuw i8, ptr %776, i64 1472
   store <16 x i32> %887, ptr %888, align 4, !tbaa !5
   %889 = getelementptr inbounds nuw i8, ptr %772, i64 24
   %890 = load i64, ptr %889, align 8, !tbaa !5
-  %gep.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %890
+  %gep.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %890
   %891 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !5
   %892 = shl <16 x i32> %891, splat (i32 16)
   %893 = getelementptr inbounds nuw i8, ptr %776, i64 1536
   store <16 x i32> %892, ptr %893, align 4, !tbaa !5
   %894 = load i64, ptr %889, align 8, !tbaa !5
-  %gep690.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %894
-  %895 = load <16 x i32>, ptr %gep690.3.i, align 4, !tbaa !5
+  %gep689.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %894
+  %895 = load <16 x i32>, ptr %gep689.3.i, align 4, !tbaa !5
   %896 = and <16 x i32> %895, %375
   %897 = getelementptr inbounds nuw i8, ptr %776, i64 1600
   store <16 x i32> %896, ptr %897, align 4, !tbaa !5
   %898 = load i64, ptr %889, align 8, !tbaa !5
-  %gep692.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %898
-  %899 = getelementptr i8, ptr %gep692.3.i, i64 64
+  %gep691.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %898
+  %899 = getelementptr i8, ptr %gep691.3.i, i64 64
   %900 = load <16 x i32>, ptr %899, align 4, !tbaa !5
   %901 = shl <16 x i32> %900, splat (i32 16)
   %902 = getelementptr inbounds nuw i8, ptr %776, i64 1664
   store <16 x i32> %901, ptr %902, align 4, !tbaa !5
   %903 = load i64, ptr %889, align 8, !tbaa !5
-  %gep694.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %903
-  %904 = getelementptr i8, ptr %gep694.3.i, i64 64
+  %gep693.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %903
+  %904 = getelementptr i8, ptr %gep693.3.i, i64 64
   %905 = load <16 x i32>, ptr %904, align 4, !tbaa !5
   %906 = and <16 x i32> %905, %375
   %907 = getelementptr inbounds nuw i8, ptr %776, i64 1728
   store <16 x i32> %906, ptr %907, align 4, !tbaa !5
   %908 = load i64, ptr %889, align 8, !tbaa !5
-  %gep696.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %908
-  %909 = getelementptr i8, ptr %gep696.3.i, i64 128
+  %gep695.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %908
+  %909 = getelementptr i8, ptr %gep695.3.i, i64 128
   %910 = load <16 x i32>, ptr %909, align 4, !tbaa !5
   %911 = shl <16 x i32> %910, splat (i32 16)
   %912 = getelementptr inbounds nuw i8, ptr %776, i64 1792
   store <16 x i32> %911, ptr %912, align 4, !tbaa !5
   %913 = load i64, ptr %889, align 8, !tbaa !5
-  %gep698.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %913
-  %914 = getelementptr i8, ptr %gep698.3.i, i64 128
+  %gep697.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %913
+  %914 = getelementptr i8, ptr %gep697.3.i, i64 128
   %915 = load <16 x i32>, ptr %914, align 4, !tbaa !5
   %916 = and <16 x i32> %915, %375
   %917 = getelementptr inbounds nuw i8, ptr %776, i64 1856
   store <16 x i32> %916, ptr %917, align 4, !tbaa !5
   %918 = load i64, ptr %889, align 8, !tbaa !5
-  %gep700.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %918
-  %919 = getelementptr i8, ptr %gep700.3.i, i64 192
+  %gep699.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %918
+  %919 = getelementptr i8, ptr %gep699.3.i, i64 192
   %920 = load <16 x i32>, ptr %919, align 4, !tbaa !5
   %921 = shl <16 x i32> %920, splat (i32 16)
   %922 = getelementptr inbounds nuw i8, ptr %776, i64 1920
   store <16 x i32> %921, ptr %922, align 4, !tbaa !5
   %923 = load i64, ptr %889, align 8, !tbaa !5
-  %gep702.3.i = getelementptr i32, ptr %invariant.gep688.i, i64 %923
-  %924 = getelementptr i8, ptr %gep702.3.i, i64 192
+  %gep701.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %923
+  %924 = getelementptr i8, ptr %gep701.3.i, i64 192
   %925 = load <16 x i32>, ptr %924, align 4, !tbaa !5
   %926 = and <16 x i32> %925, %375
   %927 = getelementptr inbounds nuw i8, ptr %776, i64 1984
   store <16 x i32> %926, ptr %927, align 4, !tbaa !5
   %928 = getelementptr inbounds nuw i8, ptr %772, i64 32
   %929 = load i64, ptr %928, align 8, !tbaa !5
-  %gep.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %929
+  %gep.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %929
   %930 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !5
   %931 = shl <16 x i32> %930, splat (i32 16)
   %932 = getelementptr inbounds nuw i8, ptr %776, i64 2048
   store <16 x i32> %931, ptr %932, align 4, !tbaa !5
   %933 = load i64, ptr %928, align 8, !tbaa !5
-  %gep690.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %933
-  %934 = load <16 x i32>, ptr %gep690.4.i, align 4, !tbaa !5
+  %gep689.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %933
+  %934 = load <16 x i32>, ptr %gep689.4.i, align 4, !tbaa !5
   %935 = and <16 x i32> %934, %375
   %936 = getelementptr inbounds nuw i8, ptr %776, i64 2112
   store <16 x i32> %935, ptr %936, align 4, !tbaa !5
   %937 = load i64, ptr %928, align 8, !tbaa !5
-  %gep692.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %937
-  %938 = getelementptr i8, ptr %gep692.4.i, i64 64
+  %gep691.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %937
+  %938 = getelementptr i8, ptr %gep691.4.i, i64 64
   %939 = load <16 x i32>, ptr %938, align 4, !tbaa !5
   %940 = shl <16 x i32> %939, splat (i32 16)
   %941 = getelementptr inbounds nuw i8, ptr %776, i64 2176
   store <16 x i32> %940, ptr %941, align 4, !tbaa !5
   %942 = load i64, ptr %928, align 8, !tbaa !5
-  %gep694.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %942
-  %943 = getelementptr i8, ptr %gep694.4.i, i64 64
+  %gep693.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %942
+  %943 = getelementptr i8, ptr %gep693.4.i, i64 64
   %944 = load <16 x i32>, ptr %943, align 4, !tbaa !5
   %945 = and <16 x i32> %944, %375
   %946 = getelementptr inbounds nuw i8, ptr %776, i64 2240
   store <16 x i32> %945, ptr %946, align 4, !tbaa !5
   %947 = load i64, ptr %928, align 8, !tbaa !5
-  %gep696.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %947
-  %948 = getelementptr i8, ptr %gep696.4.i, i64 128
+  %gep695.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %947
+  %948 = getelementptr i8, ptr %gep695.4.i, i64 128
   %949 = load <16 x i32>, ptr %948, align 4, !tbaa !5
   %950 = shl <16 x i32> %949, splat (i32 16)
   %951 = getelementptr inbounds nuw i8, ptr %776, i64 2304
   store <16 x i32> %950, ptr %951, align 4, !tbaa !5
   %952 = load i64, ptr %928, align 8, !tbaa !5
-  %gep698.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %952
-  %953 = getelementptr i8, ptr %gep698.4.i, i64 128
+  %gep697.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %952
+  %953 = getelementptr i8, ptr %gep697.4.i, i64 128
   %954 = load <16 x i32>, ptr %953, align 4, !tbaa !5
   %955 = and <16 x i32> %954, %375
   %956 = getelementptr inbounds nuw i8, ptr %776, i64 2368
   store <16 x i32> %955, ptr %956, align 4, !tbaa !5
   %957 = load i64, ptr %928, align 8, !tbaa !5
-  %gep700.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %957
-  %958 = getelementptr i8, ptr %gep700.4.i, i64 192
+  %gep699.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %957
+  %958 = getelementptr i8, ptr %gep699.4.i, i64 192
   %959 = load <16 x i32>, ptr %958, align 4, !tbaa !5
   %960 = shl <16 x i32> %959, splat (i32 16)
   %961 = getelementptr inbounds nuw i8, ptr %776, i64 2432
   store <16 x i32> %960, ptr %961, align 4, !tbaa !5
   %962 = load i64, ptr %928, align 8, !tbaa !5
-  %gep702.4.i = getelementptr i32, ptr %invariant.gep688.i, i64 %962
-  %963 = getelementptr i8, ptr %gep702.4.i, i64 192
+  %gep701.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %962
+  %963 = getelementptr i8, ptr %gep701.4.i, i64 192
   %964 = load <16 x i32>, ptr %963, align 4, !tbaa !5
   %965 = and <16 x i32> %964, %375
   %966 = getelementptr inbounds nuw i8, ptr %776, i64 2496
   store <16 x i32> %965, ptr %966, align 4, !tbaa !5
   %967 = getelementptr inbounds nuw i8, ptr %772, i64 40
   %968 = load i64, ptr %967, align 8, !tbaa !5
-  %gep.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %968
+  %gep.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %968
   %969 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !5
   %970 = shl <16 x i32> %969, splat (i32 16)
   %971 = getelementptr inbounds nuw i8, ptr %776, i64 2560
   store <16 x i32> %970, ptr %971, align 4, !tbaa !5
   %972 = load i64, ptr %967, align 8, !tbaa !5
-  %gep690.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %972
-  %973 = load <16 x i32>, ptr %gep690.5.i, align 4, !tbaa !5
+  %gep689.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %972
+  %973 = load <16 x i32>, ptr %gep689.5.i, align 4, !tbaa !5
   %974 = and <16 x i32> %973, %375
   %975 = getelementptr inbounds nuw i8, ptr %776, i64 2624
   store <16 x i32> %974, ptr %975, align 4, !tbaa !5
   %976 = load i64, ptr %967, align 8, !tbaa !5
-  %gep692.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %976
-  %977 = getelementptr i8, ptr %gep692.5.i, i64 64
+  %gep691.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %976
+  %977 = getelementptr i8, ptr %gep691.5.i, i64 64
   %978 = load <16 x i32>, ptr %977, align 4, !tbaa !5
   %979 = shl <16 x i32> %978, splat (i32 16)
   %980 = getelementptr inbounds nuw i8, ptr %776, i64 2688
   store <16 x i32> %979, ptr %980, align 4, !tbaa !5
   %981 = load i64, ptr %967, align 8, !tbaa !5
-  %gep694.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %981
-  %982 = getelementptr i8, ptr %gep694.5.i, i64 64
+  %gep693.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %981
+  %982 = getelementptr i8, ptr %gep693.5.i, i64 64
   %983 = load <16 x i32>, ptr %982, align 4, !tbaa !5
   %984 = and <16 x i32> %983, %375
   %985 = getelementptr inbounds nuw i8, ptr %776, i64 2752
   store <16 x i32> %984, ptr %985, align 4, !tbaa !5
   %986 = load i64, ptr %967, align 8, !tbaa !5
-  %gep696.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %986
-  %987 = getelementptr i8, ptr %gep696.5.i, i64 128
+  %gep695.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %986
+  %987 = getelementptr i8, ptr %gep695.5.i, i64 128
   %988 = load <16 x i32>, ptr %987, align 4, !tbaa !5
   %989 = shl <16 x i32> %988, splat (i32 16)
   %990 = getelementptr inbounds nuw i8, ptr %776, i64 2816
   store <16 x i32> %989, ptr %990, align 4, !tbaa !5
   %991 = load i64, ptr %967, align 8, !tbaa !5
-  %gep698.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %991
-  %992 = getelementptr i8, ptr %gep698.5.i, i64 128
+  %gep697.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %991
+  %992 = getelementptr i8, ptr %gep697.5.i, i64 128
   %993 = load <16 x i32>, ptr %992, align 4, !tbaa !5
   %994 = and <16 x i32> %993, %375
   %995 = getelementptr inbounds nuw i8, ptr %776, i64 2880
   store <16 x i32> %994, ptr %995, align 4, !tbaa !5
   %996 = load i64, ptr %967, align 8, !tbaa !5
-  %gep700.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %996
-  %997 = getelementptr i8, ptr %gep700.5.i, i64 192
+  %gep699.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %996
+  %997 = getelementptr i8, ptr %gep699.5.i, i64 192
   %998 = load <16 x i32>, ptr %997, align 4, !tbaa !5
   %999 = shl <16 x i32> %998, splat (i32 16)
   %1000 = getelementptr inbounds nuw i8, ptr %776, i64 2944
   store <16 x i32> %999, ptr %1000, align 4, !tbaa !5
   %1001 = load i64, ptr %967, align 8, !tbaa !5
-  %gep702.5.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1001
-  %1002 = getelementptr i8, ptr %gep702.5.i, i64 192
+  %gep701.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1001
+  %1002 = getelementptr i8, ptr %gep701.5.i, i64 192
   %1003 = load <16 x i32>, ptr %1002, align 4, !tbaa !5
   %1004 = and <16 x i32> %1003, %375
   %1005 = getelementptr inbounds nuw i8, ptr %776, i64 3008
   store <16 x i32> %1004, ptr %1005, align 4, !tbaa !5
   %1006 = getelementptr inbounds nuw i8, ptr %772, i64 48
   %1007 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1007
+  %gep.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1007
   %1008 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !5
   %1009 = shl <16 x i32> %1008, splat (i32 16)
   %1010 = getelementptr inbounds nuw i8, ptr %776, i64 3072
   store <16 x i32> %1009, ptr %1010, align 4, !tbaa !5
   %1011 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep690.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1011
-  %1012 = load <16 x i32>, ptr %gep690.6.i, align 4, !tbaa !5
+  %gep689.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1011
+  %1012 = load <16 x i32>, ptr %gep689.6.i, align 4, !tbaa !5
   %1013 = and <16 x i32> %1012, %375
   %1014 = getelementptr inbounds nuw i8, ptr %776, i64 3136
   store <16 x i32> %1013, ptr %1014, align 4, !tbaa !5
   %1015 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep692.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1015
-  %1016 = getelementptr i8, ptr %gep692.6.i, i64 64
+  %gep691.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1015
+  %1016 = getelementptr i8, ptr %gep691.6.i, i64 64
   %1017 = load <16 x i32>, ptr %1016, align 4, !tbaa !5
   %1018 = shl <16 x i32> %1017, splat (i32 16)
   %1019 = getelementptr inbounds nuw i8, ptr %776, i64 3200
   store <16 x i32> %1018, ptr %1019, align 4, !tbaa !5
   %1020 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep694.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1020
-  %1021 = getelementptr i8, ptr %gep694.6.i, i64 64
+  %gep693.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1020
+  %1021 = getelementptr i8, ptr %gep693.6.i, i64 64
   %1022 = load <16 x i32>, ptr %1021, align 4, !tbaa !5
   %1023 = and <16 x i32> %1022, %375
   %1024 = getelementptr inbounds nuw i8, ptr %776, i64 3264
   store <16 x i32> %1023, ptr %1024, align 4, !tbaa !5
   %1025 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep696.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1025
-  %1026 = getelementptr i8, ptr %gep696.6.i, i64 128
+  %gep695.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1025
+  %1026 = getelementptr i8, ptr %gep695.6.i, i64 128
   %1027 = load <16 x i32>, ptr %1026, align 4, !tbaa !5
   %1028 = shl <16 x i32> %1027, splat (i32 16)
   %1029 = getelementptr inbounds nuw i8, ptr %776, i64 3328
   store <16 x i32> %1028, ptr %1029, align 4, !tbaa !5
   %1030 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep698.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1030
-  %1031 = getelementptr i8, ptr %gep698.6.i, i64 128
+  %gep697.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1030
+  %1031 = getelementptr i8, ptr %gep697.6.i, i64 128
   %1032 = load <16 x i32>, ptr %1031, align 4, !tbaa !5
   %1033 = and <16 x i32> %1032, %375
   %1034 = getelementptr inbounds nuw i8, ptr %776, i64 3392
   store <16 x i32> %1033, ptr %1034, align 4, !tbaa !5
   %1035 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep700.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1035
-  %1036 = getelementptr i8, ptr %gep700.6.i, i64 192
+  %gep699.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1035
+  %1036 = getelementptr i8, ptr %gep699.6.i, i64 192
   %1037 = load <16 x i32>, ptr %1036, align 4, !tbaa !5
   %1038 = shl <16 x i32> %1037, splat (i32 16)
   %1039 = getelementptr inbounds nuw i8, ptr %776, i64 3456
   store <16 x i32> %1038, ptr %1039, align 4, !tbaa !5
   %1040 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep702.6.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1040
-  %1041 = getelementptr i8, ptr %gep702.6.i, i64 192
+  %gep701.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1040
+  %1041 = getelementptr i8, ptr %gep701.6.i, i64 192
   %1042 = load <16 x i32>, ptr %1041, align 4, !tbaa !5
   %1043 = and <16 x i32> %1042, %375
   %1044 = getelementptr inbounds nuw i8, ptr %776, i64 3520
   store <16 x i32> %1043, ptr %1044, align 4, !tbaa !5
   %1045 = getelementptr inbounds nuw i8, ptr %772, i64 56
   %1046 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1046
+  %gep.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1046
   %1047 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !5
   %1048 = shl <16 x i32> %1047, splat (i32 16)
   %1049 = getelementptr inbounds nuw i8, ptr %776, i64 3584
   store <16 x i32> %1048, ptr %1049, align 4, !tbaa !5
   %1050 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep690.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1050
-  %1051 = load <16 x i32>, ptr %gep690.7.i, align 4, !tbaa !5
+  %gep689.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1050
+  %1051 = load <16 x i32>, ptr %gep689.7.i, align 4, !tbaa !5
   %1052 = and <16 x i32> %1051, %375
   %1053 = getelementptr inbounds nuw i8, ptr %776, i64 3648
   store <16 x i32> %1052, ptr %1053, align 4, !tbaa !5
   %1054 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep692.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1054
-  %1055 = getelementptr i8, ptr %gep692.7.i, i64 64
+  %gep691.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1054
+  %1055 = getelementptr i8, ptr %gep691.7.i, i64 64
   %1056 = load <16 x i32>, ptr %1055, align 4, !tbaa !5
   %1057 = shl <16 x i32> %1056, splat (i32 16)
   %1058 = getelementptr inbounds nuw i8, ptr %776, i64 3712
   store <16 x i32> %1057, ptr %1058, align 4, !tbaa !5
   %1059 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep694.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1059
-  %1060 = getelementptr i8, ptr %gep694.7.i, i64 64
+  %gep693.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1059
+  %1060 = getelementptr i8, ptr %gep693.7.i, i64 64
   %1061 = load <16 x i32>, ptr %1060, align 4, !tbaa !5
   %1062 = and <16 x i32> %1061, %375
   %1063 = getelementptr inbounds nuw i8, ptr %776, i64 3776
   store <16 x i32> %1062, ptr %1063, align 4, !tbaa !5
   %1064 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep696.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1064
-  %1065 = getelementptr i8, ptr %gep696.7.i, i64 128
+  %gep695.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1064
+  %1065 = getelementptr i8, ptr %gep695.7.i, i64 128
   %1066 = load <16 x i32>, ptr %1065, align 4, !tbaa !5
   %1067 = shl <16 x i32> %1066, splat (i32 16)
   %1068 = getelementptr inbounds nuw i8, ptr %776, i64 3840
   store <16 x i32> %1067, ptr %1068, align 4, !tbaa !5
   %1069 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep698.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1069
-  %1070 = getelementptr i8, ptr %gep698.7.i, i64 128
+  %gep697.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1069
+  %1070 = getelementptr i8, ptr %gep697.7.i, i64 128
   %1071 = load <16 x i32>, ptr %1070, align 4, !tbaa !5
   %1072 = and <16 x i32> %1071, %375
   %1073 = getelementptr inbounds nuw i8, ptr %776, i64 3904
   store <16 x i32> %1072, ptr %1073, align 4, !tbaa !5
   %1074 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep700.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1074
-  %1075 = getelementptr i8, ptr %gep700.7.i, i64 192
+  %gep699.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1074
+  %1075 = getelementptr i8, ptr %gep699.7.i, i64 192
   %1076 = load <16 x i32>, ptr %1075, align 4, !tbaa !5
   %1077 = shl <16 x i32> %1076, splat (i32 16)
   %1078 = getelementptr inbounds nuw i8, ptr %776, i64 3968
   store <16 x i32> %1077, ptr %1078, align 4, !tbaa !5
   %1079 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep702.7.i = getelementptr i32, ptr %invariant.gep688.i, i64 %1079
-  %1080 = getelementptr i8, ptr %gep702.7.i, i64 192
+  %gep701.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1079
+  %1080 = getelementptr i8, ptr %gep701.7.i, i64 192
   %1081 = load <16 x i32>, ptr %1080, align 4, !tbaa !5
   %1082 = and <16 x i32> %1081, %375
   %1083 = getelementptr inbounds nuw i8, ptr %776, i64 4032
   store <16 x i32> %1082, ptr %1083, align 4, !tbaa !5
-  %indvars.iv.next940.i = add nuw nsw i64 %indvars.iv939.i, 1
-  %exitcond943.not.i = icmp eq i64 %indvars.iv.next940.i, %wide.trip.count942.i
-  br i1 %exitcond943.not.i, label %for_begin_ti155.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+  %indvars.iv.next958.i = add nuw nsw i64 %indvars.iv957.i, 1
+  %exitcond961.not.i = icmp eq i64 %indvars.iv.next958.i, %wide.trip.count960.i
+  br i1 %exitcond961.not.i, label %for_begin_ti155.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
 
 for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti155.preheader.i, %if_end148.i
-  %1084 = trunc nuw nsw i64 %indvars.iv1045.i to i32
-  %factor.op.mul834.i = shl i32 %1084, 3
+  %1084 = trunc nuw nsw i64 %indvars.iv1066.i to i32
+  %factor.op.mul846.i = shl i32 %1084, 3
   br i1 %376, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
 
 for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %1085 = mul nuw nsw i64 %indvars.iv1045.i, %387
+  %1085 = mul nuw nsw i64 %indvars.iv1066.i, %387
   br label %for_body_row_tile.i
 
 for_begin_ti155.preheader.i:                      ; preds = %for_begin_ti155.preheader.i, %for_begin_ti155.preheader.lr.ph.i
-  %indvars.iv948.i = phi i64 [ 0, %for_begin_ti155.preheader.lr.ph.i ], [ %indvars.iv.next949.i, %for_begin_ti155.preheader.i ]
-  %.idx75 = shl nsw i64 %indvars.iv948.i, 6
+  %indvars.iv966.i = phi i64 [ 0, %for_begin_ti155.preheader.lr.ph.i ], [ %indvars.iv.next967.i, %for_begin_ti155.preheader.i ]
+  %.idx75 = shl nsw i64 %indvars.iv966.i, 6
   %1086 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx75
   %1087 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep706.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1087
-  %1088 = load <16 x i32>, ptr %gep706.i, align 4, !tbaa !5
+  %gep705.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1087
+  %1088 = load <16 x i32>, ptr %gep705.i, align 4, !tbaa !5
   %1089 = shl <16 x i32> %1088, splat (i32 16)
-  %.idx76 = shl nsw i64 %indvars.iv948.i, 12
+  %.idx76 = shl nsw i64 %indvars.iv966.i, 12
   %1090 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx76
   store <16 x i32> %1089, ptr %1090, align 4, !tbaa !5
   %1091 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep708.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1091
-  %1092 = load <16 x i32>, ptr %gep708.i, align 4, !tbaa !5
+  %gep707.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1091
+  %1092 = load <16 x i32>, ptr %gep707.i, align 4, !tbaa !5
   %1093 = and <16 x i32> %1092, %375
   %1094 = getelementptr inbounds nuw i8, ptr %1090, i64 64
   store <16 x i32> %1093, ptr %1094, align 4, !tbaa !5
   %1095 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep710.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1095
-  %1096 = getelementptr i8, ptr %gep710.i, i64 64
+  %gep709.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1095
+  %1096 = getelementptr i8, ptr %gep709.i, i64 64
   %1097 = load <16 x i32>, ptr %1096, align 4, !tbaa !5
   %1098 = shl <16 x i32> %1097, splat (i32 16)
   %1099 = getelementptr inbounds nuw i8, ptr %1090, i64 128
   store <16 x i32> %1098, ptr %1099, align 4, !tbaa !5
   %1100 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep712.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1100
-  %1101 = getelementptr i8, ptr %gep712.i, i64 64
+  %gep711.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1100
+  %1101 = getelementptr i8, ptr %gep711.i, i64 64
   %1102 = load <16 x i32>, ptr %1101, align 4, !tbaa !5
   %1103 = and <16 x i32> %1102, %375
   %1104 = getelementptr inbounds nuw i8, ptr %1090, i64 192
   store <16 x i32> %1103, ptr %1104, align 4, !tbaa !5
   %1105 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep714.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1105
-  %1106 = getelementptr i8, ptr %gep714.i, i64 128
+  %gep713.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1105
+  %1106 = getelementptr i8, ptr %gep713.i, i64 128
   %1107 = load <16 x i32>, ptr %1106, align 4, !tbaa !5
   %1108 = shl <16 x i32> %1107, splat (i32 16)
   %1109 = getelementptr inbounds nuw i8, ptr %1090, i64 256
   store <16 x i32> %1108, ptr %1109, align 4, !tbaa !5
   %1110 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep716.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1110
-  %1111 = getelementptr i8, ptr %gep716.i, i64 128
+  %gep715.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1110
+  %1111 = getelementptr i8, ptr %gep715.i, i64 128
   %1112 = load <16 x i32>, ptr %1111, align 4, !tbaa !5
   %1113 = and <16 x i32> %1112, %375
   %1114 = getelementptr inbounds nuw i8, ptr %1090, i64 320
   store <16 x i32> %1113, ptr %1114, align 4, !tbaa !5
   %1115 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep718.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1115
-  %1116 = getelementptr i8, ptr %gep718.i, i64 192
+  %gep717.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1115
+  %1116 = getelementptr i8, ptr %gep717.i, i64 192
   %1117 = load <16 x i32>, ptr %1116, align 4, !tbaa !5
   %1118 = shl <16 x i32> %1117, splat (i32 16)
   %1119 = getelementptr inbounds nuw i8, ptr %1090, i64 384
   store <16 x i32> %1118, ptr %1119, align 4, !tbaa !5
   %1120 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep720.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1120
-  %1121 = getelementptr i8, ptr %gep720.i, i64 192
+  %gep719.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1120
+  %1121 = getelementptr i8, ptr %gep719.i, i64 192
   %1122 = load <16 x i32>, ptr %1121, align 4, !tbaa !5
   %1123 = and <16 x i32> %1122, %375
   %1124 = getelementptr inbounds nuw i8, ptr %1090, i64 448
   store <16 x i32> %1123, ptr %1124, align 4, !tbaa !5
   %1125 = getelementptr inbounds nuw i8, ptr %1086, i64 8
   %1126 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep706.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1126
-  %1127 = load <16 x i32>, ptr %gep706.1.i, align 4, !tbaa !5
+  %gep705.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1126
+  %1127 = load <16 x i32>, ptr %gep705.1.i, align 4, !tbaa !5
   %1128 = shl <16 x i32> %1127, splat (i32 16)
   %1129 = getelementptr inbounds nuw i8, ptr %1090, i64 512
   store <16 x i32> %1128, ptr %1129, align 4, !tbaa !5
   %1130 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep708.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1130
-  %1131 = load <16 x i32>, ptr %gep708.1.i, align 4, !tbaa !5
+  %gep707.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1130
+  %1131 = load <16 x i32>, ptr %gep707.1.i, align 4, !tbaa !5
   %1132 = and <16 x i32> %1131, %375
   %1133 = getelementptr inbounds nuw i8, ptr %1090, i64 576
   store <16 x i32> %1132, ptr %1133, align 4, !tbaa !5
   %1134 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep710.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1134
-  %1135 = getelementptr i8, ptr %gep710.1.i, i64 64
+  %gep709.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1134
+  %1135 = getelementptr i8, ptr %gep709.1.i, i64 64
   %1136 = load <16 x i32>, ptr %1135, align 4, !tbaa !5
   %1137 = shl <16 x i32> %1136, splat (i32 16)
   %1138 = getelementptr inbounds nuw i8, ptr %1090, i64 640
   store <16 x i32> %1137, ptr %1138, align 4, !tbaa !5
   %1139 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep712.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1139
-  %1140 = getelementptr i8, ptr %gep712.1.i, i64 64
+  %gep711.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1139
+  %1140 = getelementptr i8, ptr %gep711.1.i, i64 64
   %1141 = load <16 x i32>, ptr %1140, align 4, !tbaa !5
   %1142 = and <16 x i32> %1141, %375
   %1143 = getelementptr inbounds nuw i8, ptr %1090, i64 704
   store <16 x i32> %1142, ptr %1143, align 4, !tbaa !5
   %1144 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep714.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1144
-  %1145 = getelementptr i8, ptr %gep714.1.i, i64 128
+  %gep713.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1144
+  %1145 = getelementptr i8, ptr %gep713.1.i, i64 128
   %1146 = load <16 x i32>, ptr %1145, align 4, !tbaa !5
   %1147 = shl <16 x i32> %1146, splat (i32 16)
   %1148 = getelementptr inbounds nuw i8, ptr %1090, i64 768
   store <16 x i32> %1147, ptr %1148, align 4, !tbaa !5
   %1149 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep716.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1149
-  %1150 = getelementptr i8, ptr %gep716.1.i, i64 128
+  %gep715.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1149
+  %1150 = getelementptr i8, ptr %gep715.1.i, i64 128
   %1151 = load <16 x i32>, ptr %1150, align 4, !tbaa !5
   %1152 = and <16 x i32> %1151, %375
   %1153 = getelementptr inbounds nuw i8, ptr %1090, i64 832
   store <16 x i32> %1152, ptr %1153, align 4, !tbaa !5
   %1154 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep718.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1154
-  %1155 = getelementptr i8, ptr %gep718.1.i, i64 192
+  %gep717.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1154
+  %1155 = getelementptr i8, ptr %gep717.1.i, i64 192
   %1156 = load <16 x i32>, ptr %1155, align 4, !tbaa !5
   %1157 = shl <16 x i32> %1156, splat (i32 16)
   %1158 = getelementptr inbounds nuw i8, ptr %1090, i64 896
   store <16 x i32> %1157, ptr %1158, align 4, !tbaa !5
   %1159 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep720.1.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1159
-  %1160 = getelementptr i8, ptr %gep720.1.i, i64 192
+  %gep719.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1159
+  %1160 = getelementptr i8, ptr %gep719.1.i, i64 192
   %1161 = load <16 x i32>, ptr %1160, align 4, !tbaa !5
   %1162 = and <16 x i32> %1161, %375
   %1163 = getelementptr inbounds nuw i8, ptr %1090, i64 960
   store <16 x i32> %1162, ptr %1163, align 4, !tbaa !5
   %1164 = getelementptr inbounds nuw i8, ptr %1086, i64 16
   %1165 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep706.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1165
-  %1166 = load <16 x i32>, ptr %gep706.2.i, align 4, !tbaa !5
+  %gep705.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1165
+  %1166 = load <16 x i32>, ptr %gep705.2.i, align 4, !tbaa !5
   %1167 = shl <16 x i32> %1166, splat (i32 16)
   %1168 = getelementptr inbounds nuw i8, ptr %1090, i64 1024
   store <16 x i32> %1167, ptr %1168, align 4, !tbaa !5
   %1169 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep708.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1169
-  %1170 = load <16 x i32>, ptr %gep708.2.i, align 4, !tbaa !5
+  %gep707.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1169
+  %1170 = load <16 x i32>, ptr %gep707.2.i, align 4, !tbaa !5
   %1171 = and <16 x i32> %1170, %375
   %1172 = getelementptr inbounds nuw i8, ptr %1090, i64 1088
   store <16 x i32> %1171, ptr %1172, align 4, !tbaa !5
   %1173 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep710.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1173
-  %1174 = getelementptr i8, ptr %gep710.2.i, i64 64
+  %gep709.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1173
+  %1174 = getelementptr i8, ptr %gep709.2.i, i64 64
   %1175 = load <16 x i32>, ptr %1174, align 4, !tbaa !5
   %1176 = shl <16 x i32> %1175, splat (i32 16)
   %1177 = getelementptr inbounds nuw i8, ptr %1090, i64 1152
   store <16 x i32> %1176, ptr %1177, align 4, !tbaa !5
   %1178 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep712.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1178
-  %1179 = getelementptr i8, ptr %gep712.2.i, i64 64
+  %gep711.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1178
+  %1179 = getelementptr i8, ptr %gep711.2.i, i64 64
   %1180 = load <16 x i32>, ptr %1179, align 4, !tbaa !5
   %1181 = and <16 x i32> %1180, %375
   %1182 = getelementptr inbounds nuw i8, ptr %1090, i64 1216
   store <16 x i32> %1181, ptr %1182, align 4, !tbaa !5
   %1183 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep714.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1183
-  %1184 = getelementptr i8, ptr %gep714.2.i, i64 128
+  %gep713.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1183
+  %1184 = getelementptr i8, ptr %gep713.2.i, i64 128
   %1185 = load <16 x i32>, ptr %1184, align 4, !tbaa !5
   %1186 = shl <16 x i32> %1185, splat (i32 16)
   %1187 = getelementptr inbounds nuw i8, ptr %1090, i64 1280
   store <16 x i32> %1186, ptr %1187, align 4, !tbaa !5
   %1188 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep716.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1188
-  %1189 = getelementptr i8, ptr %gep716.2.i, i64 128
+  %gep715.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1188
+  %1189 = getelementptr i8, ptr %gep715.2.i, i64 128
   %1190 = load <16 x i32>, ptr %1189, align 4, !tbaa !5
   %1191 = and <16 x i32> %1190, %375
   %1192 = getelementptr inbounds nuw i8, ptr %1090, i64 1344
   store <16 x i32> %1191, ptr %1192, align 4, !tbaa !5
   %1193 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep718.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1193
-  %1194 = getelementptr i8, ptr %gep718.2.i, i64 192
+  %gep717.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1193
+  %1194 = getelementptr i8, ptr %gep717.2.i, i64 192
   %1195 = load <16 x i32>, ptr %1194, align 4, !tbaa !5
   %1196 = shl <16 x i32> %1195, splat (i32 16)
   %1197 = getelementptr inbounds nuw i8, ptr %1090, i64 1408
   store <16 x i32> %1196, ptr %1197, align 4, !tbaa !5
   %1198 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep720.2.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1198
-  %1199 = getelementptr i8, ptr %gep720.2.i, i64 192
+  %gep719.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1198
+  %1199 = getelementptr i8, ptr %gep719.2.i, i64 192
   %1200 = load <16 x i32>, ptr %1199, align 4, !tbaa !5
   %1201 = and <16 x i32> %1200, %375
   %1202 = getelementptr inbounds nuw i8, ptr %1090, i64 1472
   store <16 x i32> %1201, ptr %1202, align 4, !tbaa !5
   %1203 = getelementptr inbounds nuw i8, ptr %1086, i64 24
   %1204 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep706.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1204
-  %1205 = load <16 x i32>, ptr %gep706.3.i, align 4, !tbaa !5
+  %gep705.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1204
+  %1205 = load <16 x i32>, ptr %gep705.3.i, align 4, !tbaa !5
   %1206 = shl <16 x i32> %1205, splat (i32 16)
   %1207 = getelementptr inbounds nuw i8, ptr %1090, i64 1536
   store <16 x i32> %1206, ptr %1207, align 4, !tbaa !5
   %1208 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep708.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1208
-  %1209 = load <16 x i32>, ptr %gep708.3.i, align 4, !tbaa !5
+  %gep707.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1208
+  %1209 = load <16 x i32>, ptr %gep707.3.i, align 4, !tbaa !5
   %1210 = and <16 x i32> %1209, %375
   %1211 = getelementptr inbounds nuw i8, ptr %1090, i64 1600
   store <16 x i32> %1210, ptr %1211, align 4, !tbaa !5
   %1212 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep710.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1212
-  %1213 = getelementptr i8, ptr %gep710.3.i, i64 64
+  %gep709.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1212
+  %1213 = getelementptr i8, ptr %gep709.3.i, i64 64
   %1214 = load <16 x i32>, ptr %1213, align 4, !tbaa !5
   %1215 = shl <16 x i32> %1214, splat (i32 16)
   %1216 = getelementptr inbounds nuw i8, ptr %1090, i64 1664
   store <16 x i32> %1215, ptr %1216, align 4, !tbaa !5
   %1217 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep712.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1217
-  %1218 = getelementptr i8, ptr %gep712.3.i, i64 64
+  %gep711.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1217
+  %1218 = getelementptr i8, ptr %gep711.3.i, i64 64
   %1219 = load <16 x i32>, ptr %1218, align 4, !tbaa !5
   %1220 = and <16 x i32> %1219, %375
   %1221 = getelementptr inbounds nuw i8, ptr %1090, i64 1728
   store <16 x i32> %1220, ptr %1221, align 4, !tbaa !5
   %1222 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep714.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1222
-  %1223 = getelementptr i8, ptr %gep714.3.i, i64 128
+  %gep713.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1222
+  %1223 = getelementptr i8, ptr %gep713.3.i, i64 128
   %1224 = load <16 x i32>, ptr %1223, align 4, !tbaa !5
   %1225 = shl <16 x i32> %1224, splat (i32 16)
   %1226 = getelementptr inbounds nuw i8, ptr %1090, i64 1792
   store <16 x i32> %1225, ptr %1226, align 4, !tbaa !5
   %1227 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep716.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1227
-  %1228 = getelementptr i8, ptr %gep716.3.i, i64 128
+  %gep715.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1227
+  %1228 = getelementptr i8, ptr %gep715.3.i, i64 128
   %1229 = load <16 x i32>, ptr %1228, align 4, !tbaa !5
   %1230 = and <16 x i32> %1229, %375
   %1231 = getelementptr inbounds nuw i8, ptr %1090, i64 1856
   store <16 x i32> %1230, ptr %1231, align 4, !tbaa !5
   %1232 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep718.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1232
-  %1233 = getelementptr i8, ptr %gep718.3.i, i64 192
+  %gep717.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1232
+  %1233 = getelementptr i8, ptr %gep717.3.i, i64 192
   %1234 = load <16 x i32>, ptr %1233, align 4, !tbaa !5
   %1235 = shl <16 x i32> %1234, splat (i32 16)
   %1236 = getelementptr inbounds nuw i8, ptr %1090, i64 1920
   store <16 x i32> %1235, ptr %1236, align 4, !tbaa !5
   %1237 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep720.3.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1237
-  %1238 = getelementptr i8, ptr %gep720.3.i, i64 192
+  %gep719.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1237
+  %1238 = getelementptr i8, ptr %gep719.3.i, i64 192
   %1239 = load <16 x i32>, ptr %1238, align 4, !tbaa !5
   %1240 = and <16 x i32> %1239, %375
   %1241 = getelementptr inbounds nuw i8, ptr %1090, i64 1984
   store <16 x i32> %1240, ptr %1241, align 4, !tbaa !5
   %1242 = getelementptr inbounds nuw i8, ptr %1086, i64 32
   %1243 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep706.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1243
-  %1244 = load <16 x i32>, ptr %gep706.4.i, align 4, !tbaa !5
+  %gep705.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1243
+  %1244 = load <16 x i32>, ptr %gep705.4.i, align 4, !tbaa !5
   %1245 = shl <16 x i32> %1244, splat (i32 16)
   %1246 = getelementptr inbounds nuw i8, ptr %1090, i64 2048
   store <16 x i32> %1245, ptr %1246, align 4, !tbaa !5
   %1247 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep708.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1247
-  %1248 = load <16 x i32>, ptr %gep708.4.i, align 4, !tbaa !5
+  %gep707.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1247
+  %1248 = load <16 x i32>, ptr %gep707.4.i, align 4, !tbaa !5
   %1249 = and <16 x i32> %1248, %375
   %1250 = getelementptr inbounds nuw i8, ptr %1090, i64 2112
   store <16 x i32> %1249, ptr %1250, align 4, !tbaa !5
   %1251 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep710.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1251
-  %1252 = getelementptr i8, ptr %gep710.4.i, i64 64
+  %gep709.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1251
+  %1252 = getelementptr i8, ptr %gep709.4.i, i64 64
   %1253 = load <16 x i32>, ptr %1252, align 4, !tbaa !5
   %1254 = shl <16 x i32> %1253, splat (i32 16)
   %1255 = getelementptr inbounds nuw i8, ptr %1090, i64 2176
   store <16 x i32> %1254, ptr %1255, align 4, !tbaa !5
   %1256 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep712.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1256
-  %1257 = getelementptr i8, ptr %gep712.4.i, i64 64
+  %gep711.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1256
+  %1257 = getelementptr i8, ptr %gep711.4.i, i64 64
   %1258 = load <16 x i32>, ptr %1257, align 4, !tbaa !5
   %1259 = and <16 x i32> %1258, %375
   %1260 = getelementptr inbounds nuw i8, ptr %1090, i64 2240
   store <16 x i32> %1259, ptr %1260, align 4, !tbaa !5
   %1261 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep714.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1261
-  %1262 = getelementptr i8, ptr %gep714.4.i, i64 128
+  %gep713.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1261
+  %1262 = getelementptr i8, ptr %gep713.4.i, i64 128
   %1263 = load <16 x i32>, ptr %1262, align 4, !tbaa !5
   %1264 = shl <16 x i32> %1263, splat (i32 16)
   %1265 = getelementptr inbounds nuw i8, ptr %1090, i64 2304
   store <16 x i32> %1264, ptr %1265, align 4, !tbaa !5
   %1266 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep716.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1266
-  %1267 = getelementptr i8, ptr %gep716.4.i, i64 128
+  %gep715.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1266
+  %1267 = getelementptr i8, ptr %gep715.4.i, i64 128
   %1268 = load <16 x i32>, ptr %1267, align 4, !tbaa !5
   %1269 = and <16 x i32> %1268, %375
   %1270 = getelementptr inbounds nuw i8, ptr %1090, i64 2368
   store <16 x i32> %1269, ptr %1270, align 4, !tbaa !5
   %1271 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep718.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1271
-  %1272 = getelementptr i8, ptr %gep718.4.i, i64 192
+  %gep717.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1271
+  %1272 = getelementptr i8, ptr %gep717.4.i, i64 192
   %1273 = load <16 x i32>, ptr %1272, align 4, !tbaa !5
   %1274 = shl <16 x i32> %1273, splat (i32 16)
   %1275 = getelementptr inbounds nuw i8, ptr %1090, i64 2432
   store <16 x i32> %1274, ptr %1275, align 4, !tbaa !5
   %1276 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep720.4.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1276
-  %1277 = getelementptr i8, ptr %gep720.4.i, i64 192
+  %gep719.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1276
+  %1277 = getelementptr i8, ptr %gep719.4.i, i64 192
   %1278 = load <16 x i32>, ptr %1277, align 4, !tbaa !5
   %1279 = and <16 x i32> %1278, %375
   %1280 = getelementptr inbounds nuw i8, ptr %1090, i64 2496
   store <16 x i32> %1279, ptr %1280, align 4, !tbaa !5
   %1281 = getelementptr inbounds nuw i8, ptr %1086, i64 40
   %1282 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep706.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1282
-  %1283 = load <16 x i32>, ptr %gep706.5.i, align 4, !tbaa !5
+  %gep705.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1282
+  %1283 = load <16 x i32>, ptr %gep705.5.i, align 4, !tbaa !5
   %1284 = shl <16 x i32> %1283, splat (i32 16)
   %1285 = getelementptr inbounds nuw i8, ptr %1090, i64 2560
   store <16 x i32> %1284, ptr %1285, align 4, !tbaa !5
   %1286 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep708.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1286
-  %1287 = load <16 x i32>, ptr %gep708.5.i, align 4, !tbaa !5
+  %gep707.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1286
+  %1287 = load <16 x i32>, ptr %gep707.5.i, align 4, !tbaa !5
   %1288 = and <16 x i32> %1287, %375
   %1289 = getelementptr inbounds nuw i8, ptr %1090, i64 2624
   store <16 x i32> %1288, ptr %1289, align 4, !tbaa !5
   %1290 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep710.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1290
-  %1291 = getelementptr i8, ptr %gep710.5.i, i64 64
+  %gep709.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1290
+  %1291 = getelementptr i8, ptr %gep709.5.i, i64 64
   %1292 = load <16 x i32>, ptr %1291, align 4, !tbaa !5
   %1293 = shl <16 x i32> %1292, splat (i32 16)
   %1294 = getelementptr inbounds nuw i8, ptr %1090, i64 2688
   store <16 x i32> %1293, ptr %1294, align 4, !tbaa !5
   %1295 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep712.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1295
-  %1296 = getelementptr i8, ptr %gep712.5.i, i64 64
+  %gep711.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1295
+  %1296 = getelementptr i8, ptr %gep711.5.i, i64 64
   %1297 = load <16 x i32>, ptr %1296, align 4, !tbaa !5
   %1298 = and <16 x i32> %1297, %375
   %1299 = getelementptr inbounds nuw i8, ptr %1090, i64 2752
   store <16 x i32> %1298, ptr %1299, align 4, !tbaa !5
   %1300 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep714.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1300
-  %1301 = getelementptr i8, ptr %gep714.5.i, i64 128
+  %gep713.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1300
+  %1301 = getelementptr i8, ptr %gep713.5.i, i64 128
   %1302 = load <16 x i32>, ptr %1301, align 4, !tbaa !5
   %1303 = shl <16 x i32> %1302, splat (i32 16)
   %1304 = getelementptr inbounds nuw i8, ptr %1090, i64 2816
   store <16 x i32> %1303, ptr %1304, align 4, !tbaa !5
   %1305 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep716.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1305
-  %1306 = getelementptr i8, ptr %gep716.5.i, i64 128
+  %gep715.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1305
+  %1306 = getelementptr i8, ptr %gep715.5.i, i64 128
   %1307 = load <16 x i32>, ptr %1306, align 4, !tbaa !5
   %1308 = and <16 x i32> %1307, %375
   %1309 = getelementptr inbounds nuw i8, ptr %1090, i64 2880
   store <16 x i32> %1308, ptr %1309, align 4, !tbaa !5
   %1310 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep718.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1310
-  %1311 = getelementptr i8, ptr %gep718.5.i, i64 192
+  %gep717.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1310
+  %1311 = getelementptr i8, ptr %gep717.5.i, i64 192
   %1312 = load <16 x i32>, ptr %1311, align 4, !tbaa !5
   %1313 = shl <16 x i32> %1312, splat (i32 16)
   %1314 = getelementptr inbounds nuw i8, ptr %1090, i64 2944
   store <16 x i32> %1313, ptr %1314, align 4, !tbaa !5
   %1315 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep720.5.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1315
-  %1316 = getelementptr i8, ptr %gep720.5.i, i64 192
+  %gep719.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1315
+  %1316 = getelementptr i8, ptr %gep719.5.i, i64 192
   %1317 = load <16 x i32>, ptr %1316, align 4, !tbaa !5
   %1318 = and <16 x i32> %1317, %375
   %1319 = getelementptr inbounds nuw i8, ptr %1090, i64 3008
   store <16 x i32> %1318, ptr %1319, align 4, !tbaa !5
   %1320 = getelementptr inbounds nuw i8, ptr %1086, i64 48
   %1321 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep706.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1321
-  %1322 = load <16 x i32>, ptr %gep706.6.i, align 4, !tbaa !5
+  %gep705.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1321
+  %1322 = load <16 x i32>, ptr %gep705.6.i, align 4, !tbaa !5
   %1323 = shl <16 x i32> %1322, splat (i32 16)
   %1324 = getelementptr inbounds nuw i8, ptr %1090, i64 3072
   store <16 x i32> %1323, ptr %1324, align 4, !tbaa !5
   %1325 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep708.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1325
-  %1326 = load <16 x i32>, ptr %gep708.6.i, align 4, !tbaa !5
+  %gep707.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1325
+  %1326 = load <16 x i32>, ptr %gep707.6.i, align 4, !tbaa !5
   %1327 = and <16 x i32> %1326, %375
   %1328 = getelementptr inbounds nuw i8, ptr %1090, i64 3136
   store <16 x i32> %1327, ptr %1328, align 4, !tbaa !5
   %1329 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep710.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1329
-  %1330 = getelementptr i8, ptr %gep710.6.i, i64 64
+  %gep709.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1329
+  %1330 = getelementptr i8, ptr %gep709.6.i, i64 64
   %1331 = load <16 x i32>, ptr %1330, align 4, !tbaa !5
   %1332 = shl <16 x i32> %1331, splat (i32 16)
   %1333 = getelementptr inbounds nuw i8, ptr %1090, i64 3200
   store <16 x i32> %1332, ptr %1333, align 4, !tbaa !5
   %1334 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep712.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1334
-  %1335 = getelementptr i8, ptr %gep712.6.i, i64 64
+  %gep711.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1334
+  %1335 = getelementptr i8, ptr %gep711.6.i, i64 64
   %1336 = load <16 x i32>, ptr %1335, align 4, !tbaa !5
   %1337 = and <16 x i32> %1336, %375
   %1338 = getelementptr inbounds nuw i8, ptr %1090, i64 3264
   store <16 x i32> %1337, ptr %1338, align 4, !tbaa !5
   %1339 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep714.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1339
-  %1340 = getelementptr i8, ptr %gep714.6.i, i64 128
+  %gep713.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1339
+  %1340 = getelementptr i8, ptr %gep713.6.i, i64 128
   %1341 = load <16 x i32>, ptr %1340, align 4, !tbaa !5
   %1342 = shl <16 x i32> %1341, splat (i32 16)
   %1343 = getelementptr inbounds nuw i8, ptr %1090, i64 3328
   store <16 x i32> %1342, ptr %1343, align 4, !tbaa !5
   %1344 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep716.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1344
-  %1345 = getelementptr i8, ptr %gep716.6.i, i64 128
+  %gep715.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1344
+  %1345 = getelementptr i8, ptr %gep715.6.i, i64 128
   %1346 = load <16 x i32>, ptr %1345, align 4, !tbaa !5
   %1347 = and <16 x i32> %1346, %375
   %1348 = getelementptr inbounds nuw i8, ptr %1090, i64 3392
   store <16 x i32> %1347, ptr %1348, align 4, !tbaa !5
   %1349 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep718.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1349
-  %1350 = getelementptr i8, ptr %gep718.6.i, i64 192
+  %gep717.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1349
+  %1350 = getelementptr i8, ptr %gep717.6.i, i64 192
   %1351 = load <16 x i32>, ptr %1350, align 4, !tbaa !5
   %1352 = shl <16 x i32> %1351, splat (i32 16)
   %1353 = getelementptr inbounds nuw i8, ptr %1090, i64 3456
   store <16 x i32> %1352, ptr %1353, align 4, !tbaa !5
   %1354 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep720.6.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1354
-  %1355 = getelementptr i8, ptr %gep720.6.i, i64 192
+  %gep719.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1354
+  %1355 = getelementptr i8, ptr %gep719.6.i, i64 192
   %1356 = load <16 x i32>, ptr %1355, align 4, !tbaa !5
   %1357 = and <16 x i32> %1356, %375
   %1358 = getelementptr inbounds nuw i8, ptr %1090, i64 3520
   store <16 x i32> %1357, ptr %1358, align 4, !tbaa !5
   %1359 = getelementptr inbounds nuw i8, ptr %1086, i64 56
   %1360 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep706.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1360
-  %1361 = load <16 x i32>, ptr %gep706.7.i, align 4, !tbaa !5
+  %gep705.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1360
+  %1361 = load <16 x i32>, ptr %gep705.7.i, align 4, !tbaa !5
   %1362 = shl <16 x i32> %1361, splat (i32 16)
   %1363 = getelementptr inbounds nuw i8, ptr %1090, i64 3584
   store <16 x i32> %1362, ptr %1363, align 4, !tbaa !5
   %1364 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep708.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1364
-  %1365 = load <16 x i32>, ptr %gep708.7.i, align 4, !tbaa !5
+  %gep707.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1364
+  %1365 = load <16 x i32>, ptr %gep707.7.i, align 4, !tbaa !5
   %1366 = and <16 x i32> %1365, %375
   %1367 = getelementptr inbounds nuw i8, ptr %1090, i64 3648
   store <16 x i32> %1366, ptr %1367, align 4, !tbaa !5
   %1368 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep710.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1368
-  %1369 = getelementptr i8, ptr %gep710.7.i, i64 64
+  %gep709.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1368
+  %1369 = getelementptr i8, ptr %gep709.7.i, i64 64
   %1370 = load <16 x i32>, ptr %1369, align 4, !tbaa !5
   %1371 = shl <16 x i32> %1370, splat (i32 16)
   %1372 = getelementptr inbounds nuw i8, ptr %1090, i64 3712
   store <16 x i32> %1371, ptr %1372, align 4, !tbaa !5
   %1373 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep712.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1373
-  %1374 = getelementptr i8, ptr %gep712.7.i, i64 64
+  %gep711.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1373
+  %1374 = getelementptr i8, ptr %gep711.7.i, i64 64
   %1375 = load <16 x i32>, ptr %1374, align 4, !tbaa !5
   %1376 = and <16 x i32> %1375, %375
   %1377 = getelementptr inbounds nuw i8, ptr %1090, i64 3776
   store <16 x i32> %1376, ptr %1377, align 4, !tbaa !5
   %1378 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep714.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1378
-  %1379 = getelementptr i8, ptr %gep714.7.i, i64 128
+  %gep713.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1378
+  %1379 = getelementptr i8, ptr %gep713.7.i, i64 128
   %1380 = load <16 x i32>, ptr %1379, align 4, !tbaa !5
   %1381 = shl <16 x i32> %1380, splat (i32 16)
   %1382 = getelementptr inbounds nuw i8, ptr %1090, i64 3840
   store <16 x i32> %1381, ptr %1382, align 4, !tbaa !5
   %1383 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep716.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1383
-  %1384 = getelementptr i8, ptr %gep716.7.i, i64 128
+  %gep715.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1383
+  %1384 = getelementptr i8, ptr %gep715.7.i, i64 128
   %1385 = load <16 x i32>, ptr %1384, align 4, !tbaa !5
   %1386 = and <16 x i32> %1385, %375
   %1387 = getelementptr inbounds nuw i8, ptr %1090, i64 3904
   store <16 x i32> %1386, ptr %1387, align 4, !tbaa !5
   %1388 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep718.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1388
-  %1389 = getelementptr i8, ptr %gep718.7.i, i64 192
+  %gep717.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1388
+  %1389 = getelementptr i8, ptr %gep717.7.i, i64 192
   %1390 = load <16 x i32>, ptr %1389, align 4, !tbaa !5
   %1391 = shl <16 x i32> %1390, splat (i32 16)
   %1392 = getelementptr inbounds nuw i8, ptr %1090, i64 3968
   store <16 x i32> %1391, ptr %1392, align 4, !tbaa !5
   %1393 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep720.7.i = getelementptr i32, ptr %invariant.gep705.i, i64 %1393
-  %1394 = getelementptr i8, ptr %gep720.7.i, i64 192
+  %gep719.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1393
+  %1394 = getelementptr i8, ptr %gep719.7.i, i64 192
   %1395 = load <16 x i32>, ptr %1394, align 4, !tbaa !5
   %1396 = and <16 x i32> %1395, %375
   %1397 = getelementptr inbounds nuw i8, ptr %1090, i64 4032
   store <16 x i32> %1396, ptr %1397, align 4, !tbaa !5
-  %indvars.iv.next949.i = add nuw nsw i64 %indvars.iv948.i, 1
-  %exitcond952.not.i = icmp eq i64 %indvars.iv.next949.i, %wide.trip.count942.i
-  br i1 %exitcond952.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti155.preheader.i, !prof !13
+  %indvars.iv.next967.i = add nuw nsw i64 %indvars.iv966.i, 1
+  %exitcond970.not.i = icmp eq i64 %indvars.iv.next967.i, %wide.trip.count960.i
+  br i1 %exitcond970.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti155.preheader.i, !prof !13
 
-for_begin_row_tile.i:                             ; preds = %if_end327.i
-  %indvars.iv.next1041.i = add nuw nsw i64 %indvars.iv1040.i, 1
-  %exitcond1044.not.i = icmp eq i64 %indvars.iv.next1041.i, %wide.trip.count1043.i
-  br i1 %exitcond1044.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+for_begin_row_tile.i:                             ; preds = %if_end322.i
+  %indvars.iv.next1062.i = add nuw nsw i64 %indvars.iv1061.i, 1
+  %exitcond1065.not.i = icmp eq i64 %indvars.iv.next1062.i, %wide.trip.count1064.i
+  br i1 %exitcond1065.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
 
 for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
-  %indvars.iv1040.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1041.i, %for_begin_row_tile.i ]
+  %indvars.iv1061.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1062.i, %for_begin_row_tile.i ]
   %1398 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scores.i = tail call ptr %1398(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1399 = icmp eq ptr %scores.i, null
@@ -2640,8 +2640,8 @@ for_body_row_tile.i:                              ; preds = %for_begin_row_tile.
 for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
   %1400 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %1401 = tail call i32 %1400(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not580.i = icmp eq i32 %1401, 0
-  br i1 %.not580.i, label %if_end333.i, label %fused_attend_compute_.exit, !prof !38
+  %.not576.i = icmp eq i32 %1401, 0
+  br i1 %.not576.i, label %if_end328.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end161.i:                                      ; preds = %for_body_row_tile.i
   %1402 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -2662,10 +2662,10 @@ if_end167.i:                                      ; preds = %if_end164.i
   br i1 %1407, label %fused_attend_compute_.exit, label %if_end170.i, !prof !8
 
 if_end170.i:                                      ; preds = %if_end167.i
-  %1408 = icmp eq i64 %indvars.iv1040.i, %386
-  %1409 = add nuw nsw i64 %indvars.iv1040.i, %1085
-  %.idx1165.i = shl i64 %1409, 4
-  %1410 = getelementptr i8, ptr %reach559.i, i64 %.idx1165.i
+  %1408 = icmp eq i64 %indvars.iv1061.i, %386
+  %1409 = add nuw nsw i64 %indvars.iv1061.i, %1085
+  %.idx1186.i = shl i64 %1409, 4
+  %1410 = getelementptr i8, ptr %reach555.i, i64 %.idx1186.i
   %1411 = getelementptr i8, ptr %1410, i64 4
   %1412 = load i32, ptr %1411, align 4, !tbaa !17
   %1413 = sext i32 %1412 to i64
@@ -2687,40 +2687,40 @@ if_then172.i:                                     ; preds = %if_end170.i
 for_body_to177.lr.ph.i:                           ; preds = %if_then172.i
   %1423 = and i1 %704, %1408
   %1424 = mul nuw nsw i32 %1421, %1084
-  %wide.trip.count970.i = zext nneg i32 %1421 to i64
+  %wide.trip.count988.i = zext nneg i32 %1421 to i64
   %invariant.gep.idx = shl i64 %1409, 13
   %invariant.gep = getelementptr i8, ptr %q_tile.i, i64 %invariant.gep.idx
   br label %for_body_to177.i
 
-if_end173.i:                                      ; preds = %if_end319.i, %if_end170.i
+if_end173.i:                                      ; preds = %if_end314.i, %if_end170.i
   %1425 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %1426 = tail call i32 %1425(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not582.i = icmp eq i32 %1426, 0
-  br i1 %.not582.i, label %if_end321.i, label %fused_attend_compute_.exit, !prof !38
+  %.not578.i = icmp eq i32 %1426, 0
+  br i1 %.not578.i, label %if_end316.i, label %fused_attend_compute_.exit, !prof !38
 
 for_begin_to183.preheader.i:                      ; preds = %for_end_d_1.3.i
-  %.idx1167.i = shl nsw i64 %1409, 6
-  %1427 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1167.i
+  %.idx1188.i = shl nsw i64 %1409, 6
+  %1427 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1188.i
   br label %for_begin_ti188.preheader.i
 
 for_body_to177.i:                                 ; preds = %for_end_d_1.3.i, %for_body_to177.lr.ph.i
-  %indvars.iv967.i = phi i64 [ 0, %for_body_to177.lr.ph.i ], [ %indvars.iv.next968.i, %for_end_d_1.3.i ]
+  %indvars.iv985.i = phi i64 [ 0, %for_body_to177.lr.ph.i ], [ %indvars.iv.next986.i, %for_end_d_1.3.i ]
   br i1 %1423, label %for_begin_line.preheader.i, label %if_end182.i, !prof !8
 
 for_begin_line.preheader.i:                       ; preds = %for_body_to177.i
-  %1428 = trunc i64 %indvars.iv967.i to i32
+  %1428 = trunc i64 %indvars.iv985.i to i32
   %1429 = add i32 %1424, %1428
   %1430 = shl i32 %1429, 3
   br label %for_body_line.i
 
 if_end182.i:                                      ; preds = %for_body_line.i, %for_body_to177.i
-  %.idx254 = shl nsw i64 %indvars.iv967.i, 12
-  %1431 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx254
+  %.idx260 = shl nsw i64 %indvars.iv985.i, 12
+  %1431 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx260
   br label %for_begin_d_2.preheader.i
 
 for_body_line.i:                                  ; preds = %for_body_line.i, %for_begin_line.preheader.i
-  %line723.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1467, %for_body_line.i ]
-  %1432 = lshr i32 %line723.i, 2
+  %line722.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1467, %for_body_line.i ]
+  %1432 = lshr i32 %line722.i, 2
   %1433 = add nuw nsw i32 %1432, %1430
   %1434 = srem i32 %1433, %num_kv_heads
   %1435 = sext i32 %1434 to i64
@@ -2730,7 +2730,7 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1439 = getelementptr i64, ptr %key_offsets.i, i64 %1438
   %1440 = getelementptr i8, ptr %1439, i64 1024
   %1441 = load i64, ptr %1440, align 8, !tbaa !5
-  %1442 = shl nuw nsw i32 %line723.i, 4
+  %1442 = shl nuw nsw i32 %line722.i, 4
   %1443 = and i32 %1442, 32
   %1444 = zext nneg i32 %1443 to i64
   %1445 = getelementptr i32, ptr %key_cache, i64 %1441
@@ -2738,7 +2738,7 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1447 = getelementptr i32, ptr %1446, i64 %378
   %1448 = getelementptr i32, ptr %1447, i64 %1436
   tail call void @llvm.prefetch.p0(ptr readonly %1448, i32 0, i32 2, i32 1)
-  %1449 = lshr i32 %line723.i, 2
+  %1449 = lshr i32 %line722.i, 2
   %1450 = add nuw nsw i32 %1449, %1430
   %1451 = srem i32 %1450, %num_kv_heads
   %1452 = sext i32 %1451 to i64
@@ -2748,7 +2748,7 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1456 = getelementptr i64, ptr %key_offsets.i, i64 %1455
   %1457 = getelementptr i8, ptr %1456, i64 1024
   %1458 = load i64, ptr %1457, align 8, !tbaa !5
-  %1459 = shl i32 %line723.i, 4
+  %1459 = shl i32 %line722.i, 4
   %1460 = and i32 %1459, 32
   %1461 = getelementptr i32, ptr %key_cache, i64 %1458
   %1462 = zext nneg i32 %1460 to i64
@@ -2757,63 +2757,63 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1465 = getelementptr i32, ptr %1464, i64 %378
   %1466 = getelementptr i32, ptr %1465, i64 %1453
   tail call void @llvm.prefetch.p0(ptr readonly %1466, i32 0, i32 2, i32 1)
-  %1467 = add nuw nsw i32 %line723.i, 2
-  %exitcond953.not.i.1 = icmp eq i32 %1467, 32
-  br i1 %exitcond953.not.i.1, label %if_end182.i, label %for_body_line.i, !prof !28, !llvm.loop !45
+  %1467 = add nuw nsw i32 %line722.i, 2
+  %exitcond971.not.i.1 = icmp eq i32 %1467, 32
+  br i1 %exitcond971.not.i.1, label %if_end182.i, label %for_body_line.i, !prof !28, !llvm.loop !45
 
 for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %if_end182.i
-  %indvars.iv958.i = phi i64 [ 0, %if_end182.i ], [ %indvars.iv.next959.i, %for_begin_d_2.preheader.i ]
-  %scores_global552.sroa.0.1742.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1515, %for_begin_d_2.preheader.i ]
-  %scores_global552.sroa.4.1741.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1520, %for_begin_d_2.preheader.i ]
-  %scores_global552.sroa.8.1740.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1525, %for_begin_d_2.preheader.i ]
-  %scores_global552.sroa.12.1739.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1530, %for_begin_d_2.preheader.i ]
-  %scores_global552.sroa.16.1738.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1535, %for_begin_d_2.preheader.i ]
-  %scores_global552.sroa.20.1737.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1540, %for_begin_d_2.preheader.i ]
-  %scores_global552.sroa.24.1736.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1545, %for_begin_d_2.preheader.i ]
-  %scores_global552.sroa.28.1735.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1550, %for_begin_d_2.preheader.i ]
-  %.idx77 = shl nuw nsw i64 %indvars.iv958.i, 7
+  %indvars.iv976.i = phi i64 [ 0, %if_end182.i ], [ %indvars.iv.next977.i, %for_begin_d_2.preheader.i ]
+  %scores_global548.sroa.0.1741.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1515, %for_begin_d_2.preheader.i ]
+  %scores_global548.sroa.4.1740.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1520, %for_begin_d_2.preheader.i ]
+  %scores_global548.sroa.8.1739.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1525, %for_begin_d_2.preheader.i ]
+  %scores_global548.sroa.12.1738.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1530, %for_begin_d_2.preheader.i ]
+  %scores_global548.sroa.16.1737.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1535, %for_begin_d_2.preheader.i ]
+  %scores_global548.sroa.20.1736.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1540, %for_begin_d_2.preheader.i ]
+  %scores_global548.sroa.24.1735.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1545, %for_begin_d_2.preheader.i ]
+  %scores_global548.sroa.28.1734.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1550, %for_begin_d_2.preheader.i ]
+  %.idx77 = shl nuw nsw i64 %indvars.iv976.i, 7
   %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx77
   %1468 = load <16 x float>, ptr %gep, align 4, !tbaa !5
-  %1469 = getelementptr inbounds nuw float, ptr %1431, i64 %indvars.iv958.i
+  %1469 = getelementptr inbounds nuw float, ptr %1431, i64 %indvars.iv976.i
   %1470 = load float, ptr %1469, align 4, !tbaa !5
   %1471 = insertelement <16 x float> poison, float %1470, i64 0
   %1472 = shufflevector <16 x float> %1471, <16 x float> poison, <16 x i32> zeroinitializer
-  %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1472, <16 x float> %scores_global552.sroa.0.1742.i)
+  %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1472, <16 x float> %scores_global548.sroa.0.1741.i)
   %1474 = getelementptr inbounds nuw i8, ptr %1469, i64 512
   %1475 = load float, ptr %1474, align 4, !tbaa !5
   %1476 = insertelement <16 x float> poison, float %1475, i64 0
   %1477 = shufflevector <16 x float> %1476, <16 x float> poison, <16 x i32> zeroinitializer
-  %1478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1477, <16 x float> %scores_global552.sroa.4.1741.i)
+  %1478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1477, <16 x float> %scores_global548.sroa.4.1740.i)
   %1479 = getelementptr inbounds nuw i8, ptr %1469, i64 1024
   %1480 = load float, ptr %1479, align 4, !tbaa !5
   %1481 = insertelement <16 x float> poison, float %1480, i64 0
   %1482 = shufflevector <16 x float> %1481, <16 x float> poison, <16 x i32> zeroinitializer
-  %1483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1482, <16 x float> %scores_global552.sroa.8.1740.i)
+  %1483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1482, <16 x float> %scores_global548.sroa.8.1739.i)
   %1484 = getelementptr inbounds nuw i8, ptr %1469, i64 1536
   %1485 = load float, ptr %1484, align 4, !tbaa !5
   %1486 = insertelement <16 x float> poison, float %1485, i64 0
   %1487 = shufflevector <16 x float> %1486, <16 x float> poison, <16 x i32> zeroinitializer
-  %1488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1487, <16 x float> %scores_global552.sroa.12.1739.i)
+  %1488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1487, <16 x float> %scores_global548.sroa.12.1738.i)
   %1489 = getelementptr inbounds nuw i8, ptr %1469, i64 2048
   %1490 = load float, ptr %1489, align 4, !tbaa !5
   %1491 = insertelement <16 x float> poison, float %1490, i64 0
   %1492 = shufflevector <16 x float> %1491, <16 x float> poison, <16 x i32> zeroinitializer
-  %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1492, <16 x float> %scores_global552.sroa.16.1738.i)
+  %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1492, <16 x float> %scores_global548.sroa.16.1737.i)
   %1494 = getelementptr inbounds nuw i8, ptr %1469, i64 2560
   %1495 = load float, ptr %1494, align 4, !tbaa !5
   %1496 = insertelement <16 x float> poison, float %1495, i64 0
   %1497 = shufflevector <16 x float> %1496, <16 x float> poison, <16 x i32> zeroinitializer
-  %1498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1497, <16 x float> %scores_global552.sroa.20.1737.i)
+  %1498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1497, <16 x float> %scores_global548.sroa.20.1736.i)
   %1499 = getelementptr inbounds nuw i8, ptr %1469, i64 3072
   %1500 = load float, ptr %1499, align 4, !tbaa !5
   %1501 = insertelement <16 x float> poison, float %1500, i64 0
   %1502 = shufflevector <16 x float> %1501, <16 x float> poison, <16 x i32> zeroinitializer
-  %1503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1502, <16 x float> %scores_global552.sroa.24.1736.i)
+  %1503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1502, <16 x float> %scores_global548.sroa.24.1735.i)
   %1504 = getelementptr inbounds nuw i8, ptr %1469, i64 3584
   %1505 = load float, ptr %1504, align 4, !tbaa !5
   %1506 = insertelement <16 x float> poison, float %1505, i64 0
   %1507 = shufflevector <16 x float> %1506, <16 x float> poison, <16 x i32> zeroinitializer
-  %1508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1507, <16 x float> %scores_global552.sroa.28.1735.i)
+  %1508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1507, <16 x float> %scores_global548.sroa.28.1734.i)
   %1509 = getelementptr i8, ptr %gep, i64 64
   %1510 = load <16 x float>, ptr %1509, align 4, !tbaa !5
   %1511 = getelementptr inbounds nuw i8, ptr %1469, i64 64
@@ -2856,69 +2856,69 @@ for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.prehe
   %1548 = insertelement <16 x float> poison, float %1547, i64 0
   %1549 = shufflevector <16 x float> %1548, <16 x float> poison, <16 x i32> zeroinitializer
   %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1549, <16 x float> %1508)
-  %indvars.iv.next959.i = add nuw nsw i64 %indvars.iv958.i, 1
-  %exitcond962.not.i = icmp eq i64 %indvars.iv.next959.i, 16
-  br i1 %exitcond962.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
+  %indvars.iv.next977.i = add nuw nsw i64 %indvars.iv976.i, 1
+  %exitcond980.not.i = icmp eq i64 %indvars.iv.next977.i, 16
+  br i1 %exitcond980.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
   %1551 = getelementptr inbounds nuw i8, ptr %1431, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv958.1.i = phi i64 [ %indvars.iv.next959.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global552.sroa.0.1742.1.i = phi <16 x float> [ %1600, %for_begin_d_2.preheader.1.i ], [ %1515, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global552.sroa.4.1741.1.i = phi <16 x float> [ %1605, %for_begin_d_2.preheader.1.i ], [ %1520, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global552.sroa.8.1740.1.i = phi <16 x float> [ %1610, %for_begin_d_2.preheader.1.i ], [ %1525, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global552.sroa.12.1739.1.i = phi <16 x float> [ %1615, %for_begin_d_2.preheader.1.i ], [ %1530, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global552.sroa.16.1738.1.i = phi <16 x float> [ %1620, %for_begin_d_2.preheader.1.i ], [ %1535, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global552.sroa.20.1737.1.i = phi <16 x float> [ %1625, %for_begin_d_2.preheader.1.i ], [ %1540, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global552.sroa.24.1736.1.i = phi <16 x float> [ %1630, %for_begin_d_2.preheader.1.i ], [ %1545, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global552.sroa.28.1735.1.i = phi <16 x float> [ %1635, %for_begin_d_2.preheader.1.i ], [ %1550, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx78 = shl i64 %indvars.iv958.1.i, 7
-  %gep149 = getelementptr i8, ptr %invariant.gep, i64 %.idx78
-  %1552 = getelementptr i8, ptr %gep149, i64 2048
+  %indvars.iv976.1.i = phi i64 [ %indvars.iv.next977.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global548.sroa.0.1741.1.i = phi <16 x float> [ %1600, %for_begin_d_2.preheader.1.i ], [ %1515, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global548.sroa.4.1740.1.i = phi <16 x float> [ %1605, %for_begin_d_2.preheader.1.i ], [ %1520, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global548.sroa.8.1739.1.i = phi <16 x float> [ %1610, %for_begin_d_2.preheader.1.i ], [ %1525, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global548.sroa.12.1738.1.i = phi <16 x float> [ %1615, %for_begin_d_2.preheader.1.i ], [ %1530, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global548.sroa.16.1737.1.i = phi <16 x float> [ %1620, %for_begin_d_2.preheader.1.i ], [ %1535, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global548.sroa.20.1736.1.i = phi <16 x float> [ %1625, %for_begin_d_2.preheader.1.i ], [ %1540, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global548.sroa.24.1735.1.i = phi <16 x float> [ %1630, %for_begin_d_2.preheader.1.i ], [ %1545, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global548.sroa.28.1734.1.i = phi <16 x float> [ %1635, %for_begin_d_2.preheader.1.i ], [ %1550, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx78 = shl i64 %indvars.iv976.1.i, 7
+  %gep152 = getelementptr i8, ptr %invariant.gep, i64 %.idx78
+  %1552 = getelementptr i8, ptr %gep152, i64 2048
   %1553 = load <16 x float>, ptr %1552, align 4, !tbaa !5
-  %1554 = getelementptr inbounds nuw float, ptr %1551, i64 %indvars.iv958.1.i
+  %1554 = getelementptr inbounds nuw float, ptr %1551, i64 %indvars.iv976.1.i
   %1555 = load float, ptr %1554, align 4, !tbaa !5
   %1556 = insertelement <16 x float> poison, float %1555, i64 0
   %1557 = shufflevector <16 x float> %1556, <16 x float> poison, <16 x i32> zeroinitializer
-  %1558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1557, <16 x float> %scores_global552.sroa.0.1742.1.i)
+  %1558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1557, <16 x float> %scores_global548.sroa.0.1741.1.i)
   %1559 = getelementptr inbounds nuw i8, ptr %1554, i64 512
   %1560 = load float, ptr %1559, align 4, !tbaa !5
   %1561 = insertelement <16 x float> poison, float %1560, i64 0
   %1562 = shufflevector <16 x float> %1561, <16 x float> poison, <16 x i32> zeroinitializer
-  %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1562, <16 x float> %scores_global552.sroa.4.1741.1.i)
+  %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1562, <16 x float> %scores_global548.sroa.4.1740.1.i)
   %1564 = getelementptr inbounds nuw i8, ptr %1554, i64 1024
   %1565 = load float, ptr %1564, align 4, !tbaa !5
   %1566 = insertelement <16 x float> poison, float %1565, i64 0
   %1567 = shufflevector <16 x float> %1566, <16 x float> poison, <16 x i32> zeroinitializer
-  %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1567, <16 x float> %scores_global552.sroa.8.1740.1.i)
+  %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1567, <16 x float> %scores_global548.sroa.8.1739.1.i)
   %1569 = getelementptr inbounds nuw i8, ptr %1554, i64 1536
   %1570 = load float, ptr %1569, align 4, !tbaa !5
   %1571 = insertelement <16 x float> poison, float %1570, i64 0
   %1572 = shufflevector <16 x float> %1571, <16 x float> poison, <16 x i32> zeroinitializer
-  %1573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1572, <16 x float> %scores_global552.sroa.12.1739.1.i)
+  %1573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1572, <16 x float> %scores_global548.sroa.12.1738.1.i)
   %1574 = getelementptr inbounds nuw i8, ptr %1554, i64 2048
   %1575 = load float, ptr %1574, align 4, !tbaa !5
   %1576 = insertelement <16 x float> poison, float %1575, i64 0
   %1577 = shufflevector <16 x float> %1576, <16 x float> poison, <16 x i32> zeroinitializer
-  %1578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1577, <16 x float> %scores_global552.sroa.16.1738.1.i)
+  %1578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1577, <16 x float> %scores_global548.sroa.16.1737.1.i)
   %1579 = getelementptr inbounds nuw i8, ptr %1554, i64 2560
   %1580 = load float, ptr %1579, align 4, !tbaa !5
   %1581 = insertelement <16 x float> poison, float %1580, i64 0
   %1582 = shufflevector <16 x float> %1581, <16 x float> poison, <16 x i32> zeroinitializer
-  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1582, <16 x float> %scores_global552.sroa.20.1737.1.i)
+  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1582, <16 x float> %scores_global548.sroa.20.1736.1.i)
   %1584 = getelementptr inbounds nuw i8, ptr %1554, i64 3072
   %1585 = load float, ptr %1584, align 4, !tbaa !5
   %1586 = insertelement <16 x float> poison, float %1585, i64 0
   %1587 = shufflevector <16 x float> %1586, <16 x float> poison, <16 x i32> zeroinitializer
-  %1588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1587, <16 x float> %scores_global552.sroa.24.1736.1.i)
+  %1588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1587, <16 x float> %scores_global548.sroa.24.1735.1.i)
   %1589 = getelementptr inbounds nuw i8, ptr %1554, i64 3584
   %1590 = load float, ptr %1589, align 4, !tbaa !5
   %1591 = insertelement <16 x float> poison, float %1590, i64 0
   %1592 = shufflevector <16 x float> %1591, <16 x float> poison, <16 x i32> zeroinitializer
-  %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1592, <16 x float> %scores_global552.sroa.28.1735.1.i)
-  %1594 = getelementptr i8, ptr %gep149, i64 2112
+  %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1592, <16 x float> %scores_global548.sroa.28.1734.1.i)
+  %1594 = getelementptr i8, ptr %gep152, i64 2112
   %1595 = load <16 x float>, ptr %1594, align 4, !tbaa !5
   %1596 = getelementptr inbounds nuw i8, ptr %1554, i64 64
   %1597 = load float, ptr %1596, align 4, !tbaa !5
@@ -2960,69 +2960,69 @@ for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.prehe
   %1633 = insertelement <16 x float> poison, float %1632, i64 0
   %1634 = shufflevector <16 x float> %1633, <16 x float> poison, <16 x i32> zeroinitializer
   %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1634, <16 x float> %1593)
-  %indvars.iv.next959.1.i = add nuw nsw i64 %indvars.iv958.1.i, 1
-  %exitcond962.1.not.i = icmp eq i64 %indvars.iv.next959.1.i, 16
-  br i1 %exitcond962.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
+  %indvars.iv.next977.1.i = add nuw nsw i64 %indvars.iv976.1.i, 1
+  %exitcond980.1.not.i = icmp eq i64 %indvars.iv.next977.1.i, 16
+  br i1 %exitcond980.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
   %1636 = getelementptr inbounds nuw i8, ptr %1431, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv958.2.i = phi i64 [ %indvars.iv.next959.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global552.sroa.0.1742.2.i = phi <16 x float> [ %1685, %for_begin_d_2.preheader.2.i ], [ %1600, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global552.sroa.4.1741.2.i = phi <16 x float> [ %1690, %for_begin_d_2.preheader.2.i ], [ %1605, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global552.sroa.8.1740.2.i = phi <16 x float> [ %1695, %for_begin_d_2.preheader.2.i ], [ %1610, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global552.sroa.12.1739.2.i = phi <16 x float> [ %1700, %for_begin_d_2.preheader.2.i ], [ %1615, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global552.sroa.16.1738.2.i = phi <16 x float> [ %1705, %for_begin_d_2.preheader.2.i ], [ %1620, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global552.sroa.20.1737.2.i = phi <16 x float> [ %1710, %for_begin_d_2.preheader.2.i ], [ %1625, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global552.sroa.24.1736.2.i = phi <16 x float> [ %1715, %for_begin_d_2.preheader.2.i ], [ %1630, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global552.sroa.28.1735.2.i = phi <16 x float> [ %1720, %for_begin_d_2.preheader.2.i ], [ %1635, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx79 = shl i64 %indvars.iv958.2.i, 7
-  %gep151 = getelementptr i8, ptr %invariant.gep, i64 %.idx79
-  %1637 = getelementptr i8, ptr %gep151, i64 4096
+  %indvars.iv976.2.i = phi i64 [ %indvars.iv.next977.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global548.sroa.0.1741.2.i = phi <16 x float> [ %1685, %for_begin_d_2.preheader.2.i ], [ %1600, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global548.sroa.4.1740.2.i = phi <16 x float> [ %1690, %for_begin_d_2.preheader.2.i ], [ %1605, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global548.sroa.8.1739.2.i = phi <16 x float> [ %1695, %for_begin_d_2.preheader.2.i ], [ %1610, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global548.sroa.12.1738.2.i = phi <16 x float> [ %1700, %for_begin_d_2.preheader.2.i ], [ %1615, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global548.sroa.16.1737.2.i = phi <16 x float> [ %1705, %for_begin_d_2.preheader.2.i ], [ %1620, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global548.sroa.20.1736.2.i = phi <16 x float> [ %1710, %for_begin_d_2.preheader.2.i ], [ %1625, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global548.sroa.24.1735.2.i = phi <16 x float> [ %1715, %for_begin_d_2.preheader.2.i ], [ %1630, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global548.sroa.28.1734.2.i = phi <16 x float> [ %1720, %for_begin_d_2.preheader.2.i ], [ %1635, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx79 = shl i64 %indvars.iv976.2.i, 7
+  %gep154 = getelementptr i8, ptr %invariant.gep, i64 %.idx79
+  %1637 = getelementptr i8, ptr %gep154, i64 4096
   %1638 = load <16 x float>, ptr %1637, align 4, !tbaa !5
-  %1639 = getelementptr inbounds nuw float, ptr %1636, i64 %indvars.iv958.2.i
+  %1639 = getelementptr inbounds nuw float, ptr %1636, i64 %indvars.iv976.2.i
   %1640 = load float, ptr %1639, align 4, !tbaa !5
   %1641 = insertelement <16 x float> poison, float %1640, i64 0
   %1642 = shufflevector <16 x float> %1641, <16 x float> poison, <16 x i32> zeroinitializer
-  %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1642, <16 x float> %scores_global552.sroa.0.1742.2.i)
+  %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1642, <16 x float> %scores_global548.sroa.0.1741.2.i)
   %1644 = getelementptr inbounds nuw i8, ptr %1639, i64 512
   %1645 = load float, ptr %1644, align 4, !tbaa !5
   %1646 = insertelement <16 x float> poison, float %1645, i64 0
   %1647 = shufflevector <16 x float> %1646, <16 x float> poison, <16 x i32> zeroinitializer
-  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1647, <16 x float> %scores_global552.sroa.4.1741.2.i)
+  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1647, <16 x float> %scores_global548.sroa.4.1740.2.i)
   %1649 = getelementptr inbounds nuw i8, ptr %1639, i64 1024
   %1650 = load float, ptr %1649, align 4, !tbaa !5
   %1651 = insertelement <16 x float> poison, float %1650, i64 0
   %1652 = shufflevector <16 x float> %1651, <16 x float> poison, <16 x i32> zeroinitializer
-  %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1652, <16 x float> %scores_global552.sroa.8.1740.2.i)
+  %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1652, <16 x float> %scores_global548.sroa.8.1739.2.i)
   %1654 = getelementptr inbounds nuw i8, ptr %1639, i64 1536
   %1655 = load float, ptr %1654, align 4, !tbaa !5
   %1656 = insertelement <16 x float> poison, float %1655, i64 0
   %1657 = shufflevector <16 x float> %1656, <16 x float> poison, <16 x i32> zeroinitializer
-  %1658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1657, <16 x float> %scores_global552.sroa.12.1739.2.i)
+  %1658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1657, <16 x float> %scores_global548.sroa.12.1738.2.i)
   %1659 = getelementptr inbounds nuw i8, ptr %1639, i64 2048
   %1660 = load float, ptr %1659, align 4, !tbaa !5
   %1661 = insertelement <16 x float> poison, float %1660, i64 0
   %1662 = shufflevector <16 x float> %1661, <16 x float> poison, <16 x i32> zeroinitializer
-  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1662, <16 x float> %scores_global552.sroa.16.1738.2.i)
+  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1662, <16 x float> %scores_global548.sroa.16.1737.2.i)
   %1664 = getelementptr inbounds nuw i8, ptr %1639, i64 2560
   %1665 = load float, ptr %1664, align 4, !tbaa !5
   %1666 = insertelement <16 x float> poison, float %1665, i64 0
   %1667 = shufflevector <16 x float> %1666, <16 x float> poison, <16 x i32> zeroinitializer
-  %1668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1667, <16 x float> %scores_global552.sroa.20.1737.2.i)
+  %1668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1667, <16 x float> %scores_global548.sroa.20.1736.2.i)
   %1669 = getelementptr inbounds nuw i8, ptr %1639, i64 3072
   %1670 = load float, ptr %1669, align 4, !tbaa !5
   %1671 = insertelement <16 x float> poison, float %1670, i64 0
   %1672 = shufflevector <16 x float> %1671, <16 x float> poison, <16 x i32> zeroinitializer
-  %1673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1672, <16 x float> %scores_global552.sroa.24.1736.2.i)
+  %1673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1672, <16 x float> %scores_global548.sroa.24.1735.2.i)
   %1674 = getelementptr inbounds nuw i8, ptr %1639, i64 3584
   %1675 = load float, ptr %1674, align 4, !tbaa !5
   %1676 = insertelement <16 x float> poison, float %1675, i64 0
   %1677 = shufflevector <16 x float> %1676, <16 x float> poison, <16 x i32> zeroinitializer
-  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1677, <16 x float> %scores_global552.sroa.28.1735.2.i)
-  %1679 = getelementptr i8, ptr %gep151, i64 4160
+  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1677, <16 x float> %scores_global548.sroa.28.1734.2.i)
+  %1679 = getelementptr i8, ptr %gep154, i64 4160
   %1680 = load <16 x float>, ptr %1679, align 4, !tbaa !5
   %1681 = getelementptr inbounds nuw i8, ptr %1639, i64 64
   %1682 = load float, ptr %1681, align 4, !tbaa !5
@@ -3064,69 +3064,69 @@ for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.prehe
   %1718 = insertelement <16 x float> poison, float %1717, i64 0
   %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
   %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1680, <16 x float> %1719, <16 x float> %1678)
-  %indvars.iv.next959.2.i = add nuw nsw i64 %indvars.iv958.2.i, 1
-  %exitcond962.2.not.i = icmp eq i64 %indvars.iv.next959.2.i, 16
-  br i1 %exitcond962.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
+  %indvars.iv.next977.2.i = add nuw nsw i64 %indvars.iv976.2.i, 1
+  %exitcond980.2.not.i = icmp eq i64 %indvars.iv.next977.2.i, 16
+  br i1 %exitcond980.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
   %1721 = getelementptr inbounds nuw i8, ptr %1431, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv958.3.i = phi i64 [ %indvars.iv.next959.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global552.sroa.0.1742.3.i = phi <16 x float> [ %1770, %for_begin_d_2.preheader.3.i ], [ %1685, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global552.sroa.4.1741.3.i = phi <16 x float> [ %1775, %for_begin_d_2.preheader.3.i ], [ %1690, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global552.sroa.8.1740.3.i = phi <16 x float> [ %1780, %for_begin_d_2.preheader.3.i ], [ %1695, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global552.sroa.12.1739.3.i = phi <16 x float> [ %1785, %for_begin_d_2.preheader.3.i ], [ %1700, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global552.sroa.16.1738.3.i = phi <16 x float> [ %1790, %for_begin_d_2.preheader.3.i ], [ %1705, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global552.sroa.20.1737.3.i = phi <16 x float> [ %1795, %for_begin_d_2.preheader.3.i ], [ %1710, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global552.sroa.24.1736.3.i = phi <16 x float> [ %1800, %for_begin_d_2.preheader.3.i ], [ %1715, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global552.sroa.28.1735.3.i = phi <16 x float> [ %1805, %for_begin_d_2.preheader.3.i ], [ %1720, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx80 = shl i64 %indvars.iv958.3.i, 7
-  %gep153 = getelementptr i8, ptr %invariant.gep, i64 %.idx80
-  %1722 = getelementptr i8, ptr %gep153, i64 6144
+  %indvars.iv976.3.i = phi i64 [ %indvars.iv.next977.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global548.sroa.0.1741.3.i = phi <16 x float> [ %1770, %for_begin_d_2.preheader.3.i ], [ %1685, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global548.sroa.4.1740.3.i = phi <16 x float> [ %1775, %for_begin_d_2.preheader.3.i ], [ %1690, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global548.sroa.8.1739.3.i = phi <16 x float> [ %1780, %for_begin_d_2.preheader.3.i ], [ %1695, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global548.sroa.12.1738.3.i = phi <16 x float> [ %1785, %for_begin_d_2.preheader.3.i ], [ %1700, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global548.sroa.16.1737.3.i = phi <16 x float> [ %1790, %for_begin_d_2.preheader.3.i ], [ %1705, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global548.sroa.20.1736.3.i = phi <16 x float> [ %1795, %for_begin_d_2.preheader.3.i ], [ %1710, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global548.sroa.24.1735.3.i = phi <16 x float> [ %1800, %for_begin_d_2.preheader.3.i ], [ %1715, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global548.sroa.28.1734.3.i = phi <16 x float> [ %1805, %for_begin_d_2.preheader.3.i ], [ %1720, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx80 = shl i64 %indvars.iv976.3.i, 7
+  %gep156 = getelementptr i8, ptr %invariant.gep, i64 %.idx80
+  %1722 = getelementptr i8, ptr %gep156, i64 6144
   %1723 = load <16 x float>, ptr %1722, align 4, !tbaa !5
-  %1724 = getelementptr inbounds nuw float, ptr %1721, i64 %indvars.iv958.3.i
+  %1724 = getelementptr inbounds nuw float, ptr %1721, i64 %indvars.iv976.3.i
   %1725 = load float, ptr %1724, align 4, !tbaa !5
   %1726 = insertelement <16 x float> poison, float %1725, i64 0
   %1727 = shufflevector <16 x float> %1726, <16 x float> poison, <16 x i32> zeroinitializer
-  %1728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1727, <16 x float> %scores_global552.sroa.0.1742.3.i)
+  %1728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1727, <16 x float> %scores_global548.sroa.0.1741.3.i)
   %1729 = getelementptr inbounds nuw i8, ptr %1724, i64 512
   %1730 = load float, ptr %1729, align 4, !tbaa !5
   %1731 = insertelement <16 x float> poison, float %1730, i64 0
   %1732 = shufflevector <16 x float> %1731, <16 x float> poison, <16 x i32> zeroinitializer
-  %1733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1732, <16 x float> %scores_global552.sroa.4.1741.3.i)
+  %1733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1732, <16 x float> %scores_global548.sroa.4.1740.3.i)
   %1734 = getelementptr inbounds nuw i8, ptr %1724, i64 1024
   %1735 = load float, ptr %1734, align 4, !tbaa !5
   %1736 = insertelement <16 x float> poison, float %1735, i64 0
   %1737 = shufflevector <16 x float> %1736, <16 x float> poison, <16 x i32> zeroinitializer
-  %1738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1737, <16 x float> %scores_global552.sroa.8.1740.3.i)
+  %1738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1737, <16 x float> %scores_global548.sroa.8.1739.3.i)
   %1739 = getelementptr inbounds nuw i8, ptr %1724, i64 1536
   %1740 = load float, ptr %1739, align 4, !tbaa !5
   %1741 = insertelement <16 x float> poison, float %1740, i64 0
   %1742 = shufflevector <16 x float> %1741, <16 x float> poison, <16 x i32> zeroinitializer
-  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1742, <16 x float> %scores_global552.sroa.12.1739.3.i)
+  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1742, <16 x float> %scores_global548.sroa.12.1738.3.i)
   %1744 = getelementptr inbounds nuw i8, ptr %1724, i64 2048
   %1745 = load float, ptr %1744, align 4, !tbaa !5
   %1746 = insertelement <16 x float> poison, float %1745, i64 0
   %1747 = shufflevector <16 x float> %1746, <16 x float> poison, <16 x i32> zeroinitializer
-  %1748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1747, <16 x float> %scores_global552.sroa.16.1738.3.i)
+  %1748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1747, <16 x float> %scores_global548.sroa.16.1737.3.i)
   %1749 = getelementptr inbounds nuw i8, ptr %1724, i64 2560
   %1750 = load float, ptr %1749, align 4, !tbaa !5
   %1751 = insertelement <16 x float> poison, float %1750, i64 0
   %1752 = shufflevector <16 x float> %1751, <16 x float> poison, <16 x i32> zeroinitializer
-  %1753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1752, <16 x float> %scores_global552.sroa.20.1737.3.i)
+  %1753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1752, <16 x float> %scores_global548.sroa.20.1736.3.i)
   %1754 = getelementptr inbounds nuw i8, ptr %1724, i64 3072
   %1755 = load float, ptr %1754, align 4, !tbaa !5
   %1756 = insertelement <16 x float> poison, float %1755, i64 0
   %1757 = shufflevector <16 x float> %1756, <16 x float> poison, <16 x i32> zeroinitializer
-  %1758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1757, <16 x float> %scores_global552.sroa.24.1736.3.i)
+  %1758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1757, <16 x float> %scores_global548.sroa.24.1735.3.i)
   %1759 = getelementptr inbounds nuw i8, ptr %1724, i64 3584
   %1760 = load float, ptr %1759, align 4, !tbaa !5
   %1761 = insertelement <16 x float> poison, float %1760, i64 0
   %1762 = shufflevector <16 x float> %1761, <16 x float> poison, <16 x i32> zeroinitializer
-  %1763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1762, <16 x float> %scores_global552.sroa.28.1735.3.i)
-  %1764 = getelementptr i8, ptr %gep153, i64 6208
+  %1763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1762, <16 x float> %scores_global548.sroa.28.1734.3.i)
+  %1764 = getelementptr i8, ptr %gep156, i64 6208
   %1765 = load <16 x float>, ptr %1764, align 4, !tbaa !5
   %1766 = getelementptr inbounds nuw i8, ptr %1724, i64 64
   %1767 = load float, ptr %1766, align 4, !tbaa !5
@@ -3168,13 +3168,13 @@ for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.prehe
   %1803 = insertelement <16 x float> poison, float %1802, i64 0
   %1804 = shufflevector <16 x float> %1803, <16 x float> poison, <16 x i32> zeroinitializer
   %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1765, <16 x float> %1804, <16 x float> %1763)
-  %indvars.iv.next959.3.i = add nuw nsw i64 %indvars.iv958.3.i, 1
-  %exitcond962.3.not.i = icmp eq i64 %indvars.iv.next959.3.i, 16
-  br i1 %exitcond962.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
+  %indvars.iv.next977.3.i = add nuw nsw i64 %indvars.iv976.3.i, 1
+  %exitcond980.3.not.i = icmp eq i64 %indvars.iv.next977.3.i, 16
+  br i1 %exitcond980.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx1166.i = shl nsw i64 %indvars.iv967.i, 9
-  %1806 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1166.i
+  %.idx1187.i = shl nsw i64 %indvars.iv985.i, 9
+  %1806 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1187.i
   store <16 x float> %1770, ptr %1806, align 4, !tbaa !5
   %1807 = getelementptr inbounds nuw i8, ptr %1806, i64 64
   store <16 x float> %1775, ptr %1807, align 4, !tbaa !5
@@ -3190,14 +3190,14 @@ for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.prehe
   store <16 x float> %1800, ptr %1812, align 4, !tbaa !5
   %1813 = getelementptr inbounds nuw i8, ptr %1806, i64 448
   store <16 x float> %1805, ptr %1813, align 4, !tbaa !5
-  %indvars.iv.next968.i = add nuw nsw i64 %indvars.iv967.i, 1
-  %exitcond971.not.i = icmp eq i64 %indvars.iv.next968.i, %wide.trip.count970.i
-  br i1 %exitcond971.not.i, label %for_begin_to183.preheader.i, label %for_body_to177.i, !prof !13
+  %indvars.iv.next986.i = add nuw nsw i64 %indvars.iv985.i, 1
+  %exitcond989.not.i = icmp eq i64 %indvars.iv.next986.i, %wide.trip.count988.i
+  br i1 %exitcond989.not.i, label %for_begin_to183.preheader.i, label %for_body_to177.i, !prof !13
 
 for_begin_ti188.preheader.i:                      ; preds = %for_begin_ti188.preheader.i, %for_begin_to183.preheader.i
-  %indvars.iv976.i = phi i64 [ 0, %for_begin_to183.preheader.i ], [ %indvars.iv.next977.i, %for_begin_ti188.preheader.i ]
-  %1814 = shl nsw i64 %indvars.iv976.i, 7
-  %1815 = shl nsw i64 %indvars.iv976.i, 3
+  %indvars.iv994.i = phi i64 [ 0, %for_begin_to183.preheader.i ], [ %indvars.iv.next995.i, %for_begin_ti188.preheader.i ]
+  %1814 = shl nsw i64 %indvars.iv994.i, 7
+  %1815 = shl nsw i64 %indvars.iv994.i, 3
   %1816 = add nsw i64 %1815, %697
   %1817 = trunc i64 %1816 to i32
   %1818 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1814
@@ -3294,9 +3294,9 @@ for_begin_ti188.preheader.i:                      ; preds = %for_begin_ti188.pre
   %1902 = select <16 x i1> %1901, <16 x float> %1896, <16 x float> splat (float 0xFFF0000000000000)
   %1903 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1893
   store <16 x float> %1902, ptr %1903, align 4, !tbaa !5
-  %indvars.iv.next977.i = add nuw nsw i64 %indvars.iv976.i, 1
-  %exitcond980.not.i = icmp eq i64 %indvars.iv.next977.i, %wide.trip.count970.i
-  br i1 %exitcond980.not.i, label %for_end_to185.i, label %for_begin_ti188.preheader.i, !prof !13
+  %indvars.iv.next995.i = add nuw nsw i64 %indvars.iv994.i, 1
+  %exitcond998.not.i = icmp eq i64 %indvars.iv.next995.i, %wide.trip.count988.i
+  br i1 %exitcond998.not.i, label %for_end_to185.i, label %for_begin_ti188.preheader.i, !prof !13
 
 for_end_to185.i:                                  ; preds = %for_begin_ti188.preheader.i, %if_then172.i
   br i1 %141, label %if_then193.i, label %if_end194.i, !prof !8
@@ -3313,1921 +3313,1932 @@ for_body_r196.lr.ph.i:                            ; preds = %if_then193.i
   br i1 %1906, label %for_body_r196.us.preheader.i, label %if_end194.i, !prof !3
 
 for_body_r196.us.preheader.i:                     ; preds = %for_body_r196.lr.ph.i
-  %1909 = add i32 %indvars.iv228, %1412
-  %smin230 = tail call i32 @llvm.smin.i32(i32 %indvars.iv226, i32 %1909)
-  %smin231 = tail call i32 @llvm.smin.i32(i32 %smin230, i32 128)
-  %1910 = sub i32 %smin231, %smax232
+  %1909 = add i32 %indvars.iv234, %1412
+  %smin236 = tail call i32 @llvm.smin.i32(i32 %indvars.iv232, i32 %1909)
+  %smin237 = tail call i32 @llvm.smin.i32(i32 %smin236, i32 128)
+  %1910 = sub i32 %smin237, %smax238
   %1911 = zext i32 %1910 to i64
-  %smin447 = tail call i32 @llvm.smin.i32(i32 %668, i32 %1909)
-  %smin448 = tail call i32 @llvm.smin.i32(i32 %smin447, i32 128)
-  %1912 = sub i32 %smin448, %smax443
+  %smin459 = tail call i32 @llvm.smin.i32(i32 %668, i32 %1909)
+  %smin460 = tail call i32 @llvm.smin.i32(i32 %smin459, i32 128)
+  %1912 = sub i32 %smin460, %smax455
   %1913 = zext i32 %1912 to i64
   %1914 = add nsw i64 %1913, -1
-  %smin467 = tail call i32 @llvm.smin.i32(i32 %662, i32 %1909)
-  %smin468 = tail call i32 @llvm.smin.i32(i32 %smin467, i32 128)
-  %1915 = sub i32 %smin468, %smax463
+  %smin479 = tail call i32 @llvm.smin.i32(i32 %662, i32 %1909)
+  %smin480 = tail call i32 @llvm.smin.i32(i32 %smin479, i32 128)
+  %1915 = sub i32 %smin480, %smax475
   %1916 = zext i32 %1915 to i64
-  %scevgep469 = getelementptr i8, ptr %scevgep462, i64 %1916
-  %scevgep471 = getelementptr i8, ptr %scaled.i, i64 %665
-  %scevgep472 = getelementptr i8, ptr %scaled.i, i64 -60
-  %scevgep473 = getelementptr i8, ptr %scevgep472, i64 %665
+  %scevgep481 = getelementptr i8, ptr %scevgep474, i64 %1916
+  %scevgep483 = getelementptr i8, ptr %scaled.i, i64 %665
+  %scevgep484 = getelementptr i8, ptr %scaled.i, i64 -60
+  %scevgep485 = getelementptr i8, ptr %scevgep484, i64 %665
   %1917 = shl nuw nsw i64 %1916, 6
-  %smin483 = tail call i32 @llvm.smin.i32(i32 %655, i32 %1909)
-  %smin484 = tail call i32 @llvm.smin.i32(i32 %smin483, i32 128)
-  %1918 = sub i32 %smin484, %smax479
+  %smin495 = tail call i32 @llvm.smin.i32(i32 %655, i32 %1909)
+  %smin496 = tail call i32 @llvm.smin.i32(i32 %smin495, i32 128)
+  %1918 = sub i32 %smin496, %smax491
   %1919 = zext i32 %1918 to i64
-  %min.iters.check486 = icmp ult i32 %1918, 24
+  %min.iters.check498 = icmp ult i32 %1918, 24
   %1920 = trunc i64 %1914 to i32
-  %mul.result452 = shl i32 %1920, 4
+  %mul.result464 = shl i32 %1920, 4
   %1921 = icmp ugt i64 %1914, 268435455
-  %mul.result456 = shl nsw i64 %1914, 6
-  %smax474 = tail call i32 @llvm.smax.i32(i32 %1904, i32 1)
-  %1922 = add nsw i32 %smax474, -1
+  %mul.result468 = shl nsw i64 %1914, 6
+  %smax486 = tail call i32 @llvm.smax.i32(i32 %1904, i32 1)
+  %1922 = add nsw i32 %smax486, -1
   %1923 = zext nneg i32 %1922 to i64
   %1924 = shl nuw nsw i64 %1923, 2
-  %1925 = getelementptr i8, ptr %scevgep473, i64 %1917
-  %scevgep475 = getelementptr i8, ptr %1925, i64 %1924
-  %n.vec489 = and i64 %1919, 4294967288
-  %cmp.n502 = icmp eq i64 %n.vec489, %1919
+  %1925 = getelementptr i8, ptr %scevgep485, i64 %1917
+  %scevgep487 = getelementptr i8, ptr %1925, i64 %1924
+  %n.vec501 = and i64 %1919, 4294967288
+  %cmp.n514 = icmp eq i64 %n.vec501, %1919
   %xtraiter = and i64 %1919, 3
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
   br label %for_body_r196.us.i
 
 for_body_r196.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r196.us.preheader.i
   %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r196.us.preheader.i ]
-  %r199757.us.i = phi i32 [ %1990, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r196.us.preheader.i ]
-  %1926 = lshr i32 %r199757.us.i, 2
+  %r199756.us.i = phi i32 [ %1990, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r196.us.preheader.i ]
+  %1926 = lshr i32 %r199756.us.i, 2
   %1927 = zext nneg i32 %1926 to i64
   %1928 = add nuw nsw i64 %1908, %1927
   %1929 = mul nsw i64 %1928, %382
   %1930 = getelementptr i8, ptr %740, i64 %1929
-  br i1 %min.iters.check486, label %for_body_c.us.i.preheader, label %vector.scevcheck442, !prof !16
+  br i1 %min.iters.check498, label %for_body_c.us.i.preheader, label %vector.scevcheck454, !prof !16
 
-vector.scevcheck442:                              ; preds = %for_body_r196.us.i
+vector.scevcheck454:                              ; preds = %for_body_r196.us.i
   %1931 = add i64 %indvar, %672
   %1932 = shl i64 %1931, 2
-  %scevgep454 = getelementptr i8, ptr %scaled.i, i64 %1932
-  %1933 = add i32 %671, %r199757.us.i
-  %1934 = add i32 %1933, %mul.result452
+  %scevgep466 = getelementptr i8, ptr %scaled.i, i64 %1932
+  %1933 = add i32 %671, %r199756.us.i
+  %1934 = add i32 %1933, %mul.result464
   %1935 = icmp slt i32 %1934, %1933
   %1936 = or i1 %1935, %1921
-  %1937 = getelementptr i8, ptr %scevgep454, i64 %mul.result456
-  %1938 = icmp ult ptr %1937, %scevgep454
+  %1937 = getelementptr i8, ptr %scevgep466, i64 %mul.result468
+  %1938 = icmp ult ptr %1937, %scevgep466
   %1939 = or i1 %1938, %1936
-  br i1 %1939, label %for_body_c.us.i.preheader, label %vector.memcheck458, !prof !16
+  br i1 %1939, label %for_body_c.us.i.preheader, label %vector.memcheck470, !prof !16
 
-vector.memcheck458:                               ; preds = %vector.scevcheck442
-  %scevgep470 = getelementptr i8, ptr %scevgep469, i64 %1929
-  %bound0476 = icmp ult ptr %1930, %scevgep475
-  %bound1477 = icmp ult ptr %scevgep471, %scevgep470
-  %found.conflict478 = and i1 %bound0476, %bound1477
-  br i1 %found.conflict478, label %for_body_c.us.i.preheader, label %vector.ph487, !prof !16
+vector.memcheck470:                               ; preds = %vector.scevcheck454
+  %scevgep482 = getelementptr i8, ptr %scevgep481, i64 %1929
+  %bound0488 = icmp ult ptr %1930, %scevgep487
+  %bound1489 = icmp ult ptr %scevgep483, %scevgep482
+  %found.conflict490 = and i1 %bound0488, %bound1489
+  br i1 %found.conflict490, label %for_body_c.us.i.preheader, label %vector.ph499, !prof !16
 
-vector.ph487:                                     ; preds = %vector.memcheck458
-  %broadcast.splatinsert490 = insertelement <8 x i32> poison, i32 %r199757.us.i, i64 0
-  %broadcast.splat491 = shufflevector <8 x i32> %broadcast.splatinsert490, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body494
+vector.ph499:                                     ; preds = %vector.memcheck470
+  %broadcast.splatinsert502 = insertelement <8 x i32> poison, i32 %r199756.us.i, i64 0
+  %broadcast.splat503 = shufflevector <8 x i32> %broadcast.splatinsert502, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body506
 
-vector.body494:                                   ; preds = %vector.body494, %vector.ph487
-  %index495 = phi i64 [ 0, %vector.ph487 ], [ %index.next499, %vector.body494 ]
-  %vec.ind496 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph487 ], [ %vec.ind.next500, %vector.body494 ]
-  %1940 = getelementptr i8, ptr %1930, i64 %index495
-  %wide.load497 = load <8 x i8>, ptr %1940, align 1, !tbaa !5, !alias.scope !47, !noalias !50
-  %1941 = icmp ne <8 x i8> %wide.load497, zeroinitializer
-  %1942 = add <8 x i32> %broadcast.splat493, %vec.ind496
+vector.body506:                                   ; preds = %vector.body506, %vector.ph499
+  %index507 = phi i64 [ 0, %vector.ph499 ], [ %index.next511, %vector.body506 ]
+  %vec.ind508 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph499 ], [ %vec.ind.next512, %vector.body506 ]
+  %1940 = getelementptr i8, ptr %1930, i64 %index507
+  %wide.load509 = load <8 x i8>, ptr %1940, align 1, !tbaa !5, !alias.scope !47, !noalias !50
+  %1941 = icmp ne <8 x i8> %wide.load509, zeroinitializer
+  %1942 = add <8 x i32> %broadcast.splat505, %vec.ind508
   %1943 = shl <8 x i32> %1942, splat (i32 4)
-  %1944 = add nsw <8 x i32> %1943, %broadcast.splat491
+  %1944 = add nsw <8 x i32> %1943, %broadcast.splat503
   %1945 = sext <8 x i32> %1944 to <8 x i64>
   %1946 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %1945
-  %wide.masked.gather498 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %1946, <8 x i1> %1941, <8 x float> poison), !tbaa !5, !alias.scope !50
-  %predphi = select <8 x i1> %1941, <8 x float> %wide.masked.gather498, <8 x float> splat (float 0xFFF0000000000000)
+  %wide.masked.gather510 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %1946, <8 x i1> %1941, <8 x float> poison), !tbaa !5, !alias.scope !50
+  %predphi = select <8 x i1> %1941, <8 x float> %wide.masked.gather510, <8 x float> splat (float 0xFFF0000000000000)
   tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %1946, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !50
-  %index.next499 = add nuw i64 %index495, 8
-  %vec.ind.next500 = add <8 x i32> %vec.ind496, splat (i32 8)
-  %1947 = icmp eq i64 %index.next499, %n.vec489
-  br i1 %1947, label %middle.block501, label %vector.body494, !prof !52, !llvm.loop !53
+  %index.next511 = add nuw i64 %index507, 8
+  %vec.ind.next512 = add <8 x i32> %vec.ind508, splat (i32 8)
+  %1947 = icmp eq i64 %index.next511, %n.vec501
+  br i1 %1947, label %middle.block513, label %vector.body506, !prof !52, !llvm.loop !53
 
-middle.block501:                                  ; preds = %vector.body494
-  br i1 %cmp.n502, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
+middle.block513:                                  ; preds = %vector.body506
+  br i1 %cmp.n514, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
 
-for_body_c.us.i.preheader:                        ; preds = %middle.block501, %vector.memcheck458, %vector.scevcheck442, %for_body_r196.us.i
-  %indvars.iv981.i.ph = phi i64 [ 0, %vector.memcheck458 ], [ 0, %vector.scevcheck442 ], [ 0, %for_body_r196.us.i ], [ %n.vec489, %middle.block501 ]
+for_body_c.us.i.preheader:                        ; preds = %middle.block513, %vector.memcheck470, %vector.scevcheck454, %for_body_r196.us.i
+  %indvars.iv999.i.ph = phi i64 [ 0, %vector.memcheck470 ], [ 0, %vector.scevcheck454 ], [ 0, %for_body_r196.us.i ], [ %n.vec501, %middle.block513 ]
   br i1 %lcmp.mod.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
 
 for_body_c.us.i.prol:                             ; preds = %if_end202.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv981.i.prol = phi i64 [ %indvars.iv.next982.i.prol, %if_end202.us.i.prol ], [ %indvars.iv981.i.ph, %for_body_c.us.i.preheader ]
+  %indvars.iv999.i.prol = phi i64 [ %indvars.iv.next1000.i.prol, %if_end202.us.i.prol ], [ %indvars.iv999.i.ph, %for_body_c.us.i.preheader ]
   %prol.iter = phi i64 [ %prol.iter.next, %if_end202.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %1948 = getelementptr i8, ptr %1930, i64 %indvars.iv981.i.prol
+  %1948 = getelementptr i8, ptr %1930, i64 %indvars.iv999.i.prol
   %1949 = load i8, ptr %1948, align 1, !tbaa !5
   %1950 = icmp eq i8 %1949, 0
-  %1951 = trunc i64 %indvars.iv981.i.prol to i32
-  %.pre1127.i.prol = add i32 %734, %1951
-  %.pre1129.i.prol = shl i32 %.pre1127.i.prol, 4
-  %.pre1131.i.prol = add nsw i32 %.pre1129.i.prol, %r199757.us.i
-  %.pre1133.i.prol = sext i32 %.pre1131.i.prol to i64
+  %1951 = trunc i64 %indvars.iv999.i.prol to i32
+  %.pre1148.i.prol = add i32 %734, %1951
+  %.pre1150.i.prol = shl i32 %.pre1148.i.prol, 4
+  %.pre1152.i.prol = add nsw i32 %.pre1150.i.prol, %r199756.us.i
+  %.pre1154.i.prol = sext i32 %.pre1152.i.prol to i64
   br i1 %1950, label %if_end202.us.i.prol, label %if_else201.us.i.prol
 
 if_else201.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %1952 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.prol
+  %1952 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.prol
   %1953 = load float, ptr %1952, align 4, !tbaa !5
   br label %if_end202.us.i.prol
 
 if_end202.us.i.prol:                              ; preds = %if_else201.us.i.prol, %for_body_c.us.i.prol
   %1954 = phi float [ %1953, %if_else201.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %1955 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.prol
+  %1955 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.prol
   store float %1954, ptr %1955, align 4, !tbaa !5
-  %indvars.iv.next982.i.prol = add nuw nsw i64 %indvars.iv981.i.prol, 1
+  %indvars.iv.next1000.i.prol = add nuw nsw i64 %indvars.iv999.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
   br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !56, !llvm.loop !57
 
 for_body_c.us.i.prol.loopexit:                    ; preds = %if_end202.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv981.i.unr = phi i64 [ %indvars.iv981.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next982.i.prol, %if_end202.us.i.prol ]
-  %1956 = sub nsw i64 %indvars.iv981.i.ph, %1919
+  %indvars.iv999.i.unr = phi i64 [ %indvars.iv999.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1000.i.prol, %if_end202.us.i.prol ]
+  %1956 = sub nsw i64 %indvars.iv999.i.ph, %1919
   %1957 = icmp ugt i64 %1956, -4
   br i1 %1957, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
 
 for_body_c.us.i:                                  ; preds = %if_end202.us.i.3, %for_body_c.us.i.prol.loopexit
-  %indvars.iv981.i = phi i64 [ %indvars.iv.next982.i.3, %if_end202.us.i.3 ], [ %indvars.iv981.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %1958 = getelementptr i8, ptr %1930, i64 %indvars.iv981.i
+  %indvars.iv999.i = phi i64 [ %indvars.iv.next1000.i.3, %if_end202.us.i.3 ], [ %indvars.iv999.i.unr, %for_body_c.us.i.prol.loopexit ]
+  %1958 = getelementptr i8, ptr %1930, i64 %indvars.iv999.i
   %1959 = load i8, ptr %1958, align 1, !tbaa !5
   %1960 = icmp eq i8 %1959, 0
-  %1961 = trunc i64 %indvars.iv981.i to i32
-  %.pre1127.i = add i32 %734, %1961
-  %.pre1129.i = shl i32 %.pre1127.i, 4
-  %.pre1131.i = add nsw i32 %.pre1129.i, %r199757.us.i
-  %.pre1133.i = sext i32 %.pre1131.i to i64
+  %1961 = trunc i64 %indvars.iv999.i to i32
+  %.pre1148.i = add i32 %734, %1961
+  %.pre1150.i = shl i32 %.pre1148.i, 4
+  %.pre1152.i = add nsw i32 %.pre1150.i, %r199756.us.i
+  %.pre1154.i = sext i32 %.pre1152.i to i64
   br i1 %1960, label %if_end202.us.i, label %if_else201.us.i
 
 if_else201.us.i:                                  ; preds = %for_body_c.us.i
-  %1962 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i
+  %1962 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i
   %1963 = load float, ptr %1962, align 4, !tbaa !5
   br label %if_end202.us.i
 
 if_end202.us.i:                                   ; preds = %if_else201.us.i, %for_body_c.us.i
   %1964 = phi float [ %1963, %if_else201.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %1965 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i
+  %1965 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i
   store float %1964, ptr %1965, align 4, !tbaa !5
-  %indvars.iv.next982.i = add nuw nsw i64 %indvars.iv981.i, 1
-  %1966 = getelementptr i8, ptr %1930, i64 %indvars.iv.next982.i
+  %indvars.iv.next1000.i = add nuw nsw i64 %indvars.iv999.i, 1
+  %1966 = getelementptr i8, ptr %1930, i64 %indvars.iv.next1000.i
   %1967 = load i8, ptr %1966, align 1, !tbaa !5
   %1968 = icmp eq i8 %1967, 0
-  %1969 = trunc i64 %indvars.iv.next982.i to i32
-  %.pre1127.i.1 = add i32 %734, %1969
-  %.pre1129.i.1 = shl i32 %.pre1127.i.1, 4
-  %.pre1131.i.1 = add nsw i32 %.pre1129.i.1, %r199757.us.i
-  %.pre1133.i.1 = sext i32 %.pre1131.i.1 to i64
+  %1969 = trunc i64 %indvars.iv.next1000.i to i32
+  %.pre1148.i.1 = add i32 %734, %1969
+  %.pre1150.i.1 = shl i32 %.pre1148.i.1, 4
+  %.pre1152.i.1 = add nsw i32 %.pre1150.i.1, %r199756.us.i
+  %.pre1154.i.1 = sext i32 %.pre1152.i.1 to i64
   br i1 %1968, label %if_end202.us.i.1, label %if_else201.us.i.1
 
 if_else201.us.i.1:                                ; preds = %if_end202.us.i
-  %1970 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.1
+  %1970 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.1
   %1971 = load float, ptr %1970, align 4, !tbaa !5
   br label %if_end202.us.i.1
 
 if_end202.us.i.1:                                 ; preds = %if_else201.us.i.1, %if_end202.us.i
   %1972 = phi float [ %1971, %if_else201.us.i.1 ], [ 0xFFF0000000000000, %if_end202.us.i ]
-  %1973 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.1
+  %1973 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.1
   store float %1972, ptr %1973, align 4, !tbaa !5
-  %indvars.iv.next982.i.1 = add nuw nsw i64 %indvars.iv981.i, 2
-  %1974 = getelementptr i8, ptr %1930, i64 %indvars.iv.next982.i.1
+  %indvars.iv.next1000.i.1 = add nuw nsw i64 %indvars.iv999.i, 2
+  %1974 = getelementptr i8, ptr %1930, i64 %indvars.iv.next1000.i.1
   %1975 = load i8, ptr %1974, align 1, !tbaa !5
   %1976 = icmp eq i8 %1975, 0
-  %1977 = trunc i64 %indvars.iv.next982.i.1 to i32
-  %.pre1127.i.2 = add i32 %734, %1977
-  %.pre1129.i.2 = shl i32 %.pre1127.i.2, 4
-  %.pre1131.i.2 = add nsw i32 %.pre1129.i.2, %r199757.us.i
-  %.pre1133.i.2 = sext i32 %.pre1131.i.2 to i64
+  %1977 = trunc i64 %indvars.iv.next1000.i.1 to i32
+  %.pre1148.i.2 = add i32 %734, %1977
+  %.pre1150.i.2 = shl i32 %.pre1148.i.2, 4
+  %.pre1152.i.2 = add nsw i32 %.pre1150.i.2, %r199756.us.i
+  %.pre1154.i.2 = sext i32 %.pre1152.i.2 to i64
   br i1 %1976, label %if_end202.us.i.2, label %if_else201.us.i.2
 
 if_else201.us.i.2:                                ; preds = %if_end202.us.i.1
-  %1978 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.2
+  %1978 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.2
   %1979 = load float, ptr %1978, align 4, !tbaa !5
   br label %if_end202.us.i.2
 
 if_end202.us.i.2:                                 ; preds = %if_else201.us.i.2, %if_end202.us.i.1
   %1980 = phi float [ %1979, %if_else201.us.i.2 ], [ 0xFFF0000000000000, %if_end202.us.i.1 ]
-  %1981 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.2
+  %1981 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.2
   store float %1980, ptr %1981, align 4, !tbaa !5
-  %indvars.iv.next982.i.2 = add nuw nsw i64 %indvars.iv981.i, 3
-  %1982 = getelementptr i8, ptr %1930, i64 %indvars.iv.next982.i.2
+  %indvars.iv.next1000.i.2 = add nuw nsw i64 %indvars.iv999.i, 3
+  %1982 = getelementptr i8, ptr %1930, i64 %indvars.iv.next1000.i.2
   %1983 = load i8, ptr %1982, align 1, !tbaa !5
   %1984 = icmp eq i8 %1983, 0
-  %1985 = trunc i64 %indvars.iv.next982.i.2 to i32
-  %.pre1127.i.3 = add i32 %734, %1985
-  %.pre1129.i.3 = shl i32 %.pre1127.i.3, 4
-  %.pre1131.i.3 = add nsw i32 %.pre1129.i.3, %r199757.us.i
-  %.pre1133.i.3 = sext i32 %.pre1131.i.3 to i64
+  %1985 = trunc i64 %indvars.iv.next1000.i.2 to i32
+  %.pre1148.i.3 = add i32 %734, %1985
+  %.pre1150.i.3 = shl i32 %.pre1148.i.3, 4
+  %.pre1152.i.3 = add nsw i32 %.pre1150.i.3, %r199756.us.i
+  %.pre1154.i.3 = sext i32 %.pre1152.i.3 to i64
   br i1 %1984, label %if_end202.us.i.3, label %if_else201.us.i.3
 
 if_else201.us.i.3:                                ; preds = %if_end202.us.i.2
-  %1986 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.3
+  %1986 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.3
   %1987 = load float, ptr %1986, align 4, !tbaa !5
   br label %if_end202.us.i.3
 
 if_end202.us.i.3:                                 ; preds = %if_else201.us.i.3, %if_end202.us.i.2
   %1988 = phi float [ %1987, %if_else201.us.i.3 ], [ 0xFFF0000000000000, %if_end202.us.i.2 ]
-  %1989 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1133.i.3
+  %1989 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.3
   store float %1988, ptr %1989, align 4, !tbaa !5
-  %indvars.iv.next982.i.3 = add nuw nsw i64 %indvars.iv981.i, 4
-  %exitcond.not.3 = icmp eq i64 %indvars.iv.next982.i.3, %1911
+  %indvars.iv.next1000.i.3 = add nuw nsw i64 %indvars.iv999.i, 4
+  %exitcond.not.3 = icmp eq i64 %indvars.iv.next1000.i.3, %1911
   br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !59, !llvm.loop !60
 
-for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end202.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block501
-  %1990 = add nuw nsw i32 %r199757.us.i, 1
+for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end202.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block513
+  %1990 = add nuw nsw i32 %r199756.us.i, 1
   %1991 = icmp slt i32 %1990, %1904
   %indvar.next = add i64 %indvar, 1
   br i1 %1991, label %for_body_r196.us.i, label %if_end194.i, !prof !61
 
 if_end194.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r196.lr.ph.i, %if_then193.i, %for_end_to185.i
-  br i1 %1422, label %for_begin_ti208.preheader.preheader.i, label %for_end_to205.i, !prof !3
+  br i1 %1422, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1.preheader.i, !prof !3
 
-for_begin_ti208.preheader.preheader.i:            ; preds = %if_end194.i
-  %wide.trip.count991.i = zext nneg i32 %1421 to i64
-  br label %for_begin_ti208.preheader.i
+for_begin_ti_0.preheader.preheader.i:             ; preds = %if_end194.i
+  %wide.trip.count1008.i = zext nneg i32 %1421 to i64
+  br label %for_begin_ti_0.preheader.i
 
-for_begin_ti208.preheader.i:                      ; preds = %for_begin_ti208.preheader.i, %for_begin_ti208.preheader.preheader.i
-  %indvars.iv988.i = phi i64 [ 0, %for_begin_ti208.preheader.preheader.i ], [ %indvars.iv.next989.i, %for_begin_ti208.preheader.i ]
-  %peak551.sroa.0.0760.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti208.preheader.preheader.i ], [ %2023, %for_begin_ti208.preheader.i ]
-  %.idx81 = shl nsw i64 %indvars.iv988.i, 9
-  %1992 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx81
-  %1993 = load <16 x float>, ptr %1992, align 4, !tbaa !5
-  %1994 = fcmp ogt <16 x float> %peak551.sroa.0.0760.i, %1993
-  %1995 = select <16 x i1> %1994, <16 x float> %peak551.sroa.0.0760.i, <16 x float> %1993
-  %1996 = getelementptr inbounds nuw i8, ptr %1992, i64 64
-  %1997 = load <16 x float>, ptr %1996, align 4, !tbaa !5
-  %1998 = fcmp ogt <16 x float> %1995, %1997
-  %1999 = select <16 x i1> %1998, <16 x float> %1995, <16 x float> %1997
-  %2000 = getelementptr inbounds nuw i8, ptr %1992, i64 128
-  %2001 = load <16 x float>, ptr %2000, align 4, !tbaa !5
-  %2002 = fcmp ogt <16 x float> %1999, %2001
-  %2003 = select <16 x i1> %2002, <16 x float> %1999, <16 x float> %2001
-  %2004 = getelementptr inbounds nuw i8, ptr %1992, i64 192
-  %2005 = load <16 x float>, ptr %2004, align 4, !tbaa !5
-  %2006 = fcmp ogt <16 x float> %2003, %2005
-  %2007 = select <16 x i1> %2006, <16 x float> %2003, <16 x float> %2005
-  %2008 = getelementptr inbounds nuw i8, ptr %1992, i64 256
+for_begin_ti_1.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %if_end194.i
+  %.lcssa760767.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end194.i ], [ %2039, %for_begin_ti_0.preheader.i ]
+  %.lcssa759765.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end194.i ], [ %2035, %for_begin_ti_0.preheader.i ]
+  %.lcssa758763.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end194.i ], [ %2031, %for_begin_ti_0.preheader.i ]
+  %.lcssa757762.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end194.i ], [ %2027, %for_begin_ti_0.preheader.i ]
+  %1992 = fcmp olt <16 x float> %.lcssa757762.lcssa.i, splat (float 0xC7EFFFFFE0000000)
+  %1993 = select <16 x i1> %1992, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.lcssa757762.lcssa.i
+  %1994 = fcmp ogt <16 x float> %1993, %.lcssa758763.lcssa.i
+  %1995 = select <16 x i1> %1994, <16 x float> %1993, <16 x float> %.lcssa758763.lcssa.i
+  %1996 = fcmp ogt <16 x float> %1995, %.lcssa759765.lcssa.i
+  %1997 = select <16 x i1> %1996, <16 x float> %1995, <16 x float> %.lcssa759765.lcssa.i
+  %1998 = fcmp ogt <16 x float> %1997, %.lcssa760767.lcssa.i
+  %1999 = select <16 x i1> %1998, <16 x float> %1997, <16 x float> %.lcssa760767.lcssa.i
+  %2000 = icmp sgt i32 %valid_len175.i, 0
+  %2001 = insertelement <16 x i1> poison, i1 %2000, i64 0
+  %2002 = shufflevector <16 x i1> %2001, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2003 = select <16 x i1> %2002, <16 x float> %1999, <16 x float> splat (float 0xC6293E5940000000)
+  br i1 %1422, label %for_begin_ti213.preheader.lr.ph.i, label %for_end_to210.i, !prof !3
+
+for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_begin_ti_0.preheader.preheader.i
+  %indvars.iv1005.i = phi i64 [ 0, %for_begin_ti_0.preheader.preheader.i ], [ %indvars.iv.next1006.i, %for_begin_ti_0.preheader.i ]
+  %2004 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2027, %for_begin_ti_0.preheader.i ]
+  %2005 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2031, %for_begin_ti_0.preheader.i ]
+  %2006 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2035, %for_begin_ti_0.preheader.i ]
+  %2007 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2039, %for_begin_ti_0.preheader.i ]
+  %.idx81 = shl nsw i64 %indvars.iv1005.i, 9
+  %2008 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx81
   %2009 = load <16 x float>, ptr %2008, align 4, !tbaa !5
-  %2010 = fcmp ogt <16 x float> %2007, %2009
-  %2011 = select <16 x i1> %2010, <16 x float> %2007, <16 x float> %2009
-  %2012 = getelementptr inbounds nuw i8, ptr %1992, i64 320
+  %2010 = fcmp ogt <16 x float> %2004, %2009
+  %2011 = select <16 x i1> %2010, <16 x float> %2004, <16 x float> %2009
+  %2012 = getelementptr inbounds nuw i8, ptr %2008, i64 64
   %2013 = load <16 x float>, ptr %2012, align 4, !tbaa !5
-  %2014 = fcmp ogt <16 x float> %2011, %2013
-  %2015 = select <16 x i1> %2014, <16 x float> %2011, <16 x float> %2013
-  %2016 = getelementptr inbounds nuw i8, ptr %1992, i64 384
+  %2014 = fcmp ogt <16 x float> %2005, %2013
+  %2015 = select <16 x i1> %2014, <16 x float> %2005, <16 x float> %2013
+  %2016 = getelementptr inbounds nuw i8, ptr %2008, i64 128
   %2017 = load <16 x float>, ptr %2016, align 4, !tbaa !5
-  %2018 = fcmp ogt <16 x float> %2015, %2017
-  %2019 = select <16 x i1> %2018, <16 x float> %2015, <16 x float> %2017
-  %2020 = getelementptr inbounds nuw i8, ptr %1992, i64 448
+  %2018 = fcmp ogt <16 x float> %2006, %2017
+  %2019 = select <16 x i1> %2018, <16 x float> %2006, <16 x float> %2017
+  %2020 = getelementptr inbounds nuw i8, ptr %2008, i64 192
   %2021 = load <16 x float>, ptr %2020, align 4, !tbaa !5
-  %2022 = fcmp ogt <16 x float> %2019, %2021
-  %2023 = select <16 x i1> %2022, <16 x float> %2019, <16 x float> %2021
-  %indvars.iv.next989.i = add nuw nsw i64 %indvars.iv988.i, 1
-  %exitcond992.not.i = icmp eq i64 %indvars.iv.next989.i, %wide.trip.count991.i
-  br i1 %exitcond992.not.i, label %for_begin_ti218.preheader.lr.ph.i, label %for_begin_ti208.preheader.i, !prof !13
+  %2022 = fcmp ogt <16 x float> %2007, %2021
+  %2023 = select <16 x i1> %2022, <16 x float> %2007, <16 x float> %2021
+  %2024 = getelementptr inbounds nuw i8, ptr %2008, i64 256
+  %2025 = load <16 x float>, ptr %2024, align 4, !tbaa !5
+  %2026 = fcmp ogt <16 x float> %2011, %2025
+  %2027 = select <16 x i1> %2026, <16 x float> %2011, <16 x float> %2025
+  %2028 = getelementptr inbounds nuw i8, ptr %2008, i64 320
+  %2029 = load <16 x float>, ptr %2028, align 4, !tbaa !5
+  %2030 = fcmp ogt <16 x float> %2015, %2029
+  %2031 = select <16 x i1> %2030, <16 x float> %2015, <16 x float> %2029
+  %2032 = getelementptr inbounds nuw i8, ptr %2008, i64 384
+  %2033 = load <16 x float>, ptr %2032, align 4, !tbaa !5
+  %2034 = fcmp ogt <16 x float> %2019, %2033
+  %2035 = select <16 x i1> %2034, <16 x float> %2019, <16 x float> %2033
+  %2036 = getelementptr inbounds nuw i8, ptr %2008, i64 448
+  %2037 = load <16 x float>, ptr %2036, align 4, !tbaa !5
+  %2038 = fcmp ogt <16 x float> %2023, %2037
+  %2039 = select <16 x i1> %2038, <16 x float> %2023, <16 x float> %2037
+  %indvars.iv.next1006.i = add nuw nsw i64 %indvars.iv1005.i, 1
+  %exitcond1009.not.i = icmp eq i64 %indvars.iv.next1006.i, %wide.trip.count1008.i
+  br i1 %exitcond1009.not.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti_0.preheader.i, !prof !13
 
-for_end_to205.i:                                  ; preds = %if_end194.i
-  %2024 = icmp sgt i32 %valid_len175.i, 0
-  %2025 = insertelement <16 x i1> poison, i1 %2024, i64 0
-  %2026 = shufflevector <16 x i1> %2025, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2027 = select <16 x i1> %2026, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  br label %for_end_to215.i
+for_begin_ti213.preheader.lr.ph.i:                ; preds = %for_begin_ti_1.preheader.i
+  %2040 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1186.i
+  %2041 = load <16 x i32>, ptr %2040, align 4, !tbaa !5
+  %2042 = sitofp <16 x i32> %2041 to <16 x float>
+  %2043 = fsub <16 x float> splat (float 0x4168000FE0000000), %2042
+  %2044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %wide.trip.count1025.i = zext nneg i32 %1421 to i64
+  br label %for_begin_ti213.preheader.i
 
-for_begin_ti218.preheader.lr.ph.i:                ; preds = %for_begin_ti208.preheader.i
-  %2028 = icmp sgt i32 %valid_len175.i, 0
-  %2029 = insertelement <16 x i1> poison, i1 %2028, i64 0
-  %2030 = shufflevector <16 x i1> %2029, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2031 = select <16 x i1> %2030, <16 x float> %2023, <16 x float> splat (float 0xC6293E5940000000)
-  %2032 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1165.i
-  %2033 = load <16 x i32>, ptr %2032, align 4, !tbaa !5
-  %2034 = sitofp <16 x i32> %2033 to <16 x float>
-  %2035 = fsub <16 x float> splat (float 0x4168000FE0000000), %2034
-  %2036 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2034, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  br label %for_begin_ti218.preheader.i
+for_begin_ti213.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti213.preheader.lr.ph.i
+  %indvars.iv1022.i = phi i64 [ 0, %for_begin_ti213.preheader.lr.ph.i ], [ %indvars.iv.next1023.i, %for_end_ax0.i ]
+  %tile_sum551.sroa.0.0778.i = phi <16 x float> [ zeroinitializer, %for_begin_ti213.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2045 = shl nsw i64 %indvars.iv1022.i, 7
+  %2046 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2045
+  %2047 = load <16 x float>, ptr %2046, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %2047, %2003
+  %2048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
+  %bits.i = bitcast <16 x float> %2048 to <16 x i32>
+  %n.i = fsub <16 x float> %2048, %2043
+  %2049 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %2050 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
+  %2051 = fsub <16 x float> %arg.i, %2050
+  %2052 = fadd <16 x float> %2049, %2051
+  %2053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2052, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2054 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2053, <16 x float> %2052, <16 x float> splat (float 0x3FA5558F20000000))
+  %2055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2052, <16 x float> splat (float 0x3FC5554920000000))
+  %2056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2055, <16 x float> %2052, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2057 = fmul <16 x float> %2052, %2052
+  %2058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2056, <16 x float> %2057, <16 x float> %2052)
+  %2059 = shl <16 x i32> %bits.i, splat (i32 23)
+  %2060 = bitcast <16 x i32> %2059 to <16 x float>
+  %2061 = fadd <16 x float> %2058, splat (float 1.000000e+00)
+  %2062 = fmul <16 x float> %2061, %2060
+  %2063 = fcmp olt <16 x float> %arg.i, %2044
+  %2064 = select <16 x i1> %2063, <16 x float> zeroinitializer, <16 x float> %2062
+  %2065 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2045
+  store <16 x float> %2064, ptr %2065, align 4, !tbaa !5
+  %2066 = or disjoint i64 %2045, 16
+  %2067 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2066
+  %2068 = load <16 x float>, ptr %2067, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %2068, %2003
+  %2069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
+  %bits.1.i = bitcast <16 x float> %2069 to <16 x i32>
+  %n.1.i = fsub <16 x float> %2069, %2043
+  %2070 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
+  %2071 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
+  %2072 = fsub <16 x float> %arg.1.i, %2071
+  %2073 = fadd <16 x float> %2070, %2072
+  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2073, <16 x float> splat (float 0x3FA5558F20000000))
+  %2076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2075, <16 x float> %2073, <16 x float> splat (float 0x3FC5554920000000))
+  %2077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2076, <16 x float> %2073, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2078 = fmul <16 x float> %2073, %2073
+  %2079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2077, <16 x float> %2078, <16 x float> %2073)
+  %2080 = shl <16 x i32> %bits.1.i, splat (i32 23)
+  %2081 = bitcast <16 x i32> %2080 to <16 x float>
+  %2082 = fadd <16 x float> %2079, splat (float 1.000000e+00)
+  %2083 = fmul <16 x float> %2082, %2081
+  %2084 = fcmp olt <16 x float> %arg.1.i, %2044
+  %2085 = select <16 x i1> %2084, <16 x float> zeroinitializer, <16 x float> %2083
+  %2086 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2066
+  store <16 x float> %2085, ptr %2086, align 4, !tbaa !5
+  %2087 = or disjoint i64 %2045, 32
+  %2088 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2087
+  %2089 = load <16 x float>, ptr %2088, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %2089, %2003
+  %2090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
+  %bits.2.i = bitcast <16 x float> %2090 to <16 x i32>
+  %n.2.i = fsub <16 x float> %2090, %2043
+  %2091 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
+  %2092 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
+  %2093 = fsub <16 x float> %arg.2.i, %2092
+  %2094 = fadd <16 x float> %2091, %2093
+  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2095, <16 x float> %2094, <16 x float> splat (float 0x3FA5558F20000000))
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2094, <16 x float> splat (float 0x3FC5554920000000))
+  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2094, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2099 = fmul <16 x float> %2094, %2094
+  %2100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2098, <16 x float> %2099, <16 x float> %2094)
+  %2101 = shl <16 x i32> %bits.2.i, splat (i32 23)
+  %2102 = bitcast <16 x i32> %2101 to <16 x float>
+  %2103 = fadd <16 x float> %2100, splat (float 1.000000e+00)
+  %2104 = fmul <16 x float> %2103, %2102
+  %2105 = fcmp olt <16 x float> %arg.2.i, %2044
+  %2106 = select <16 x i1> %2105, <16 x float> zeroinitializer, <16 x float> %2104
+  %2107 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2087
+  store <16 x float> %2106, ptr %2107, align 4, !tbaa !5
+  %2108 = or disjoint i64 %2045, 48
+  %2109 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2108
+  %2110 = load <16 x float>, ptr %2109, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %2110, %2003
+  %2111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
+  %bits.3.i = bitcast <16 x float> %2111 to <16 x i32>
+  %n.3.i = fsub <16 x float> %2111, %2043
+  %2112 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
+  %2113 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
+  %2114 = fsub <16 x float> %arg.3.i, %2113
+  %2115 = fadd <16 x float> %2112, %2114
+  %2116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2116, <16 x float> %2115, <16 x float> splat (float 0x3FA5558F20000000))
+  %2118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2117, <16 x float> %2115, <16 x float> splat (float 0x3FC5554920000000))
+  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2115, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2120 = fmul <16 x float> %2115, %2115
+  %2121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2119, <16 x float> %2120, <16 x float> %2115)
+  %2122 = shl <16 x i32> %bits.3.i, splat (i32 23)
+  %2123 = bitcast <16 x i32> %2122 to <16 x float>
+  %2124 = fadd <16 x float> %2121, splat (float 1.000000e+00)
+  %2125 = fmul <16 x float> %2124, %2123
+  %2126 = fcmp olt <16 x float> %arg.3.i, %2044
+  %2127 = select <16 x i1> %2126, <16 x float> zeroinitializer, <16 x float> %2125
+  %2128 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2108
+  store <16 x float> %2127, ptr %2128, align 4, !tbaa !5
+  %2129 = or disjoint i64 %2045, 64
+  %2130 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2129
+  %2131 = load <16 x float>, ptr %2130, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %2131, %2003
+  %2132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
+  %bits.4.i = bitcast <16 x float> %2132 to <16 x i32>
+  %n.4.i = fsub <16 x float> %2132, %2043
+  %2133 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
+  %2134 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
+  %2135 = fsub <16 x float> %arg.4.i, %2134
+  %2136 = fadd <16 x float> %2133, %2135
+  %2137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %2136, <16 x float> splat (float 0x3FA5558F20000000))
+  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2136, <16 x float> splat (float 0x3FC5554920000000))
+  %2140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2139, <16 x float> %2136, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2141 = fmul <16 x float> %2136, %2136
+  %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %2141, <16 x float> %2136)
+  %2143 = shl <16 x i32> %bits.4.i, splat (i32 23)
+  %2144 = bitcast <16 x i32> %2143 to <16 x float>
+  %2145 = fadd <16 x float> %2142, splat (float 1.000000e+00)
+  %2146 = fmul <16 x float> %2145, %2144
+  %2147 = fcmp olt <16 x float> %arg.4.i, %2044
+  %2148 = select <16 x i1> %2147, <16 x float> zeroinitializer, <16 x float> %2146
+  %2149 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2129
+  store <16 x float> %2148, ptr %2149, align 4, !tbaa !5
+  %2150 = or disjoint i64 %2045, 80
+  %2151 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2150
+  %2152 = load <16 x float>, ptr %2151, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %2152, %2003
+  %2153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
+  %bits.5.i = bitcast <16 x float> %2153 to <16 x i32>
+  %n.5.i = fsub <16 x float> %2153, %2043
+  %2154 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
+  %2155 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
+  %2156 = fsub <16 x float> %arg.5.i, %2155
+  %2157 = fadd <16 x float> %2154, %2156
+  %2158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %2157, <16 x float> splat (float 0x3FA5558F20000000))
+  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2159, <16 x float> %2157, <16 x float> splat (float 0x3FC5554920000000))
+  %2161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %2157, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2162 = fmul <16 x float> %2157, %2157
+  %2163 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2161, <16 x float> %2162, <16 x float> %2157)
+  %2164 = shl <16 x i32> %bits.5.i, splat (i32 23)
+  %2165 = bitcast <16 x i32> %2164 to <16 x float>
+  %2166 = fadd <16 x float> %2163, splat (float 1.000000e+00)
+  %2167 = fmul <16 x float> %2166, %2165
+  %2168 = fcmp olt <16 x float> %arg.5.i, %2044
+  %2169 = select <16 x i1> %2168, <16 x float> zeroinitializer, <16 x float> %2167
+  %2170 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2150
+  store <16 x float> %2169, ptr %2170, align 4, !tbaa !5
+  %2171 = or disjoint i64 %2045, 96
+  %2172 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2171
+  %2173 = load <16 x float>, ptr %2172, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %2173, %2003
+  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
+  %bits.6.i = bitcast <16 x float> %2174 to <16 x i32>
+  %n.6.i = fsub <16 x float> %2174, %2043
+  %2175 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
+  %2176 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
+  %2177 = fsub <16 x float> %arg.6.i, %2176
+  %2178 = fadd <16 x float> %2175, %2177
+  %2179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2178, <16 x float> splat (float 0x3FA5558F20000000))
+  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2180, <16 x float> %2178, <16 x float> splat (float 0x3FC5554920000000))
+  %2182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2181, <16 x float> %2178, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2183 = fmul <16 x float> %2178, %2178
+  %2184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2183, <16 x float> %2178)
+  %2185 = shl <16 x i32> %bits.6.i, splat (i32 23)
+  %2186 = bitcast <16 x i32> %2185 to <16 x float>
+  %2187 = fadd <16 x float> %2184, splat (float 1.000000e+00)
+  %2188 = fmul <16 x float> %2187, %2186
+  %2189 = fcmp olt <16 x float> %arg.6.i, %2044
+  %2190 = select <16 x i1> %2189, <16 x float> zeroinitializer, <16 x float> %2188
+  %2191 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2171
+  store <16 x float> %2190, ptr %2191, align 4, !tbaa !5
+  %2192 = or disjoint i64 %2045, 112
+  %2193 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2192
+  %2194 = load <16 x float>, ptr %2193, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %2194, %2003
+  %2195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
+  %bits.7.i = bitcast <16 x float> %2195 to <16 x i32>
+  %n.7.i = fsub <16 x float> %2195, %2043
+  %2196 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
+  %2197 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
+  %2198 = fsub <16 x float> %arg.7.i, %2197
+  %2199 = fadd <16 x float> %2196, %2198
+  %2200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2200, <16 x float> %2199, <16 x float> splat (float 0x3FA5558F20000000))
+  %2202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2201, <16 x float> %2199, <16 x float> splat (float 0x3FC5554920000000))
+  %2203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2202, <16 x float> %2199, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2204 = fmul <16 x float> %2199, %2199
+  %2205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2203, <16 x float> %2204, <16 x float> %2199)
+  %2206 = shl <16 x i32> %bits.7.i, splat (i32 23)
+  %2207 = bitcast <16 x i32> %2206 to <16 x float>
+  %2208 = fadd <16 x float> %2205, splat (float 1.000000e+00)
+  %2209 = fmul <16 x float> %2208, %2207
+  %2210 = fcmp olt <16 x float> %arg.7.i, %2044
+  %2211 = select <16 x i1> %2210, <16 x float> zeroinitializer, <16 x float> %2209
+  %2212 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2192
+  store <16 x float> %2211, ptr %2212, align 4, !tbaa !5
+  %2213 = icmp samesign ult i64 %indvars.iv1022.i, 16
+  br i1 %2213, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
 
-for_begin_ti218.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti218.preheader.lr.ph.i
-  %indvars.iv1001.i = phi i64 [ 0, %for_begin_ti218.preheader.lr.ph.i ], [ %indvars.iv.next1002.i, %for_end_ax0.i ]
-  %tile_sum555.sroa.0.0766.i = phi <16 x float> [ zeroinitializer, %for_begin_ti218.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2037 = shl nsw i64 %indvars.iv1001.i, 7
-  %2038 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2037
-  %2039 = load <16 x float>, ptr %2038, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %2039, %2031
-  %2040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
-  %bits.i = bitcast <16 x float> %2040 to <16 x i32>
-  %n.i = fsub <16 x float> %2040, %2035
-  %2041 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
-  %2042 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
-  %2043 = fsub <16 x float> %arg.i, %2042
-  %2044 = fadd <16 x float> %2041, %2043
-  %2045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2044, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2045, <16 x float> %2044, <16 x float> splat (float 0x3FA5558F20000000))
-  %2047 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2046, <16 x float> %2044, <16 x float> splat (float 0x3FC5554920000000))
-  %2048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2047, <16 x float> %2044, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2049 = fmul <16 x float> %2044, %2044
-  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2048, <16 x float> %2049, <16 x float> %2044)
-  %2051 = shl <16 x i32> %bits.i, splat (i32 23)
-  %2052 = bitcast <16 x i32> %2051 to <16 x float>
-  %2053 = fadd <16 x float> %2050, splat (float 1.000000e+00)
-  %2054 = fmul <16 x float> %2053, %2052
-  %2055 = fcmp olt <16 x float> %arg.i, %2036
-  %2056 = select <16 x i1> %2055, <16 x float> zeroinitializer, <16 x float> %2054
-  %2057 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2037
-  store <16 x float> %2056, ptr %2057, align 4, !tbaa !5
-  %2058 = or disjoint i64 %2037, 16
-  %2059 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2058
-  %2060 = load <16 x float>, ptr %2059, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %2060, %2031
-  %2061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
-  %bits.1.i = bitcast <16 x float> %2061 to <16 x i32>
-  %n.1.i = fsub <16 x float> %2061, %2035
-  %2062 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
-  %2063 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
-  %2064 = fsub <16 x float> %arg.1.i, %2063
-  %2065 = fadd <16 x float> %2062, %2064
-  %2066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2065, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2066, <16 x float> %2065, <16 x float> splat (float 0x3FA5558F20000000))
-  %2068 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2067, <16 x float> %2065, <16 x float> splat (float 0x3FC5554920000000))
-  %2069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2068, <16 x float> %2065, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2070 = fmul <16 x float> %2065, %2065
-  %2071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2069, <16 x float> %2070, <16 x float> %2065)
-  %2072 = shl <16 x i32> %bits.1.i, splat (i32 23)
-  %2073 = bitcast <16 x i32> %2072 to <16 x float>
-  %2074 = fadd <16 x float> %2071, splat (float 1.000000e+00)
-  %2075 = fmul <16 x float> %2074, %2073
-  %2076 = fcmp olt <16 x float> %arg.1.i, %2036
-  %2077 = select <16 x i1> %2076, <16 x float> zeroinitializer, <16 x float> %2075
-  %2078 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2058
-  store <16 x float> %2077, ptr %2078, align 4, !tbaa !5
-  %2079 = or disjoint i64 %2037, 32
-  %2080 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2079
-  %2081 = load <16 x float>, ptr %2080, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %2081, %2031
-  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
-  %bits.2.i = bitcast <16 x float> %2082 to <16 x i32>
-  %n.2.i = fsub <16 x float> %2082, %2035
-  %2083 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
-  %2084 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
-  %2085 = fsub <16 x float> %arg.2.i, %2084
-  %2086 = fadd <16 x float> %2083, %2085
-  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2087, <16 x float> %2086, <16 x float> splat (float 0x3FA5558F20000000))
-  %2089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2088, <16 x float> %2086, <16 x float> splat (float 0x3FC5554920000000))
-  %2090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2089, <16 x float> %2086, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2091 = fmul <16 x float> %2086, %2086
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2090, <16 x float> %2091, <16 x float> %2086)
-  %2093 = shl <16 x i32> %bits.2.i, splat (i32 23)
-  %2094 = bitcast <16 x i32> %2093 to <16 x float>
-  %2095 = fadd <16 x float> %2092, splat (float 1.000000e+00)
-  %2096 = fmul <16 x float> %2095, %2094
-  %2097 = fcmp olt <16 x float> %arg.2.i, %2036
-  %2098 = select <16 x i1> %2097, <16 x float> zeroinitializer, <16 x float> %2096
-  %2099 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2079
-  store <16 x float> %2098, ptr %2099, align 4, !tbaa !5
-  %2100 = or disjoint i64 %2037, 48
-  %2101 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2100
-  %2102 = load <16 x float>, ptr %2101, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %2102, %2031
-  %2103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
-  %bits.3.i = bitcast <16 x float> %2103 to <16 x i32>
-  %n.3.i = fsub <16 x float> %2103, %2035
-  %2104 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
-  %2105 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
-  %2106 = fsub <16 x float> %arg.3.i, %2105
-  %2107 = fadd <16 x float> %2104, %2106
-  %2108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2107, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2108, <16 x float> %2107, <16 x float> splat (float 0x3FA5558F20000000))
-  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2109, <16 x float> %2107, <16 x float> splat (float 0x3FC5554920000000))
-  %2111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2110, <16 x float> %2107, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2112 = fmul <16 x float> %2107, %2107
-  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> %2112, <16 x float> %2107)
-  %2114 = shl <16 x i32> %bits.3.i, splat (i32 23)
-  %2115 = bitcast <16 x i32> %2114 to <16 x float>
-  %2116 = fadd <16 x float> %2113, splat (float 1.000000e+00)
-  %2117 = fmul <16 x float> %2116, %2115
-  %2118 = fcmp olt <16 x float> %arg.3.i, %2036
-  %2119 = select <16 x i1> %2118, <16 x float> zeroinitializer, <16 x float> %2117
-  %2120 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2100
-  store <16 x float> %2119, ptr %2120, align 4, !tbaa !5
-  %2121 = or disjoint i64 %2037, 64
-  %2122 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2121
-  %2123 = load <16 x float>, ptr %2122, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %2123, %2031
-  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
-  %bits.4.i = bitcast <16 x float> %2124 to <16 x i32>
-  %n.4.i = fsub <16 x float> %2124, %2035
-  %2125 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
-  %2126 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
-  %2127 = fsub <16 x float> %arg.4.i, %2126
-  %2128 = fadd <16 x float> %2125, %2127
-  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2128, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2129, <16 x float> %2128, <16 x float> splat (float 0x3FA5558F20000000))
-  %2131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2130, <16 x float> %2128, <16 x float> splat (float 0x3FC5554920000000))
-  %2132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2131, <16 x float> %2128, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2133 = fmul <16 x float> %2128, %2128
-  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2133, <16 x float> %2128)
-  %2135 = shl <16 x i32> %bits.4.i, splat (i32 23)
-  %2136 = bitcast <16 x i32> %2135 to <16 x float>
-  %2137 = fadd <16 x float> %2134, splat (float 1.000000e+00)
-  %2138 = fmul <16 x float> %2137, %2136
-  %2139 = fcmp olt <16 x float> %arg.4.i, %2036
-  %2140 = select <16 x i1> %2139, <16 x float> zeroinitializer, <16 x float> %2138
-  %2141 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2121
-  store <16 x float> %2140, ptr %2141, align 4, !tbaa !5
-  %2142 = or disjoint i64 %2037, 80
-  %2143 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2142
-  %2144 = load <16 x float>, ptr %2143, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %2144, %2031
-  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
-  %bits.5.i = bitcast <16 x float> %2145 to <16 x i32>
-  %n.5.i = fsub <16 x float> %2145, %2035
-  %2146 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
-  %2147 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
-  %2148 = fsub <16 x float> %arg.5.i, %2147
-  %2149 = fadd <16 x float> %2146, %2148
-  %2150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2149, <16 x float> splat (float 0x3FA5558F20000000))
-  %2152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %2149, <16 x float> splat (float 0x3FC5554920000000))
-  %2153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2152, <16 x float> %2149, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2154 = fmul <16 x float> %2149, %2149
-  %2155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %2154, <16 x float> %2149)
-  %2156 = shl <16 x i32> %bits.5.i, splat (i32 23)
-  %2157 = bitcast <16 x i32> %2156 to <16 x float>
-  %2158 = fadd <16 x float> %2155, splat (float 1.000000e+00)
-  %2159 = fmul <16 x float> %2158, %2157
-  %2160 = fcmp olt <16 x float> %arg.5.i, %2036
-  %2161 = select <16 x i1> %2160, <16 x float> zeroinitializer, <16 x float> %2159
-  %2162 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2142
-  store <16 x float> %2161, ptr %2162, align 4, !tbaa !5
-  %2163 = or disjoint i64 %2037, 96
-  %2164 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2163
-  %2165 = load <16 x float>, ptr %2164, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %2165, %2031
-  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
-  %bits.6.i = bitcast <16 x float> %2166 to <16 x i32>
-  %n.6.i = fsub <16 x float> %2166, %2035
-  %2167 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
-  %2168 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
-  %2169 = fsub <16 x float> %arg.6.i, %2168
-  %2170 = fadd <16 x float> %2167, %2169
-  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2170, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2171, <16 x float> %2170, <16 x float> splat (float 0x3FA5558F20000000))
-  %2173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2172, <16 x float> %2170, <16 x float> splat (float 0x3FC5554920000000))
-  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2173, <16 x float> %2170, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2175 = fmul <16 x float> %2170, %2170
-  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2174, <16 x float> %2175, <16 x float> %2170)
-  %2177 = shl <16 x i32> %bits.6.i, splat (i32 23)
-  %2178 = bitcast <16 x i32> %2177 to <16 x float>
-  %2179 = fadd <16 x float> %2176, splat (float 1.000000e+00)
-  %2180 = fmul <16 x float> %2179, %2178
-  %2181 = fcmp olt <16 x float> %arg.6.i, %2036
-  %2182 = select <16 x i1> %2181, <16 x float> zeroinitializer, <16 x float> %2180
-  %2183 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2163
-  store <16 x float> %2182, ptr %2183, align 4, !tbaa !5
-  %2184 = or disjoint i64 %2037, 112
-  %2185 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2184
-  %2186 = load <16 x float>, ptr %2185, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %2186, %2031
-  %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2035)
-  %bits.7.i = bitcast <16 x float> %2187 to <16 x i32>
-  %n.7.i = fsub <16 x float> %2187, %2035
-  %2188 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
-  %2189 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
-  %2190 = fsub <16 x float> %arg.7.i, %2189
-  %2191 = fadd <16 x float> %2188, %2190
-  %2192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2191, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2191, <16 x float> splat (float 0x3FA5558F20000000))
-  %2194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2193, <16 x float> %2191, <16 x float> splat (float 0x3FC5554920000000))
-  %2195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2194, <16 x float> %2191, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2196 = fmul <16 x float> %2191, %2191
-  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> %2196, <16 x float> %2191)
-  %2198 = shl <16 x i32> %bits.7.i, splat (i32 23)
-  %2199 = bitcast <16 x i32> %2198 to <16 x float>
-  %2200 = fadd <16 x float> %2197, splat (float 1.000000e+00)
-  %2201 = fmul <16 x float> %2200, %2199
-  %2202 = fcmp olt <16 x float> %arg.7.i, %2036
-  %2203 = select <16 x i1> %2202, <16 x float> zeroinitializer, <16 x float> %2201
-  %2204 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2184
-  store <16 x float> %2203, ptr %2204, align 4, !tbaa !5
-  %2205 = icmp samesign ult i64 %indvars.iv1001.i, 16
-  br i1 %2205, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
+for_end_to210.i:                                  ; preds = %for_end_ax0.i, %for_begin_ti_1.preheader.i
+  %tile_sum551.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1.preheader.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2214 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1186.i
+  %2215 = load <16 x float>, ptr %2214, align 4, !tbaa !5
+  %old_max.i = select <16 x i1> %738, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2215
+  %2216 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1186.i
+  %2217 = load <16 x float>, ptr %2216, align 4, !tbaa !5
+  %old_sum.i = select <16 x i1> %738, <16 x float> zeroinitializer, <16 x float> %2217
+  %2218 = fcmp ogt <16 x float> %old_max.i, %2003
+  %2219 = fcmp oeq <16 x float> %tile_sum551.sroa.0.0.lcssa.i, zeroinitializer
+  %2220 = select <16 x i1> %2219, <16 x i1> splat (i1 true), <16 x i1> %2218
+  %old_or_both.i = select <16 x i1> %2220, <16 x float> %old_max.i, <16 x float> %2003
+  %2221 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2221, <16 x float> %2003, <16 x float> %old_or_both.i
+  %2222 = fsub <16 x float> %old_max.i, %m.i
+  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2222, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2224 = bitcast <16 x float> %2223 to <16 x i32>
+  %2225 = fadd <16 x float> %2223, splat (float 0xC168000FE0000000)
+  %2226 = fmul <16 x float> %2225, splat (float 0x3F2BD01060000000)
+  %2227 = fmul <16 x float> %2225, splat (float 0x3FE6300000000000)
+  %2228 = fsub <16 x float> %2222, %2227
+  %2229 = fadd <16 x float> %2226, %2228
+  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2230, <16 x float> %2229, <16 x float> splat (float 0x3FA5558F20000000))
+  %2232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2231, <16 x float> %2229, <16 x float> splat (float 0x3FC5554920000000))
+  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2232, <16 x float> %2229, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2234 = fmul <16 x float> %2229, %2229
+  %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2233, <16 x float> %2234, <16 x float> %2229)
+  %2236 = shl <16 x i32> %2224, splat (i32 23)
+  %2237 = bitcast <16 x i32> %2236 to <16 x float>
+  %2238 = fadd <16 x float> %2235, splat (float 1.000000e+00)
+  %2239 = fmul <16 x float> %2238, %2237
+  %2240 = fcmp olt <16 x float> %2222, splat (float -8.700000e+01)
+  %2241 = select <16 x i1> %2240, <16 x float> zeroinitializer, <16 x float> %2239
+  %2242 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2243 = select <16 x i1> %2242, <16 x float> %2241, <16 x float> zeroinitializer
+  %arg237.i = fsub <16 x float> %2003, %m.i
+  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg237.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2245 = bitcast <16 x float> %2244 to <16 x i32>
+  %2246 = fadd <16 x float> %2244, splat (float 0xC168000FE0000000)
+  %2247 = fmul <16 x float> %2246, splat (float 0x3F2BD01060000000)
+  %2248 = fmul <16 x float> %2246, splat (float 0x3FE6300000000000)
+  %2249 = fsub <16 x float> %arg237.i, %2248
+  %2250 = fadd <16 x float> %2247, %2249
+  %2251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2251, <16 x float> %2250, <16 x float> splat (float 0x3FA5558F20000000))
+  %2253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2250, <16 x float> splat (float 0x3FC5554920000000))
+  %2254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2253, <16 x float> %2250, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2255 = fmul <16 x float> %2250, %2250
+  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2254, <16 x float> %2255, <16 x float> %2250)
+  %2257 = shl <16 x i32> %2245, splat (i32 23)
+  %2258 = bitcast <16 x i32> %2257 to <16 x float>
+  %2259 = fadd <16 x float> %2256, splat (float 1.000000e+00)
+  %2260 = fmul <16 x float> %2259, %2258
+  %2261 = fcmp olt <16 x float> %arg237.i, splat (float -8.700000e+01)
+  %2262 = select <16 x i1> %2261, <16 x float> zeroinitializer, <16 x float> %2260
+  %2263 = fcmp one <16 x float> %tile_sum551.sroa.0.0.lcssa.i, zeroinitializer
+  %2264 = select <16 x i1> %2263, <16 x float> %2262, <16 x float> zeroinitializer
+  %2265 = fmul <16 x float> %old_sum.i, %2243
+  %2266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_sum551.sroa.0.0.lcssa.i, <16 x float> %2265)
+  store <16 x float> %m.i, ptr %2214, align 4, !tbaa !5
+  store <16 x float> %2266, ptr %2216, align 4, !tbaa !5
+  %2267 = load i32, ptr %1410, align 16, !tbaa !17
+  %2268 = sub nsw i32 %2267, %698
+  %2269 = tail call i32 @llvm.smin.i32(i32 %2268, i32 %valid_len175.i)
+  %2270 = tail call i32 @llvm.smin.i32(i32 %2269, i32 %733)
+  %2271 = select i1 %141, i32 %2270, i32 %2269
+  %2272 = tail call i32 @llvm.smax.i32(i32 %2271, i32 0)
+  %num_full.i = lshr i32 %2272, 3
+  %2273 = sub nsw i32 %1421, %num_full.i
+  %2274 = icmp sgt i32 %2273, 0
+  br i1 %2274, label %for_begin_ti260.preheader.lr.ph.i, label %for_end_to257.i, !prof !3
 
-for_end_to215.i:                                  ; preds = %for_end_ax0.i, %for_end_to205.i
-  %2206 = phi <16 x float> [ %2027, %for_end_to205.i ], [ %2031, %for_end_ax0.i ]
-  %tile_sum555.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to205.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2207 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1165.i
-  %2208 = load <16 x float>, ptr %2207, align 4, !tbaa !5
-  %old_max.i = select <16 x i1> %738, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2208
-  %2209 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1165.i
-  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !5
-  %old_sum.i = select <16 x i1> %738, <16 x float> zeroinitializer, <16 x float> %2210
-  %2211 = fcmp ogt <16 x float> %old_max.i, %2206
-  %2212 = fcmp oeq <16 x float> %tile_sum555.sroa.0.0.lcssa.i, zeroinitializer
-  %2213 = select <16 x i1> %2212, <16 x i1> splat (i1 true), <16 x i1> %2211
-  %old_or_both.i = select <16 x i1> %2213, <16 x float> %old_max.i, <16 x float> %2206
-  %2214 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2214, <16 x float> %2206, <16 x float> %old_or_both.i
-  %2215 = fsub <16 x float> %old_max.i, %m.i
-  %2216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2215, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2217 = bitcast <16 x float> %2216 to <16 x i32>
-  %2218 = fadd <16 x float> %2216, splat (float 0xC168000FE0000000)
-  %2219 = fmul <16 x float> %2218, splat (float 0x3F2BD01060000000)
-  %2220 = fmul <16 x float> %2218, splat (float 0x3FE6300000000000)
-  %2221 = fsub <16 x float> %2215, %2220
-  %2222 = fadd <16 x float> %2219, %2221
-  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2222, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2223, <16 x float> %2222, <16 x float> splat (float 0x3FA5558F20000000))
-  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> %2222, <16 x float> splat (float 0x3FC5554920000000))
-  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2225, <16 x float> %2222, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2227 = fmul <16 x float> %2222, %2222
-  %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2226, <16 x float> %2227, <16 x float> %2222)
-  %2229 = shl <16 x i32> %2217, splat (i32 23)
-  %2230 = bitcast <16 x i32> %2229 to <16 x float>
-  %2231 = fadd <16 x float> %2228, splat (float 1.000000e+00)
-  %2232 = fmul <16 x float> %2231, %2230
-  %2233 = fcmp olt <16 x float> %2215, splat (float -8.700000e+01)
-  %2234 = select <16 x i1> %2233, <16 x float> zeroinitializer, <16 x float> %2232
-  %2235 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2236 = select <16 x i1> %2235, <16 x float> %2234, <16 x float> zeroinitializer
-  %arg242.i = fsub <16 x float> %2206, %m.i
-  %2237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg242.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2238 = bitcast <16 x float> %2237 to <16 x i32>
-  %2239 = fadd <16 x float> %2237, splat (float 0xC168000FE0000000)
-  %2240 = fmul <16 x float> %2239, splat (float 0x3F2BD01060000000)
-  %2241 = fmul <16 x float> %2239, splat (float 0x3FE6300000000000)
-  %2242 = fsub <16 x float> %arg242.i, %2241
-  %2243 = fadd <16 x float> %2240, %2242
-  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2243, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2244, <16 x float> %2243, <16 x float> splat (float 0x3FA5558F20000000))
-  %2246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2245, <16 x float> %2243, <16 x float> splat (float 0x3FC5554920000000))
-  %2247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %2243, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2248 = fmul <16 x float> %2243, %2243
-  %2249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2247, <16 x float> %2248, <16 x float> %2243)
-  %2250 = shl <16 x i32> %2238, splat (i32 23)
-  %2251 = bitcast <16 x i32> %2250 to <16 x float>
-  %2252 = fadd <16 x float> %2249, splat (float 1.000000e+00)
-  %2253 = fmul <16 x float> %2252, %2251
-  %2254 = fcmp olt <16 x float> %arg242.i, splat (float -8.700000e+01)
-  %2255 = select <16 x i1> %2254, <16 x float> zeroinitializer, <16 x float> %2253
-  %2256 = fcmp one <16 x float> %tile_sum555.sroa.0.0.lcssa.i, zeroinitializer
-  %2257 = select <16 x i1> %2256, <16 x float> %2255, <16 x float> zeroinitializer
-  %2258 = fmul <16 x float> %old_sum.i, %2236
-  %2259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_sum555.sroa.0.0.lcssa.i, <16 x float> %2258)
-  store <16 x float> %m.i, ptr %2207, align 4, !tbaa !5
-  store <16 x float> %2259, ptr %2209, align 4, !tbaa !5
-  %2260 = load i32, ptr %1410, align 16, !tbaa !17
-  %2261 = sub nsw i32 %2260, %698
-  %2262 = tail call i32 @llvm.smin.i32(i32 %2261, i32 %valid_len175.i)
-  %2263 = tail call i32 @llvm.smin.i32(i32 %2262, i32 %733)
-  %2264 = select i1 %141, i32 %2263, i32 %2262
-  %2265 = tail call i32 @llvm.smax.i32(i32 %2264, i32 0)
-  %num_full.i = lshr i32 %2265, 3
-  %2266 = sub nsw i32 %1421, %num_full.i
-  %2267 = icmp sgt i32 %2266, 0
-  br i1 %2267, label %for_begin_ti265.preheader.lr.ph.i, label %for_end_to262.i, !prof !3
-
-for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti218.preheader.i
-  %2268 = fadd <16 x float> %tile_sum555.sroa.0.0766.i, %2056
-  %2269 = fadd <16 x float> %2268, %2077
-  %2270 = fadd <16 x float> %2269, %2098
-  %2271 = fadd <16 x float> %2270, %2119
-  %2272 = fadd <16 x float> %2271, %2140
-  %2273 = fadd <16 x float> %2272, %2161
-  %2274 = fadd <16 x float> %2273, %2182
-  %2275 = fadd <16 x float> %2274, %2203
+for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti213.preheader.i
+  %2275 = fadd <16 x float> %tile_sum551.sroa.0.0778.i, %2064
+  %2276 = fadd <16 x float> %2275, %2085
+  %2277 = fadd <16 x float> %2276, %2106
+  %2278 = fadd <16 x float> %2277, %2127
+  %2279 = fadd <16 x float> %2278, %2148
+  %2280 = fadd <16 x float> %2279, %2169
+  %2281 = fadd <16 x float> %2280, %2190
+  %2282 = fadd <16 x float> %2281, %2211
   br label %for_end_ax0.i
 
-for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti218.preheader.i
-  %.us-phi.i = phi <16 x float> [ %2275, %for_body_ax0.us.preheader.i ], [ %tile_sum555.sroa.0.0766.i, %for_begin_ti218.preheader.i ]
-  %indvars.iv.next1002.i = add nuw nsw i64 %indvars.iv1001.i, 1
-  %exitcond1005.not.i = icmp eq i64 %indvars.iv.next1002.i, %wide.trip.count991.i
-  br i1 %exitcond1005.not.i, label %for_end_to215.i, label %for_begin_ti218.preheader.i, !prof !13
+for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti213.preheader.i
+  %.us-phi.i = phi <16 x float> [ %2282, %for_body_ax0.us.preheader.i ], [ %tile_sum551.sroa.0.0778.i, %for_begin_ti213.preheader.i ]
+  %indvars.iv.next1023.i = add nuw nsw i64 %indvars.iv1022.i, 1
+  %exitcond1026.not.i = icmp eq i64 %indvars.iv.next1023.i, %wide.trip.count1025.i
+  br i1 %exitcond1026.not.i, label %for_end_to210.i, label %for_begin_ti213.preheader.i, !prof !13
 
-for_begin_ti265.preheader.lr.ph.i:                ; preds = %for_end_to215.i
-  %2276 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1165.i
-  %2277 = and i32 %2265, 2147483640
-  %2278 = add i32 %2277, %698
-  %wide.trip.count1013.i = zext nneg i32 %2266 to i64
-  br label %for_begin_ti265.preheader.i
+for_begin_ti260.preheader.lr.ph.i:                ; preds = %for_end_to210.i
+  %2283 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1186.i
+  %2284 = and i32 %2272, 2147483640
+  %2285 = add i32 %2284, %698
+  %wide.trip.count1034.i = zext nneg i32 %2273 to i64
+  br label %for_begin_ti260.preheader.i
 
-for_begin_ti265.preheader.i:                      ; preds = %for_begin_ti265.preheader.i, %for_begin_ti265.preheader.lr.ph.i
-  %indvars.iv1010.i = phi i64 [ 0, %for_begin_ti265.preheader.lr.ph.i ], [ %indvars.iv.next1011.i, %for_begin_ti265.preheader.i ]
-  %indvars.iv1010.tr.i = trunc i64 %indvars.iv1010.i to i32
-  %2279 = shl i32 %indvars.iv1010.tr.i, 3
-  %2280 = add i32 %2278, %2279
-  %2281 = add i32 %num_full.i, %indvars.iv1010.tr.i
-  %2282 = shl i32 %2281, 7
-  %2283 = sext i32 %2282 to i64
-  %2284 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
-  %2285 = insertelement <16 x i32> poison, i32 %2280, i64 0
-  %2286 = shufflevector <16 x i32> %2285, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2287 = icmp slt <16 x i32> %2286, %2284
-  %2288 = sext <16 x i1> %2287 to <16 x i32>
-  %2289 = getelementptr inbounds i32, ptr %edges.i, i64 %2283
-  store <16 x i32> %2288, ptr %2289, align 4, !tbaa !5
-  %2290 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
-  %2291 = add i32 %2280, 1
-  %2292 = insertelement <16 x i32> poison, i32 %2291, i64 0
+for_begin_ti260.preheader.i:                      ; preds = %for_begin_ti260.preheader.i, %for_begin_ti260.preheader.lr.ph.i
+  %indvars.iv1031.i = phi i64 [ 0, %for_begin_ti260.preheader.lr.ph.i ], [ %indvars.iv.next1032.i, %for_begin_ti260.preheader.i ]
+  %indvars.iv1031.tr.i = trunc i64 %indvars.iv1031.i to i32
+  %2286 = shl i32 %indvars.iv1031.tr.i, 3
+  %2287 = add i32 %2285, %2286
+  %2288 = add i32 %num_full.i, %indvars.iv1031.tr.i
+  %2289 = shl i32 %2288, 7
+  %2290 = sext i32 %2289 to i64
+  %2291 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
+  %2292 = insertelement <16 x i32> poison, i32 %2287, i64 0
   %2293 = shufflevector <16 x i32> %2292, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2294 = icmp slt <16 x i32> %2293, %2290
+  %2294 = icmp slt <16 x i32> %2293, %2291
   %2295 = sext <16 x i1> %2294 to <16 x i32>
-  %2296 = getelementptr i8, ptr %2289, i64 64
+  %2296 = getelementptr inbounds i32, ptr %edges.i, i64 %2290
   store <16 x i32> %2295, ptr %2296, align 4, !tbaa !5
-  %2297 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
-  %2298 = add i32 %2280, 2
+  %2297 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
+  %2298 = add i32 %2287, 1
   %2299 = insertelement <16 x i32> poison, i32 %2298, i64 0
   %2300 = shufflevector <16 x i32> %2299, <16 x i32> poison, <16 x i32> zeroinitializer
   %2301 = icmp slt <16 x i32> %2300, %2297
   %2302 = sext <16 x i1> %2301 to <16 x i32>
-  %2303 = getelementptr i8, ptr %2289, i64 128
+  %2303 = getelementptr i8, ptr %2296, i64 64
   store <16 x i32> %2302, ptr %2303, align 4, !tbaa !5
-  %2304 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
-  %2305 = add i32 %2280, 3
+  %2304 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
+  %2305 = add i32 %2287, 2
   %2306 = insertelement <16 x i32> poison, i32 %2305, i64 0
   %2307 = shufflevector <16 x i32> %2306, <16 x i32> poison, <16 x i32> zeroinitializer
   %2308 = icmp slt <16 x i32> %2307, %2304
   %2309 = sext <16 x i1> %2308 to <16 x i32>
-  %2310 = getelementptr i8, ptr %2289, i64 192
+  %2310 = getelementptr i8, ptr %2296, i64 128
   store <16 x i32> %2309, ptr %2310, align 4, !tbaa !5
-  %2311 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
-  %2312 = add i32 %2280, 4
+  %2311 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
+  %2312 = add i32 %2287, 3
   %2313 = insertelement <16 x i32> poison, i32 %2312, i64 0
   %2314 = shufflevector <16 x i32> %2313, <16 x i32> poison, <16 x i32> zeroinitializer
   %2315 = icmp slt <16 x i32> %2314, %2311
   %2316 = sext <16 x i1> %2315 to <16 x i32>
-  %2317 = getelementptr i8, ptr %2289, i64 256
+  %2317 = getelementptr i8, ptr %2296, i64 192
   store <16 x i32> %2316, ptr %2317, align 4, !tbaa !5
-  %2318 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
-  %2319 = add i32 %2280, 5
+  %2318 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
+  %2319 = add i32 %2287, 4
   %2320 = insertelement <16 x i32> poison, i32 %2319, i64 0
   %2321 = shufflevector <16 x i32> %2320, <16 x i32> poison, <16 x i32> zeroinitializer
   %2322 = icmp slt <16 x i32> %2321, %2318
   %2323 = sext <16 x i1> %2322 to <16 x i32>
-  %2324 = getelementptr i8, ptr %2289, i64 320
+  %2324 = getelementptr i8, ptr %2296, i64 256
   store <16 x i32> %2323, ptr %2324, align 4, !tbaa !5
-  %2325 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
-  %2326 = add i32 %2280, 6
+  %2325 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
+  %2326 = add i32 %2287, 5
   %2327 = insertelement <16 x i32> poison, i32 %2326, i64 0
   %2328 = shufflevector <16 x i32> %2327, <16 x i32> poison, <16 x i32> zeroinitializer
   %2329 = icmp slt <16 x i32> %2328, %2325
   %2330 = sext <16 x i1> %2329 to <16 x i32>
-  %2331 = getelementptr i8, ptr %2289, i64 384
+  %2331 = getelementptr i8, ptr %2296, i64 320
   store <16 x i32> %2330, ptr %2331, align 4, !tbaa !5
-  %2332 = load <16 x i32>, ptr %2276, align 4, !tbaa !5
-  %2333 = add i32 %2280, 7
+  %2332 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
+  %2333 = add i32 %2287, 6
   %2334 = insertelement <16 x i32> poison, i32 %2333, i64 0
   %2335 = shufflevector <16 x i32> %2334, <16 x i32> poison, <16 x i32> zeroinitializer
   %2336 = icmp slt <16 x i32> %2335, %2332
   %2337 = sext <16 x i1> %2336 to <16 x i32>
-  %2338 = getelementptr i8, ptr %2289, i64 448
+  %2338 = getelementptr i8, ptr %2296, i64 384
   store <16 x i32> %2337, ptr %2338, align 4, !tbaa !5
-  %indvars.iv.next1011.i = add nuw nsw i64 %indvars.iv1010.i, 1
-  %exitcond1014.not.i = icmp eq i64 %indvars.iv.next1011.i, %wide.trip.count1013.i
-  br i1 %exitcond1014.not.i, label %for_end_to262.i, label %for_begin_ti265.preheader.i, !prof !13
+  %2339 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
+  %2340 = add i32 %2287, 7
+  %2341 = insertelement <16 x i32> poison, i32 %2340, i64 0
+  %2342 = shufflevector <16 x i32> %2341, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2343 = icmp slt <16 x i32> %2342, %2339
+  %2344 = sext <16 x i1> %2343 to <16 x i32>
+  %2345 = getelementptr i8, ptr %2296, i64 448
+  store <16 x i32> %2344, ptr %2345, align 4, !tbaa !5
+  %indvars.iv.next1032.i = add nuw nsw i64 %indvars.iv1031.i, 1
+  %exitcond1035.not.i = icmp eq i64 %indvars.iv.next1032.i, %wide.trip.count1034.i
+  br i1 %exitcond1035.not.i, label %for_end_to257.i, label %for_begin_ti260.preheader.i, !prof !13
 
-for_end_to262.i:                                  ; preds = %for_begin_ti265.preheader.i, %for_end_to215.i
-  br i1 %141, label %if_then270.i, label %if_end271.i, !prof !8
+for_end_to257.i:                                  ; preds = %for_begin_ti260.preheader.i, %for_end_to210.i
+  br i1 %141, label %if_then265.i, label %if_end266.i, !prof !8
 
-if_then270.i:                                     ; preds = %for_end_to262.i
-  %2339 = tail call i32 @llvm.smin.i32(i32 %1419, i32 16)
-  %2340 = icmp sgt i32 %1419, 0
-  br i1 %2340, label %for_body_r273.lr.ph.i, label %if_end271.i, !prof !3
+if_then265.i:                                     ; preds = %for_end_to257.i
+  %2346 = tail call i32 @llvm.smin.i32(i32 %1419, i32 16)
+  %2347 = icmp sgt i32 %1419, 0
+  br i1 %2347, label %for_body_r268.lr.ph.i, label %if_end266.i, !prof !3
 
-for_body_r273.lr.ph.i:                            ; preds = %if_then270.i
-  %2341 = icmp sgt i32 %valid_len175.i, %734
-  %2342 = zext nneg i32 %1417 to i64
-  %2343 = shl nuw nsw i64 %2342, 2
-  br i1 %2341, label %for_body_r273.us.preheader.i, label %if_end271.i, !prof !3
+for_body_r268.lr.ph.i:                            ; preds = %if_then265.i
+  %2348 = icmp sgt i32 %valid_len175.i, %734
+  %2349 = zext nneg i32 %1417 to i64
+  %2350 = shl nuw nsw i64 %2349, 2
+  br i1 %2348, label %for_body_r268.us.preheader.i, label %if_end266.i, !prof !3
 
-for_body_r273.us.preheader.i:                     ; preds = %for_body_r273.lr.ph.i
-  %2344 = add i32 %indvars.iv228, %1412
-  %smin233 = tail call i32 @llvm.smin.i32(i32 %indvars.iv226, i32 %2344)
-  %smin234 = tail call i32 @llvm.smin.i32(i32 %smin233, i32 128)
-  %2345 = sub i32 %smin234, %smax232
-  %2346 = zext i32 %2345 to i64
-  %2347 = add nsw i64 %2346, -1
-  %2348 = add i32 %684, %1412
-  %smin414 = tail call i32 @llvm.smin.i32(i32 %682, i32 %2348)
-  %smin415 = tail call i32 @llvm.smin.i32(i32 %smin414, i32 128)
-  %2349 = sub i32 %smin415, %smax410
-  %2350 = zext i32 %2349 to i64
-  %scevgep416 = getelementptr i8, ptr %scevgep409, i64 %2350
-  %scevgep418 = getelementptr i8, ptr %edges.i, i64 %687
-  %scevgep419 = getelementptr i8, ptr %edges.i, i64 -60
-  %scevgep420 = getelementptr i8, ptr %scevgep419, i64 %687
-  %2351 = shl nuw nsw i64 %2350, 6
-  %smin427 = tail call i32 @llvm.smin.i32(i32 %675, i32 %2344)
-  %smin428 = tail call i32 @llvm.smin.i32(i32 %smin427, i32 128)
-  %2352 = sub i32 %smin428, %smax423
+for_body_r268.us.preheader.i:                     ; preds = %for_body_r268.lr.ph.i
+  %2351 = add i32 %indvars.iv234, %1412
+  %smin239 = tail call i32 @llvm.smin.i32(i32 %indvars.iv232, i32 %2351)
+  %smin240 = tail call i32 @llvm.smin.i32(i32 %smin239, i32 128)
+  %2352 = sub i32 %smin240, %smax238
   %2353 = zext i32 %2352 to i64
-  %min.iters.check429 = icmp ult i32 %2352, 16
-  %2354 = trunc i64 %2347 to i32
-  %2355 = add i32 %smax406, %2354
-  %2356 = shl i32 %2355, 4
-  %2357 = icmp ugt i64 %2347, 268435455
-  %smax421 = tail call i32 @llvm.smax.i32(i32 %2339, i32 1)
-  %2358 = add nsw i32 %smax421, -1
-  %2359 = zext nneg i32 %2358 to i64
-  %2360 = shl nuw nsw i64 %2359, 2
-  %2361 = getelementptr i8, ptr %scevgep420, i64 %2351
-  %scevgep422 = getelementptr i8, ptr %2361, i64 %2360
-  %n.vec432 = and i64 %2353, 4294967288
-  %cmp.n = icmp eq i64 %n.vec432, %2353
-  %xtraiter597 = and i64 %2353, 3
-  %lcmp.mod598.not = icmp eq i64 %xtraiter597, 0
-  br label %for_body_r273.us.i
+  %2354 = add nsw i64 %2353, -1
+  %2355 = add i32 %684, %1412
+  %smin426 = tail call i32 @llvm.smin.i32(i32 %682, i32 %2355)
+  %smin427 = tail call i32 @llvm.smin.i32(i32 %smin426, i32 128)
+  %2356 = sub i32 %smin427, %smax422
+  %2357 = zext i32 %2356 to i64
+  %scevgep428 = getelementptr i8, ptr %scevgep421, i64 %2357
+  %scevgep430 = getelementptr i8, ptr %edges.i, i64 %687
+  %scevgep431 = getelementptr i8, ptr %edges.i, i64 -60
+  %scevgep432 = getelementptr i8, ptr %scevgep431, i64 %687
+  %2358 = shl nuw nsw i64 %2357, 6
+  %smin439 = tail call i32 @llvm.smin.i32(i32 %675, i32 %2351)
+  %smin440 = tail call i32 @llvm.smin.i32(i32 %smin439, i32 128)
+  %2359 = sub i32 %smin440, %smax435
+  %2360 = zext i32 %2359 to i64
+  %min.iters.check441 = icmp ult i32 %2359, 16
+  %2361 = trunc i64 %2354 to i32
+  %2362 = add i32 %smax418, %2361
+  %2363 = shl i32 %2362, 4
+  %2364 = icmp ugt i64 %2354, 268435455
+  %smax433 = tail call i32 @llvm.smax.i32(i32 %2346, i32 1)
+  %2365 = add nsw i32 %smax433, -1
+  %2366 = zext nneg i32 %2365 to i64
+  %2367 = shl nuw nsw i64 %2366, 2
+  %2368 = getelementptr i8, ptr %scevgep432, i64 %2358
+  %scevgep434 = getelementptr i8, ptr %2368, i64 %2367
+  %n.vec444 = and i64 %2360, 4294967288
+  %cmp.n = icmp eq i64 %n.vec444, %2360
+  %xtraiter612 = and i64 %2360, 3
+  %lcmp.mod613.not = icmp eq i64 %xtraiter612, 0
+  br label %for_body_r268.us.i
 
-for_body_r273.us.i:                               ; preds = %for_begin_c277.for_end_c279_crit_edge.us.i, %for_body_r273.us.preheader.i
-  %r276772.us.i = phi i32 [ %2432, %for_begin_c277.for_end_c279_crit_edge.us.i ], [ 0, %for_body_r273.us.preheader.i ]
-  %2362 = lshr i32 %r276772.us.i, 2
-  %2363 = zext nneg i32 %2362 to i64
-  %2364 = add nuw nsw i64 %2343, %2363
-  %2365 = mul nsw i64 %2364, %382
-  %2366 = getelementptr i8, ptr %740, i64 %2365
-  br i1 %min.iters.check429, label %for_body_c278.us.i.preheader, label %vector.scevcheck, !prof !16
+for_body_r268.us.i:                               ; preds = %for_begin_c272.for_end_c274_crit_edge.us.i, %for_body_r268.us.preheader.i
+  %r271784.us.i = phi i32 [ %2439, %for_begin_c272.for_end_c274_crit_edge.us.i ], [ 0, %for_body_r268.us.preheader.i ]
+  %2369 = lshr i32 %r271784.us.i, 2
+  %2370 = zext nneg i32 %2369 to i64
+  %2371 = add nuw nsw i64 %2350, %2370
+  %2372 = mul nsw i64 %2371, %382
+  %2373 = getelementptr i8, ptr %740, i64 %2372
+  br i1 %min.iters.check441, label %for_body_c273.us.i.preheader, label %vector.scevcheck, !prof !16
 
-vector.scevcheck:                                 ; preds = %for_body_r273.us.i
-  %2367 = add i32 %691, %r276772.us.i
-  %2368 = add i32 %2356, %r276772.us.i
-  %2369 = icmp slt i32 %2368, %2367
-  %2370 = or i1 %2369, %2357
-  br i1 %2370, label %for_body_c278.us.i.preheader, label %vector.memcheck, !prof !16
+vector.scevcheck:                                 ; preds = %for_body_r268.us.i
+  %2374 = add i32 %691, %r271784.us.i
+  %2375 = add i32 %2363, %r271784.us.i
+  %2376 = icmp slt i32 %2375, %2374
+  %2377 = or i1 %2376, %2364
+  br i1 %2377, label %for_body_c273.us.i.preheader, label %vector.memcheck, !prof !16
 
 vector.memcheck:                                  ; preds = %vector.scevcheck
-  %scevgep417 = getelementptr i8, ptr %scevgep416, i64 %2365
-  %bound0 = icmp ult ptr %2366, %scevgep422
-  %bound1 = icmp ult ptr %scevgep418, %scevgep417
+  %scevgep429 = getelementptr i8, ptr %scevgep428, i64 %2372
+  %bound0 = icmp ult ptr %2373, %scevgep434
+  %bound1 = icmp ult ptr %scevgep430, %scevgep429
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_c278.us.i.preheader, label %vector.ph430, !prof !16
+  br i1 %found.conflict, label %for_body_c273.us.i.preheader, label %vector.ph442, !prof !16
 
-vector.ph430:                                     ; preds = %vector.memcheck
-  %broadcast.splatinsert433 = insertelement <8 x i32> poison, i32 %r276772.us.i, i64 0
-  %broadcast.splat434 = shufflevector <8 x i32> %broadcast.splatinsert433, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body437
+vector.ph442:                                     ; preds = %vector.memcheck
+  %broadcast.splatinsert445 = insertelement <8 x i32> poison, i32 %r271784.us.i, i64 0
+  %broadcast.splat446 = shufflevector <8 x i32> %broadcast.splatinsert445, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body449
 
-vector.body437:                                   ; preds = %vector.body437, %vector.ph430
-  %index438 = phi i64 [ 0, %vector.ph430 ], [ %index.next439, %vector.body437 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph430 ], [ %vec.ind.next, %vector.body437 ]
-  %2371 = getelementptr i8, ptr %2366, i64 %index438
-  %wide.load = load <8 x i8>, ptr %2371, align 1, !tbaa !5, !alias.scope !62, !noalias !65
-  %2372 = icmp eq <8 x i8> %wide.load, zeroinitializer
-  %2373 = add <8 x i32> %broadcast.splat436, %vec.ind
-  %2374 = shl <8 x i32> %2373, splat (i32 4)
-  %2375 = add nsw <8 x i32> %2374, %broadcast.splat434
-  %2376 = sext <8 x i32> %2375 to <8 x i64>
-  %2377 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2376
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2377, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !65
-  %2378 = select <8 x i1> %2372, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2378, <8 x ptr> align 4 %2377, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !65
-  %index.next439 = add nuw i64 %index438, 8
+vector.body449:                                   ; preds = %vector.body449, %vector.ph442
+  %index450 = phi i64 [ 0, %vector.ph442 ], [ %index.next451, %vector.body449 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph442 ], [ %vec.ind.next, %vector.body449 ]
+  %2378 = getelementptr i8, ptr %2373, i64 %index450
+  %wide.load = load <8 x i8>, ptr %2378, align 1, !tbaa !5, !alias.scope !62, !noalias !65
+  %2379 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2380 = add <8 x i32> %broadcast.splat448, %vec.ind
+  %2381 = shl <8 x i32> %2380, splat (i32 4)
+  %2382 = add nsw <8 x i32> %2381, %broadcast.splat446
+  %2383 = sext <8 x i32> %2382 to <8 x i64>
+  %2384 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2383
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2384, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !65
+  %2385 = select <8 x i1> %2379, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2385, <8 x ptr> align 4 %2384, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !65
+  %index.next451 = add nuw i64 %index450, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2379 = icmp eq i64 %index.next439, %n.vec432
-  br i1 %2379, label %middle.block440, label %vector.body437, !prof !52, !llvm.loop !67
+  %2386 = icmp eq i64 %index.next451, %n.vec444
+  br i1 %2386, label %middle.block452, label %vector.body449, !prof !52, !llvm.loop !67
 
-middle.block440:                                  ; preds = %vector.body437
-  br i1 %cmp.n, label %for_begin_c277.for_end_c279_crit_edge.us.i, label %for_body_c278.us.i.preheader, !prof !55
+middle.block452:                                  ; preds = %vector.body449
+  br i1 %cmp.n, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i.preheader, !prof !55
 
-for_body_c278.us.i.preheader:                     ; preds = %middle.block440, %vector.memcheck, %vector.scevcheck, %for_body_r273.us.i
-  %indvars.iv1015.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r273.us.i ], [ %n.vec432, %middle.block440 ]
-  br i1 %lcmp.mod598.not, label %for_body_c278.us.i.prol.loopexit, label %for_body_c278.us.i.prol, !prof !3
+for_body_c273.us.i.preheader:                     ; preds = %middle.block452, %vector.memcheck, %vector.scevcheck, %for_body_r268.us.i
+  %indvars.iv1036.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r268.us.i ], [ %n.vec444, %middle.block452 ]
+  br i1 %lcmp.mod613.not, label %for_body_c273.us.i.prol.loopexit, label %for_body_c273.us.i.prol, !prof !3
 
-for_body_c278.us.i.prol:                          ; preds = %for_body_c278.us.i.prol, %for_body_c278.us.i.preheader
-  %indvars.iv1015.i.prol = phi i64 [ %indvars.iv.next1016.i.prol, %for_body_c278.us.i.prol ], [ %indvars.iv1015.i.ph, %for_body_c278.us.i.preheader ]
-  %prol.iter599 = phi i64 [ %prol.iter599.next, %for_body_c278.us.i.prol ], [ 0, %for_body_c278.us.i.preheader ]
-  %2380 = getelementptr i8, ptr %2366, i64 %indvars.iv1015.i.prol
-  %2381 = load i8, ptr %2380, align 1, !tbaa !5
-  %.not586.us.i.prol = icmp eq i8 %2381, 0
-  %2382 = trunc i64 %indvars.iv1015.i.prol to i32
-  %2383 = add i32 %734, %2382
-  %2384 = shl i32 %2383, 4
-  %2385 = add nsw i32 %2384, %r276772.us.i
-  %2386 = sext i32 %2385 to i64
-  %2387 = getelementptr inbounds i32, ptr %edges.i, i64 %2386
-  %2388 = load i32, ptr %2387, align 4, !tbaa !5
-  %2389 = select i1 %.not586.us.i.prol, i32 0, i32 %2388
-  store i32 %2389, ptr %2387, align 4, !tbaa !5
-  %indvars.iv.next1016.i.prol = add nuw nsw i64 %indvars.iv1015.i.prol, 1
-  %prol.iter599.next = add i64 %prol.iter599, 1
-  %prol.iter599.cmp.not = icmp eq i64 %prol.iter599.next, %xtraiter597
-  br i1 %prol.iter599.cmp.not, label %for_body_c278.us.i.prol.loopexit, label %for_body_c278.us.i.prol, !prof !56, !llvm.loop !68
+for_body_c273.us.i.prol:                          ; preds = %for_body_c273.us.i.prol, %for_body_c273.us.i.preheader
+  %indvars.iv1036.i.prol = phi i64 [ %indvars.iv.next1037.i.prol, %for_body_c273.us.i.prol ], [ %indvars.iv1036.i.ph, %for_body_c273.us.i.preheader ]
+  %prol.iter614 = phi i64 [ %prol.iter614.next, %for_body_c273.us.i.prol ], [ 0, %for_body_c273.us.i.preheader ]
+  %2387 = getelementptr i8, ptr %2373, i64 %indvars.iv1036.i.prol
+  %2388 = load i8, ptr %2387, align 1, !tbaa !5
+  %.not582.us.i.prol = icmp eq i8 %2388, 0
+  %2389 = trunc i64 %indvars.iv1036.i.prol to i32
+  %2390 = add i32 %734, %2389
+  %2391 = shl i32 %2390, 4
+  %2392 = add nsw i32 %2391, %r271784.us.i
+  %2393 = sext i32 %2392 to i64
+  %2394 = getelementptr inbounds i32, ptr %edges.i, i64 %2393
+  %2395 = load i32, ptr %2394, align 4, !tbaa !5
+  %2396 = select i1 %.not582.us.i.prol, i32 0, i32 %2395
+  store i32 %2396, ptr %2394, align 4, !tbaa !5
+  %indvars.iv.next1037.i.prol = add nuw nsw i64 %indvars.iv1036.i.prol, 1
+  %prol.iter614.next = add i64 %prol.iter614, 1
+  %prol.iter614.cmp.not = icmp eq i64 %prol.iter614.next, %xtraiter612
+  br i1 %prol.iter614.cmp.not, label %for_body_c273.us.i.prol.loopexit, label %for_body_c273.us.i.prol, !prof !56, !llvm.loop !68
 
-for_body_c278.us.i.prol.loopexit:                 ; preds = %for_body_c278.us.i.prol, %for_body_c278.us.i.preheader
-  %indvars.iv1015.i.unr = phi i64 [ %indvars.iv1015.i.ph, %for_body_c278.us.i.preheader ], [ %indvars.iv.next1016.i.prol, %for_body_c278.us.i.prol ]
-  %2390 = sub nsw i64 %indvars.iv1015.i.ph, %2353
-  %2391 = icmp ugt i64 %2390, -4
-  br i1 %2391, label %for_begin_c277.for_end_c279_crit_edge.us.i, label %for_body_c278.us.i, !prof !16
+for_body_c273.us.i.prol.loopexit:                 ; preds = %for_body_c273.us.i.prol, %for_body_c273.us.i.preheader
+  %indvars.iv1036.i.unr = phi i64 [ %indvars.iv1036.i.ph, %for_body_c273.us.i.preheader ], [ %indvars.iv.next1037.i.prol, %for_body_c273.us.i.prol ]
+  %2397 = sub nsw i64 %indvars.iv1036.i.ph, %2360
+  %2398 = icmp ugt i64 %2397, -4
+  br i1 %2398, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i, !prof !16
 
-for_body_c278.us.i:                               ; preds = %for_body_c278.us.i, %for_body_c278.us.i.prol.loopexit
-  %indvars.iv1015.i = phi i64 [ %indvars.iv.next1016.i.3, %for_body_c278.us.i ], [ %indvars.iv1015.i.unr, %for_body_c278.us.i.prol.loopexit ]
-  %2392 = getelementptr i8, ptr %2366, i64 %indvars.iv1015.i
-  %2393 = load i8, ptr %2392, align 1, !tbaa !5
-  %.not586.us.i = icmp eq i8 %2393, 0
-  %2394 = trunc i64 %indvars.iv1015.i to i32
-  %2395 = add i32 %734, %2394
-  %2396 = shl i32 %2395, 4
-  %2397 = add nsw i32 %2396, %r276772.us.i
-  %2398 = sext i32 %2397 to i64
-  %2399 = getelementptr inbounds i32, ptr %edges.i, i64 %2398
-  %2400 = load i32, ptr %2399, align 4, !tbaa !5
-  %2401 = select i1 %.not586.us.i, i32 0, i32 %2400
-  store i32 %2401, ptr %2399, align 4, !tbaa !5
-  %indvars.iv.next1016.i = add nuw nsw i64 %indvars.iv1015.i, 1
-  %2402 = getelementptr i8, ptr %2366, i64 %indvars.iv.next1016.i
-  %2403 = load i8, ptr %2402, align 1, !tbaa !5
-  %.not586.us.i.1 = icmp eq i8 %2403, 0
-  %2404 = trunc i64 %indvars.iv.next1016.i to i32
-  %2405 = add i32 %734, %2404
-  %2406 = shl i32 %2405, 4
-  %2407 = add nsw i32 %2406, %r276772.us.i
-  %2408 = sext i32 %2407 to i64
-  %2409 = getelementptr inbounds i32, ptr %edges.i, i64 %2408
-  %2410 = load i32, ptr %2409, align 4, !tbaa !5
-  %2411 = select i1 %.not586.us.i.1, i32 0, i32 %2410
-  store i32 %2411, ptr %2409, align 4, !tbaa !5
-  %indvars.iv.next1016.i.1 = add nuw nsw i64 %indvars.iv1015.i, 2
-  %2412 = getelementptr i8, ptr %2366, i64 %indvars.iv.next1016.i.1
-  %2413 = load i8, ptr %2412, align 1, !tbaa !5
-  %.not586.us.i.2 = icmp eq i8 %2413, 0
-  %2414 = trunc i64 %indvars.iv.next1016.i.1 to i32
-  %2415 = add i32 %734, %2414
-  %2416 = shl i32 %2415, 4
-  %2417 = add nsw i32 %2416, %r276772.us.i
-  %2418 = sext i32 %2417 to i64
-  %2419 = getelementptr inbounds i32, ptr %edges.i, i64 %2418
-  %2420 = load i32, ptr %2419, align 4, !tbaa !5
-  %2421 = select i1 %.not586.us.i.2, i32 0, i32 %2420
-  store i32 %2421, ptr %2419, align 4, !tbaa !5
-  %indvars.iv.next1016.i.2 = add nuw nsw i64 %indvars.iv1015.i, 3
-  %2422 = getelementptr i8, ptr %2366, i64 %indvars.iv.next1016.i.2
-  %2423 = load i8, ptr %2422, align 1, !tbaa !5
-  %.not586.us.i.3 = icmp eq i8 %2423, 0
-  %2424 = trunc i64 %indvars.iv.next1016.i.2 to i32
-  %2425 = add i32 %734, %2424
-  %2426 = shl i32 %2425, 4
-  %2427 = add nsw i32 %2426, %r276772.us.i
-  %2428 = sext i32 %2427 to i64
-  %2429 = getelementptr inbounds i32, ptr %edges.i, i64 %2428
-  %2430 = load i32, ptr %2429, align 4, !tbaa !5
-  %2431 = select i1 %.not586.us.i.3, i32 0, i32 %2430
-  store i32 %2431, ptr %2429, align 4, !tbaa !5
-  %indvars.iv.next1016.i.3 = add nuw nsw i64 %indvars.iv1015.i, 4
-  %exitcond235.not.3 = icmp eq i64 %indvars.iv.next1016.i.3, %2346
-  br i1 %exitcond235.not.3, label %for_begin_c277.for_end_c279_crit_edge.us.i, label %for_body_c278.us.i, !prof !59, !llvm.loop !69
+for_body_c273.us.i:                               ; preds = %for_body_c273.us.i, %for_body_c273.us.i.prol.loopexit
+  %indvars.iv1036.i = phi i64 [ %indvars.iv.next1037.i.3, %for_body_c273.us.i ], [ %indvars.iv1036.i.unr, %for_body_c273.us.i.prol.loopexit ]
+  %2399 = getelementptr i8, ptr %2373, i64 %indvars.iv1036.i
+  %2400 = load i8, ptr %2399, align 1, !tbaa !5
+  %.not582.us.i = icmp eq i8 %2400, 0
+  %2401 = trunc i64 %indvars.iv1036.i to i32
+  %2402 = add i32 %734, %2401
+  %2403 = shl i32 %2402, 4
+  %2404 = add nsw i32 %2403, %r271784.us.i
+  %2405 = sext i32 %2404 to i64
+  %2406 = getelementptr inbounds i32, ptr %edges.i, i64 %2405
+  %2407 = load i32, ptr %2406, align 4, !tbaa !5
+  %2408 = select i1 %.not582.us.i, i32 0, i32 %2407
+  store i32 %2408, ptr %2406, align 4, !tbaa !5
+  %indvars.iv.next1037.i = add nuw nsw i64 %indvars.iv1036.i, 1
+  %2409 = getelementptr i8, ptr %2373, i64 %indvars.iv.next1037.i
+  %2410 = load i8, ptr %2409, align 1, !tbaa !5
+  %.not582.us.i.1 = icmp eq i8 %2410, 0
+  %2411 = trunc i64 %indvars.iv.next1037.i to i32
+  %2412 = add i32 %734, %2411
+  %2413 = shl i32 %2412, 4
+  %2414 = add nsw i32 %2413, %r271784.us.i
+  %2415 = sext i32 %2414 to i64
+  %2416 = getelementptr inbounds i32, ptr %edges.i, i64 %2415
+  %2417 = load i32, ptr %2416, align 4, !tbaa !5
+  %2418 = select i1 %.not582.us.i.1, i32 0, i32 %2417
+  store i32 %2418, ptr %2416, align 4, !tbaa !5
+  %indvars.iv.next1037.i.1 = add nuw nsw i64 %indvars.iv1036.i, 2
+  %2419 = getelementptr i8, ptr %2373, i64 %indvars.iv.next1037.i.1
+  %2420 = load i8, ptr %2419, align 1, !tbaa !5
+  %.not582.us.i.2 = icmp eq i8 %2420, 0
+  %2421 = trunc i64 %indvars.iv.next1037.i.1 to i32
+  %2422 = add i32 %734, %2421
+  %2423 = shl i32 %2422, 4
+  %2424 = add nsw i32 %2423, %r271784.us.i
+  %2425 = sext i32 %2424 to i64
+  %2426 = getelementptr inbounds i32, ptr %edges.i, i64 %2425
+  %2427 = load i32, ptr %2426, align 4, !tbaa !5
+  %2428 = select i1 %.not582.us.i.2, i32 0, i32 %2427
+  store i32 %2428, ptr %2426, align 4, !tbaa !5
+  %indvars.iv.next1037.i.2 = add nuw nsw i64 %indvars.iv1036.i, 3
+  %2429 = getelementptr i8, ptr %2373, i64 %indvars.iv.next1037.i.2
+  %2430 = load i8, ptr %2429, align 1, !tbaa !5
+  %.not582.us.i.3 = icmp eq i8 %2430, 0
+  %2431 = trunc i64 %indvars.iv.next1037.i.2 to i32
+  %2432 = add i32 %734, %2431
+  %2433 = shl i32 %2432, 4
+  %2434 = add nsw i32 %2433, %r271784.us.i
+  %2435 = sext i32 %2434 to i64
+  %2436 = getelementptr inbounds i32, ptr %edges.i, i64 %2435
+  %2437 = load i32, ptr %2436, align 4, !tbaa !5
+  %2438 = select i1 %.not582.us.i.3, i32 0, i32 %2437
+  store i32 %2438, ptr %2436, align 4, !tbaa !5
+  %indvars.iv.next1037.i.3 = add nuw nsw i64 %indvars.iv1036.i, 4
+  %exitcond241.not.3 = icmp eq i64 %indvars.iv.next1037.i.3, %2353
+  br i1 %exitcond241.not.3, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i, !prof !59, !llvm.loop !69
 
-for_begin_c277.for_end_c279_crit_edge.us.i:       ; preds = %for_body_c278.us.i, %for_body_c278.us.i.prol.loopexit, %middle.block440
-  %2432 = add nuw nsw i32 %r276772.us.i, 1
-  %2433 = icmp slt i32 %2432, %2339
-  br i1 %2433, label %for_body_r273.us.i, label %if_end271.i, !prof !61
+for_begin_c272.for_end_c274_crit_edge.us.i:       ; preds = %for_body_c273.us.i, %for_body_c273.us.i.prol.loopexit, %middle.block452
+  %2439 = add nuw nsw i32 %r271784.us.i, 1
+  %2440 = icmp slt i32 %2439, %2346
+  br i1 %2440, label %for_body_r268.us.i, label %if_end266.i, !prof !61
 
-if_end271.i:                                      ; preds = %for_begin_c277.for_end_c279_crit_edge.us.i, %for_body_r273.lr.ph.i, %if_then270.i, %for_end_to262.i
-  %factor.op.mul.reass.i = mul i32 %factor.op.mul834.i, %num_full.i
-  %.not862.i = icmp eq i32 %num_full.i, 0
-  %2434 = and i32 %2265, 2147483640
-  %2435 = icmp sgt i32 %valid_len175.i, %2434
-  %2436 = and i1 %704, %1408
-  %2437 = shl nuw nsw i32 %num_full.i, 7
-  %2438 = shl nuw nsw i32 %num_full.i, 10
-  %2439 = fmul <16 x float> %2236, zeroinitializer
-  %2440 = zext nneg i32 %2437 to i64
-  %2441 = shl i64 %1409, 11
-  %2442 = and i64 %2441, 4294965248
-  %2443 = zext nneg i32 %num_full.i to i64
-  %2444 = add i32 %indvars.iv228, %1412
-  %2445 = tail call i32 @llvm.smin.i32(i32 %indvars.iv226, i32 %2444)
-  %2446 = tail call i32 @llvm.smin.i32(i32 %2445, i32 128)
-  %smin237 = sext i32 %2446 to i64
-  %2447 = shl nuw nsw i64 %2443, 3
-  %2448 = sub nsw i64 %smin237, %2447
-  %smax238 = tail call i64 @llvm.smax.i64(i64 %2448, i64 1)
-  br label %for_begin_to282.preheader.i
+if_end266.i:                                      ; preds = %for_begin_c272.for_end_c274_crit_edge.us.i, %for_body_r268.lr.ph.i, %if_then265.i, %for_end_to257.i
+  %factor.op.mul.reass.i = mul i32 %factor.op.mul846.i, %num_full.i
+  %.not876.i = icmp eq i32 %num_full.i, 0
+  %2441 = and i32 %2272, 2147483640
+  %2442 = icmp sgt i32 %valid_len175.i, %2441
+  %2443 = and i1 %704, %1408
+  %2444 = shl nuw nsw i32 %num_full.i, 7
+  %2445 = shl nuw nsw i32 %num_full.i, 10
+  %2446 = fmul <16 x float> %2243, zeroinitializer
+  %2447 = zext nneg i32 %2444 to i64
+  %2448 = shl i64 %1409, 11
+  %2449 = and i64 %2448, 4294965248
+  %2450 = zext nneg i32 %num_full.i to i64
+  %2451 = add i32 %indvars.iv234, %1412
+  %2452 = tail call i32 @llvm.smin.i32(i32 %indvars.iv232, i32 %2451)
+  %2453 = tail call i32 @llvm.smin.i32(i32 %2452, i32 128)
+  %smin243 = sext i32 %2453 to i64
+  %2454 = shl nuw nsw i64 %2450, 3
+  %2455 = sub nsw i64 %smin243, %2454
+  %smax244 = tail call i64 @llvm.smax.i64(i64 %2455, i64 1)
+  br label %for_begin_to277.preheader.i
 
-for_begin_to282.preheader.i:                      ; preds = %if_end319.i, %if_end271.i
-  %indvars.iv1036.i = phi i64 [ 0, %if_end271.i ], [ %indvars.iv.next1037.i, %if_end319.i ]
-  br i1 %.not862.i, label %for_end_to284.i, label %for_body_to283.lr.ph.i, !prof !16
+for_begin_to277.preheader.i:                      ; preds = %if_end314.i, %if_end266.i
+  %indvars.iv1057.i = phi i64 [ 0, %if_end266.i ], [ %indvars.iv.next1058.i, %if_end314.i ]
+  br i1 %.not876.i, label %for_end_to279.i, label %for_body_to278.lr.ph.i, !prof !16
 
-for_body_to283.lr.ph.i:                           ; preds = %for_begin_to282.preheader.i
-  %2449 = mul nuw nsw i64 %indvars.iv1036.i, %2443
-  %2450 = shl i64 %indvars.iv1036.i, 2
-  %2451 = and i64 %2450, 12
-  %2452 = shl i64 %indvars.iv1036.i, 3
-  %2453 = and i64 %2452, 96
-  %invariant.gep154 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2453
-  %invariant.gep156 = getelementptr inbounds nuw float, ptr %invariant.gep154, i64 %2451
-  br label %for_body_to283.i
+for_body_to278.lr.ph.i:                           ; preds = %for_begin_to277.preheader.i
+  %2456 = mul nuw nsw i64 %indvars.iv1057.i, %2450
+  %2457 = shl i64 %indvars.iv1057.i, 2
+  %2458 = and i64 %2457, 12
+  %2459 = shl i64 %indvars.iv1057.i, 3
+  %2460 = and i64 %2459, 96
+  %invariant.gep157 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2460
+  %invariant.gep159 = getelementptr inbounds nuw float, ptr %invariant.gep157, i64 %2458
+  br label %for_body_to278.i
 
-for_body_to283.i:                                 ; preds = %if_end288.i, %for_body_to283.lr.ph.i
-  %indvars.iv1026.i = phi i64 [ 0, %for_body_to283.lr.ph.i ], [ %indvars.iv.next1027.i, %if_end288.i ]
-  %full_acc546.sroa.28.0799.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2807, %if_end288.i ]
-  %full_acc546.sroa.24.0798.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2802, %if_end288.i ]
-  %full_acc546.sroa.20.0797.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2797, %if_end288.i ]
-  %full_acc546.sroa.16.0796.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2792, %if_end288.i ]
-  %full_acc546.sroa.12.0795.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2787, %if_end288.i ]
-  %full_acc546.sroa.8.0794.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2782, %if_end288.i ]
-  %full_acc546.sroa.4.0793.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2777, %if_end288.i ]
-  %full_acc546.sroa.0.0792.i = phi <16 x float> [ zeroinitializer, %for_body_to283.lr.ph.i ], [ %2772, %if_end288.i ]
-  br i1 %2436, label %for_begin_line289.preheader.i, label %if_end288.i, !prof !8
+for_body_to278.i:                                 ; preds = %if_end283.i, %for_body_to278.lr.ph.i
+  %indvars.iv1047.i = phi i64 [ 0, %for_body_to278.lr.ph.i ], [ %indvars.iv.next1048.i, %if_end283.i ]
+  %full_acc541.sroa.28.0811.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2814, %if_end283.i ]
+  %full_acc541.sroa.24.0810.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2809, %if_end283.i ]
+  %full_acc541.sroa.20.0809.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2804, %if_end283.i ]
+  %full_acc541.sroa.16.0808.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2799, %if_end283.i ]
+  %full_acc541.sroa.12.0807.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2794, %if_end283.i ]
+  %full_acc541.sroa.8.0806.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2789, %if_end283.i ]
+  %full_acc541.sroa.4.0805.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2784, %if_end283.i ]
+  %full_acc541.sroa.0.0804.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2779, %if_end283.i ]
+  br i1 %2443, label %for_begin_line284.preheader.i, label %if_end283.i, !prof !8
 
-for_begin_line289.preheader.i:                    ; preds = %for_body_to283.i
-  %2454 = add nuw nsw i64 %indvars.iv1026.i, %2449
-  %2455 = trunc nuw nsw i64 %2454 to i32
-  %2456 = lshr i32 %2455, 1
-  %2457 = add nuw nsw i32 %2456, %factor.op.mul.reass.i
-  %2458 = srem i32 %2457, %num_kv_heads
-  %2459 = zext nneg i32 %2458 to i64
-  %2460 = mul nsw i64 %v_head, %2459
-  %2461 = sdiv i32 %2457, %num_kv_heads
-  %2462 = sext i32 %2461 to i64
-  %2463 = getelementptr i64, ptr %value_offsets.i, i64 %2462
-  %2464 = getelementptr i8, ptr %2463, i64 1024
-  %2465 = load i64, ptr %2464, align 8, !tbaa !5
-  %2466 = shl i64 %2454, 5
-  %2467 = and i64 %2466, 32
-  %gep810.i = getelementptr i32, ptr %invariant.gep809.i, i64 %2465
-  %invariant.gep775.i = getelementptr i32, ptr %gep810.i, i64 %2460
-  %gep776.i = getelementptr i32, ptr %invariant.gep775.i, i64 %2467
-  tail call void @llvm.prefetch.p0(ptr readonly %gep776.i, i32 0, i32 2, i32 1)
-  %gep776.1.i = getelementptr i8, ptr %gep776.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep776.1.i, i32 0, i32 2, i32 1)
-  br label %if_end288.i
+for_begin_line284.preheader.i:                    ; preds = %for_body_to278.i
+  %2461 = add nuw nsw i64 %indvars.iv1047.i, %2456
+  %2462 = trunc nuw nsw i64 %2461 to i32
+  %2463 = lshr i32 %2462, 1
+  %2464 = add nuw nsw i32 %2463, %factor.op.mul.reass.i
+  %2465 = srem i32 %2464, %num_kv_heads
+  %2466 = zext nneg i32 %2465 to i64
+  %2467 = mul nsw i64 %v_head, %2466
+  %2468 = sdiv i32 %2464, %num_kv_heads
+  %2469 = sext i32 %2468 to i64
+  %2470 = getelementptr i64, ptr %value_offsets.i, i64 %2469
+  %2471 = getelementptr i8, ptr %2470, i64 1024
+  %2472 = load i64, ptr %2471, align 8, !tbaa !5
+  %2473 = shl i64 %2461, 5
+  %2474 = and i64 %2473, 32
+  %gep822.i = getelementptr i32, ptr %invariant.gep821.i, i64 %2472
+  %invariant.gep787.i = getelementptr i32, ptr %gep822.i, i64 %2467
+  %gep788.i = getelementptr i32, ptr %invariant.gep787.i, i64 %2474
+  tail call void @llvm.prefetch.p0(ptr readonly %gep788.i, i32 0, i32 2, i32 1)
+  %gep788.1.i = getelementptr i8, ptr %gep788.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep788.1.i, i32 0, i32 2, i32 1)
+  br label %if_end283.i
 
-for_end_to284.i:                                  ; preds = %if_end288.i, %for_begin_to282.preheader.i
-  %full_acc546.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2772, %if_end288.i ]
-  %full_acc546.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2777, %if_end288.i ]
-  %full_acc546.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2782, %if_end288.i ]
-  %full_acc546.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2787, %if_end288.i ]
-  %full_acc546.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2792, %if_end288.i ]
-  %full_acc546.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2797, %if_end288.i ]
-  %full_acc546.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2802, %if_end288.i ]
-  %full_acc546.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to282.preheader.i ], [ %2807, %if_end288.i ]
-  br i1 %2435, label %for_body_ti300.lr.ph.i, label %for_end_ti301.i, !prof !3
+for_end_to279.i:                                  ; preds = %if_end283.i, %for_begin_to277.preheader.i
+  %full_acc541.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2779, %if_end283.i ]
+  %full_acc541.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2784, %if_end283.i ]
+  %full_acc541.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2789, %if_end283.i ]
+  %full_acc541.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2794, %if_end283.i ]
+  %full_acc541.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2799, %if_end283.i ]
+  %full_acc541.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2804, %if_end283.i ]
+  %full_acc541.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2809, %if_end283.i ]
+  %full_acc541.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2814, %if_end283.i ]
+  br i1 %2442, label %for_body_ti295.lr.ph.i, label %for_end_ti296.i, !prof !3
 
-for_body_ti300.lr.ph.i:                           ; preds = %for_end_to284.i
-  %indvars.iv1036.tr.i = trunc i64 %indvars.iv1036.i to i32
-  %2468 = shl i32 %indvars.iv1036.tr.i, 2
-  %2469 = and i32 %2468, 12
-  %2470 = shl i32 %indvars.iv1036.tr.i, 3
-  %2471 = and i32 %2470, 96
-  %invariant.op829.i = or disjoint i32 %2471, %2438
-  %invariant.op831.i = or disjoint i32 %invariant.op829.i, %2469
-  %2472 = zext nneg i32 %invariant.op831.i to i64
-  %invariant.gep1240.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2472
-  br label %for_body_ti300.i
+for_body_ti295.lr.ph.i:                           ; preds = %for_end_to279.i
+  %indvars.iv1057.tr.i = trunc i64 %indvars.iv1057.i to i32
+  %2475 = shl i32 %indvars.iv1057.tr.i, 2
+  %2476 = and i32 %2475, 12
+  %2477 = shl i32 %indvars.iv1057.tr.i, 3
+  %2478 = and i32 %2477, 96
+  %invariant.op841.i = or disjoint i32 %2478, %2445
+  %invariant.op843.i = or disjoint i32 %invariant.op841.i, %2476
+  %2479 = zext nneg i32 %invariant.op843.i to i64
+  %invariant.gep1263.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2479
+  br label %for_body_ti295.i
 
-if_end288.i:                                      ; preds = %for_begin_line289.preheader.i, %for_body_to283.i
-  %.idx82 = shl nsw i64 %indvars.iv1026.i, 9
-  %2473 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx82
-  %2474 = load <16 x float>, ptr %2473, align 4, !tbaa !5
-  %.idx83 = shl nsw i64 %indvars.iv1026.i, 12
-  %gep157 = getelementptr inbounds nuw i8, ptr %invariant.gep156, i64 %.idx83
-  %2475 = load float, ptr %gep157, align 4, !tbaa !5
-  %2476 = insertelement <16 x float> poison, float %2475, i64 0
-  %2477 = shufflevector <16 x float> %2476, <16 x float> poison, <16 x i32> zeroinitializer
-  %2478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2474, <16 x float> %2477, <16 x float> %full_acc546.sroa.0.0792.i)
-  %2479 = getelementptr inbounds nuw i8, ptr %gep157, i64 64
-  %2480 = load float, ptr %2479, align 4, !tbaa !5
-  %2481 = insertelement <16 x float> poison, float %2480, i64 0
-  %2482 = shufflevector <16 x float> %2481, <16 x float> poison, <16 x i32> zeroinitializer
-  %2483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2474, <16 x float> %2482, <16 x float> %full_acc546.sroa.4.0793.i)
-  %2484 = getelementptr inbounds nuw i8, ptr %gep157, i64 4
-  %2485 = load float, ptr %2484, align 4, !tbaa !5
-  %2486 = insertelement <16 x float> poison, float %2485, i64 0
-  %2487 = shufflevector <16 x float> %2486, <16 x float> poison, <16 x i32> zeroinitializer
-  %2488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2474, <16 x float> %2487, <16 x float> %full_acc546.sroa.8.0794.i)
-  %2489 = getelementptr inbounds nuw i8, ptr %gep157, i64 68
-  %2490 = load float, ptr %2489, align 4, !tbaa !5
-  %2491 = insertelement <16 x float> poison, float %2490, i64 0
-  %2492 = shufflevector <16 x float> %2491, <16 x float> poison, <16 x i32> zeroinitializer
-  %2493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2474, <16 x float> %2492, <16 x float> %full_acc546.sroa.12.0795.i)
-  %2494 = getelementptr inbounds nuw i8, ptr %gep157, i64 8
-  %2495 = load float, ptr %2494, align 4, !tbaa !5
-  %2496 = insertelement <16 x float> poison, float %2495, i64 0
-  %2497 = shufflevector <16 x float> %2496, <16 x float> poison, <16 x i32> zeroinitializer
-  %2498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2474, <16 x float> %2497, <16 x float> %full_acc546.sroa.16.0796.i)
-  %2499 = getelementptr inbounds nuw i8, ptr %gep157, i64 72
-  %2500 = load float, ptr %2499, align 4, !tbaa !5
-  %2501 = insertelement <16 x float> poison, float %2500, i64 0
-  %2502 = shufflevector <16 x float> %2501, <16 x float> poison, <16 x i32> zeroinitializer
-  %2503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2474, <16 x float> %2502, <16 x float> %full_acc546.sroa.20.0797.i)
-  %2504 = getelementptr inbounds nuw i8, ptr %gep157, i64 12
-  %2505 = load float, ptr %2504, align 4, !tbaa !5
-  %2506 = insertelement <16 x float> poison, float %2505, i64 0
-  %2507 = shufflevector <16 x float> %2506, <16 x float> poison, <16 x i32> zeroinitializer
-  %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2474, <16 x float> %2507, <16 x float> %full_acc546.sroa.24.0798.i)
-  %2509 = getelementptr inbounds nuw i8, ptr %gep157, i64 76
-  %2510 = load float, ptr %2509, align 4, !tbaa !5
-  %2511 = insertelement <16 x float> poison, float %2510, i64 0
-  %2512 = shufflevector <16 x float> %2511, <16 x float> poison, <16 x i32> zeroinitializer
-  %2513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2474, <16 x float> %2512, <16 x float> %full_acc546.sroa.28.0799.i)
-  %2514 = getelementptr inbounds nuw i8, ptr %2473, i64 64
-  %2515 = load <16 x float>, ptr %2514, align 4, !tbaa !5
-  %2516 = getelementptr inbounds nuw i8, ptr %gep157, i64 512
+if_end283.i:                                      ; preds = %for_begin_line284.preheader.i, %for_body_to278.i
+  %.idx82 = shl nsw i64 %indvars.iv1047.i, 9
+  %2480 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx82
+  %2481 = load <16 x float>, ptr %2480, align 4, !tbaa !5
+  %.idx83 = shl nsw i64 %indvars.iv1047.i, 12
+  %gep160 = getelementptr inbounds nuw i8, ptr %invariant.gep159, i64 %.idx83
+  %2482 = load float, ptr %gep160, align 4, !tbaa !5
+  %2483 = insertelement <16 x float> poison, float %2482, i64 0
+  %2484 = shufflevector <16 x float> %2483, <16 x float> poison, <16 x i32> zeroinitializer
+  %2485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2484, <16 x float> %full_acc541.sroa.0.0804.i)
+  %2486 = getelementptr inbounds nuw i8, ptr %gep160, i64 64
+  %2487 = load float, ptr %2486, align 4, !tbaa !5
+  %2488 = insertelement <16 x float> poison, float %2487, i64 0
+  %2489 = shufflevector <16 x float> %2488, <16 x float> poison, <16 x i32> zeroinitializer
+  %2490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2489, <16 x float> %full_acc541.sroa.4.0805.i)
+  %2491 = getelementptr inbounds nuw i8, ptr %gep160, i64 4
+  %2492 = load float, ptr %2491, align 4, !tbaa !5
+  %2493 = insertelement <16 x float> poison, float %2492, i64 0
+  %2494 = shufflevector <16 x float> %2493, <16 x float> poison, <16 x i32> zeroinitializer
+  %2495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2494, <16 x float> %full_acc541.sroa.8.0806.i)
+  %2496 = getelementptr inbounds nuw i8, ptr %gep160, i64 68
+  %2497 = load float, ptr %2496, align 4, !tbaa !5
+  %2498 = insertelement <16 x float> poison, float %2497, i64 0
+  %2499 = shufflevector <16 x float> %2498, <16 x float> poison, <16 x i32> zeroinitializer
+  %2500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2499, <16 x float> %full_acc541.sroa.12.0807.i)
+  %2501 = getelementptr inbounds nuw i8, ptr %gep160, i64 8
+  %2502 = load float, ptr %2501, align 4, !tbaa !5
+  %2503 = insertelement <16 x float> poison, float %2502, i64 0
+  %2504 = shufflevector <16 x float> %2503, <16 x float> poison, <16 x i32> zeroinitializer
+  %2505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2504, <16 x float> %full_acc541.sroa.16.0808.i)
+  %2506 = getelementptr inbounds nuw i8, ptr %gep160, i64 72
+  %2507 = load float, ptr %2506, align 4, !tbaa !5
+  %2508 = insertelement <16 x float> poison, float %2507, i64 0
+  %2509 = shufflevector <16 x float> %2508, <16 x float> poison, <16 x i32> zeroinitializer
+  %2510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2509, <16 x float> %full_acc541.sroa.20.0809.i)
+  %2511 = getelementptr inbounds nuw i8, ptr %gep160, i64 12
+  %2512 = load float, ptr %2511, align 4, !tbaa !5
+  %2513 = insertelement <16 x float> poison, float %2512, i64 0
+  %2514 = shufflevector <16 x float> %2513, <16 x float> poison, <16 x i32> zeroinitializer
+  %2515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2514, <16 x float> %full_acc541.sroa.24.0810.i)
+  %2516 = getelementptr inbounds nuw i8, ptr %gep160, i64 76
   %2517 = load float, ptr %2516, align 4, !tbaa !5
   %2518 = insertelement <16 x float> poison, float %2517, i64 0
   %2519 = shufflevector <16 x float> %2518, <16 x float> poison, <16 x i32> zeroinitializer
-  %2520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2515, <16 x float> %2519, <16 x float> %2478)
-  %2521 = getelementptr inbounds nuw i8, ptr %gep157, i64 576
-  %2522 = load float, ptr %2521, align 4, !tbaa !5
-  %2523 = insertelement <16 x float> poison, float %2522, i64 0
-  %2524 = shufflevector <16 x float> %2523, <16 x float> poison, <16 x i32> zeroinitializer
-  %2525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2515, <16 x float> %2524, <16 x float> %2483)
-  %2526 = getelementptr inbounds nuw i8, ptr %gep157, i64 516
-  %2527 = load float, ptr %2526, align 4, !tbaa !5
-  %2528 = insertelement <16 x float> poison, float %2527, i64 0
-  %2529 = shufflevector <16 x float> %2528, <16 x float> poison, <16 x i32> zeroinitializer
-  %2530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2515, <16 x float> %2529, <16 x float> %2488)
-  %2531 = getelementptr inbounds nuw i8, ptr %gep157, i64 580
-  %2532 = load float, ptr %2531, align 4, !tbaa !5
-  %2533 = insertelement <16 x float> poison, float %2532, i64 0
-  %2534 = shufflevector <16 x float> %2533, <16 x float> poison, <16 x i32> zeroinitializer
-  %2535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2515, <16 x float> %2534, <16 x float> %2493)
-  %2536 = getelementptr inbounds nuw i8, ptr %gep157, i64 520
-  %2537 = load float, ptr %2536, align 4, !tbaa !5
-  %2538 = insertelement <16 x float> poison, float %2537, i64 0
-  %2539 = shufflevector <16 x float> %2538, <16 x float> poison, <16 x i32> zeroinitializer
-  %2540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2515, <16 x float> %2539, <16 x float> %2498)
-  %2541 = getelementptr inbounds nuw i8, ptr %gep157, i64 584
-  %2542 = load float, ptr %2541, align 4, !tbaa !5
-  %2543 = insertelement <16 x float> poison, float %2542, i64 0
-  %2544 = shufflevector <16 x float> %2543, <16 x float> poison, <16 x i32> zeroinitializer
-  %2545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2515, <16 x float> %2544, <16 x float> %2503)
-  %2546 = getelementptr inbounds nuw i8, ptr %gep157, i64 524
-  %2547 = load float, ptr %2546, align 4, !tbaa !5
-  %2548 = insertelement <16 x float> poison, float %2547, i64 0
-  %2549 = shufflevector <16 x float> %2548, <16 x float> poison, <16 x i32> zeroinitializer
-  %2550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2515, <16 x float> %2549, <16 x float> %2508)
-  %2551 = getelementptr inbounds nuw i8, ptr %gep157, i64 588
-  %2552 = load float, ptr %2551, align 4, !tbaa !5
-  %2553 = insertelement <16 x float> poison, float %2552, i64 0
-  %2554 = shufflevector <16 x float> %2553, <16 x float> poison, <16 x i32> zeroinitializer
-  %2555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2515, <16 x float> %2554, <16 x float> %2513)
-  %2556 = getelementptr inbounds nuw i8, ptr %2473, i64 128
-  %2557 = load <16 x float>, ptr %2556, align 4, !tbaa !5
-  %2558 = getelementptr inbounds nuw i8, ptr %gep157, i64 1024
+  %2520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2519, <16 x float> %full_acc541.sroa.28.0811.i)
+  %2521 = getelementptr inbounds nuw i8, ptr %2480, i64 64
+  %2522 = load <16 x float>, ptr %2521, align 4, !tbaa !5
+  %2523 = getelementptr inbounds nuw i8, ptr %gep160, i64 512
+  %2524 = load float, ptr %2523, align 4, !tbaa !5
+  %2525 = insertelement <16 x float> poison, float %2524, i64 0
+  %2526 = shufflevector <16 x float> %2525, <16 x float> poison, <16 x i32> zeroinitializer
+  %2527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2526, <16 x float> %2485)
+  %2528 = getelementptr inbounds nuw i8, ptr %gep160, i64 576
+  %2529 = load float, ptr %2528, align 4, !tbaa !5
+  %2530 = insertelement <16 x float> poison, float %2529, i64 0
+  %2531 = shufflevector <16 x float> %2530, <16 x float> poison, <16 x i32> zeroinitializer
+  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2531, <16 x float> %2490)
+  %2533 = getelementptr inbounds nuw i8, ptr %gep160, i64 516
+  %2534 = load float, ptr %2533, align 4, !tbaa !5
+  %2535 = insertelement <16 x float> poison, float %2534, i64 0
+  %2536 = shufflevector <16 x float> %2535, <16 x float> poison, <16 x i32> zeroinitializer
+  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2536, <16 x float> %2495)
+  %2538 = getelementptr inbounds nuw i8, ptr %gep160, i64 580
+  %2539 = load float, ptr %2538, align 4, !tbaa !5
+  %2540 = insertelement <16 x float> poison, float %2539, i64 0
+  %2541 = shufflevector <16 x float> %2540, <16 x float> poison, <16 x i32> zeroinitializer
+  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2541, <16 x float> %2500)
+  %2543 = getelementptr inbounds nuw i8, ptr %gep160, i64 520
+  %2544 = load float, ptr %2543, align 4, !tbaa !5
+  %2545 = insertelement <16 x float> poison, float %2544, i64 0
+  %2546 = shufflevector <16 x float> %2545, <16 x float> poison, <16 x i32> zeroinitializer
+  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2546, <16 x float> %2505)
+  %2548 = getelementptr inbounds nuw i8, ptr %gep160, i64 584
+  %2549 = load float, ptr %2548, align 4, !tbaa !5
+  %2550 = insertelement <16 x float> poison, float %2549, i64 0
+  %2551 = shufflevector <16 x float> %2550, <16 x float> poison, <16 x i32> zeroinitializer
+  %2552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2551, <16 x float> %2510)
+  %2553 = getelementptr inbounds nuw i8, ptr %gep160, i64 524
+  %2554 = load float, ptr %2553, align 4, !tbaa !5
+  %2555 = insertelement <16 x float> poison, float %2554, i64 0
+  %2556 = shufflevector <16 x float> %2555, <16 x float> poison, <16 x i32> zeroinitializer
+  %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2556, <16 x float> %2515)
+  %2558 = getelementptr inbounds nuw i8, ptr %gep160, i64 588
   %2559 = load float, ptr %2558, align 4, !tbaa !5
   %2560 = insertelement <16 x float> poison, float %2559, i64 0
   %2561 = shufflevector <16 x float> %2560, <16 x float> poison, <16 x i32> zeroinitializer
-  %2562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2557, <16 x float> %2561, <16 x float> %2520)
-  %2563 = getelementptr inbounds nuw i8, ptr %gep157, i64 1088
-  %2564 = load float, ptr %2563, align 4, !tbaa !5
-  %2565 = insertelement <16 x float> poison, float %2564, i64 0
-  %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
-  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2557, <16 x float> %2566, <16 x float> %2525)
-  %2568 = getelementptr inbounds nuw i8, ptr %gep157, i64 1028
-  %2569 = load float, ptr %2568, align 4, !tbaa !5
-  %2570 = insertelement <16 x float> poison, float %2569, i64 0
-  %2571 = shufflevector <16 x float> %2570, <16 x float> poison, <16 x i32> zeroinitializer
-  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2557, <16 x float> %2571, <16 x float> %2530)
-  %2573 = getelementptr inbounds nuw i8, ptr %gep157, i64 1092
-  %2574 = load float, ptr %2573, align 4, !tbaa !5
-  %2575 = insertelement <16 x float> poison, float %2574, i64 0
-  %2576 = shufflevector <16 x float> %2575, <16 x float> poison, <16 x i32> zeroinitializer
-  %2577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2557, <16 x float> %2576, <16 x float> %2535)
-  %2578 = getelementptr inbounds nuw i8, ptr %gep157, i64 1032
-  %2579 = load float, ptr %2578, align 4, !tbaa !5
-  %2580 = insertelement <16 x float> poison, float %2579, i64 0
-  %2581 = shufflevector <16 x float> %2580, <16 x float> poison, <16 x i32> zeroinitializer
-  %2582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2557, <16 x float> %2581, <16 x float> %2540)
-  %2583 = getelementptr inbounds nuw i8, ptr %gep157, i64 1096
-  %2584 = load float, ptr %2583, align 4, !tbaa !5
-  %2585 = insertelement <16 x float> poison, float %2584, i64 0
-  %2586 = shufflevector <16 x float> %2585, <16 x float> poison, <16 x i32> zeroinitializer
-  %2587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2557, <16 x float> %2586, <16 x float> %2545)
-  %2588 = getelementptr inbounds nuw i8, ptr %gep157, i64 1036
-  %2589 = load float, ptr %2588, align 4, !tbaa !5
-  %2590 = insertelement <16 x float> poison, float %2589, i64 0
-  %2591 = shufflevector <16 x float> %2590, <16 x float> poison, <16 x i32> zeroinitializer
-  %2592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2557, <16 x float> %2591, <16 x float> %2550)
-  %2593 = getelementptr inbounds nuw i8, ptr %gep157, i64 1100
-  %2594 = load float, ptr %2593, align 4, !tbaa !5
-  %2595 = insertelement <16 x float> poison, float %2594, i64 0
-  %2596 = shufflevector <16 x float> %2595, <16 x float> poison, <16 x i32> zeroinitializer
-  %2597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2557, <16 x float> %2596, <16 x float> %2555)
-  %2598 = getelementptr inbounds nuw i8, ptr %2473, i64 192
-  %2599 = load <16 x float>, ptr %2598, align 4, !tbaa !5
-  %2600 = getelementptr inbounds nuw i8, ptr %gep157, i64 1536
+  %2562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2561, <16 x float> %2520)
+  %2563 = getelementptr inbounds nuw i8, ptr %2480, i64 128
+  %2564 = load <16 x float>, ptr %2563, align 4, !tbaa !5
+  %2565 = getelementptr inbounds nuw i8, ptr %gep160, i64 1024
+  %2566 = load float, ptr %2565, align 4, !tbaa !5
+  %2567 = insertelement <16 x float> poison, float %2566, i64 0
+  %2568 = shufflevector <16 x float> %2567, <16 x float> poison, <16 x i32> zeroinitializer
+  %2569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2568, <16 x float> %2527)
+  %2570 = getelementptr inbounds nuw i8, ptr %gep160, i64 1088
+  %2571 = load float, ptr %2570, align 4, !tbaa !5
+  %2572 = insertelement <16 x float> poison, float %2571, i64 0
+  %2573 = shufflevector <16 x float> %2572, <16 x float> poison, <16 x i32> zeroinitializer
+  %2574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2573, <16 x float> %2532)
+  %2575 = getelementptr inbounds nuw i8, ptr %gep160, i64 1028
+  %2576 = load float, ptr %2575, align 4, !tbaa !5
+  %2577 = insertelement <16 x float> poison, float %2576, i64 0
+  %2578 = shufflevector <16 x float> %2577, <16 x float> poison, <16 x i32> zeroinitializer
+  %2579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2578, <16 x float> %2537)
+  %2580 = getelementptr inbounds nuw i8, ptr %gep160, i64 1092
+  %2581 = load float, ptr %2580, align 4, !tbaa !5
+  %2582 = insertelement <16 x float> poison, float %2581, i64 0
+  %2583 = shufflevector <16 x float> %2582, <16 x float> poison, <16 x i32> zeroinitializer
+  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2583, <16 x float> %2542)
+  %2585 = getelementptr inbounds nuw i8, ptr %gep160, i64 1032
+  %2586 = load float, ptr %2585, align 4, !tbaa !5
+  %2587 = insertelement <16 x float> poison, float %2586, i64 0
+  %2588 = shufflevector <16 x float> %2587, <16 x float> poison, <16 x i32> zeroinitializer
+  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2588, <16 x float> %2547)
+  %2590 = getelementptr inbounds nuw i8, ptr %gep160, i64 1096
+  %2591 = load float, ptr %2590, align 4, !tbaa !5
+  %2592 = insertelement <16 x float> poison, float %2591, i64 0
+  %2593 = shufflevector <16 x float> %2592, <16 x float> poison, <16 x i32> zeroinitializer
+  %2594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2593, <16 x float> %2552)
+  %2595 = getelementptr inbounds nuw i8, ptr %gep160, i64 1036
+  %2596 = load float, ptr %2595, align 4, !tbaa !5
+  %2597 = insertelement <16 x float> poison, float %2596, i64 0
+  %2598 = shufflevector <16 x float> %2597, <16 x float> poison, <16 x i32> zeroinitializer
+  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2598, <16 x float> %2557)
+  %2600 = getelementptr inbounds nuw i8, ptr %gep160, i64 1100
   %2601 = load float, ptr %2600, align 4, !tbaa !5
   %2602 = insertelement <16 x float> poison, float %2601, i64 0
   %2603 = shufflevector <16 x float> %2602, <16 x float> poison, <16 x i32> zeroinitializer
-  %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2599, <16 x float> %2603, <16 x float> %2562)
-  %2605 = getelementptr inbounds nuw i8, ptr %gep157, i64 1600
-  %2606 = load float, ptr %2605, align 4, !tbaa !5
-  %2607 = insertelement <16 x float> poison, float %2606, i64 0
-  %2608 = shufflevector <16 x float> %2607, <16 x float> poison, <16 x i32> zeroinitializer
-  %2609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2599, <16 x float> %2608, <16 x float> %2567)
-  %2610 = getelementptr inbounds nuw i8, ptr %gep157, i64 1540
-  %2611 = load float, ptr %2610, align 4, !tbaa !5
-  %2612 = insertelement <16 x float> poison, float %2611, i64 0
-  %2613 = shufflevector <16 x float> %2612, <16 x float> poison, <16 x i32> zeroinitializer
-  %2614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2599, <16 x float> %2613, <16 x float> %2572)
-  %2615 = getelementptr inbounds nuw i8, ptr %gep157, i64 1604
-  %2616 = load float, ptr %2615, align 4, !tbaa !5
-  %2617 = insertelement <16 x float> poison, float %2616, i64 0
-  %2618 = shufflevector <16 x float> %2617, <16 x float> poison, <16 x i32> zeroinitializer
-  %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2599, <16 x float> %2618, <16 x float> %2577)
-  %2620 = getelementptr inbounds nuw i8, ptr %gep157, i64 1544
-  %2621 = load float, ptr %2620, align 4, !tbaa !5
-  %2622 = insertelement <16 x float> poison, float %2621, i64 0
-  %2623 = shufflevector <16 x float> %2622, <16 x float> poison, <16 x i32> zeroinitializer
-  %2624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2599, <16 x float> %2623, <16 x float> %2582)
-  %2625 = getelementptr inbounds nuw i8, ptr %gep157, i64 1608
-  %2626 = load float, ptr %2625, align 4, !tbaa !5
-  %2627 = insertelement <16 x float> poison, float %2626, i64 0
-  %2628 = shufflevector <16 x float> %2627, <16 x float> poison, <16 x i32> zeroinitializer
-  %2629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2599, <16 x float> %2628, <16 x float> %2587)
-  %2630 = getelementptr inbounds nuw i8, ptr %gep157, i64 1548
-  %2631 = load float, ptr %2630, align 4, !tbaa !5
-  %2632 = insertelement <16 x float> poison, float %2631, i64 0
-  %2633 = shufflevector <16 x float> %2632, <16 x float> poison, <16 x i32> zeroinitializer
-  %2634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2599, <16 x float> %2633, <16 x float> %2592)
-  %2635 = getelementptr inbounds nuw i8, ptr %gep157, i64 1612
-  %2636 = load float, ptr %2635, align 4, !tbaa !5
-  %2637 = insertelement <16 x float> poison, float %2636, i64 0
-  %2638 = shufflevector <16 x float> %2637, <16 x float> poison, <16 x i32> zeroinitializer
-  %2639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2599, <16 x float> %2638, <16 x float> %2597)
-  %2640 = getelementptr inbounds nuw i8, ptr %2473, i64 256
-  %2641 = load <16 x float>, ptr %2640, align 4, !tbaa !5
-  %2642 = getelementptr inbounds nuw i8, ptr %gep157, i64 2048
+  %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2603, <16 x float> %2562)
+  %2605 = getelementptr inbounds nuw i8, ptr %2480, i64 192
+  %2606 = load <16 x float>, ptr %2605, align 4, !tbaa !5
+  %2607 = getelementptr inbounds nuw i8, ptr %gep160, i64 1536
+  %2608 = load float, ptr %2607, align 4, !tbaa !5
+  %2609 = insertelement <16 x float> poison, float %2608, i64 0
+  %2610 = shufflevector <16 x float> %2609, <16 x float> poison, <16 x i32> zeroinitializer
+  %2611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2610, <16 x float> %2569)
+  %2612 = getelementptr inbounds nuw i8, ptr %gep160, i64 1600
+  %2613 = load float, ptr %2612, align 4, !tbaa !5
+  %2614 = insertelement <16 x float> poison, float %2613, i64 0
+  %2615 = shufflevector <16 x float> %2614, <16 x float> poison, <16 x i32> zeroinitializer
+  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2615, <16 x float> %2574)
+  %2617 = getelementptr inbounds nuw i8, ptr %gep160, i64 1540
+  %2618 = load float, ptr %2617, align 4, !tbaa !5
+  %2619 = insertelement <16 x float> poison, float %2618, i64 0
+  %2620 = shufflevector <16 x float> %2619, <16 x float> poison, <16 x i32> zeroinitializer
+  %2621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2620, <16 x float> %2579)
+  %2622 = getelementptr inbounds nuw i8, ptr %gep160, i64 1604
+  %2623 = load float, ptr %2622, align 4, !tbaa !5
+  %2624 = insertelement <16 x float> poison, float %2623, i64 0
+  %2625 = shufflevector <16 x float> %2624, <16 x float> poison, <16 x i32> zeroinitializer
+  %2626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2625, <16 x float> %2584)
+  %2627 = getelementptr inbounds nuw i8, ptr %gep160, i64 1544
+  %2628 = load float, ptr %2627, align 4, !tbaa !5
+  %2629 = insertelement <16 x float> poison, float %2628, i64 0
+  %2630 = shufflevector <16 x float> %2629, <16 x float> poison, <16 x i32> zeroinitializer
+  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2630, <16 x float> %2589)
+  %2632 = getelementptr inbounds nuw i8, ptr %gep160, i64 1608
+  %2633 = load float, ptr %2632, align 4, !tbaa !5
+  %2634 = insertelement <16 x float> poison, float %2633, i64 0
+  %2635 = shufflevector <16 x float> %2634, <16 x float> poison, <16 x i32> zeroinitializer
+  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2635, <16 x float> %2594)
+  %2637 = getelementptr inbounds nuw i8, ptr %gep160, i64 1548
+  %2638 = load float, ptr %2637, align 4, !tbaa !5
+  %2639 = insertelement <16 x float> poison, float %2638, i64 0
+  %2640 = shufflevector <16 x float> %2639, <16 x float> poison, <16 x i32> zeroinitializer
+  %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2640, <16 x float> %2599)
+  %2642 = getelementptr inbounds nuw i8, ptr %gep160, i64 1612
   %2643 = load float, ptr %2642, align 4, !tbaa !5
   %2644 = insertelement <16 x float> poison, float %2643, i64 0
   %2645 = shufflevector <16 x float> %2644, <16 x float> poison, <16 x i32> zeroinitializer
-  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2645, <16 x float> %2604)
-  %2647 = getelementptr inbounds nuw i8, ptr %gep157, i64 2112
-  %2648 = load float, ptr %2647, align 4, !tbaa !5
-  %2649 = insertelement <16 x float> poison, float %2648, i64 0
-  %2650 = shufflevector <16 x float> %2649, <16 x float> poison, <16 x i32> zeroinitializer
-  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2650, <16 x float> %2609)
-  %2652 = getelementptr inbounds nuw i8, ptr %gep157, i64 2052
-  %2653 = load float, ptr %2652, align 4, !tbaa !5
-  %2654 = insertelement <16 x float> poison, float %2653, i64 0
-  %2655 = shufflevector <16 x float> %2654, <16 x float> poison, <16 x i32> zeroinitializer
-  %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2655, <16 x float> %2614)
-  %2657 = getelementptr inbounds nuw i8, ptr %gep157, i64 2116
-  %2658 = load float, ptr %2657, align 4, !tbaa !5
-  %2659 = insertelement <16 x float> poison, float %2658, i64 0
-  %2660 = shufflevector <16 x float> %2659, <16 x float> poison, <16 x i32> zeroinitializer
-  %2661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2660, <16 x float> %2619)
-  %2662 = getelementptr inbounds nuw i8, ptr %gep157, i64 2056
-  %2663 = load float, ptr %2662, align 4, !tbaa !5
-  %2664 = insertelement <16 x float> poison, float %2663, i64 0
-  %2665 = shufflevector <16 x float> %2664, <16 x float> poison, <16 x i32> zeroinitializer
-  %2666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2665, <16 x float> %2624)
-  %2667 = getelementptr inbounds nuw i8, ptr %gep157, i64 2120
-  %2668 = load float, ptr %2667, align 4, !tbaa !5
-  %2669 = insertelement <16 x float> poison, float %2668, i64 0
-  %2670 = shufflevector <16 x float> %2669, <16 x float> poison, <16 x i32> zeroinitializer
-  %2671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2670, <16 x float> %2629)
-  %2672 = getelementptr inbounds nuw i8, ptr %gep157, i64 2060
-  %2673 = load float, ptr %2672, align 4, !tbaa !5
-  %2674 = insertelement <16 x float> poison, float %2673, i64 0
-  %2675 = shufflevector <16 x float> %2674, <16 x float> poison, <16 x i32> zeroinitializer
-  %2676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2675, <16 x float> %2634)
-  %2677 = getelementptr inbounds nuw i8, ptr %gep157, i64 2124
-  %2678 = load float, ptr %2677, align 4, !tbaa !5
-  %2679 = insertelement <16 x float> poison, float %2678, i64 0
-  %2680 = shufflevector <16 x float> %2679, <16 x float> poison, <16 x i32> zeroinitializer
-  %2681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2680, <16 x float> %2639)
-  %2682 = getelementptr inbounds nuw i8, ptr %2473, i64 320
-  %2683 = load <16 x float>, ptr %2682, align 4, !tbaa !5
-  %2684 = getelementptr inbounds nuw i8, ptr %gep157, i64 2560
+  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2645, <16 x float> %2604)
+  %2647 = getelementptr inbounds nuw i8, ptr %2480, i64 256
+  %2648 = load <16 x float>, ptr %2647, align 4, !tbaa !5
+  %2649 = getelementptr inbounds nuw i8, ptr %gep160, i64 2048
+  %2650 = load float, ptr %2649, align 4, !tbaa !5
+  %2651 = insertelement <16 x float> poison, float %2650, i64 0
+  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
+  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2652, <16 x float> %2611)
+  %2654 = getelementptr inbounds nuw i8, ptr %gep160, i64 2112
+  %2655 = load float, ptr %2654, align 4, !tbaa !5
+  %2656 = insertelement <16 x float> poison, float %2655, i64 0
+  %2657 = shufflevector <16 x float> %2656, <16 x float> poison, <16 x i32> zeroinitializer
+  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2657, <16 x float> %2616)
+  %2659 = getelementptr inbounds nuw i8, ptr %gep160, i64 2052
+  %2660 = load float, ptr %2659, align 4, !tbaa !5
+  %2661 = insertelement <16 x float> poison, float %2660, i64 0
+  %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
+  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2662, <16 x float> %2621)
+  %2664 = getelementptr inbounds nuw i8, ptr %gep160, i64 2116
+  %2665 = load float, ptr %2664, align 4, !tbaa !5
+  %2666 = insertelement <16 x float> poison, float %2665, i64 0
+  %2667 = shufflevector <16 x float> %2666, <16 x float> poison, <16 x i32> zeroinitializer
+  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2667, <16 x float> %2626)
+  %2669 = getelementptr inbounds nuw i8, ptr %gep160, i64 2056
+  %2670 = load float, ptr %2669, align 4, !tbaa !5
+  %2671 = insertelement <16 x float> poison, float %2670, i64 0
+  %2672 = shufflevector <16 x float> %2671, <16 x float> poison, <16 x i32> zeroinitializer
+  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2672, <16 x float> %2631)
+  %2674 = getelementptr inbounds nuw i8, ptr %gep160, i64 2120
+  %2675 = load float, ptr %2674, align 4, !tbaa !5
+  %2676 = insertelement <16 x float> poison, float %2675, i64 0
+  %2677 = shufflevector <16 x float> %2676, <16 x float> poison, <16 x i32> zeroinitializer
+  %2678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2677, <16 x float> %2636)
+  %2679 = getelementptr inbounds nuw i8, ptr %gep160, i64 2060
+  %2680 = load float, ptr %2679, align 4, !tbaa !5
+  %2681 = insertelement <16 x float> poison, float %2680, i64 0
+  %2682 = shufflevector <16 x float> %2681, <16 x float> poison, <16 x i32> zeroinitializer
+  %2683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2682, <16 x float> %2641)
+  %2684 = getelementptr inbounds nuw i8, ptr %gep160, i64 2124
   %2685 = load float, ptr %2684, align 4, !tbaa !5
   %2686 = insertelement <16 x float> poison, float %2685, i64 0
   %2687 = shufflevector <16 x float> %2686, <16 x float> poison, <16 x i32> zeroinitializer
-  %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2683, <16 x float> %2687, <16 x float> %2646)
-  %2689 = getelementptr inbounds nuw i8, ptr %gep157, i64 2624
-  %2690 = load float, ptr %2689, align 4, !tbaa !5
-  %2691 = insertelement <16 x float> poison, float %2690, i64 0
-  %2692 = shufflevector <16 x float> %2691, <16 x float> poison, <16 x i32> zeroinitializer
-  %2693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2683, <16 x float> %2692, <16 x float> %2651)
-  %2694 = getelementptr inbounds nuw i8, ptr %gep157, i64 2564
-  %2695 = load float, ptr %2694, align 4, !tbaa !5
-  %2696 = insertelement <16 x float> poison, float %2695, i64 0
-  %2697 = shufflevector <16 x float> %2696, <16 x float> poison, <16 x i32> zeroinitializer
-  %2698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2683, <16 x float> %2697, <16 x float> %2656)
-  %2699 = getelementptr inbounds nuw i8, ptr %gep157, i64 2628
-  %2700 = load float, ptr %2699, align 4, !tbaa !5
-  %2701 = insertelement <16 x float> poison, float %2700, i64 0
-  %2702 = shufflevector <16 x float> %2701, <16 x float> poison, <16 x i32> zeroinitializer
-  %2703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2683, <16 x float> %2702, <16 x float> %2661)
-  %2704 = getelementptr inbounds nuw i8, ptr %gep157, i64 2568
-  %2705 = load float, ptr %2704, align 4, !tbaa !5
-  %2706 = insertelement <16 x float> poison, float %2705, i64 0
-  %2707 = shufflevector <16 x float> %2706, <16 x float> poison, <16 x i32> zeroinitializer
-  %2708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2683, <16 x float> %2707, <16 x float> %2666)
-  %2709 = getelementptr inbounds nuw i8, ptr %gep157, i64 2632
-  %2710 = load float, ptr %2709, align 4, !tbaa !5
-  %2711 = insertelement <16 x float> poison, float %2710, i64 0
-  %2712 = shufflevector <16 x float> %2711, <16 x float> poison, <16 x i32> zeroinitializer
-  %2713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2683, <16 x float> %2712, <16 x float> %2671)
-  %2714 = getelementptr inbounds nuw i8, ptr %gep157, i64 2572
-  %2715 = load float, ptr %2714, align 4, !tbaa !5
-  %2716 = insertelement <16 x float> poison, float %2715, i64 0
-  %2717 = shufflevector <16 x float> %2716, <16 x float> poison, <16 x i32> zeroinitializer
-  %2718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2683, <16 x float> %2717, <16 x float> %2676)
-  %2719 = getelementptr inbounds nuw i8, ptr %gep157, i64 2636
-  %2720 = load float, ptr %2719, align 4, !tbaa !5
-  %2721 = insertelement <16 x float> poison, float %2720, i64 0
-  %2722 = shufflevector <16 x float> %2721, <16 x float> poison, <16 x i32> zeroinitializer
-  %2723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2683, <16 x float> %2722, <16 x float> %2681)
-  %2724 = getelementptr inbounds nuw i8, ptr %2473, i64 384
-  %2725 = load <16 x float>, ptr %2724, align 4, !tbaa !5
-  %2726 = getelementptr inbounds nuw i8, ptr %gep157, i64 3072
+  %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2687, <16 x float> %2646)
+  %2689 = getelementptr inbounds nuw i8, ptr %2480, i64 320
+  %2690 = load <16 x float>, ptr %2689, align 4, !tbaa !5
+  %2691 = getelementptr inbounds nuw i8, ptr %gep160, i64 2560
+  %2692 = load float, ptr %2691, align 4, !tbaa !5
+  %2693 = insertelement <16 x float> poison, float %2692, i64 0
+  %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
+  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2694, <16 x float> %2653)
+  %2696 = getelementptr inbounds nuw i8, ptr %gep160, i64 2624
+  %2697 = load float, ptr %2696, align 4, !tbaa !5
+  %2698 = insertelement <16 x float> poison, float %2697, i64 0
+  %2699 = shufflevector <16 x float> %2698, <16 x float> poison, <16 x i32> zeroinitializer
+  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2699, <16 x float> %2658)
+  %2701 = getelementptr inbounds nuw i8, ptr %gep160, i64 2564
+  %2702 = load float, ptr %2701, align 4, !tbaa !5
+  %2703 = insertelement <16 x float> poison, float %2702, i64 0
+  %2704 = shufflevector <16 x float> %2703, <16 x float> poison, <16 x i32> zeroinitializer
+  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2704, <16 x float> %2663)
+  %2706 = getelementptr inbounds nuw i8, ptr %gep160, i64 2628
+  %2707 = load float, ptr %2706, align 4, !tbaa !5
+  %2708 = insertelement <16 x float> poison, float %2707, i64 0
+  %2709 = shufflevector <16 x float> %2708, <16 x float> poison, <16 x i32> zeroinitializer
+  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2709, <16 x float> %2668)
+  %2711 = getelementptr inbounds nuw i8, ptr %gep160, i64 2568
+  %2712 = load float, ptr %2711, align 4, !tbaa !5
+  %2713 = insertelement <16 x float> poison, float %2712, i64 0
+  %2714 = shufflevector <16 x float> %2713, <16 x float> poison, <16 x i32> zeroinitializer
+  %2715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2714, <16 x float> %2673)
+  %2716 = getelementptr inbounds nuw i8, ptr %gep160, i64 2632
+  %2717 = load float, ptr %2716, align 4, !tbaa !5
+  %2718 = insertelement <16 x float> poison, float %2717, i64 0
+  %2719 = shufflevector <16 x float> %2718, <16 x float> poison, <16 x i32> zeroinitializer
+  %2720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2719, <16 x float> %2678)
+  %2721 = getelementptr inbounds nuw i8, ptr %gep160, i64 2572
+  %2722 = load float, ptr %2721, align 4, !tbaa !5
+  %2723 = insertelement <16 x float> poison, float %2722, i64 0
+  %2724 = shufflevector <16 x float> %2723, <16 x float> poison, <16 x i32> zeroinitializer
+  %2725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2724, <16 x float> %2683)
+  %2726 = getelementptr inbounds nuw i8, ptr %gep160, i64 2636
   %2727 = load float, ptr %2726, align 4, !tbaa !5
   %2728 = insertelement <16 x float> poison, float %2727, i64 0
   %2729 = shufflevector <16 x float> %2728, <16 x float> poison, <16 x i32> zeroinitializer
-  %2730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2725, <16 x float> %2729, <16 x float> %2688)
-  %2731 = getelementptr inbounds nuw i8, ptr %gep157, i64 3136
-  %2732 = load float, ptr %2731, align 4, !tbaa !5
-  %2733 = insertelement <16 x float> poison, float %2732, i64 0
-  %2734 = shufflevector <16 x float> %2733, <16 x float> poison, <16 x i32> zeroinitializer
-  %2735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2725, <16 x float> %2734, <16 x float> %2693)
-  %2736 = getelementptr inbounds nuw i8, ptr %gep157, i64 3076
-  %2737 = load float, ptr %2736, align 4, !tbaa !5
-  %2738 = insertelement <16 x float> poison, float %2737, i64 0
-  %2739 = shufflevector <16 x float> %2738, <16 x float> poison, <16 x i32> zeroinitializer
-  %2740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2725, <16 x float> %2739, <16 x float> %2698)
-  %2741 = getelementptr inbounds nuw i8, ptr %gep157, i64 3140
-  %2742 = load float, ptr %2741, align 4, !tbaa !5
-  %2743 = insertelement <16 x float> poison, float %2742, i64 0
-  %2744 = shufflevector <16 x float> %2743, <16 x float> poison, <16 x i32> zeroinitializer
-  %2745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2725, <16 x float> %2744, <16 x float> %2703)
-  %2746 = getelementptr inbounds nuw i8, ptr %gep157, i64 3080
-  %2747 = load float, ptr %2746, align 4, !tbaa !5
-  %2748 = insertelement <16 x float> poison, float %2747, i64 0
-  %2749 = shufflevector <16 x float> %2748, <16 x float> poison, <16 x i32> zeroinitializer
-  %2750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2725, <16 x float> %2749, <16 x float> %2708)
-  %2751 = getelementptr inbounds nuw i8, ptr %gep157, i64 3144
-  %2752 = load float, ptr %2751, align 4, !tbaa !5
-  %2753 = insertelement <16 x float> poison, float %2752, i64 0
-  %2754 = shufflevector <16 x float> %2753, <16 x float> poison, <16 x i32> zeroinitializer
-  %2755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2725, <16 x float> %2754, <16 x float> %2713)
-  %2756 = getelementptr inbounds nuw i8, ptr %gep157, i64 3084
-  %2757 = load float, ptr %2756, align 4, !tbaa !5
-  %2758 = insertelement <16 x float> poison, float %2757, i64 0
-  %2759 = shufflevector <16 x float> %2758, <16 x float> poison, <16 x i32> zeroinitializer
-  %2760 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2725, <16 x float> %2759, <16 x float> %2718)
-  %2761 = getelementptr inbounds nuw i8, ptr %gep157, i64 3148
-  %2762 = load float, ptr %2761, align 4, !tbaa !5
-  %2763 = insertelement <16 x float> poison, float %2762, i64 0
-  %2764 = shufflevector <16 x float> %2763, <16 x float> poison, <16 x i32> zeroinitializer
-  %2765 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2725, <16 x float> %2764, <16 x float> %2723)
-  %2766 = getelementptr inbounds nuw i8, ptr %2473, i64 448
-  %2767 = load <16 x float>, ptr %2766, align 4, !tbaa !5
-  %2768 = getelementptr inbounds nuw i8, ptr %gep157, i64 3584
+  %2730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2729, <16 x float> %2688)
+  %2731 = getelementptr inbounds nuw i8, ptr %2480, i64 384
+  %2732 = load <16 x float>, ptr %2731, align 4, !tbaa !5
+  %2733 = getelementptr inbounds nuw i8, ptr %gep160, i64 3072
+  %2734 = load float, ptr %2733, align 4, !tbaa !5
+  %2735 = insertelement <16 x float> poison, float %2734, i64 0
+  %2736 = shufflevector <16 x float> %2735, <16 x float> poison, <16 x i32> zeroinitializer
+  %2737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2736, <16 x float> %2695)
+  %2738 = getelementptr inbounds nuw i8, ptr %gep160, i64 3136
+  %2739 = load float, ptr %2738, align 4, !tbaa !5
+  %2740 = insertelement <16 x float> poison, float %2739, i64 0
+  %2741 = shufflevector <16 x float> %2740, <16 x float> poison, <16 x i32> zeroinitializer
+  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2741, <16 x float> %2700)
+  %2743 = getelementptr inbounds nuw i8, ptr %gep160, i64 3076
+  %2744 = load float, ptr %2743, align 4, !tbaa !5
+  %2745 = insertelement <16 x float> poison, float %2744, i64 0
+  %2746 = shufflevector <16 x float> %2745, <16 x float> poison, <16 x i32> zeroinitializer
+  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2746, <16 x float> %2705)
+  %2748 = getelementptr inbounds nuw i8, ptr %gep160, i64 3140
+  %2749 = load float, ptr %2748, align 4, !tbaa !5
+  %2750 = insertelement <16 x float> poison, float %2749, i64 0
+  %2751 = shufflevector <16 x float> %2750, <16 x float> poison, <16 x i32> zeroinitializer
+  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2751, <16 x float> %2710)
+  %2753 = getelementptr inbounds nuw i8, ptr %gep160, i64 3080
+  %2754 = load float, ptr %2753, align 4, !tbaa !5
+  %2755 = insertelement <16 x float> poison, float %2754, i64 0
+  %2756 = shufflevector <16 x float> %2755, <16 x float> poison, <16 x i32> zeroinitializer
+  %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2756, <16 x float> %2715)
+  %2758 = getelementptr inbounds nuw i8, ptr %gep160, i64 3144
+  %2759 = load float, ptr %2758, align 4, !tbaa !5
+  %2760 = insertelement <16 x float> poison, float %2759, i64 0
+  %2761 = shufflevector <16 x float> %2760, <16 x float> poison, <16 x i32> zeroinitializer
+  %2762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2761, <16 x float> %2720)
+  %2763 = getelementptr inbounds nuw i8, ptr %gep160, i64 3084
+  %2764 = load float, ptr %2763, align 4, !tbaa !5
+  %2765 = insertelement <16 x float> poison, float %2764, i64 0
+  %2766 = shufflevector <16 x float> %2765, <16 x float> poison, <16 x i32> zeroinitializer
+  %2767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2766, <16 x float> %2725)
+  %2768 = getelementptr inbounds nuw i8, ptr %gep160, i64 3148
   %2769 = load float, ptr %2768, align 4, !tbaa !5
   %2770 = insertelement <16 x float> poison, float %2769, i64 0
   %2771 = shufflevector <16 x float> %2770, <16 x float> poison, <16 x i32> zeroinitializer
-  %2772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2767, <16 x float> %2771, <16 x float> %2730)
-  %2773 = getelementptr inbounds nuw i8, ptr %gep157, i64 3648
-  %2774 = load float, ptr %2773, align 4, !tbaa !5
-  %2775 = insertelement <16 x float> poison, float %2774, i64 0
-  %2776 = shufflevector <16 x float> %2775, <16 x float> poison, <16 x i32> zeroinitializer
-  %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2767, <16 x float> %2776, <16 x float> %2735)
-  %2778 = getelementptr inbounds nuw i8, ptr %gep157, i64 3588
-  %2779 = load float, ptr %2778, align 4, !tbaa !5
-  %2780 = insertelement <16 x float> poison, float %2779, i64 0
-  %2781 = shufflevector <16 x float> %2780, <16 x float> poison, <16 x i32> zeroinitializer
-  %2782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2767, <16 x float> %2781, <16 x float> %2740)
-  %2783 = getelementptr inbounds nuw i8, ptr %gep157, i64 3652
-  %2784 = load float, ptr %2783, align 4, !tbaa !5
-  %2785 = insertelement <16 x float> poison, float %2784, i64 0
-  %2786 = shufflevector <16 x float> %2785, <16 x float> poison, <16 x i32> zeroinitializer
-  %2787 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2767, <16 x float> %2786, <16 x float> %2745)
-  %2788 = getelementptr inbounds nuw i8, ptr %gep157, i64 3592
-  %2789 = load float, ptr %2788, align 4, !tbaa !5
-  %2790 = insertelement <16 x float> poison, float %2789, i64 0
-  %2791 = shufflevector <16 x float> %2790, <16 x float> poison, <16 x i32> zeroinitializer
-  %2792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2767, <16 x float> %2791, <16 x float> %2750)
-  %2793 = getelementptr inbounds nuw i8, ptr %gep157, i64 3656
-  %2794 = load float, ptr %2793, align 4, !tbaa !5
-  %2795 = insertelement <16 x float> poison, float %2794, i64 0
-  %2796 = shufflevector <16 x float> %2795, <16 x float> poison, <16 x i32> zeroinitializer
-  %2797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2767, <16 x float> %2796, <16 x float> %2755)
-  %2798 = getelementptr inbounds nuw i8, ptr %gep157, i64 3596
-  %2799 = load float, ptr %2798, align 4, !tbaa !5
-  %2800 = insertelement <16 x float> poison, float %2799, i64 0
-  %2801 = shufflevector <16 x float> %2800, <16 x float> poison, <16 x i32> zeroinitializer
-  %2802 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2767, <16 x float> %2801, <16 x float> %2760)
-  %2803 = getelementptr inbounds nuw i8, ptr %gep157, i64 3660
-  %2804 = load float, ptr %2803, align 4, !tbaa !5
-  %2805 = insertelement <16 x float> poison, float %2804, i64 0
-  %2806 = shufflevector <16 x float> %2805, <16 x float> poison, <16 x i32> zeroinitializer
-  %2807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2767, <16 x float> %2806, <16 x float> %2765)
-  %indvars.iv.next1027.i = add nuw nsw i64 %indvars.iv1026.i, 1
-  %exitcond1031.not.i = icmp eq i64 %indvars.iv.next1027.i, %2443
-  br i1 %exitcond1031.not.i, label %for_end_to284.i, label %for_body_to283.i, !prof !13
+  %2772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2771, <16 x float> %2730)
+  %2773 = getelementptr inbounds nuw i8, ptr %2480, i64 448
+  %2774 = load <16 x float>, ptr %2773, align 4, !tbaa !5
+  %2775 = getelementptr inbounds nuw i8, ptr %gep160, i64 3584
+  %2776 = load float, ptr %2775, align 4, !tbaa !5
+  %2777 = insertelement <16 x float> poison, float %2776, i64 0
+  %2778 = shufflevector <16 x float> %2777, <16 x float> poison, <16 x i32> zeroinitializer
+  %2779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2778, <16 x float> %2737)
+  %2780 = getelementptr inbounds nuw i8, ptr %gep160, i64 3648
+  %2781 = load float, ptr %2780, align 4, !tbaa !5
+  %2782 = insertelement <16 x float> poison, float %2781, i64 0
+  %2783 = shufflevector <16 x float> %2782, <16 x float> poison, <16 x i32> zeroinitializer
+  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2783, <16 x float> %2742)
+  %2785 = getelementptr inbounds nuw i8, ptr %gep160, i64 3588
+  %2786 = load float, ptr %2785, align 4, !tbaa !5
+  %2787 = insertelement <16 x float> poison, float %2786, i64 0
+  %2788 = shufflevector <16 x float> %2787, <16 x float> poison, <16 x i32> zeroinitializer
+  %2789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2788, <16 x float> %2747)
+  %2790 = getelementptr inbounds nuw i8, ptr %gep160, i64 3652
+  %2791 = load float, ptr %2790, align 4, !tbaa !5
+  %2792 = insertelement <16 x float> poison, float %2791, i64 0
+  %2793 = shufflevector <16 x float> %2792, <16 x float> poison, <16 x i32> zeroinitializer
+  %2794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2793, <16 x float> %2752)
+  %2795 = getelementptr inbounds nuw i8, ptr %gep160, i64 3592
+  %2796 = load float, ptr %2795, align 4, !tbaa !5
+  %2797 = insertelement <16 x float> poison, float %2796, i64 0
+  %2798 = shufflevector <16 x float> %2797, <16 x float> poison, <16 x i32> zeroinitializer
+  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2798, <16 x float> %2757)
+  %2800 = getelementptr inbounds nuw i8, ptr %gep160, i64 3656
+  %2801 = load float, ptr %2800, align 4, !tbaa !5
+  %2802 = insertelement <16 x float> poison, float %2801, i64 0
+  %2803 = shufflevector <16 x float> %2802, <16 x float> poison, <16 x i32> zeroinitializer
+  %2804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2803, <16 x float> %2762)
+  %2805 = getelementptr inbounds nuw i8, ptr %gep160, i64 3596
+  %2806 = load float, ptr %2805, align 4, !tbaa !5
+  %2807 = insertelement <16 x float> poison, float %2806, i64 0
+  %2808 = shufflevector <16 x float> %2807, <16 x float> poison, <16 x i32> zeroinitializer
+  %2809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2808, <16 x float> %2767)
+  %2810 = getelementptr inbounds nuw i8, ptr %gep160, i64 3660
+  %2811 = load float, ptr %2810, align 4, !tbaa !5
+  %2812 = insertelement <16 x float> poison, float %2811, i64 0
+  %2813 = shufflevector <16 x float> %2812, <16 x float> poison, <16 x i32> zeroinitializer
+  %2814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2813, <16 x float> %2772)
+  %indvars.iv.next1048.i = add nuw nsw i64 %indvars.iv1047.i, 1
+  %exitcond1052.not.i = icmp eq i64 %indvars.iv.next1048.i, %2450
+  br i1 %exitcond1052.not.i, label %for_end_to279.i, label %for_body_to278.i, !prof !13
 
-for_body_ti300.i:                                 ; preds = %for_body_ti300.i, %for_body_ti300.lr.ph.i
-  %indvars.iv1032.i = phi i64 [ 0, %for_body_ti300.lr.ph.i ], [ %indvars.iv.next1033.i, %for_body_ti300.i ]
-  %tile_acc547.sroa.31.0819.i = phi <16 x float> [ %full_acc546.sroa.28.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2868, %for_body_ti300.i ]
-  %tile_acc547.sroa.0.0818.i = phi <16 x float> [ %full_acc546.sroa.0.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2819, %for_body_ti300.i ]
-  %tile_acc547.sroa.4.0817.i = phi <16 x float> [ %full_acc546.sroa.4.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2826, %for_body_ti300.i ]
-  %tile_acc547.sroa.9.0816.i = phi <16 x float> [ %full_acc546.sroa.8.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2833, %for_body_ti300.i ]
-  %tile_acc547.sroa.13.0815.i = phi <16 x float> [ %full_acc546.sroa.12.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2840, %for_body_ti300.i ]
-  %tile_acc547.sroa.18.0814.i = phi <16 x float> [ %full_acc546.sroa.16.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2847, %for_body_ti300.i ]
-  %tile_acc547.sroa.22.0813.i = phi <16 x float> [ %full_acc546.sroa.20.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2854, %for_body_ti300.i ]
-  %tile_acc547.sroa.27.0812.i = phi <16 x float> [ %full_acc546.sroa.24.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2861, %for_body_ti300.i ]
-  %2808 = shl nsw i64 %indvars.iv1032.i, 4
-  %2809 = add nuw nsw i64 %2808, %2440
-  %2810 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2809
-  %2811 = load <16 x float>, ptr %2810, align 4, !tbaa !5
-  %2812 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2809
-  %2813 = load <16 x i32>, ptr %2812, align 4, !tbaa !5
-  %.idx1170.i = shl nsw i64 %indvars.iv1032.i, 9
-  %gep1241.i = getelementptr inbounds nuw i8, ptr %invariant.gep1240.i, i64 %.idx1170.i
-  %2814 = load i32, ptr %gep1241.i, align 4, !tbaa !5
-  %2815 = insertelement <16 x i32> poison, i32 %2814, i64 0
-  %2816 = shufflevector <16 x i32> %2815, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2817 = and <16 x i32> %2816, %2813
-  %2818 = bitcast <16 x i32> %2817 to <16 x float>
-  %2819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2811, <16 x float> %2818, <16 x float> %tile_acc547.sroa.0.0818.i)
-  %2820 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 64
-  %2821 = load i32, ptr %2820, align 4, !tbaa !5
+for_body_ti295.i:                                 ; preds = %for_body_ti295.i, %for_body_ti295.lr.ph.i
+  %indvars.iv1053.i = phi i64 [ 0, %for_body_ti295.lr.ph.i ], [ %indvars.iv.next1054.i, %for_body_ti295.i ]
+  %tile_acc542.sroa.31.0831.i = phi <16 x float> [ %full_acc541.sroa.28.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2875, %for_body_ti295.i ]
+  %tile_acc542.sroa.0.0830.i = phi <16 x float> [ %full_acc541.sroa.0.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2826, %for_body_ti295.i ]
+  %tile_acc542.sroa.4.0829.i = phi <16 x float> [ %full_acc541.sroa.4.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2833, %for_body_ti295.i ]
+  %tile_acc542.sroa.9.0828.i = phi <16 x float> [ %full_acc541.sroa.8.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2840, %for_body_ti295.i ]
+  %tile_acc542.sroa.13.0827.i = phi <16 x float> [ %full_acc541.sroa.12.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2847, %for_body_ti295.i ]
+  %tile_acc542.sroa.18.0826.i = phi <16 x float> [ %full_acc541.sroa.16.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2854, %for_body_ti295.i ]
+  %tile_acc542.sroa.22.0825.i = phi <16 x float> [ %full_acc541.sroa.20.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2861, %for_body_ti295.i ]
+  %tile_acc542.sroa.27.0824.i = phi <16 x float> [ %full_acc541.sroa.24.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2868, %for_body_ti295.i ]
+  %2815 = shl nsw i64 %indvars.iv1053.i, 4
+  %2816 = add nuw nsw i64 %2815, %2447
+  %2817 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2816
+  %2818 = load <16 x float>, ptr %2817, align 4, !tbaa !5
+  %2819 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2816
+  %2820 = load <16 x i32>, ptr %2819, align 4, !tbaa !5
+  %.idx1191.i = shl nsw i64 %indvars.iv1053.i, 9
+  %gep1264.i = getelementptr inbounds nuw i8, ptr %invariant.gep1263.i, i64 %.idx1191.i
+  %2821 = load i32, ptr %gep1264.i, align 4, !tbaa !5
   %2822 = insertelement <16 x i32> poison, i32 %2821, i64 0
   %2823 = shufflevector <16 x i32> %2822, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2824 = and <16 x i32> %2823, %2813
+  %2824 = and <16 x i32> %2823, %2820
   %2825 = bitcast <16 x i32> %2824 to <16 x float>
-  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2811, <16 x float> %2825, <16 x float> %tile_acc547.sroa.4.0817.i)
-  %2827 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 4
+  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2825, <16 x float> %tile_acc542.sroa.0.0830.i)
+  %2827 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 64
   %2828 = load i32, ptr %2827, align 4, !tbaa !5
   %2829 = insertelement <16 x i32> poison, i32 %2828, i64 0
   %2830 = shufflevector <16 x i32> %2829, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2831 = and <16 x i32> %2830, %2813
+  %2831 = and <16 x i32> %2830, %2820
   %2832 = bitcast <16 x i32> %2831 to <16 x float>
-  %2833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2811, <16 x float> %2832, <16 x float> %tile_acc547.sroa.9.0816.i)
-  %2834 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 68
+  %2833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2832, <16 x float> %tile_acc542.sroa.4.0829.i)
+  %2834 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 4
   %2835 = load i32, ptr %2834, align 4, !tbaa !5
   %2836 = insertelement <16 x i32> poison, i32 %2835, i64 0
   %2837 = shufflevector <16 x i32> %2836, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2838 = and <16 x i32> %2837, %2813
+  %2838 = and <16 x i32> %2837, %2820
   %2839 = bitcast <16 x i32> %2838 to <16 x float>
-  %2840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2811, <16 x float> %2839, <16 x float> %tile_acc547.sroa.13.0815.i)
-  %2841 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 8
+  %2840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2839, <16 x float> %tile_acc542.sroa.9.0828.i)
+  %2841 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 68
   %2842 = load i32, ptr %2841, align 4, !tbaa !5
   %2843 = insertelement <16 x i32> poison, i32 %2842, i64 0
   %2844 = shufflevector <16 x i32> %2843, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2845 = and <16 x i32> %2844, %2813
+  %2845 = and <16 x i32> %2844, %2820
   %2846 = bitcast <16 x i32> %2845 to <16 x float>
-  %2847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2811, <16 x float> %2846, <16 x float> %tile_acc547.sroa.18.0814.i)
-  %2848 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 72
+  %2847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2846, <16 x float> %tile_acc542.sroa.13.0827.i)
+  %2848 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 8
   %2849 = load i32, ptr %2848, align 4, !tbaa !5
   %2850 = insertelement <16 x i32> poison, i32 %2849, i64 0
   %2851 = shufflevector <16 x i32> %2850, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2852 = and <16 x i32> %2851, %2813
+  %2852 = and <16 x i32> %2851, %2820
   %2853 = bitcast <16 x i32> %2852 to <16 x float>
-  %2854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2811, <16 x float> %2853, <16 x float> %tile_acc547.sroa.22.0813.i)
-  %2855 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 12
+  %2854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2853, <16 x float> %tile_acc542.sroa.18.0826.i)
+  %2855 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 72
   %2856 = load i32, ptr %2855, align 4, !tbaa !5
   %2857 = insertelement <16 x i32> poison, i32 %2856, i64 0
   %2858 = shufflevector <16 x i32> %2857, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2859 = and <16 x i32> %2858, %2813
+  %2859 = and <16 x i32> %2858, %2820
   %2860 = bitcast <16 x i32> %2859 to <16 x float>
-  %2861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2811, <16 x float> %2860, <16 x float> %tile_acc547.sroa.27.0812.i)
-  %2862 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 76
+  %2861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2860, <16 x float> %tile_acc542.sroa.22.0825.i)
+  %2862 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 12
   %2863 = load i32, ptr %2862, align 4, !tbaa !5
   %2864 = insertelement <16 x i32> poison, i32 %2863, i64 0
   %2865 = shufflevector <16 x i32> %2864, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2866 = and <16 x i32> %2865, %2813
+  %2866 = and <16 x i32> %2865, %2820
   %2867 = bitcast <16 x i32> %2866 to <16 x float>
-  %2868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2811, <16 x float> %2867, <16 x float> %tile_acc547.sroa.31.0819.i)
-  %indvars.iv.next1033.i = add nuw nsw i64 %indvars.iv1032.i, 1
-  %exitcond239.not = icmp eq i64 %indvars.iv.next1033.i, %smax238
-  br i1 %exitcond239.not, label %for_end_ti301.i, label %for_body_ti300.i, !prof !13
+  %2868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2867, <16 x float> %tile_acc542.sroa.27.0824.i)
+  %2869 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 76
+  %2870 = load i32, ptr %2869, align 4, !tbaa !5
+  %2871 = insertelement <16 x i32> poison, i32 %2870, i64 0
+  %2872 = shufflevector <16 x i32> %2871, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2873 = and <16 x i32> %2872, %2820
+  %2874 = bitcast <16 x i32> %2873 to <16 x float>
+  %2875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2874, <16 x float> %tile_acc542.sroa.31.0831.i)
+  %indvars.iv.next1054.i = add nuw nsw i64 %indvars.iv1053.i, 1
+  %exitcond245.not = icmp eq i64 %indvars.iv.next1054.i, %smax244
+  br i1 %exitcond245.not, label %for_end_ti296.i, label %for_body_ti295.i, !prof !13
 
-for_end_ti301.i:                                  ; preds = %for_body_ti300.i, %for_end_to284.i
-  %tile_acc547.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.24.0.lcssa.i, %for_end_to284.i ], [ %2861, %for_body_ti300.i ]
-  %tile_acc547.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.20.0.lcssa.i, %for_end_to284.i ], [ %2854, %for_body_ti300.i ]
-  %tile_acc547.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.16.0.lcssa.i, %for_end_to284.i ], [ %2847, %for_body_ti300.i ]
-  %tile_acc547.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.12.0.lcssa.i, %for_end_to284.i ], [ %2840, %for_body_ti300.i ]
-  %tile_acc547.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.8.0.lcssa.i, %for_end_to284.i ], [ %2833, %for_body_ti300.i ]
-  %tile_acc547.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.4.0.lcssa.i, %for_end_to284.i ], [ %2826, %for_body_ti300.i ]
-  %tile_acc547.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.0.0.lcssa.i, %for_end_to284.i ], [ %2819, %for_body_ti300.i ]
-  %tile_acc547.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc546.sroa.28.0.lcssa.i, %for_end_to284.i ], [ %2868, %for_body_ti300.i ]
-  %2869 = shl nuw nsw i64 %indvars.iv1036.i, 7
-  %2870 = add nuw nsw i64 %2869, %2442
-  %2871 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2870
-  br i1 %736, label %if_then318.i, label %if_end317.i, !prof !8
+for_end_ti296.i:                                  ; preds = %for_body_ti295.i, %for_end_to279.i
+  %tile_acc542.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.24.0.lcssa.i, %for_end_to279.i ], [ %2868, %for_body_ti295.i ]
+  %tile_acc542.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.20.0.lcssa.i, %for_end_to279.i ], [ %2861, %for_body_ti295.i ]
+  %tile_acc542.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.16.0.lcssa.i, %for_end_to279.i ], [ %2854, %for_body_ti295.i ]
+  %tile_acc542.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.12.0.lcssa.i, %for_end_to279.i ], [ %2847, %for_body_ti295.i ]
+  %tile_acc542.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.8.0.lcssa.i, %for_end_to279.i ], [ %2840, %for_body_ti295.i ]
+  %tile_acc542.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.4.0.lcssa.i, %for_end_to279.i ], [ %2833, %for_body_ti295.i ]
+  %tile_acc542.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.0.0.lcssa.i, %for_end_to279.i ], [ %2826, %for_body_ti295.i ]
+  %tile_acc542.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.28.0.lcssa.i, %for_end_to279.i ], [ %2875, %for_body_ti295.i ]
+  %2876 = shl nuw nsw i64 %indvars.iv1057.i, 7
+  %2877 = add nuw nsw i64 %2876, %2449
+  %2878 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2877
+  br i1 %736, label %if_then313.i, label %if_end312.i, !prof !8
 
-if_end317.i:                                      ; preds = %for_end_ti301.i
-  %2872 = load <16 x float>, ptr %2871, align 4, !tbaa !5
-  %2873 = fmul <16 x float> %2236, %2872
-  %2874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.0.0.lcssa.i, <16 x float> %2873)
-  store <16 x float> %2874, ptr %2871, align 4, !tbaa !5
-  %2875 = getelementptr i8, ptr %2871, i64 64
-  %2876 = load <16 x float>, ptr %2875, align 4, !tbaa !5
-  %2877 = fmul <16 x float> %2236, %2876
-  %2878 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.4.0.lcssa.i, <16 x float> %2877)
-  store <16 x float> %2878, ptr %2875, align 4, !tbaa !5
-  %2879 = getelementptr i8, ptr %2871, i64 128
-  %2880 = load <16 x float>, ptr %2879, align 4, !tbaa !5
-  %2881 = fmul <16 x float> %2236, %2880
-  %2882 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.9.0.lcssa.i, <16 x float> %2881)
-  store <16 x float> %2882, ptr %2879, align 4, !tbaa !5
-  %2883 = getelementptr i8, ptr %2871, i64 192
-  %2884 = load <16 x float>, ptr %2883, align 4, !tbaa !5
-  %2885 = fmul <16 x float> %2236, %2884
-  %2886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.13.0.lcssa.i, <16 x float> %2885)
-  store <16 x float> %2886, ptr %2883, align 4, !tbaa !5
-  %2887 = getelementptr i8, ptr %2871, i64 256
-  %2888 = load <16 x float>, ptr %2887, align 4, !tbaa !5
-  %2889 = fmul <16 x float> %2236, %2888
-  %2890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.18.0.lcssa.i, <16 x float> %2889)
-  store <16 x float> %2890, ptr %2887, align 4, !tbaa !5
-  %2891 = getelementptr i8, ptr %2871, i64 320
-  %2892 = load <16 x float>, ptr %2891, align 4, !tbaa !5
-  %2893 = fmul <16 x float> %2236, %2892
-  %2894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.22.0.lcssa.i, <16 x float> %2893)
-  store <16 x float> %2894, ptr %2891, align 4, !tbaa !5
-  %2895 = getelementptr i8, ptr %2871, i64 384
-  %2896 = load <16 x float>, ptr %2895, align 4, !tbaa !5
-  %2897 = fmul <16 x float> %2236, %2896
-  %2898 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.27.0.lcssa.i, <16 x float> %2897)
-  store <16 x float> %2898, ptr %2895, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr i8, ptr %2871, i64 448
+if_end312.i:                                      ; preds = %for_end_ti296.i
+  %2879 = load <16 x float>, ptr %2878, align 4, !tbaa !5
+  %2880 = fmul <16 x float> %2243, %2879
+  %2881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.0.0.lcssa.i, <16 x float> %2880)
+  store <16 x float> %2881, ptr %2878, align 4, !tbaa !5
+  %2882 = getelementptr i8, ptr %2878, i64 64
+  %2883 = load <16 x float>, ptr %2882, align 4, !tbaa !5
+  %2884 = fmul <16 x float> %2243, %2883
+  %2885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.4.0.lcssa.i, <16 x float> %2884)
+  store <16 x float> %2885, ptr %2882, align 4, !tbaa !5
+  %2886 = getelementptr i8, ptr %2878, i64 128
+  %2887 = load <16 x float>, ptr %2886, align 4, !tbaa !5
+  %2888 = fmul <16 x float> %2243, %2887
+  %2889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.9.0.lcssa.i, <16 x float> %2888)
+  store <16 x float> %2889, ptr %2886, align 4, !tbaa !5
+  %2890 = getelementptr i8, ptr %2878, i64 192
+  %2891 = load <16 x float>, ptr %2890, align 4, !tbaa !5
+  %2892 = fmul <16 x float> %2243, %2891
+  %2893 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.13.0.lcssa.i, <16 x float> %2892)
+  store <16 x float> %2893, ptr %2890, align 4, !tbaa !5
+  %2894 = getelementptr i8, ptr %2878, i64 256
+  %2895 = load <16 x float>, ptr %2894, align 4, !tbaa !5
+  %2896 = fmul <16 x float> %2243, %2895
+  %2897 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.18.0.lcssa.i, <16 x float> %2896)
+  store <16 x float> %2897, ptr %2894, align 4, !tbaa !5
+  %2898 = getelementptr i8, ptr %2878, i64 320
+  %2899 = load <16 x float>, ptr %2898, align 4, !tbaa !5
+  %2900 = fmul <16 x float> %2243, %2899
+  %2901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.22.0.lcssa.i, <16 x float> %2900)
+  store <16 x float> %2901, ptr %2898, align 4, !tbaa !5
+  %2902 = getelementptr i8, ptr %2878, i64 384
+  %2903 = load <16 x float>, ptr %2902, align 4, !tbaa !5
+  %2904 = fmul <16 x float> %2243, %2903
+  %2905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.27.0.lcssa.i, <16 x float> %2904)
+  store <16 x float> %2905, ptr %2902, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr i8, ptr %2878, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre1124.i = fmul <16 x float> %2236, %.pre.i
-  br label %if_end319.i
+  %.pre1145.i = fmul <16 x float> %2243, %.pre.i
+  br label %if_end314.i
 
-if_then318.i:                                     ; preds = %for_end_ti301.i
-  %2899 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.0.0.lcssa.i, <16 x float> %2439)
-  store <16 x float> %2899, ptr %2871, align 4, !tbaa !5
-  %2900 = getelementptr i8, ptr %2871, i64 64
-  %2901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.4.0.lcssa.i, <16 x float> %2439)
-  store <16 x float> %2901, ptr %2900, align 4, !tbaa !5
-  %2902 = getelementptr i8, ptr %2871, i64 128
-  %2903 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.9.0.lcssa.i, <16 x float> %2439)
-  store <16 x float> %2903, ptr %2902, align 4, !tbaa !5
-  %2904 = getelementptr i8, ptr %2871, i64 192
-  %2905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.13.0.lcssa.i, <16 x float> %2439)
-  store <16 x float> %2905, ptr %2904, align 4, !tbaa !5
-  %2906 = getelementptr i8, ptr %2871, i64 256
-  %2907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.18.0.lcssa.i, <16 x float> %2439)
-  store <16 x float> %2907, ptr %2906, align 4, !tbaa !5
-  %2908 = getelementptr i8, ptr %2871, i64 320
-  %2909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.22.0.lcssa.i, <16 x float> %2439)
-  store <16 x float> %2909, ptr %2908, align 4, !tbaa !5
-  %2910 = getelementptr i8, ptr %2871, i64 384
-  %2911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.27.0.lcssa.i, <16 x float> %2439)
-  store <16 x float> %2911, ptr %2910, align 4, !tbaa !5
-  br label %if_end319.i
-
-if_end319.i:                                      ; preds = %if_then318.i, %if_end317.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1124.i, %if_end317.i ], [ %2439, %if_then318.i ]
-  %2912 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2870
-  %2913 = getelementptr i8, ptr %2912, i64 448
-  %2914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %tile_acc547.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+if_then313.i:                                     ; preds = %for_end_ti296.i
+  %2906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.0.0.lcssa.i, <16 x float> %2446)
+  store <16 x float> %2906, ptr %2878, align 4, !tbaa !5
+  %2907 = getelementptr i8, ptr %2878, i64 64
+  %2908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.4.0.lcssa.i, <16 x float> %2446)
+  store <16 x float> %2908, ptr %2907, align 4, !tbaa !5
+  %2909 = getelementptr i8, ptr %2878, i64 128
+  %2910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.9.0.lcssa.i, <16 x float> %2446)
+  store <16 x float> %2910, ptr %2909, align 4, !tbaa !5
+  %2911 = getelementptr i8, ptr %2878, i64 192
+  %2912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.13.0.lcssa.i, <16 x float> %2446)
+  store <16 x float> %2912, ptr %2911, align 4, !tbaa !5
+  %2913 = getelementptr i8, ptr %2878, i64 256
+  %2914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.18.0.lcssa.i, <16 x float> %2446)
   store <16 x float> %2914, ptr %2913, align 4, !tbaa !5
-  %indvars.iv.next1037.i = add nuw nsw i64 %indvars.iv1036.i, 1
-  %exitcond1039.not.i = icmp eq i64 %indvars.iv.next1037.i, 16
-  br i1 %exitcond1039.not.i, label %if_end173.i, label %for_begin_to282.preheader.i, !prof !28
+  %2915 = getelementptr i8, ptr %2878, i64 320
+  %2916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.22.0.lcssa.i, <16 x float> %2446)
+  store <16 x float> %2916, ptr %2915, align 4, !tbaa !5
+  %2917 = getelementptr i8, ptr %2878, i64 384
+  %2918 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.27.0.lcssa.i, <16 x float> %2446)
+  store <16 x float> %2918, ptr %2917, align 4, !tbaa !5
+  br label %if_end314.i
 
-if_end321.i:                                      ; preds = %if_end173.i
-  %2915 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2916 = tail call i32 %2915(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not583.i = icmp eq i32 %2916, 0
-  br i1 %.not583.i, label %if_end324.i, label %fused_attend_compute_.exit, !prof !38
+if_end314.i:                                      ; preds = %if_then313.i, %if_end312.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1145.i, %if_end312.i ], [ %2446, %if_then313.i ]
+  %2919 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2877
+  %2920 = getelementptr i8, ptr %2919, i64 448
+  %2921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2921, ptr %2920, align 4, !tbaa !5
+  %indvars.iv.next1058.i = add nuw nsw i64 %indvars.iv1057.i, 1
+  %exitcond1060.not.i = icmp eq i64 %indvars.iv.next1058.i, 16
+  br i1 %exitcond1060.not.i, label %if_end173.i, label %for_begin_to277.preheader.i, !prof !28
 
-if_end324.i:                                      ; preds = %if_end321.i
-  %2917 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2918 = tail call i32 %2917(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not584.i = icmp eq i32 %2918, 0
-  br i1 %.not584.i, label %if_end327.i, label %fused_attend_compute_.exit, !prof !38
+if_end316.i:                                      ; preds = %if_end173.i
+  %2922 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2923 = tail call i32 %2922(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not579.i = icmp eq i32 %2923, 0
+  br i1 %.not579.i, label %if_end319.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end327.i:                                      ; preds = %if_end324.i
-  %2919 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2920 = tail call i32 %2919(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not585.i = icmp eq i32 %2920, 0
-  br i1 %.not585.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
+if_end319.i:                                      ; preds = %if_end316.i
+  %2924 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2925 = tail call i32 %2924(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not580.i = icmp eq i32 %2925, 0
+  br i1 %.not580.i, label %if_end322.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end333.i:                                      ; preds = %for_end_row_tile.i
-  %2921 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2922 = tail call i32 %2921(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not581.i = icmp eq i32 %2922, 0
-  br i1 %.not581.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
+if_end322.i:                                      ; preds = %if_end319.i
+  %2926 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2927 = tail call i32 %2926(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not581.i = icmp eq i32 %2927, 0
+  br i1 %.not581.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end339.i:                                      ; preds = %for_end_kv_head.i
-  %2923 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2924 = tail call i32 %2923(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not579.i = icmp eq i32 %2924, 0
-  br i1 %.not579.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
+if_end328.i:                                      ; preds = %for_end_row_tile.i
+  %2928 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2929 = tail call i32 %2928(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not577.i = icmp eq i32 %2929, 0
+  br i1 %.not577.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_tile345.i:                               ; preds = %if_end350.i, %for_begin_tile344.preheader.i
-  %indvars.iv1059.i = phi i64 [ %indvars.iv.next1060.i, %if_end350.i ], [ 0, %for_begin_tile344.preheader.i ]
-  %.idx1171.i = shl nsw i64 %indvars.iv1059.i, 4
-  %2925 = getelementptr inbounds nuw i8, ptr %reach559.i, i64 %.idx1171.i
-  %2926 = getelementptr inbounds nuw i8, ptr %2925, i64 4
-  %2927 = load i32, ptr %2926, align 4, !tbaa !17
-  %2928 = icmp slt i32 %read_begin.i, %2927
-  br i1 %2928, label %if_then349.i, label %if_end350.i, !prof !8
+if_end334.i:                                      ; preds = %for_end_kv_head.i
+  %2930 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2931 = tail call i32 %2930(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not575.i = icmp eq i32 %2931, 0
+  br i1 %.not575.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
 
-for_end_tile346.i:                                ; preds = %if_end350.i, %for_begin_tile344.preheader.i
-  %2929 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2930 = tail call i32 %2929(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not575.i = icmp eq i32 %2930, 0
-  br i1 %.not575.i, label %if_end405.i, label %fused_attend_compute_.exit, !prof !38
+for_body_tile340.i:                               ; preds = %if_end345.i, %for_begin_tile339.preheader.i
+  %indvars.iv1080.i = phi i64 [ %indvars.iv.next1081.i, %if_end345.i ], [ 0, %for_begin_tile339.preheader.i ]
+  %.idx1192.i = shl nsw i64 %indvars.iv1080.i, 4
+  %2932 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %.idx1192.i
+  %2933 = getelementptr inbounds nuw i8, ptr %2932, i64 4
+  %2934 = load i32, ptr %2933, align 4, !tbaa !17
+  %2935 = icmp slt i32 %read_begin.i, %2934
+  br i1 %2935, label %if_then344.i, label %if_end345.i, !prof !8
 
-if_then349.i:                                     ; preds = %for_body_tile345.i
-  %2931 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1171.i
-  %old_max356.i = load <16 x float>, ptr %2931, align 4, !tbaa !5
-  %2932 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1171.i
-  %old_sum358.i = load <16 x float>, ptr %2932, align 4, !tbaa !5
-  %2933 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1171.i
-  %2934 = load <16 x float>, ptr %2933, align 4, !tbaa !5
-  %2935 = fcmp ogt <16 x float> %old_max356.i, %2934
-  %2936 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1171.i
-  %2937 = load <16 x float>, ptr %2936, align 4, !tbaa !5
-  %2938 = fcmp oeq <16 x float> %2937, zeroinitializer
-  %2939 = select <16 x i1> %2938, <16 x i1> splat (i1 true), <16 x i1> %2935
-  %old_or_both362.i = select <16 x i1> %2939, <16 x float> %old_max356.i, <16 x float> %2934
-  %2940 = fcmp oeq <16 x float> %old_sum358.i, zeroinitializer
-  %m364.i = select <16 x i1> %2940, <16 x float> %2934, <16 x float> %old_or_both362.i
-  %2941 = fsub <16 x float> %old_max356.i, %m364.i
-  %2942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2941, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2943 = bitcast <16 x float> %2942 to <16 x i32>
-  %2944 = fadd <16 x float> %2942, splat (float 0xC168000FE0000000)
-  %2945 = fmul <16 x float> %2944, splat (float 0x3F2BD01060000000)
-  %2946 = fmul <16 x float> %2944, splat (float 0x3FE6300000000000)
-  %2947 = fsub <16 x float> %2941, %2946
-  %2948 = fadd <16 x float> %2945, %2947
-  %2949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2948, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2949, <16 x float> %2948, <16 x float> splat (float 0x3FA5558F20000000))
-  %2951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2948, <16 x float> splat (float 0x3FC5554920000000))
-  %2952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2951, <16 x float> %2948, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2953 = fmul <16 x float> %2948, %2948
-  %2954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2952, <16 x float> %2953, <16 x float> %2948)
-  %2955 = shl <16 x i32> %2943, splat (i32 23)
-  %2956 = bitcast <16 x i32> %2955 to <16 x float>
-  %2957 = fadd <16 x float> %2954, splat (float 1.000000e+00)
-  %2958 = fmul <16 x float> %2957, %2956
-  %2959 = fcmp olt <16 x float> %2941, splat (float -8.700000e+01)
-  %2960 = select <16 x i1> %2959, <16 x float> zeroinitializer, <16 x float> %2958
-  %2961 = fcmp one <16 x float> %old_sum358.i, zeroinitializer
-  %2962 = select <16 x i1> %2961, <16 x float> %2960, <16 x float> zeroinitializer
-  %arg382.i = fsub <16 x float> %2934, %m364.i
-  %2963 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg382.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2964 = bitcast <16 x float> %2963 to <16 x i32>
-  %2965 = fadd <16 x float> %2963, splat (float 0xC168000FE0000000)
-  %2966 = fmul <16 x float> %2965, splat (float 0x3F2BD01060000000)
-  %2967 = fmul <16 x float> %2965, splat (float 0x3FE6300000000000)
-  %2968 = fsub <16 x float> %arg382.i, %2967
-  %2969 = fadd <16 x float> %2966, %2968
-  %2970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2969, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2970, <16 x float> %2969, <16 x float> splat (float 0x3FA5558F20000000))
-  %2972 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2971, <16 x float> %2969, <16 x float> splat (float 0x3FC5554920000000))
-  %2973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2972, <16 x float> %2969, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2974 = fmul <16 x float> %2969, %2969
-  %2975 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2973, <16 x float> %2974, <16 x float> %2969)
-  %2976 = shl <16 x i32> %2964, splat (i32 23)
-  %2977 = bitcast <16 x i32> %2976 to <16 x float>
-  %2978 = fadd <16 x float> %2975, splat (float 1.000000e+00)
-  %2979 = fmul <16 x float> %2978, %2977
-  %2980 = fcmp olt <16 x float> %arg382.i, splat (float -8.700000e+01)
-  %2981 = select <16 x i1> %2980, <16 x float> zeroinitializer, <16 x float> %2979
-  %2982 = fcmp one <16 x float> %2937, zeroinitializer
-  %2983 = select <16 x i1> %2982, <16 x float> %2981, <16 x float> zeroinitializer
-  %2984 = fmul <16 x float> %old_sum358.i, %2962
-  %2985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2983, <16 x float> %2937, <16 x float> %2984)
-  store <16 x float> %m364.i, ptr %2931, align 4, !tbaa !5
-  store <16 x float> %2985, ptr %2932, align 4, !tbaa !5
-  %2986 = shl i64 %indvars.iv1059.i, 11
-  %2987 = and i64 %2986, 4294965248
-  br label %for_body_d400.i
+for_end_tile341.i:                                ; preds = %if_end345.i, %for_begin_tile339.preheader.i
+  %2936 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2937 = tail call i32 %2936(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not571.i = icmp eq i32 %2937, 0
+  br i1 %.not571.i, label %if_end400.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end350.i:                                      ; preds = %for_body_d400.i, %for_body_tile345.i
-  %indvars.iv.next1060.i = add nuw nsw i64 %indvars.iv1059.i, 1
-  %exitcond1063.not.i = icmp eq i64 %indvars.iv.next1060.i, %wide.trip.count1062.i
-  br i1 %exitcond1063.not.i, label %for_end_tile346.i, label %for_body_tile345.i, !prof !13
+if_then344.i:                                     ; preds = %for_body_tile340.i
+  %2938 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1192.i
+  %old_max351.i = load <16 x float>, ptr %2938, align 4, !tbaa !5
+  %2939 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1192.i
+  %old_sum353.i = load <16 x float>, ptr %2939, align 4, !tbaa !5
+  %2940 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1192.i
+  %2941 = load <16 x float>, ptr %2940, align 4, !tbaa !5
+  %2942 = fcmp ogt <16 x float> %old_max351.i, %2941
+  %2943 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1192.i
+  %2944 = load <16 x float>, ptr %2943, align 4, !tbaa !5
+  %2945 = fcmp oeq <16 x float> %2944, zeroinitializer
+  %2946 = select <16 x i1> %2945, <16 x i1> splat (i1 true), <16 x i1> %2942
+  %old_or_both357.i = select <16 x i1> %2946, <16 x float> %old_max351.i, <16 x float> %2941
+  %2947 = fcmp oeq <16 x float> %old_sum353.i, zeroinitializer
+  %m359.i = select <16 x i1> %2947, <16 x float> %2941, <16 x float> %old_or_both357.i
+  %2948 = fsub <16 x float> %old_max351.i, %m359.i
+  %2949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2948, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2950 = bitcast <16 x float> %2949 to <16 x i32>
+  %2951 = fadd <16 x float> %2949, splat (float 0xC168000FE0000000)
+  %2952 = fmul <16 x float> %2951, splat (float 0x3F2BD01060000000)
+  %2953 = fmul <16 x float> %2951, splat (float 0x3FE6300000000000)
+  %2954 = fsub <16 x float> %2948, %2953
+  %2955 = fadd <16 x float> %2952, %2954
+  %2956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2955, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2955, <16 x float> splat (float 0x3FA5558F20000000))
+  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2957, <16 x float> %2955, <16 x float> splat (float 0x3FC5554920000000))
+  %2959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2958, <16 x float> %2955, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2960 = fmul <16 x float> %2955, %2955
+  %2961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2959, <16 x float> %2960, <16 x float> %2955)
+  %2962 = shl <16 x i32> %2950, splat (i32 23)
+  %2963 = bitcast <16 x i32> %2962 to <16 x float>
+  %2964 = fadd <16 x float> %2961, splat (float 1.000000e+00)
+  %2965 = fmul <16 x float> %2964, %2963
+  %2966 = fcmp olt <16 x float> %2948, splat (float -8.700000e+01)
+  %2967 = select <16 x i1> %2966, <16 x float> zeroinitializer, <16 x float> %2965
+  %2968 = fcmp one <16 x float> %old_sum353.i, zeroinitializer
+  %2969 = select <16 x i1> %2968, <16 x float> %2967, <16 x float> zeroinitializer
+  %arg377.i = fsub <16 x float> %2941, %m359.i
+  %2970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg377.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2971 = bitcast <16 x float> %2970 to <16 x i32>
+  %2972 = fadd <16 x float> %2970, splat (float 0xC168000FE0000000)
+  %2973 = fmul <16 x float> %2972, splat (float 0x3F2BD01060000000)
+  %2974 = fmul <16 x float> %2972, splat (float 0x3FE6300000000000)
+  %2975 = fsub <16 x float> %arg377.i, %2974
+  %2976 = fadd <16 x float> %2973, %2975
+  %2977 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2976, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2977, <16 x float> %2976, <16 x float> splat (float 0x3FA5558F20000000))
+  %2979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2978, <16 x float> %2976, <16 x float> splat (float 0x3FC5554920000000))
+  %2980 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2979, <16 x float> %2976, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2981 = fmul <16 x float> %2976, %2976
+  %2982 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2980, <16 x float> %2981, <16 x float> %2976)
+  %2983 = shl <16 x i32> %2971, splat (i32 23)
+  %2984 = bitcast <16 x i32> %2983 to <16 x float>
+  %2985 = fadd <16 x float> %2982, splat (float 1.000000e+00)
+  %2986 = fmul <16 x float> %2985, %2984
+  %2987 = fcmp olt <16 x float> %arg377.i, splat (float -8.700000e+01)
+  %2988 = select <16 x i1> %2987, <16 x float> zeroinitializer, <16 x float> %2986
+  %2989 = fcmp one <16 x float> %2944, zeroinitializer
+  %2990 = select <16 x i1> %2989, <16 x float> %2988, <16 x float> zeroinitializer
+  %2991 = fmul <16 x float> %old_sum353.i, %2969
+  %2992 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2990, <16 x float> %2944, <16 x float> %2991)
+  store <16 x float> %m359.i, ptr %2938, align 4, !tbaa !5
+  store <16 x float> %2992, ptr %2939, align 4, !tbaa !5
+  %2993 = shl i64 %indvars.iv1080.i, 11
+  %2994 = and i64 %2993, 4294965248
+  br label %for_body_d395.i
 
-for_body_d400.i:                                  ; preds = %for_body_d400.i, %if_then349.i
-  %indvars.iv1055.i = phi i64 [ 0, %if_then349.i ], [ %indvars.iv.next1056.i.3, %for_body_d400.i ]
-  %2988 = shl nuw nsw i64 %indvars.iv1055.i, 4
-  %2989 = add nuw nsw i64 %2988, %2987
-  %2990 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2989
-  %2991 = load <16 x float>, ptr %2990, align 4, !tbaa !5
-  %2992 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2989
-  %2993 = load <16 x float>, ptr %2992, align 4, !tbaa !5
-  %2994 = fmul <16 x float> %2962, %2993
-  %2995 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2983, <16 x float> %2991, <16 x float> %2994)
-  store <16 x float> %2995, ptr %2992, align 4, !tbaa !5
-  %indvars.iv.next1056.i = shl i64 %indvars.iv1055.i, 4
-  %2996 = or disjoint i64 %indvars.iv.next1056.i, 16
-  %2997 = add nuw nsw i64 %2996, %2987
-  %2998 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2997
-  %2999 = load <16 x float>, ptr %2998, align 4, !tbaa !5
-  %3000 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2997
-  %3001 = load <16 x float>, ptr %3000, align 4, !tbaa !5
-  %3002 = fmul <16 x float> %2962, %3001
-  %3003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2983, <16 x float> %2999, <16 x float> %3002)
-  store <16 x float> %3003, ptr %3000, align 4, !tbaa !5
-  %indvars.iv.next1056.i.1 = shl i64 %indvars.iv1055.i, 4
-  %3004 = or disjoint i64 %indvars.iv.next1056.i.1, 32
-  %3005 = add nuw nsw i64 %3004, %2987
-  %3006 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3005
-  %3007 = load <16 x float>, ptr %3006, align 4, !tbaa !5
-  %3008 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3005
-  %3009 = load <16 x float>, ptr %3008, align 4, !tbaa !5
-  %3010 = fmul <16 x float> %2962, %3009
-  %3011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2983, <16 x float> %3007, <16 x float> %3010)
-  store <16 x float> %3011, ptr %3008, align 4, !tbaa !5
-  %indvars.iv.next1056.i.2 = shl i64 %indvars.iv1055.i, 4
-  %3012 = or disjoint i64 %indvars.iv.next1056.i.2, 48
-  %3013 = add nuw nsw i64 %3012, %2987
-  %3014 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3013
-  %3015 = load <16 x float>, ptr %3014, align 4, !tbaa !5
-  %3016 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3013
-  %3017 = load <16 x float>, ptr %3016, align 4, !tbaa !5
-  %3018 = fmul <16 x float> %2962, %3017
-  %3019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2983, <16 x float> %3015, <16 x float> %3018)
-  store <16 x float> %3019, ptr %3016, align 4, !tbaa !5
-  %indvars.iv.next1056.i.3 = add nuw nsw i64 %indvars.iv1055.i, 4
-  %exitcond1058.not.i.3 = icmp eq i64 %indvars.iv.next1056.i.3, 128
-  br i1 %exitcond1058.not.i.3, label %if_end350.i, label %for_body_d400.i, !prof !28, !llvm.loop !70
-
-if_end405.i:                                      ; preds = %for_end_tile346.i
-  %3020 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3021 = tail call i32 %3020(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not576.i = icmp eq i32 %3021, 0
-  br i1 %.not576.i, label %if_end408.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end408.i:                                      ; preds = %if_end405.i
-  %3022 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3023 = tail call i32 %3022(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not577.i = icmp eq i32 %3023, 0
-  br i1 %.not577.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
-
-for_body_tile414.i:                               ; preds = %if_end419.loopexit.i, %for_body_tile414.i.preheader
-  %indvars.iv1080.i = phi i64 [ %indvars.iv.next1081.i, %if_end419.loopexit.i ], [ 0, %for_body_tile414.i.preheader ]
-  %3024 = shl i64 %indvars.iv1080.i, 13
-  %3025 = and i64 %3024, 17179860992
-  %scevgep511 = getelementptr i8, ptr %total_acc.i, i64 %3025
-  %3026 = trunc nuw nsw i64 %indvars.iv1080.i to i32
-  %rmod487.i = srem i32 %3026, %120
-  %rdiv494.i = sdiv i32 %3026, %120
-  %3027 = icmp ne i32 %rmod487.i, 0
-  %.not567.i = and i1 %405, %3027
-  %3028 = select i1 %.not567.i, i32 %120, i32 0
-  %3029 = add nsw i32 %3028, %rmod487.i
-  %3030 = shl nsw i32 %3029, 4
-  %3031 = sub nsw i32 %118, %3030
-  %3032 = icmp sgt i32 %3031, 0
-  br i1 %3032, label %for_body_r489.lr.ph.i, label %if_end419.loopexit.i, !prof !3
-
-for_end_tile415.i:                                ; preds = %if_end419.loopexit.i, %if_end419.us.i, %for_begin_tile413.preheader.i
-  %3033 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3034 = tail call i32 %3033(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not.i = icmp eq i32 %3034, 0
-  br i1 %.not.i, label %if_end514.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end419.loopexit.i:                             ; preds = %for_end_d507.i, %for_body_tile414.i
+if_end345.i:                                      ; preds = %for_body_d395.i, %for_body_tile340.i
   %indvars.iv.next1081.i = add nuw nsw i64 %indvars.iv1080.i, 1
-  %exitcond1084.not.i = icmp eq i64 %indvars.iv.next1081.i, %wide.trip.count1119.i
-  br i1 %exitcond1084.not.i, label %for_end_tile415.i, label %for_body_tile414.i, !prof !13
+  %exitcond1084.not.i = icmp eq i64 %indvars.iv.next1081.i, %wide.trip.count1083.i
+  br i1 %exitcond1084.not.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !13
 
-for_body_r489.lr.ph.i:                            ; preds = %for_body_tile414.i
-  %3035 = sext i1 %.not567.i to i32
-  %3036 = add nsw i32 %rdiv494.i, %3035
-  %3037 = sext i32 %3036 to i64
-  %3038 = sext i32 %3029 to i64
-  %3039 = shl nsw i64 %3038, 7
-  %3040 = add nsw i64 %406, %3037
-  %3041 = shl nsw i64 %3040, 2
-  %3042 = add nsw i64 %3039, %408
-  %3043 = shl i64 %indvars.iv1080.i, 4
-  %3044 = and i64 %3043, 4294967280
-  %3045 = tail call i32 @llvm.umin.i32(i32 %3031, i32 16)
-  %wide.trip.count1068.i = zext nneg i32 %3045 to i64
-  %3046 = add nsw i64 %3042, %3041
-  br label %for_body_r489.i
+for_body_d395.i:                                  ; preds = %for_body_d395.i, %if_then344.i
+  %indvars.iv1076.i = phi i64 [ 0, %if_then344.i ], [ %indvars.iv.next1077.i.3, %for_body_d395.i ]
+  %2995 = shl nuw nsw i64 %indvars.iv1076.i, 4
+  %2996 = add nuw nsw i64 %2995, %2994
+  %2997 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2996
+  %2998 = load <16 x float>, ptr %2997, align 4, !tbaa !5
+  %2999 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2996
+  %3000 = load <16 x float>, ptr %2999, align 4, !tbaa !5
+  %3001 = fmul <16 x float> %2969, %3000
+  %3002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2990, <16 x float> %2998, <16 x float> %3001)
+  store <16 x float> %3002, ptr %2999, align 4, !tbaa !5
+  %indvars.iv.next1077.i = shl i64 %indvars.iv1076.i, 4
+  %3003 = or disjoint i64 %indvars.iv.next1077.i, 16
+  %3004 = add nuw nsw i64 %3003, %2994
+  %3005 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3004
+  %3006 = load <16 x float>, ptr %3005, align 4, !tbaa !5
+  %3007 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3004
+  %3008 = load <16 x float>, ptr %3007, align 4, !tbaa !5
+  %3009 = fmul <16 x float> %2969, %3008
+  %3010 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2990, <16 x float> %3006, <16 x float> %3009)
+  store <16 x float> %3010, ptr %3007, align 4, !tbaa !5
+  %indvars.iv.next1077.i.1 = shl i64 %indvars.iv1076.i, 4
+  %3011 = or disjoint i64 %indvars.iv.next1077.i.1, 32
+  %3012 = add nuw nsw i64 %3011, %2994
+  %3013 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3012
+  %3014 = load <16 x float>, ptr %3013, align 4, !tbaa !5
+  %3015 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3012
+  %3016 = load <16 x float>, ptr %3015, align 4, !tbaa !5
+  %3017 = fmul <16 x float> %2969, %3016
+  %3018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2990, <16 x float> %3014, <16 x float> %3017)
+  store <16 x float> %3018, ptr %3015, align 4, !tbaa !5
+  %indvars.iv.next1077.i.2 = shl i64 %indvars.iv1076.i, 4
+  %3019 = or disjoint i64 %indvars.iv.next1077.i.2, 48
+  %3020 = add nuw nsw i64 %3019, %2994
+  %3021 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3020
+  %3022 = load <16 x float>, ptr %3021, align 4, !tbaa !5
+  %3023 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3020
+  %3024 = load <16 x float>, ptr %3023, align 4, !tbaa !5
+  %3025 = fmul <16 x float> %2969, %3024
+  %3026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2990, <16 x float> %3022, <16 x float> %3025)
+  store <16 x float> %3026, ptr %3023, align 4, !tbaa !5
+  %indvars.iv.next1077.i.3 = add nuw nsw i64 %indvars.iv1076.i, 4
+  %exitcond1079.not.i.3 = icmp eq i64 %indvars.iv.next1077.i.3, 128
+  br i1 %exitcond1079.not.i.3, label %if_end345.i, label %for_body_d395.i, !prof !28, !llvm.loop !70
 
-for_begin_d505.preheader.lr.ph.i:                 ; preds = %for_body_r489.i
-  %.idx.i = shl nsw i64 %3040, 11
-  %3047 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx568.i = shl nsw i64 %3038, 16
-  %3048 = getelementptr i8, ptr %3047, i64 %.idx568.i
-  %invariant.gep844.i = getelementptr i8, ptr %3048, i64 %.idx569.i
-  %3049 = shl i64 %indvars.iv1080.i, 11
-  %3050 = and i64 %3049, 4294965248
-  %invariant.gep1242.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3050
-  %3051 = add nsw i64 %.idx568.i, %.idx.i
-  %scevgep506 = getelementptr i8, ptr %scevgep505, i64 %3051
-  %scevgep509 = getelementptr i8, ptr %scevgep508, i64 %3051
-  %3052 = shl nuw nsw i64 %wide.trip.count1068.i, 2
-  %3053 = getelementptr i8, ptr %scevgep512, i64 %3025
-  %scevgep513 = getelementptr i8, ptr %3053, i64 %3052
-  br label %for_begin_d505.preheader.i
+if_end400.i:                                      ; preds = %for_end_tile341.i
+  %3027 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3028 = tail call i32 %3027(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not572.i = icmp eq i32 %3028, 0
+  br i1 %.not572.i, label %if_end403.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_r489.i:                                  ; preds = %for_body_r489.i, %for_body_r489.lr.ph.i
-  %indvars.iv1065.i = phi i64 [ 0, %for_body_r489.lr.ph.i ], [ %indvars.iv.next1066.i.1, %for_body_r489.i ]
-  %3054 = add nuw nsw i64 %indvars.iv1065.i, %3044
-  %3055 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3054
-  %3056 = load float, ptr %3055, align 4, !tbaa !5
-  %3057 = and i64 %indvars.iv1065.i, 2
-  %3058 = shl nuw nsw i64 %indvars.iv1065.i, 3
-  %3059 = and i64 %3058, 17179869152
-  %3060 = or disjoint i64 %3046, %3057
-  %3061 = add nsw i64 %3060, %3059
-  %3062 = getelementptr inbounds float, ptr %partial_max, i64 %3061
-  store float %3056, ptr %3062, align 4, !tbaa !5
-  %3063 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3054
-  %3064 = load float, ptr %3063, align 4, !tbaa !5
-  %3065 = getelementptr inbounds float, ptr %partial_sum, i64 %3061
-  store float %3064, ptr %3065, align 4, !tbaa !5
-  %indvars.iv.next1066.i = or disjoint i64 %indvars.iv1065.i, 1
-  %3066 = add nuw nsw i64 %indvars.iv.next1066.i, %3044
-  %3067 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3066
-  %3068 = load float, ptr %3067, align 4, !tbaa !5
-  %3069 = and i64 %indvars.iv.next1066.i, 3
-  %3070 = shl nuw nsw i64 %indvars.iv1065.i, 3
-  %3071 = and i64 %3070, 17179869152
-  %3072 = or disjoint i64 %3046, %3069
-  %3073 = add nsw i64 %3072, %3071
-  %3074 = getelementptr inbounds float, ptr %partial_max, i64 %3073
-  store float %3068, ptr %3074, align 4, !tbaa !5
-  %3075 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3066
-  %3076 = load float, ptr %3075, align 4, !tbaa !5
-  %3077 = getelementptr inbounds float, ptr %partial_sum, i64 %3073
-  store float %3076, ptr %3077, align 4, !tbaa !5
-  %indvars.iv.next1066.i.1 = add nuw nsw i64 %indvars.iv1065.i, 2
-  %exitcond1069.not.i.1 = icmp eq i64 %indvars.iv.next1066.i.1, %wide.trip.count1068.i
-  br i1 %exitcond1069.not.i.1, label %for_begin_d505.preheader.lr.ph.i, label %for_body_r489.i, !prof !13, !llvm.loop !72
+if_end403.i:                                      ; preds = %if_end400.i
+  %3029 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3030 = tail call i32 %3029(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not573.i = icmp eq i32 %3030, 0
+  br i1 %.not573.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
 
-for_begin_d505.preheader.i:                       ; preds = %for_end_d507.i, %for_begin_d505.preheader.lr.ph.i
-  %indvars.iv1074.i = phi i64 [ 0, %for_begin_d505.preheader.lr.ph.i ], [ %indvars.iv.next1075.i, %for_end_d507.i ]
-  %3078 = shl nuw nsw i64 %indvars.iv1074.i, 7
-  %3079 = and i64 %3078, 384
-  %3080 = shl nuw nsw i64 %indvars.iv1074.i, 10
-  %3081 = and i64 %3080, 2199023251456
-  %gep845.i = getelementptr float, ptr %invariant.gep844.i, i64 %3081
-  %3082 = getelementptr float, ptr %gep845.i, i64 %3079
-  %gep1243.i = getelementptr inbounds nuw float, ptr %invariant.gep1242.i, i64 %indvars.iv1074.i
-  %3083 = shl i64 %indvars.iv1074.i, 12
-  %3084 = and i64 %3083, 8796093005824
-  %3085 = shl i64 %indvars.iv1074.i, 9
-  %3086 = and i64 %3085, 1536
-  %3087 = or disjoint i64 %3084, %3086
-  %scevgep510 = getelementptr i8, ptr %scevgep509, i64 %3087
-  %scevgep507 = getelementptr i8, ptr %scevgep506, i64 %3087
-  %bound0514 = icmp ult ptr %scevgep507, %scevgep513
-  %bound1515 = icmp ult ptr %scevgep511, %scevgep510
-  %found.conflict516 = and i1 %bound0514, %bound1515
-  br i1 %found.conflict516, label %for_body_d506.i, label %vector.body519, !prof !16
+for_body_tile409.i:                               ; preds = %if_end414.loopexit.i, %for_body_tile409.i.preheader
+  %indvars.iv1101.i = phi i64 [ %indvars.iv.next1102.i, %if_end414.loopexit.i ], [ 0, %for_body_tile409.i.preheader ]
+  %3031 = shl i64 %indvars.iv1101.i, 13
+  %3032 = and i64 %3031, 17179860992
+  %scevgep523 = getelementptr i8, ptr %total_acc.i, i64 %3032
+  %3033 = trunc nuw nsw i64 %indvars.iv1101.i to i32
+  %rmod482.i = srem i32 %3033, %120
+  %rdiv489.i = sdiv i32 %3033, %120
+  %3034 = icmp ne i32 %rmod482.i, 0
+  %.not563.i = and i1 %405, %3034
+  %3035 = select i1 %.not563.i, i32 %120, i32 0
+  %3036 = add nsw i32 %3035, %rmod482.i
+  %3037 = shl nsw i32 %3036, 4
+  %3038 = sub nsw i32 %118, %3037
+  %3039 = icmp sgt i32 %3038, 0
+  br i1 %3039, label %for_body_r484.lr.ph.i, label %if_end414.loopexit.i, !prof !3
 
-vector.body519:                                   ; preds = %for_begin_d505.preheader.i
-  %3088 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3089 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3090 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3091 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather522 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather523 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather524 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3090, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather525 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3091, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3092 = getelementptr i8, ptr %3082, i64 32
-  %3093 = getelementptr i8, ptr %3082, i64 64
-  %3094 = getelementptr i8, ptr %3082, i64 96
-  store <8 x float> %wide.masked.gather522, ptr %3082, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather523, ptr %3092, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather524, ptr %3093, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather525, ptr %3094, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3095 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3096 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3097 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3098 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather522.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather523.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3096, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather524.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather525.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3099 = getelementptr i8, ptr %3082, i64 128
-  %3100 = getelementptr i8, ptr %3082, i64 160
-  %3101 = getelementptr i8, ptr %3082, i64 192
-  %3102 = getelementptr i8, ptr %3082, i64 224
-  store <8 x float> %wide.masked.gather522.1, ptr %3099, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather523.1, ptr %3100, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather524.1, ptr %3101, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather525.1, ptr %3102, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3103 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3104 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3105 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3106 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather522.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3103, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather523.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather524.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather525.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3106, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3107 = getelementptr i8, ptr %3082, i64 256
-  %3108 = getelementptr i8, ptr %3082, i64 288
-  %3109 = getelementptr i8, ptr %3082, i64 320
-  %3110 = getelementptr i8, ptr %3082, i64 352
-  store <8 x float> %wide.masked.gather522.2, ptr %3107, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather523.2, ptr %3108, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather524.2, ptr %3109, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather525.2, ptr %3110, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3111 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3112 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3113 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3114 = getelementptr inbounds nuw i8, ptr %gep1243.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather522.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3111, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather523.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3112, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather524.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3113, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather525.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3114, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3115 = getelementptr i8, ptr %3082, i64 384
-  %3116 = getelementptr i8, ptr %3082, i64 416
-  %3117 = getelementptr i8, ptr %3082, i64 448
-  %3118 = getelementptr i8, ptr %3082, i64 480
-  store <8 x float> %wide.masked.gather522.3, ptr %3115, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather523.3, ptr %3116, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather524.3, ptr %3117, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather525.3, ptr %3118, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  br label %for_end_d507.i
+for_end_tile410.i:                                ; preds = %if_end414.loopexit.i, %if_end414.us.i, %for_begin_tile408.preheader.i
+  %3040 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3041 = tail call i32 %3040(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %3041, 0
+  br i1 %.not.i, label %if_end509.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_d506.i:                                  ; preds = %for_body_d506.i, %for_begin_d505.preheader.i
-  %indvars.iv1070.i = phi i64 [ %indvars.iv.next1071.i.7, %for_body_d506.i ], [ 0, %for_begin_d505.preheader.i ]
-  %.idx1172.i = shl nuw nsw i64 %indvars.iv1070.i, 6
-  %3119 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i
-  %3120 = load float, ptr %3119, align 4, !tbaa !5
-  %3121 = getelementptr float, ptr %3082, i64 %indvars.iv1070.i
-  store float %3120, ptr %3121, align 4, !tbaa !5
-  %indvars.iv.next1071.i = or disjoint i64 %indvars.iv1070.i, 1
-  %.idx1172.i.1 = shl nuw nsw i64 %indvars.iv.next1071.i, 6
-  %3122 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.1
-  %3123 = load float, ptr %3122, align 4, !tbaa !5
-  %3124 = getelementptr float, ptr %3082, i64 %indvars.iv.next1071.i
-  store float %3123, ptr %3124, align 4, !tbaa !5
-  %indvars.iv.next1071.i.1 = or disjoint i64 %indvars.iv1070.i, 2
-  %.idx1172.i.2 = shl nuw nsw i64 %indvars.iv.next1071.i.1, 6
-  %3125 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.2
-  %3126 = load float, ptr %3125, align 4, !tbaa !5
-  %3127 = getelementptr float, ptr %3082, i64 %indvars.iv.next1071.i.1
-  store float %3126, ptr %3127, align 4, !tbaa !5
-  %indvars.iv.next1071.i.2 = or disjoint i64 %indvars.iv1070.i, 3
-  %.idx1172.i.3 = shl nuw nsw i64 %indvars.iv.next1071.i.2, 6
-  %3128 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.3
-  %3129 = load float, ptr %3128, align 4, !tbaa !5
-  %3130 = getelementptr float, ptr %3082, i64 %indvars.iv.next1071.i.2
-  store float %3129, ptr %3130, align 4, !tbaa !5
-  %indvars.iv.next1071.i.3 = or disjoint i64 %indvars.iv1070.i, 4
-  %.idx1172.i.4 = shl nuw nsw i64 %indvars.iv.next1071.i.3, 6
-  %3131 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.4
-  %3132 = load float, ptr %3131, align 4, !tbaa !5
-  %3133 = getelementptr float, ptr %3082, i64 %indvars.iv.next1071.i.3
-  store float %3132, ptr %3133, align 4, !tbaa !5
-  %indvars.iv.next1071.i.4 = or disjoint i64 %indvars.iv1070.i, 5
-  %.idx1172.i.5 = shl nuw nsw i64 %indvars.iv.next1071.i.4, 6
-  %3134 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.5
-  %3135 = load float, ptr %3134, align 4, !tbaa !5
-  %3136 = getelementptr float, ptr %3082, i64 %indvars.iv.next1071.i.4
-  store float %3135, ptr %3136, align 4, !tbaa !5
-  %indvars.iv.next1071.i.5 = or disjoint i64 %indvars.iv1070.i, 6
-  %.idx1172.i.6 = shl nuw nsw i64 %indvars.iv.next1071.i.5, 6
-  %3137 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.6
-  %3138 = load float, ptr %3137, align 4, !tbaa !5
-  %3139 = getelementptr float, ptr %3082, i64 %indvars.iv.next1071.i.5
-  store float %3138, ptr %3139, align 4, !tbaa !5
-  %indvars.iv.next1071.i.6 = or disjoint i64 %indvars.iv1070.i, 7
-  %.idx1172.i.7 = shl nuw nsw i64 %indvars.iv.next1071.i.6, 6
-  %3140 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 %.idx1172.i.7
-  %3141 = load float, ptr %3140, align 4, !tbaa !5
-  %3142 = getelementptr float, ptr %3082, i64 %indvars.iv.next1071.i.6
-  store float %3141, ptr %3142, align 4, !tbaa !5
-  %indvars.iv.next1071.i.7 = add nuw nsw i64 %indvars.iv1070.i, 8
-  %exitcond1073.not.i.7 = icmp eq i64 %indvars.iv.next1071.i.7, 128
-  br i1 %exitcond1073.not.i.7, label %for_end_d507.i, label %for_body_d506.i, !prof !29, !llvm.loop !78
+if_end414.loopexit.i:                             ; preds = %for_end_d502.i, %for_body_tile409.i
+  %indvars.iv.next1102.i = add nuw nsw i64 %indvars.iv1101.i, 1
+  %exitcond1105.not.i = icmp eq i64 %indvars.iv.next1102.i, %wide.trip.count1140.i
+  br i1 %exitcond1105.not.i, label %for_end_tile410.i, label %for_body_tile409.i, !prof !13
 
-for_end_d507.i:                                   ; preds = %for_body_d506.i, %vector.body519
-  %indvars.iv.next1075.i = add nuw nsw i64 %indvars.iv1074.i, 1
-  %exitcond1079.not.i = icmp eq i64 %indvars.iv.next1075.i, %wide.trip.count1068.i
-  br i1 %exitcond1079.not.i, label %if_end419.loopexit.i, label %for_begin_d505.preheader.i, !prof !13
+for_body_r484.lr.ph.i:                            ; preds = %for_body_tile409.i
+  %3042 = sext i1 %.not563.i to i32
+  %3043 = add nsw i32 %rdiv489.i, %3042
+  %3044 = sext i32 %3043 to i64
+  %3045 = sext i32 %3036 to i64
+  %3046 = shl nsw i64 %3045, 7
+  %3047 = add nsw i64 %406, %3044
+  %3048 = shl nsw i64 %3047, 2
+  %3049 = add nsw i64 %3046, %408
+  %3050 = shl i64 %indvars.iv1101.i, 4
+  %3051 = and i64 %3050, 4294967280
+  %3052 = tail call i32 @llvm.umin.i32(i32 %3038, i32 16)
+  %wide.trip.count1089.i = zext nneg i32 %3052 to i64
+  %3053 = add nsw i64 %3049, %3048
+  br label %for_body_r484.i
 
-if_end514.i:                                      ; preds = %for_end_tile415.i
-  %3143 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3144 = tail call i32 %3143(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not560.i = icmp eq i32 %3144, 0
-  br i1 %.not560.i, label %if_end517.i, label %fused_attend_compute_.exit, !prof !38
+for_begin_d500.preheader.lr.ph.i:                 ; preds = %for_body_r484.i
+  %.idx.i = shl nsw i64 %3047, 11
+  %3054 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx564.i = shl nsw i64 %3045, 16
+  %3055 = getelementptr i8, ptr %3054, i64 %.idx564.i
+  %invariant.gep858.i = getelementptr i8, ptr %3055, i64 %.idx565.i
+  %3056 = shl i64 %indvars.iv1101.i, 11
+  %3057 = and i64 %3056, 4294965248
+  %invariant.gep1265.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3057
+  %3058 = add nsw i64 %.idx564.i, %.idx.i
+  %scevgep518 = getelementptr i8, ptr %scevgep517, i64 %3058
+  %scevgep521 = getelementptr i8, ptr %scevgep520, i64 %3058
+  %3059 = shl nuw nsw i64 %wide.trip.count1089.i, 2
+  %3060 = getelementptr i8, ptr %scevgep524, i64 %3032
+  %scevgep525 = getelementptr i8, ptr %3060, i64 %3059
+  br label %for_begin_d500.preheader.i
 
-if_end517.i:                                      ; preds = %if_end514.i
-  %3145 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3146 = tail call i32 %3145(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not561.i = icmp eq i32 %3146, 0
-  br i1 %.not561.i, label %if_end520.i, label %fused_attend_compute_.exit, !prof !38
+for_body_r484.i:                                  ; preds = %for_body_r484.i, %for_body_r484.lr.ph.i
+  %indvars.iv1086.i = phi i64 [ 0, %for_body_r484.lr.ph.i ], [ %indvars.iv.next1087.i.1, %for_body_r484.i ]
+  %3061 = add nuw nsw i64 %indvars.iv1086.i, %3051
+  %3062 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3061
+  %3063 = load float, ptr %3062, align 4, !tbaa !5
+  %3064 = and i64 %indvars.iv1086.i, 2
+  %3065 = shl nuw nsw i64 %indvars.iv1086.i, 3
+  %3066 = and i64 %3065, 17179869152
+  %3067 = or disjoint i64 %3053, %3064
+  %3068 = add nsw i64 %3067, %3066
+  %3069 = getelementptr inbounds float, ptr %partial_max, i64 %3068
+  store float %3063, ptr %3069, align 4, !tbaa !5
+  %3070 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3061
+  %3071 = load float, ptr %3070, align 4, !tbaa !5
+  %3072 = getelementptr inbounds float, ptr %partial_sum, i64 %3068
+  store float %3071, ptr %3072, align 4, !tbaa !5
+  %indvars.iv.next1087.i = or disjoint i64 %indvars.iv1086.i, 1
+  %3073 = add nuw nsw i64 %indvars.iv.next1087.i, %3051
+  %3074 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3073
+  %3075 = load float, ptr %3074, align 4, !tbaa !5
+  %3076 = and i64 %indvars.iv.next1087.i, 3
+  %3077 = shl nuw nsw i64 %indvars.iv1086.i, 3
+  %3078 = and i64 %3077, 17179869152
+  %3079 = or disjoint i64 %3053, %3076
+  %3080 = add nsw i64 %3079, %3078
+  %3081 = getelementptr inbounds float, ptr %partial_max, i64 %3080
+  store float %3075, ptr %3081, align 4, !tbaa !5
+  %3082 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3073
+  %3083 = load float, ptr %3082, align 4, !tbaa !5
+  %3084 = getelementptr inbounds float, ptr %partial_sum, i64 %3080
+  store float %3083, ptr %3084, align 4, !tbaa !5
+  %indvars.iv.next1087.i.1 = add nuw nsw i64 %indvars.iv1086.i, 2
+  %exitcond1090.not.i.1 = icmp eq i64 %indvars.iv.next1087.i.1, %wide.trip.count1089.i
+  br i1 %exitcond1090.not.i.1, label %for_begin_d500.preheader.lr.ph.i, label %for_body_r484.i, !prof !13, !llvm.loop !72
 
-if_end520.i:                                      ; preds = %if_end517.i
-  %3147 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3148 = tail call i32 %3147(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not562.i = icmp eq i32 %3148, 0
-  br i1 %.not562.i, label %if_end523.i, label %fused_attend_compute_.exit, !prof !38
+for_begin_d500.preheader.i:                       ; preds = %for_end_d502.i, %for_begin_d500.preheader.lr.ph.i
+  %indvars.iv1095.i = phi i64 [ 0, %for_begin_d500.preheader.lr.ph.i ], [ %indvars.iv.next1096.i, %for_end_d502.i ]
+  %3085 = shl nuw nsw i64 %indvars.iv1095.i, 7
+  %3086 = and i64 %3085, 384
+  %3087 = shl nuw nsw i64 %indvars.iv1095.i, 10
+  %3088 = and i64 %3087, 2199023251456
+  %gep859.i = getelementptr float, ptr %invariant.gep858.i, i64 %3088
+  %3089 = getelementptr float, ptr %gep859.i, i64 %3086
+  %gep1266.i = getelementptr inbounds nuw float, ptr %invariant.gep1265.i, i64 %indvars.iv1095.i
+  %3090 = shl i64 %indvars.iv1095.i, 12
+  %3091 = and i64 %3090, 8796093005824
+  %3092 = shl i64 %indvars.iv1095.i, 9
+  %3093 = and i64 %3092, 1536
+  %3094 = or disjoint i64 %3091, %3093
+  %scevgep522 = getelementptr i8, ptr %scevgep521, i64 %3094
+  %scevgep519 = getelementptr i8, ptr %scevgep518, i64 %3094
+  %bound0526 = icmp ult ptr %scevgep519, %scevgep525
+  %bound1527 = icmp ult ptr %scevgep523, %scevgep522
+  %found.conflict528 = and i1 %bound0526, %bound1527
+  br i1 %found.conflict528, label %for_body_d501.i, label %vector.body531, !prof !16
 
-if_end523.i:                                      ; preds = %if_end520.i
-  %3149 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3150 = tail call i32 %3149(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not563.i = icmp eq i32 %3150, 0
-  br i1 %.not563.i, label %if_end526.i, label %fused_attend_compute_.exit, !prof !38
+vector.body531:                                   ; preds = %for_begin_d500.preheader.i
+  %3095 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3096 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3097 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3098 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather534 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather535 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3096, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather536 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather537 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3099 = getelementptr i8, ptr %3089, i64 32
+  %3100 = getelementptr i8, ptr %3089, i64 64
+  %3101 = getelementptr i8, ptr %3089, i64 96
+  store <8 x float> %wide.masked.gather534, ptr %3089, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather535, ptr %3099, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather536, ptr %3100, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather537, ptr %3101, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3102 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3103 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3104 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3105 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather534.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather535.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3103, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather536.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather537.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3106 = getelementptr i8, ptr %3089, i64 128
+  %3107 = getelementptr i8, ptr %3089, i64 160
+  %3108 = getelementptr i8, ptr %3089, i64 192
+  %3109 = getelementptr i8, ptr %3089, i64 224
+  store <8 x float> %wide.masked.gather534.1, ptr %3106, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather535.1, ptr %3107, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather536.1, ptr %3108, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather537.1, ptr %3109, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3110 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3111 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3112 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3113 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather534.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather535.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3111, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather536.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3112, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather537.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3113, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3114 = getelementptr i8, ptr %3089, i64 256
+  %3115 = getelementptr i8, ptr %3089, i64 288
+  %3116 = getelementptr i8, ptr %3089, i64 320
+  %3117 = getelementptr i8, ptr %3089, i64 352
+  store <8 x float> %wide.masked.gather534.2, ptr %3114, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather535.2, ptr %3115, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather536.2, ptr %3116, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather537.2, ptr %3117, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3118 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3119 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3120 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3121 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather534.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather535.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3119, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather536.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3120, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather537.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3122 = getelementptr i8, ptr %3089, i64 384
+  %3123 = getelementptr i8, ptr %3089, i64 416
+  %3124 = getelementptr i8, ptr %3089, i64 448
+  %3125 = getelementptr i8, ptr %3089, i64 480
+  store <8 x float> %wide.masked.gather534.3, ptr %3122, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather535.3, ptr %3123, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather536.3, ptr %3124, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather537.3, ptr %3125, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  br label %for_end_d502.i
 
-if_end526.i:                                      ; preds = %if_end523.i
-  %3151 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3152 = tail call i32 %3151(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not564.i = icmp ne i32 %3152, 0
-  %..i = sext i1 %.not564.i to i32
+for_body_d501.i:                                  ; preds = %for_body_d501.i, %for_begin_d500.preheader.i
+  %indvars.iv1091.i = phi i64 [ %indvars.iv.next1092.i.7, %for_body_d501.i ], [ 0, %for_begin_d500.preheader.i ]
+  %.idx1193.i = shl nuw nsw i64 %indvars.iv1091.i, 6
+  %3126 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i
+  %3127 = load float, ptr %3126, align 4, !tbaa !5
+  %3128 = getelementptr float, ptr %3089, i64 %indvars.iv1091.i
+  store float %3127, ptr %3128, align 4, !tbaa !5
+  %indvars.iv.next1092.i = or disjoint i64 %indvars.iv1091.i, 1
+  %.idx1193.i.1 = shl nuw nsw i64 %indvars.iv.next1092.i, 6
+  %3129 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.1
+  %3130 = load float, ptr %3129, align 4, !tbaa !5
+  %3131 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i
+  store float %3130, ptr %3131, align 4, !tbaa !5
+  %indvars.iv.next1092.i.1 = or disjoint i64 %indvars.iv1091.i, 2
+  %.idx1193.i.2 = shl nuw nsw i64 %indvars.iv.next1092.i.1, 6
+  %3132 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.2
+  %3133 = load float, ptr %3132, align 4, !tbaa !5
+  %3134 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i.1
+  store float %3133, ptr %3134, align 4, !tbaa !5
+  %indvars.iv.next1092.i.2 = or disjoint i64 %indvars.iv1091.i, 3
+  %.idx1193.i.3 = shl nuw nsw i64 %indvars.iv.next1092.i.2, 6
+  %3135 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.3
+  %3136 = load float, ptr %3135, align 4, !tbaa !5
+  %3137 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i.2
+  store float %3136, ptr %3137, align 4, !tbaa !5
+  %indvars.iv.next1092.i.3 = or disjoint i64 %indvars.iv1091.i, 4
+  %.idx1193.i.4 = shl nuw nsw i64 %indvars.iv.next1092.i.3, 6
+  %3138 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.4
+  %3139 = load float, ptr %3138, align 4, !tbaa !5
+  %3140 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i.3
+  store float %3139, ptr %3140, align 4, !tbaa !5
+  %indvars.iv.next1092.i.4 = or disjoint i64 %indvars.iv1091.i, 5
+  %.idx1193.i.5 = shl nuw nsw i64 %indvars.iv.next1092.i.4, 6
+  %3141 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.5
+  %3142 = load float, ptr %3141, align 4, !tbaa !5
+  %3143 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i.4
+  store float %3142, ptr %3143, align 4, !tbaa !5
+  %indvars.iv.next1092.i.5 = or disjoint i64 %indvars.iv1091.i, 6
+  %.idx1193.i.6 = shl nuw nsw i64 %indvars.iv.next1092.i.5, 6
+  %3144 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.6
+  %3145 = load float, ptr %3144, align 4, !tbaa !5
+  %3146 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i.5
+  store float %3145, ptr %3146, align 4, !tbaa !5
+  %indvars.iv.next1092.i.6 = or disjoint i64 %indvars.iv1091.i, 7
+  %.idx1193.i.7 = shl nuw nsw i64 %indvars.iv.next1092.i.6, 6
+  %3147 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.7
+  %3148 = load float, ptr %3147, align 4, !tbaa !5
+  %3149 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i.6
+  store float %3148, ptr %3149, align 4, !tbaa !5
+  %indvars.iv.next1092.i.7 = add nuw nsw i64 %indvars.iv1091.i, 8
+  %exitcond1094.not.i.7 = icmp eq i64 %indvars.iv.next1092.i.7, 128
+  br i1 %exitcond1094.not.i.7, label %for_end_d502.i, label %for_body_d501.i, !prof !29, !llvm.loop !78
+
+for_end_d502.i:                                   ; preds = %for_body_d501.i, %vector.body531
+  %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
+  %exitcond1100.not.i = icmp eq i64 %indvars.iv.next1096.i, %wide.trip.count1089.i
+  br i1 %exitcond1100.not.i, label %if_end414.loopexit.i, label %for_begin_d500.preheader.i, !prof !13
+
+if_end509.i:                                      ; preds = %for_end_tile410.i
+  %3150 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3151 = tail call i32 %3150(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not556.i = icmp eq i32 %3151, 0
+  br i1 %.not556.i, label %if_end512.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end512.i:                                      ; preds = %if_end509.i
+  %3152 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3153 = tail call i32 %3152(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not557.i = icmp eq i32 %3153, 0
+  br i1 %.not557.i, label %if_end515.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end515.i:                                      ; preds = %if_end512.i
+  %3154 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3155 = tail call i32 %3154(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not558.i = icmp eq i32 %3155, 0
+  br i1 %.not558.i, label %if_end518.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end518.i:                                      ; preds = %if_end515.i
+  %3156 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3157 = tail call i32 %3156(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not559.i = icmp eq i32 %3157, 0
+  br i1 %.not559.i, label %if_end521.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end521.i:                                      ; preds = %if_end518.i
+  %3158 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3159 = tail call i32 %3158(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not560.i = icmp ne i32 %3159, 0
+  %..i = sext i1 %.not560.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end526.i, %if_end523.i, %if_end520.i, %if_end517.i, %if_end514.i, %for_end_tile415.i, %if_end408.i, %if_end405.i, %for_end_tile346.i, %if_end339.i, %if_end333.i, %if_end327.i, %if_end324.i, %if_end321.i, %if_end173.i, %if_end167.i, %if_end164.i, %if_end161.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end145.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end126.i, %for_body_step.i, %if_end120.i, %if_end117.i, %for_body_number.i, %for_end_r475.us.i, %for_body_tile414.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end54
-  %common.ret.op.i = phi i32 [ -1, %if_end523.i ], [ -1, %if_end54 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end520.i ], [ %..i, %if_end526.i ], [ -1, %for_end_tile415.i ], [ -1, %for_body_tile414.us.i ], [ -1, %if_end514.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end517.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r475.us.i ], [ -1, %if_end327.i ], [ -1, %if_end324.i ], [ -1, %if_end321.i ], [ -1, %if_end173.i ], [ -1, %if_end167.i ], [ -1, %if_end164.i ], [ -1, %if_end161.i ], [ -1, %if_end333.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end145.i ], [ -1, %if_end339.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end126.i ], [ -1, %if_end408.i ], [ -1, %if_end405.i ], [ -1, %for_end_tile346.i ], [ -1, %if_end120.i ], [ -1, %if_end117.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor541.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %reach559.i)
+fused_attend_compute_.exit:                       ; preds = %if_end521.i, %if_end518.i, %if_end515.i, %if_end512.i, %if_end509.i, %for_end_tile410.i, %if_end403.i, %if_end400.i, %for_end_tile341.i, %if_end334.i, %if_end328.i, %if_end322.i, %if_end319.i, %if_end316.i, %if_end173.i, %if_end167.i, %if_end164.i, %if_end161.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end145.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end126.i, %for_body_step.i, %if_end120.i, %if_end117.i, %for_body_number.i, %for_end_r470.us.i, %for_body_tile409.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end54
+  %common.ret.op.i = phi i32 [ -1, %if_end518.i ], [ -1, %if_end54 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end515.i ], [ %..i, %if_end521.i ], [ -1, %for_end_tile410.i ], [ -1, %for_body_tile409.us.i ], [ -1, %if_end509.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end512.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r470.us.i ], [ -1, %if_end322.i ], [ -1, %if_end319.i ], [ -1, %if_end316.i ], [ -1, %if_end173.i ], [ -1, %if_end167.i ], [ -1, %if_end164.i ], [ -1, %if_end161.i ], [ -1, %if_end328.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end145.i ], [ -1, %if_end334.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end126.i ], [ -1, %if_end403.i ], [ -1, %if_end400.i ], [ -1, %for_end_tile341.i ], [ -1, %if_end120.i ], [ -1, %if_end117.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor536.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach555.i)
   ret i32 %common.ret.op.i
 }
 

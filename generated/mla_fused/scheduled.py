@@ -214,6 +214,7 @@ class Module:
                                                     scaled = T.sblock_alloc_buffer((112, 16))
                                                     peak = T.sblock_alloc_buffer((16,))
                                                     exact = T.sblock_alloc_buffer((112, 16))
+                                                    peak_rf = T.sblock_alloc_buffer((4, 16))
                                                     for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("scaled"):
@@ -222,20 +223,34 @@ class Module:
                                                                 T.reads(scores[vslot, vo * 8 + vi, vr])
                                                                 T.writes(scaled[vo * 8 + vi, vr])
                                                                 scaled[vo * 8 + vi, vr] = T.Select(vi < valid_len - vo * 8, scores[vslot, vo * 8 + vi, vr] * score_scale, T.float32("-inf"))
+                                                    for ti_1_init in T.unroll(4):
+                                                        for r_init in T.vectorized(16):
+                                                            with T.sblock("peak_rf_init"):
+                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r_init])
+                                                                T.reads()
+                                                                T.writes(peak_rf[vti_1, vr])
+                                                                peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                    for to, ti_0 in T.grid((valid_len + 8 - 1) // 8, 2):
+                                                        for ti_1 in T.unroll(4):
+                                                            for r in T.vectorized(16):
+                                                                with T.sblock("peak_rf_update"):
+                                                                    vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
+                                                                    T.reads(peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1, vr])
+                                                                    T.writes(peak_rf[vti_1, vr])
+                                                                    peak_rf[vti_1, vr] = T.max(peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1, vr])
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("peak_init"):
                                                             vr = T.axis.spatial(16, r_init)
                                                             T.reads()
                                                             T.writes(peak[vr])
                                                             peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
+                                                    for ti_1 in range(4):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("peak_update"):
-                                                                vt = T.axis.reduce(112, to * 8 + ti)
-                                                                vr = T.axis.spatial(16, r)
-                                                                T.reads(peak[vr], scaled[vt, vr])
+                                                                vti_1, vr = T.axis.remap("RS", [ti_1, r])
+                                                                T.reads(peak[vr], peak_rf[vti_1, vr])
                                                                 T.writes(peak[vr])
-                                                                peak[vr] = T.max(peak[vr], scaled[vt, vr])
+                                                                peak[vr] = T.max(peak[vr], peak_rf[vti_1, vr])
                                                     for r in T.vectorized(16):
                                                         with T.sblock("tile_max"):
                                                             vr = T.axis.spatial(16, r)
