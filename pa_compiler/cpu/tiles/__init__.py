@@ -77,8 +77,8 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
 def _few_groups(spec: PagedAttentionSpec, token_group: int, kv_tile: int) -> int:
     """Tiling.few_groups: two, for as many bytes of sums as of whole tiles, while their keys take half of their L1 sets.
 
-    Tokens whose rows lie a multiple of 4096 bytes apart share 8 lines of a first-level cache, and lines that are fetched
-    meanwhile and those of the query want some of them.
+    Tokens whose rows lie a multiple of 4096 bytes apart share 8 lines of a first-level cache. The other half is for the
+    query, and for the keys that are read next.
     """
     apart = spec.num_kv_heads * spec.head_dim * ITEMSIZES[spec.dtype] if spec.kv_layout == "NHD" else 0
     return 2 if kv_tile % (2 * token_group) == 0 and 2 * token_group * apart <= 4 * 4096 else 1
