@@ -55,6 +55,23 @@ class AttendItem(NamedTuple):
     work: int
 
 
+class PrefixItem(NamedTuple):
+    """What a thread computes at a time of a prefix that sequences share: some of their query tokens with some kv heads.
+
+    The query tokens token_begin to token_begin + num_query - 1 of the call, be they of one sequence or several, over
+    the blocks [block_begin, block_end) of row `prefix` of prefix_table; otherwise as AttendItem.
+    """
+
+    prefix: int
+    token_begin: int
+    num_query: int
+    kv_head_begin: int
+    num_kv_heads: int
+    block_begin: int
+    block_end: int
+    work: int
+
+
 THREADING = ("auto", "own", "openmp")
 """Whose threads can run a call of a library for a CPU, in the order of the library's numbers."""
 
@@ -185,6 +202,16 @@ _ATTEND = (
     Parameter("causal"),
 )
 
+_SHARED_PREFIX = (
+    *_DECODE[:3],
+    Parameter("prefix_table", "int32"),
+    Parameter("prefix_len", "int32"),
+    Parameter("prefix_start_loc", "int32", optional=True),
+    *_DECODE[3:7],
+    Parameter("query_start_loc", "int32", optional=True),
+    *_DECODE[7:],
+)
+
 _APPEND_KV = (
     Parameter("key", "dtype"),
     Parameter("value", "dtype", of_values=True),
@@ -207,6 +234,7 @@ _AS_UINT16 = (Parameter("as_uint16"),)
 CPU_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
     "decode": (*_DECODE, *_THREADS, *_AS_UINT16),
     "attend": (*_ATTEND, *_THREADS, *_AS_UINT16),
+    "attend_shared_prefix": (*_SHARED_PREFIX, *_THREADS, *_AS_UINT16),
     "append_kv": (*_APPEND_KV, *_THREADS, *_AS_UINT16),
     "merge_states": (*_MERGE_STATES, *_THREADS, *_AS_UINT16),
     "plan": (Parameter("context_lens", "int32"),),
@@ -215,11 +243,18 @@ CPU_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
         Parameter("query_start_loc", "int32"),
         Parameter("num_threads"),
     ),
+    "shared_prefix_plan": (
+        Parameter("context_lens", "int32"),
+        Parameter("query_start_loc", "int32", optional=True),
+        Parameter("prefix_len", "int32"),
+        Parameter("prefix_start_loc", "int32", optional=True),
+        Parameter("num_threads"),
+    ),
     "cpu_set": (Parameter("cpus", "int32"),),
     "openmp": (),
     "view_as_bfloat16": (Parameter("tensor", "uint16"),),
 }
-"""The functions of a library for a CPU, with what each takes, in order. Not every library has attend or merge_states.
+"""The functions of a library for a CPU, with what each takes, in order. Not every library has attend, attend_shared_prefix or merge_states.
 
 Arrays come first. Where the last parameter is as_uint16, bit i of it says that parameter i is an array of bfloat16 that
 is declared uint16, for libraries that have no bfloat16 in DLPack.

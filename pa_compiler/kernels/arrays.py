@@ -76,6 +76,10 @@ class Arrays:
         """[batch], int32: tokens of each sequence."""
         return T.match_buffer(handle, (self._var("batch"),), "int32", align=4)
 
+    def positions(self, handle: Var) -> Buffer:
+        """[num_tokens], int32: where in its sequence each query token is."""
+        return T.match_buffer(handle, (self._var(self._tokens),), "int32", align=4)
+
     def tree_mask(self, handle: Var) -> Buffer:
         """[tree_cells], uint8: which of a sequence's own query tokens each of them sees, sequence after sequence."""
         return T.match_buffer(handle, (self._var("tree_cells"),), "uint8", align=1)

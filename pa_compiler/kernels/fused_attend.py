@@ -34,19 +34,20 @@ from pa_compiler.tiles import Tiling
 def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """One work item: num_query query tokens of a sequence, in num_kv_heads kv heads, over the blocks of its range.
 
-    The query tokens are those from token_begin on in query and out; the first of them is at position first_pos of
-    sequence seq, the others follow. With causal, the one at position p sees keys 0 to p, otherwise all context_len keys
-    of its sequence; in both cases within the window and the mask of the spec. With tree_start >= 0 it sees all keys
-    before the tree_size last tokens of its sequence, and of these what its row of tree_mask says, which for the item's
-    first token begins at tree_start, and for each other one tree_size further.
+    The query tokens are those from token_begin on in query and out; token_positions has where in its sequence each of
+    them is. With causal, the one at position p sees keys 0 to p, otherwise all context_len keys of sequence seq; in both
+    cases within the window and the mask of the spec. With tree_start >= 0 it sees all keys before the tree_size last
+    tokens of its sequence, and of these what its row of tree_mask says, which for the item's first token begins at
+    tree_start, and for each other one tree_size further. Of a prefix that sequences share, seq is its row in
+    block_table and context_lens, and the query tokens are those of several sequences, all after it.
 
     The item has num_kv_heads * ceil(num_query * group / row_tile) <= attend_tiles tiles of rows. Its keys are those of
-    the blocks [block_begin, block_end); block_begin is a multiple of attend_range_blocks. With partial_start < 0 these
-    are all that its tokens see: writes their out and lse. Otherwise they are of one range of attend_range_blocks, and
-    it writes the partial results of its heads to the slots from partial_start on, one for each token.
+    the blocks [block_begin, block_end). With partial_start < 0 these are all that its tokens see: writes their out and
+    lse. Otherwise it writes the partial results of its heads to the slots from partial_start on, one for each token.
 
-    A range begins with an empty state, and the states of ranges are merged in their order, here or in merge_attend: so
-    what a token gets depends on neither. Tiles of tokens begin at multiples of kv_tile.
+    From block_begin on, each attend_range_blocks blocks are a range. A range begins with an empty state, and the states
+    of ranges are merged in their order, here or in merge_attend: so what a token gets depends on neither. Tiles of
+    tokens begin at multiples of kv_tile from there on.
     """
     arrays, kv_tile, rows = Arrays(spec, tiling), tiling.kv_tile, tiling.row_tile
     tiles, depth, dim = attend_tiles(spec), spec.head_dim // tiling.keys.terms, spec.result_dim
@@ -64,6 +65,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         block_table_handle: T.handle,
         row_starts_handle: T.handle,
         context_lens_handle: T.handle,
+        token_positions_handle: T.handle,
         tree_mask_handle: T.handle,
         partial_max_handle: T.handle,
         partial_sum_handle: T.handle,
@@ -81,7 +83,6 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         seq: T.int32,
         token_begin: T.int32,
         num_query: T.int32,
-        first_pos: T.int32,
         kv_head_begin: T.int32,
         num_kv_heads: T.int32,
         block_begin: T.int32,
@@ -100,6 +101,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         row_starts = arrays.row_starts(row_starts_handle)
         table = T.meta_var(BlockTable(block_table, row_starts))
         context_lens = arrays.context_lens(context_lens_handle)
+        token_positions = arrays.positions(token_positions_handle)
         tree_mask = arrays.tree_mask(tree_mask_handle)
         partial_max = arrays.partial_rows(partial_max_handle)
         partial_sum = arrays.partial_rows(partial_sum_handle)
@@ -141,8 +143,8 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             sees_all: T.let = T.Or(causal == 0, tree_start >= T.int64(0))
             total = T.meta_var(State(total_max, total_sum, total_acc, 0))
             running = T.meta_var(State(row_max, row_sum, acc, 0))
-            start(query, q_tile, item, num_tiles, first_pos, context_len, sees_all, query_scale, total, span)
-            runs = T.meta_var(runs_stage(num_query, first_pos, context_len, sees_all))
+            start(query, q_tile, item, num_tiles, token_positions, context_len, sees_all, query_scale, total, span)
+            runs = T.meta_var(runs_stage(token_begin, num_query, token_positions, context_len, sees_all))
             first_key: T.let = block_begin * spec.block_size
             key_end: T.let = T.min(block_end * spec.block_size, span[1])
             num_ranges: T.let = T.ceildiv(T.max(key_end - first_key, 0), range_tokens)
@@ -153,7 +155,8 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     T.writes()
                     range_begin: T.let = first_key + vrange * range_tokens
                     range_end: T.let = script.opaque(T.min(range_begin + range_tokens, key_end))
-                    read_begin: T.let = script.opaque(T.max(range_begin, span[0] - T.floormod(span[0], kv_tile)))
+                    unseen: T.let = T.max(span[0] - range_begin, 0)
+                    read_begin: T.let = script.opaque(range_begin + unseen - T.floormod(unseen, kv_tile))
                     num_steps: T.let = T.ceildiv(T.max(range_end - read_begin, 0), kv_tile)
                     for step in range(num_steps):
                         with T.sblock("kv_tile"):
@@ -192,7 +195,7 @@ def _start(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     load_query_stage, bounds_stage = load_query(spec, tiling), find_bounds(spec, tiling)
 
     @script.inline
-    def stage(query, q_tile, item, num_tiles, first_pos, context_len, sees_all, query_scale, total, span):
+    def stage(query, q_tile, item, num_tiles, token_positions, context_len, sees_all, query_scale, total, span):
         for tile in range(num_tiles):
             with T.sblock("query_tile"):
                 vtile = T.axis.spatial(num_tiles, tile)
@@ -200,7 +203,7 @@ def _start(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 T.writes()
                 of = T.meta_var(rows_of(item, vtile))
                 load_query_stage(query, q_tile, vtile, of, query_scale)
-                bounds_stage(item.bounds, vtile, of, first_pos, context_len, sees_all)
+                bounds_stage(item.bounds, vtile, of, token_positions, context_len, sees_all)
                 with T.sblock("empty_state"):
                     T.reads()
                     T.writes(

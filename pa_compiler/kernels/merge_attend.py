@@ -16,7 +16,8 @@ from pa_compiler.tiles import Tiling
 def merge_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """out and lse of one query token, from num_partials partial results, of ranges of its keys in their order.
 
-    They lie in the slots partial_start, partial_start + partial_step and so on. num_keys is what the token may see: its
+    They lie in the slots partial_start, partial_start + partial_step and so on; the first num_shared of them, of a
+    prefix that sequences share, in shared_start, shared_start + shared_step and so on. num_keys is what the token may see: its
     position and one more, or, where it sees more than what is before it, all tokens of its sequence; of these a mask
     may leave fewer.
     """
@@ -36,6 +37,9 @@ def merge_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_start: T.int32,
         partial_step: T.int32,
         num_partials: T.int32,
+        shared_start: T.int32,
+        shared_step: T.int32,
+        num_shared: T.int32,
     ):
         partial_max = arrays.partial_rows(partial_max_handle)
         partial_sum = arrays.partial_rows(partial_sum_handle)
@@ -54,7 +58,8 @@ def merge_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     vstep = T.axis.opaque(num_partials, step)
                     T.reads()
                     T.writes()
-                    slot: T.let = partial_start + vstep * partial_step
+                    own: T.let = partial_start + (vstep - num_shared) * partial_step
+                    slot: T.let = T.Select(vstep < num_shared, shared_start + vstep * shared_step, own)
                     merge_stage(State(partial_max, partial_sum, partial_acc, slot), running, vstep, num_partials)
             places: T.let = headroom(spec, num_keys)
             normalize_stage(running, out, lse, Rows(token, 0, heads), places, sinks if spec.sinks else None)

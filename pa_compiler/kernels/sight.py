@@ -107,7 +107,7 @@ class Sight(NamedTuple):
 
 
 def find_bounds(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """bounds of a tile's rows. first_pos is the position of query token 0 of the item.
+    """bounds of a tile's rows. positions has where in its sequence each query token of the call is.
 
     A token sees what comes before it and itself, as far as the mask has it; with sees_all, up to the last of the
     sequence's context_len tokens. Rows that pad the tile are as the last one.
@@ -115,14 +115,14 @@ def find_bounds(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     rows, late, wide = tiling.row_tile, begins_late(spec, many_tokens=True), spec.wide_range
 
     @inline
-    def stage(bounds, tile, of, first_pos, context_len, sees_all):
+    def stage(bounds, tile, of, positions, context_len, sees_all):
         with T.sblock("bounds"):
-            T.reads()
+            T.reads(positions[of.token : of.token + of.num_tokens])
             T.writes(bounds.positions[tile, 0:rows], bounds.limits[tile, 0:rows], bounds.reach[tile, 0:4])
             for r in range(rows):
                 with T.sblock("row_bounds"):
                     vr = T.axis.spatial(rows, r)
-                    position: T.let = first_pos + of.nth_token(T.min(vr, of.num - 1))
+                    position: T.let = positions[of.token + of.nth_token(T.min(vr, of.num - 1))]
                     seen: T.let = T.Select(sees_all, context_len, position + 1)
                     bounds.positions[tile, vr] = position
                     bounds.limits[tile, vr] = limit(spec, seen, position + 1)
@@ -158,13 +158,13 @@ def find_runs(spec: PagedAttentionSpec) -> Callable[..., Buffer | None]:
             T.buffer_store(runs, T.Select(nth == 0, after, T.max(runs[i, 1], after)), [i, 1])
 
     @inline
-    def fill(runs, num_query, first_pos, context_len, sees_all):
+    def fill(runs, token_begin, num_query, positions, context_len, sees_all):
         for token in range(num_query):
             with T.sblock("runs"):
                 vtoken = T.axis.opaque(num_query, token)
-                T.reads(whole(runs))
+                T.reads(whole(runs), positions[token_begin + vtoken])
                 T.writes(whole(runs))
-                query_end: T.let = first_pos + vtoken + 1
+                query_end: T.let = positions[token_begin + vtoken] + 1
                 seen: T.let = T.Select(sees_all, context_len, query_end)
                 widen(runs, vtoken, intervals(spec, seen, query_end))
 

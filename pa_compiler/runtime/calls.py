@@ -7,20 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from pa_compiler.runtime.arguments import block_tables, input_arrays, real_number
-from pa_compiler.runtime.merging import Merging
+from pa_compiler.runtime.shared_prefix import SharedPrefix
 
 
-class Calls(Merging):
+class Calls(SharedPrefix):
     """The calls of a Module, which says what they have in common."""
 
     def _open(self) -> None:
-        """Look the functions up. Not every library has attend and merge_states."""
+        """Look the functions up. Not every library has attend, attend_shared_prefix and merge_states."""
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
         self._decode, self._append_kv = self._entry_point("decode"), self._entry_point("append_kv")
-        self._attend = self._entry_point("attend") if self._functions.implements_function("attend") else None
-        self._merge_states = (
-            self._entry_point("merge_states") if self._functions.implements_function("merge_states") else None
-        )
+        self._attend, self._attend_shared_prefix = self._found("attend"), self._found("attend_shared_prefix")
+        self._merge_states = self._found("merge_states")
 
     def decode(
         self,

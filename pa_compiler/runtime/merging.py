@@ -26,9 +26,12 @@ class Merging(ThreadSettings):
 
     def _entry_point(self, name: str) -> EntryPoint:
         parameters = self._entry_points[name]
-        if name in ("decode", "attend"):
+        if name in ("decode", "attend", "attend_shared_prefix"):
             parameters = with_inputs(parameters, self.spec)
         return EntryPoint(self._functions[name], parameters, self.spec, self._on_gpu)
+
+    def _found(self, name: str) -> EntryPoint | None:
+        return self._entry_point(name) if self._functions.implements_function(name) else None
 
     def merge_states(
         self,

@@ -11,15 +11,6 @@ namespace pa {
 
 constexpr int64_t kBatch = -1;  // in the shape of an input: as many as the call has sequences
 
-// So many elements side by side, as kernels take an array of any number of axes.
-inline Array InOneAxis(const void* data, DLDataType dtype, int64_t elements) {
-  Array array;
-  array.tensor = {const_cast<void*>(data), {kDLCPU, 0}, 1, dtype, array.shape, array.strides, 0};
-  array.shape[0] = elements;
-  array.strides[0] = 1;
-  return array;
-}
-
 // Whether elements lie side by side in C's order. Along an axis of one element nothing is stepped over.
 inline bool IsContiguous(const DLTensor& given) {
   int64_t stride = 1;
