@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler import reference
-from pa_compiler.interface import AttendItem, WorkItem
+from pa_compiler.interface import AttendItem, PrefixItem, WorkItem
 from pa_compiler.layout import convert_cache
 from pa_compiler.runtime.cuda_module import CudaModule
 from pa_compiler.runtime.load import load
@@ -24,6 +24,7 @@ __all__ = [
     "CudaModule",
     "Module",
     "PagedAttentionSpec",
+    "PrefixItem",
     "WorkItem",
     "compile",
     "convert_cache",

@@ -182,3 +182,54 @@ def merge_states(
     values = np.where(np.isneginf(lses)[..., None], 0, np.asarray(outs, np.float64))
     out = (weights[..., None] * values).sum(axis=0) / np.where(total == 0, 1, total)[..., None]
     return (out, largest + np.log(np.where(total == 0, 1, total))) if return_lse else out
+
+
+def attend_shared_prefix(
+    query: np.ndarray,
+    key_cache: np.ndarray,
+    value_cache: np.ndarray,
+    prefix_table: np.ndarray,
+    prefix_len: int | np.ndarray,
+    block_table: np.ndarray | tuple[np.ndarray, np.ndarray],
+    context_lens: np.ndarray,
+    query_start_loc: np.ndarray | None = None,
+    scale: float | np.ndarray | None = None,
+    *,
+    prefix_start_loc: np.ndarray | None = None,
+    **fields: Any,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Attend where sequences begin with the tokens of a prefix: what attend gives with the prefix's blocks in their rows.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim], any floating dtype: those of one sequence after another.
+        key_cache: As for decode.
+        value_cache: As for decode.
+        prefix_table: [num_prefixes, max_prefix_blocks], integers, or the one row that there is.
+        prefix_len: Tokens of each prefix, whole blocks: [num_prefixes], integers, or one int.
+        block_table: As for decode. A sequence's entries for its prefix are not looked at.
+        context_lens: [batch], integers: tokens of each sequence, those of its prefix among them.
+        query_start_loc: As for attend; None where each sequence has one query token.
+        scale: As for decode.
+        prefix_start_loc: [num_prefixes + 1]: where the sequences of each prefix begin; None where there is one prefix.
+        **fields: As for attend, but for causal and tree_mask; return_lse among them.
+
+    Returns:
+        out, or (out, lse), as attend.
+    """
+    kv_layout = fields.get("kv_layout", "NHD")
+    batch = len(context_lens)
+    starts = np.arange(batch + 1) if query_start_loc is None else query_start_loc
+    groups = np.array([0, batch]) if prefix_start_loc is None else prefix_start_loc
+    lens, tables = np.atleast_1d(prefix_len), np.atleast_2d(prefix_table)
+    block_size = value_cache.shape[1 if kv_layout == "NHD" else 2]
+    if kv_layout == "packed" and value_cache.dtype.name == "bfloat16":
+        block_size *= 2
+    rows = [blocks_of(block_table, sequence).copy() for sequence in range(batch)]
+    for prefix, (begin, end) in enumerate(zip(groups[:-1], groups[1:], strict=True)):
+        shared = int(lens[prefix]) // block_size
+        for sequence in range(int(begin), int(end)):
+            if starts[sequence + 1] > starts[sequence]:  # else it has no query tokens, and its row any length
+                rows[sequence][:shared] = tables[prefix, :shared]
+    indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    whole = (indptr, np.concatenate([np.zeros(0, np.int64), *rows]))
+    return attend(query, key_cache, value_cache, whole, context_lens, starts, scale, **fields)

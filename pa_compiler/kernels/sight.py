@@ -110,7 +110,8 @@ def find_bounds(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     """bounds of a tile's rows. positions has where in its sequence each query token of the call is.
 
     A token sees what comes before it and itself, as far as the mask has it; with sees_all, up to the last of the
-    sequence's context_len tokens. Rows that pad the tile are as the last one.
+    sequence's context_len tokens. Of a prefix that sequences share, context_len is its length, and tokens are after it.
+    Rows that pad the tile are as the last one.
     """
     rows, late, wide = tiling.row_tile, begins_late(spec, many_tokens=True), spec.wide_range
 
@@ -125,7 +126,7 @@ def find_bounds(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
                     position: T.let = positions[of.token + of.nth_token(T.min(vr, of.num - 1))]
                     seen: T.let = T.Select(sees_all, context_len, position + 1)
                     bounds.positions[tile, vr] = position
-                    bounds.limits[tile, vr] = limit(spec, seen, position + 1)
+                    bounds.limits[tile, vr] = T.min(limit(spec, seen, position + 1), context_len)
                     if late:
                         bounds.begins[tile, vr] = first_seen(spec, seen, position + 1)
                     if wide:

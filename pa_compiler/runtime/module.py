@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import tvm_ffi
 
-from pa_compiler.interface import AttendItem, WorkItem
+from pa_compiler.interface import AttendItem, PrefixItem, WorkItem
 from pa_compiler.runtime import files, manifest, memory, threads, torch_tensors
 from pa_compiler.runtime.arguments import NUMPY_DTYPES, whole_number
 from pa_compiler.runtime.calls import Calls
@@ -106,30 +106,44 @@ class Module(Calls):
     @overload
     def plan(self, context_lens: Any, query_start_loc: Any) -> list[WorkItem | AttendItem]: ...
 
-    def plan(self, context_lens: Any, query_start_loc: Any = None) -> Any:
+    @overload
+    def plan(
+        self, context_lens: Any, query_start_loc: Any = None, prefix_len: Any = ..., prefix_start_loc: Any = None
+    ) -> list[WorkItem | AttendItem | PrefixItem]: ...
+
+    def plan(
+        self, context_lens: Any, query_start_loc: Any = None, prefix_len: Any = None, prefix_start_loc: Any = None
+    ) -> Any:
         """The work items that decode runs for these lengths, in the order in which they are dealt to threads.
 
         With query_start_loc those that attend runs, causal and without a tree, at up to num_threads threads: WorkItems
-        of sequences with one query token, and AttendItems of the others. A pure function of these: no kernel runs.
-        Blocks that a window hides are in none of them.
+        of sequences with one query token, and AttendItems of the others. With prefix_len those of attend_shared_prefix:
+        PrefixItems, and then what the sequences have of their own. A pure function of these: no kernel runs. Blocks
+        that a window hides are in none of them.
 
         Args:
             context_lens: [batch], int32 or int64.
             query_start_loc: [batch + 1], int32 or int64.
+            prefix_len: As for attend_shared_prefix, as is prefix_start_loc.
+            prefix_start_loc: Only with prefix_len.
 
         Raises:
-            NotImplementedError, TypeError, ValueError: as decode and attend.
+            NotImplementedError, TypeError, ValueError: as decode, attend and attend_shared_prefix.
         """
         lens = as_tensor("context_lens", context_lens)
-        if query_start_loc is None:
+        starts = None if query_start_loc is None else as_tensor("query_start_loc", query_start_loc)
+        if prefix_len is not None:
+            text = self._shared_prefix_plan(lens, starts, prefix_len, prefix_start_loc)
+        elif prefix_start_loc is not None:
+            raise TypeError("prefix_start_loc: expected None without prefix_len, got an array")
+        elif starts is None:
             text = self._functions["plan"](lens)
         elif self._attend is None:
             raise NotImplementedError(self._lacks_attend())
         else:
-            starts = as_tensor("query_start_loc", query_start_loc)
             text = self._functions["attend_plan"](lens, starts, self.num_threads)
         rows = (tuple(map(int, line.split())) for line in text.splitlines())
-        return [WorkItem(*row) if len(row) == len(WorkItem._fields) else AttendItem(*row) for row in rows]
+        return [_ITEMS[len(row)](*row) for row in rows]
 
     @property
     def checksum(self) -> str:
@@ -183,6 +197,12 @@ class Module(Calls):
         module = copy.copy(self)
         module.spec = with_functions(self.spec, score_mod, mask_mod)
         return verify.verify(module, seconds, seed=seed, draw=draw, advance=advance)
+
+
+_ITEMS: Mapping[int, Callable[..., Any]] = {
+    len(kind._fields): kind for kind in (WorkItem, AttendItem, PrefixItem)
+}
+"""By how many numbers a line of a plan has."""
 
 
 def _again(kind: type[Module], library: bytes, sources: Mapping[str, str], settings: Mapping[str, Any]) -> Module:

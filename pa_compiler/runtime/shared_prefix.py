@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pa_compiler.runtime.arguments import block_tables, input_arrays, real_number, whole_number
+from pa_compiler.runtime.dlpack import as_tensor
 from pa_compiler.runtime.entry_points import EntryPoint
 from pa_compiler.runtime.merging import Merging
 
@@ -107,6 +108,14 @@ class SharedPrefix(Merging):
     def has_attend_shared_prefix(self) -> bool:
         """Whether the library has attend_shared_prefix: fused ones for a CPU with attend, for most specs."""
         return self._attend_shared_prefix is not None
+
+    def _shared_prefix_plan(self, lens: Any, starts: Any, prefix_len: Any, prefix_start_loc: Any) -> str:
+        """The text of its plan."""
+        if self._attend_shared_prefix is None:
+            raise NotImplementedError(self._lacks_shared_prefix())
+        prefixes = as_tensor("prefix_len", prefix_lengths(prefix_len))
+        groups = None if prefix_start_loc is None else as_tensor("prefix_start_loc", prefix_start_loc)
+        return str(self._functions["shared_prefix_plan"](lens, starts, prefixes, groups, self.num_threads))
 
     def _lacks_shared_prefix(self) -> str:
         expected = "a fused module for a CPU, compiled with attend=True"

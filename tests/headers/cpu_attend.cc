@@ -73,9 +73,7 @@ void ExpectCoverage(const Queries& queries, const AttendPlan<Spec>& plan) {
   }
   for (int64_t seq = 0; seq < queries.batch; ++seq) {
     for (int64_t token = queries.Begin(seq); token < queries.Begin(seq + 1); ++token) {
-      const int64_t pos = queries.FirstPos(seq) + token - queries.Begin(seq);
-      const Interval blocks =
-          BlocksOf<Spec>(SeenTogether<Spec>(pos, pos + 1, queries.context_lens[seq], queries.SeesAhead()).keys);
+      const Interval blocks = BlocksOf<Spec>(SeenTogether<Spec>(queries, seq, token - queries.Begin(seq), 1).keys);
       for (int64_t head = 0; head < 2; ++head) {
         EXPECT((rows[{token, head}] > 0));
         for (int64_t block = blocks.begin; block < blocks.end; ++block) EXPECT((visits[{token, head, block}] >= 1));
@@ -168,16 +166,18 @@ void TestSplits() {
 }
 
 void TestWindows() {
-  const Interval together = SeenTogether<Windowed>(20, 24, 24, false).keys;
+  const Lengths four({{4, 24}, {27, 30}}), two({{2, 101}}), three({{41, 140}});
+  const Interval together = SeenTogether<Windowed>(four.With(), 0, 0, 4).keys;
   EXPECT(together.begin == 12 && together.end == 24);
-  const Interval ahead = SeenTogether<Windowed>(3, 4, 30, true).keys;
+  const Interval ahead = SeenTogether<Windowed>(four.With(false), 1, 0, 1).keys;
   EXPECT(ahead.begin == 0 && ahead.end == 30);
-  const SeenTogether<Union> seen(99, 101, 101, false);
+  const SeenTogether<Union> seen(two.With(), 0, 0, 2);
   EXPECT(seen.keys.begin == 0 && seen.keys.end == 101 && seen.count == 3);
   EXPECT(seen.blocks[1].begin == 10 && seen.blocks[1].end == 12 && seen.blocks[2].begin == 24 &&
          seen.blocks[2].end == 26);
-  EXPECT(SeenTogether<Union>(99, 101, 140, true).blocks[2].end == 35);
-  EXPECT(SeenTogether<NoKeys>(5, 7, 9, false).keys.end == 0 && SeenTogether<NoKeys>(5, 7, 9, false).count == 0);
+  EXPECT(SeenTogether<Union>(three.With(false), 0, 0, 2).blocks[2].end == 35);
+  EXPECT(SeenTogether<NoKeys>(four.With(), 0, 0, 2).keys.end == 0 &&
+         SeenTogether<NoKeys>(four.With(), 0, 0, 2).count == 0);
   EXPECT((BlocksOf<Spec>({3, 3}).end == 0 && BlocksOf<Spec>({3, 5}).begin == 0 && BlocksOf<Spec>({4, 5}).end == 2));
   const Lengths lengths({{2, 100}});
   const AttendPlan<Windowed> plan(lengths.With(), 1);
@@ -237,7 +237,7 @@ void TestCall() {
     const AttendCall<Spec> call(Inputs(given, 19, 19));
     EXPECT(call.plan.num_dealt == 2 + 3 && call.plan.decode.num_partials == 3 && call.args.batch == 2);
     EXPECT(call.queries.Count(0) == 3 && call.queries.FirstPos(0) == 2 && call.args.lse.shape[0] == 4);
-    const DecodeArguments rows = call.RowsOf(call.plan.decode.item(0));  // of sequence 1, which has token 3
+    const DecodeArguments rows = RowsOf(call.args, call.queries, call.plan.decode.item(0));  // of sequence 1, which has token 3
     EXPECT(static_cast<float*>(rows.query.tensor.data) == query.data<float>() + 2 * 24);
     EXPECT(static_cast<float*>(rows.out.tensor.data) == out.data<float>() + 2 * 12);
   }

@@ -41,6 +41,12 @@ class Call:
     def starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.query_lens)]).astype(np.int32)
 
+    @property
+    def positions(self) -> np.ndarray:
+        """Of each query token in its sequence."""
+        of = [np.arange(len(key) - count, len(key)) for count, key in zip(self.query_lens, self.keys, strict=True)]
+        return np.concatenate([np.zeros(0), *of]).astype(np.int32)
+
 
 def make_call(spec, lens, *, seed=0, poison="nan", inputs=None, **fields) -> Call:
     """A call for (query tokens, context) of each sequence."""

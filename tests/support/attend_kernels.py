@@ -65,6 +65,7 @@ class Kernels:
             "block_table": tvm.runtime.tensor(call.block_table),
             "row_starts": tvm.runtime.tensor(np.zeros(len(call.context_lens), np.int32)),
             "context_lens": tvm.runtime.tensor(call.context_lens),
+            "token_positions": tvm.runtime.tensor(call.positions),
             "tree_mask": tvm.runtime.tensor(tree_mask),
             "alibi_slopes": tvm.runtime.tensor(call.alibi_slopes),
             "sinks": tvm.runtime.tensor(call.sinks),
@@ -99,7 +100,7 @@ class Kernels:
                 number = min(chunk, count - first)
                 item = common | {
                     "seq": seq, "token_begin": int(call.starts[seq]) + first, "num_query": number,
-                    "first_pos": context - count + first, "tree_size": count,
+                    "tree_size": count,
                     "tree_start": tree_at + first * count if call.trees is not None else -1,
                 }  # fmt: skip
                 results = {"out": out, "lse": lse}
@@ -131,7 +132,7 @@ class Kernels:
         for token in range(number):
             numbers = {
                 "token": item["token_begin"] + token, "partial_start": token, "partial_step": number,
-                "num_partials": ranges, "num_keys": context if sees_all else item["first_pos"] + token + 1,
+                "shared_start": 0, "shared_step": 0, "num_shared": 0, "num_partials": ranges, "num_keys": context if sees_all else int(call.positions[item["token_begin"] + token]) + 1,
             }  # fmt: skip
             self._call("merge_attend", arrays, numbers)
 
