@@ -62,10 +62,11 @@ class Explanation(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """The entry points that a library has only where it is to, by their names in Module."""
+    """The entry points that a library has only where it is to, by compile's words for them."""
 
     attend: bool = False
     merge_states: bool = False
+    shared_prefix: bool = False
 
 
 NO_EXTRAS = Extras()
@@ -82,6 +83,7 @@ class Backend(NamedTuple):
             names a program that is missing.
         attends: (pipeline) -> whether its libraries can have attend.
         merges: Whether its libraries can have merge_states.
+        without_prefix: (spec, pipeline) -> what keeps a library from having attend_shared_prefix; "" where it can.
         emit: (spec, config, pipeline, extras, empty directory) -> the text of every stage.
         emit_portable: As emit, without the stages that programs of the machine make, which differ by their versions.
         build: (spec, config, pipeline, extras, empty directory) -> Built.
@@ -96,6 +98,7 @@ class Backend(NamedTuple):
     tools: Callable[[], dict[str, object]]
     attends: Callable[[str], bool]
     merges: bool
+    without_prefix: Callable[[PagedAttentionSpec, str], str]
     emit: Callable[[PagedAttentionSpec, dict[str, Any], str, Extras, Path], dict[str, str]]
     emit_portable: Callable[[PagedAttentionSpec, dict[str, Any], str, Extras, Path], dict[str, str]]
     build: Callable[[PagedAttentionSpec, dict[str, Any], str, Extras, Path], Built]

@@ -31,6 +31,7 @@ def compile(  # noqa: A001  (the public name)
     *,
     attend: bool = True,
     merge_states: bool = False,
+    shared_prefix: bool = False,
     cache: bool = True,
     dump_dir: str | os.PathLike[str] | None = None,
 ) -> Module:
@@ -44,6 +45,7 @@ def compile(  # noqa: A001  (the public name)
             in the seed: slower, easier to follow, and a second opinion.
         attend: Whether the module has attend(), where its target can: a CPU. Without it less is compiled.
         merge_states: Whether it has merge_states().
+        shared_prefix: Whether it has attend_shared_prefix(), as fused ones for a CPU with attend can.
         cache: Whether to look in the cache on disk, and to leave the result there.
         dump_dir: A directory that gets what each stage produced, numbered in order, and in include/ the headers of the
             host.
@@ -61,9 +63,8 @@ def compile(  # noqa: A001  (the public name)
             templates or no sources.
         KeyboardInterrupt: by Ctrl-C. What was begun is removed, and the next call works.
     """
-    module = _compiled(
-        spec, target, pipeline, Extras(attend, merge_states), cache=cache, needs_cache=_cache.is_chosen()
-    )
+    extras = Extras(attend, merge_states, shared_prefix)
+    module = _compiled(spec, target, pipeline, extras, cache=cache, needs_cache=_cache.is_chosen())
     if dump_dir is not None:
         Path(dump_dir).mkdir(parents=True, exist_ok=True)
         for number, (stage, text) in enumerate(module.sources.items(), start=1):
@@ -79,9 +80,11 @@ def compile_to_save(
     *,
     attend: bool = True,
     merge_states: bool = False,
+    shared_prefix: bool = False,
 ) -> Module:
     """As compile, for a module that is saved: where the cache cannot be used, PA_CACHE_DIR or not, it needs none."""
-    return _compiled(spec, target, pipeline, Extras(attend, merge_states), cache=True, needs_cache=False)
+    extras = Extras(attend, merge_states, shared_prefix)
+    return _compiled(spec, target, pipeline, extras, cache=True, needs_cache=False)
 
 
 def _checked(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str) -> dict[str, Any]:
@@ -100,13 +103,17 @@ def _checked(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: st
     return config
 
 
-def _checked_extras(extras: Extras, config: dict[str, Any], pipeline: str) -> Extras:
+def _checked_extras(extras: Extras, spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> Extras:
     """What a library is to have beside decode and append_kv; attend where it can."""
     for name, wanted in extras._asdict().items():
         if not isinstance(wanted, bool):
             raise TypeError(f"{name}: expected a bool, got {wanted!r} of type {type(wanted).__name__}")
     if extras.merge_states and not backends.of(config).merges:
         raise ValueError(f"merge_states: expected False for target {config['kind']}, got True")
+    if extras.shared_prefix and (reason := backends.of(config).without_prefix(spec, pipeline)):
+        raise ValueError(f"shared_prefix: expected False for {reason}, got True")
+    if extras.shared_prefix and not extras.attend:
+        raise ValueError("shared_prefix: expected attend=True beside it, got attend=False")
     return extras._replace(attend=extras.attend and backends.of(config).attends(pipeline))
 
 
@@ -120,7 +127,7 @@ def _compiled(
     needs_cache: bool,
 ) -> Module:
     config = _checked(spec, target, pipeline)
-    extras = _checked_extras(extras, config, pipeline)
+    extras = _checked_extras(extras, spec, config, pipeline)
 
     def build(directory: Path) -> None:
         _build(spec, config, pipeline, extras, directory)
@@ -179,10 +186,12 @@ def emit(
     *,
     attend: bool = True,
     merge_states: bool = False,
+    shared_prefix: bool = False,
 ) -> dict[str, str]:
     """The text of every stage, as in Module.sources, without building the library. Arguments as for compile."""
     config = _checked(spec, target, pipeline)
-    emit, extras = backends.of(config).emit, _checked_extras(Extras(attend, merge_states), config, pipeline)
+    extras = _checked_extras(Extras(attend, merge_states, shared_prefix), spec, config, pipeline)
+    emit = backends.of(config).emit
     return artifact.in_order(_with_tvm(lambda directory: emit(spec, config, pipeline, extras, directory)))
 
 
@@ -191,7 +200,7 @@ def emit_portable(
 ) -> dict[str, str]:
     """As emit, without the stages that programs of this machine make."""
     config = _checked(spec, target, pipeline)
-    emit, extras = backends.of(config).emit_portable, _checked_extras(Extras(attend), config, pipeline)
+    emit, extras = backends.of(config).emit_portable, _checked_extras(Extras(attend), spec, config, pipeline)
     return artifact.in_order(_with_tvm(lambda directory: emit(spec, config, pipeline, extras, directory)))
 
 

@@ -29,7 +29,6 @@ from pa_compiler.interface import (
     with_inputs,
 )
 from pa_compiler.runtime.cpu_features import INSTRUCTION_SETS
-from pa_compiler.score import BATCH, parts
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -107,9 +106,11 @@ def render(
     target: CpuTarget,
     pipeline: str,
     kernels: Sequence[Kernel],
+    *,
+    shares_prefix: bool = False,
 ) -> str:
-    """The text of host.cc; kernels are the pipeline's and append_kv's."""
-    fused, names = pipeline == "fused", [kernel.name for kernel in kernels]
+    """The text of host.cc; kernels are the pipeline's and append_kv's. shares_prefix: with attend_shared_prefix."""
+    fused = pipeline == "fused"
     arrays = [f"input_{each.name}" for each in spec.inputs] + [each.name for each in spec.constants]
     thread_tokens = max(1, _THREAD_FLOPS // (2 * (spec.head_dim + spec.result_dim) * spec.num_heads))
     return render_template(
@@ -121,7 +122,7 @@ def render(
         decode_parameters=with_inputs(CPU_ENTRY_POINTS["decode"], spec),
         attend_parameters=with_inputs(CPU_ENTRY_POINTS["attend"], spec),
         shared_prefix_parameters=with_inputs(CPU_ENTRY_POINTS["attend_shared_prefix"], spec),
-        shares_prefix="fused_attend" in names and not without_prefix(spec),
+        shares_prefix=shares_prefix,
         function_values={name: f"functions.{name}" for name in arrays},
         kernels={kernel.name: kernel for kernel in kernels},
         split_blocks=tiling.split_blocks if fused else "INT64_MAX",
@@ -134,16 +135,6 @@ def render(
         thread_tokens=thread_tokens,
         instruction_sets=[_instruction_set(name) for name in instruction_sets(target)],
     )
-
-
-def without_prefix(spec: PagedAttentionSpec) -> str:
-    """Why a library has no attend_shared_prefix, in words for a reader; "" where it can have it."""
-    terms = {term.op for function in spec.functions if function.result for term in parts(function.result)}
-    if "batch" in terms or any(BATCH in each.shape for each in spec.inputs):
-        return "functions that do not go by the sequence: a prefix has several"
-    if len(bounds(spec, many_tokens=True).intervals) > 1:
-        return "a mask_mod that shows keys in one interval"
-    return ""
 
 
 def render_template(name: str, spec: PagedAttentionSpec, description: str, **values: object) -> str:

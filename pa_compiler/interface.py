@@ -254,7 +254,8 @@ CPU_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
     "openmp": (),
     "view_as_bfloat16": (Parameter("tensor", "uint16"),),
 }
-"""The functions of a library for a CPU, with what each takes, in order. Not every library has attend, attend_shared_prefix or merge_states.
+"""The functions of a library for a CPU, with what each takes, in order. Not every library has attend,
+attend_shared_prefix and merge_states.
 
 Arrays come first. Where the last parameter is as_uint16, bit i of it says that parameter i is an array of bfloat16 that
 is declared uint16, for libraries that have no bfloat16 in DLPack.

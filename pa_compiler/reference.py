@@ -6,6 +6,7 @@ with the kernels, so that a mistake in one cannot hide in the other.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -198,7 +199,7 @@ def attend_shared_prefix(
     prefix_start_loc: np.ndarray | None = None,
     **fields: Any,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """Attend where sequences begin with the tokens of a prefix: what attend gives with the prefix's blocks in their rows.
+    """Attend where sequences begin with a prefix: what attend gives with the prefix's blocks in their rows.
 
     Args:
         query: [num_tokens, num_heads, head_dim], any floating dtype: those of one sequence after another.
@@ -225,7 +226,7 @@ def attend_shared_prefix(
     if kv_layout == "packed" and value_cache.dtype.name == "bfloat16":
         block_size *= 2
     rows = [blocks_of(block_table, sequence).copy() for sequence in range(batch)]
-    for prefix, (begin, end) in enumerate(zip(groups[:-1], groups[1:], strict=True)):
+    for prefix, (begin, end) in enumerate(itertools.pairwise(groups)):
         shared = int(lens[prefix]) // block_size
         for sequence in range(int(begin), int(end)):
             if starts[sequence + 1] > starts[sequence]:  # else it has no query tokens, and its row any length

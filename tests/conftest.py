@@ -89,9 +89,9 @@ def build_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def compiled(build_cache):
-    """compiled(spec, pipeline="fused", target="llvm", attend=False, merge_states=False) -> Module, the same each time.
+    """compiled(spec, pipeline="fused", target="llvm", attend=False, **extras) -> Module, the same each time.
 
-    Without attend it is there in half the time.
+    Without attend it is there in half the time. extras are compile's words for other entry points.
     """
 
     @functools.cache
@@ -100,8 +100,8 @@ def compiled(build_cache):
             patch.setenv("PA_CACHE_DIR", str(build_cache))
             return pa_compiler.compile(spec, target=json.loads(target_text), pipeline=pipeline, **extras)
 
-    def compile_module(spec, pipeline="fused", target="llvm", attend=False, merge_states=False):
-        module = compile_once(spec, pipeline, json.dumps(target), attend=attend, merge_states=merge_states)
+    def compile_module(spec, pipeline="fused", target="llvm", attend=False, **extras):
+        module = compile_once(spec, pipeline, json.dumps(target), attend=attend, **extras)
         module.num_threads = 2
         return module
 

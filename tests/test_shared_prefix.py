@@ -28,7 +28,7 @@ MIX = [
 
 @every_layout
 def test_results_are_near_float64(compiled, spec):
-    module = compiled(spec, attend=True)
+    module = compiled(spec, attend=True, shared_prefix=True)
     for seed, poison in enumerate(("nan", "inf", "huge")):
         check(module, MIX[seed:] + MIX[:seed], seed=seed, poison=poison)
 
@@ -36,7 +36,7 @@ def test_results_are_near_float64(compiled, spec):
 @every_layout
 def test_one_query_token_for_each_sequence(compiled, spec):
     """As in decode: no query_start_loc, and the one prefix is a row and an int."""
-    module = compiled(spec, attend=True)
+    module = compiled(spec, attend=True, shared_prefix=True)
     shared = make_shared(spec, [(30, [(1, own) for own in (1, 2, 200, 16, 1)])], seed=1)
     simple = {"prefix_table": shared.prefix_table[0], "prefix_len": int(shared.prefix_len[0])}
     simple |= {"query_start_loc": None, "prefix_start_loc": None}
@@ -58,7 +58,7 @@ SCORED = {
 @pytest.mark.parametrize("fields", SCORED.values(), ids=SCORED)
 @pytest.mark.parametrize("name", ["float32", "bfloat16_packed"])
 def test_windows_and_score_functions(compiled, name, fields):
-    check(compiled(dataclasses.replace(SPECS[name], **fields), attend=True), MIX)
+    check(compiled(dataclasses.replace(SPECS[name], **fields), attend=True, shared_prefix=True), MIX)
 
 
 def bias(score, batch, head, query_pos, key_pos):
@@ -75,7 +75,7 @@ def begins_late(batch, head, query_pos, key_pos):
 
 @pytest.mark.parametrize("mask", [every_third, begins_late])
 def test_functions(compiled, mask):
-    check(compiled(dataclasses.replace(BASE, score_mod=bias, mask_mod=mask), attend=True), MIX)
+    check(compiled(dataclasses.replace(BASE, score_mod=bias, mask_mod=mask), attend=True, shared_prefix=True), MIX)
 
 
 def by_table(score, batch, head, query_pos, key_pos, *, table):
@@ -93,20 +93,30 @@ def test_functions_with_inputs(compiled):
 
 
 def test_keys_and_values_in_one_cache(compiled):
-    check(compiled(pa_compiler.PagedAttentionSpec(16, 1, 48, 8, "bfloat16", value_dim=32, shared_kv=True)), MIX)
+    check(
+        compiled(
+            pa_compiler.PagedAttentionSpec(16, 1, 48, 8, "bfloat16", value_dim=32, shared_kv=True),
+            attend=True,
+            shared_prefix=True,
+        ),
+        MIX,
+    )
 
 
 def test_ranges_of_a_prefix_and_of_what_is_own(compiled):
     size = attend_range_blocks(BASE)
     own = size * BASE.block_size
-    check(compiled(BASE, attend=True), [(2 * size + 3, [(1, 1), (2, own + 7), (1, 600)]), (size, [(1, 2)])])
+    check(
+        compiled(BASE, attend=True, shared_prefix=True),
+        [(2 * size + 3, [(1, 1), (2, own + 7), (1, 600)]), (size, [(1, 2)])],
+    )
 
 
 @pytest.mark.parametrize("fields", [{}, {"window": 2500}], ids=["all", "window"])
 def test_bits_go_by_the_sequence_and_its_prefix(compiled, fields):
     """And not by the threads, the batch, the order, or the types of indices."""
     spec = dataclasses.replace(BASE, **fields)
-    module, size = compiled(spec, attend=True), attend_range_blocks(spec)
+    module, size = compiled(spec, attend=True, shared_prefix=True), attend_range_blocks(spec)
     shared = make_shared(spec, [(size + 3, [(1, 1), (40, 40), (3, 900), (1, 2600)]), (7, [(1, 9), (5, 9), (2, 30)])])
     starts, expected = shared.whole.query_start_loc, shared.attend(module)
     for threads in (1, 2, 7, 64):
@@ -121,7 +131,7 @@ def test_bits_go_by_the_sequence_and_its_prefix(compiled, fields):
 
 
 def test_bits_do_not_go_by_the_form_of_indices(compiled):
-    module = compiled(BASE, attend=True)
+    module = compiled(BASE, attend=True, shared_prefix=True)
     shared = make_shared(BASE, MIX)
     expected = shared.attend(module)
     wide = {name: shared.arguments[name].astype(np.int64) for name in INDICES}
@@ -135,7 +145,7 @@ INDICES = ("prefix_table", "prefix_len", "prefix_start_loc", "block_table", "con
 
 
 def test_without_a_prefix_the_bits_are_those_of_attend(compiled):
-    module = compiled(BASE, attend=True)
+    module = compiled(BASE, attend=True, shared_prefix=True)
     for threads in (1, 8):
         module.num_threads = threads
         shared = make_shared(BASE, [(0, [(1, 1), (3, 40), (1, 700), (2, 9000), (0, 4)])])
@@ -144,7 +154,7 @@ def test_without_a_prefix_the_bits_are_those_of_attend(compiled):
 
 
 def test_no_sequences_and_no_query_tokens(compiled):
-    module = compiled(BASE, attend=True)
+    module = compiled(BASE, attend=True, shared_prefix=True)
     for groups in ([(3, [])], [(3, [(0, 4), (0, 0)])], [(3, []), (0, []), (2, [])]):
         out, lse = make_shared(BASE, groups).attend(module)
         assert out.shape[0] == lse.shape[0] == 0
@@ -152,7 +162,7 @@ def test_no_sequences_and_no_query_tokens(compiled):
 
 def test_a_prefix_of_which_nothing_is_seen_is_not_looked_at(compiled):
     """Before a window, and where no sequence has query tokens; of what is seen every id is checked."""
-    module = compiled(dataclasses.replace(BASE, window=20), attend=True)  # blocks of 5
+    module = compiled(dataclasses.replace(BASE, window=20), attend=True, shared_prefix=True)  # blocks of 5
     shared = make_shared(module.spec, [(9, [(1, 12), (2, 3)]), (4, [(0, 9)])])
     expected = shared.attend(module)
     table = shared.prefix_table.copy()
@@ -166,7 +176,7 @@ def test_a_prefix_of_which_nothing_is_seen_is_not_looked_at(compiled):
 
 def test_a_block_may_be_the_prefixs_and_a_sequences(compiled):
     """Blocks are read, and may be in any table, more than once."""
-    module = compiled(BASE, attend=True)
+    module = compiled(BASE, attend=True, shared_prefix=True)
     shared = make_shared(BASE, [(4, [(1, 15), (2, 20)])])
     table = shared.block_table.copy()
     table[:, 4:7] = shared.prefix_table[0, [1, 1, 3]]
@@ -192,19 +202,45 @@ def of_sequence(score, batch, head, query_pos, key_pos):
     return score + batch
 
 
-LACKING = {
-    "staged": (BASE, {"pipeline": "staged", "attend": True}, "a fused module .* got a staged one"),
-    "attend": (BASE, {"attend": False}, "compiled with attend=True, got one compiled with attend=False"),
-    "sequence": (dataclasses.replace(BASE, score_mod=of_sequence), {"attend": True}, "go by no sequence .* batch"),
-    "intervals": (dataclasses.replace(BASE, mask_mod=at_once), {"attend": True}, "in one interval, got one with .*"),
+def of_input(score, batch, head, query_pos, key_pos, *, each):
+    return score + each[batch]
+
+
+INPUTS = {"each": ("float32", ("batch",))}
+REFUSED = {
+    "staged": (BASE, {"pipeline": "staged"}, "False for pipeline staged, got True"),
+    "cuda": (SPECS["bfloat16_HND"], {"target": "cuda"}, "False for target cuda, got True"),
+    "attend": (BASE, {"attend": False}, "attend=True beside it, got attend=False"),
+    "sequence": (
+        dataclasses.replace(BASE, score_mod=of_sequence),
+        {},
+        "False for functions .* by the sequence, got True",
+    ),
+    "input": (
+        dataclasses.replace(BASE, score_mod=of_input, inputs=INPUTS),
+        {},
+        "False for functions .* by the sequence",
+    ),
+    "intervals": (
+        dataclasses.replace(BASE, mask_mod=at_once),
+        {},
+        "False for a mask_mod .* several intervals, got True",
+    ),
 }
 
 
-@pytest.mark.parametrize(("spec", "options", "message"), LACKING.values(), ids=LACKING)
-def test_what_has_none_says_so(compiled, spec, options, message):
-    module = compiled(spec, **options)
+@pytest.mark.parametrize(("spec", "options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_have_it_is_refused_by_name(spec, options, message):
+    with pytest.raises(ValueError, match=f"^shared_prefix: expected {message}"):
+        pa_compiler.compile(spec, **options, shared_prefix=True)
+
+
+def test_a_module_without_it_says_so(compiled):
+    module = compiled(BASE, attend=True)
     assert not module.has_attend_shared_prefix
     shared = make_shared(BASE, [(1, [(1, 1)])])
     for call in (lambda: shared.attend(module), lambda: module.plan(np.array([6]), prefix_len=5)):
-        with pytest.raises(NotImplementedError, match=f"^attend_shared_prefix: expected .*{message}"):
+        with pytest.raises(
+            NotImplementedError, match=r"^attend_shared_prefix: expected .* shared_prefix=True, got one without"
+        ):
             call()

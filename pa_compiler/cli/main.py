@@ -19,7 +19,15 @@ from pa_compiler import compiler, generate
 from pa_compiler.backend import Limits
 from pa_compiler.cli import library as library_cli
 from pa_compiler.cli import printing as report
-from pa_compiler.cli.options import call_options, check_takes_numpy, replace, spec_options, usage_errors
+from pa_compiler.cli.options import (
+    call_options,
+    check_takes_numpy,
+    extras,
+    extras_options,
+    replace,
+    spec_options,
+    usage_errors,
+)
 from pa_compiler.cuda import gpus
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import cases
@@ -96,24 +104,17 @@ def bench(
     _compare(out, case, inputs, heads)
 
 
-_ATTEND = click.option(
-    "--attend/--no-attend", default=True, help="With or without attend, which takes time to compile."
-)
-_MERGE_STATES = click.option("--merge-states", is_flag=True, help="With merge_states.")
-
-
 @main.command()
 @spec_options
-@_ATTEND
-@_MERGE_STATES
+@extras_options
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The shared library."
 )
-def build(output: Path, target: Any, pipeline: str, attend: bool, merge_states: bool, **_: Any) -> None:
+def build(output: Path, target: Any, pipeline: str, **options: Any) -> None:
     """Compile a spec to one shared library, for pa_compiler.load()."""
     spec = replace(cases.DEFAULT.spec)
     with _step("Compiling"), usage_errors():
-        module = compiler.compile_to_save(spec, target, pipeline, attend=attend, merge_states=merge_states)
+        module = compiler.compile_to_save(spec, target, pipeline, **extras(options))
     try:
         module.save(output)
     except OSError as error:
@@ -141,14 +142,13 @@ for _name, _run in library_cli.COMMANDS.items():
 
 @main.command()
 @spec_options
-@_ATTEND
-@_MERGE_STATES
+@extras_options
 @click.option("--stage", type=click.Choice(list(_LEXERS)), default="tensorir", help="Stage to print.")
-def inspect(stage: str, target: Any, pipeline: str, attend: bool, merge_states: bool, **_: Any) -> None:
+def inspect(stage: str, target: Any, pipeline: str, **options: Any) -> None:
     """Print what one stage of the compiler produced for a spec."""
     spec = replace(cases.DEFAULT.spec)
     with _step("Compiling"), usage_errors():
-        texts = compiler.emit(spec, target, pipeline, attend=attend, merge_states=merge_states)
+        texts = compiler.emit(spec, target, pipeline, **extras(options))
         if stage not in texts:
             raise ValueError(f"stage: expected one of {', '.join(texts)} for this target, got {stage!r}")
     report.print_code(_STDOUT, texts[stage], _LEXERS[stage])

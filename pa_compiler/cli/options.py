@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from pa_compiler import backends
+from pa_compiler.backend import Extras
 from pa_compiler.cli import functions
 from pa_compiler.cli.text import flag
 from pa_compiler.compiler import PIPELINES
@@ -145,6 +146,22 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
+
+
+def extras_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option for each entry point that a library may have or not."""
+    for decorator in (
+        click.option("--shared-prefix", is_flag=True, help="With attend_shared_prefix."),
+        click.option("--merge-states", is_flag=True, help="With merge_states."),
+        click.option("--attend/--no-attend", default=True, help="With or without attend, which takes time to compile."),
+    ):
+        command = decorator(command)
+    return command
+
+
+def extras(options: dict[str, Any]) -> dict[str, bool]:
+    """What they say, of a command's options, as compile takes it."""
+    return {name: options[name] for name in Extras._fields}
 
 
 def call_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler import host, interrupts, native
-from pa_compiler.backend import Built, Extras
+from pa_compiler.backend import NO_EXTRAS, Built, Extras
+from pa_compiler.bounds import bounds
 from pa_compiler.cpu import build as _build
 from pa_compiler.cpu import instructions, prefetch
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.build import Kernels
 from pa_compiler.interface import CPU_ENTRY_POINTS
+from pa_compiler.score import BATCH, parts
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -79,15 +81,35 @@ def lower(unscheduled: IRModule, spec: PagedAttentionSpec, tiles: Tiling, of_att
 
 
 def host_text(
-    spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: Tiling, pipeline: str, unscheduled: IRModule
+    spec: PagedAttentionSpec,
+    cpu: _target.CpuTarget,
+    tiles: Tiling,
+    pipeline: str,
+    unscheduled: IRModule,
+    shares_prefix: bool = False,
 ) -> str:
     """spec, and the parameters of its kernels -> host."""
-    return host.render(spec, tiles, cpu, pipeline, host.kernels(unscheduled))
+    return host.render(spec, tiles, cpu, pipeline, host.kernels(unscheduled), shares_prefix=shares_prefix)
 
 
 def attends(pipeline: str) -> bool:
     """Whether libraries of a pipeline can have attend: all can."""
     return True
+
+
+def without_prefix(spec: PagedAttentionSpec, pipeline: str) -> str:
+    """What of a spec or a pipeline keeps a library from having attend_shared_prefix; "" where it can have it.
+
+    A kernel takes the query tokens of all sequences of a prefix at once, which functions of scores cannot tell apart.
+    """
+    if pipeline != "fused":
+        return f"pipeline {pipeline}"
+    terms = {term.op for function in spec.functions if function.result for term in parts(function.result)}
+    if "batch" in terms or any(BATCH in each.shape for each in spec.inputs):
+        return "functions of scores that go by the sequence"
+    if len(bounds(spec, many_tokens=True).intervals) > 1:
+        return "a mask_mod that shows keys in several intervals"
+    return ""
 
 
 def emit(
@@ -98,7 +120,7 @@ def emit(
     tiles = tiling.choose(spec, cpu, pipeline)
     of_attend = tiling.choose_attend(spec, cpu, pipeline) if extras.attend else None
     unscheduled = build_kernels(spec, tiles, pipeline, of_attend, extras.merge_states)
-    text = host_text(spec, cpu, tiles, pipeline, unscheduled)
+    text = host_text(spec, cpu, tiles, pipeline, unscheduled, extras.shared_prefix)
     lowered = lower(unscheduled, spec, tiles, of_attend)
     compiled = _build.compile_kernels(instructions.select(lowered.mod, cpu, tiles), cpu, directory)
     return _texts(lowered, text, compiled)
@@ -109,7 +131,7 @@ def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extra
     cpu = _target.resolve(config)
     tiles = tiling.choose(spec, cpu, pipeline)
     of_attend = tiling.choose_attend(spec, cpu, pipeline) if extras.attend else None
-    return build_with_tiles(spec, cpu, tiles, pipeline, directory, of_attend, extras.merge_states)
+    return build_with_tiles(spec, cpu, tiles, pipeline, directory, of_attend, extras)
 
 
 def build_with_tiles(
@@ -119,11 +141,11 @@ def build_with_tiles(
     pipeline: str,
     directory: Path,
     of_attend: Tiling | None = None,
-    merges: bool = False,
+    extras: Extras = NO_EXTRAS,
 ) -> Built:
-    """Lower, compile and link. The library and intermediate files lie in directory."""
-    unscheduled = build_kernels(spec, tiles, pipeline, of_attend, merges)
-    text = host_text(spec, cpu, tiles, pipeline, unscheduled)
+    """Lower, compile and link. The library and intermediate files lie in directory. attend: where it has tiles."""
+    unscheduled = build_kernels(spec, tiles, pipeline, of_attend, extras.merge_states)
+    text = host_text(spec, cpu, tiles, pipeline, unscheduled, extras.shared_prefix)
     interrupts.check()
     with native.compiling_host(text, directory, host.headers(text)) as compiling:  # while TVM works
         lowered = lower(unscheduled, spec, tiles, of_attend)

@@ -35,9 +35,9 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """One work item: num_query query tokens of a sequence, in num_kv_heads kv heads, over the blocks of its range.
 
     The query tokens are those from token_begin on in query and out; token_positions has where in its sequence each of
-    them is. With causal, the one at position p sees keys 0 to p, otherwise all context_len keys of sequence seq; in both
-    cases within the window and the mask of the spec. With tree_start >= 0 it sees all keys before the tree_size last
-    tokens of its sequence, and of these what its row of tree_mask says, which for the item's first token begins at
+    them is. With causal, the one at position p sees keys 0 to p, otherwise all context_len keys of sequence seq; in
+    both cases within the window and the mask of the spec. With tree_start >= 0 it sees all keys before the tree_size
+    last tokens of its sequence, and of these what its row of tree_mask says, which for the item's first token begins at
     tree_start, and for each other one tree_size further. Of a prefix that sequences share, seq is its row in
     block_table and context_lens, and the query tokens are those of several sequences, all after it.
 

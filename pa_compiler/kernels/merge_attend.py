@@ -17,9 +17,9 @@ def merge_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """out and lse of one query token, from num_partials partial results, of ranges of its keys in their order.
 
     They lie in the slots partial_start, partial_start + partial_step and so on; the first num_shared of them, of a
-    prefix that sequences share, in shared_start, shared_start + shared_step and so on. num_keys is what the token may see: its
-    position and one more, or, where it sees more than what is before it, all tokens of its sequence; of these a mask
-    may leave fewer.
+    prefix that sequences share, in shared_start, shared_start + shared_step and so on. num_keys is what the token may
+    see: its position and one more, or, where it sees more than what is before it, all tokens of its sequence; of these
+    a mask may leave fewer.
     """
     arrays, heads, dim = Arrays(spec, tiling), spec.num_heads, spec.result_dim
     merge_stage, normalize_stage = state.merge(heads, dim), state.normalize(spec, heads)

@@ -95,7 +95,9 @@ class CudaModule(Module):
         dtype = getattr(torch, self.spec.dtype)
         return self._caches(num_blocks, lambda shape: torch.zeros(shape, dtype=dtype, device=device))
 
-    def plan(self, context_lens: Any, query_start_loc: Any = None) -> NoReturn:
+    def plan(
+        self, context_lens: Any, query_start_loc: Any = None, prefix_len: Any = None, prefix_start_loc: Any = None
+    ) -> NoReturn:
         """There is none to look at: the thread blocks of a GPU find their work themselves, by its number of SMs.
 
         Raises:

@@ -199,9 +199,7 @@ class Module(Calls):
         return verify.verify(module, seconds, seed=seed, draw=draw, advance=advance)
 
 
-_ITEMS: Mapping[int, Callable[..., Any]] = {
-    len(kind._fields): kind for kind in (WorkItem, AttendItem, PrefixItem)
-}
+_ITEMS: Mapping[int, Callable[..., Any]] = {len(kind._fields): kind for kind in (WorkItem, AttendItem, PrefixItem)}
 """By how many numbers a line of a plan has."""
 
 

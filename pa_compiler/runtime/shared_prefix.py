@@ -77,8 +77,7 @@ class SharedPrefix(Merging):
             prefix and the token's position, and not by the batch or the threads.
 
         Raises:
-            NotImplementedError: the library has no attend_shared_prefix: one for a GPU, staged, or compiled with
-                attend=False; or functions of the spec go by the sequence, or show keys in several intervals.
+            NotImplementedError: the library was compiled without shared_prefix=True.
             TypeError: as attend.
             ValueError: as attend; or prefix_len is longer than its row of prefix_table or has no whole blocks, a
                 sequence has no room for its query tokens after its prefix, prefix_start_loc falls, does not begin at 0
@@ -89,7 +88,7 @@ class SharedPrefix(Merging):
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
         if self._attend_shared_prefix is None:
-            raise NotImplementedError(self._lacks_shared_prefix())
+            raise NotImplementedError(_LACKING)
         scale = self._default_scale if scale is None else real_number("scale", scale)
         if out is None:
             out = self._new_like(query, self.spec.result_dtype, (self.spec.num_heads, self.spec.result_dim))
@@ -106,29 +105,19 @@ class SharedPrefix(Merging):
 
     @property
     def has_attend_shared_prefix(self) -> bool:
-        """Whether the library has attend_shared_prefix: fused ones for a CPU with attend, for most specs."""
+        """Whether the library has attend_shared_prefix: where it was compiled with it."""
         return self._attend_shared_prefix is not None
 
     def _shared_prefix_plan(self, lens: Any, starts: Any, prefix_len: Any, prefix_start_loc: Any) -> str:
         """The text of its plan."""
         if self._attend_shared_prefix is None:
-            raise NotImplementedError(self._lacks_shared_prefix())
+            raise NotImplementedError(_LACKING)
         prefixes = as_tensor("prefix_len", prefix_lengths(prefix_len))
         groups = None if prefix_start_loc is None else as_tensor("prefix_start_loc", prefix_start_loc)
         return str(self._functions["shared_prefix_plan"](lens, starts, prefixes, groups, self.num_threads))
 
-    def _lacks_shared_prefix(self) -> str:
-        expected = "a fused module for a CPU, compiled with attend=True"
-        if self._on_gpu:
-            got = "one for a GPU"
-        elif self.pipeline != "fused":
-            got = f"a {self.pipeline} one"
-        elif not self._functions.implements_function("attend"):
-            got = "one compiled with attend=False"
-        else:
-            expected += ", whose functions go by no sequence and show keys in one interval"
-            got = f"one with {' and '.join(function.text for function in self.spec.functions)}"
-        return f"attend_shared_prefix: expected {expected}, got {got}"
+
+_LACKING = "attend_shared_prefix: expected a module compiled with shared_prefix=True, got one without"
 
 
 def prefix_lengths(given: Any) -> Any:

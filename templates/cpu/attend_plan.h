@@ -91,9 +91,9 @@ int64_t WorkOf(const AttendItem& item, const Interval& keys, bool sees_ahead) {
 }
 
 // A pure function of the lengths, of how many threads there may be, and of which single query tokens are as those of
-// decode: `decode` plans these. Of prefixes it plans the items of all query tokens after them. How query tokens and heads share items, and whether one item or several take the ranges
-// of a token's keys, only balances the work: no bit of a result depends on it. Partial results take up to
-// kMostPartialFloats, whatever the lengths.
+// decode: `decode` plans these. Of prefixes it plans the items of all query tokens after them. How query tokens and
+// heads share items, and whether one item or several take the ranges of a token's keys, only balances the work: no bit
+// of a result depends on it. Partial results take up to kMostPartialFloats, whatever the lengths.
 template <typename Spec>
 class AttendPlan {
  public:

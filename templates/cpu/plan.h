@@ -113,7 +113,7 @@ class Plan {
   WorkItem* AddItems(const int32_t* context_lens, int64_t batch, const Takes& takes, const int32_t* first_keys,
                      WorkItem* items) {
     WorkItem* end = items;
-    int64_t open_key = 0;      // the first key of the last item's sequences
+    int64_t open_key = 0;     // the first key of the last item's sequences
     bool open_whole = false;  // whether it has all ranges of them
     for (int64_t seq = 0; seq < batch; ++seq) {
       partial_begin_.data()[seq] = num_partials;

@@ -44,7 +44,7 @@ class SharedPrefixCall {
 
  public:
   Threads threads;
-  PrefixArguments args;             // of sequences and their own keys
+  PrefixArguments args;              // of sequences and their own keys
   AttendArguments of_prefixes = {};  // the same of prefixes
 
  private:

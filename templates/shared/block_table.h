@@ -114,8 +114,7 @@ inline void CheckBlocks(const BlockTable& table, int64_t seq, const Interval& bl
     CheckBlockIds(table, seq, row, blocks, num_ids, nullptr);
   } else {
     const auto* row = static_cast<const int64_t*>(table.entries.tensor.data) + start;
-    CheckBlockIds(table, seq, row, blocks, num_ids,
-                  to + (table.is_pair ? start : seq * table.entries.shape[1]));
+    CheckBlockIds(table, seq, row, blocks, num_ids, to + (table.is_pair ? start : seq * table.entries.shape[1]));
   }
 }
 

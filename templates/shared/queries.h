@@ -65,7 +65,8 @@ struct SeenTogether : Runs<Spec::kBlockSize, sizeof(SeenKeys<Spec>(0, 0)) / size
     // Without a mask the first one begins first, and the last one ends last.
     const int64_t step = Spec::kWindow < 0 || queries.OfPrefixes() ? 1 : std::max<int64_t>(count - 1, 1);
     for (int64_t token = nth; token < nth + count; token += step) {
-      const int64_t query_end = queries.Position(seq, token) + 1, length = queries.SeesAhead() ? context_len : query_end;
+      const int64_t query_end = queries.Position(seq, token) + 1,
+                    length = queries.SeesAhead() ? context_len : query_end;
       const auto seen = SeenKeys<Spec>(length, query_end);
       for (int i = 0; i < kCount; ++i) {
         const Interval keys = {std::max(seen.at[i].begin, first_key), std::min({seen.at[i].end, length, context_len})};

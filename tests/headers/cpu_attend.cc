@@ -237,7 +237,8 @@ void TestCall() {
     const AttendCall<Spec> call(Inputs(given, 19, 19));
     EXPECT(call.plan.num_dealt == 2 + 3 && call.plan.decode.num_partials == 3 && call.args.batch == 2);
     EXPECT(call.queries.Count(0) == 3 && call.queries.FirstPos(0) == 2 && call.args.lse.shape[0] == 4);
-    const DecodeArguments rows = RowsOf(call.args, call.queries, call.plan.decode.item(0));  // of sequence 1, which has token 3
+    const DecodeArguments rows =
+        RowsOf(call.args, call.queries, call.plan.decode.item(0));  // of sequence 1, which has token 3
     EXPECT(static_cast<float*>(rows.query.tensor.data) == query.data<float>() + 2 * 24);
     EXPECT(static_cast<float*>(rows.out.tensor.data) == out.data<float>() + 2 * 12);
   }

@@ -132,7 +132,8 @@ class Kernels:
         for token in range(number):
             numbers = {
                 "token": item["token_begin"] + token, "partial_start": token, "partial_step": number,
-                "shared_start": 0, "shared_step": 0, "num_shared": 0, "num_partials": ranges, "num_keys": context if sees_all else int(call.positions[item["token_begin"] + token]) + 1,
+                "shared_start": 0, "shared_step": 0, "num_shared": 0, "num_partials": ranges,
+                "num_keys": context if sees_all else int(call.positions[item["token_begin"] + token]) + 1,
             }  # fmt: skip
             self._call("merge_attend", arrays, numbers)
 

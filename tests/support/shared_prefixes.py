@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def make_shared(spec, groups, *, seed=0, poison="nan", index=np.int32) -> Shared
     whole, given = ragged.inputs.block_table.copy(), ragged.inputs.block_table.copy()
     table = np.resize(GARBAGE_IDS, (len(groups), max([0, *(blocks for blocks, _ in groups)]) + 2)).astype(index)
     caches = [None if cache is None else cache.copy() for cache in ragged.inputs.arguments[1:3]]
-    for prefix, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for prefix, (begin, end) in enumerate(itertools.pairwise(starts)):
         blocks = groups[prefix][0]
         if begin == end or not blocks:
             continue
