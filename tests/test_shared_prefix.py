@@ -83,9 +83,8 @@ def by_table(score, batch, head, query_pos, key_pos, *, table):
 
 
 def test_functions_with_inputs(compiled):
-    module = compiled(
-        dataclasses.replace(BASE, score_mod=by_table, inputs={"table": ("float32", (6, 700))}), attend=True
-    )
+    spec = dataclasses.replace(BASE, score_mod=by_table, inputs={"table": ("float32", (6, 700))})
+    module = compiled(spec, attend=True, shared_prefix=True)
     given = {"table": np.random.default_rng(0).standard_normal((6, 700), np.float32)}
     shared = make_shared(module.spec, MIX)
     whole = dataclasses.replace(shared.whole, options={"inputs": given})

@@ -89,13 +89,41 @@ def test_a_draw_is_a_function_of_seed_and_number():
     assert one.keys.shape != other.keys.shape or (one.keys != other.keys).any()
 
 
+@pytest.mark.parametrize("fields", [{}, {"window": 60, "sinks": True}], ids=["all", "window"])
+def test_prefixes_and_merges_are_drawn(compiled, fields):
+    module = compiled(dataclasses.replace(BASE, **fields), attend=True, shared_prefix=True, merge_states=True)
+    for number in range(24):
+        assert module.verify(seed=SEED, draw=number).passed
+
+
+def test_draws_of_prefixes_reach_what_is_hard():
+    calls = [draws.draw(BASE, SEED, number, True, True) for number in range(120)]
+    told = [(call, call.prefixes) for call in calls if call.prefixes is not None]
+    assert len(told) > 20
+    assert {call.queries is None for call in calls if call.prefixes is None} == {True, False}
+    lens = np.concatenate([prefixes.prefix_len for _, prefixes in told])
+    assert lens.max() > 500
+    assert 0 in lens
+    assert (lens % BASE.block_size == 0).all()
+    shared = [
+        np.count_nonzero(call.queries.counts[begin:end])
+        for call, prefixes in told
+        for begin, end, length in zip(
+            prefixes.prefix_start_loc[:-1], prefixes.prefix_start_loc[1:], prefixes.prefix_len, strict=True
+        )
+        if length
+    ]
+    assert max(shared) > 3
+    assert any(call.as_pair for call, _ in told)
+
+
 class Broken:
     """A module whose results are changed on the way out; spoil(out, lse or None, arguments) says how."""
 
     def __init__(self, module, spoil=lambda out, lse, arguments: None):
         self.module, self.spec, self.num_threads, self.spoil = module, module.spec, 1, spoil
 
-    has_attend = False
+    has_attend = has_attend_shared_prefix = has_merge_states = False
 
     def decode(self, *arguments, **options):
         returned = self.module.decode(*arguments, **options)
@@ -118,6 +146,29 @@ class BrokenWithQueries(Broken):
         returned = self.module.attend(*arguments, **options)
         self.spoil(*(returned if isinstance(returned, tuple) else (returned, None)), arguments)
         return returned
+
+
+class BrokenWithPrefixes(BrokenWithQueries):
+    """One of which those with prefixes are."""
+
+    has_attend_shared_prefix = True
+
+    def attend(self, *arguments, **options):
+        return self.module.attend(*arguments, **options)
+
+    def attend_shared_prefix(self, *arguments, **options):
+        returned = self.module.attend_shared_prefix(*arguments, **options)
+        self.spoil(*(returned if isinstance(returned, tuple) else (returned, None)), arguments)
+        return returned
+
+
+class BrokenWithParts(Broken):
+    """One whose merge_states forgets a part."""
+
+    has_merge_states = True
+
+    def merge_states(self, outs, lses, **options):
+        return self.module.merge_states(outs[:-1] if len(outs) > 1 else outs, lses[: len(lses) - 1 or 1], **options)
 
 
 class ForgetsATokenOnAppend(Broken):
@@ -169,6 +220,13 @@ def raises(out, lse, arguments):
 )
 def test_wrong_results_fail(compiled, spoil, says):
     expect_failures(Broken(compiled(BASE), spoil), says)
+
+
+def test_wrong_results_of_prefixes_and_parts_fail(compiled):
+    module = compiled(BASE, attend=True, shared_prefix=True, merge_states=True)
+    expect_failures(BrokenWithPrefixes(module, one_element), "^out: 1 of")
+    expect_failures(BrokenWithPrefixes(module, writes_its_inputs), "^value_cache: .* after attend_shared_prefix")
+    expect_failures(BrokenWithParts(module), r"^merge_states: (out|lse): .* of \d+ parts: expected")
 
 
 def test_a_wrong_append_fails(compiled):

@@ -140,11 +140,16 @@ def _bias(slopes: np.ndarray | None, seen: Weighed, query_pos: int) -> np.ndarra
 
 
 def compare(
-    name: str, actual: np.ndarray, expected: np.ndarray, bound: np.ndarray, context_lens: np.ndarray
+    name: str,
+    actual: np.ndarray,
+    expected: np.ndarray,
+    bound: np.ndarray,
+    context_lens: np.ndarray,
+    of: str = "a sequence of {} tokens",
 ) -> tuple[Errors, str]:
     """The errors of a result of that name, and what is wrong with it, or "".
 
-    expected and bound are the oracle's, and context_lens the tokens of each row's sequence.
+    expected and bound are the oracle's, and context_lens the tokens of each row's sequence, or what `of` says.
     """
     if actual.shape != expected.shape:
         return Errors(np.inf, np.inf), f"{name}: expected shape {expected.shape}, got {actual.shape}"
@@ -161,7 +166,7 @@ def compare(
         return errors, ""
     at = tuple(int(i) for i in np.unravel_index(fraction.argmax(), fraction.shape))
     return errors, (
-        f"{name}: {np.sum(fraction > 1)} of {error.size} elements out of tolerance, the worst at {list(at)}, of a "
-        f"sequence of {context_lens[at[0]]} tokens: expected {expected[at]:.9g}, got {exact[at]:.9g}, "
+        f"{name}: {np.sum(fraction > 1)} of {error.size} elements out of tolerance, the worst at {list(at)}, of "
+        f"{of.format(context_lens[at[0]])}: expected {expected[at]:.9g}, got {exact[at]:.9g}, "
         f"{errors.of_tolerance:.3g} of the bound"
     )

@@ -15,13 +15,8 @@ from pa_compiler.reference_functions import Places
 from pa_compiler.score import BATCH
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import ragged
-from pa_compiler.verification.inputs import (
-    GARBAGE_IDS,
-    function_inputs,
-    needed_entries,
-    noise,
-    used_slots,
-)
+from pa_compiler.verification.inputs import GARBAGE_IDS, function_inputs, needed_entries, noise, used_slots
+from pa_compiler.verification.prefixes import Prefixes, share
 from pa_compiler.verification.ragged import Queries, draw_queries, poison_the_last
 
 _ELEMENTS = 1 << 20
@@ -30,8 +25,7 @@ _LONG_DRAW = 8
 """One draw in so many has this many times the tokens."""
 _SEVERAL = 32
 """Draws of attend have so many times the multiplications: a query token needs keys."""
-_MAX_SLOTS = 1 << 15
-_MAX_BATCH = 64
+_MAX_SLOTS, _MAX_BATCH = 1 << 15, 64
 _EDGES = (16, 128, 256)
 """Multiples of these, of the block's size and of the length of a range are where vectors, tiles and ranges end."""
 _LARGEST = {"float32": 3.4e38, "float16": 65280.0, "bfloat16": 2.0**128 - 2.0**120}
@@ -53,6 +47,7 @@ class Draw:
         block_table: [batch, max_blocks], int32; garbage past the entries that a length needs, and before the window.
         context_lens: [batch], int32.
         queries: What attend is told of the query tokens; None for a call of decode.
+        prefixes: What attend_shared_prefix is told besides; None for a call of decode or attend.
         is_used: [num_blocks, block_size], bool: the slots that hold a token that is seen.
         poison: What the other slots hold: NaN or an infinity.
         scale: Factor of the scores, or None.
@@ -73,6 +68,7 @@ class Draw:
     block_table: np.ndarray
     context_lens: np.ndarray
     queries: Queries | None
+    prefixes: Prefixes | None
     is_used: np.ndarray
     poison: float
     scale: float | None
@@ -86,8 +82,11 @@ class Draw:
     rng: np.random.Generator
 
 
-def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False) -> Draw:
-    """The draw of a number from a seed, both 0 or more: a call of decode; with attends, every second one of attend."""
+def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False, shares: bool = False) -> Draw:
+    """The draw of a number from a seed, both 0 or more: a call of decode; with attends, every second one of attend.
+
+    With shares, those of attend that are causal and have no tree are of attend_shared_prefix.
+    """
     rng = np.random.default_rng((seed, number))
     elements = _ELEMENTS * (_LONG_DRAW if number % _LONG_DRAW >= _LONG_DRAW - 1 - attends else 1)
     context_lens = _context_lens(rng, spec, elements)
@@ -99,7 +98,7 @@ def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False
         context_lens, queries = draw_queries(rng, spec, context_lens, products)
         rows = int(queries.query_start_loc[-1])
     inputs = {"inputs": function_inputs(rng, spec, len(context_lens))} if spec.inputs else {}
-    block_table, is_used = _place(rng, spec, context_lens, queries, inputs.get("inputs", {}))
+    block_table, is_used, prefixes = _place(rng, spec, context_lens, queries, inputs.get("inputs", {}), shares)
     # A function has a bound on the error of its results where scores and what it makes of them are ordinary numbers.
     kinds = (_ordinary, _huge_scores, _ends) if spec.score_mod is None else (_ordinary,)
     kind = kinds[rng.choice(len(kinds), p=[0.5, 0.25, 0.25] if len(kinds) > 1 else None)]
@@ -118,6 +117,7 @@ def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False
         block_table=inside(block_table, -(2**31), rng)[0],
         context_lens=context_lens,
         queries=queries,
+        prefixes=prefixes,
         is_used=is_used,
         poison=poison,
         scale=scale,
@@ -172,8 +172,9 @@ def _place(
     context_lens: np.ndarray,
     queries: Queries | None,
     inputs: dict[str, np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """block_table, with its blocks anywhere in a cache that has more, and the slots of tokens that are seen."""
+    shares: bool,
+) -> tuple[np.ndarray, np.ndarray, Prefixes | None]:
+    """block_table, with its blocks anywhere in a cache that has more, the slots that are seen, and prefixes."""
     needed = -(-context_lens // spec.block_size)
     width = int(needed.max(initial=0))
     if queries is None:
@@ -189,11 +190,13 @@ def _place(
         first, second = rng.choice(whole, 2, replace=False)
         table[second, 0] = table[first, 0]
     if queries is not None:
-        return table, ragged.used_slots(spec, table, context_lens, queries, num_blocks, inputs)
+        causal = queries.causal and queries.tree_mask is None
+        prefixes = share(rng, spec, context_lens, queries, table, is_needed) if shares and causal else None
+        return table, ragged.used_slots(spec, table, context_lens, queries, num_blocks, inputs), prefixes
     is_used = used_slots(spec, table, context_lens, num_blocks)
     if spec.mask_mod is not None:
         is_used &= _unmasked(spec, context_lens, table, is_used.shape, inputs)
-    return table, is_used
+    return table, is_used, None
 
 
 def _within_arrays(rng: np.random.Generator, spec: PagedAttentionSpec, context_lens: np.ndarray) -> np.ndarray:

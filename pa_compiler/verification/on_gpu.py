@@ -73,11 +73,13 @@ class OnGpu:
         self.spec, self.num_threads = module.spec, 1
         self._module, self._memory = module, memory
 
-    has_attend = False
+    has_attend = has_attend_shared_prefix = has_merge_states = False
 
     def attend(self, *arguments: Any, **options: Any) -> Any:
         """A module for a GPU has none."""
         return self._module.attend(*arguments, **options)
+
+    attend_shared_prefix = merge_states = attend
 
     def decode(
         self,

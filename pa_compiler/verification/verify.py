@@ -12,7 +12,7 @@ import math
 import numbers
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from pa_compiler.verification import draws
 from pa_compiler.verification.comparison import Errors, compare, oracle
 from pa_compiler.verification.draws import Draw, inside
 from pa_compiler.verification.inputs import as_pair
+from pa_compiler.verification.merging import merge_drawn
 
 _CACHES = ("key_cache", "value_cache")
 
@@ -38,8 +39,22 @@ class Verifiable(Protocol):
     def has_attend(self) -> bool:
         """As Module.has_attend."""
 
+    @property
+    def has_attend_shared_prefix(self) -> bool:
+        """As Module.has_attend_shared_prefix."""
+
+    @property
+    def has_merge_states(self) -> bool:
+        """As Module.has_merge_states."""
+
     def attend(self, *arguments: Any, **options: Any) -> Any:
         """As Module.attend."""
+
+    def attend_shared_prefix(self, *arguments: Any, **options: Any) -> Any:
+        """As Module.attend_shared_prefix."""
+
+    def merge_states(self, *arguments: Any, **options: Any) -> Any:
+        """As Module.merge_states."""
 
     def decode(self, *arguments: Any, **options: Any) -> Any:
         """As Module.decode."""
@@ -108,8 +123,13 @@ def verify(
     failures, found = [], [{"out": Errors(0.0, 0.0), "lse": Errors(0.0, 0.0)}]
     start = now = time.monotonic()
     for number in itertools.count(first):
-        errors, wrong = _run(module, draws.draw(module.spec, seed, number, module.has_attend))
+        call = draws.draw(module.spec, seed, number, module.has_attend, module.has_attend_shared_prefix)
+        errors, wrong = _run(module, call)
         found.append(errors)
+        if module.has_merge_states:
+            errors, of_merge = merge_drawn(module, seed, number)
+            found.append(errors)
+            wrong = wrong + of_merge
         if wrong:
             failures.append(Failure(seed, number, "; ".join(wrong)))
         before, now = now, time.monotonic()
@@ -142,33 +162,20 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     rows = call.query.shape[:2]
     out, whole_out = inside(np.full((*rows, spec.result_dim), np.nan, spec.result_dtype), np.nan, call.rng)
     lse, whole_lse = inside(np.full(rows, np.nan, np.float32), np.nan, call.rng)
-    table: np.ndarray | tuple[np.ndarray, np.ndarray] = call.block_table
-    tables = {"block_table": call.block_table}
-    if call.as_pair:
-        table = as_pair(call.block_table, call.context_lens, spec.block_size)
-        tables = {f"block_table[{i}]": array for i, array in enumerate(table)}
-    arguments = [call.query, key_cache, value_cache, table, call.context_lens]
-    names = ["query", *_CACHES, *tables, "context_lens"]
-    kind, run, options = "decode", module.decode, call.heads
-    if call.queries is not None:
-        arguments.append(call.queries.query_start_loc)
-        names.append("query_start_loc")
-        told = {"causal": call.queries.causal, "tree_mask": call.queries.tree_mask}
-        kind, run, options = "attend", module.attend, options | told
+    kind, arrays, options = _told(spec, call, key_cache, value_cache)
     try:
         if call.append:
             _append(module, call, key_cache, value_cache)
             wrong += _differences("after append_kv", (key_cache, value_cache), converted)
-        heads = {**call.heads, **call.heads.get("inputs", {})}
-        heads.pop("inputs", None)
-        inputs = (*arguments[:3], *tables.values(), *arguments[4:], *heads.values())
-        before = _copies(inputs)
-        returned = run(
-            *arguments,
+        inputs = _inputs(arrays | call.heads | options)
+        before = _copies(inputs.values())
+        returned = getattr(module, kind)(
+            *arrays.values(),
             call.scale,
             out if call.give_out else None,
             lse=lse if call.lse == "given" else None,
             return_lse=call.lse != "none",
+            **call.heads,
             **options,
         )
     except (IndexError, TypeError, ValueError) as error:
@@ -176,12 +183,43 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     results = dict(zip(("out", "lse"), returned if call.lse != "none" else (returned,), strict=False))
     errors, messages = _compared(spec, call, values, results)
     wrong += messages
-    wrong += _differences(f"after {kind}", inputs, before, (*names, *heads))
+    wrong += _differences(f"after {kind}", inputs.values(), before, inputs)
     for name, view, whole in (("out", out, whole_out), ("lse", lse, whole_lse)):
         view.fill(np.nan)
         if not np.isnan(whole).all():
             wrong.append(f"{name}: {np.sum(~np.isnan(whole))} elements beside the array that was given were written")
     return errors, wrong
+
+
+def _told(
+    spec: PagedAttentionSpec, call: Draw, key_cache: np.ndarray, value_cache: np.ndarray | None
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Which function a draw calls, with which arrays in its order, by name, and what it is told by keyword."""
+    kind, table = "decode", call.block_table
+    options: dict[str, Any] = {}
+    arrays: dict[str, Any] = {"query": call.query, "key_cache": key_cache, "value_cache": value_cache}
+    if call.prefixes is not None:
+        told = call.prefixes
+        kind, table, options = "attend_shared_prefix", told.block_table, {"prefix_start_loc": told.prefix_start_loc}
+        arrays |= {"prefix_table": told.prefix_table, "prefix_len": told.prefix_len}
+    elif call.queries is not None:
+        kind, options = "attend", {"causal": call.queries.causal, "tree_mask": call.queries.tree_mask}
+    arrays["block_table"] = as_pair(table, call.context_lens, spec.block_size) if call.as_pair else table
+    arrays["context_lens"] = call.context_lens
+    if call.queries is not None:
+        arrays["query_start_loc"] = call.queries.query_start_loc
+    return kind, arrays, options
+
+
+def _inputs(given: Mapping[str, Any]) -> dict[str, np.ndarray | None]:
+    """All arrays among what a call is given, by the names that errors have for them."""
+    arrays: dict[str, np.ndarray | None] = {}
+    for name, value in given.items():
+        if isinstance(value, tuple):
+            arrays |= {f"{name}[{i}]": array for i, array in enumerate(value)}
+        elif not isinstance(value, bool):
+            arrays |= value if isinstance(value, dict) else {name: value}
+    return arrays
 
 
 def _compared(
@@ -205,7 +243,7 @@ def _compared(
     return errors, wrong
 
 
-def _copies(arrays: Sequence[np.ndarray | None]) -> list[Any]:
+def _copies(arrays: Iterable[np.ndarray | None]) -> list[Any]:
     return [None if array is None else array.copy() for array in arrays]
 
 
@@ -243,9 +281,9 @@ def _append(module: Verifiable, call: Draw, key_cache: np.ndarray, value_cache: 
 
 def _differences(
     when: str,
-    actual: Sequence[np.ndarray | None],
-    expected: Sequence[np.ndarray | None],
-    names: Sequence[str] = _CACHES,
+    actual: Iterable[np.ndarray | None],
+    expected: Iterable[np.ndarray | None],
+    names: Iterable[str] = _CACHES,
 ) -> list[str]:
     """What is said of arrays whose bits are not as expected."""
     return [
