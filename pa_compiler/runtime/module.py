@@ -173,6 +173,8 @@ class Module(Calls):
     ) -> Verification:
         """Compare decode, attend and append_kv with the float64 reference on random calls that the spec allows.
 
+        And attend_shared_prefix and merge_states, where the library has them.
+
         Lengths of 0 and 1, at the ends of blocks and long ones; blocks anywhere, NaN in all that is not to be read;
         huge scores; arrays as views, at any number of threads.
 

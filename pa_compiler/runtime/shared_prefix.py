@@ -52,10 +52,10 @@ class SharedPrefix(Merging):
             key_cache: As for decode.
             value_cache: As for decode.
             prefix_table: [num_prefixes, max_prefix_blocks], int32 or int64: the block ids of each prefix in order; of
-                one prefix also [max_prefix_blocks]. Entries past those that its length needs may hold anything, as may
-                those that the spec's window or mask_mod hides from all of its query tokens.
+                one prefix also [max_prefix_blocks]. Used are those from the first to the last of which one of its query
+                tokens sees a key; other entries may hold anything.
             prefix_len: Tokens of the prefix, an int; or of each prefix, [num_prefixes], int32 or int64. Whole blocks: a
-                multiple of block_size, of 0 on.
+                multiple of block_size, or 0.
             block_table: As for attend, a table or a pair. A sequence's entries for its prefix have their places in its
                 row, but may hold anything; the blocks after them are its own, or shared with others, or the prefix's.
             context_lens: [batch], int32 or int64: tokens of each sequence, those of its prefix and its query tokens
