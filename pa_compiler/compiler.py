@@ -196,11 +196,11 @@ def emit(
 
 
 def emit_portable(
-    spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str, *, attend: bool = True
+    spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str, extras: Extras
 ) -> dict[str, str]:
     """As emit, without the stages that programs of this machine make."""
     config = _checked(spec, target, pipeline)
-    emit, extras = backends.of(config).emit_portable, _checked_extras(Extras(attend), spec, config, pipeline)
+    emit, extras = backends.of(config).emit_portable, _checked_extras(extras, spec, config, pipeline)
     return artifact.in_order(_with_tvm(lambda directory: emit(spec, config, pipeline, extras, directory)))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pa_compiler import artifact, backends, installation, interrupts
+from pa_compiler.backend import NO_EXTRAS, Extras
 from pa_compiler.host import BANNER, headers
 from pa_compiler.runtime import files
 from pa_compiler.spec import PagedAttentionSpec
@@ -33,7 +34,7 @@ class _Entry(NamedTuple):
     spec: PagedAttentionSpec
     pipeline: str
     target: str  # fixed, so that every machine emits the same text: an mcpu, or an arch of CUDA
-    attend: bool = False
+    extras: Extras = NO_EXTRAS
 
     @property
     def config(self) -> dict[str, Any]:
@@ -43,8 +44,8 @@ class _Entry(NamedTuple):
 ENTRIES = {
     "case1_fused": _Entry(_CASE1, "fused", "x86-64-v4"),
     "case1_staged": _Entry(_CASE1, "staged", "x86-64-v4"),
-    "gqa_fused": _Entry(_GQA, "fused", "x86-64-v4", attend=True),
-    "gqa_packed_fused": _Entry(_PACKED, "fused", "sapphirerapids", attend=True),  # with AVX512_BF16
+    "gqa_fused": _Entry(_GQA, "fused", "x86-64-v4", Extras(attend=True, shared_prefix=True)),
+    "gqa_packed_fused": _Entry(_PACKED, "fused", "sapphirerapids", Extras(attend=True)),  # with AVX512_BF16
     "mla_fused": _Entry(_MLA, "fused", "sapphirerapids"),
     "local_fused": _Entry(_LOCAL, "fused", "x86-64-v4"),
     "gqa_cuda": _Entry(_GQA, "fused", "sm_90"),
@@ -68,7 +69,7 @@ def _emitted() -> dict[str, str]:
     texts: dict[str, str] = {}
     templates = installation.templates()
     for folder, entry in ENTRIES.items():
-        sources = compiler.emit_portable(entry.spec, entry.config, entry.pipeline, attend=entry.attend)
+        sources = compiler.emit_portable(entry.spec, entry.config, entry.pipeline, entry.extras)
         for stage, origin in backends.of(entry.config).origins.items():
             file = artifact.STAGE_FILES[stage]
             text = _without_addresses(sources[stage]).removeprefix(f"// {BANNER}\n//\n")

@@ -16,7 +16,7 @@ from pa_compiler.score import BATCH
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import ragged
 from pa_compiler.verification.inputs import GARBAGE_IDS, function_inputs, needed_entries, noise, used_slots
-from pa_compiler.verification.prefixes import Prefixes, share
+from pa_compiler.verification.prefixes import Groups, Prefixes, draw_groups, share
 from pa_compiler.verification.ragged import Queries, draw_queries, poison_the_last
 
 _ELEMENTS = 1 << 20
@@ -92,22 +92,22 @@ def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False
     context_lens = _context_lens(rng, spec, elements)
     if spec.inputs or spec.constants:
         context_lens = _within_arrays(rng, spec, context_lens)
-    queries, rows = None, len(context_lens)
+    queries, groups, rows = None, None, len(context_lens)
     if attends and number % 2:
         products = _SEVERAL * elements // (spec.num_heads * spec.head_dim)
         context_lens, queries = draw_queries(rng, spec, context_lens, products)
+        if shares and queries.causal and queries.tree_mask is None:
+            context_lens, groups = draw_groups(rng, spec, context_lens, queries, products)
         rows = int(queries.query_start_loc[-1])
     inputs = {"inputs": function_inputs(rng, spec, len(context_lens))} if spec.inputs else {}
-    block_table, is_used, prefixes = _place(rng, spec, context_lens, queries, inputs.get("inputs", {}), shares)
+    block_table, is_used, prefixes = _place(rng, spec, context_lens, queries, inputs.get("inputs", {}), groups)
     # A function has a bound on the error of its results where scores and what it makes of them are ordinary numbers.
     kinds = (_ordinary, _huge_scores, _ends) if spec.score_mod is None else (_ordinary,)
     kind = kinds[rng.choice(len(kinds), p=[0.5, 0.25, 0.25] if len(kinds) > 1 else None)]
     query, keys, values, scale = kind(rng, spec, rows, len(is_used))
-    if spec.shared_kv:
-        values = keys[..., : spec.result_dim]
+    values = keys[..., : spec.result_dim] if spec.shared_kv else values
     poison = float(rng.choice([np.nan, np.nan, np.inf, -np.inf]))
-    keys[~is_used] = poison
-    values[~is_used] = poison
+    keys[~is_used] = values[~is_used] = poison
     if queries is not None and kind is _ordinary and spec.score_mod is None and rng.random() < 0.25:
         poison_the_last(values, is_used, block_table, context_lens, spec.block_size)
     return Draw(
@@ -172,7 +172,7 @@ def _place(
     context_lens: np.ndarray,
     queries: Queries | None,
     inputs: dict[str, np.ndarray],
-    shares: bool,
+    groups: Groups | None,
 ) -> tuple[np.ndarray, np.ndarray, Prefixes | None]:
     """block_table, with its blocks anywhere in a cache that has more, the slots that are seen, and prefixes."""
     needed = -(-context_lens // spec.block_size)
@@ -190,9 +190,8 @@ def _place(
         first, second = rng.choice(whole, 2, replace=False)
         table[second, 0] = table[first, 0]
     if queries is not None:
-        causal = queries.causal and queries.tree_mask is None
-        prefixes = share(rng, spec, context_lens, queries, table, is_needed) if shares and causal else None
-        return table, ragged.used_slots(spec, table, context_lens, queries, num_blocks, inputs), prefixes
+        shared = None if groups is None else share(rng, spec, context_lens, queries, groups, table, is_needed)
+        return table, ragged.used_slots(spec, table, context_lens, queries, num_blocks, inputs), shared
     is_used = used_slots(spec, table, context_lens, num_blocks)
     if spec.mask_mod is not None:
         is_used &= _unmasked(spec, context_lens, table, is_used.shape, inputs)

@@ -12,6 +12,7 @@ import numpy as np
 from inputs import DTYPES, lay_out, make_inputs
 from numpy.lib.stride_tricks import as_strided
 from ragged_inputs import assert_near_float64, make_ragged
+from shared_prefixes import check
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 import pa_compiler
@@ -51,6 +52,20 @@ def attend(module, number):
         order = rng.permutation(len(sequences)) if "tree_mask" not in options else range(len(sequences))
         ragged = make_ragged(spec, [sequences[i] for i in order], seed=number, spare_blocks=0, surplus=0, **options)
         assert_near_float64(spec, ragged, *ragged.attend(module))
+
+
+def share(module, number):
+    """Prefixes of several groups, around the ends of tiles and in several ranges."""
+    rng = np.random.default_rng(number)
+    module.num_threads = int(rng.integers(1, 4))
+    size = module.spec.block_size
+    groups = [
+        (1, [(1, 1), (3, 9)]),
+        (0, [(1, 20)]),
+        (300 // size, [(1, 2), (0, 5), (16, 129), (1, 300)]),
+        (4500 // size, [(1, 1)]),
+    ]
+    check(module, groups, seed=number)
 
 
 def append(module, number):
@@ -102,6 +117,8 @@ def main(words):
             append(module, number)
             if module.has_attend:
                 attend(module, number)
+            if module.has_attend_shared_prefix:
+                share(module, number)
         else:
             SHORT[call](module, short)
     print("done")

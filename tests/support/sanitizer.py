@@ -19,7 +19,8 @@ import builds
 import pytest
 
 from pa_compiler import backends
-from pa_compiler.cpu import build, target
+from pa_compiler.backend import Extras
+from pa_compiler.cpu import backend, build, target
 from pa_compiler.cpu import tiles as tiling
 
 GXX = """#!/bin/sh
@@ -56,7 +57,8 @@ def build_library(spec, pipeline: str, target_like, directory: Path) -> Path:
         patch.setenv("CXX", str(gxx))
         patch.setattr(build, "compile_kernels", instrumented)
         of_attend = tiling.choose_attend(spec, cpu, pipeline)
-        builds.build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory, of_attend)
+        extras = Extras(shared_prefix=not backend.without_prefix(spec, pipeline))
+        builds.build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory, of_attend, extras)
     return directory / "pa.so"
 
 

@@ -329,8 +329,8 @@ FAULTS = {
     ),
     "all ranges of several query tokens write one partial result": Fault(
         "templates/cpu/attend_plan.h",
-        "is_split ? num_partials + range * item.num_query : -1",
-        "is_split ? num_partials : -1",
+        "leaves_partials ? num_partials + range * item.num_query : -1",
+        "leaves_partials ? num_partials : -1",
         "test_attend.py::test_threads",
     ),
     "query tokens of another sequence": Fault(
@@ -338,6 +338,9 @@ FAULTS = {
         "MovedBy(*array, queries.Begin(seq) - seq)",
         "MovedBy(*array, 0)",
         "test_attend.py::test_single_query_tokens_between_others_are_decode",
+    ),
+    "keys after a prefix taken for its last one": Fault(
+        f"{_KERNELS}sight.py", "position + 1), context_len)", "position + 1), 1 << 30)", "test_shared_prefix.py"
     ),
     "query tokens of the staged pipeline all at one position": Fault(
         f"{_KERNELS}chunk.py", "self.first_pos + nth + 1", "self.first_pos + 1", "test_attend_staged.py"
@@ -353,10 +356,7 @@ FAULTS = {
         "test_attend.py::test_not_every_module_has_it",
     ),
     "the pipeline missing from the cache key": Fault(
-        "pa_compiler/dependencies.py",
-        '        "pipeline": pipeline,\n',
-        "",
-        "test_cache.py test_cache_entries.py",
+        "pa_compiler/dependencies.py", '        "pipeline": pipeline,\n', "", "test_cache.py test_cache_entries.py"
     ),
     "no lock around a build": Fault(
         "pa_compiler/store.py",
