@@ -2,8 +2,9 @@
 
     python -m benchmarks.shared_prefix
 
-Both read the same blocks of one cache on huge pages: the prefix's blocks are in all rows of the block table. Calls are
-made in turns in one process, and both results are compared with float64 before.
+These have the prefix's blocks in all rows of their block table, as an engine with a cache of prefixes has them, or
+copies of them for each sequence, as one without. Calls are made in turns in one process, on one cache on huge pages,
+and all results are compared with float64 before.
 """
 
 from __future__ import annotations
@@ -39,70 +40,82 @@ class Case(NamedTuple):
     own: int
     query: int = 1
 
+    @property
+    def words(self) -> str:
+        """Its own tokens."""
+        return f"{self.own}" if self.query == 1 else f"{self.own}, {self.query} of them queries"
+
 
 CASES = (Case(16, 8192, 200), Case(4, 512, 200), Case(64, 2048, 200), Case(16, 8192, 200, query=4))
 
 
-class Calls(NamedTuple):
-    """The two calls of a case, and what they are given."""
+class Call(NamedTuple):
+    """What attend and decode are given: one for the prefix's blocks in all rows, and one for copies of them."""
 
-    without: Callable[[], np.ndarray]
-    shared: Callable[[], np.ndarray]
-    arrays: tuple[np.ndarray, ...]
+    query: np.ndarray
+    key_cache: np.ndarray
+    value_cache: np.ndarray
+    block_table: np.ndarray
+    context_lens: np.ndarray
     query_start_loc: np.ndarray | None
 
 
-def make_calls(module: pa_compiler.Module, case: Case) -> Calls:
+def make_calls(module: pa_compiler.Module, case: Case) -> dict[str, Call]:
     """Draw the arrays of a case. Blocks lie in any order."""
     spec, rng = module.spec, np.random.default_rng(0)
     of_prefix, of_own = case.prefix // spec.block_size, -(-case.own // spec.block_size)
-    num_blocks = of_prefix + case.sequences * of_own
+    num_blocks = case.sequences * (of_prefix + of_own)
     key_cache, value_cache = (fill(rng, cache, 1.0) for cache in module.empty_cache(num_blocks))
-    blocks = rng.permutation(num_blocks).astype(np.int32)
-    table = np.empty((case.sequences, of_prefix + of_own), np.int32)
-    table[:, :of_prefix], table[:, of_prefix:] = blocks[:of_prefix], blocks[of_prefix:].reshape(case.sequences, -1)
+    copies = rng.permutation(num_blocks).astype(np.int32).reshape(case.sequences, -1)
+    table = copies.copy()
+    table[:, :of_prefix] = copies[0, :of_prefix]
+    for cache in (key_cache, value_cache):
+        for row in copies[1:]:
+            cache[row[:of_prefix]] = cache[copies[0, :of_prefix]]
     lens = np.full(case.sequences, case.prefix + case.own, np.int32)
     starts = np.arange(0, (case.sequences + 1) * case.query, case.query, dtype=np.int32) if case.query > 1 else None
     query = noise(rng, (case.sequences * case.query, spec.num_heads, spec.head_dim), 1.0, spec.dtype)
-    out = np.empty((*query.shape[:2], spec.result_dim), query.dtype)
-    prefix, prefix_len = blocks[:of_prefix].copy(), np.array([case.prefix])
+    tables = {"blocks": table, "copies": copies}
+    return {name: Call(query, key_cache, value_cache, each, lens, starts) for name, each in tables.items()}
 
-    def without() -> Any:
-        if starts is None:
-            return module.decode(query, key_cache, value_cache, table, lens, out=out)
-        return module.attend(query, key_cache, value_cache, table, lens, starts, out=out)
+
+def make_runs(module: pa_compiler.Module, case: Case, calls: dict[str, Call]) -> dict[str, Callable[[], np.ndarray]]:
+    """The calls that are timed, by name."""
+    call, out = calls["blocks"], np.empty_like(calls["blocks"].query)
+    prefix = call.block_table[0, : case.prefix // module.spec.block_size].copy()
+    prefix_len = np.array([case.prefix])
+
+    def plain(call: Call) -> Any:
+        return module.decode(*call[:5], out=out) if case.query == 1 else module.attend(*call, out=out)
 
     def shared() -> Any:
-        tables = (prefix, prefix_len, table, lens, starts)
-        return module.attend_shared_prefix(query, key_cache, value_cache, *tables, out=out)
+        tables = (prefix, prefix_len, call.block_table, call.context_lens, call.query_start_loc)
+        return module.attend_shared_prefix(*call[:3], *tables, out=out)
 
-    return Calls(without, shared, (query, key_cache, value_cache, table, lens), starts)
+    return {"shared": shared} | {name: lambda each=each: plain(each) for name, each in calls.items()}
 
 
-def measure(calls: Calls) -> np.ndarray:
-    """Seconds [rounds, 2] of the calls in turns."""
-    seconds = []
+def measure(runs: dict[str, Callable[[], np.ndarray]]) -> dict[str, np.ndarray]:
+    """Seconds [rounds] of each, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
-        times = []
-        for call in (calls.without, calls.shared):
+        for name, run in runs.items():
             start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        seconds.append(times)
-    return np.array(seconds)
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(each) for name, each in seconds.items()}
 
 
-def check(spec: PagedAttentionSpec, calls: Calls) -> None:
-    """Compare both results with float64.
+def check(spec: PagedAttentionSpec, call: Call, runs: dict[str, Callable[[], np.ndarray]]) -> None:
+    """Compare all results with float64.
 
     Raises:
         AssertionError: one is outside of the tolerance.
     """
-    query, key_cache, value_cache, table, lens = calls.arrays
-    of = (spec, query, key_cache, value_cache, table, lens, None, spec.kv_layout)
-    expected = oracle(*of, query_start_loc=calls.query_start_loc)
-    for name, call in (("without", calls.without), ("shared", calls.shared)):
-        _, wrong = compare("out", call(), *expected["out"], np.repeat(lens, len(query) // len(lens)))
+    expected = oracle(spec, *call[:5], None, spec.kv_layout, query_start_loc=call.query_start_loc)
+    row_lens = np.repeat(call.context_lens, len(call.query) // len(call.context_lens))
+    for name, run in runs.items():
+        _, wrong = compare("out", run(), *expected["out"], row_lens)
         if wrong:
             raise AssertionError(f"{name}: {wrong}")
 
@@ -110,30 +123,33 @@ def check(spec: PagedAttentionSpec, calls: Calls) -> None:
 def main() -> None:
     """Print a table for each number of threads."""
     for count in (1, len(os.sched_getaffinity(0))):
-        title = f"{count} threads, medians of {ROUNDS} rounds"
-        table = Table(
-            "spec", "sequences", "prefix", "own", "without, ms", "shared, ms", "ratio (10 to 90 %)", title=title
+        heads = (
+            "spec",
+            "sequences",
+            "prefix",
+            "own",
+            "shared, ms",
+            "blocks, ms",
+            "copies, ms",
+            "blocks / shared",
+            "copies / shared",
         )
+        table = Table(*heads, title=f"{count} threads, medians of {ROUNDS} rounds (10 to 90 %)")
         for name, spec in SPECS.items():
             module = pa_compiler.compile(spec, shared_prefix=True)
             module.num_threads = count
             for case in CASES:
                 calls = make_calls(module, case)
-                check(spec, calls)
-                seconds = measure(calls)
-                low, ratio, high = np.percentile(seconds[:, 0] / seconds[:, 1], [10, 50, 90])
-                own = f"{case.own}" if case.query == 1 else f"{case.own}, {case.query} of them queries"
-                times = (f"{each * 1e3:.2f}" for each in np.median(seconds, axis=0))
-                row = (
-                    name,
-                    str(case.sequences),
-                    str(case.prefix),
-                    own,
-                    *times,
-                    f"{ratio:.2f} ({low:.2f} to {high:.2f})",
-                )
+                runs = make_runs(module, case, calls)
+                check(spec, calls["blocks"], runs)
+                seconds = measure(runs)
+                row = [name, str(case.sequences), str(case.prefix), case.words]
+                row += [f"{np.median(each) * 1e3:.2f}" for each in seconds.values()]
+                for other in calls:
+                    low, ratio, high = np.percentile(seconds[other] / seconds["shared"], [10, 50, 90])
+                    row.append(f"{ratio:.2f} ({low:.2f} to {high:.2f})")
                 table.add_row(*row)
-        Console(width=140).print(table)
+        Console(width=160).print(table)
 
 
 if __name__ == "__main__":
