@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import measure, run, scores
+from benchmarks import measure, run, scores, shared_prefix
 from benchmarks.cases import CASES, MLA_CASES, MORE_CASES, beyond_cache, sized
 from benchmarks.contender import Contender
 from benchmarks.inputs import make_call
@@ -174,3 +174,14 @@ def test_a_window_is_measured_on_the_blocks_of_its_tokens():
     assert (longer.block_table >= 0).sum() == case.num_blocks
     expected = reference.decode(*call.arguments)
     np.testing.assert_array_equal(reference.decode(*longer.arguments, window=longer.case.spec.window), expected)
+
+
+@pytest.mark.parametrize("query", [1, 2])
+def test_shared_prefixes_are_timed_and_compared(compiled, query):
+    module, case = compiled(BASE, attend=True, shared_prefix=True), shared_prefix.Case(3, 10, 7, query)
+    calls = shared_prefix.make_calls(module, case)
+    runs = shared_prefix.make_runs(module, case, calls)
+    shared_prefix.check(BASE, calls["blocks"], runs)
+    assert {name: len(each) for name, each in shared_prefix.measure(runs).items()} == dict.fromkeys(
+        ("shared", "blocks", "copies"), shared_prefix.ROUNDS
+    )
