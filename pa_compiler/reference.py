@@ -6,7 +6,6 @@ with the kernels, so that a mistake in one cannot hide in the other.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -226,9 +225,9 @@ def attend_shared_prefix(
     if kv_layout == "packed" and value_cache.dtype.name == "bfloat16":
         block_size *= 2
     rows = [blocks_of(block_table, sequence).copy() for sequence in range(batch)]
-    for prefix, (begin, end) in enumerate(itertools.pairwise(groups)):
+    for prefix in range(len(groups) - 1):
         shared = int(lens[prefix]) // block_size
-        for sequence in range(int(begin), int(end)):
+        for sequence in range(int(groups[prefix]), int(groups[prefix + 1])):
             if starts[sequence + 1] > starts[sequence]:  # else it has no query tokens, and its row any length
                 rows[sequence][:shared] = tables[prefix, :shared]
     indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)

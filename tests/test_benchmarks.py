@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from specs import BASE
 
 from benchmarks import measure, run, scores, shared_prefix
 from benchmarks.cases import CASES, MLA_CASES, MORE_CASES, beyond_cache, sized

@@ -30,7 +30,7 @@ ARROWS = {
         "verification",
     },  # a module verifies itself, by what compares it with the reference
     "verification": {
-        *("spec", "interface", "layout", "reference_weights", "reference_functions", "runtime"),
+        *("spec", "interface", "layout", "reference", "reference_weights", "reference_functions", "runtime"),
         *("score", "bounds", "tracing"),
     },
     "score": set(),
@@ -51,7 +51,7 @@ ARROWS = {
     "backend": {"spec"},
     "cpu": {
         *("spec", "bounds", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
-        *("backend", "native", "interrupts", "words"),
+        *("backend", "native", "interrupts", "words", "score"),
     },
     "cuda": {
         *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
@@ -65,7 +65,7 @@ ARROWS = {
         *("host", "native", "installation", "interrupts", "turns"),
     },
     "generate": {
-        *("spec", "runtime", "artifact", "backends", "compiler", "host", "installation", "interrupts"),
+        *("spec", "runtime", "artifact", "backend", "backends", "compiler", "host", "installation", "interrupts"),
     },
     "cli": {
         *("__init__", "spec", "bounds", "interface", "runtime", "verification", "words"),

@@ -251,8 +251,8 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor536.i = alloca [16 x float], align 16
-  %reach555.i = alloca [128 x i32], align 16
+  %factor515.i = alloca [16 x float], align 16
+  %reach533.i = alloca [128 x i32], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -281,192 +281,196 @@ entry:
   %block_table.handle.idx = select i1 %12, i64 24, i64 0
   %block_table.handle = getelementptr inbounds nuw i8, ptr %14, i64 %block_table.handle.idx
   %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %17 = load ptr, ptr %16, align 8
-  %18 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %19 = load ptr, ptr %18, align 8
-  %20 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %row_starts.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %row_starts.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %row_starts.handle.idx = select i1 %16, i64 24, i64 0
+  %row_starts.handle = getelementptr inbounds nuw i8, ptr %18, i64 %row_starts.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 80
+  %20 = getelementptr inbounds nuw i8, ptr %args, i64 88
   %21 = load ptr, ptr %20, align 8
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %22 = getelementptr inbounds nuw i8, ptr %args, i64 104
   %23 = load ptr, ptr %22, align 8
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %24 = getelementptr inbounds nuw i8, ptr %args, i64 120
   %25 = load ptr, ptr %24, align 8
-  %26 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %26 = getelementptr inbounds nuw i8, ptr %args, i64 136
   %27 = load ptr, ptr %26, align 8
-  %28 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %28 = getelementptr inbounds nuw i8, ptr %args, i64 152
   %29 = load ptr, ptr %28, align 8
-  %30 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %15, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
-  %31 = shufflevector <29 x i32> %30, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %32 = icmp eq <8 x i32> %31, splat (i32 70)
-  %33 = extractelement <8 x i1> %32, i64 0
-  %row_starts.handle.idx = select i1 %33, i64 24, i64 0
-  %row_starts.handle = getelementptr inbounds nuw i8, ptr %17, i64 %row_starts.handle.idx
-  %34 = extractelement <8 x i1> %32, i64 1
-  %context_lens.handle.idx = select i1 %34, i64 24, i64 0
-  %context_lens.handle = getelementptr inbounds nuw i8, ptr %19, i64 %context_lens.handle.idx
-  %35 = extractelement <8 x i1> %32, i64 2
-  %tree_mask.handle.idx = select i1 %35, i64 24, i64 0
-  %tree_mask.handle = getelementptr inbounds nuw i8, ptr %21, i64 %tree_mask.handle.idx
-  %36 = extractelement <8 x i1> %32, i64 3
-  %partial_max.handle.idx = select i1 %36, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %23, i64 %partial_max.handle.idx
-  %37 = extractelement <8 x i1> %32, i64 4
-  %partial_sum.handle.idx = select i1 %37, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %25, i64 %partial_sum.handle.idx
-  %38 = extractelement <8 x i1> %32, i64 5
-  %partial_acc.handle.idx = select i1 %38, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %27, i64 %partial_acc.handle.idx
-  %39 = extractelement <8 x i1> %32, i64 6
-  %out.handle.idx = select i1 %39, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %29, i64 %out.handle.idx
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 184
-  %41 = load ptr, ptr %40, align 8
-  %42 = extractelement <8 x i1> %32, i64 7
-  %lse.handle.idx = select i1 %42, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %41, i64 %lse.handle.idx
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 200
-  %k_block = load i64, ptr %43, align 8
-  %44 = getelementptr inbounds nuw i8, ptr %args, i64 216
-  %k_row = load i64, ptr %44, align 8
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 232
-  %k_head = load i64, ptr %45, align 8
-  %46 = getelementptr inbounds nuw i8, ptr %args, i64 248
-  %v_block = load i64, ptr %46, align 8
-  %47 = getelementptr inbounds nuw i8, ptr %args, i64 264
-  %v_row = load i64, ptr %47, align 8
-  %48 = getelementptr inbounds nuw i8, ptr %args, i64 280
-  %v_head = load i64, ptr %48, align 8
-  %49 = getelementptr inbounds nuw i8, ptr %args, i64 296
-  %50 = load i64, ptr %49, align 8
-  %51 = getelementptr inbounds nuw i8, ptr %args, i64 312
-  %52 = load i64, ptr %51, align 8
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %30 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %31 = load ptr, ptr %30, align 8
+  %32 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %33 = load ptr, ptr %32, align 8
+  %34 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %19, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
+  %35 = shufflevector <29 x i32> %34, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %36 = icmp eq <8 x i32> %35, splat (i32 70)
+  %37 = extractelement <8 x i1> %36, i64 0
+  %context_lens.handle.idx = select i1 %37, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %21, i64 %context_lens.handle.idx
+  %38 = extractelement <8 x i1> %36, i64 1
+  %token_positions.handle.idx = select i1 %38, i64 24, i64 0
+  %token_positions.handle = getelementptr inbounds nuw i8, ptr %23, i64 %token_positions.handle.idx
+  %39 = extractelement <8 x i1> %36, i64 2
+  %tree_mask.handle.idx = select i1 %39, i64 24, i64 0
+  %tree_mask.handle = getelementptr inbounds nuw i8, ptr %25, i64 %tree_mask.handle.idx
+  %40 = extractelement <8 x i1> %36, i64 3
+  %partial_max.handle.idx = select i1 %40, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %27, i64 %partial_max.handle.idx
+  %41 = extractelement <8 x i1> %36, i64 4
+  %partial_sum.handle.idx = select i1 %41, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %29, i64 %partial_sum.handle.idx
+  %42 = extractelement <8 x i1> %36, i64 5
+  %partial_acc.handle.idx = select i1 %42, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %31, i64 %partial_acc.handle.idx
+  %43 = extractelement <8 x i1> %36, i64 6
+  %out.handle.idx = select i1 %43, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %33, i64 %out.handle.idx
+  %44 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %45 = load ptr, ptr %44, align 8
+  %46 = extractelement <8 x i1> %36, i64 7
+  %lse.handle.idx = select i1 %46, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %45, i64 %lse.handle.idx
+  %47 = getelementptr inbounds nuw i8, ptr %args, i64 216
+  %k_block = load i64, ptr %47, align 8
+  %48 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %k_row = load i64, ptr %48, align 8
+  %49 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %k_head = load i64, ptr %49, align 8
+  %50 = getelementptr inbounds nuw i8, ptr %args, i64 264
+  %v_block = load i64, ptr %50, align 8
+  %51 = getelementptr inbounds nuw i8, ptr %args, i64 280
+  %v_row = load i64, ptr %51, align 8
+  %52 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %v_head = load i64, ptr %52, align 8
+  %53 = getelementptr inbounds nuw i8, ptr %args, i64 312
   %54 = load i64, ptr %53, align 8
-  %55 = getelementptr inbounds nuw i8, ptr %args, i64 344
+  %55 = getelementptr inbounds nuw i8, ptr %args, i64 328
   %56 = load i64, ptr %55, align 8
-  %57 = getelementptr inbounds nuw i8, ptr %args, i64 360
+  %57 = getelementptr inbounds nuw i8, ptr %args, i64 344
   %58 = load i64, ptr %57, align 8
-  %59 = getelementptr inbounds nuw i8, ptr %args, i64 376
+  %59 = getelementptr inbounds nuw i8, ptr %args, i64 360
   %60 = load i64, ptr %59, align 8
-  %61 = getelementptr inbounds nuw i8, ptr %args, i64 392
+  %61 = getelementptr inbounds nuw i8, ptr %args, i64 376
   %62 = load i64, ptr %61, align 8
-  %63 = getelementptr inbounds nuw i8, ptr %args, i64 408
+  %63 = getelementptr inbounds nuw i8, ptr %args, i64 392
   %64 = load i64, ptr %63, align 8
-  %65 = getelementptr inbounds nuw i8, ptr %args, i64 424
+  %65 = getelementptr inbounds nuw i8, ptr %args, i64 408
   %66 = load i64, ptr %65, align 8
-  %67 = getelementptr inbounds nuw i8, ptr %args, i64 440
+  %67 = getelementptr inbounds nuw i8, ptr %args, i64 424
   %68 = load i64, ptr %67, align 8
-  %69 = getelementptr inbounds nuw i8, ptr %args, i64 456
-  %tree_start = load i64, ptr %69, align 8
-  %70 = getelementptr inbounds nuw i8, ptr %args, i64 472
-  %71 = load i64, ptr %70, align 8
-  %72 = getelementptr inbounds nuw i8, ptr %args, i64 480
-  %query_scale.type_index = load i32, ptr %72, align 8
-  %73 = getelementptr inbounds nuw i8, ptr %args, i64 488
-  %74 = load i64, ptr %73, align 8
-  %75 = getelementptr inbounds nuw i8, ptr %args, i64 496
-  %score_scale.type_index = load i32, ptr %75, align 8
-  %76 = getelementptr inbounds nuw i8, ptr %args, i64 504
-  %77 = load i64, ptr %76, align 8
-  %78 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
-  %fused_attend.query_shape = load ptr, ptr %78, align 8
-  %79 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
-  %fused_attend.query_strides = load ptr, ptr %79, align 8
-  %80 = icmp eq ptr %fused_attend.query_strides, null
-  %81 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 16
-  %82 = getelementptr inbounds nuw i8, ptr %fused_attend.query_strides, i64 8
-  %q_head.in = select i1 %80, ptr %81, ptr %82
+  %69 = getelementptr inbounds nuw i8, ptr %args, i64 440
+  %70 = load i64, ptr %69, align 8
+  %71 = getelementptr inbounds nuw i8, ptr %args, i64 456
+  %tree_start = load i64, ptr %71, align 8
+  %72 = getelementptr inbounds nuw i8, ptr %args, i64 472
+  %73 = load i64, ptr %72, align 8
+  %74 = getelementptr inbounds nuw i8, ptr %args, i64 480
+  %query_scale.type_index = load i32, ptr %74, align 8
+  %75 = getelementptr inbounds nuw i8, ptr %args, i64 488
+  %76 = load i64, ptr %75, align 8
+  %77 = getelementptr inbounds nuw i8, ptr %args, i64 496
+  %score_scale.type_index = load i32, ptr %77, align 8
+  %78 = getelementptr inbounds nuw i8, ptr %args, i64 504
+  %79 = load i64, ptr %78, align 8
+  %80 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_attend.query_shape = load ptr, ptr %80, align 8
+  %81 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_attend.query_strides = load ptr, ptr %81, align 8
+  %82 = icmp eq ptr %fused_attend.query_strides, null
+  %83 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 16
+  %84 = getelementptr inbounds nuw i8, ptr %fused_attend.query_strides, i64 8
+  %q_head.in = select i1 %82, ptr %83, ptr %84
   %q_head = load i64, ptr %q_head.in, align 8
-  br i1 %80, label %if_then37, label %if_else38
+  br i1 %82, label %if_then40, label %if_else41
 
-if_then37:                                        ; preds = %entry
-  %83 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 8
-  %84 = load i64, ptr %83, align 8
-  %85 = load i64, ptr %81, align 8
-  %86 = mul nsw i64 %85, %84
-  br label %if_end39
+if_then40:                                        ; preds = %entry
+  %85 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 8
+  %86 = load i64, ptr %85, align 8
+  %87 = load i64, ptr %83, align 8
+  %88 = mul nsw i64 %87, %86
+  br label %if_end42
 
-if_else38:                                        ; preds = %entry
-  %87 = load i64, ptr %fused_attend.query_strides, align 8
-  br label %if_end39
+if_else41:                                        ; preds = %entry
+  %89 = load i64, ptr %fused_attend.query_strides, align 8
+  br label %if_end42
 
-if_end39:                                         ; preds = %if_else38, %if_then37
-  %q_batch = phi i64 [ %86, %if_then37 ], [ %87, %if_else38 ]
-  %88 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
-  %dev_id = load i32, ptr %88, align 4
-  %89 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
-  %fused_attend.block_table_shape = load ptr, ptr %89, align 8
-  %90 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
-  %fused_attend.block_table_strides = load ptr, ptr %90, align 8
-  %91 = icmp eq ptr %fused_attend.block_table_strides, null
-  %92 = getelementptr inbounds nuw i8, ptr %fused_attend.block_table_shape, i64 8
-  %table_seq.in = select i1 %91, ptr %92, ptr %fused_attend.block_table_strides
+if_end42:                                         ; preds = %if_else41, %if_then40
+  %q_batch = phi i64 [ %88, %if_then40 ], [ %89, %if_else41 ]
+  %90 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %90, align 4
+  %91 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_attend.block_table_shape = load ptr, ptr %91, align 8
+  %92 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_attend.block_table_strides = load ptr, ptr %92, align 8
+  %93 = icmp eq ptr %fused_attend.block_table_strides, null
+  %94 = getelementptr inbounds nuw i8, ptr %fused_attend.block_table_shape, i64 8
+  %table_seq.in = select i1 %93, ptr %94, ptr %fused_attend.block_table_strides
   %table_seq = load i64, ptr %table_seq.in, align 8
-  %93 = getelementptr inbounds nuw i8, ptr %row_starts.handle, i64 32
-  %fused_attend.row_starts_strides = load ptr, ptr %93, align 8
-  %94 = icmp eq ptr %fused_attend.row_starts_strides, null
-  br i1 %94, label %if_end45, label %if_else44
+  %95 = getelementptr inbounds nuw i8, ptr %row_starts.handle, i64 32
+  %fused_attend.row_starts_strides = load ptr, ptr %95, align 8
+  %96 = icmp eq ptr %fused_attend.row_starts_strides, null
+  br i1 %96, label %if_end48, label %if_else47
 
-if_else44:                                        ; preds = %if_end39
-  %95 = load i64, ptr %fused_attend.row_starts_strides, align 8
-  br label %if_end45
+if_else47:                                        ; preds = %if_end42
+  %97 = load i64, ptr %fused_attend.row_starts_strides, align 8
+  br label %if_end48
 
-if_end45:                                         ; preds = %if_else44, %if_end39
-  %row_step = phi i64 [ %95, %if_else44 ], [ 1, %if_end39 ]
-  %96 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %fused_attend.out_shape = load ptr, ptr %96, align 8
-  %97 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %fused_attend.out_strides = load ptr, ptr %97, align 8
-  %98 = icmp eq ptr %fused_attend.out_strides, null
-  %99 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 16
-  %100 = getelementptr inbounds nuw i8, ptr %fused_attend.out_strides, i64 8
-  %out_head.in = select i1 %98, ptr %99, ptr %100
+if_end48:                                         ; preds = %if_else47, %if_end42
+  %row_step = phi i64 [ %97, %if_else47 ], [ 1, %if_end42 ]
+  %98 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_attend.out_shape = load ptr, ptr %98, align 8
+  %99 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_attend.out_strides = load ptr, ptr %99, align 8
+  %100 = icmp eq ptr %fused_attend.out_strides, null
+  %101 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 16
+  %102 = getelementptr inbounds nuw i8, ptr %fused_attend.out_strides, i64 8
+  %out_head.in = select i1 %100, ptr %101, ptr %102
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %98, label %if_then49, label %if_else50
+  br i1 %100, label %if_then52, label %if_else53
 
-if_then49:                                        ; preds = %if_end45
-  %101 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 8
-  %102 = load i64, ptr %101, align 8
-  %103 = load i64, ptr %99, align 8
-  %104 = mul nsw i64 %103, %102
-  br label %if_end51
-
-if_else50:                                        ; preds = %if_end45
-  %105 = load i64, ptr %fused_attend.out_strides, align 8
-  br label %if_end51
-
-if_end51:                                         ; preds = %if_else50, %if_then49
-  %out_batch = phi i64 [ %104, %if_then49 ], [ %105, %if_else50 ]
-  %106 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %fused_attend.lse_strides = load ptr, ptr %106, align 8
-  %107 = icmp eq ptr %fused_attend.lse_strides, null
-  br i1 %107, label %if_then52, label %if_end54
-
-if_then52:                                        ; preds = %if_end51
-  %108 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %fused_attend.lse_shape = load ptr, ptr %108, align 8
-  %109 = getelementptr inbounds nuw i8, ptr %fused_attend.lse_shape, i64 8
+if_then52:                                        ; preds = %if_end48
+  %103 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 8
+  %104 = load i64, ptr %103, align 8
+  %105 = load i64, ptr %101, align 8
+  %106 = mul nsw i64 %105, %104
   br label %if_end54
 
-if_end54:                                         ; preds = %if_then52, %if_end51
-  %lse_batch.in = phi ptr [ %109, %if_then52 ], [ %fused_attend.lse_strides, %if_end51 ]
+if_else53:                                        ; preds = %if_end48
+  %107 = load i64, ptr %fused_attend.out_strides, align 8
+  br label %if_end54
+
+if_end54:                                         ; preds = %if_else53, %if_then52
+  %out_batch = phi i64 [ %106, %if_then52 ], [ %107, %if_else53 ]
+  %108 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_attend.lse_strides = load ptr, ptr %108, align 8
+  %109 = icmp eq ptr %fused_attend.lse_strides, null
+  br i1 %109, label %if_then55, label %if_end57
+
+if_then55:                                        ; preds = %if_end54
+  %110 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_attend.lse_shape = load ptr, ptr %110, align 8
+  %111 = getelementptr inbounds nuw i8, ptr %fused_attend.lse_shape, i64 8
+  br label %if_end57
+
+if_end57:                                         ; preds = %if_then55, %if_end54
+  %lse_batch.in = phi ptr [ %111, %if_then55 ], [ %fused_attend.lse_strides, %if_end54 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %110 = icmp eq i32 %score_scale.type_index, 3
-  %.cast69 = bitcast i64 %77 to double
-  %111 = fptrunc double %.cast69 to float
-  %112 = sitofp i64 %77 to float
-  %score_scale = select i1 %110, float %111, float %112
-  %113 = icmp eq i32 %query_scale.type_index, 3
-  %.cast = bitcast i64 %74 to double
-  %114 = fptrunc double %.cast to float
-  %115 = sitofp i64 %74 to float
-  %query_scale = select i1 %113, float %114, float %115
-  %tree_size = trunc i64 %71 to i32
-  %block_end = trunc i64 %64 to i32
-  %block_begin = trunc i64 %62 to i32
-  %num_kv_heads = trunc i64 %60 to i32
-  %first_pos = trunc i64 %56 to i32
-  %num_query = trunc i64 %54 to i32
+  %112 = icmp eq i32 %score_scale.type_index, 3
+  %.cast74 = bitcast i64 %79 to double
+  %113 = fptrunc double %.cast74 to float
+  %114 = sitofp i64 %79 to float
+  %score_scale = select i1 %112, float %113, float %114
+  %115 = icmp eq i32 %query_scale.type_index, 3
+  %.cast = bitcast i64 %76 to double
+  %116 = fptrunc double %.cast to float
+  %117 = sitofp i64 %76 to float
+  %query_scale = select i1 %115, float %116, float %117
+  %tree_size = trunc i64 %73 to i32
+  %block_end = trunc i64 %66 to i32
+  %block_begin = trunc i64 %64 to i32
+  %num_kv_heads = trunc i64 %62 to i32
+  %num_query = trunc i64 %58 to i32
   %query = load ptr, ptr %query.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   %key_cache = load ptr, ptr %key_cache.handle, align 8
@@ -479,6 +483,8 @@ if_end54:                                         ; preds = %if_then52, %if_end5
   call void @llvm.assume(i1 true) [ "align"(ptr %row_starts, i64 4) ]
   %context_lens = load ptr, ptr %context_lens.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %token_positions = load ptr, ptr %token_positions.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %token_positions, i64 4) ]
   %tree_mask = load ptr, ptr %tree_mask.handle, align 8
   %partial_max = load ptr, ptr %partial_max.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
@@ -490,138 +496,136 @@ if_end54:                                         ; preds = %if_then52, %if_end5
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor536.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %reach555.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor515.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach533.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %row_starts, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %token_positions, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %116 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %q_tile.i = tail call ptr %116(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
-  %117 = icmp eq ptr %q_tile.i, null
-  br i1 %117, label %fused_attend_compute_.exit, label %if_end.i, !prof !8
+  %118 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %q_tile.i = tail call ptr %118(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %119 = icmp eq ptr %q_tile.i, null
+  br i1 %119, label %fused_attend_compute_.exit, label %if_end.i, !prof !8
 
-if_end.i:                                         ; preds = %if_end54
-  %118 = shl i32 %num_query, 2
-  %119 = add nsw i32 %118, 15
-  %120 = ashr i32 %119, 4
-  %121 = mul i32 %120, %num_kv_heads
-  %122 = tail call i32 @llvm.smin.i32(i32 %121, i32 32)
-  %123 = shl nsw i32 %122, 4
-  %124 = sext i32 %123 to i64
-  %125 = shl nuw nsw i64 %124, 2
-  %126 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %total_max.i = tail call ptr %126(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
-  %127 = icmp eq ptr %total_max.i, null
-  br i1 %127, label %fused_attend_compute_.exit, label %if_end2.i, !prof !8
+if_end.i:                                         ; preds = %if_end57
+  %120 = shl i32 %num_query, 2
+  %121 = add nsw i32 %120, 15
+  %122 = ashr i32 %121, 4
+  %123 = mul i32 %122, %num_kv_heads
+  %124 = tail call i32 @llvm.smin.i32(i32 %123, i32 32)
+  %125 = shl nsw i32 %124, 4
+  %126 = sext i32 %125 to i64
+  %127 = shl nuw nsw i64 %126, 2
+  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_max.i = tail call ptr %128(i32 1, i32 %dev_id, i64 %127, i32 2, i32 32)
+  %129 = icmp eq ptr %total_max.i, null
+  br i1 %129, label %fused_attend_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %total_sum.i = tail call ptr %128(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
-  %129 = icmp eq ptr %total_sum.i, null
-  br i1 %129, label %fused_attend_compute_.exit, label %if_end5.i, !prof !8
+  %130 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_sum.i = tail call ptr %130(i32 1, i32 %dev_id, i64 %127, i32 2, i32 32)
+  %131 = icmp eq ptr %total_sum.i, null
+  br i1 %131, label %fused_attend_compute_.exit, label %if_end5.i, !prof !8
 
 if_end5.i:                                        ; preds = %if_end2.i
-  %130 = shl nsw i32 %122, 11
-  %131 = sext i32 %130 to i64
-  %132 = shl nuw nsw i64 %131, 2
-  %133 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %total_acc.i = tail call ptr %133(i32 1, i32 %dev_id, i64 %132, i32 2, i32 32)
-  %134 = icmp eq ptr %total_acc.i, null
-  br i1 %134, label %fused_attend_compute_.exit, label %if_end8.i, !prof !8
+  %132 = shl nsw i32 %124, 11
+  %133 = sext i32 %132 to i64
+  %134 = shl nuw nsw i64 %133, 2
+  %135 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_acc.i = tail call ptr %135(i32 1, i32 %dev_id, i64 %134, i32 2, i32 32)
+  %136 = icmp eq ptr %total_acc.i, null
+  br i1 %136, label %fused_attend_compute_.exit, label %if_end8.i, !prof !8
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %135 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %limits.i = tail call ptr %135(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
-  %136 = icmp eq ptr %limits.i, null
-  br i1 %136, label %fused_attend_compute_.exit, label %if_end11.i, !prof !8
+  %137 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %limits.i = tail call ptr %137(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %138 = icmp eq ptr %limits.i, null
+  br i1 %138, label %fused_attend_compute_.exit, label %if_end11.i, !prof !8
 
 if_end11.i:                                       ; preds = %if_end8.i
-  %137 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %places.i = tail call ptr %137(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
-  %138 = icmp eq ptr %places.i, null
-  br i1 %138, label %fused_attend_compute_.exit, label %if_end14.i, !prof !8
+  %139 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %places.i = tail call ptr %139(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %140 = icmp eq ptr %places.i, null
+  br i1 %140, label %fused_attend_compute_.exit, label %if_end14.i, !prof !8
 
 if_end14.i:                                       ; preds = %if_end11.i
-  %sext = shl i64 %50, 32
-  %139 = ashr exact i64 %sext, 32
-  %140 = getelementptr inbounds i32, ptr %context_lens, i64 %139
-  %context_len.i = load i32, ptr %140, align 4, !tbaa !5
-  %141 = icmp sgt i64 %tree_start, -1
-  %142 = icmp slt i32 %121, 1
-  br i1 %142, label %for_end_tile107.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !16
+  %sext = shl i64 %54, 32
+  %141 = ashr exact i64 %sext, 32
+  %142 = getelementptr inbounds i32, ptr %context_lens, i64 %141
+  %context_len.i = load i32, ptr %142, align 4, !tbaa !5
+  %143 = icmp sgt i64 %tree_start, -1
+  %144 = icmp slt i32 %123, 1
+  br i1 %144, label %for_end_tile81.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !16
 
 for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end14.i
-  %143 = and i64 %68, 4294967295
-  %144 = icmp eq i64 %143, 0
-  %145 = icmp slt i32 %120, 0
-  %146 = insertelement <4 x float> poison, float %query_scale, i64 0
-  %147 = shufflevector <4 x float> %146, <4 x float> poison, <4 x i32> zeroinitializer
-  %sext70 = shl i64 %58, 32
-  %148 = ashr exact i64 %sext70, 32
-  %149 = shl i64 %q_head, 2
-  %sext71 = shl i64 %52, 32
-  %150 = ashr exact i64 %sext71, 32
-  %151 = icmp sgt i32 %120, -1
-  %.scalar.i = add i32 %first_pos, 1
-  %152 = insertelement <16 x i32> poison, i32 %.scalar.i, i64 0
-  %153 = shufflevector <16 x i32> %152, <16 x i32> poison, <16 x i32> zeroinitializer
+  %145 = and i64 %70, 4294967295
+  %146 = icmp eq i64 %145, 0
+  %147 = icmp slt i32 %122, 0
+  %148 = insertelement <4 x float> poison, float %query_scale, i64 0
+  %149 = shufflevector <4 x float> %148, <4 x float> poison, <4 x i32> zeroinitializer
+  %sext75 = shl i64 %60, 32
+  %150 = ashr exact i64 %sext75, 32
+  %151 = shl i64 %q_head, 2
+  %sext76 = shl i64 %56, 32
+  %152 = ashr exact i64 %sext76, 32
+  %153 = icmp sgt i32 %122, -1
   %154 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
   %155 = shufflevector <16 x i32> %154, <16 x i32> poison, <16 x i32> zeroinitializer
-  %156 = or i1 %144, %141
+  %156 = or i1 %146, %143
   %157 = insertelement <16 x i1> poison, i1 %156, i64 0
   %158 = shufflevector <16 x i1> %157, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count.i = zext nneg i32 %121 to i64
+  %wide.trip.count.i = zext nneg i32 %123 to i64
   %159 = shl i32 %num_query, 1
   br label %for_begin_ax1_0.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
-  %indvars.iv933.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next934.i, %for_body_r.peel.next.i ]
-  %160 = trunc nuw nsw i64 %indvars.iv933.i to i32
-  %rmod.i = srem i32 %160, %120
-  %rdiv39.i = sdiv i32 %160, %120
+  %indvars.iv890.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next891.i, %for_body_r.peel.next.i ]
+  %160 = trunc nuw nsw i64 %indvars.iv890.i to i32
+  %rmod.i = srem i32 %160, %122
+  %rdiv39.i = sdiv i32 %160, %122
   %161 = icmp ne i32 %rmod.i, 0
-  %.not585.i = and i1 %145, %161
-  %162 = select i1 %.not585.i, i32 %120, i32 0
+  %.not563.i = and i1 %147, %161
+  %162 = select i1 %.not563.i, i32 %122, i32 0
   %163 = add nsw i32 %162, %rmod.i
   %164 = shl nsw i32 %163, 2
   %165 = shl nsw i32 %163, 4
-  %166 = sub nsw i32 %118, %165
+  %166 = sub nsw i32 %120, %165
   %167 = shl nsw i32 %163, 3
-  %invariant.op662.i = sub i32 %167, %159
-  %168 = sext i1 %.not585.i to i32
+  %invariant.op638.i = sub i32 %167, %159
+  %168 = sext i1 %.not563.i to i32
   %169 = sext i32 %163 to i64
   %170 = shl nsw i64 %169, 2
-  %invariant.op664.i = add nsw i64 %170, %150
+  %invariant.op640.i = add nsw i64 %170, %152
   %171 = sext i32 %166 to i64
-  %172 = shl i64 %indvars.iv933.i, 11
+  %172 = shl i64 %indvars.iv890.i, 11
   %173 = and i64 %172, 4294965248
-  %invariant.gep1255.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
+  %invariant.gep1207.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
   br label %for_begin_ax2_0.preheader.i
 
-for_begin_tile105.preheader.i:                    ; preds = %for_body_r.peel.next.i
-  %174 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 4
+for_begin_tile79.preheader.i:                     ; preds = %for_body_r.peel.next.i
+  %174 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 4
   %175 = load <2 x i32>, ptr %174, align 4
-  %exitcond941.peel.not.i = icmp eq i32 %121, 1
+  %exitcond898.peel.not.i = icmp eq i32 %123, 1
   %176 = extractelement <2 x i32> %175, i64 0
   %177 = extractelement <2 x i32> %175, i64 1
-  br i1 %exitcond941.peel.not.i, label %for_end_tile107.loopexit.i, label %iter.check, !prof !13
+  br i1 %exitcond898.peel.not.i, label %for_end_tile81.i, label %iter.check, !prof !13
 
-iter.check:                                       ; preds = %for_begin_tile105.preheader.i
+iter.check:                                       ; preds = %for_begin_tile79.preheader.i
   %178 = add nsw i64 %wide.trip.count.i, -1
-  %min.iters.check = icmp ult i32 %121, 6
-  br i1 %min.iters.check, label %if_end115.i.preheader, label %vector.main.loop.iter.check, !prof !16
+  %min.iters.check = icmp ult i32 %123, 6
+  br i1 %min.iters.check, label %if_end89.i.preheader, label %vector.main.loop.iter.check, !prof !16
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check377 = icmp ult i32 %121, 34
-  br i1 %min.iters.check377, label %vec.epilog.ph, label %vector.ph, !prof !16
+  %min.iters.check375 = icmp ult i32 %123, 34
+  br i1 %min.iters.check375, label %vec.epilog.ph, label %vector.ph, !prof !16
 
 vector.ph:                                        ; preds = %vector.main.loop.iter.check
   %n.mod.vf = and i64 %178, 31
@@ -629,4616 +633,4637 @@ vector.ph:                                        ; preds = %vector.main.loop.it
   %180 = select i1 %179, i64 32, i64 %n.mod.vf
   %n.vec = sub nsw i64 %178, %180
   %broadcast.splat = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat379 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splat377 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body
 
 vector.body:                                      ; preds = %vector.body, %vector.ph
   %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
   %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %193, %vector.body ]
-  %vec.phi380 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
-  %vec.phi381 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
-  %vec.phi382 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
-  %vec.phi383 = phi <8 x i32> [ %broadcast.splat379, %vector.ph ], [ %197, %vector.body ]
-  %vec.phi384 = phi <8 x i32> [ %broadcast.splat379, %vector.ph ], [ %198, %vector.body ]
-  %vec.phi385 = phi <8 x i32> [ %broadcast.splat379, %vector.ph ], [ %199, %vector.body ]
-  %vec.phi386 = phi <8 x i32> [ %broadcast.splat379, %vector.ph ], [ %200, %vector.body ]
+  %vec.phi378 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
+  %vec.phi379 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
+  %vec.phi380 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
+  %vec.phi381 = phi <8 x i32> [ %broadcast.splat377, %vector.ph ], [ %197, %vector.body ]
+  %vec.phi382 = phi <8 x i32> [ %broadcast.splat377, %vector.ph ], [ %198, %vector.body ]
+  %vec.phi383 = phi <8 x i32> [ %broadcast.splat377, %vector.ph ], [ %199, %vector.body ]
+  %vec.phi384 = phi <8 x i32> [ %broadcast.splat377, %vector.ph ], [ %200, %vector.body ]
   %181 = shl i64 %index, 4
   %182 = shl i64 %index, 4
   %183 = shl i64 %index, 4
   %184 = shl i64 %index, 4
-  %185 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %181
-  %186 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %182
-  %187 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %183
-  %188 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %184
+  %185 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %181
+  %186 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %182
+  %187 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %183
+  %188 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %184
   %189 = getelementptr inbounds nuw i8, ptr %185, i64 20
   %190 = getelementptr inbounds nuw i8, ptr %186, i64 148
   %191 = getelementptr inbounds nuw i8, ptr %187, i64 276
   %192 = getelementptr inbounds nuw i8, ptr %188, i64 404
   %wide.vec = load <32 x i32>, ptr %189, align 4, !tbaa !17
   %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec387 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec388 = load <32 x i32>, ptr %190, align 4, !tbaa !17
-  %strided.vec389 = shufflevector <32 x i32> %wide.vec388, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec390 = shufflevector <32 x i32> %wide.vec388, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec391 = load <32 x i32>, ptr %191, align 4, !tbaa !17
-  %strided.vec392 = shufflevector <32 x i32> %wide.vec391, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec393 = shufflevector <32 x i32> %wide.vec391, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec394 = load <32 x i32>, ptr %192, align 4, !tbaa !17
-  %strided.vec395 = shufflevector <32 x i32> %wide.vec394, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec396 = shufflevector <32 x i32> %wide.vec394, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec387)
-  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi380, <8 x i32> %strided.vec390)
-  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi381, <8 x i32> %strided.vec393)
-  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi382, <8 x i32> %strided.vec396)
-  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi383, <8 x i32> %strided.vec)
-  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi384, <8 x i32> %strided.vec389)
-  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi385, <8 x i32> %strided.vec392)
-  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi386, <8 x i32> %strided.vec395)
+  %strided.vec385 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec386 = load <32 x i32>, ptr %190, align 4, !tbaa !17
+  %strided.vec387 = shufflevector <32 x i32> %wide.vec386, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec388 = shufflevector <32 x i32> %wide.vec386, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec389 = load <32 x i32>, ptr %191, align 4, !tbaa !17
+  %strided.vec390 = shufflevector <32 x i32> %wide.vec389, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec391 = shufflevector <32 x i32> %wide.vec389, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec392 = load <32 x i32>, ptr %192, align 4, !tbaa !17
+  %strided.vec393 = shufflevector <32 x i32> %wide.vec392, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec394 = shufflevector <32 x i32> %wide.vec392, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec385)
+  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi378, <8 x i32> %strided.vec388)
+  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi379, <8 x i32> %strided.vec391)
+  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi380, <8 x i32> %strided.vec394)
+  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi381, <8 x i32> %strided.vec)
+  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi382, <8 x i32> %strided.vec387)
+  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi383, <8 x i32> %strided.vec390)
+  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi384, <8 x i32> %strided.vec393)
   %index.next = add nuw i64 %index, 32
   %201 = icmp eq i64 %index.next, %n.vec
   br i1 %201, label %vec.epilog.iter.check, label %vector.body, !prof !19, !llvm.loop !20
 
 vec.epilog.iter.check:                            ; preds = %vector.body
-  %rdx.minmax399 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
-  %rdx.minmax400 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax399, <8 x i32> %199)
-  %rdx.minmax401 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax400, <8 x i32> %200)
-  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax401)
+  %rdx.minmax397 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
+  %rdx.minmax398 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax397, <8 x i32> %199)
+  %rdx.minmax399 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax398, <8 x i32> %200)
+  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax399)
   %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %193, <8 x i32> %194)
-  %rdx.minmax397 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
-  %rdx.minmax398 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax397, <8 x i32> %196)
-  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax398)
+  %rdx.minmax395 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
+  %rdx.minmax396 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax395, <8 x i32> %196)
+  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax396)
   %ind.end = add nsw i64 %n.vec, 1
   %min.epilog.iters.check = icmp samesign ult i64 %180, 5
   %204 = insertelement <2 x i32> poison, i32 %202, i64 0
   %205 = insertelement <2 x i32> %204, i32 %203, i64 1
-  br i1 %min.epilog.iters.check, label %if_end115.i.preheader, label %vec.epilog.ph, !prof !25
+  br i1 %min.epilog.iters.check, label %if_end89.i.preheader, label %vec.epilog.ph, !prof !25
 
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
   %206 = phi <2 x i32> [ %205, %vec.epilog.iter.check ], [ %175, %vector.main.loop.iter.check ]
-  %n.mod.vf403 = and i64 %178, 3
-  %207 = icmp eq i64 %n.mod.vf403, 0
-  %208 = select i1 %207, i64 4, i64 %n.mod.vf403
-  %n.vec404 = sub nsw i64 %178, %208
-  %209 = add nsw i64 %n.vec404, 1
-  %broadcast.splat406 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat408 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
+  %n.mod.vf401 = and i64 %178, 3
+  %207 = icmp eq i64 %n.mod.vf401, 0
+  %208 = select i1 %207, i64 4, i64 %n.mod.vf401
+  %n.vec402 = sub nsw i64 %178, %208
+  %209 = add nsw i64 %n.vec402, 1
+  %broadcast.splat404 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat406 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index409 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next415, %vec.epilog.vector.body ]
-  %vec.phi410 = phi <4 x i32> [ %broadcast.splat406, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
-  %vec.phi411 = phi <4 x i32> [ %broadcast.splat408, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index409, 4
-  %210 = getelementptr i8, ptr %reach555.i, i64 %offset.idx
+  %index407 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next413, %vec.epilog.vector.body ]
+  %vec.phi408 = phi <4 x i32> [ %broadcast.splat404, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
+  %vec.phi409 = phi <4 x i32> [ %broadcast.splat406, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index407, 4
+  %210 = getelementptr i8, ptr %reach533.i, i64 %offset.idx
   %211 = getelementptr i8, ptr %210, i64 20
-  %wide.vec412 = load <16 x i32>, ptr %211, align 4, !tbaa !17
-  %strided.vec413 = shufflevector <16 x i32> %wide.vec412, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec414 = shufflevector <16 x i32> %wide.vec412, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi410, <4 x i32> %strided.vec414)
-  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi411, <4 x i32> %strided.vec413)
-  %index.next415 = add nuw i64 %index409, 4
-  %214 = icmp eq i64 %index.next415, %n.vec404
+  %wide.vec410 = load <16 x i32>, ptr %211, align 4, !tbaa !17
+  %strided.vec411 = shufflevector <16 x i32> %wide.vec410, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec412 = shufflevector <16 x i32> %wide.vec410, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi408, <4 x i32> %strided.vec412)
+  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi409, <4 x i32> %strided.vec411)
+  %index.next413 = add nuw i64 %index407, 4
+  %214 = icmp eq i64 %index.next413, %n.vec402
   br i1 %214, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !26
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
   %215 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %212)
   %216 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %213)
-  br label %if_end115.i.preheader
+  br label %if_end89.i.preheader
 
-if_end115.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv937.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
-  %span554.sroa.0.0677.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
-  %span554.sroa.3.0676.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
-  br label %if_end115.i
+if_end89.i.preheader:                             ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv894.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
+  %span532.sroa.0.0653.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
+  %span532.sroa.3.0652.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
+  br label %if_end89.i
 
 for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv920.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next921.i, %for_end_ax2_0.i ]
-  %217 = trunc i64 %indvars.iv920.i to i32
+  %indvars.iv877.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next878.i, %for_end_ax2_0.i ]
+  %217 = trunc i64 %indvars.iv877.i to i32
   %218 = add i32 %164, %217
   %219 = icmp slt i32 %218, %num_query
-  %220 = shl nuw nsw i64 %indvars.iv920.i, 2
+  %220 = shl nuw nsw i64 %indvars.iv877.i, 2
   %221 = or disjoint i64 %220, 1
   %222 = icmp slt i64 %221, %171
   %223 = shl i32 %217, 1
-  %.reass663.i = add i32 %invariant.op662.i, %223
-  %224 = icmp slt i32 %.reass663.i, -1
+  %.reass639.i = add i32 %invariant.op638.i, %223
+  %224 = icmp slt i32 %.reass639.i, -1
   %225 = or disjoint i64 %220, 3
   %226 = icmp slt i64 %225, %171
-  %.reass665.i = add nsw i64 %invariant.op664.i, %indvars.iv920.i
-  %227 = mul nsw i64 %.reass665.i, %q_batch
+  %.reass641.i = add nsw i64 %invariant.op640.i, %indvars.iv877.i
+  %227 = mul nsw i64 %.reass641.i, %q_batch
   %228 = getelementptr i16, ptr %query, i64 %227
-  %invariant.gep1257.i = getelementptr inbounds nuw float, ptr %invariant.gep1255.i, i64 %220
+  %invariant.gep1209.i = getelementptr inbounds nuw float, ptr %invariant.gep1207.i, i64 %220
   br label %for_body_ax2_0.i
 
 for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %229 = icmp eq i32 %rmod.i, 0
-  %230 = or i1 %151, %229
-  %231 = select i1 %230, i32 0, i32 %120
+  %230 = or i1 %153, %229
+  %231 = select i1 %230, i32 0, i32 %122
   %232 = add nsw i32 %231, %rmod.i
   %233 = shl nsw i32 %232, 4
-  %234 = sub nsw i32 %118, %233
+  %234 = sub nsw i32 %120, %233
   %235 = tail call i32 @llvm.smin.i32(i32 %234, i32 16)
   %236 = add nsw i32 %235, -1
   %237 = insertelement <16 x i32> poison, i32 %236, i64 0
   %238 = shufflevector <16 x i32> %237, <16 x i32> poison, <16 x i32> zeroinitializer
   %239 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %238, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
-  %240 = insertelement <16 x i32> poison, i32 %233, i64 0
-  %241 = shufflevector <16 x i32> %240, <16 x i32> poison, <16 x i32> zeroinitializer
-  %242 = add nsw <16 x i32> %239, %241
-  %243 = ashr <16 x i32> %242, splat (i32 2)
-  %244 = add <16 x i32> %243, %153
-  %245 = select <16 x i1> %158, <16 x i32> %155, <16 x i32> %244
-  %246 = shl nsw i64 %indvars.iv933.i, 4
-  %247 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %246
-  store <16 x i32> %245, ptr %247, align 4, !tbaa !5
-  %248 = add nsw <16 x i32> %245, splat (i32 -1)
-  %249 = sitofp <16 x i32> %248 to <16 x float>
-  %250 = bitcast <16 x float> %249 to <16 x i32>
-  %251 = ashr <16 x i32> %250, splat (i32 23)
-  %252 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %251, <16 x i32> splat (i32 125))
-  %253 = add nsw <16 x i32> %252, splat (i32 -125)
-  %254 = getelementptr inbounds nuw i32, ptr %places.i, i64 %246
-  store <16 x i32> %253, ptr %254, align 4, !tbaa !5
-  %255 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %246
-  %256 = getelementptr inbounds nuw i8, ptr %255, i64 4
-  %257 = getelementptr inbounds nuw i8, ptr %255, i64 8
-  %258 = getelementptr inbounds nuw i8, ptr %255, i64 12
-  %259 = and i64 %246, 4294967280
-  %260 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %259
-  %own.peel.i = load i32, ptr %260, align 4, !tbaa !5
-  %gep1260.i = getelementptr inbounds nuw i8, ptr %260, i64 4
-  %own.i = load i32, ptr %gep1260.i, align 4, !tbaa !5
-  %261 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
-  %262 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1260.i.1 = getelementptr inbounds nuw i8, ptr %260, i64 8
-  %own.i.1 = load i32, ptr %gep1260.i.1, align 4, !tbaa !5
-  %263 = tail call i32 @llvm.smin.i32(i32 %261, i32 %own.i.1)
-  %264 = tail call i32 @llvm.smax.i32(i32 %262, i32 %own.i.1)
-  %gep1260.i.2 = getelementptr inbounds nuw i8, ptr %260, i64 12
-  %own.i.2 = load i32, ptr %gep1260.i.2, align 4, !tbaa !5
-  %265 = tail call i32 @llvm.smin.i32(i32 %263, i32 %own.i.2)
-  %266 = tail call i32 @llvm.smax.i32(i32 %264, i32 %own.i.2)
-  %gep1260.i.3 = getelementptr inbounds nuw i8, ptr %260, i64 16
-  %own.i.3 = load i32, ptr %gep1260.i.3, align 4, !tbaa !5
-  %267 = tail call i32 @llvm.smin.i32(i32 %265, i32 %own.i.3)
-  %268 = tail call i32 @llvm.smax.i32(i32 %266, i32 %own.i.3)
-  %gep1260.i.4 = getelementptr inbounds nuw i8, ptr %260, i64 20
-  %own.i.4 = load i32, ptr %gep1260.i.4, align 4, !tbaa !5
-  %269 = tail call i32 @llvm.smin.i32(i32 %267, i32 %own.i.4)
-  %270 = tail call i32 @llvm.smax.i32(i32 %268, i32 %own.i.4)
-  %gep1260.i.5 = getelementptr inbounds nuw i8, ptr %260, i64 24
-  %own.i.5 = load i32, ptr %gep1260.i.5, align 4, !tbaa !5
-  %271 = tail call i32 @llvm.smin.i32(i32 %269, i32 %own.i.5)
-  %272 = tail call i32 @llvm.smax.i32(i32 %270, i32 %own.i.5)
-  %gep1260.i.6 = getelementptr inbounds nuw i8, ptr %260, i64 28
-  %own.i.6 = load i32, ptr %gep1260.i.6, align 4, !tbaa !5
-  %273 = tail call i32 @llvm.smin.i32(i32 %271, i32 %own.i.6)
-  %274 = tail call i32 @llvm.smax.i32(i32 %272, i32 %own.i.6)
-  %gep1260.i.7 = getelementptr inbounds nuw i8, ptr %260, i64 32
-  %own.i.7 = load i32, ptr %gep1260.i.7, align 4, !tbaa !5
-  %275 = tail call i32 @llvm.smin.i32(i32 %273, i32 %own.i.7)
-  %276 = tail call i32 @llvm.smax.i32(i32 %274, i32 %own.i.7)
-  %gep1260.i.8 = getelementptr inbounds nuw i8, ptr %260, i64 36
-  %own.i.8 = load i32, ptr %gep1260.i.8, align 4, !tbaa !5
-  %277 = tail call i32 @llvm.smin.i32(i32 %275, i32 %own.i.8)
-  %278 = tail call i32 @llvm.smax.i32(i32 %276, i32 %own.i.8)
-  %gep1260.i.9 = getelementptr inbounds nuw i8, ptr %260, i64 40
-  %own.i.9 = load i32, ptr %gep1260.i.9, align 4, !tbaa !5
-  %279 = tail call i32 @llvm.smin.i32(i32 %277, i32 %own.i.9)
-  %280 = tail call i32 @llvm.smax.i32(i32 %278, i32 %own.i.9)
-  %gep1260.i.10 = getelementptr inbounds nuw i8, ptr %260, i64 44
-  %own.i.10 = load i32, ptr %gep1260.i.10, align 4, !tbaa !5
-  %281 = tail call i32 @llvm.smin.i32(i32 %279, i32 %own.i.10)
-  %282 = tail call i32 @llvm.smax.i32(i32 %280, i32 %own.i.10)
-  %gep1260.i.11 = getelementptr inbounds nuw i8, ptr %260, i64 48
-  %own.i.11 = load i32, ptr %gep1260.i.11, align 4, !tbaa !5
-  %283 = tail call i32 @llvm.smin.i32(i32 %281, i32 %own.i.11)
-  %284 = tail call i32 @llvm.smax.i32(i32 %282, i32 %own.i.11)
-  %gep1260.i.12 = getelementptr inbounds nuw i8, ptr %260, i64 52
-  %own.i.12 = load i32, ptr %gep1260.i.12, align 4, !tbaa !5
-  %285 = tail call i32 @llvm.smin.i32(i32 %283, i32 %own.i.12)
-  %286 = tail call i32 @llvm.smax.i32(i32 %284, i32 %own.i.12)
-  %gep1260.i.13 = getelementptr inbounds nuw i8, ptr %260, i64 56
-  %own.i.13 = load i32, ptr %gep1260.i.13, align 4, !tbaa !5
-  %287 = tail call i32 @llvm.smin.i32(i32 %285, i32 %own.i.13)
-  %288 = tail call i32 @llvm.smax.i32(i32 %286, i32 %own.i.13)
-  %gep1260.i.14 = getelementptr inbounds nuw i8, ptr %260, i64 60
-  %own.i.14 = load i32, ptr %gep1260.i.14, align 4, !tbaa !5
-  %289 = tail call i32 @llvm.smin.i32(i32 %287, i32 %own.i.14)
-  %290 = tail call i32 @llvm.smax.i32(i32 %288, i32 %own.i.14)
-  %291 = shl i64 %indvars.iv933.i, 13
-  %292 = and i64 %291, 17179860992
-  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %292
-  store i32 %289, ptr %255, align 16, !tbaa !17
-  store i32 %290, ptr %256, align 4, !tbaa !17
-  store i32 0, ptr %257, align 8, !tbaa !17
-  store i32 0, ptr %258, align 4, !tbaa !17
-  %293 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %246
-  store <16 x float> splat (float 0xC6293E5940000000), ptr %293, align 4, !tbaa !5
-  %294 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %246
-  store <16 x float> zeroinitializer, ptr %294, align 4, !tbaa !5
+  %240 = ashr <16 x i32> %239, splat (i32 2)
+  %241 = sext <16 x i32> %240 to <16 x i64>
+  %242 = sext i32 %232 to i64
+  %243 = shl nsw i64 %242, 2
+  %.scalar.i = add nsw i64 %243, %152
+  %244 = insertelement <16 x i64> poison, i64 %.scalar.i, i64 0
+  %245 = shufflevector <16 x i64> %244, <16 x i64> poison, <16 x i32> zeroinitializer
+  %246 = add <16 x i64> %245, %241
+  %247 = extractelement <16 x i64> %246, i64 0
+  %248 = getelementptr inbounds i32, ptr %token_positions, i64 %247
+  %249 = load i32, ptr %248, align 4, !tbaa !5
+  %250 = extractelement <16 x i64> %246, i64 1
+  %251 = getelementptr inbounds i32, ptr %token_positions, i64 %250
+  %252 = load i32, ptr %251, align 4, !tbaa !5
+  %253 = extractelement <16 x i64> %246, i64 2
+  %254 = getelementptr inbounds i32, ptr %token_positions, i64 %253
+  %255 = load i32, ptr %254, align 4, !tbaa !5
+  %256 = extractelement <16 x i64> %246, i64 3
+  %257 = getelementptr inbounds i32, ptr %token_positions, i64 %256
+  %258 = load i32, ptr %257, align 4, !tbaa !5
+  %259 = extractelement <16 x i64> %246, i64 4
+  %260 = getelementptr inbounds i32, ptr %token_positions, i64 %259
+  %261 = load i32, ptr %260, align 4, !tbaa !5
+  %262 = extractelement <16 x i64> %246, i64 5
+  %263 = getelementptr inbounds i32, ptr %token_positions, i64 %262
+  %264 = load i32, ptr %263, align 4, !tbaa !5
+  %265 = extractelement <16 x i64> %246, i64 6
+  %266 = getelementptr inbounds i32, ptr %token_positions, i64 %265
+  %267 = load i32, ptr %266, align 4, !tbaa !5
+  %268 = extractelement <16 x i64> %246, i64 7
+  %269 = getelementptr inbounds i32, ptr %token_positions, i64 %268
+  %270 = load i32, ptr %269, align 4, !tbaa !5
+  %271 = extractelement <16 x i64> %246, i64 8
+  %272 = getelementptr inbounds i32, ptr %token_positions, i64 %271
+  %273 = load i32, ptr %272, align 4, !tbaa !5
+  %274 = extractelement <16 x i64> %246, i64 9
+  %275 = getelementptr inbounds i32, ptr %token_positions, i64 %274
+  %276 = load i32, ptr %275, align 4, !tbaa !5
+  %277 = extractelement <16 x i64> %246, i64 10
+  %278 = getelementptr inbounds i32, ptr %token_positions, i64 %277
+  %279 = load i32, ptr %278, align 4, !tbaa !5
+  %280 = extractelement <16 x i64> %246, i64 11
+  %281 = getelementptr inbounds i32, ptr %token_positions, i64 %280
+  %282 = load i32, ptr %281, align 4, !tbaa !5
+  %283 = extractelement <16 x i64> %246, i64 12
+  %284 = getelementptr inbounds i32, ptr %token_positions, i64 %283
+  %285 = load i32, ptr %284, align 4, !tbaa !5
+  %286 = extractelement <16 x i64> %246, i64 13
+  %287 = getelementptr inbounds i32, ptr %token_positions, i64 %286
+  %288 = load i32, ptr %287, align 4, !tbaa !5
+  %289 = extractelement <16 x i64> %246, i64 14
+  %290 = getelementptr inbounds i32, ptr %token_positions, i64 %289
+  %291 = load i32, ptr %290, align 4, !tbaa !5
+  %292 = extractelement <16 x i64> %246, i64 15
+  %293 = getelementptr inbounds i32, ptr %token_positions, i64 %292
+  %294 = load i32, ptr %293, align 4, !tbaa !5
+  %295 = insertelement <16 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef>, i32 %249, i64 0
+  %296 = insertelement <16 x i32> %295, i32 %252, i64 1
+  %297 = insertelement <16 x i32> %296, i32 %255, i64 2
+  %298 = insertelement <16 x i32> %297, i32 %258, i64 3
+  %299 = insertelement <16 x i32> %298, i32 %261, i64 4
+  %300 = insertelement <16 x i32> %299, i32 %264, i64 5
+  %301 = insertelement <16 x i32> %300, i32 %267, i64 6
+  %302 = insertelement <16 x i32> %301, i32 %270, i64 7
+  %303 = insertelement <16 x i32> %302, i32 %273, i64 8
+  %304 = insertelement <16 x i32> %303, i32 %276, i64 9
+  %305 = insertelement <16 x i32> %304, i32 %279, i64 10
+  %306 = insertelement <16 x i32> %305, i32 %282, i64 11
+  %307 = insertelement <16 x i32> %306, i32 %285, i64 12
+  %308 = insertelement <16 x i32> %307, i32 %288, i64 13
+  %309 = insertelement <16 x i32> %308, i32 %291, i64 14
+  %position.i = insertelement <16 x i32> %309, i32 %294, i64 15
+  %310 = add nsw <16 x i32> %position.i, splat (i32 1)
+  %311 = select <16 x i1> %158, <16 x i32> %155, <16 x i32> %310
+  %312 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %311, <16 x i32> %155)
+  %313 = shl nsw i64 %indvars.iv890.i, 4
+  %314 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %313
+  store <16 x i32> %312, ptr %314, align 4, !tbaa !5
+  %315 = add nsw <16 x i32> %311, splat (i32 -1)
+  %316 = sitofp <16 x i32> %315 to <16 x float>
+  %317 = bitcast <16 x float> %316 to <16 x i32>
+  %318 = ashr <16 x i32> %317, splat (i32 23)
+  %319 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %318, <16 x i32> splat (i32 125))
+  %320 = add nsw <16 x i32> %319, splat (i32 -125)
+  %321 = getelementptr inbounds nuw i32, ptr %places.i, i64 %313
+  store <16 x i32> %320, ptr %321, align 4, !tbaa !5
+  %322 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %313
+  %323 = getelementptr inbounds nuw i8, ptr %322, i64 4
+  %324 = getelementptr inbounds nuw i8, ptr %322, i64 8
+  %325 = getelementptr inbounds nuw i8, ptr %322, i64 12
+  %326 = and i64 %313, 4294967280
+  %327 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %326
+  %own.peel.i = load i32, ptr %327, align 4, !tbaa !5
+  %gep1212.i = getelementptr inbounds nuw i8, ptr %327, i64 4
+  %own.i = load i32, ptr %gep1212.i, align 4, !tbaa !5
+  %328 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
+  %329 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
+  %gep1212.i.1 = getelementptr inbounds nuw i8, ptr %327, i64 8
+  %own.i.1 = load i32, ptr %gep1212.i.1, align 4, !tbaa !5
+  %330 = tail call i32 @llvm.smin.i32(i32 %328, i32 %own.i.1)
+  %331 = tail call i32 @llvm.smax.i32(i32 %329, i32 %own.i.1)
+  %gep1212.i.2 = getelementptr inbounds nuw i8, ptr %327, i64 12
+  %own.i.2 = load i32, ptr %gep1212.i.2, align 4, !tbaa !5
+  %332 = tail call i32 @llvm.smin.i32(i32 %330, i32 %own.i.2)
+  %333 = tail call i32 @llvm.smax.i32(i32 %331, i32 %own.i.2)
+  %gep1212.i.3 = getelementptr inbounds nuw i8, ptr %327, i64 16
+  %own.i.3 = load i32, ptr %gep1212.i.3, align 4, !tbaa !5
+  %334 = tail call i32 @llvm.smin.i32(i32 %332, i32 %own.i.3)
+  %335 = tail call i32 @llvm.smax.i32(i32 %333, i32 %own.i.3)
+  %gep1212.i.4 = getelementptr inbounds nuw i8, ptr %327, i64 20
+  %own.i.4 = load i32, ptr %gep1212.i.4, align 4, !tbaa !5
+  %336 = tail call i32 @llvm.smin.i32(i32 %334, i32 %own.i.4)
+  %337 = tail call i32 @llvm.smax.i32(i32 %335, i32 %own.i.4)
+  %gep1212.i.5 = getelementptr inbounds nuw i8, ptr %327, i64 24
+  %own.i.5 = load i32, ptr %gep1212.i.5, align 4, !tbaa !5
+  %338 = tail call i32 @llvm.smin.i32(i32 %336, i32 %own.i.5)
+  %339 = tail call i32 @llvm.smax.i32(i32 %337, i32 %own.i.5)
+  %gep1212.i.6 = getelementptr inbounds nuw i8, ptr %327, i64 28
+  %own.i.6 = load i32, ptr %gep1212.i.6, align 4, !tbaa !5
+  %340 = tail call i32 @llvm.smin.i32(i32 %338, i32 %own.i.6)
+  %341 = tail call i32 @llvm.smax.i32(i32 %339, i32 %own.i.6)
+  %gep1212.i.7 = getelementptr inbounds nuw i8, ptr %327, i64 32
+  %own.i.7 = load i32, ptr %gep1212.i.7, align 4, !tbaa !5
+  %342 = tail call i32 @llvm.smin.i32(i32 %340, i32 %own.i.7)
+  %343 = tail call i32 @llvm.smax.i32(i32 %341, i32 %own.i.7)
+  %gep1212.i.8 = getelementptr inbounds nuw i8, ptr %327, i64 36
+  %own.i.8 = load i32, ptr %gep1212.i.8, align 4, !tbaa !5
+  %344 = tail call i32 @llvm.smin.i32(i32 %342, i32 %own.i.8)
+  %345 = tail call i32 @llvm.smax.i32(i32 %343, i32 %own.i.8)
+  %gep1212.i.9 = getelementptr inbounds nuw i8, ptr %327, i64 40
+  %own.i.9 = load i32, ptr %gep1212.i.9, align 4, !tbaa !5
+  %346 = tail call i32 @llvm.smin.i32(i32 %344, i32 %own.i.9)
+  %347 = tail call i32 @llvm.smax.i32(i32 %345, i32 %own.i.9)
+  %gep1212.i.10 = getelementptr inbounds nuw i8, ptr %327, i64 44
+  %own.i.10 = load i32, ptr %gep1212.i.10, align 4, !tbaa !5
+  %348 = tail call i32 @llvm.smin.i32(i32 %346, i32 %own.i.10)
+  %349 = tail call i32 @llvm.smax.i32(i32 %347, i32 %own.i.10)
+  %gep1212.i.11 = getelementptr inbounds nuw i8, ptr %327, i64 48
+  %own.i.11 = load i32, ptr %gep1212.i.11, align 4, !tbaa !5
+  %350 = tail call i32 @llvm.smin.i32(i32 %348, i32 %own.i.11)
+  %351 = tail call i32 @llvm.smax.i32(i32 %349, i32 %own.i.11)
+  %gep1212.i.12 = getelementptr inbounds nuw i8, ptr %327, i64 52
+  %own.i.12 = load i32, ptr %gep1212.i.12, align 4, !tbaa !5
+  %352 = tail call i32 @llvm.smin.i32(i32 %350, i32 %own.i.12)
+  %353 = tail call i32 @llvm.smax.i32(i32 %351, i32 %own.i.12)
+  %gep1212.i.13 = getelementptr inbounds nuw i8, ptr %327, i64 56
+  %own.i.13 = load i32, ptr %gep1212.i.13, align 4, !tbaa !5
+  %354 = tail call i32 @llvm.smin.i32(i32 %352, i32 %own.i.13)
+  %355 = tail call i32 @llvm.smax.i32(i32 %353, i32 %own.i.13)
+  %gep1212.i.14 = getelementptr inbounds nuw i8, ptr %327, i64 60
+  %own.i.14 = load i32, ptr %gep1212.i.14, align 4, !tbaa !5
+  %356 = tail call i32 @llvm.smin.i32(i32 %354, i32 %own.i.14)
+  %357 = tail call i32 @llvm.smax.i32(i32 %355, i32 %own.i.14)
+  %358 = shl i64 %indvars.iv890.i, 13
+  %359 = and i64 %358, 17179860992
+  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %359
+  store i32 %356, ptr %322, align 16, !tbaa !17
+  store i32 %357, ptr %323, align 4, !tbaa !17
+  store i32 0, ptr %324, align 8, !tbaa !17
+  store i32 0, ptr %325, align 4, !tbaa !17
+  %360 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %313
+  store <16 x float> splat (float 0xC6293E5940000000), ptr %360, align 4, !tbaa !5
+  %361 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %313
+  store <16 x float> zeroinitializer, ptr %361, align 4, !tbaa !5
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
-  %indvars.iv.next934.i = add nuw nsw i64 %indvars.iv933.i, 1
-  %exitcond936.not.i = icmp eq i64 %indvars.iv.next934.i, %wide.trip.count.i
-  br i1 %exitcond936.not.i, label %for_begin_tile105.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+  %indvars.iv.next891.i = add nuw nsw i64 %indvars.iv890.i, 1
+  %exitcond893.not.i = icmp eq i64 %indvars.iv.next891.i, %wide.trip.count.i
+  br i1 %exitcond893.not.i, label %for_begin_tile79.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
 
 for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_begin_ax2_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end36.i ]
   br i1 %219, label %if_then16.i, label %if_end17.i
 
 for_end_ax2_0.i:                                  ; preds = %if_end36.i
-  %indvars.iv.next921.i = add nuw nsw i64 %indvars.iv920.i, 1
-  %exitcond924.not.i = icmp eq i64 %indvars.iv.next921.i, 4
-  br i1 %exitcond924.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
+  %indvars.iv.next878.i = add nuw nsw i64 %indvars.iv877.i, 1
+  %exitcond881.not.i = icmp eq i64 %indvars.iv.next878.i, 4
+  br i1 %exitcond881.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
 
 if_then16.i:                                      ; preds = %for_body_ax2_0.i
-  %rdiv.i = sdiv i32 %160, %120
-  %295 = add nsw i32 %rdiv.i, %168
-  %296 = sext i32 %295 to i64
-  %297 = add nsw i64 %148, %296
-  %298 = mul i64 %149, %297
-  %.idx1179.i = shl i64 %indvars.iv.i, 3
-  %299 = getelementptr i8, ptr %228, i64 %.idx1179.i
-  %300 = getelementptr i16, ptr %299, i64 %298
-  %301 = load <4 x i16>, ptr %300, align 2, !tbaa !5
-  %302 = zext <4 x i16> %301 to <4 x i32>
-  %303 = shl nuw <4 x i32> %302, splat (i32 16)
-  %304 = bitcast <4 x i32> %303 to <4 x float>
-  %305 = fmul <4 x float> %147, %304
+  %rdiv.i = sdiv i32 %160, %122
+  %362 = add nsw i32 %rdiv.i, %168
+  %363 = sext i32 %362 to i64
+  %364 = add nsw i64 %150, %363
+  %365 = mul i64 %151, %364
+  %.idx1133.i = shl i64 %indvars.iv.i, 3
+  %366 = getelementptr i8, ptr %228, i64 %.idx1133.i
+  %367 = getelementptr i16, ptr %366, i64 %365
+  %368 = load <4 x i16>, ptr %367, align 2, !tbaa !5
+  %369 = zext <4 x i16> %368 to <4 x i32>
+  %370 = shl nuw <4 x i32> %369, splat (i32 16)
+  %371 = bitcast <4 x i32> %370 to <4 x float>
+  %372 = fmul <4 x float> %149, %371
   br label %if_end17.i
 
 if_end17.i:                                       ; preds = %if_then16.i, %for_body_ax2_0.i
-  %306 = phi <4 x float> [ %305, %if_then16.i ], [ zeroinitializer, %for_body_ax2_0.i ]
+  %373 = phi <4 x float> [ %372, %if_then16.i ], [ zeroinitializer, %for_body_ax2_0.i ]
   br i1 %222, label %if_then20.i, label %if_end22.i
 
 if_then20.i:                                      ; preds = %if_end17.i
-  %rdiv25.i = sdiv i32 %160, %120
-  %307 = add nsw i32 %rdiv25.i, %168
-  %308 = sext i32 %307 to i64
-  %309 = add nsw i64 %148, %308
-  %310 = shl nsw i64 %309, 2
-  %311 = or disjoint i64 %310, 1
-  %312 = mul nsw i64 %311, %q_head
-  %.idx1180.i = shl i64 %indvars.iv.i, 3
-  %313 = getelementptr i8, ptr %228, i64 %.idx1180.i
-  %314 = getelementptr i16, ptr %313, i64 %312
-  %315 = load <4 x i16>, ptr %314, align 2, !tbaa !5
-  %316 = zext <4 x i16> %315 to <4 x i32>
-  %317 = shl nuw <4 x i32> %316, splat (i32 16)
-  %318 = bitcast <4 x i32> %317 to <4 x float>
-  %319 = fmul <4 x float> %147, %318
+  %rdiv25.i = sdiv i32 %160, %122
+  %374 = add nsw i32 %rdiv25.i, %168
+  %375 = sext i32 %374 to i64
+  %376 = add nsw i64 %150, %375
+  %377 = shl nsw i64 %376, 2
+  %378 = or disjoint i64 %377, 1
+  %379 = mul nsw i64 %378, %q_head
+  %.idx1134.i = shl i64 %indvars.iv.i, 3
+  %380 = getelementptr i8, ptr %228, i64 %.idx1134.i
+  %381 = getelementptr i16, ptr %380, i64 %379
+  %382 = load <4 x i16>, ptr %381, align 2, !tbaa !5
+  %383 = zext <4 x i16> %382 to <4 x i32>
+  %384 = shl nuw <4 x i32> %383, splat (i32 16)
+  %385 = bitcast <4 x i32> %384 to <4 x float>
+  %386 = fmul <4 x float> %149, %385
   br label %if_end22.i
 
 if_end22.i:                                       ; preds = %if_then20.i, %if_end17.i
-  %320 = phi <4 x float> [ %319, %if_then20.i ], [ zeroinitializer, %if_end17.i ]
+  %387 = phi <4 x float> [ %386, %if_then20.i ], [ zeroinitializer, %if_end17.i ]
   br i1 %224, label %if_then27.i, label %if_end29.i
 
 if_then27.i:                                      ; preds = %if_end22.i
-  %rdiv32.i = sdiv i32 %160, %120
-  %321 = add nsw i32 %rdiv32.i, %168
-  %322 = sext i32 %321 to i64
-  %323 = add nsw i64 %148, %322
-  %324 = shl nsw i64 %323, 2
-  %325 = or disjoint i64 %324, 2
-  %326 = mul nsw i64 %325, %q_head
-  %.idx1181.i = shl i64 %indvars.iv.i, 3
-  %327 = getelementptr i8, ptr %228, i64 %.idx1181.i
-  %328 = getelementptr i16, ptr %327, i64 %326
-  %329 = load <4 x i16>, ptr %328, align 2, !tbaa !5
-  %330 = zext <4 x i16> %329 to <4 x i32>
-  %331 = shl nuw <4 x i32> %330, splat (i32 16)
-  %332 = bitcast <4 x i32> %331 to <4 x float>
-  %333 = fmul <4 x float> %147, %332
+  %rdiv32.i = sdiv i32 %160, %122
+  %388 = add nsw i32 %rdiv32.i, %168
+  %389 = sext i32 %388 to i64
+  %390 = add nsw i64 %150, %389
+  %391 = shl nsw i64 %390, 2
+  %392 = or disjoint i64 %391, 2
+  %393 = mul nsw i64 %392, %q_head
+  %.idx1135.i = shl i64 %indvars.iv.i, 3
+  %394 = getelementptr i8, ptr %228, i64 %.idx1135.i
+  %395 = getelementptr i16, ptr %394, i64 %393
+  %396 = load <4 x i16>, ptr %395, align 2, !tbaa !5
+  %397 = zext <4 x i16> %396 to <4 x i32>
+  %398 = shl nuw <4 x i32> %397, splat (i32 16)
+  %399 = bitcast <4 x i32> %398 to <4 x float>
+  %400 = fmul <4 x float> %149, %399
   br label %if_end29.i
 
 if_end29.i:                                       ; preds = %if_then27.i, %if_end22.i
-  %334 = phi <4 x float> [ %333, %if_then27.i ], [ zeroinitializer, %if_end22.i ]
+  %401 = phi <4 x float> [ %400, %if_then27.i ], [ zeroinitializer, %if_end22.i ]
   br i1 %226, label %if_then34.i, label %if_end36.i
 
 if_then34.i:                                      ; preds = %if_end29.i
-  %335 = add nsw i32 %rdiv39.i, %168
-  %336 = sext i32 %335 to i64
-  %337 = add nsw i64 %148, %336
-  %338 = shl nsw i64 %337, 2
-  %339 = or disjoint i64 %338, 3
-  %340 = mul nsw i64 %339, %q_head
-  %.idx1182.i = shl i64 %indvars.iv.i, 3
-  %341 = getelementptr i8, ptr %228, i64 %.idx1182.i
-  %342 = getelementptr i16, ptr %341, i64 %340
-  %343 = load <4 x i16>, ptr %342, align 2, !tbaa !5
-  %344 = zext <4 x i16> %343 to <4 x i32>
-  %345 = shl nuw <4 x i32> %344, splat (i32 16)
-  %346 = bitcast <4 x i32> %345 to <4 x float>
-  %347 = fmul <4 x float> %147, %346
+  %402 = add nsw i32 %rdiv39.i, %168
+  %403 = sext i32 %402 to i64
+  %404 = add nsw i64 %150, %403
+  %405 = shl nsw i64 %404, 2
+  %406 = or disjoint i64 %405, 3
+  %407 = mul nsw i64 %406, %q_head
+  %.idx1136.i = shl i64 %indvars.iv.i, 3
+  %408 = getelementptr i8, ptr %228, i64 %.idx1136.i
+  %409 = getelementptr i16, ptr %408, i64 %407
+  %410 = load <4 x i16>, ptr %409, align 2, !tbaa !5
+  %411 = zext <4 x i16> %410 to <4 x i32>
+  %412 = shl nuw <4 x i32> %411, splat (i32 16)
+  %413 = bitcast <4 x i32> %412 to <4 x float>
+  %414 = fmul <4 x float> %149, %413
   br label %if_end36.i
 
 if_end36.i:                                       ; preds = %if_then34.i, %if_end29.i
-  %348 = phi <4 x float> [ %347, %if_then34.i ], [ zeroinitializer, %if_end29.i ]
-  %349 = shufflevector <4 x float> %306, <4 x float> %334, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %350 = shufflevector <4 x float> %320, <4 x float> %348, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %351 = shufflevector <4 x float> %306, <4 x float> %334, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %352 = shufflevector <4 x float> %320, <4 x float> %348, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %353 = shufflevector <4 x float> %349, <4 x float> %350, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1183.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %gep1258.i = getelementptr inbounds nuw i8, ptr %invariant.gep1257.i, i64 %.idx1183.i
-  store <4 x float> %353, ptr %gep1258.i, align 4, !tbaa !5
-  %354 = shufflevector <4 x float> %349, <4 x float> %350, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %355 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 64
-  store <4 x float> %354, ptr %355, align 4, !tbaa !5
-  %356 = shufflevector <4 x float> %351, <4 x float> %352, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %357 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 128
-  store <4 x float> %356, ptr %357, align 4, !tbaa !5
-  %358 = shufflevector <4 x float> %351, <4 x float> %352, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %359 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 192
-  store <4 x float> %358, ptr %359, align 4, !tbaa !5
+  %415 = phi <4 x float> [ %414, %if_then34.i ], [ zeroinitializer, %if_end29.i ]
+  %416 = shufflevector <4 x float> %373, <4 x float> %401, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %417 = shufflevector <4 x float> %387, <4 x float> %415, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %418 = shufflevector <4 x float> %373, <4 x float> %401, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %419 = shufflevector <4 x float> %387, <4 x float> %415, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %420 = shufflevector <4 x float> %416, <4 x float> %417, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1137.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep1210.i = getelementptr inbounds nuw i8, ptr %invariant.gep1209.i, i64 %.idx1137.i
+  store <4 x float> %420, ptr %gep1210.i, align 4, !tbaa !5
+  %421 = shufflevector <4 x float> %416, <4 x float> %417, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %422 = getelementptr inbounds nuw i8, ptr %gep1210.i, i64 64
+  store <4 x float> %421, ptr %422, align 4, !tbaa !5
+  %423 = shufflevector <4 x float> %418, <4 x float> %419, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %424 = getelementptr inbounds nuw i8, ptr %gep1210.i, i64 128
+  store <4 x float> %423, ptr %424, align 4, !tbaa !5
+  %425 = shufflevector <4 x float> %418, <4 x float> %419, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %426 = getelementptr inbounds nuw i8, ptr %gep1210.i, i64 192
+  store <4 x float> %425, ptr %426, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !28
 
-for_end_tile107.loopexit.i:                       ; preds = %if_end115.i, %for_begin_tile105.preheader.i
-  %.lcssa917.i = phi i32 [ %177, %for_begin_tile105.preheader.i ], [ %399, %if_end115.i ]
-  %.lcssa916.i = phi i32 [ %176, %for_begin_tile105.preheader.i ], [ %402, %if_end115.i ]
-  %360 = and i32 %.lcssa917.i, -128
-  br label %for_end_tile107.i
+for_end_tile81.i:                                 ; preds = %if_end89.i, %for_begin_tile79.preheader.i, %if_end14.i
+  %span532.sroa.3.0.lcssa.i = phi i32 [ %176, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %471, %if_end89.i ]
+  %span532.sroa.0.0.lcssa.i = phi i32 [ %177, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %468, %if_end89.i ]
+  %427 = shl nsw i32 %block_end, 4
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %427, i32 %span532.sroa.3.0.lcssa.i)
+  %428 = shl nsw i32 %block_begin, 4
+  %429 = sub nsw i32 %key_end.i, %428
+  %430 = tail call i32 @llvm.smax.i32(i32 %429, i32 0)
+  %431 = add nuw nsw i32 %430, 4095
+  %432 = lshr i32 %431, 12
+  %.not835.i = icmp eq i32 %432, 0
+  br i1 %.not835.i, label %for_begin_tile387.preheader.i, label %for_body_number.lr.ph.i, !prof !16
 
-for_end_tile107.i:                                ; preds = %for_end_tile107.loopexit.i, %if_end14.i
-  %span554.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end14.i ], [ %.lcssa916.i, %for_end_tile107.loopexit.i ]
-  %span554.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end14.i ], [ %360, %for_end_tile107.loopexit.i ]
-  %361 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %361, i32 %span554.sroa.3.0.lcssa.i)
-  %362 = shl nsw i32 %block_begin, 4
-  %363 = sub nsw i32 %key_end.i, %362
-  %364 = tail call i32 @llvm.smax.i32(i32 %363, i32 0)
-  %365 = add nuw nsw i32 %364, 4095
-  %366 = lshr i32 %365, 12
-  %.not874.i = icmp eq i32 %366, 0
-  br i1 %.not874.i, label %for_begin_tile408.preheader.i, label %for_body_number.lr.ph.i, !prof !16
-
-for_body_number.lr.ph.i:                          ; preds = %for_end_tile107.i
-  %367 = mul nsw i64 %row_step, %139
-  %368 = getelementptr inbounds i32, ptr %row_starts, i64 %367
-  %369 = mul nsw i64 %table_seq, %139
-  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %369
-  %370 = icmp sgt i32 %num_kv_heads, 0
-  %sext72 = shl i64 %58, 32
-  %371 = ashr exact i64 %sext72, 32
-  %372 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
-  %373 = insertelement <16 x float> poison, float %372, i64 0
-  %374 = bitcast <16 x float> %373 to <16 x i32>
-  %375 = shufflevector <16 x i32> %374, <16 x i32> poison, <16 x i32> zeroinitializer
-  %376 = icmp sgt i32 %120, 0
-  %377 = add nsw i32 %120, -1
-  %378 = mul nsw i64 %371, %k_head
-  %379 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %380 = shufflevector <16 x float> %379, <16 x float> poison, <16 x i32> zeroinitializer
-  %381 = sext i32 %context_len.i to i64
-  %sext73 = shl i64 %71, 32
-  %382 = ashr exact i64 %sext73, 32
-  %383 = add i64 %382, %tree_start
-  %384 = sub i64 %383, %381
-  %385 = mul nsw i64 %371, %v_head
-  %invariant.gep821.i = getelementptr i32, ptr %value_cache, i64 %385
-  %386 = zext i32 %377 to i64
-  %387 = sext i32 %120 to i64
-  %wide.trip.count1069.i = and i64 %60, 4294967295
-  %wide.trip.count1064.i = zext nneg i32 %120 to i64
-  %388 = getelementptr i8, ptr %tree_mask, i64 %384
-  %wide.trip.count1083.i = zext nneg i32 %121 to i64
-  %389 = add i64 %tree_start, %382
-  %390 = sub i64 %389, %381
-  %391 = add i32 %362, 4096
-  %392 = add i64 %tree_start, %382
-  %393 = sub i64 %392, %381
-  %394 = getelementptr i8, ptr %tree_mask, i64 %393
-  %395 = getelementptr i8, ptr %tree_mask, i64 %390
+for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
+  %433 = mul nsw i64 %row_step, %141
+  %434 = getelementptr inbounds i32, ptr %row_starts, i64 %433
+  %435 = mul nsw i64 %table_seq, %141
+  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %435
+  %436 = icmp sgt i32 %num_kv_heads, 0
+  %sext77 = shl i64 %60, 32
+  %437 = ashr exact i64 %sext77, 32
+  %438 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %439 = insertelement <16 x float> poison, float %438, i64 0
+  %440 = bitcast <16 x float> %439 to <16 x i32>
+  %441 = shufflevector <16 x i32> %440, <16 x i32> poison, <16 x i32> zeroinitializer
+  %442 = icmp sgt i32 %122, 0
+  %443 = add nsw i32 %122, -1
+  %444 = mul nsw i64 %437, %k_head
+  %445 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %446 = shufflevector <16 x float> %445, <16 x float> poison, <16 x i32> zeroinitializer
+  %447 = sext i32 %context_len.i to i64
+  %sext78 = shl i64 %73, 32
+  %448 = ashr exact i64 %sext78, 32
+  %449 = add i64 %448, %tree_start
+  %450 = sub i64 %449, %447
+  %451 = mul nsw i64 %437, %v_head
+  %invariant.gep784.i = getelementptr i32, ptr %value_cache, i64 %451
+  %452 = zext i32 %443 to i64
+  %453 = sext i32 %122 to i64
+  %wide.trip.count1023.i = and i64 %62, 4294967295
+  %wide.trip.count1018.i = zext nneg i32 %122 to i64
+  %454 = getelementptr i8, ptr %tree_mask, i64 %450
+  %wide.trip.count1037.i = zext nneg i32 %123 to i64
+  %455 = add i32 %428, %tree_size
+  %456 = sub i32 %context_len.i, %455
+  %457 = sub i32 %span532.sroa.0.0.lcssa.i, %428
+  %458 = mul i32 %block_begin, -16
+  %459 = add i64 %tree_start, %448
+  %460 = sub i64 %459, %447
+  %461 = add i64 %tree_start, %448
+  %462 = sub i64 %461, %447
+  %463 = getelementptr i8, ptr %tree_mask, i64 %462
+  %464 = getelementptr i8, ptr %tree_mask, i64 %460
   br label %for_body_number.i
 
-if_end115.i:                                      ; preds = %if_end115.i, %if_end115.i.preheader
-  %indvars.iv937.i = phi i64 [ %indvars.iv.next938.i, %if_end115.i ], [ %indvars.iv937.i.ph, %if_end115.i.preheader ]
-  %span554.sroa.0.0677.i = phi i32 [ %399, %if_end115.i ], [ %span554.sroa.0.0677.i.ph, %if_end115.i.preheader ]
-  %span554.sroa.3.0676.i = phi i32 [ %402, %if_end115.i ], [ %span554.sroa.3.0676.i.ph, %if_end115.i.preheader ]
-  %.idx1185.i = shl nsw i64 %indvars.iv937.i, 4
-  %396 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %.idx1185.i
-  %397 = getelementptr inbounds nuw i8, ptr %396, i64 8
-  %398 = load i32, ptr %397, align 8, !tbaa !17
-  %399 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.0.0677.i, i32 %398)
-  %400 = getelementptr inbounds nuw i8, ptr %396, i64 4
-  %401 = load i32, ptr %400, align 4, !tbaa !17
-  %402 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.3.0676.i, i32 %401)
-  %indvars.iv.next938.i = add nuw nsw i64 %indvars.iv937.i, 1
-  %exitcond941.not.i = icmp eq i64 %indvars.iv.next938.i, %wide.trip.count.i
-  br i1 %exitcond941.not.i, label %for_end_tile107.loopexit.i, label %if_end115.i, !prof !29, !llvm.loop !30
+if_end89.i:                                       ; preds = %if_end89.i, %if_end89.i.preheader
+  %indvars.iv894.i = phi i64 [ %indvars.iv.next895.i, %if_end89.i ], [ %indvars.iv894.i.ph, %if_end89.i.preheader ]
+  %span532.sroa.0.0653.i = phi i32 [ %468, %if_end89.i ], [ %span532.sroa.0.0653.i.ph, %if_end89.i.preheader ]
+  %span532.sroa.3.0652.i = phi i32 [ %471, %if_end89.i ], [ %span532.sroa.3.0652.i.ph, %if_end89.i.preheader ]
+  %.idx1139.i = shl nsw i64 %indvars.iv894.i, 4
+  %465 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %.idx1139.i
+  %466 = getelementptr inbounds nuw i8, ptr %465, i64 8
+  %467 = load i32, ptr %466, align 8, !tbaa !17
+  %468 = tail call i32 @llvm.smin.i32(i32 %span532.sroa.0.0653.i, i32 %467)
+  %469 = getelementptr inbounds nuw i8, ptr %465, i64 4
+  %470 = load i32, ptr %469, align 4, !tbaa !17
+  %471 = tail call i32 @llvm.smax.i32(i32 %span532.sroa.3.0652.i, i32 %470)
+  %indvars.iv.next895.i = add nuw nsw i64 %indvars.iv894.i, 1
+  %exitcond898.not.i = icmp eq i64 %indvars.iv.next895.i, %wide.trip.count.i
+  br i1 %exitcond898.not.i, label %for_end_tile81.i, label %if_end89.i, !prof !29, !llvm.loop !30
 
-for_begin_number.i:                               ; preds = %if_end403.i
-  %403 = add nuw nsw i32 %number854.i, 1
-  %exitcond1085.not.i = icmp eq i32 %403, %366
-  %indvars.iv.next = add i32 %indvars.iv, 4096
-  br i1 %exitcond1085.not.i, label %for_begin_tile408.preheader.i, label %for_body_number.i, !prof !13
+for_begin_number.i:                               ; preds = %if_end382.i
+  %472 = add nuw nsw i32 %number815.i, 1
+  %exitcond1039.not.i = icmp eq i32 %472, %432
+  %indvars.iv.next = add i32 %indvars.iv, -4096
+  %indvars.iv.next227 = add i32 %indvars.iv226, -4096
+  %indvars.iv.next235 = add i32 %indvars.iv234, -4096
+  br i1 %exitcond1039.not.i, label %for_begin_tile387.preheader.i, label %for_body_number.i, !prof !13
 
-for_begin_tile408.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile107.i
-  br i1 %142, label %for_end_tile410.i, label %for_body_tile409.lr.ph.i, !prof !16
+for_begin_tile387.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile81.i
+  br i1 %144, label %for_end_tile389.i, label %for_body_tile388.lr.ph.i, !prof !16
 
-for_body_tile409.lr.ph.i:                         ; preds = %for_begin_tile408.preheader.i
-  %404 = and i64 %66, 2147483648
-  %.not = icmp eq i64 %404, 0
-  %405 = icmp slt i32 %120, 0
-  %sext84 = shl i64 %58, 32
-  %406 = ashr exact i64 %sext84, 32
-  %407 = and i64 %66, 4294967295
-  %408 = shl nuw nsw i64 %407, 5
-  %.idx565.i = shl nuw nsw i64 %407, 14
-  %sext85 = shl i64 %52, 32
-  %409 = ashr exact i64 %sext85, 32
-  %wide.trip.count1140.i = zext nneg i32 %121 to i64
-  br i1 %.not, label %for_body_tile409.i.preheader, label %for_body_tile409.us.i
+for_body_tile388.lr.ph.i:                         ; preds = %for_begin_tile387.preheader.i
+  %473 = and i64 %68, 2147483648
+  %.not = icmp eq i64 %473, 0
+  %474 = icmp slt i32 %122, 0
+  %sext89 = shl i64 %60, 32
+  %475 = ashr exact i64 %sext89, 32
+  %476 = and i64 %68, 4294967295
+  %477 = shl nuw nsw i64 %476, 5
+  %.idx543.i = shl nuw nsw i64 %476, 14
+  %sext90 = shl i64 %56, 32
+  %478 = ashr exact i64 %sext90, 32
+  %wide.trip.count1094.i = zext nneg i32 %123 to i64
+  br i1 %.not, label %for_body_tile388.i.preheader, label %for_body_tile388.us.i
 
-for_body_tile409.i.preheader:                     ; preds = %for_body_tile409.lr.ph.i
-  %scevgep517 = getelementptr i8, ptr %partial_acc, i64 %.idx565.i
-  %410 = getelementptr i8, ptr %partial_acc, i64 %.idx565.i
-  %scevgep520 = getelementptr i8, ptr %410, i64 512
-  %scevgep524 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile409.i
+for_body_tile388.i.preheader:                     ; preds = %for_body_tile388.lr.ph.i
+  %scevgep488 = getelementptr i8, ptr %partial_acc, i64 %.idx543.i
+  %479 = getelementptr i8, ptr %partial_acc, i64 %.idx543.i
+  %scevgep491 = getelementptr i8, ptr %479, i64 512
+  %scevgep495 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile388.i
 
-for_body_tile409.us.i:                            ; preds = %if_end414.us.i, %for_body_tile409.lr.ph.i
-  %indvars.iv1137.i = phi i64 [ %indvars.iv.next1138.i, %if_end414.us.i ], [ 0, %for_body_tile409.lr.ph.i ]
-  %411 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %ordered.us.i = tail call ptr %411(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %412 = icmp eq ptr %ordered.us.i, null
-  br i1 %412, label %fused_attend_compute_.exit, label %if_end417.us.i, !prof !8
+for_body_tile388.us.i:                            ; preds = %if_end393.us.i, %for_body_tile388.lr.ph.i
+  %indvars.iv1091.i = phi i64 [ %indvars.iv.next1092.i, %if_end393.us.i ], [ 0, %for_body_tile388.lr.ph.i ]
+  %480 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %ordered.us.i = tail call ptr %480(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %481 = icmp eq ptr %ordered.us.i, null
+  br i1 %481, label %fused_attend_compute_.exit, label %if_end396.us.i, !prof !8
 
-if_end417.us.i:                                   ; preds = %for_body_tile409.us.i
-  %413 = shl nsw i64 %indvars.iv1137.i, 4
-  %414 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %413
-  %total.us.i = load <16 x float>, ptr %414, align 4, !tbaa !5
-  %415 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %416 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %417 = select <16 x i1> %416, <16 x float> zeroinitializer, <16 x float> %415
-  store <16 x float> %417, ptr %factor536.i, align 16, !tbaa !31
-  %418 = shl i64 %indvars.iv1137.i, 11
-  %419 = and i64 %418, 4294965248
-  %invariant.gep161 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %419
-  br label %for_begin_d_0419.preheader.us.i
+if_end396.us.i:                                   ; preds = %for_body_tile388.us.i
+  %482 = shl nsw i64 %indvars.iv1091.i, 4
+  %483 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %482
+  %total.us.i = load <16 x float>, ptr %483, align 4, !tbaa !5
+  %484 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %485 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %486 = select <16 x i1> %485, <16 x float> zeroinitializer, <16 x float> %484
+  store <16 x float> %486, ptr %factor515.i, align 16, !tbaa !31
+  %487 = shl i64 %indvars.iv1091.i, 11
+  %488 = and i64 %487, 4294965248
+  %invariant.gep164 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %488
+  br label %for_begin_d_0398.preheader.us.i
 
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0421.us.i
-  %420 = trunc nuw nsw i64 %indvars.iv1137.i to i32
-  %rmod453.us.i = srem i32 %420, %120
-  %rdiv465.us.i = sdiv i32 %420, %120
-  %421 = icmp ne i32 %rmod453.us.i, 0
-  %.not569.us.i = and i1 %405, %421
-  %422 = select i1 %.not569.us.i, i32 %120, i32 0
-  %423 = add nsw i32 %422, %rmod453.us.i
-  %424 = shl nsw i32 %423, 4
-  %425 = sub nsw i32 %118, %424
-  %426 = icmp sgt i32 %425, 0
-  br i1 %426, label %for_begin_d_0459.preheader.lr.ph.us.i, label %for_end_r470.us.i, !prof !3
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0400.us.i
+  %489 = trunc nuw nsw i64 %indvars.iv1091.i to i32
+  %rmod432.us.i = srem i32 %489, %122
+  %rdiv444.us.i = sdiv i32 %489, %122
+  %490 = icmp ne i32 %rmod432.us.i, 0
+  %.not547.us.i = and i1 %474, %490
+  %491 = select i1 %.not547.us.i, i32 %122, i32 0
+  %492 = add nsw i32 %491, %rmod432.us.i
+  %493 = shl nsw i32 %492, 4
+  %494 = sub nsw i32 %120, %493
+  %495 = icmp sgt i32 %494, 0
+  br i1 %495, label %for_begin_d_0438.preheader.lr.ph.us.i, label %for_end_r449.us.i, !prof !3
 
-for_end_r470.us.i:                                ; preds = %if_end475.us.i.1, %for_end_r_0.us.i
-  %427 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %428 = tail call i32 %427(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not566.us.i = icmp eq i32 %428, 0
-  br i1 %.not566.us.i, label %if_end414.us.i, label %fused_attend_compute_.exit, !prof !38
+for_end_r449.us.i:                                ; preds = %if_end454.us.i.1, %for_end_r_0.us.i
+  %496 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %497 = tail call i32 %496(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not544.us.i = icmp eq i32 %497, 0
+  br i1 %.not544.us.i, label %if_end393.us.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end414.us.i:                                   ; preds = %for_end_r470.us.i
-  %indvars.iv.next1138.i = add nuw nsw i64 %indvars.iv1137.i, 1
-  %exitcond1141.not.i = icmp eq i64 %indvars.iv.next1138.i, %wide.trip.count1140.i
-  br i1 %exitcond1141.not.i, label %for_end_tile410.i, label %for_body_tile409.us.i, !prof !13
+if_end393.us.i:                                   ; preds = %for_end_r449.us.i
+  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
+  %exitcond1095.not.i = icmp eq i64 %indvars.iv.next1092.i, %wide.trip.count1094.i
+  br i1 %exitcond1095.not.i, label %for_end_tile389.i, label %for_body_tile388.us.i, !prof !13
 
-for_body_r469.us.i:                               ; preds = %for_body_r469.lr.ph.us.i, %if_end475.us.i.1
-  %indvars.iv1131.i = phi i64 [ 0, %for_body_r469.lr.ph.us.i ], [ %indvars.iv.next1132.i.1, %if_end475.us.i.1 ]
-  %429 = add nuw nsw i64 %indvars.iv1131.i, %603
-  %430 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %429
-  %431 = load float, ptr %430, align 4, !tbaa !5
-  %432 = fcmp oeq float %431, 0.000000e+00
-  br i1 %432, label %if_end475.us.i, label %if_else474.us.i
+for_body_r448.us.i:                               ; preds = %for_body_r448.lr.ph.us.i, %if_end454.us.i.1
+  %indvars.iv1085.i = phi i64 [ 0, %for_body_r448.lr.ph.us.i ], [ %indvars.iv.next1086.i.1, %if_end454.us.i.1 ]
+  %498 = add nuw nsw i64 %indvars.iv1085.i, %672
+  %499 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %498
+  %500 = load float, ptr %499, align 4, !tbaa !5
+  %501 = fcmp oeq float %500, 0.000000e+00
+  br i1 %501, label %if_end454.us.i, label %if_else453.us.i
 
-if_else474.us.i:                                  ; preds = %for_body_r469.us.i
-  %433 = getelementptr inbounds nuw i32, ptr %places.i, i64 %429
-  %434 = load i32, ptr %433, align 4, !tbaa !5
-  %435 = shl i32 %434, 23
-  %436 = add i32 %435, 1065353216
-  %437 = bitcast i32 %436 to float
-  %438 = fmul float %431, %437
-  %439 = tail call float @llvm.log.f32(float %438)
-  %440 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %429
-  %441 = load float, ptr %440, align 4, !tbaa !5
-  %442 = fadd float %441, %439
-  br label %if_end475.us.i
+if_else453.us.i:                                  ; preds = %for_body_r448.us.i
+  %502 = getelementptr inbounds nuw i32, ptr %places.i, i64 %498
+  %503 = load i32, ptr %502, align 4, !tbaa !5
+  %504 = shl i32 %503, 23
+  %505 = add i32 %504, 1065353216
+  %506 = bitcast i32 %505 to float
+  %507 = fmul float %500, %506
+  %508 = tail call float @llvm.log.f32(float %507)
+  %509 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %498
+  %510 = load float, ptr %509, align 4, !tbaa !5
+  %511 = fadd float %510, %508
+  br label %if_end454.us.i
 
-if_end475.us.i:                                   ; preds = %if_else474.us.i, %for_body_r469.us.i
-  %443 = phi float [ %442, %if_else474.us.i ], [ 0xFFF0000000000000, %for_body_r469.us.i ]
-  %444 = and i64 %indvars.iv1131.i, 2
-  %445 = lshr i64 %indvars.iv1131.i, 2
-  %446 = add nsw i64 %445, %600
-  %447 = mul nsw i64 %446, %lse_batch
-  %448 = getelementptr float, ptr %602, i64 %447
-  %449 = getelementptr float, ptr %448, i64 %444
-  store float %443, ptr %449, align 4, !tbaa !5
-  %indvars.iv.next1132.i = or disjoint i64 %indvars.iv1131.i, 1
-  %450 = add nuw nsw i64 %indvars.iv.next1132.i, %603
-  %451 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %450
-  %452 = load float, ptr %451, align 4, !tbaa !5
-  %453 = fcmp oeq float %452, 0.000000e+00
-  br i1 %453, label %if_end475.us.i.1, label %if_else474.us.i.1
+if_end454.us.i:                                   ; preds = %if_else453.us.i, %for_body_r448.us.i
+  %512 = phi float [ %511, %if_else453.us.i ], [ 0xFFF0000000000000, %for_body_r448.us.i ]
+  %513 = and i64 %indvars.iv1085.i, 2
+  %514 = lshr i64 %indvars.iv1085.i, 2
+  %515 = add nsw i64 %514, %669
+  %516 = mul nsw i64 %515, %lse_batch
+  %517 = getelementptr float, ptr %671, i64 %516
+  %518 = getelementptr float, ptr %517, i64 %513
+  store float %512, ptr %518, align 4, !tbaa !5
+  %indvars.iv.next1086.i = or disjoint i64 %indvars.iv1085.i, 1
+  %519 = add nuw nsw i64 %indvars.iv.next1086.i, %672
+  %520 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %519
+  %521 = load float, ptr %520, align 4, !tbaa !5
+  %522 = fcmp oeq float %521, 0.000000e+00
+  br i1 %522, label %if_end454.us.i.1, label %if_else453.us.i.1
 
-if_else474.us.i.1:                                ; preds = %if_end475.us.i
-  %454 = getelementptr inbounds nuw i32, ptr %places.i, i64 %450
-  %455 = load i32, ptr %454, align 4, !tbaa !5
-  %456 = shl i32 %455, 23
-  %457 = add i32 %456, 1065353216
-  %458 = bitcast i32 %457 to float
-  %459 = fmul float %452, %458
-  %460 = tail call float @llvm.log.f32(float %459)
-  %461 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %450
-  %462 = load float, ptr %461, align 4, !tbaa !5
-  %463 = fadd float %462, %460
-  br label %if_end475.us.i.1
+if_else453.us.i.1:                                ; preds = %if_end454.us.i
+  %523 = getelementptr inbounds nuw i32, ptr %places.i, i64 %519
+  %524 = load i32, ptr %523, align 4, !tbaa !5
+  %525 = shl i32 %524, 23
+  %526 = add i32 %525, 1065353216
+  %527 = bitcast i32 %526 to float
+  %528 = fmul float %521, %527
+  %529 = tail call float @llvm.log.f32(float %528)
+  %530 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %519
+  %531 = load float, ptr %530, align 4, !tbaa !5
+  %532 = fadd float %531, %529
+  br label %if_end454.us.i.1
 
-if_end475.us.i.1:                                 ; preds = %if_else474.us.i.1, %if_end475.us.i
-  %464 = phi float [ %463, %if_else474.us.i.1 ], [ 0xFFF0000000000000, %if_end475.us.i ]
-  %465 = and i64 %indvars.iv.next1132.i, 3
-  %466 = lshr i64 %indvars.iv1131.i, 2
-  %467 = add nsw i64 %466, %600
-  %468 = mul nsw i64 %467, %lse_batch
-  %469 = getelementptr float, ptr %602, i64 %468
-  %470 = getelementptr float, ptr %469, i64 %465
-  store float %464, ptr %470, align 4, !tbaa !5
-  %indvars.iv.next1132.i.1 = add nuw nsw i64 %indvars.iv1131.i, 2
-  %exitcond1136.not.i.1 = icmp eq i64 %indvars.iv.next1132.i.1, %wide.trip.count1129.i
-  br i1 %exitcond1136.not.i.1, label %for_end_r470.us.i, label %for_body_r469.us.i, !prof !13, !llvm.loop !39
+if_end454.us.i.1:                                 ; preds = %if_else453.us.i.1, %if_end454.us.i
+  %533 = phi float [ %532, %if_else453.us.i.1 ], [ 0xFFF0000000000000, %if_end454.us.i ]
+  %534 = and i64 %indvars.iv.next1086.i, 3
+  %535 = lshr i64 %indvars.iv1085.i, 2
+  %536 = add nsw i64 %535, %669
+  %537 = mul nsw i64 %536, %lse_batch
+  %538 = getelementptr float, ptr %671, i64 %537
+  %539 = getelementptr float, ptr %538, i64 %534
+  store float %533, ptr %539, align 4, !tbaa !5
+  %indvars.iv.next1086.i.1 = add nuw nsw i64 %indvars.iv1085.i, 2
+  %exitcond1090.not.i.1 = icmp eq i64 %indvars.iv.next1086.i.1, %wide.trip.count1083.i
+  br i1 %exitcond1090.not.i.1, label %for_end_r449.us.i, label %for_body_r448.us.i, !prof !13, !llvm.loop !39
 
-for_end_d_0421.us.i:                              ; preds = %for_begin_ax1_0424.preheader.us.i
-  %indvars.iv.next1117.i = add nuw nsw i64 %indvars.iv1116.i, 1
-  %exitcond1120.not.i = icmp eq i64 %indvars.iv.next1117.i, 4
-  br i1 %exitcond1120.not.i, label %for_end_r_0.us.i, label %for_begin_d_0419.preheader.us.i, !prof !28
+for_end_d_0400.us.i:                              ; preds = %for_begin_ax1_0403.preheader.us.i
+  %indvars.iv.next1071.i = add nuw nsw i64 %indvars.iv1070.i, 1
+  %exitcond1074.not.i = icmp eq i64 %indvars.iv.next1071.i, 4
+  br i1 %exitcond1074.not.i, label %for_end_r_0.us.i, label %for_begin_d_0398.preheader.us.i, !prof !28
 
-for_begin_ax1_0424.preheader.us.i:                ; preds = %for_begin_d_0419.preheader.us.i, %for_begin_ax1_0424.preheader.us.i
-  %indvars.iv1111.i = phi i64 [ 0, %for_begin_d_0419.preheader.us.i ], [ %indvars.iv.next1112.i, %for_begin_ax1_0424.preheader.us.i ]
-  %.idx86 = shl nuw nsw i64 %indvars.iv1111.i, 10
-  %gep164 = getelementptr inbounds nuw i8, ptr %invariant.gep163, i64 %.idx86
-  %v430.us.i = load <4 x float>, ptr %gep164, align 4, !tbaa !5
-  %471 = getelementptr inbounds nuw i8, ptr %gep164, i64 64
-  %v432.us.i = load <4 x float>, ptr %471, align 4, !tbaa !5
-  %472 = getelementptr inbounds nuw i8, ptr %gep164, i64 128
-  %v434.us.i = load <4 x float>, ptr %472, align 4, !tbaa !5
-  %473 = getelementptr inbounds nuw i8, ptr %gep164, i64 192
-  %v436.us.i = load <4 x float>, ptr %473, align 4, !tbaa !5
-  %474 = shufflevector <4 x float> %v430.us.i, <4 x float> %v434.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %475 = shufflevector <4 x float> %v432.us.i, <4 x float> %v436.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %476 = shufflevector <4 x float> %v430.us.i, <4 x float> %v434.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %477 = shufflevector <4 x float> %v432.us.i, <4 x float> %v436.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %478 = shufflevector <4 x float> %474, <4 x float> %475, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %479 = shufflevector <4 x float> %474, <4 x float> %475, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %480 = shufflevector <4 x float> %476, <4 x float> %477, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %481 = shufflevector <4 x float> %476, <4 x float> %477, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %482 = getelementptr inbounds nuw i8, ptr %gep164, i64 256
-  %v430.us.1.i = load <4 x float>, ptr %482, align 4, !tbaa !5
-  %483 = getelementptr inbounds nuw i8, ptr %gep164, i64 320
-  %v432.us.1.i = load <4 x float>, ptr %483, align 4, !tbaa !5
-  %484 = getelementptr inbounds nuw i8, ptr %gep164, i64 384
-  %v434.us.1.i = load <4 x float>, ptr %484, align 4, !tbaa !5
-  %485 = getelementptr inbounds nuw i8, ptr %gep164, i64 448
-  %v436.us.1.i = load <4 x float>, ptr %485, align 4, !tbaa !5
-  %486 = shufflevector <4 x float> %v430.us.1.i, <4 x float> %v434.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %487 = shufflevector <4 x float> %v432.us.1.i, <4 x float> %v436.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %488 = shufflevector <4 x float> %v430.us.1.i, <4 x float> %v434.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %489 = shufflevector <4 x float> %v432.us.1.i, <4 x float> %v436.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %490 = shufflevector <4 x float> %486, <4 x float> %487, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %491 = shufflevector <4 x float> %486, <4 x float> %487, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %492 = shufflevector <4 x float> %488, <4 x float> %489, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %493 = shufflevector <4 x float> %488, <4 x float> %489, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %494 = getelementptr inbounds nuw i8, ptr %gep164, i64 512
-  %v430.us.2.i = load <4 x float>, ptr %494, align 4, !tbaa !5
-  %495 = getelementptr inbounds nuw i8, ptr %gep164, i64 576
-  %v432.us.2.i = load <4 x float>, ptr %495, align 4, !tbaa !5
-  %496 = getelementptr inbounds nuw i8, ptr %gep164, i64 640
-  %v434.us.2.i = load <4 x float>, ptr %496, align 4, !tbaa !5
-  %497 = getelementptr inbounds nuw i8, ptr %gep164, i64 704
-  %v436.us.2.i = load <4 x float>, ptr %497, align 4, !tbaa !5
-  %498 = shufflevector <4 x float> %v430.us.2.i, <4 x float> %v434.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %499 = shufflevector <4 x float> %v432.us.2.i, <4 x float> %v436.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %500 = shufflevector <4 x float> %v430.us.2.i, <4 x float> %v434.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %501 = shufflevector <4 x float> %v432.us.2.i, <4 x float> %v436.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %502 = shufflevector <4 x float> %498, <4 x float> %499, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %503 = shufflevector <4 x float> %498, <4 x float> %499, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %504 = shufflevector <4 x float> %500, <4 x float> %501, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %505 = shufflevector <4 x float> %500, <4 x float> %501, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %506 = getelementptr inbounds nuw i8, ptr %gep164, i64 768
-  %v430.us.3.i = load <4 x float>, ptr %506, align 4, !tbaa !5
-  %507 = getelementptr inbounds nuw i8, ptr %gep164, i64 832
-  %v432.us.3.i = load <4 x float>, ptr %507, align 4, !tbaa !5
-  %508 = getelementptr inbounds nuw i8, ptr %gep164, i64 896
-  %v434.us.3.i = load <4 x float>, ptr %508, align 4, !tbaa !5
-  %509 = getelementptr inbounds nuw i8, ptr %gep164, i64 960
-  %v436.us.3.i = load <4 x float>, ptr %509, align 4, !tbaa !5
-  %510 = shufflevector <4 x float> %v430.us.3.i, <4 x float> %v434.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %511 = shufflevector <4 x float> %v432.us.3.i, <4 x float> %v436.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %512 = shufflevector <4 x float> %v430.us.3.i, <4 x float> %v434.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %513 = shufflevector <4 x float> %v432.us.3.i, <4 x float> %v436.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %514 = shufflevector <4 x float> %510, <4 x float> %511, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %515 = shufflevector <4 x float> %478, <4 x float> %490, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %516 = shufflevector <4 x float> %502, <4 x float> %514, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %517 = shufflevector <8 x float> %515, <8 x float> %516, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %518 = shufflevector <4 x float> %510, <4 x float> %511, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %519 = shufflevector <4 x float> %479, <4 x float> %491, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %520 = shufflevector <4 x float> %503, <4 x float> %518, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %521 = shufflevector <8 x float> %519, <8 x float> %520, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %522 = shufflevector <4 x float> %512, <4 x float> %513, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %523 = shufflevector <4 x float> %480, <4 x float> %492, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %524 = shufflevector <4 x float> %504, <4 x float> %522, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %525 = shufflevector <8 x float> %523, <8 x float> %524, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %526 = shufflevector <4 x float> %512, <4 x float> %513, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %527 = shufflevector <4 x float> %481, <4 x float> %493, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %528 = shufflevector <4 x float> %505, <4 x float> %526, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %529 = shufflevector <8 x float> %527, <8 x float> %528, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %530 = fmul <16 x float> %580, %517
-  %.idx1194.i = shl nuw nsw i64 %indvars.iv1111.i, 6
-  %gep1268.i = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 %.idx1194.i
-  store <16 x float> %530, ptr %gep1268.i, align 4, !tbaa !5
-  %531 = fmul <16 x float> %584, %521
-  %532 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 512
-  store <16 x float> %531, ptr %532, align 4, !tbaa !5
-  %533 = fmul <16 x float> %588, %525
-  %534 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 1024
-  store <16 x float> %533, ptr %534, align 4, !tbaa !5
-  %535 = fmul <16 x float> %592, %529
-  %536 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 1536
-  store <16 x float> %535, ptr %536, align 4, !tbaa !5
-  %indvars.iv.next1112.i = add nuw nsw i64 %indvars.iv1111.i, 1
-  %exitcond1115.not.i = icmp eq i64 %indvars.iv.next1112.i, 8
-  br i1 %exitcond1115.not.i, label %for_end_d_0421.us.i, label %for_begin_ax1_0424.preheader.us.i, !prof !28
+for_begin_ax1_0403.preheader.us.i:                ; preds = %for_begin_d_0398.preheader.us.i, %for_begin_ax1_0403.preheader.us.i
+  %indvars.iv1065.i = phi i64 [ 0, %for_begin_d_0398.preheader.us.i ], [ %indvars.iv.next1066.i, %for_begin_ax1_0403.preheader.us.i ]
+  %.idx91 = shl nuw nsw i64 %indvars.iv1065.i, 10
+  %gep167 = getelementptr inbounds nuw i8, ptr %invariant.gep166, i64 %.idx91
+  %v409.us.i = load <4 x float>, ptr %gep167, align 4, !tbaa !5
+  %540 = getelementptr inbounds nuw i8, ptr %gep167, i64 64
+  %v411.us.i = load <4 x float>, ptr %540, align 4, !tbaa !5
+  %541 = getelementptr inbounds nuw i8, ptr %gep167, i64 128
+  %v413.us.i = load <4 x float>, ptr %541, align 4, !tbaa !5
+  %542 = getelementptr inbounds nuw i8, ptr %gep167, i64 192
+  %v415.us.i = load <4 x float>, ptr %542, align 4, !tbaa !5
+  %543 = shufflevector <4 x float> %v409.us.i, <4 x float> %v413.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %544 = shufflevector <4 x float> %v411.us.i, <4 x float> %v415.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %545 = shufflevector <4 x float> %v409.us.i, <4 x float> %v413.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %546 = shufflevector <4 x float> %v411.us.i, <4 x float> %v415.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %547 = shufflevector <4 x float> %543, <4 x float> %544, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %548 = shufflevector <4 x float> %543, <4 x float> %544, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %549 = shufflevector <4 x float> %545, <4 x float> %546, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %550 = shufflevector <4 x float> %545, <4 x float> %546, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %551 = getelementptr inbounds nuw i8, ptr %gep167, i64 256
+  %v409.us.1.i = load <4 x float>, ptr %551, align 4, !tbaa !5
+  %552 = getelementptr inbounds nuw i8, ptr %gep167, i64 320
+  %v411.us.1.i = load <4 x float>, ptr %552, align 4, !tbaa !5
+  %553 = getelementptr inbounds nuw i8, ptr %gep167, i64 384
+  %v413.us.1.i = load <4 x float>, ptr %553, align 4, !tbaa !5
+  %554 = getelementptr inbounds nuw i8, ptr %gep167, i64 448
+  %v415.us.1.i = load <4 x float>, ptr %554, align 4, !tbaa !5
+  %555 = shufflevector <4 x float> %v409.us.1.i, <4 x float> %v413.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %556 = shufflevector <4 x float> %v411.us.1.i, <4 x float> %v415.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %557 = shufflevector <4 x float> %v409.us.1.i, <4 x float> %v413.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %558 = shufflevector <4 x float> %v411.us.1.i, <4 x float> %v415.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %559 = shufflevector <4 x float> %555, <4 x float> %556, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %560 = shufflevector <4 x float> %555, <4 x float> %556, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %561 = shufflevector <4 x float> %557, <4 x float> %558, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %562 = shufflevector <4 x float> %557, <4 x float> %558, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %563 = getelementptr inbounds nuw i8, ptr %gep167, i64 512
+  %v409.us.2.i = load <4 x float>, ptr %563, align 4, !tbaa !5
+  %564 = getelementptr inbounds nuw i8, ptr %gep167, i64 576
+  %v411.us.2.i = load <4 x float>, ptr %564, align 4, !tbaa !5
+  %565 = getelementptr inbounds nuw i8, ptr %gep167, i64 640
+  %v413.us.2.i = load <4 x float>, ptr %565, align 4, !tbaa !5
+  %566 = getelementptr inbounds nuw i8, ptr %gep167, i64 704
+  %v415.us.2.i = load <4 x float>, ptr %566, align 4, !tbaa !5
+  %567 = shufflevector <4 x float> %v409.us.2.i, <4 x float> %v413.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %568 = shufflevector <4 x float> %v411.us.2.i, <4 x float> %v415.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %569 = shufflevector <4 x float> %v409.us.2.i, <4 x float> %v413.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %570 = shufflevector <4 x float> %v411.us.2.i, <4 x float> %v415.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %571 = shufflevector <4 x float> %567, <4 x float> %568, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %572 = shufflevector <4 x float> %567, <4 x float> %568, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %573 = shufflevector <4 x float> %569, <4 x float> %570, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %574 = shufflevector <4 x float> %569, <4 x float> %570, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %575 = getelementptr inbounds nuw i8, ptr %gep167, i64 768
+  %v409.us.3.i = load <4 x float>, ptr %575, align 4, !tbaa !5
+  %576 = getelementptr inbounds nuw i8, ptr %gep167, i64 832
+  %v411.us.3.i = load <4 x float>, ptr %576, align 4, !tbaa !5
+  %577 = getelementptr inbounds nuw i8, ptr %gep167, i64 896
+  %v413.us.3.i = load <4 x float>, ptr %577, align 4, !tbaa !5
+  %578 = getelementptr inbounds nuw i8, ptr %gep167, i64 960
+  %v415.us.3.i = load <4 x float>, ptr %578, align 4, !tbaa !5
+  %579 = shufflevector <4 x float> %v409.us.3.i, <4 x float> %v413.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %580 = shufflevector <4 x float> %v411.us.3.i, <4 x float> %v415.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %581 = shufflevector <4 x float> %v409.us.3.i, <4 x float> %v413.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %582 = shufflevector <4 x float> %v411.us.3.i, <4 x float> %v415.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %583 = shufflevector <4 x float> %579, <4 x float> %580, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %584 = shufflevector <4 x float> %547, <4 x float> %559, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %585 = shufflevector <4 x float> %571, <4 x float> %583, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %586 = shufflevector <8 x float> %584, <8 x float> %585, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %587 = shufflevector <4 x float> %579, <4 x float> %580, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %588 = shufflevector <4 x float> %548, <4 x float> %560, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %589 = shufflevector <4 x float> %572, <4 x float> %587, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %590 = shufflevector <8 x float> %588, <8 x float> %589, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %591 = shufflevector <4 x float> %581, <4 x float> %582, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %592 = shufflevector <4 x float> %549, <4 x float> %561, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %593 = shufflevector <4 x float> %573, <4 x float> %591, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %594 = shufflevector <8 x float> %592, <8 x float> %593, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %595 = shufflevector <4 x float> %581, <4 x float> %582, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %596 = shufflevector <4 x float> %550, <4 x float> %562, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %597 = shufflevector <4 x float> %574, <4 x float> %595, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %598 = shufflevector <8 x float> %596, <8 x float> %597, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %599 = fmul <16 x float> %649, %586
+  %.idx1148.i = shl nuw nsw i64 %indvars.iv1065.i, 6
+  %gep1220.i = getelementptr inbounds nuw i8, ptr %invariant.gep1219.i, i64 %.idx1148.i
+  store <16 x float> %599, ptr %gep1220.i, align 4, !tbaa !5
+  %600 = fmul <16 x float> %653, %590
+  %601 = getelementptr inbounds nuw i8, ptr %gep1220.i, i64 512
+  store <16 x float> %600, ptr %601, align 4, !tbaa !5
+  %602 = fmul <16 x float> %657, %594
+  %603 = getelementptr inbounds nuw i8, ptr %gep1220.i, i64 1024
+  store <16 x float> %602, ptr %603, align 4, !tbaa !5
+  %604 = fmul <16 x float> %661, %598
+  %605 = getelementptr inbounds nuw i8, ptr %gep1220.i, i64 1536
+  store <16 x float> %604, ptr %605, align 4, !tbaa !5
+  %indvars.iv.next1066.i = add nuw nsw i64 %indvars.iv1065.i, 1
+  %exitcond1069.not.i = icmp eq i64 %indvars.iv.next1066.i, 8
+  br i1 %exitcond1069.not.i, label %for_end_d_0400.us.i, label %for_begin_ax1_0403.preheader.us.i, !prof !28
 
-for_begin_d_0459.preheader.us.i:                  ; preds = %for_begin_d_0459.preheader.lr.ph.us.i, %for_begin_d_0459.preheader.us.i
-  %indvars.iv1125.i = phi i64 [ 0, %for_begin_d_0459.preheader.lr.ph.us.i ], [ %indvars.iv.next1126.i, %for_begin_d_0459.preheader.us.i ]
-  %537 = and i64 %indvars.iv1125.i, 3
-  %538 = or disjoint i64 %537, %597
-  %539 = mul nsw i64 %538, %out_head
-  %540 = lshr i64 %indvars.iv1125.i, 2
-  %541 = add nsw i64 %540, %600
-  %542 = mul nsw i64 %541, %out_batch
-  %543 = getelementptr i16, ptr %out, i64 %542
-  %invariant.gep866.us.i = getelementptr i16, ptr %543, i64 %539
-  %.idx87 = shl nsw i64 %indvars.iv1125.i, 9
-  %544 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx87
-  %545 = load <32 x i32>, ptr %544, align 4, !tbaa !5
-  %546 = lshr <32 x i32> %545, splat (i32 16)
-  %547 = and <32 x i32> %546, splat (i32 1)
-  %548 = add nuw <32 x i32> %545, splat (i32 32767)
-  %549 = add nuw <32 x i32> %548, %547
-  %550 = lshr <32 x i32> %549, splat (i32 16)
-  %551 = trunc nuw <32 x i32> %550 to <32 x i16>
-  store <32 x i16> %551, ptr %invariant.gep866.us.i, align 2, !tbaa !5
-  %552 = getelementptr inbounds nuw i8, ptr %544, i64 128
-  %553 = load <32 x i32>, ptr %552, align 4, !tbaa !5
-  %554 = lshr <32 x i32> %553, splat (i32 16)
-  %555 = and <32 x i32> %554, splat (i32 1)
-  %556 = add nuw <32 x i32> %553, splat (i32 32767)
-  %557 = add nuw <32 x i32> %556, %555
-  %558 = lshr <32 x i32> %557, splat (i32 16)
-  %559 = trunc nuw <32 x i32> %558 to <32 x i16>
-  %gep867.us.1.i = getelementptr i8, ptr %invariant.gep866.us.i, i64 64
-  store <32 x i16> %559, ptr %gep867.us.1.i, align 2, !tbaa !5
-  %560 = getelementptr inbounds nuw i8, ptr %544, i64 256
-  %561 = load <32 x i32>, ptr %560, align 4, !tbaa !5
-  %562 = lshr <32 x i32> %561, splat (i32 16)
-  %563 = and <32 x i32> %562, splat (i32 1)
-  %564 = add nuw <32 x i32> %561, splat (i32 32767)
-  %565 = add nuw <32 x i32> %564, %563
-  %566 = lshr <32 x i32> %565, splat (i32 16)
-  %567 = trunc nuw <32 x i32> %566 to <32 x i16>
-  %gep867.us.2.i = getelementptr i8, ptr %invariant.gep866.us.i, i64 128
-  store <32 x i16> %567, ptr %gep867.us.2.i, align 2, !tbaa !5
-  %568 = getelementptr inbounds nuw i8, ptr %544, i64 384
-  %569 = load <32 x i32>, ptr %568, align 4, !tbaa !5
-  %570 = lshr <32 x i32> %569, splat (i32 16)
-  %571 = and <32 x i32> %570, splat (i32 1)
-  %572 = add nuw <32 x i32> %569, splat (i32 32767)
-  %573 = add nuw <32 x i32> %572, %571
-  %574 = lshr <32 x i32> %573, splat (i32 16)
-  %575 = trunc nuw <32 x i32> %574 to <32 x i16>
-  %gep867.us.3.i = getelementptr i8, ptr %invariant.gep866.us.i, i64 192
-  store <32 x i16> %575, ptr %gep867.us.3.i, align 2, !tbaa !5
-  %indvars.iv.next1126.i = add nuw nsw i64 %indvars.iv1125.i, 1
-  %exitcond1130.not.i = icmp eq i64 %indvars.iv.next1126.i, %wide.trip.count1129.i
-  br i1 %exitcond1130.not.i, label %for_body_r469.lr.ph.us.i, label %for_begin_d_0459.preheader.us.i, !prof !13
+for_begin_d_0438.preheader.us.i:                  ; preds = %for_begin_d_0438.preheader.lr.ph.us.i, %for_begin_d_0438.preheader.us.i
+  %indvars.iv1079.i = phi i64 [ 0, %for_begin_d_0438.preheader.lr.ph.us.i ], [ %indvars.iv.next1080.i, %for_begin_d_0438.preheader.us.i ]
+  %606 = and i64 %indvars.iv1079.i, 3
+  %607 = or disjoint i64 %606, %666
+  %608 = mul nsw i64 %607, %out_head
+  %609 = lshr i64 %indvars.iv1079.i, 2
+  %610 = add nsw i64 %609, %669
+  %611 = mul nsw i64 %610, %out_batch
+  %612 = getelementptr i16, ptr %out, i64 %611
+  %invariant.gep827.us.i = getelementptr i16, ptr %612, i64 %608
+  %.idx92 = shl nsw i64 %indvars.iv1079.i, 9
+  %613 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx92
+  %614 = load <32 x i32>, ptr %613, align 4, !tbaa !5
+  %615 = lshr <32 x i32> %614, splat (i32 16)
+  %616 = and <32 x i32> %615, splat (i32 1)
+  %617 = add nuw <32 x i32> %614, splat (i32 32767)
+  %618 = add nuw <32 x i32> %617, %616
+  %619 = lshr <32 x i32> %618, splat (i32 16)
+  %620 = trunc nuw <32 x i32> %619 to <32 x i16>
+  store <32 x i16> %620, ptr %invariant.gep827.us.i, align 2, !tbaa !5
+  %621 = getelementptr inbounds nuw i8, ptr %613, i64 128
+  %622 = load <32 x i32>, ptr %621, align 4, !tbaa !5
+  %623 = lshr <32 x i32> %622, splat (i32 16)
+  %624 = and <32 x i32> %623, splat (i32 1)
+  %625 = add nuw <32 x i32> %622, splat (i32 32767)
+  %626 = add nuw <32 x i32> %625, %624
+  %627 = lshr <32 x i32> %626, splat (i32 16)
+  %628 = trunc nuw <32 x i32> %627 to <32 x i16>
+  %gep828.us.1.i = getelementptr i8, ptr %invariant.gep827.us.i, i64 64
+  store <32 x i16> %628, ptr %gep828.us.1.i, align 2, !tbaa !5
+  %629 = getelementptr inbounds nuw i8, ptr %613, i64 256
+  %630 = load <32 x i32>, ptr %629, align 4, !tbaa !5
+  %631 = lshr <32 x i32> %630, splat (i32 16)
+  %632 = and <32 x i32> %631, splat (i32 1)
+  %633 = add nuw <32 x i32> %630, splat (i32 32767)
+  %634 = add nuw <32 x i32> %633, %632
+  %635 = lshr <32 x i32> %634, splat (i32 16)
+  %636 = trunc nuw <32 x i32> %635 to <32 x i16>
+  %gep828.us.2.i = getelementptr i8, ptr %invariant.gep827.us.i, i64 128
+  store <32 x i16> %636, ptr %gep828.us.2.i, align 2, !tbaa !5
+  %637 = getelementptr inbounds nuw i8, ptr %613, i64 384
+  %638 = load <32 x i32>, ptr %637, align 4, !tbaa !5
+  %639 = lshr <32 x i32> %638, splat (i32 16)
+  %640 = and <32 x i32> %639, splat (i32 1)
+  %641 = add nuw <32 x i32> %638, splat (i32 32767)
+  %642 = add nuw <32 x i32> %641, %640
+  %643 = lshr <32 x i32> %642, splat (i32 16)
+  %644 = trunc nuw <32 x i32> %643 to <32 x i16>
+  %gep828.us.3.i = getelementptr i8, ptr %invariant.gep827.us.i, i64 192
+  store <32 x i16> %644, ptr %gep828.us.3.i, align 2, !tbaa !5
+  %indvars.iv.next1080.i = add nuw nsw i64 %indvars.iv1079.i, 1
+  %exitcond1084.not.i = icmp eq i64 %indvars.iv.next1080.i, %wide.trip.count1083.i
+  br i1 %exitcond1084.not.i, label %for_body_r448.lr.ph.us.i, label %for_begin_d_0438.preheader.us.i, !prof !13
 
-for_begin_d_0419.preheader.us.i:                  ; preds = %for_end_d_0421.us.i, %if_end417.us.i
-  %indvars.iv1116.i = phi i64 [ %indvars.iv.next1117.i, %for_end_d_0421.us.i ], [ 0, %if_end417.us.i ]
-  %576 = shl nuw nsw i64 %indvars.iv1116.i, 2
-  %577 = getelementptr inbounds nuw float, ptr %factor536.i, i64 %576
-  %578 = load float, ptr %577, align 16, !tbaa !41
-  %579 = insertelement <16 x float> poison, float %578, i64 0
-  %580 = shufflevector <16 x float> %579, <16 x float> poison, <16 x i32> zeroinitializer
-  %581 = getelementptr inbounds nuw i8, ptr %577, i64 4
-  %582 = load float, ptr %581, align 4, !tbaa !41
-  %583 = insertelement <16 x float> poison, float %582, i64 0
-  %584 = shufflevector <16 x float> %583, <16 x float> poison, <16 x i32> zeroinitializer
-  %585 = getelementptr inbounds nuw i8, ptr %577, i64 8
-  %586 = load float, ptr %585, align 8, !tbaa !41
-  %587 = insertelement <16 x float> poison, float %586, i64 0
-  %588 = shufflevector <16 x float> %587, <16 x float> poison, <16 x i32> zeroinitializer
-  %589 = getelementptr inbounds nuw i8, ptr %577, i64 12
-  %590 = load float, ptr %589, align 4, !tbaa !41
-  %591 = insertelement <16 x float> poison, float %590, i64 0
-  %592 = shufflevector <16 x float> %591, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1195.i = shl nuw nsw i64 %indvars.iv1116.i, 11
-  %invariant.gep1267.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1195.i
-  %invariant.gep163 = getelementptr inbounds nuw float, ptr %invariant.gep161, i64 %576
-  br label %for_begin_ax1_0424.preheader.us.i
+for_begin_d_0398.preheader.us.i:                  ; preds = %for_end_d_0400.us.i, %if_end396.us.i
+  %indvars.iv1070.i = phi i64 [ %indvars.iv.next1071.i, %for_end_d_0400.us.i ], [ 0, %if_end396.us.i ]
+  %645 = shl nuw nsw i64 %indvars.iv1070.i, 2
+  %646 = getelementptr inbounds nuw float, ptr %factor515.i, i64 %645
+  %647 = load float, ptr %646, align 16, !tbaa !41
+  %648 = insertelement <16 x float> poison, float %647, i64 0
+  %649 = shufflevector <16 x float> %648, <16 x float> poison, <16 x i32> zeroinitializer
+  %650 = getelementptr inbounds nuw i8, ptr %646, i64 4
+  %651 = load float, ptr %650, align 4, !tbaa !41
+  %652 = insertelement <16 x float> poison, float %651, i64 0
+  %653 = shufflevector <16 x float> %652, <16 x float> poison, <16 x i32> zeroinitializer
+  %654 = getelementptr inbounds nuw i8, ptr %646, i64 8
+  %655 = load float, ptr %654, align 8, !tbaa !41
+  %656 = insertelement <16 x float> poison, float %655, i64 0
+  %657 = shufflevector <16 x float> %656, <16 x float> poison, <16 x i32> zeroinitializer
+  %658 = getelementptr inbounds nuw i8, ptr %646, i64 12
+  %659 = load float, ptr %658, align 4, !tbaa !41
+  %660 = insertelement <16 x float> poison, float %659, i64 0
+  %661 = shufflevector <16 x float> %660, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx1149.i = shl nuw nsw i64 %indvars.iv1070.i, 11
+  %invariant.gep1219.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1149.i
+  %invariant.gep166 = getelementptr inbounds nuw float, ptr %invariant.gep164, i64 %645
+  br label %for_begin_ax1_0403.preheader.us.i
 
-for_begin_d_0459.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %593 = sext i1 %.not569.us.i to i32
-  %594 = add nsw i32 %rdiv465.us.i, %593
-  %595 = sext i32 %594 to i64
-  %596 = add nsw i64 %406, %595
-  %597 = shl nsw i64 %596, 2
-  %598 = sext i32 %423 to i64
-  %599 = shl nsw i64 %598, 2
-  %600 = add nsw i64 %599, %409
-  %601 = tail call i32 @llvm.umin.i32(i32 %425, i32 16)
-  %wide.trip.count1129.i = zext nneg i32 %601 to i64
-  br label %for_begin_d_0459.preheader.us.i
+for_begin_d_0438.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %662 = sext i1 %.not547.us.i to i32
+  %663 = add nsw i32 %rdiv444.us.i, %662
+  %664 = sext i32 %663 to i64
+  %665 = add nsw i64 %475, %664
+  %666 = shl nsw i64 %665, 2
+  %667 = sext i32 %492 to i64
+  %668 = shl nsw i64 %667, 2
+  %669 = add nsw i64 %668, %478
+  %670 = tail call i32 @llvm.umin.i32(i32 %494, i32 16)
+  %wide.trip.count1083.i = zext nneg i32 %670 to i64
+  br label %for_begin_d_0438.preheader.us.i
 
-for_body_r469.lr.ph.us.i:                         ; preds = %for_begin_d_0459.preheader.us.i
-  %.idx570.us.i = shl nsw i64 %596, 4
-  %602 = getelementptr i8, ptr %lse, i64 %.idx570.us.i
-  %603 = and i64 %413, 4294967280
-  br label %for_body_r469.us.i
+for_body_r448.lr.ph.us.i:                         ; preds = %for_begin_d_0438.preheader.us.i
+  %.idx548.us.i = shl nsw i64 %665, 4
+  %671 = getelementptr i8, ptr %lse, i64 %.idx548.us.i
+  %672 = and i64 %482, 4294967280
+  br label %for_body_r448.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv229.in = phi i32 [ %indvars.iv229, %for_begin_number.i ], [ %362, %for_body_number.lr.ph.i ]
-  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %362, %for_body_number.lr.ph.i ]
-  %number854.i = phi i32 [ %403, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %604 = shl nuw nsw i32 %number854.i, 12
-  %605 = add i32 %391, %604
-  %smin492 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %605)
-  %smin493 = tail call i32 @llvm.smin.i32(i32 %smin492, i32 %361)
-  %smax494 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %606 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %smax471 = sext i32 %606 to i64
-  %607 = add i32 %606, %tree_size
-  %608 = sub i32 %context_len.i, %607
-  %609 = shl nuw nsw i32 %number854.i, 12
-  %610 = add i32 %391, %609
-  %smin476 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %610)
-  %smin477 = tail call i32 @llvm.smin.i32(i32 %smin476, i32 %361)
-  %smax478 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %611 = sub i32 %smin477, %smax478
-  %612 = shl nuw nsw i32 %number854.i, 12
-  %613 = add i32 %391, %612
-  %smin456 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %613)
-  %smin457 = tail call i32 @llvm.smin.i32(i32 %smin456, i32 %361)
-  %smax458 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %614 = sub i32 %smin457, %smax458
-  %615 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %616 = add i32 %615, %tree_size
-  %617 = sub i32 %context_len.i, %616
-  %618 = shl nuw nsw i32 %number854.i, 12
-  %619 = add i32 %391, %618
-  %smin436 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %619)
-  %smin437 = tail call i32 @llvm.smin.i32(i32 %smin436, i32 %361)
-  %smax438 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %620 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %smax419 = sext i32 %620 to i64
-  %621 = add i32 %620, %tree_size
-  %622 = sub i32 %context_len.i, %621
-  %623 = shl nuw nsw i32 %number854.i, 12
-  %624 = add i32 %391, %623
-  %smin423 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %624)
-  %smin424 = tail call i32 @llvm.smin.i32(i32 %smin423, i32 %361)
-  %smax425 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %625 = sub i32 %smin424, %smax425
-  %626 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %627 = add i32 %626, %tree_size
-  %indvars.iv229 = add i32 %indvars.iv229.in, 4096
-  %628 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.0.0.lcssa.i, i32 %indvars.iv)
-  %629 = add i32 %628, %tree_size
-  %630 = sub i32 %context_len.i, %629
-  %smin = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %indvars.iv229)
-  %smin231 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %361)
-  %631 = sub i32 %smin231, %628
-  %632 = sub i32 0, %628
-  %633 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %row_max.i = tail call ptr %633(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %634 = icmp eq ptr %row_max.i, null
-  br i1 %634, label %fused_attend_compute_.exit, label %if_end117.i, !prof !8
+  %indvars.iv234 = phi i32 [ %indvars.iv.next235, %for_begin_number.i ], [ %458, %for_body_number.lr.ph.i ]
+  %indvars.iv231.in = phi i32 [ %indvars.iv231, %for_begin_number.i ], [ %428, %for_body_number.lr.ph.i ]
+  %indvars.iv226 = phi i32 [ %indvars.iv.next227, %for_begin_number.i ], [ %457, %for_body_number.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %456, %for_body_number.lr.ph.i ]
+  %number815.i = phi i32 [ %472, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %smax466 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %673 = and i32 %smax466, 127
+  %674 = add i32 %indvars.iv, %673
+  %smax452 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %675 = add i32 %smax452, %indvars.iv231.in
+  %676 = and i32 %smax452, 127
+  %677 = sub i32 %675, %676
+  %678 = sext i32 %677 to i64
+  %679 = add i32 %indvars.iv, %676
+  %smax442 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %680 = and i32 %smax442, 127
+  %681 = add i32 %indvars.iv, %680
+  %smax418 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %682 = add i32 %smax418, %indvars.iv231.in
+  %683 = and i32 %smax418, 127
+  %684 = sub i32 %682, %683
+  %685 = sext i32 %684 to i64
+  %686 = add i32 %indvars.iv, %683
+  %smax416 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %687 = and i32 %smax416, 127
+  %688 = add i32 %indvars.iv, %687
+  %indvars.iv231 = add i32 %indvars.iv231.in, 4096
+  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %689 = and i32 %smax, 127
+  %690 = add i32 %indvars.iv, %689
+  %691 = sub i32 %690, %smax
+  %smin = tail call i32 @llvm.smin.i32(i32 %span532.sroa.3.0.lcssa.i, i32 %indvars.iv231)
+  %smin233 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %427)
+  %692 = add i32 %smin233, %indvars.iv234
+  %693 = add i32 %692, %689
+  %694 = sub i32 %693, %smax
+  %695 = add i32 %indvars.iv234, %689
+  %696 = sub i32 %695, %smax
+  %697 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %row_max.i = tail call ptr %697(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %698 = icmp eq ptr %row_max.i, null
+  br i1 %698, label %fused_attend_compute_.exit, label %if_end91.i, !prof !8
 
-if_end117.i:                                      ; preds = %for_body_number.i
-  %635 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %row_sum.i = tail call ptr %635(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %636 = icmp eq ptr %row_sum.i, null
-  br i1 %636, label %fused_attend_compute_.exit, label %if_end120.i, !prof !8
+if_end91.i:                                       ; preds = %for_body_number.i
+  %699 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %row_sum.i = tail call ptr %699(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %700 = icmp eq ptr %row_sum.i, null
+  br i1 %700, label %fused_attend_compute_.exit, label %if_end94.i, !prof !8
 
-if_end120.i:                                      ; preds = %if_end117.i
-  %637 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %637(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
-  %638 = icmp eq ptr %acc.i, null
-  br i1 %638, label %fused_attend_compute_.exit, label %if_end123.i, !prof !8
+if_end94.i:                                       ; preds = %if_end91.i
+  %701 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %701(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %702 = icmp eq ptr %acc.i, null
+  br i1 %702, label %fused_attend_compute_.exit, label %if_end97.i, !prof !8
 
-if_end123.i:                                      ; preds = %if_end120.i
-  %639 = shl nsw i32 %number854.i, 12
-  %640 = add nsw i32 %639, %362
-  %641 = add nsw i32 %640, 4096
-  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %640, i32 %span554.sroa.0.0.lcssa.i)
-  %642 = tail call i32 @llvm.smin.i32(i32 %641, i32 %key_end.i)
-  %643 = sub nsw i32 %642, %read_begin.i
-  %.fr877.i = freeze i32 %643
-  %644 = icmp slt i32 %.fr877.i, 1
-  %645 = tail call i32 @llvm.smax.i32(i32 %.fr877.i, i32 0)
-  %646 = add nuw nsw i32 %645, 127
-  %647 = lshr i32 %646, 7
-  %.not875.i = icmp eq i32 %647, 0
-  br i1 %.not875.i, label %for_begin_tile339.preheader.i, label %for_body_step.lr.ph.i, !prof !16
+if_end97.i:                                       ; preds = %if_end94.i
+  %703 = shl nsw i32 %number815.i, 12
+  %704 = add nsw i32 %703, %428
+  %705 = add nsw i32 %704, 4096
+  %706 = sub i32 %span532.sroa.0.0.lcssa.i, %704
+  %unseen.i = tail call i32 @llvm.smax.i32(i32 %706, i32 0)
+  %707 = and i32 %unseen.i, 127
+  %708 = add nsw i32 %unseen.i, %704
+  %709 = sub i32 %708, %707
+  %710 = tail call i32 @llvm.smin.i32(i32 %705, i32 %key_end.i)
+  %711 = sub nsw i32 %710, %709
+  %.fr838.i = freeze i32 %711
+  %712 = icmp slt i32 %.fr838.i, 1
+  %713 = tail call i32 @llvm.smax.i32(i32 %.fr838.i, i32 0)
+  %714 = add nuw nsw i32 %713, 127
+  %715 = lshr i32 %714, 7
+  %.not836.i = icmp eq i32 %715, 0
+  br i1 %.not836.i, label %for_begin_tile318.preheader.i, label %for_body_step.lr.ph.i, !prof !16
 
-for_body_step.lr.ph.i:                            ; preds = %if_end123.i
-  %648 = add nsw i32 %642, -1
-  %649 = sext i32 %read_begin.i to i64
-  %650 = sext i32 %642 to i64
-  %wide.trip.count1074.i = zext nneg i32 %647 to i64
-  %invariant.op.i = add nsw i64 %650, -128
-  %651 = getelementptr i8, ptr %394, i64 %smax471
-  %652 = getelementptr i8, ptr %395, i64 %smax419
+for_body_step.lr.ph.i:                            ; preds = %if_end97.i
+  %716 = add nsw i32 %710, -1
+  %717 = sext i32 %709 to i64
+  %718 = sext i32 %710 to i64
+  %wide.trip.count1028.i = zext nneg i32 %715 to i64
+  %invariant.op.i = add nsw i64 %718, -128
+  %719 = getelementptr i8, ptr %463, i64 %678
+  %720 = getelementptr i8, ptr %464, i64 %685
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end334.i
-  %indvars.iv.next1072.i = add nuw nsw i64 %indvars.iv1071.i, 1
-  %exitcond1075.not.i = icmp eq i64 %indvars.iv.next1072.i, %wide.trip.count1074.i
-  %indvars.iv.next227 = add i32 %indvars.iv226, -128
-  %indvars.iv.next233 = add i32 %indvars.iv232, -128
-  %indvars.iv.next235 = add i32 %indvars.iv234, -128
-  br i1 %exitcond1075.not.i, label %for_begin_tile339.preheader.i, label %for_body_step.i, !prof !13
+for_begin_step.i:                                 ; preds = %if_end313.i
+  %indvars.iv.next1026.i = add nuw nsw i64 %indvars.iv1025.i, 1
+  %exitcond1029.not.i = icmp eq i64 %indvars.iv.next1026.i, %wide.trip.count1028.i
+  %indvars.iv.next229 = add i32 %indvars.iv228, -128
+  %indvars.iv.next237 = add i32 %indvars.iv236, -128
+  %indvars.iv.next239 = add i32 %indvars.iv238, -128
+  br i1 %exitcond1029.not.i, label %for_begin_tile318.preheader.i, label %for_body_step.i, !prof !13
 
-for_begin_tile339.preheader.i:                    ; preds = %for_begin_step.i, %if_end123.i
-  %brmerge.i = or i1 %142, %644
-  br i1 %brmerge.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !42
+for_begin_tile318.preheader.i:                    ; preds = %for_begin_step.i, %if_end97.i
+  %brmerge.i = or i1 %144, %712
+  br i1 %brmerge.i, label %for_end_tile320.i, label %for_body_tile319.i, !prof !42
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv234 = phi i32 [ %indvars.iv.next235, %for_begin_step.i ], [ %632, %for_body_step.lr.ph.i ]
-  %indvars.iv232 = phi i32 [ %indvars.iv.next233, %for_begin_step.i ], [ %631, %for_body_step.lr.ph.i ]
-  %indvars.iv226 = phi i32 [ %indvars.iv.next227, %for_begin_step.i ], [ %630, %for_body_step.lr.ph.i ]
-  %indvars.iv1071.i = phi i64 [ %indvars.iv.next1072.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %smax491 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %indvars.iv1071.i.tr = trunc i64 %indvars.iv1071.i to i32
-  %653 = shl i32 %indvars.iv1071.i.tr, 7
-  %654 = add i32 %smax494, %653
-  %655 = sub i32 %smin493, %654
-  %656 = shl nuw nsw i64 %indvars.iv1071.i, 7
-  %scevgep472 = getelementptr i8, ptr %651, i64 %656
-  %657 = mul nsw i64 %indvars.iv1071.i, -128
-  %658 = trunc i64 %657 to i32
-  %659 = add i32 %608, %658
-  %smax473 = tail call i32 @llvm.smax.i32(i32 %659, i32 0)
-  %660 = zext nneg i32 %smax473 to i64
-  %smax475 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %661 = trunc i64 %657 to i32
-  %662 = add i32 %611, %661
-  %663 = shl i32 %smax473, 4
-  %664 = sext i32 %663 to i64
-  %665 = shl nsw i64 %664, 2
-  %smax455 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %666 = mul nsw i64 %indvars.iv1071.i, -128
-  %667 = trunc i64 %666 to i32
-  %668 = add i32 %614, %667
-  %669 = trunc i64 %666 to i32
-  %670 = add i32 %617, %669
-  %smax462 = tail call i32 @llvm.smax.i32(i32 %670, i32 0)
-  %671 = shl i32 %smax462, 4
-  %672 = sext i32 %671 to i64
-  %smax435 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %indvars.iv1071.i.tr541 = trunc i64 %indvars.iv1071.i to i32
-  %673 = shl i32 %indvars.iv1071.i.tr541, 7
-  %674 = add i32 %smax438, %673
-  %675 = sub i32 %smin437, %674
-  %676 = shl nuw nsw i64 %indvars.iv1071.i, 7
-  %scevgep = getelementptr i8, ptr %652, i64 %676
-  %677 = mul nsw i64 %indvars.iv1071.i, -128
-  %678 = trunc i64 %677 to i32
-  %679 = add i32 %622, %678
-  %smax420 = tail call i32 @llvm.smax.i32(i32 %679, i32 0)
-  %680 = zext nneg i32 %smax420 to i64
-  %smax422 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %681 = trunc i64 %677 to i32
-  %682 = add i32 %625, %681
-  %683 = trunc i64 %677 to i32
-  %684 = sub i32 %683, %smax425
-  %685 = shl i32 %smax420, 4
-  %686 = sext i32 %685 to i64
-  %687 = shl nsw i64 %686, 2
-  %indvars.iv1071.i.tr542 = trunc i64 %indvars.iv1071.i to i32
-  %688 = shl i32 %indvars.iv1071.i.tr542, 7
-  %689 = add i32 %627, %688
-  %690 = sub i32 %context_len.i, %689
-  %smax418 = tail call i32 @llvm.smax.i32(i32 %690, i32 0)
-  %691 = shl i32 %smax418, 4
-  %smax238 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %692 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %key_offsets.i = tail call ptr %692(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %693 = icmp eq ptr %key_offsets.i, null
-  br i1 %693, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
+  %indvars.iv238 = phi i32 [ %indvars.iv.next239, %for_begin_step.i ], [ %696, %for_body_step.lr.ph.i ]
+  %indvars.iv236 = phi i32 [ %indvars.iv.next237, %for_begin_step.i ], [ %694, %for_body_step.lr.ph.i ]
+  %indvars.iv228 = phi i32 [ %indvars.iv.next229, %for_begin_step.i ], [ %691, %for_body_step.lr.ph.i ]
+  %indvars.iv1025.i = phi i64 [ %indvars.iv.next1026.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %indvars.iv1025.i.tr = trunc i64 %indvars.iv1025.i to i32
+  %721 = shl i32 %indvars.iv1025.i.tr, 7
+  %722 = add i32 %smax466, %721
+  %723 = sub i32 %674, %722
+  %smax467 = tail call i32 @llvm.smax.i32(i32 %723, i32 0)
+  %724 = shl nuw nsw i64 %indvars.iv1025.i, 7
+  %scevgep453 = getelementptr i8, ptr %719, i64 %724
+  %indvars.iv1025.i.tr512 = trunc i64 %indvars.iv1025.i to i32
+  %725 = shl i32 %indvars.iv1025.i.tr512, 7
+  %726 = add i32 %smax452, %725
+  %727 = sub i32 %679, %726
+  %smax454 = tail call i32 @llvm.smax.i32(i32 %727, i32 0)
+  %728 = zext nneg i32 %smax454 to i64
+  %729 = shl i32 %smax454, 4
+  %730 = sext i32 %729 to i64
+  %731 = shl nsw i64 %730, 2
+  %indvars.iv1025.i.tr513 = trunc i64 %indvars.iv1025.i to i32
+  %732 = shl i32 %indvars.iv1025.i.tr513, 7
+  %733 = add i32 %smax442, %732
+  %734 = sub i32 %681, %733
+  %smax443 = tail call i32 @llvm.smax.i32(i32 %734, i32 0)
+  %735 = shl i32 %smax443, 4
+  %736 = sext i32 %735 to i64
+  %737 = shl nuw nsw i64 %indvars.iv1025.i, 7
+  %scevgep = getelementptr i8, ptr %720, i64 %737
+  %indvars.iv1025.i.tr514 = trunc i64 %indvars.iv1025.i to i32
+  %738 = shl i32 %indvars.iv1025.i.tr514, 7
+  %739 = add i32 %smax418, %738
+  %740 = sub i32 %686, %739
+  %smax419 = tail call i32 @llvm.smax.i32(i32 %740, i32 0)
+  %741 = zext nneg i32 %smax419 to i64
+  %742 = shl i32 %smax419, 4
+  %743 = sext i32 %742 to i64
+  %744 = shl nsw i64 %743, 2
+  %indvars.iv1025.i.tr515 = trunc i64 %indvars.iv1025.i to i32
+  %745 = shl i32 %indvars.iv1025.i.tr515, 7
+  %746 = add i32 %smax416, %745
+  %747 = sub i32 %688, %746
+  %smax417 = tail call i32 @llvm.smax.i32(i32 %747, i32 0)
+  %748 = shl i32 %smax417, 4
+  %smax242 = tail call i32 @llvm.smax.i32(i32 %indvars.iv228, i32 0)
+  %749 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %749(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %750 = icmp eq ptr %key_offsets.i, null
+  br i1 %750, label %fused_attend_compute_.exit, label %if_end100.i, !prof !8
 
-if_end126.i:                                      ; preds = %for_body_step.i
-  %694 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %value_offsets.i = tail call ptr %694(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %695 = icmp eq ptr %value_offsets.i, null
-  br i1 %695, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
+if_end100.i:                                      ; preds = %for_body_step.i
+  %751 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %751(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %752 = icmp eq ptr %value_offsets.i, null
+  br i1 %752, label %fused_attend_compute_.exit, label %if_end103.i, !prof !8
 
-if_end129.i:                                      ; preds = %if_end126.i
-  %696 = shl nsw i64 %indvars.iv1071.i, 7
-  %697 = add nsw i64 %696, %649
-  %698 = trunc i64 %697 to i32
-  %699 = sub i32 %642, %698
-  %700 = tail call i32 @llvm.smin.i32(i32 %699, i32 128)
-  %701 = add nsw i32 %700, 7
-  %702 = ashr i32 %701, 3
-  %703 = and i32 %701, -8
-  %704 = icmp slt i64 %697, %invariant.op.i
-  %705 = select i1 %704, i32 256, i32 %703
-  %706 = icmp sgt i32 %705, 0
-  br i1 %706, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+if_end103.i:                                      ; preds = %if_end100.i
+  %753 = shl nsw i64 %indvars.iv1025.i, 7
+  %754 = add nsw i64 %753, %717
+  %755 = trunc i64 %754 to i32
+  %756 = sub i32 %710, %755
+  %757 = tail call i32 @llvm.smin.i32(i32 %756, i32 128)
+  %758 = add nsw i32 %757, 7
+  %759 = ashr i32 %758, 3
+  %760 = and i32 %758, -8
+  %761 = icmp slt i64 %754, %invariant.op.i
+  %762 = select i1 %761, i32 256, i32 %760
+  %763 = icmp sgt i32 %762, 0
+  br i1 %763, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
-for_body_t.lr.ph.i:                               ; preds = %if_end129.i
-  %row_start.i = load i32, ptr %368, align 4, !tbaa !5
-  %707 = sext i32 %row_start.i to i64
-  %invariant.gep681.i = getelementptr i32, ptr %invariant.gep.i, i64 %707
-  %wide.trip.count946.i = zext nneg i32 %705 to i64
+for_body_t.lr.ph.i:                               ; preds = %if_end103.i
+  %row_start.i = load i32, ptr %434, align 4, !tbaa !5
+  %764 = sext i32 %row_start.i to i64
+  %invariant.gep657.i = getelementptr i32, ptr %invariant.gep.i, i64 %764
+  %wide.trip.count903.i = zext nneg i32 %762 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv943.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next944.i.1, %for_body_t.i ]
-  %708 = add nsw i64 %indvars.iv943.i, %697
-  %709 = trunc nsw i64 %708 to i32
-  %710 = tail call i32 @llvm.smin.i32(i32 %709, i32 %648)
-  %711 = sext i32 %710 to i64
-  %712 = ashr i64 %711, 4
-  %gep682.i = getelementptr i32, ptr %invariant.gep681.i, i64 %712
-  %713 = load i32, ptr %gep682.i, align 4, !tbaa !5
-  %block.i = sext i32 %713 to i64
-  %714 = and i64 %711, 15
-  %715 = mul nsw i64 %714, %k_row
-  %716 = mul nsw i64 %k_block, %block.i
-  %717 = add nsw i64 %715, %716
-  %718 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv943.i
-  store i64 %717, ptr %718, align 8, !tbaa !5
-  %indvars.iv.next944.i = or disjoint i64 %indvars.iv943.i, 1
-  %719 = add nsw i64 %indvars.iv.next944.i, %697
-  %720 = trunc nsw i64 %719 to i32
-  %721 = tail call i32 @llvm.smin.i32(i32 %720, i32 %648)
-  %722 = sext i32 %721 to i64
-  %723 = ashr i64 %722, 4
-  %gep682.i.1 = getelementptr i32, ptr %invariant.gep681.i, i64 %723
-  %724 = load i32, ptr %gep682.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %724 to i64
-  %725 = and i64 %722, 15
-  %726 = mul nsw i64 %725, %k_row
-  %727 = mul nsw i64 %k_block, %block.i.1
-  %728 = add nsw i64 %726, %727
-  %729 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next944.i
-  store i64 %728, ptr %729, align 8, !tbaa !5
-  %indvars.iv.next944.i.1 = add nuw nsw i64 %indvars.iv943.i, 2
-  %exitcond947.not.i.1 = icmp eq i64 %indvars.iv.next944.i.1, %wide.trip.count946.i
-  br i1 %exitcond947.not.i.1, label %for_body_t134.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !43
+  %indvars.iv900.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next901.i.1, %for_body_t.i ]
+  %765 = add nsw i64 %indvars.iv900.i, %754
+  %766 = trunc nsw i64 %765 to i32
+  %767 = tail call i32 @llvm.smin.i32(i32 %766, i32 %716)
+  %768 = sext i32 %767 to i64
+  %769 = ashr i64 %768, 4
+  %gep658.i = getelementptr i32, ptr %invariant.gep657.i, i64 %769
+  %770 = load i32, ptr %gep658.i, align 4, !tbaa !5
+  %block.i = sext i32 %770 to i64
+  %771 = and i64 %768, 15
+  %772 = mul nsw i64 %771, %k_row
+  %773 = mul nsw i64 %k_block, %block.i
+  %774 = add nsw i64 %772, %773
+  %775 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv900.i
+  store i64 %774, ptr %775, align 8, !tbaa !5
+  %indvars.iv.next901.i = or disjoint i64 %indvars.iv900.i, 1
+  %776 = add nsw i64 %indvars.iv.next901.i, %754
+  %777 = trunc nsw i64 %776 to i32
+  %778 = tail call i32 @llvm.smin.i32(i32 %777, i32 %716)
+  %779 = sext i32 %778 to i64
+  %780 = ashr i64 %779, 4
+  %gep658.i.1 = getelementptr i32, ptr %invariant.gep657.i, i64 %780
+  %781 = load i32, ptr %gep658.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %781 to i64
+  %782 = and i64 %779, 15
+  %783 = mul nsw i64 %782, %k_row
+  %784 = mul nsw i64 %k_block, %block.i.1
+  %785 = add nsw i64 %783, %784
+  %786 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next901.i
+  store i64 %785, ptr %786, align 8, !tbaa !5
+  %indvars.iv.next901.i.1 = add nuw nsw i64 %indvars.iv900.i, 2
+  %exitcond904.not.i.1 = icmp eq i64 %indvars.iv.next901.i.1, %wide.trip.count903.i
+  br i1 %exitcond904.not.i.1, label %for_body_t108.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !43
 
-for_body_t134.lr.ph.i:                            ; preds = %for_body_t.i
-  %row_start132.i = load i32, ptr %368, align 4, !tbaa !5
-  %730 = sext i32 %row_start132.i to i64
-  %invariant.gep685.i = getelementptr i32, ptr %invariant.gep.i, i64 %730
-  br label %for_body_t134.i
+for_body_t108.lr.ph.i:                            ; preds = %for_body_t.i
+  %row_start106.i = load i32, ptr %434, align 4, !tbaa !5
+  %787 = sext i32 %row_start106.i to i64
+  %invariant.gep661.i = getelementptr i32, ptr %invariant.gep.i, i64 %787
+  br label %for_body_t108.i
 
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t134.i, %if_end129.i
-  br i1 %370, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t108.i, %if_end103.i
+  br i1 %436, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %731 = icmp sgt i32 %702, 0
-  %732 = add i32 %tree_size, %698
-  %733 = sub i32 %context_len.i, %732
-  %734 = tail call i32 @llvm.smax.i32(i32 %733, i32 0)
-  %735 = zext nneg i32 %734 to i64
-  %736 = icmp eq i64 %indvars.iv1071.i, 0
-  %737 = insertelement <16 x i1> poison, i1 %736, i64 0
-  %738 = shufflevector <16 x i1> %737, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count960.i = zext nneg i32 %702 to i64
-  %739 = getelementptr i8, ptr %388, i64 %697
-  %740 = getelementptr i8, ptr %739, i64 %735
-  %scevgep421 = getelementptr i8, ptr %scevgep, i64 %680
-  %scevgep474 = getelementptr i8, ptr %scevgep472, i64 %660
-  %broadcast.splatinsert504 = insertelement <8 x i32> poison, i32 %734, i64 0
-  %broadcast.splat505 = shufflevector <8 x i32> %broadcast.splatinsert504, <8 x i32> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert447 = insertelement <8 x i32> poison, i32 %734, i64 0
-  %broadcast.splat448 = shufflevector <8 x i32> %broadcast.splatinsert447, <8 x i32> poison, <8 x i32> zeroinitializer
+  %788 = icmp sgt i32 %759, 0
+  %789 = add i32 %tree_size, %755
+  %790 = sub i32 %context_len.i, %789
+  %791 = tail call i32 @llvm.smax.i32(i32 %790, i32 0)
+  %792 = zext nneg i32 %791 to i64
+  %793 = icmp eq i64 %indvars.iv1025.i, 0
+  %794 = insertelement <16 x i1> poison, i1 %793, i64 0
+  %795 = shufflevector <16 x i1> %794, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count917.i = zext nneg i32 %759 to i64
+  %796 = getelementptr i8, ptr %454, i64 %754
+  %797 = getelementptr i8, ptr %796, i64 %792
+  %scevgep420 = getelementptr i8, ptr %scevgep, i64 %741
+  %scevgep455 = getelementptr i8, ptr %scevgep453, i64 %728
+  %broadcast.splatinsert475 = insertelement <8 x i32> poison, i32 %791, i64 0
+  %broadcast.splat476 = shufflevector <8 x i32> %broadcast.splatinsert475, <8 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splatinsert434 = insertelement <8 x i32> poison, i32 %791, i64 0
+  %broadcast.splat435 = shufflevector <8 x i32> %broadcast.splatinsert434, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %for_body_kv_head.i
 
-for_body_t134.i:                                  ; preds = %for_body_t134.i, %for_body_t134.lr.ph.i
-  %indvars.iv948.i = phi i64 [ 0, %for_body_t134.lr.ph.i ], [ %indvars.iv.next949.i.1, %for_body_t134.i ]
-  %741 = add nsw i64 %indvars.iv948.i, %697
-  %742 = trunc nsw i64 %741 to i32
-  %743 = tail call i32 @llvm.smin.i32(i32 %742, i32 %648)
-  %744 = sext i32 %743 to i64
-  %745 = ashr i64 %744, 4
-  %gep686.i = getelementptr i32, ptr %invariant.gep685.i, i64 %745
-  %746 = load i32, ptr %gep686.i, align 4, !tbaa !5
-  %block141.i = sext i32 %746 to i64
-  %747 = and i64 %744, 15
-  %748 = mul nsw i64 %747, %v_row
-  %749 = mul nsw i64 %v_block, %block141.i
-  %750 = add nsw i64 %748, %749
-  %751 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv948.i
-  store i64 %750, ptr %751, align 8, !tbaa !5
-  %indvars.iv.next949.i = or disjoint i64 %indvars.iv948.i, 1
-  %752 = add nsw i64 %indvars.iv.next949.i, %697
-  %753 = trunc nsw i64 %752 to i32
-  %754 = tail call i32 @llvm.smin.i32(i32 %753, i32 %648)
-  %755 = sext i32 %754 to i64
-  %756 = ashr i64 %755, 4
-  %gep686.i.1 = getelementptr i32, ptr %invariant.gep685.i, i64 %756
-  %757 = load i32, ptr %gep686.i.1, align 4, !tbaa !5
-  %block141.i.1 = sext i32 %757 to i64
-  %758 = and i64 %755, 15
-  %759 = mul nsw i64 %758, %v_row
-  %760 = mul nsw i64 %v_block, %block141.i.1
-  %761 = add nsw i64 %759, %760
-  %762 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next949.i
-  store i64 %761, ptr %762, align 8, !tbaa !5
-  %indvars.iv.next949.i.1 = add nuw nsw i64 %indvars.iv948.i, 2
-  %exitcond952.not.i.1 = icmp eq i64 %indvars.iv.next949.i.1, %wide.trip.count946.i
-  br i1 %exitcond952.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t134.i, !prof !13, !llvm.loop !44
+for_body_t108.i:                                  ; preds = %for_body_t108.i, %for_body_t108.lr.ph.i
+  %indvars.iv905.i = phi i64 [ 0, %for_body_t108.lr.ph.i ], [ %indvars.iv.next906.i.1, %for_body_t108.i ]
+  %798 = add nsw i64 %indvars.iv905.i, %754
+  %799 = trunc nsw i64 %798 to i32
+  %800 = tail call i32 @llvm.smin.i32(i32 %799, i32 %716)
+  %801 = sext i32 %800 to i64
+  %802 = ashr i64 %801, 4
+  %gep662.i = getelementptr i32, ptr %invariant.gep661.i, i64 %802
+  %803 = load i32, ptr %gep662.i, align 4, !tbaa !5
+  %block115.i = sext i32 %803 to i64
+  %804 = and i64 %801, 15
+  %805 = mul nsw i64 %804, %v_row
+  %806 = mul nsw i64 %v_block, %block115.i
+  %807 = add nsw i64 %805, %806
+  %808 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv905.i
+  store i64 %807, ptr %808, align 8, !tbaa !5
+  %indvars.iv.next906.i = or disjoint i64 %indvars.iv905.i, 1
+  %809 = add nsw i64 %indvars.iv.next906.i, %754
+  %810 = trunc nsw i64 %809 to i32
+  %811 = tail call i32 @llvm.smin.i32(i32 %810, i32 %716)
+  %812 = sext i32 %811 to i64
+  %813 = ashr i64 %812, 4
+  %gep662.i.1 = getelementptr i32, ptr %invariant.gep661.i, i64 %813
+  %814 = load i32, ptr %gep662.i.1, align 4, !tbaa !5
+  %block115.i.1 = sext i32 %814 to i64
+  %815 = and i64 %812, 15
+  %816 = mul nsw i64 %815, %v_row
+  %817 = mul nsw i64 %v_block, %block115.i.1
+  %818 = add nsw i64 %816, %817
+  %819 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next906.i
+  store i64 %818, ptr %819, align 8, !tbaa !5
+  %indvars.iv.next906.i.1 = add nuw nsw i64 %indvars.iv905.i, 2
+  %exitcond909.not.i.1 = icmp eq i64 %indvars.iv.next906.i.1, %wide.trip.count903.i
+  br i1 %exitcond909.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t108.i, !prof !13, !llvm.loop !44
 
-for_begin_kv_head.i:                              ; preds = %if_end328.i
-  %indvars.iv.next1067.i = add nuw nsw i64 %indvars.iv1066.i, 1
-  %exitcond1070.not.i = icmp eq i64 %indvars.iv.next1067.i, %wide.trip.count1069.i
-  br i1 %exitcond1070.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+for_begin_kv_head.i:                              ; preds = %if_end307.i
+  %indvars.iv.next1021.i = add nuw nsw i64 %indvars.iv1020.i, 1
+  %exitcond1024.not.i = icmp eq i64 %indvars.iv.next1021.i, %wide.trip.count1023.i
+  br i1 %exitcond1024.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
-  %indvars.iv1066.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1067.i, %for_begin_kv_head.i ]
-  %763 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %k_tile.i = tail call ptr %763(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %764 = icmp eq ptr %k_tile.i, null
-  br i1 %764, label %fused_attend_compute_.exit, label %if_end145.i, !prof !8
+  %indvars.iv1020.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1021.i, %for_begin_kv_head.i ]
+  %820 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %k_tile.i = tail call ptr %820(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %821 = icmp eq ptr %k_tile.i, null
+  br i1 %821, label %fused_attend_compute_.exit, label %if_end119.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
-  %765 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %766 = tail call i32 %765(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not574.i = icmp eq i32 %766, 0
-  br i1 %.not574.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !38
+  %822 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %823 = tail call i32 %822(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not552.i = icmp eq i32 %823, 0
+  br i1 %.not552.i, label %if_end313.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end145.i:                                      ; preds = %for_body_kv_head.i
-  %767 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %v_tile.i = tail call ptr %767(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %768 = icmp eq ptr %v_tile.i, null
-  br i1 %768, label %fused_attend_compute_.exit, label %if_end148.i, !prof !8
+if_end119.i:                                      ; preds = %for_body_kv_head.i
+  %824 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %v_tile.i = tail call ptr %824(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %825 = icmp eq ptr %v_tile.i, null
+  br i1 %825, label %fused_attend_compute_.exit, label %if_end122.i, !prof !8
 
-if_end148.i:                                      ; preds = %if_end145.i
-  %769 = add nsw i64 %indvars.iv1066.i, %371
-  br i1 %731, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
+if_end122.i:                                      ; preds = %if_end119.i
+  %826 = add nsw i64 %indvars.iv1020.i, %437
+  br i1 %788, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
 
-for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end148.i
-  %770 = mul nsw i64 %769, %k_head
-  %invariant.gep687.i = getelementptr i32, ptr %key_cache, i64 %770
+for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end122.i
+  %827 = mul nsw i64 %826, %k_head
+  %invariant.gep663.i = getelementptr i32, ptr %key_cache, i64 %827
   br label %for_begin_ti.preheader.i
 
-for_begin_ti155.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
-  %771 = mul nsw i64 %769, %v_head
-  %invariant.gep704.i = getelementptr i32, ptr %value_cache, i64 %771
-  br label %for_begin_ti155.preheader.i
+for_begin_ti129.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
+  %828 = mul nsw i64 %826, %v_head
+  %invariant.gep680.i = getelementptr i32, ptr %value_cache, i64 %828
+  br label %for_begin_ti129.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
-  %indvars.iv957.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next958.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv957.i, 6
-  %772 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
-  %773 = load i64, ptr %772, align 8, !tbaa !5
-  %gep.i = getelementptr i32, ptr %invariant.gep687.i, i64 %773
-  %774 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !5
-  %775 = shl <16 x i32> %774, splat (i32 16)
-  %.idx74 = shl nsw i64 %indvars.iv957.i, 12
-  %776 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx74
-  store <16 x i32> %775, ptr %776, align 4, !tbaa !5
-  %777 = load i64, ptr %772, align 8, !tbaa !5
-  %gep689.i = getelementptr i32, ptr %invariant.gep687.i, i64 %777
-  %778 = load <16 x i32>, ptr %gep689.i, align 4, !tbaa !5
-  %779 = and <16 x i32> %778, %375
-  %780 = getelementptr inbounds nuw i8, ptr %776, i64 64
-  store <16 x i32> %779, ptr %780, align 4, !tbaa !5
-  %781 = load i64, ptr %772, align 8, !tbaa !5
-  %gep691.i = getelementptr i32, ptr %invariant.gep687.i, i64 %781
-  %782 = getelementptr i8, ptr %gep691.i, i64 64
-  %783 = load <16 x i32>, ptr %782, align 4, !tbaa !5
-  %784 = shl <16 x i32> %783, splat (i32 16)
-  %785 = getelementptr inbounds nuw i8, ptr %776, i64 128
-  store <16 x i32> %784, ptr %785, align 4, !tbaa !5
-  %786 = load i64, ptr %772, align 8, !tbaa !5
-  %gep693.i = getelementptr i32, ptr %invariant.gep687.i, i64 %786
-  %787 = getelementptr i8, ptr %gep693.i, i64 64
-  %788 = load <16 x i32>, ptr %787, align 4, !tbaa !5
-  %789 = and <16 x i32> %788, %375
-  %790 = getelementptr inbounds nuw i8, ptr %776, i64 192
-  store <16 x i32> %789, ptr %790, align 4, !tbaa !5
-  %791 = load i64, ptr %772, align 8, !tbaa !5
-  %gep695.i = getelementptr i32, ptr %invariant.gep687.i, i64 %791
-  %792 = getelementptr i8, ptr %gep695.i, i64 128
-  %793 = load <16 x i32>, ptr %792, align 4, !tbaa !5
-  %794 = shl <16 x i32> %793, splat (i32 16)
-  %795 = getelementptr inbounds nuw i8, ptr %776, i64 256
-  store <16 x i32> %794, ptr %795, align 4, !tbaa !5
-  %796 = load i64, ptr %772, align 8, !tbaa !5
-  %gep697.i = getelementptr i32, ptr %invariant.gep687.i, i64 %796
-  %797 = getelementptr i8, ptr %gep697.i, i64 128
-  %798 = load <16 x i32>, ptr %797, align 4, !tbaa !5
-  %799 = and <16 x i32> %798, %375
-  %800 = getelementptr inbounds nuw i8, ptr %776, i64 320
-  store <16 x i32> %799, ptr %800, align 4, !tbaa !5
-  %801 = load i64, ptr %772, align 8, !tbaa !5
-  %gep699.i = getelementptr i32, ptr %invariant.gep687.i, i64 %801
-  %802 = getelementptr i8, ptr %gep699.i, i64 192
-  %803 = load <16 x i32>, ptr %802, align 4, !tbaa !5
-  %804 = shl <16 x i32> %803, splat (i32 16)
-  %805 = getelementptr inbounds nuw i8, ptr %776, i64 384
-  store <16 x i32> %804, ptr %805, align 4, !tbaa !5
-  %806 = load i64, ptr %772, align 8, !tbaa !5
-  %gep701.i = getelementptr i32, ptr %invariant.gep687.i, i64 %806
-  %807 = getelementptr i8, ptr %gep701.i, i64 192
-  %808 = load <16 x i32>, ptr %807, align 4, !tbaa !5
-  %809 = and <16 x i32> %808, %375
-  %810 = getelementptr inbounds nuw i8, ptr %776, i64 448
-  store <16 x i32> %809, ptr %810, align 4, !tbaa !5
-  %811 = getelementptr inbounds nuw i8, ptr %772, i64 8
-  %812 = load i64, ptr %811, align 8, !tbaa !5
-  %gep.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %812
-  %813 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !5
-  %814 = shl <16 x i32> %813, splat (i32 16)
-  %815 = getelementptr inbounds nuw i8, ptr %776, i64 512
-  store <16 x i32> %814, ptr %815, align 4, !tbaa !5
-  %816 = load i64, ptr %811, align 8, !tbaa !5
-  %gep689.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %816
-  %817 = load <16 x i32>, ptr %gep689.1.i, align 4, !tbaa !5
-  %818 = and <16 x i32> %817, %375
-  %819 = getelementptr inbounds nuw i8, ptr %776, i64 576
-  store <16 x i32> %818, ptr %819, align 4, !tbaa !5
-  %820 = load i64, ptr %811, align 8, !tbaa !5
-  %gep691.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %820
-  %821 = getelementptr i8, ptr %gep691.1.i, i64 64
-  %822 = load <16 x i32>, ptr %821, align 4, !tbaa !5
-  %823 = shl <16 x i32> %822, splat (i32 16)
-  %824 = getelementptr inbounds nuw i8, ptr %776, i64 640
-  store <16 x i32> %823, ptr %824, align 4, !tbaa !5
-  %825 = load i64, ptr %811, align 8, !tbaa !5
-  %gep693.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %825
-  %826 = getelementptr i8, ptr %gep693.1.i, i64 64
-  %827 = load <16 x i32>, ptr %826, align 4, !tbaa !5
-  %828 = and <16 x i32> %827, %375
-  %829 = getelementptr inbounds nuw i8, ptr %776, i64 704
-  store <16 x i32> %828, ptr %829, align 4, !tbaa !5
-  %830 = load i64, ptr %811, align 8, !tbaa !5
-  %gep695.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %830
-  %831 = getelementptr i8, ptr %gep695.1.i, i64 128
-  %832 = load <16 x i32>, ptr %831, align 4, !tbaa !5
-  %833 = shl <16 x i32> %832, splat (i32 16)
-  %834 = getelementptr inbounds nuw i8, ptr %776, i64 768
-  store <16 x i32> %833, ptr %834, align 4, !tbaa !5
-  %835 = load i64, ptr %811, align 8, !tbaa !5
-  %gep697.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %835
-  %836 = getelementptr i8, ptr %gep697.1.i, i64 128
-  %837 = load <16 x i32>, ptr %836, align 4, !tbaa !5
-  %838 = and <16 x i32> %837, %375
-  %839 = getelementptr inbounds nuw i8, ptr %776, i64 832
-  store <16 x i32> %838, ptr %839, align 4, !tbaa !5
-  %840 = load i64, ptr %811, align 8, !tbaa !5
-  %gep699.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %840
-  %841 = getelementptr i8, ptr %gep699.1.i, i64 192
-  %842 = load <16 x i32>, ptr %841, align 4, !tbaa !5
-  %843 = shl <16 x i32> %842, splat (i32 16)
-  %844 = getelementptr inbounds nuw i8, ptr %776, i64 896
-  store <16 x i32> %843, ptr %844, align 4, !tbaa !5
-  %845 = load i64, ptr %811, align 8, !tbaa !5
-  %gep701.1.i = getelementptr i32, ptr %invariant.gep687.i, i64 %845
-  %846 = getelementptr i8, ptr %gep701.1.i, i64 192
-  %847 = load <16 x i32>, ptr %846, align 4, !tbaa !5
-  %848 = and <16 x i32> %847, %375
-  %849 = getelementptr inbounds nuw i8, ptr %776, i64 960
-  store <16 x i32> %848, ptr %849, align 4, !tbaa !5
-  %850 = getelementptr inbounds nuw i8, ptr %772, i64 16
-  %851 = load i64, ptr %850, align 8, !tbaa !5
-  %gep.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %851
-  %852 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !5
-  %853 = shl <16 x i32> %852, splat (i32 16)
-  %854 = getelementptr inbounds nuw i8, ptr %776, i64 1024
-  store <16 x i32> %853, ptr %854, align 4, !tbaa !5
-  %855 = load i64, ptr %850, align 8, !tbaa !5
-  %gep689.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %855
-  %856 = load <16 x i32>, ptr %gep689.2.i, align 4, !tbaa !5
-  %857 = and <16 x i32> %856, %375
-  %858 = getelementptr inbounds nuw i8, ptr %776, i64 1088
-  store <16 x i32> %857, ptr %858, align 4, !tbaa !5
-  %859 = load i64, ptr %850, align 8, !tbaa !5
-  %gep691.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %859
-  %860 = getelementptr i8, ptr %gep691.2.i, i64 64
-  %861 = load <16 x i32>, ptr %860, align 4, !tbaa !5
-  %862 = shl <16 x i32> %861, splat (i32 16)
-  %863 = getelementptr inbounds nuw i8, ptr %776, i64 1152
-  store <16 x i32> %862, ptr %863, align 4, !tbaa !5
-  %864 = load i64, ptr %850, align 8, !tbaa !5
-  %gep693.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %864
-  %865 = getelementptr i8, ptr %gep693.2.i, i64 64
-  %866 = load <16 x i32>, ptr %865, align 4, !tbaa !5
-  %867 = and <16 x i32> %866, %375
-  %868 = getelementptr inbounds nuw i8, ptr %776, i64 1216
-  store <16 x i32> %867, ptr %868, align 4, !tbaa !5
-  %869 = load i64, ptr %850, align 8, !tbaa !5
-  %gep695.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %869
-  %870 = getelementptr i8, ptr %gep695.2.i, i64 128
-  %871 = load <16 x i32>, ptr %870, align 4, !tbaa !5
-  %872 = shl <16 x i32> %871, splat (i32 16)
-  %873 = getelementptr inbounds nuw i8, ptr %776, i64 1280
-  store <16 x i32> %872, ptr %873, align 4, !tbaa !5
-  %874 = load i64, ptr %850, align 8, !tbaa !5
-  %gep697.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %874
-  %875 = getelementptr i8, ptr %gep697.2.i, i64 128
-  %876 = load <16 x i32>, ptr %875, align 4, !tbaa !5
-  %877 = and <16 x i32> %876, %375
-  %878 = getelementptr inbounds nuw i8, ptr %776, i64 1344
-  store <16 x i32> %877, ptr %878, align 4, !tbaa !5
-  %879 = load i64, ptr %850, align 8, !tbaa !5
-  %gep699.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %879
-  %880 = getelementptr i8, ptr %gep699.2.i, i64 192
-  %881 = load <16 x i32>, ptr %880, align 4, !tbaa !5
-  %882 = shl <16 x i32> %881, splat (i32 16)
-  %883 = getelementptr inbounds nuw i8, ptr %776, i64 1408
-  store <16 x i32> %882, ptr %883, align 4, !tbaa !5
-  %884 = load i64, ptr %850, align 8, !tbaa !5
-  %gep701.2.i = getelementptr i32, ptr %invariant.gep687.i, i64 %884
-  %885 = getelementptr i8, ptr %gep701.2.i, i64 192
-  %886 = load <16 x i32>, ptr %885, align 4, !tbaa !5
-  %887 = and <16 x i32> %886, %375
-  %888 = getelementptr inbounds nuw i8, ptr %776, i64 1472
-  store <16 x i32> %887, ptr %888, align 4, !tbaa !5
-  %889 = getelementptr inbounds nuw i8, ptr %772, i64 24
-  %890 = load i64, ptr %889, align 8, !tbaa !5
-  %gep.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %890
-  %891 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !5
-  %892 = shl <16 x i32> %891, splat (i32 16)
-  %893 = getelementptr inbounds nuw i8, ptr %776, i64 1536
-  store <16 x i32> %892, ptr %893, align 4, !tbaa !5
-  %894 = load i64, ptr %889, align 8, !tbaa !5
-  %gep689.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %894
-  %895 = load <16 x i32>, ptr %gep689.3.i, align 4, !tbaa !5
-  %896 = and <16 x i32> %895, %375
-  %897 = getelementptr inbounds nuw i8, ptr %776, i64 1600
-  store <16 x i32> %896, ptr %897, align 4, !tbaa !5
-  %898 = load i64, ptr %889, align 8, !tbaa !5
-  %gep691.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %898
-  %899 = getelementptr i8, ptr %gep691.3.i, i64 64
-  %900 = load <16 x i32>, ptr %899, align 4, !tbaa !5
-  %901 = shl <16 x i32> %900, splat (i32 16)
-  %902 = getelementptr inbounds nuw i8, ptr %776, i64 1664
-  store <16 x i32> %901, ptr %902, align 4, !tbaa !5
-  %903 = load i64, ptr %889, align 8, !tbaa !5
-  %gep693.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %903
-  %904 = getelementptr i8, ptr %gep693.3.i, i64 64
-  %905 = load <16 x i32>, ptr %904, align 4, !tbaa !5
-  %906 = and <16 x i32> %905, %375
-  %907 = getelementptr inbounds nuw i8, ptr %776, i64 1728
-  store <16 x i32> %906, ptr %907, align 4, !tbaa !5
-  %908 = load i64, ptr %889, align 8, !tbaa !5
-  %gep695.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %908
-  %909 = getelementptr i8, ptr %gep695.3.i, i64 128
-  %910 = load <16 x i32>, ptr %909, align 4, !tbaa !5
-  %911 = shl <16 x i32> %910, splat (i32 16)
-  %912 = getelementptr inbounds nuw i8, ptr %776, i64 1792
-  store <16 x i32> %911, ptr %912, align 4, !tbaa !5
-  %913 = load i64, ptr %889, align 8, !tbaa !5
-  %gep697.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %913
-  %914 = getelementptr i8, ptr %gep697.3.i, i64 128
-  %915 = load <16 x i32>, ptr %914, align 4, !tbaa !5
-  %916 = and <16 x i32> %915, %375
-  %917 = getelementptr inbounds nuw i8, ptr %776, i64 1856
-  store <16 x i32> %916, ptr %917, align 4, !tbaa !5
-  %918 = load i64, ptr %889, align 8, !tbaa !5
-  %gep699.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %918
-  %919 = getelementptr i8, ptr %gep699.3.i, i64 192
-  %920 = load <16 x i32>, ptr %919, align 4, !tbaa !5
-  %921 = shl <16 x i32> %920, splat (i32 16)
-  %922 = getelementptr inbounds nuw i8, ptr %776, i64 1920
-  store <16 x i32> %921, ptr %922, align 4, !tbaa !5
-  %923 = load i64, ptr %889, align 8, !tbaa !5
-  %gep701.3.i = getelementptr i32, ptr %invariant.gep687.i, i64 %923
-  %924 = getelementptr i8, ptr %gep701.3.i, i64 192
-  %925 = load <16 x i32>, ptr %924, align 4, !tbaa !5
-  %926 = and <16 x i32> %925, %375
-  %927 = getelementptr inbounds nuw i8, ptr %776, i64 1984
-  store <16 x i32> %926, ptr %927, align 4, !tbaa !5
-  %928 = getelementptr inbounds nuw i8, ptr %772, i64 32
-  %929 = load i64, ptr %928, align 8, !tbaa !5
-  %gep.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %929
-  %930 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !5
-  %931 = shl <16 x i32> %930, splat (i32 16)
-  %932 = getelementptr inbounds nuw i8, ptr %776, i64 2048
-  store <16 x i32> %931, ptr %932, align 4, !tbaa !5
-  %933 = load i64, ptr %928, align 8, !tbaa !5
-  %gep689.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %933
-  %934 = load <16 x i32>, ptr %gep689.4.i, align 4, !tbaa !5
-  %935 = and <16 x i32> %934, %375
-  %936 = getelementptr inbounds nuw i8, ptr %776, i64 2112
-  store <16 x i32> %935, ptr %936, align 4, !tbaa !5
-  %937 = load i64, ptr %928, align 8, !tbaa !5
-  %gep691.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %937
-  %938 = getelementptr i8, ptr %gep691.4.i, i64 64
-  %939 = load <16 x i32>, ptr %938, align 4, !tbaa !5
-  %940 = shl <16 x i32> %939, splat (i32 16)
-  %941 = getelementptr inbounds nuw i8, ptr %776, i64 2176
-  store <16 x i32> %940, ptr %941, align 4, !tbaa !5
-  %942 = load i64, ptr %928, align 8, !tbaa !5
-  %gep693.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %942
-  %943 = getelementptr i8, ptr %gep693.4.i, i64 64
-  %944 = load <16 x i32>, ptr %943, align 4, !tbaa !5
-  %945 = and <16 x i32> %944, %375
-  %946 = getelementptr inbounds nuw i8, ptr %776, i64 2240
-  store <16 x i32> %945, ptr %946, align 4, !tbaa !5
-  %947 = load i64, ptr %928, align 8, !tbaa !5
-  %gep695.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %947
-  %948 = getelementptr i8, ptr %gep695.4.i, i64 128
-  %949 = load <16 x i32>, ptr %948, align 4, !tbaa !5
-  %950 = shl <16 x i32> %949, splat (i32 16)
-  %951 = getelementptr inbounds nuw i8, ptr %776, i64 2304
-  store <16 x i32> %950, ptr %951, align 4, !tbaa !5
-  %952 = load i64, ptr %928, align 8, !tbaa !5
-  %gep697.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %952
-  %953 = getelementptr i8, ptr %gep697.4.i, i64 128
-  %954 = load <16 x i32>, ptr %953, align 4, !tbaa !5
-  %955 = and <16 x i32> %954, %375
-  %956 = getelementptr inbounds nuw i8, ptr %776, i64 2368
-  store <16 x i32> %955, ptr %956, align 4, !tbaa !5
-  %957 = load i64, ptr %928, align 8, !tbaa !5
-  %gep699.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %957
-  %958 = getelementptr i8, ptr %gep699.4.i, i64 192
-  %959 = load <16 x i32>, ptr %958, align 4, !tbaa !5
-  %960 = shl <16 x i32> %959, splat (i32 16)
-  %961 = getelementptr inbounds nuw i8, ptr %776, i64 2432
-  store <16 x i32> %960, ptr %961, align 4, !tbaa !5
-  %962 = load i64, ptr %928, align 8, !tbaa !5
-  %gep701.4.i = getelementptr i32, ptr %invariant.gep687.i, i64 %962
-  %963 = getelementptr i8, ptr %gep701.4.i, i64 192
-  %964 = load <16 x i32>, ptr %963, align 4, !tbaa !5
-  %965 = and <16 x i32> %964, %375
-  %966 = getelementptr inbounds nuw i8, ptr %776, i64 2496
-  store <16 x i32> %965, ptr %966, align 4, !tbaa !5
-  %967 = getelementptr inbounds nuw i8, ptr %772, i64 40
-  %968 = load i64, ptr %967, align 8, !tbaa !5
-  %gep.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %968
-  %969 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !5
-  %970 = shl <16 x i32> %969, splat (i32 16)
-  %971 = getelementptr inbounds nuw i8, ptr %776, i64 2560
-  store <16 x i32> %970, ptr %971, align 4, !tbaa !5
-  %972 = load i64, ptr %967, align 8, !tbaa !5
-  %gep689.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %972
-  %973 = load <16 x i32>, ptr %gep689.5.i, align 4, !tbaa !5
-  %974 = and <16 x i32> %973, %375
-  %975 = getelementptr inbounds nuw i8, ptr %776, i64 2624
-  store <16 x i32> %974, ptr %975, align 4, !tbaa !5
-  %976 = load i64, ptr %967, align 8, !tbaa !5
-  %gep691.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %976
-  %977 = getelementptr i8, ptr %gep691.5.i, i64 64
-  %978 = load <16 x i32>, ptr %977, align 4, !tbaa !5
-  %979 = shl <16 x i32> %978, splat (i32 16)
-  %980 = getelementptr inbounds nuw i8, ptr %776, i64 2688
-  store <16 x i32> %979, ptr %980, align 4, !tbaa !5
-  %981 = load i64, ptr %967, align 8, !tbaa !5
-  %gep693.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %981
-  %982 = getelementptr i8, ptr %gep693.5.i, i64 64
-  %983 = load <16 x i32>, ptr %982, align 4, !tbaa !5
-  %984 = and <16 x i32> %983, %375
-  %985 = getelementptr inbounds nuw i8, ptr %776, i64 2752
-  store <16 x i32> %984, ptr %985, align 4, !tbaa !5
-  %986 = load i64, ptr %967, align 8, !tbaa !5
-  %gep695.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %986
-  %987 = getelementptr i8, ptr %gep695.5.i, i64 128
-  %988 = load <16 x i32>, ptr %987, align 4, !tbaa !5
-  %989 = shl <16 x i32> %988, splat (i32 16)
-  %990 = getelementptr inbounds nuw i8, ptr %776, i64 2816
-  store <16 x i32> %989, ptr %990, align 4, !tbaa !5
-  %991 = load i64, ptr %967, align 8, !tbaa !5
-  %gep697.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %991
-  %992 = getelementptr i8, ptr %gep697.5.i, i64 128
-  %993 = load <16 x i32>, ptr %992, align 4, !tbaa !5
-  %994 = and <16 x i32> %993, %375
-  %995 = getelementptr inbounds nuw i8, ptr %776, i64 2880
-  store <16 x i32> %994, ptr %995, align 4, !tbaa !5
-  %996 = load i64, ptr %967, align 8, !tbaa !5
-  %gep699.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %996
-  %997 = getelementptr i8, ptr %gep699.5.i, i64 192
-  %998 = load <16 x i32>, ptr %997, align 4, !tbaa !5
-  %999 = shl <16 x i32> %998, splat (i32 16)
-  %1000 = getelementptr inbounds nuw i8, ptr %776, i64 2944
-  store <16 x i32> %999, ptr %1000, align 4, !tbaa !5
-  %1001 = load i64, ptr %967, align 8, !tbaa !5
-  %gep701.5.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1001
-  %1002 = getelementptr i8, ptr %gep701.5.i, i64 192
-  %1003 = load <16 x i32>, ptr %1002, align 4, !tbaa !5
-  %1004 = and <16 x i32> %1003, %375
-  %1005 = getelementptr inbounds nuw i8, ptr %776, i64 3008
-  store <16 x i32> %1004, ptr %1005, align 4, !tbaa !5
-  %1006 = getelementptr inbounds nuw i8, ptr %772, i64 48
-  %1007 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1007
-  %1008 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !5
-  %1009 = shl <16 x i32> %1008, splat (i32 16)
-  %1010 = getelementptr inbounds nuw i8, ptr %776, i64 3072
-  store <16 x i32> %1009, ptr %1010, align 4, !tbaa !5
-  %1011 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep689.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1011
-  %1012 = load <16 x i32>, ptr %gep689.6.i, align 4, !tbaa !5
-  %1013 = and <16 x i32> %1012, %375
-  %1014 = getelementptr inbounds nuw i8, ptr %776, i64 3136
-  store <16 x i32> %1013, ptr %1014, align 4, !tbaa !5
-  %1015 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep691.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1015
-  %1016 = getelementptr i8, ptr %gep691.6.i, i64 64
-  %1017 = load <16 x i32>, ptr %1016, align 4, !tbaa !5
-  %1018 = shl <16 x i32> %1017, splat (i32 16)
-  %1019 = getelementptr inbounds nuw i8, ptr %776, i64 3200
-  store <16 x i32> %1018, ptr %1019, align 4, !tbaa !5
-  %1020 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep693.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1020
-  %1021 = getelementptr i8, ptr %gep693.6.i, i64 64
-  %1022 = load <16 x i32>, ptr %1021, align 4, !tbaa !5
-  %1023 = and <16 x i32> %1022, %375
-  %1024 = getelementptr inbounds nuw i8, ptr %776, i64 3264
-  store <16 x i32> %1023, ptr %1024, align 4, !tbaa !5
-  %1025 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep695.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1025
-  %1026 = getelementptr i8, ptr %gep695.6.i, i64 128
-  %1027 = load <16 x i32>, ptr %1026, align 4, !tbaa !5
-  %1028 = shl <16 x i32> %1027, splat (i32 16)
-  %1029 = getelementptr inbounds nuw i8, ptr %776, i64 3328
-  store <16 x i32> %1028, ptr %1029, align 4, !tbaa !5
-  %1030 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep697.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1030
-  %1031 = getelementptr i8, ptr %gep697.6.i, i64 128
-  %1032 = load <16 x i32>, ptr %1031, align 4, !tbaa !5
-  %1033 = and <16 x i32> %1032, %375
-  %1034 = getelementptr inbounds nuw i8, ptr %776, i64 3392
-  store <16 x i32> %1033, ptr %1034, align 4, !tbaa !5
-  %1035 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep699.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1035
-  %1036 = getelementptr i8, ptr %gep699.6.i, i64 192
-  %1037 = load <16 x i32>, ptr %1036, align 4, !tbaa !5
-  %1038 = shl <16 x i32> %1037, splat (i32 16)
-  %1039 = getelementptr inbounds nuw i8, ptr %776, i64 3456
-  store <16 x i32> %1038, ptr %1039, align 4, !tbaa !5
-  %1040 = load i64, ptr %1006, align 8, !tbaa !5
-  %gep701.6.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1040
-  %1041 = getelementptr i8, ptr %gep701.6.i, i64 192
-  %1042 = load <16 x i32>, ptr %1041, align 4, !tbaa !5
-  %1043 = and <16 x i32> %1042, %375
-  %1044 = getelementptr inbounds nuw i8, ptr %776, i64 3520
-  store <16 x i32> %1043, ptr %1044, align 4, !tbaa !5
-  %1045 = getelementptr inbounds nuw i8, ptr %772, i64 56
-  %1046 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1046
-  %1047 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !5
-  %1048 = shl <16 x i32> %1047, splat (i32 16)
-  %1049 = getelementptr inbounds nuw i8, ptr %776, i64 3584
-  store <16 x i32> %1048, ptr %1049, align 4, !tbaa !5
-  %1050 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep689.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1050
-  %1051 = load <16 x i32>, ptr %gep689.7.i, align 4, !tbaa !5
-  %1052 = and <16 x i32> %1051, %375
-  %1053 = getelementptr inbounds nuw i8, ptr %776, i64 3648
-  store <16 x i32> %1052, ptr %1053, align 4, !tbaa !5
-  %1054 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep691.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1054
-  %1055 = getelementptr i8, ptr %gep691.7.i, i64 64
-  %1056 = load <16 x i32>, ptr %1055, align 4, !tbaa !5
-  %1057 = shl <16 x i32> %1056, splat (i32 16)
-  %1058 = getelementptr inbounds nuw i8, ptr %776, i64 3712
-  store <16 x i32> %1057, ptr %1058, align 4, !tbaa !5
-  %1059 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep693.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1059
-  %1060 = getelementptr i8, ptr %gep693.7.i, i64 64
-  %1061 = load <16 x i32>, ptr %1060, align 4, !tbaa !5
-  %1062 = and <16 x i32> %1061, %375
-  %1063 = getelementptr inbounds nuw i8, ptr %776, i64 3776
-  store <16 x i32> %1062, ptr %1063, align 4, !tbaa !5
-  %1064 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep695.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1064
-  %1065 = getelementptr i8, ptr %gep695.7.i, i64 128
-  %1066 = load <16 x i32>, ptr %1065, align 4, !tbaa !5
-  %1067 = shl <16 x i32> %1066, splat (i32 16)
-  %1068 = getelementptr inbounds nuw i8, ptr %776, i64 3840
-  store <16 x i32> %1067, ptr %1068, align 4, !tbaa !5
-  %1069 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep697.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1069
-  %1070 = getelementptr i8, ptr %gep697.7.i, i64 128
-  %1071 = load <16 x i32>, ptr %1070, align 4, !tbaa !5
-  %1072 = and <16 x i32> %1071, %375
-  %1073 = getelementptr inbounds nuw i8, ptr %776, i64 3904
-  store <16 x i32> %1072, ptr %1073, align 4, !tbaa !5
-  %1074 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep699.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1074
-  %1075 = getelementptr i8, ptr %gep699.7.i, i64 192
-  %1076 = load <16 x i32>, ptr %1075, align 4, !tbaa !5
-  %1077 = shl <16 x i32> %1076, splat (i32 16)
-  %1078 = getelementptr inbounds nuw i8, ptr %776, i64 3968
-  store <16 x i32> %1077, ptr %1078, align 4, !tbaa !5
-  %1079 = load i64, ptr %1045, align 8, !tbaa !5
-  %gep701.7.i = getelementptr i32, ptr %invariant.gep687.i, i64 %1079
-  %1080 = getelementptr i8, ptr %gep701.7.i, i64 192
-  %1081 = load <16 x i32>, ptr %1080, align 4, !tbaa !5
-  %1082 = and <16 x i32> %1081, %375
-  %1083 = getelementptr inbounds nuw i8, ptr %776, i64 4032
-  store <16 x i32> %1082, ptr %1083, align 4, !tbaa !5
-  %indvars.iv.next958.i = add nuw nsw i64 %indvars.iv957.i, 1
-  %exitcond961.not.i = icmp eq i64 %indvars.iv.next958.i, %wide.trip.count960.i
-  br i1 %exitcond961.not.i, label %for_begin_ti155.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+  %indvars.iv914.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next915.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv914.i, 6
+  %829 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
+  %830 = load i64, ptr %829, align 8, !tbaa !5
+  %gep.i = getelementptr i32, ptr %invariant.gep663.i, i64 %830
+  %831 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !5
+  %832 = shl <16 x i32> %831, splat (i32 16)
+  %.idx79 = shl nsw i64 %indvars.iv914.i, 12
+  %833 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx79
+  store <16 x i32> %832, ptr %833, align 4, !tbaa !5
+  %834 = load i64, ptr %829, align 8, !tbaa !5
+  %gep665.i = getelementptr i32, ptr %invariant.gep663.i, i64 %834
+  %835 = load <16 x i32>, ptr %gep665.i, align 4, !tbaa !5
+  %836 = and <16 x i32> %835, %441
+  %837 = getelementptr inbounds nuw i8, ptr %833, i64 64
+  store <16 x i32> %836, ptr %837, align 4, !tbaa !5
+  %838 = load i64, ptr %829, align 8, !tbaa !5
+  %gep667.i = getelementptr i32, ptr %invariant.gep663.i, i64 %838
+  %839 = getelementptr i8, ptr %gep667.i, i64 64
+  %840 = load <16 x i32>, ptr %839, align 4, !tbaa !5
+  %841 = shl <16 x i32> %840, splat (i32 16)
+  %842 = getelementptr inbounds nuw i8, ptr %833, i64 128
+  store <16 x i32> %841, ptr %842, align 4, !tbaa !5
+  %843 = load i64, ptr %829, align 8, !tbaa !5
+  %gep669.i = getelementptr i32, ptr %invariant.gep663.i, i64 %843
+  %844 = getelementptr i8, ptr %gep669.i, i64 64
+  %845 = load <16 x i32>, ptr %844, align 4, !tbaa !5
+  %846 = and <16 x i32> %845, %441
+  %847 = getelementptr inbounds nuw i8, ptr %833, i64 192
+  store <16 x i32> %846, ptr %847, align 4, !tbaa !5
+  %848 = load i64, ptr %829, align 8, !tbaa !5
+  %gep671.i = getelementptr i32, ptr %invariant.gep663.i, i64 %848
+  %849 = getelementptr i8, ptr %gep671.i, i64 128
+  %850 = load <16 x i32>, ptr %849, align 4, !tbaa !5
+  %851 = shl <16 x i32> %850, splat (i32 16)
+  %852 = getelementptr inbounds nuw i8, ptr %833, i64 256
+  store <16 x i32> %851, ptr %852, align 4, !tbaa !5
+  %853 = load i64, ptr %829, align 8, !tbaa !5
+  %gep673.i = getelementptr i32, ptr %invariant.gep663.i, i64 %853
+  %854 = getelementptr i8, ptr %gep673.i, i64 128
+  %855 = load <16 x i32>, ptr %854, align 4, !tbaa !5
+  %856 = and <16 x i32> %855, %441
+  %857 = getelementptr inbounds nuw i8, ptr %833, i64 320
+  store <16 x i32> %856, ptr %857, align 4, !tbaa !5
+  %858 = load i64, ptr %829, align 8, !tbaa !5
+  %gep675.i = getelementptr i32, ptr %invariant.gep663.i, i64 %858
+  %859 = getelementptr i8, ptr %gep675.i, i64 192
+  %860 = load <16 x i32>, ptr %859, align 4, !tbaa !5
+  %861 = shl <16 x i32> %860, splat (i32 16)
+  %862 = getelementptr inbounds nuw i8, ptr %833, i64 384
+  store <16 x i32> %861, ptr %862, align 4, !tbaa !5
+  %863 = load i64, ptr %829, align 8, !tbaa !5
+  %gep677.i = getelementptr i32, ptr %invariant.gep663.i, i64 %863
+  %864 = getelementptr i8, ptr %gep677.i, i64 192
+  %865 = load <16 x i32>, ptr %864, align 4, !tbaa !5
+  %866 = and <16 x i32> %865, %441
+  %867 = getelementptr inbounds nuw i8, ptr %833, i64 448
+  store <16 x i32> %866, ptr %867, align 4, !tbaa !5
+  %868 = getelementptr inbounds nuw i8, ptr %829, i64 8
+  %869 = load i64, ptr %868, align 8, !tbaa !5
+  %gep.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %869
+  %870 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !5
+  %871 = shl <16 x i32> %870, splat (i32 16)
+  %872 = getelementptr inbounds nuw i8, ptr %833, i64 512
+  store <16 x i32> %871, ptr %872, align 4, !tbaa !5
+  %873 = load i64, ptr %868, align 8, !tbaa !5
+  %gep665.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %873
+  %874 = load <16 x i32>, ptr %gep665.1.i, align 4, !tbaa !5
+  %875 = and <16 x i32> %874, %441
+  %876 = getelementptr inbounds nuw i8, ptr %833, i64 576
+  store <16 x i32> %875, ptr %876, align 4, !tbaa !5
+  %877 = load i64, ptr %868, align 8, !tbaa !5
+  %gep667.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %877
+  %878 = getelementptr i8, ptr %gep667.1.i, i64 64
+  %879 = load <16 x i32>, ptr %878, align 4, !tbaa !5
+  %880 = shl <16 x i32> %879, splat (i32 16)
+  %881 = getelementptr inbounds nuw i8, ptr %833, i64 640
+  store <16 x i32> %880, ptr %881, align 4, !tbaa !5
+  %882 = load i64, ptr %868, align 8, !tbaa !5
+  %gep669.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %882
+  %883 = getelementptr i8, ptr %gep669.1.i, i64 64
+  %884 = load <16 x i32>, ptr %883, align 4, !tbaa !5
+  %885 = and <16 x i32> %884, %441
+  %886 = getelementptr inbounds nuw i8, ptr %833, i64 704
+  store <16 x i32> %885, ptr %886, align 4, !tbaa !5
+  %887 = load i64, ptr %868, align 8, !tbaa !5
+  %gep671.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %887
+  %888 = getelementptr i8, ptr %gep671.1.i, i64 128
+  %889 = load <16 x i32>, ptr %888, align 4, !tbaa !5
+  %890 = shl <16 x i32> %889, splat (i32 16)
+  %891 = getelementptr inbounds nuw i8, ptr %833, i64 768
+  store <16 x i32> %890, ptr %891, align 4, !tbaa !5
+  %892 = load i64, ptr %868, align 8, !tbaa !5
+  %gep673.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %892
+  %893 = getelementptr i8, ptr %gep673.1.i, i64 128
+  %894 = load <16 x i32>, ptr %893, align 4, !tbaa !5
+  %895 = and <16 x i32> %894, %441
+  %896 = getelementptr inbounds nuw i8, ptr %833, i64 832
+  store <16 x i32> %895, ptr %896, align 4, !tbaa !5
+  %897 = load i64, ptr %868, align 8, !tbaa !5
+  %gep675.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %897
+  %898 = getelementptr i8, ptr %gep675.1.i, i64 192
+  %899 = load <16 x i32>, ptr %898, align 4, !tbaa !5
+  %900 = shl <16 x i32> %899, splat (i32 16)
+  %901 = getelementptr inbounds nuw i8, ptr %833, i64 896
+  store <16 x i32> %900, ptr %901, align 4, !tbaa !5
+  %902 = load i64, ptr %868, align 8, !tbaa !5
+  %gep677.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %902
+  %903 = getelementptr i8, ptr %gep677.1.i, i64 192
+  %904 = load <16 x i32>, ptr %903, align 4, !tbaa !5
+  %905 = and <16 x i32> %904, %441
+  %906 = getelementptr inbounds nuw i8, ptr %833, i64 960
+  store <16 x i32> %905, ptr %906, align 4, !tbaa !5
+  %907 = getelementptr inbounds nuw i8, ptr %829, i64 16
+  %908 = load i64, ptr %907, align 8, !tbaa !5
+  %gep.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %908
+  %909 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !5
+  %910 = shl <16 x i32> %909, splat (i32 16)
+  %911 = getelementptr inbounds nuw i8, ptr %833, i64 1024
+  store <16 x i32> %910, ptr %911, align 4, !tbaa !5
+  %912 = load i64, ptr %907, align 8, !tbaa !5
+  %gep665.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %912
+  %913 = load <16 x i32>, ptr %gep665.2.i, align 4, !tbaa !5
+  %914 = and <16 x i32> %913, %441
+  %915 = getelementptr inbounds nuw i8, ptr %833, i64 1088
+  store <16 x i32> %914, ptr %915, align 4, !tbaa !5
+  %916 = load i64, ptr %907, align 8, !tbaa !5
+  %gep667.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %916
+  %917 = getelementptr i8, ptr %gep667.2.i, i64 64
+  %918 = load <16 x i32>, ptr %917, align 4, !tbaa !5
+  %919 = shl <16 x i32> %918, splat (i32 16)
+  %920 = getelementptr inbounds nuw i8, ptr %833, i64 1152
+  store <16 x i32> %919, ptr %920, align 4, !tbaa !5
+  %921 = load i64, ptr %907, align 8, !tbaa !5
+  %gep669.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %921
+  %922 = getelementptr i8, ptr %gep669.2.i, i64 64
+  %923 = load <16 x i32>, ptr %922, align 4, !tbaa !5
+  %924 = and <16 x i32> %923, %441
+  %925 = getelementptr inbounds nuw i8, ptr %833, i64 1216
+  store <16 x i32> %924, ptr %925, align 4, !tbaa !5
+  %926 = load i64, ptr %907, align 8, !tbaa !5
+  %gep671.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %926
+  %927 = getelementptr i8, ptr %gep671.2.i, i64 128
+  %928 = load <16 x i32>, ptr %927, align 4, !tbaa !5
+  %929 = shl <16 x i32> %928, splat (i32 16)
+  %930 = getelementptr inbounds nuw i8, ptr %833, i64 1280
+  store <16 x i32> %929, ptr %930, align 4, !tbaa !5
+  %931 = load i64, ptr %907, align 8, !tbaa !5
+  %gep673.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %931
+  %932 = getelementptr i8, ptr %gep673.2.i, i64 128
+  %933 = load <16 x i32>, ptr %932, align 4, !tbaa !5
+  %934 = and <16 x i32> %933, %441
+  %935 = getelementptr inbounds nuw i8, ptr %833, i64 1344
+  store <16 x i32> %934, ptr %935, align 4, !tbaa !5
+  %936 = load i64, ptr %907, align 8, !tbaa !5
+  %gep675.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %936
+  %937 = getelementptr i8, ptr %gep675.2.i, i64 192
+  %938 = load <16 x i32>, ptr %937, align 4, !tbaa !5
+  %939 = shl <16 x i32> %938, splat (i32 16)
+  %940 = getelementptr inbounds nuw i8, ptr %833, i64 1408
+  store <16 x i32> %939, ptr %940, align 4, !tbaa !5
+  %941 = load i64, ptr %907, align 8, !tbaa !5
+  %gep677.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %941
+  %942 = getelementptr i8, ptr %gep677.2.i, i64 192
+  %943 = load <16 x i32>, ptr %942, align 4, !tbaa !5
+  %944 = and <16 x i32> %943, %441
+  %945 = getelementptr inbounds nuw i8, ptr %833, i64 1472
+  store <16 x i32> %944, ptr %945, align 4, !tbaa !5
+  %946 = getelementptr inbounds nuw i8, ptr %829, i64 24
+  %947 = load i64, ptr %946, align 8, !tbaa !5
+  %gep.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %947
+  %948 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !5
+  %949 = shl <16 x i32> %948, splat (i32 16)
+  %950 = getelementptr inbounds nuw i8, ptr %833, i64 1536
+  store <16 x i32> %949, ptr %950, align 4, !tbaa !5
+  %951 = load i64, ptr %946, align 8, !tbaa !5
+  %gep665.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %951
+  %952 = load <16 x i32>, ptr %gep665.3.i, align 4, !tbaa !5
+  %953 = and <16 x i32> %952, %441
+  %954 = getelementptr inbounds nuw i8, ptr %833, i64 1600
+  store <16 x i32> %953, ptr %954, align 4, !tbaa !5
+  %955 = load i64, ptr %946, align 8, !tbaa !5
+  %gep667.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %955
+  %956 = getelementptr i8, ptr %gep667.3.i, i64 64
+  %957 = load <16 x i32>, ptr %956, align 4, !tbaa !5
+  %958 = shl <16 x i32> %957, splat (i32 16)
+  %959 = getelementptr inbounds nuw i8, ptr %833, i64 1664
+  store <16 x i32> %958, ptr %959, align 4, !tbaa !5
+  %960 = load i64, ptr %946, align 8, !tbaa !5
+  %gep669.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %960
+  %961 = getelementptr i8, ptr %gep669.3.i, i64 64
+  %962 = load <16 x i32>, ptr %961, align 4, !tbaa !5
+  %963 = and <16 x i32> %962, %441
+  %964 = getelementptr inbounds nuw i8, ptr %833, i64 1728
+  store <16 x i32> %963, ptr %964, align 4, !tbaa !5
+  %965 = load i64, ptr %946, align 8, !tbaa !5
+  %gep671.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %965
+  %966 = getelementptr i8, ptr %gep671.3.i, i64 128
+  %967 = load <16 x i32>, ptr %966, align 4, !tbaa !5
+  %968 = shl <16 x i32> %967, splat (i32 16)
+  %969 = getelementptr inbounds nuw i8, ptr %833, i64 1792
+  store <16 x i32> %968, ptr %969, align 4, !tbaa !5
+  %970 = load i64, ptr %946, align 8, !tbaa !5
+  %gep673.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %970
+  %971 = getelementptr i8, ptr %gep673.3.i, i64 128
+  %972 = load <16 x i32>, ptr %971, align 4, !tbaa !5
+  %973 = and <16 x i32> %972, %441
+  %974 = getelementptr inbounds nuw i8, ptr %833, i64 1856
+  store <16 x i32> %973, ptr %974, align 4, !tbaa !5
+  %975 = load i64, ptr %946, align 8, !tbaa !5
+  %gep675.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %975
+  %976 = getelementptr i8, ptr %gep675.3.i, i64 192
+  %977 = load <16 x i32>, ptr %976, align 4, !tbaa !5
+  %978 = shl <16 x i32> %977, splat (i32 16)
+  %979 = getelementptr inbounds nuw i8, ptr %833, i64 1920
+  store <16 x i32> %978, ptr %979, align 4, !tbaa !5
+  %980 = load i64, ptr %946, align 8, !tbaa !5
+  %gep677.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %980
+  %981 = getelementptr i8, ptr %gep677.3.i, i64 192
+  %982 = load <16 x i32>, ptr %981, align 4, !tbaa !5
+  %983 = and <16 x i32> %982, %441
+  %984 = getelementptr inbounds nuw i8, ptr %833, i64 1984
+  store <16 x i32> %983, ptr %984, align 4, !tbaa !5
+  %985 = getelementptr inbounds nuw i8, ptr %829, i64 32
+  %986 = load i64, ptr %985, align 8, !tbaa !5
+  %gep.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %986
+  %987 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !5
+  %988 = shl <16 x i32> %987, splat (i32 16)
+  %989 = getelementptr inbounds nuw i8, ptr %833, i64 2048
+  store <16 x i32> %988, ptr %989, align 4, !tbaa !5
+  %990 = load i64, ptr %985, align 8, !tbaa !5
+  %gep665.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %990
+  %991 = load <16 x i32>, ptr %gep665.4.i, align 4, !tbaa !5
+  %992 = and <16 x i32> %991, %441
+  %993 = getelementptr inbounds nuw i8, ptr %833, i64 2112
+  store <16 x i32> %992, ptr %993, align 4, !tbaa !5
+  %994 = load i64, ptr %985, align 8, !tbaa !5
+  %gep667.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %994
+  %995 = getelementptr i8, ptr %gep667.4.i, i64 64
+  %996 = load <16 x i32>, ptr %995, align 4, !tbaa !5
+  %997 = shl <16 x i32> %996, splat (i32 16)
+  %998 = getelementptr inbounds nuw i8, ptr %833, i64 2176
+  store <16 x i32> %997, ptr %998, align 4, !tbaa !5
+  %999 = load i64, ptr %985, align 8, !tbaa !5
+  %gep669.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %999
+  %1000 = getelementptr i8, ptr %gep669.4.i, i64 64
+  %1001 = load <16 x i32>, ptr %1000, align 4, !tbaa !5
+  %1002 = and <16 x i32> %1001, %441
+  %1003 = getelementptr inbounds nuw i8, ptr %833, i64 2240
+  store <16 x i32> %1002, ptr %1003, align 4, !tbaa !5
+  %1004 = load i64, ptr %985, align 8, !tbaa !5
+  %gep671.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1004
+  %1005 = getelementptr i8, ptr %gep671.4.i, i64 128
+  %1006 = load <16 x i32>, ptr %1005, align 4, !tbaa !5
+  %1007 = shl <16 x i32> %1006, splat (i32 16)
+  %1008 = getelementptr inbounds nuw i8, ptr %833, i64 2304
+  store <16 x i32> %1007, ptr %1008, align 4, !tbaa !5
+  %1009 = load i64, ptr %985, align 8, !tbaa !5
+  %gep673.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1009
+  %1010 = getelementptr i8, ptr %gep673.4.i, i64 128
+  %1011 = load <16 x i32>, ptr %1010, align 4, !tbaa !5
+  %1012 = and <16 x i32> %1011, %441
+  %1013 = getelementptr inbounds nuw i8, ptr %833, i64 2368
+  store <16 x i32> %1012, ptr %1013, align 4, !tbaa !5
+  %1014 = load i64, ptr %985, align 8, !tbaa !5
+  %gep675.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1014
+  %1015 = getelementptr i8, ptr %gep675.4.i, i64 192
+  %1016 = load <16 x i32>, ptr %1015, align 4, !tbaa !5
+  %1017 = shl <16 x i32> %1016, splat (i32 16)
+  %1018 = getelementptr inbounds nuw i8, ptr %833, i64 2432
+  store <16 x i32> %1017, ptr %1018, align 4, !tbaa !5
+  %1019 = load i64, ptr %985, align 8, !tbaa !5
+  %gep677.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1019
+  %1020 = getelementptr i8, ptr %gep677.4.i, i64 192
+  %1021 = load <16 x i32>, ptr %1020, align 4, !tbaa !5
+  %1022 = and <16 x i32> %1021, %441
+  %1023 = getelementptr inbounds nuw i8, ptr %833, i64 2496
+  store <16 x i32> %1022, ptr %1023, align 4, !tbaa !5
+  %1024 = getelementptr inbounds nuw i8, ptr %829, i64 40
+  %1025 = load i64, ptr %1024, align 8, !tbaa !5
+  %gep.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1025
+  %1026 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !5
+  %1027 = shl <16 x i32> %1026, splat (i32 16)
+  %1028 = getelementptr inbounds nuw i8, ptr %833, i64 2560
+  store <16 x i32> %1027, ptr %1028, align 4, !tbaa !5
+  %1029 = load i64, ptr %1024, align 8, !tbaa !5
+  %gep665.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1029
+  %1030 = load <16 x i32>, ptr %gep665.5.i, align 4, !tbaa !5
+  %1031 = and <16 x i32> %1030, %441
+  %1032 = getelementptr inbounds nuw i8, ptr %833, i64 2624
+  store <16 x i32> %1031, ptr %1032, align 4, !tbaa !5
+  %1033 = load i64, ptr %1024, align 8, !tbaa !5
+  %gep667.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1033
+  %1034 = getelementptr i8, ptr %gep667.5.i, i64 64
+  %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !5
+  %1036 = shl <16 x i32> %1035, splat (i32 16)
+  %1037 = getelementptr inbounds nuw i8, ptr %833, i64 2688
+  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !5
+  %1038 = load i64, ptr %1024, align 8, !tbaa !5
+  %gep669.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1038
+  %1039 = getelementptr i8, ptr %gep669.5.i, i64 64
+  %1040 = load <16 x i32>, ptr %1039, align 4, !tbaa !5
+  %1041 = and <16 x i32> %1040, %441
+  %1042 = getelementptr inbounds nuw i8, ptr %833, i64 2752
+  store <16 x i32> %1041, ptr %1042, align 4, !tbaa !5
+  %1043 = load i64, ptr %1024, align 8, !tbaa !5
+  %gep671.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1043
+  %1044 = getelementptr i8, ptr %gep671.5.i, i64 128
+  %1045 = load <16 x i32>, ptr %1044, align 4, !tbaa !5
+  %1046 = shl <16 x i32> %1045, splat (i32 16)
+  %1047 = getelementptr inbounds nuw i8, ptr %833, i64 2816
+  store <16 x i32> %1046, ptr %1047, align 4, !tbaa !5
+  %1048 = load i64, ptr %1024, align 8, !tbaa !5
+  %gep673.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1048
+  %1049 = getelementptr i8, ptr %gep673.5.i, i64 128
+  %1050 = load <16 x i32>, ptr %1049, align 4, !tbaa !5
+  %1051 = and <16 x i32> %1050, %441
+  %1052 = getelementptr inbounds nuw i8, ptr %833, i64 2880
+  store <16 x i32> %1051, ptr %1052, align 4, !tbaa !5
+  %1053 = load i64, ptr %1024, align 8, !tbaa !5
+  %gep675.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1053
+  %1054 = getelementptr i8, ptr %gep675.5.i, i64 192
+  %1055 = load <16 x i32>, ptr %1054, align 4, !tbaa !5
+  %1056 = shl <16 x i32> %1055, splat (i32 16)
+  %1057 = getelementptr inbounds nuw i8, ptr %833, i64 2944
+  store <16 x i32> %1056, ptr %1057, align 4, !tbaa !5
+  %1058 = load i64, ptr %1024, align 8, !tbaa !5
+  %gep677.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1058
+  %1059 = getelementptr i8, ptr %gep677.5.i, i64 192
+  %1060 = load <16 x i32>, ptr %1059, align 4, !tbaa !5
+  %1061 = and <16 x i32> %1060, %441
+  %1062 = getelementptr inbounds nuw i8, ptr %833, i64 3008
+  store <16 x i32> %1061, ptr %1062, align 4, !tbaa !5
+  %1063 = getelementptr inbounds nuw i8, ptr %829, i64 48
+  %1064 = load i64, ptr %1063, align 8, !tbaa !5
+  %gep.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1064
+  %1065 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !5
+  %1066 = shl <16 x i32> %1065, splat (i32 16)
+  %1067 = getelementptr inbounds nuw i8, ptr %833, i64 3072
+  store <16 x i32> %1066, ptr %1067, align 4, !tbaa !5
+  %1068 = load i64, ptr %1063, align 8, !tbaa !5
+  %gep665.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1068
+  %1069 = load <16 x i32>, ptr %gep665.6.i, align 4, !tbaa !5
+  %1070 = and <16 x i32> %1069, %441
+  %1071 = getelementptr inbounds nuw i8, ptr %833, i64 3136
+  store <16 x i32> %1070, ptr %1071, align 4, !tbaa !5
+  %1072 = load i64, ptr %1063, align 8, !tbaa !5
+  %gep667.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1072
+  %1073 = getelementptr i8, ptr %gep667.6.i, i64 64
+  %1074 = load <16 x i32>, ptr %1073, align 4, !tbaa !5
+  %1075 = shl <16 x i32> %1074, splat (i32 16)
+  %1076 = getelementptr inbounds nuw i8, ptr %833, i64 3200
+  store <16 x i32> %1075, ptr %1076, align 4, !tbaa !5
+  %1077 = load i64, ptr %1063, align 8, !tbaa !5
+  %gep669.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1077
+  %1078 = getelementptr i8, ptr %gep669.6.i, i64 64
+  %1079 = load <16 x i32>, ptr %1078, align 4, !tbaa !5
+  %1080 = and <16 x i32> %1079, %441
+  %1081 = getelementptr inbounds nuw i8, ptr %833, i64 3264
+  store <16 x i32> %1080, ptr %1081, align 4, !tbaa !5
+  %1082 = load i64, ptr %1063, align 8, !tbaa !5
+  %gep671.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1082
+  %1083 = getelementptr i8, ptr %gep671.6.i, i64 128
+  %1084 = load <16 x i32>, ptr %1083, align 4, !tbaa !5
+  %1085 = shl <16 x i32> %1084, splat (i32 16)
+  %1086 = getelementptr inbounds nuw i8, ptr %833, i64 3328
+  store <16 x i32> %1085, ptr %1086, align 4, !tbaa !5
+  %1087 = load i64, ptr %1063, align 8, !tbaa !5
+  %gep673.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1087
+  %1088 = getelementptr i8, ptr %gep673.6.i, i64 128
+  %1089 = load <16 x i32>, ptr %1088, align 4, !tbaa !5
+  %1090 = and <16 x i32> %1089, %441
+  %1091 = getelementptr inbounds nuw i8, ptr %833, i64 3392
+  store <16 x i32> %1090, ptr %1091, align 4, !tbaa !5
+  %1092 = load i64, ptr %1063, align 8, !tbaa !5
+  %gep675.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1092
+  %1093 = getelementptr i8, ptr %gep675.6.i, i64 192
+  %1094 = load <16 x i32>, ptr %1093, align 4, !tbaa !5
+  %1095 = shl <16 x i32> %1094, splat (i32 16)
+  %1096 = getelementptr inbounds nuw i8, ptr %833, i64 3456
+  store <16 x i32> %1095, ptr %1096, align 4, !tbaa !5
+  %1097 = load i64, ptr %1063, align 8, !tbaa !5
+  %gep677.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1097
+  %1098 = getelementptr i8, ptr %gep677.6.i, i64 192
+  %1099 = load <16 x i32>, ptr %1098, align 4, !tbaa !5
+  %1100 = and <16 x i32> %1099, %441
+  %1101 = getelementptr inbounds nuw i8, ptr %833, i64 3520
+  store <16 x i32> %1100, ptr %1101, align 4, !tbaa !5
+  %1102 = getelementptr inbounds nuw i8, ptr %829, i64 56
+  %1103 = load i64, ptr %1102, align 8, !tbaa !5
+  %gep.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1103
+  %1104 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !5
+  %1105 = shl <16 x i32> %1104, splat (i32 16)
+  %1106 = getelementptr inbounds nuw i8, ptr %833, i64 3584
+  store <16 x i32> %1105, ptr %1106, align 4, !tbaa !5
+  %1107 = load i64, ptr %1102, align 8, !tbaa !5
+  %gep665.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1107
+  %1108 = load <16 x i32>, ptr %gep665.7.i, align 4, !tbaa !5
+  %1109 = and <16 x i32> %1108, %441
+  %1110 = getelementptr inbounds nuw i8, ptr %833, i64 3648
+  store <16 x i32> %1109, ptr %1110, align 4, !tbaa !5
+  %1111 = load i64, ptr %1102, align 8, !tbaa !5
+  %gep667.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1111
+  %1112 = getelementptr i8, ptr %gep667.7.i, i64 64
+  %1113 = load <16 x i32>, ptr %1112, align 4, !tbaa !5
+  %1114 = shl <16 x i32> %1113, splat (i32 16)
+  %1115 = getelementptr inbounds nuw i8, ptr %833, i64 3712
+  store <16 x i32> %1114, ptr %1115, align 4, !tbaa !5
+  %1116 = load i64, ptr %1102, align 8, !tbaa !5
+  %gep669.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1116
+  %1117 = getelementptr i8, ptr %gep669.7.i, i64 64
+  %1118 = load <16 x i32>, ptr %1117, align 4, !tbaa !5
+  %1119 = and <16 x i32> %1118, %441
+  %1120 = getelementptr inbounds nuw i8, ptr %833, i64 3776
+  store <16 x i32> %1119, ptr %1120, align 4, !tbaa !5
+  %1121 = load i64, ptr %1102, align 8, !tbaa !5
+  %gep671.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1121
+  %1122 = getelementptr i8, ptr %gep671.7.i, i64 128
+  %1123 = load <16 x i32>, ptr %1122, align 4, !tbaa !5
+  %1124 = shl <16 x i32> %1123, splat (i32 16)
+  %1125 = getelementptr inbounds nuw i8, ptr %833, i64 3840
+  store <16 x i32> %1124, ptr %1125, align 4, !tbaa !5
+  %1126 = load i64, ptr %1102, align 8, !tbaa !5
+  %gep673.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1126
+  %1127 = getelementptr i8, ptr %gep673.7.i, i64 128
+  %1128 = load <16 x i32>, ptr %1127, align 4, !tbaa !5
+  %1129 = and <16 x i32> %1128, %441
+  %1130 = getelementptr inbounds nuw i8, ptr %833, i64 3904
+  store <16 x i32> %1129, ptr %1130, align 4, !tbaa !5
+  %1131 = load i64, ptr %1102, align 8, !tbaa !5
+  %gep675.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1131
+  %1132 = getelementptr i8, ptr %gep675.7.i, i64 192
+  %1133 = load <16 x i32>, ptr %1132, align 4, !tbaa !5
+  %1134 = shl <16 x i32> %1133, splat (i32 16)
+  %1135 = getelementptr inbounds nuw i8, ptr %833, i64 3968
+  store <16 x i32> %1134, ptr %1135, align 4, !tbaa !5
+  %1136 = load i64, ptr %1102, align 8, !tbaa !5
+  %gep677.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1136
+  %1137 = getelementptr i8, ptr %gep677.7.i, i64 192
+  %1138 = load <16 x i32>, ptr %1137, align 4, !tbaa !5
+  %1139 = and <16 x i32> %1138, %441
+  %1140 = getelementptr inbounds nuw i8, ptr %833, i64 4032
+  store <16 x i32> %1139, ptr %1140, align 4, !tbaa !5
+  %indvars.iv.next915.i = add nuw nsw i64 %indvars.iv914.i, 1
+  %exitcond918.not.i = icmp eq i64 %indvars.iv.next915.i, %wide.trip.count917.i
+  br i1 %exitcond918.not.i, label %for_begin_ti129.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
 
-for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti155.preheader.i, %if_end148.i
-  %1084 = trunc nuw nsw i64 %indvars.iv1066.i to i32
-  %factor.op.mul846.i = shl i32 %1084, 3
-  br i1 %376, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
+for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti129.preheader.i, %if_end122.i
+  %1141 = trunc nuw nsw i64 %indvars.iv1020.i to i32
+  %factor.op.mul809.i = shl i32 %1141, 3
+  br i1 %442, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
 
 for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %1085 = mul nuw nsw i64 %indvars.iv1066.i, %387
+  %1142 = mul nuw nsw i64 %indvars.iv1020.i, %453
   br label %for_body_row_tile.i
 
-for_begin_ti155.preheader.i:                      ; preds = %for_begin_ti155.preheader.i, %for_begin_ti155.preheader.lr.ph.i
-  %indvars.iv966.i = phi i64 [ 0, %for_begin_ti155.preheader.lr.ph.i ], [ %indvars.iv.next967.i, %for_begin_ti155.preheader.i ]
-  %.idx75 = shl nsw i64 %indvars.iv966.i, 6
-  %1086 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx75
-  %1087 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep705.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1087
-  %1088 = load <16 x i32>, ptr %gep705.i, align 4, !tbaa !5
-  %1089 = shl <16 x i32> %1088, splat (i32 16)
-  %.idx76 = shl nsw i64 %indvars.iv966.i, 12
-  %1090 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx76
-  store <16 x i32> %1089, ptr %1090, align 4, !tbaa !5
-  %1091 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep707.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1091
-  %1092 = load <16 x i32>, ptr %gep707.i, align 4, !tbaa !5
-  %1093 = and <16 x i32> %1092, %375
-  %1094 = getelementptr inbounds nuw i8, ptr %1090, i64 64
-  store <16 x i32> %1093, ptr %1094, align 4, !tbaa !5
-  %1095 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep709.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1095
-  %1096 = getelementptr i8, ptr %gep709.i, i64 64
-  %1097 = load <16 x i32>, ptr %1096, align 4, !tbaa !5
-  %1098 = shl <16 x i32> %1097, splat (i32 16)
-  %1099 = getelementptr inbounds nuw i8, ptr %1090, i64 128
-  store <16 x i32> %1098, ptr %1099, align 4, !tbaa !5
-  %1100 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep711.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1100
-  %1101 = getelementptr i8, ptr %gep711.i, i64 64
-  %1102 = load <16 x i32>, ptr %1101, align 4, !tbaa !5
-  %1103 = and <16 x i32> %1102, %375
-  %1104 = getelementptr inbounds nuw i8, ptr %1090, i64 192
-  store <16 x i32> %1103, ptr %1104, align 4, !tbaa !5
-  %1105 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep713.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1105
-  %1106 = getelementptr i8, ptr %gep713.i, i64 128
-  %1107 = load <16 x i32>, ptr %1106, align 4, !tbaa !5
-  %1108 = shl <16 x i32> %1107, splat (i32 16)
-  %1109 = getelementptr inbounds nuw i8, ptr %1090, i64 256
-  store <16 x i32> %1108, ptr %1109, align 4, !tbaa !5
-  %1110 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep715.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1110
-  %1111 = getelementptr i8, ptr %gep715.i, i64 128
-  %1112 = load <16 x i32>, ptr %1111, align 4, !tbaa !5
-  %1113 = and <16 x i32> %1112, %375
-  %1114 = getelementptr inbounds nuw i8, ptr %1090, i64 320
-  store <16 x i32> %1113, ptr %1114, align 4, !tbaa !5
-  %1115 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep717.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1115
-  %1116 = getelementptr i8, ptr %gep717.i, i64 192
-  %1117 = load <16 x i32>, ptr %1116, align 4, !tbaa !5
-  %1118 = shl <16 x i32> %1117, splat (i32 16)
-  %1119 = getelementptr inbounds nuw i8, ptr %1090, i64 384
-  store <16 x i32> %1118, ptr %1119, align 4, !tbaa !5
-  %1120 = load i64, ptr %1086, align 8, !tbaa !5
-  %gep719.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1120
-  %1121 = getelementptr i8, ptr %gep719.i, i64 192
-  %1122 = load <16 x i32>, ptr %1121, align 4, !tbaa !5
-  %1123 = and <16 x i32> %1122, %375
-  %1124 = getelementptr inbounds nuw i8, ptr %1090, i64 448
-  store <16 x i32> %1123, ptr %1124, align 4, !tbaa !5
-  %1125 = getelementptr inbounds nuw i8, ptr %1086, i64 8
-  %1126 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep705.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1126
-  %1127 = load <16 x i32>, ptr %gep705.1.i, align 4, !tbaa !5
-  %1128 = shl <16 x i32> %1127, splat (i32 16)
-  %1129 = getelementptr inbounds nuw i8, ptr %1090, i64 512
-  store <16 x i32> %1128, ptr %1129, align 4, !tbaa !5
-  %1130 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep707.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1130
-  %1131 = load <16 x i32>, ptr %gep707.1.i, align 4, !tbaa !5
-  %1132 = and <16 x i32> %1131, %375
-  %1133 = getelementptr inbounds nuw i8, ptr %1090, i64 576
-  store <16 x i32> %1132, ptr %1133, align 4, !tbaa !5
-  %1134 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep709.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1134
-  %1135 = getelementptr i8, ptr %gep709.1.i, i64 64
-  %1136 = load <16 x i32>, ptr %1135, align 4, !tbaa !5
-  %1137 = shl <16 x i32> %1136, splat (i32 16)
-  %1138 = getelementptr inbounds nuw i8, ptr %1090, i64 640
-  store <16 x i32> %1137, ptr %1138, align 4, !tbaa !5
-  %1139 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep711.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1139
-  %1140 = getelementptr i8, ptr %gep711.1.i, i64 64
-  %1141 = load <16 x i32>, ptr %1140, align 4, !tbaa !5
-  %1142 = and <16 x i32> %1141, %375
-  %1143 = getelementptr inbounds nuw i8, ptr %1090, i64 704
-  store <16 x i32> %1142, ptr %1143, align 4, !tbaa !5
-  %1144 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep713.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1144
-  %1145 = getelementptr i8, ptr %gep713.1.i, i64 128
-  %1146 = load <16 x i32>, ptr %1145, align 4, !tbaa !5
-  %1147 = shl <16 x i32> %1146, splat (i32 16)
-  %1148 = getelementptr inbounds nuw i8, ptr %1090, i64 768
-  store <16 x i32> %1147, ptr %1148, align 4, !tbaa !5
-  %1149 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep715.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1149
-  %1150 = getelementptr i8, ptr %gep715.1.i, i64 128
-  %1151 = load <16 x i32>, ptr %1150, align 4, !tbaa !5
-  %1152 = and <16 x i32> %1151, %375
-  %1153 = getelementptr inbounds nuw i8, ptr %1090, i64 832
-  store <16 x i32> %1152, ptr %1153, align 4, !tbaa !5
-  %1154 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep717.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1154
-  %1155 = getelementptr i8, ptr %gep717.1.i, i64 192
-  %1156 = load <16 x i32>, ptr %1155, align 4, !tbaa !5
-  %1157 = shl <16 x i32> %1156, splat (i32 16)
-  %1158 = getelementptr inbounds nuw i8, ptr %1090, i64 896
-  store <16 x i32> %1157, ptr %1158, align 4, !tbaa !5
-  %1159 = load i64, ptr %1125, align 8, !tbaa !5
-  %gep719.1.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1159
-  %1160 = getelementptr i8, ptr %gep719.1.i, i64 192
-  %1161 = load <16 x i32>, ptr %1160, align 4, !tbaa !5
-  %1162 = and <16 x i32> %1161, %375
-  %1163 = getelementptr inbounds nuw i8, ptr %1090, i64 960
-  store <16 x i32> %1162, ptr %1163, align 4, !tbaa !5
-  %1164 = getelementptr inbounds nuw i8, ptr %1086, i64 16
-  %1165 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep705.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1165
-  %1166 = load <16 x i32>, ptr %gep705.2.i, align 4, !tbaa !5
-  %1167 = shl <16 x i32> %1166, splat (i32 16)
-  %1168 = getelementptr inbounds nuw i8, ptr %1090, i64 1024
-  store <16 x i32> %1167, ptr %1168, align 4, !tbaa !5
-  %1169 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep707.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1169
-  %1170 = load <16 x i32>, ptr %gep707.2.i, align 4, !tbaa !5
-  %1171 = and <16 x i32> %1170, %375
-  %1172 = getelementptr inbounds nuw i8, ptr %1090, i64 1088
-  store <16 x i32> %1171, ptr %1172, align 4, !tbaa !5
-  %1173 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep709.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1173
-  %1174 = getelementptr i8, ptr %gep709.2.i, i64 64
-  %1175 = load <16 x i32>, ptr %1174, align 4, !tbaa !5
-  %1176 = shl <16 x i32> %1175, splat (i32 16)
-  %1177 = getelementptr inbounds nuw i8, ptr %1090, i64 1152
-  store <16 x i32> %1176, ptr %1177, align 4, !tbaa !5
-  %1178 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep711.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1178
-  %1179 = getelementptr i8, ptr %gep711.2.i, i64 64
-  %1180 = load <16 x i32>, ptr %1179, align 4, !tbaa !5
-  %1181 = and <16 x i32> %1180, %375
-  %1182 = getelementptr inbounds nuw i8, ptr %1090, i64 1216
-  store <16 x i32> %1181, ptr %1182, align 4, !tbaa !5
-  %1183 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep713.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1183
-  %1184 = getelementptr i8, ptr %gep713.2.i, i64 128
-  %1185 = load <16 x i32>, ptr %1184, align 4, !tbaa !5
-  %1186 = shl <16 x i32> %1185, splat (i32 16)
-  %1187 = getelementptr inbounds nuw i8, ptr %1090, i64 1280
-  store <16 x i32> %1186, ptr %1187, align 4, !tbaa !5
-  %1188 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep715.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1188
-  %1189 = getelementptr i8, ptr %gep715.2.i, i64 128
-  %1190 = load <16 x i32>, ptr %1189, align 4, !tbaa !5
-  %1191 = and <16 x i32> %1190, %375
-  %1192 = getelementptr inbounds nuw i8, ptr %1090, i64 1344
-  store <16 x i32> %1191, ptr %1192, align 4, !tbaa !5
-  %1193 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep717.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1193
-  %1194 = getelementptr i8, ptr %gep717.2.i, i64 192
-  %1195 = load <16 x i32>, ptr %1194, align 4, !tbaa !5
-  %1196 = shl <16 x i32> %1195, splat (i32 16)
-  %1197 = getelementptr inbounds nuw i8, ptr %1090, i64 1408
-  store <16 x i32> %1196, ptr %1197, align 4, !tbaa !5
-  %1198 = load i64, ptr %1164, align 8, !tbaa !5
-  %gep719.2.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1198
-  %1199 = getelementptr i8, ptr %gep719.2.i, i64 192
-  %1200 = load <16 x i32>, ptr %1199, align 4, !tbaa !5
-  %1201 = and <16 x i32> %1200, %375
-  %1202 = getelementptr inbounds nuw i8, ptr %1090, i64 1472
-  store <16 x i32> %1201, ptr %1202, align 4, !tbaa !5
-  %1203 = getelementptr inbounds nuw i8, ptr %1086, i64 24
-  %1204 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep705.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1204
-  %1205 = load <16 x i32>, ptr %gep705.3.i, align 4, !tbaa !5
-  %1206 = shl <16 x i32> %1205, splat (i32 16)
-  %1207 = getelementptr inbounds nuw i8, ptr %1090, i64 1536
-  store <16 x i32> %1206, ptr %1207, align 4, !tbaa !5
-  %1208 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep707.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1208
-  %1209 = load <16 x i32>, ptr %gep707.3.i, align 4, !tbaa !5
-  %1210 = and <16 x i32> %1209, %375
-  %1211 = getelementptr inbounds nuw i8, ptr %1090, i64 1600
-  store <16 x i32> %1210, ptr %1211, align 4, !tbaa !5
-  %1212 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep709.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1212
-  %1213 = getelementptr i8, ptr %gep709.3.i, i64 64
-  %1214 = load <16 x i32>, ptr %1213, align 4, !tbaa !5
-  %1215 = shl <16 x i32> %1214, splat (i32 16)
-  %1216 = getelementptr inbounds nuw i8, ptr %1090, i64 1664
-  store <16 x i32> %1215, ptr %1216, align 4, !tbaa !5
-  %1217 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep711.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1217
-  %1218 = getelementptr i8, ptr %gep711.3.i, i64 64
-  %1219 = load <16 x i32>, ptr %1218, align 4, !tbaa !5
-  %1220 = and <16 x i32> %1219, %375
-  %1221 = getelementptr inbounds nuw i8, ptr %1090, i64 1728
-  store <16 x i32> %1220, ptr %1221, align 4, !tbaa !5
-  %1222 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep713.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1222
-  %1223 = getelementptr i8, ptr %gep713.3.i, i64 128
-  %1224 = load <16 x i32>, ptr %1223, align 4, !tbaa !5
-  %1225 = shl <16 x i32> %1224, splat (i32 16)
-  %1226 = getelementptr inbounds nuw i8, ptr %1090, i64 1792
-  store <16 x i32> %1225, ptr %1226, align 4, !tbaa !5
-  %1227 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep715.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1227
-  %1228 = getelementptr i8, ptr %gep715.3.i, i64 128
-  %1229 = load <16 x i32>, ptr %1228, align 4, !tbaa !5
-  %1230 = and <16 x i32> %1229, %375
-  %1231 = getelementptr inbounds nuw i8, ptr %1090, i64 1856
-  store <16 x i32> %1230, ptr %1231, align 4, !tbaa !5
-  %1232 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep717.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1232
-  %1233 = getelementptr i8, ptr %gep717.3.i, i64 192
-  %1234 = load <16 x i32>, ptr %1233, align 4, !tbaa !5
-  %1235 = shl <16 x i32> %1234, splat (i32 16)
-  %1236 = getelementptr inbounds nuw i8, ptr %1090, i64 1920
-  store <16 x i32> %1235, ptr %1236, align 4, !tbaa !5
-  %1237 = load i64, ptr %1203, align 8, !tbaa !5
-  %gep719.3.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1237
-  %1238 = getelementptr i8, ptr %gep719.3.i, i64 192
-  %1239 = load <16 x i32>, ptr %1238, align 4, !tbaa !5
-  %1240 = and <16 x i32> %1239, %375
-  %1241 = getelementptr inbounds nuw i8, ptr %1090, i64 1984
-  store <16 x i32> %1240, ptr %1241, align 4, !tbaa !5
-  %1242 = getelementptr inbounds nuw i8, ptr %1086, i64 32
-  %1243 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep705.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1243
-  %1244 = load <16 x i32>, ptr %gep705.4.i, align 4, !tbaa !5
-  %1245 = shl <16 x i32> %1244, splat (i32 16)
-  %1246 = getelementptr inbounds nuw i8, ptr %1090, i64 2048
-  store <16 x i32> %1245, ptr %1246, align 4, !tbaa !5
-  %1247 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep707.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1247
-  %1248 = load <16 x i32>, ptr %gep707.4.i, align 4, !tbaa !5
-  %1249 = and <16 x i32> %1248, %375
-  %1250 = getelementptr inbounds nuw i8, ptr %1090, i64 2112
-  store <16 x i32> %1249, ptr %1250, align 4, !tbaa !5
-  %1251 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep709.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1251
-  %1252 = getelementptr i8, ptr %gep709.4.i, i64 64
-  %1253 = load <16 x i32>, ptr %1252, align 4, !tbaa !5
-  %1254 = shl <16 x i32> %1253, splat (i32 16)
-  %1255 = getelementptr inbounds nuw i8, ptr %1090, i64 2176
-  store <16 x i32> %1254, ptr %1255, align 4, !tbaa !5
-  %1256 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep711.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1256
-  %1257 = getelementptr i8, ptr %gep711.4.i, i64 64
-  %1258 = load <16 x i32>, ptr %1257, align 4, !tbaa !5
-  %1259 = and <16 x i32> %1258, %375
-  %1260 = getelementptr inbounds nuw i8, ptr %1090, i64 2240
-  store <16 x i32> %1259, ptr %1260, align 4, !tbaa !5
-  %1261 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep713.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1261
-  %1262 = getelementptr i8, ptr %gep713.4.i, i64 128
-  %1263 = load <16 x i32>, ptr %1262, align 4, !tbaa !5
-  %1264 = shl <16 x i32> %1263, splat (i32 16)
-  %1265 = getelementptr inbounds nuw i8, ptr %1090, i64 2304
-  store <16 x i32> %1264, ptr %1265, align 4, !tbaa !5
-  %1266 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep715.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1266
-  %1267 = getelementptr i8, ptr %gep715.4.i, i64 128
-  %1268 = load <16 x i32>, ptr %1267, align 4, !tbaa !5
-  %1269 = and <16 x i32> %1268, %375
-  %1270 = getelementptr inbounds nuw i8, ptr %1090, i64 2368
-  store <16 x i32> %1269, ptr %1270, align 4, !tbaa !5
-  %1271 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep717.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1271
-  %1272 = getelementptr i8, ptr %gep717.4.i, i64 192
-  %1273 = load <16 x i32>, ptr %1272, align 4, !tbaa !5
-  %1274 = shl <16 x i32> %1273, splat (i32 16)
-  %1275 = getelementptr inbounds nuw i8, ptr %1090, i64 2432
-  store <16 x i32> %1274, ptr %1275, align 4, !tbaa !5
-  %1276 = load i64, ptr %1242, align 8, !tbaa !5
-  %gep719.4.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1276
-  %1277 = getelementptr i8, ptr %gep719.4.i, i64 192
-  %1278 = load <16 x i32>, ptr %1277, align 4, !tbaa !5
-  %1279 = and <16 x i32> %1278, %375
-  %1280 = getelementptr inbounds nuw i8, ptr %1090, i64 2496
-  store <16 x i32> %1279, ptr %1280, align 4, !tbaa !5
-  %1281 = getelementptr inbounds nuw i8, ptr %1086, i64 40
-  %1282 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep705.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1282
-  %1283 = load <16 x i32>, ptr %gep705.5.i, align 4, !tbaa !5
-  %1284 = shl <16 x i32> %1283, splat (i32 16)
-  %1285 = getelementptr inbounds nuw i8, ptr %1090, i64 2560
-  store <16 x i32> %1284, ptr %1285, align 4, !tbaa !5
-  %1286 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep707.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1286
-  %1287 = load <16 x i32>, ptr %gep707.5.i, align 4, !tbaa !5
-  %1288 = and <16 x i32> %1287, %375
-  %1289 = getelementptr inbounds nuw i8, ptr %1090, i64 2624
-  store <16 x i32> %1288, ptr %1289, align 4, !tbaa !5
-  %1290 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep709.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1290
-  %1291 = getelementptr i8, ptr %gep709.5.i, i64 64
-  %1292 = load <16 x i32>, ptr %1291, align 4, !tbaa !5
-  %1293 = shl <16 x i32> %1292, splat (i32 16)
-  %1294 = getelementptr inbounds nuw i8, ptr %1090, i64 2688
-  store <16 x i32> %1293, ptr %1294, align 4, !tbaa !5
-  %1295 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep711.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1295
-  %1296 = getelementptr i8, ptr %gep711.5.i, i64 64
-  %1297 = load <16 x i32>, ptr %1296, align 4, !tbaa !5
-  %1298 = and <16 x i32> %1297, %375
-  %1299 = getelementptr inbounds nuw i8, ptr %1090, i64 2752
-  store <16 x i32> %1298, ptr %1299, align 4, !tbaa !5
-  %1300 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep713.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1300
-  %1301 = getelementptr i8, ptr %gep713.5.i, i64 128
-  %1302 = load <16 x i32>, ptr %1301, align 4, !tbaa !5
-  %1303 = shl <16 x i32> %1302, splat (i32 16)
-  %1304 = getelementptr inbounds nuw i8, ptr %1090, i64 2816
-  store <16 x i32> %1303, ptr %1304, align 4, !tbaa !5
-  %1305 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep715.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1305
-  %1306 = getelementptr i8, ptr %gep715.5.i, i64 128
-  %1307 = load <16 x i32>, ptr %1306, align 4, !tbaa !5
-  %1308 = and <16 x i32> %1307, %375
-  %1309 = getelementptr inbounds nuw i8, ptr %1090, i64 2880
-  store <16 x i32> %1308, ptr %1309, align 4, !tbaa !5
-  %1310 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep717.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1310
-  %1311 = getelementptr i8, ptr %gep717.5.i, i64 192
-  %1312 = load <16 x i32>, ptr %1311, align 4, !tbaa !5
-  %1313 = shl <16 x i32> %1312, splat (i32 16)
-  %1314 = getelementptr inbounds nuw i8, ptr %1090, i64 2944
-  store <16 x i32> %1313, ptr %1314, align 4, !tbaa !5
-  %1315 = load i64, ptr %1281, align 8, !tbaa !5
-  %gep719.5.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1315
-  %1316 = getelementptr i8, ptr %gep719.5.i, i64 192
-  %1317 = load <16 x i32>, ptr %1316, align 4, !tbaa !5
-  %1318 = and <16 x i32> %1317, %375
-  %1319 = getelementptr inbounds nuw i8, ptr %1090, i64 3008
-  store <16 x i32> %1318, ptr %1319, align 4, !tbaa !5
-  %1320 = getelementptr inbounds nuw i8, ptr %1086, i64 48
-  %1321 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep705.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1321
-  %1322 = load <16 x i32>, ptr %gep705.6.i, align 4, !tbaa !5
-  %1323 = shl <16 x i32> %1322, splat (i32 16)
-  %1324 = getelementptr inbounds nuw i8, ptr %1090, i64 3072
-  store <16 x i32> %1323, ptr %1324, align 4, !tbaa !5
-  %1325 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep707.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1325
-  %1326 = load <16 x i32>, ptr %gep707.6.i, align 4, !tbaa !5
-  %1327 = and <16 x i32> %1326, %375
-  %1328 = getelementptr inbounds nuw i8, ptr %1090, i64 3136
-  store <16 x i32> %1327, ptr %1328, align 4, !tbaa !5
-  %1329 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep709.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1329
-  %1330 = getelementptr i8, ptr %gep709.6.i, i64 64
-  %1331 = load <16 x i32>, ptr %1330, align 4, !tbaa !5
-  %1332 = shl <16 x i32> %1331, splat (i32 16)
-  %1333 = getelementptr inbounds nuw i8, ptr %1090, i64 3200
-  store <16 x i32> %1332, ptr %1333, align 4, !tbaa !5
-  %1334 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep711.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1334
-  %1335 = getelementptr i8, ptr %gep711.6.i, i64 64
-  %1336 = load <16 x i32>, ptr %1335, align 4, !tbaa !5
-  %1337 = and <16 x i32> %1336, %375
-  %1338 = getelementptr inbounds nuw i8, ptr %1090, i64 3264
-  store <16 x i32> %1337, ptr %1338, align 4, !tbaa !5
-  %1339 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep713.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1339
-  %1340 = getelementptr i8, ptr %gep713.6.i, i64 128
-  %1341 = load <16 x i32>, ptr %1340, align 4, !tbaa !5
-  %1342 = shl <16 x i32> %1341, splat (i32 16)
-  %1343 = getelementptr inbounds nuw i8, ptr %1090, i64 3328
-  store <16 x i32> %1342, ptr %1343, align 4, !tbaa !5
-  %1344 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep715.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1344
-  %1345 = getelementptr i8, ptr %gep715.6.i, i64 128
-  %1346 = load <16 x i32>, ptr %1345, align 4, !tbaa !5
-  %1347 = and <16 x i32> %1346, %375
-  %1348 = getelementptr inbounds nuw i8, ptr %1090, i64 3392
-  store <16 x i32> %1347, ptr %1348, align 4, !tbaa !5
-  %1349 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep717.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1349
-  %1350 = getelementptr i8, ptr %gep717.6.i, i64 192
-  %1351 = load <16 x i32>, ptr %1350, align 4, !tbaa !5
-  %1352 = shl <16 x i32> %1351, splat (i32 16)
-  %1353 = getelementptr inbounds nuw i8, ptr %1090, i64 3456
-  store <16 x i32> %1352, ptr %1353, align 4, !tbaa !5
-  %1354 = load i64, ptr %1320, align 8, !tbaa !5
-  %gep719.6.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1354
-  %1355 = getelementptr i8, ptr %gep719.6.i, i64 192
-  %1356 = load <16 x i32>, ptr %1355, align 4, !tbaa !5
-  %1357 = and <16 x i32> %1356, %375
-  %1358 = getelementptr inbounds nuw i8, ptr %1090, i64 3520
-  store <16 x i32> %1357, ptr %1358, align 4, !tbaa !5
-  %1359 = getelementptr inbounds nuw i8, ptr %1086, i64 56
-  %1360 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep705.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1360
-  %1361 = load <16 x i32>, ptr %gep705.7.i, align 4, !tbaa !5
-  %1362 = shl <16 x i32> %1361, splat (i32 16)
-  %1363 = getelementptr inbounds nuw i8, ptr %1090, i64 3584
-  store <16 x i32> %1362, ptr %1363, align 4, !tbaa !5
-  %1364 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep707.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1364
-  %1365 = load <16 x i32>, ptr %gep707.7.i, align 4, !tbaa !5
-  %1366 = and <16 x i32> %1365, %375
-  %1367 = getelementptr inbounds nuw i8, ptr %1090, i64 3648
-  store <16 x i32> %1366, ptr %1367, align 4, !tbaa !5
-  %1368 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep709.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1368
-  %1369 = getelementptr i8, ptr %gep709.7.i, i64 64
-  %1370 = load <16 x i32>, ptr %1369, align 4, !tbaa !5
-  %1371 = shl <16 x i32> %1370, splat (i32 16)
-  %1372 = getelementptr inbounds nuw i8, ptr %1090, i64 3712
-  store <16 x i32> %1371, ptr %1372, align 4, !tbaa !5
-  %1373 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep711.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1373
-  %1374 = getelementptr i8, ptr %gep711.7.i, i64 64
-  %1375 = load <16 x i32>, ptr %1374, align 4, !tbaa !5
-  %1376 = and <16 x i32> %1375, %375
-  %1377 = getelementptr inbounds nuw i8, ptr %1090, i64 3776
-  store <16 x i32> %1376, ptr %1377, align 4, !tbaa !5
-  %1378 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep713.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1378
-  %1379 = getelementptr i8, ptr %gep713.7.i, i64 128
-  %1380 = load <16 x i32>, ptr %1379, align 4, !tbaa !5
-  %1381 = shl <16 x i32> %1380, splat (i32 16)
-  %1382 = getelementptr inbounds nuw i8, ptr %1090, i64 3840
-  store <16 x i32> %1381, ptr %1382, align 4, !tbaa !5
-  %1383 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep715.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1383
-  %1384 = getelementptr i8, ptr %gep715.7.i, i64 128
-  %1385 = load <16 x i32>, ptr %1384, align 4, !tbaa !5
-  %1386 = and <16 x i32> %1385, %375
-  %1387 = getelementptr inbounds nuw i8, ptr %1090, i64 3904
-  store <16 x i32> %1386, ptr %1387, align 4, !tbaa !5
-  %1388 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep717.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1388
-  %1389 = getelementptr i8, ptr %gep717.7.i, i64 192
-  %1390 = load <16 x i32>, ptr %1389, align 4, !tbaa !5
-  %1391 = shl <16 x i32> %1390, splat (i32 16)
-  %1392 = getelementptr inbounds nuw i8, ptr %1090, i64 3968
-  store <16 x i32> %1391, ptr %1392, align 4, !tbaa !5
-  %1393 = load i64, ptr %1359, align 8, !tbaa !5
-  %gep719.7.i = getelementptr i32, ptr %invariant.gep704.i, i64 %1393
-  %1394 = getelementptr i8, ptr %gep719.7.i, i64 192
-  %1395 = load <16 x i32>, ptr %1394, align 4, !tbaa !5
-  %1396 = and <16 x i32> %1395, %375
-  %1397 = getelementptr inbounds nuw i8, ptr %1090, i64 4032
-  store <16 x i32> %1396, ptr %1397, align 4, !tbaa !5
-  %indvars.iv.next967.i = add nuw nsw i64 %indvars.iv966.i, 1
-  %exitcond970.not.i = icmp eq i64 %indvars.iv.next967.i, %wide.trip.count960.i
-  br i1 %exitcond970.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti155.preheader.i, !prof !13
+for_begin_ti129.preheader.i:                      ; preds = %for_begin_ti129.preheader.i, %for_begin_ti129.preheader.lr.ph.i
+  %indvars.iv923.i = phi i64 [ 0, %for_begin_ti129.preheader.lr.ph.i ], [ %indvars.iv.next924.i, %for_begin_ti129.preheader.i ]
+  %.idx80 = shl nsw i64 %indvars.iv923.i, 6
+  %1143 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx80
+  %1144 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep681.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1144
+  %1145 = load <16 x i32>, ptr %gep681.i, align 4, !tbaa !5
+  %1146 = shl <16 x i32> %1145, splat (i32 16)
+  %.idx81 = shl nsw i64 %indvars.iv923.i, 12
+  %1147 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx81
+  store <16 x i32> %1146, ptr %1147, align 4, !tbaa !5
+  %1148 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep683.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1148
+  %1149 = load <16 x i32>, ptr %gep683.i, align 4, !tbaa !5
+  %1150 = and <16 x i32> %1149, %441
+  %1151 = getelementptr inbounds nuw i8, ptr %1147, i64 64
+  store <16 x i32> %1150, ptr %1151, align 4, !tbaa !5
+  %1152 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep685.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1152
+  %1153 = getelementptr i8, ptr %gep685.i, i64 64
+  %1154 = load <16 x i32>, ptr %1153, align 4, !tbaa !5
+  %1155 = shl <16 x i32> %1154, splat (i32 16)
+  %1156 = getelementptr inbounds nuw i8, ptr %1147, i64 128
+  store <16 x i32> %1155, ptr %1156, align 4, !tbaa !5
+  %1157 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep687.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1157
+  %1158 = getelementptr i8, ptr %gep687.i, i64 64
+  %1159 = load <16 x i32>, ptr %1158, align 4, !tbaa !5
+  %1160 = and <16 x i32> %1159, %441
+  %1161 = getelementptr inbounds nuw i8, ptr %1147, i64 192
+  store <16 x i32> %1160, ptr %1161, align 4, !tbaa !5
+  %1162 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep689.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1162
+  %1163 = getelementptr i8, ptr %gep689.i, i64 128
+  %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !5
+  %1165 = shl <16 x i32> %1164, splat (i32 16)
+  %1166 = getelementptr inbounds nuw i8, ptr %1147, i64 256
+  store <16 x i32> %1165, ptr %1166, align 4, !tbaa !5
+  %1167 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep691.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1167
+  %1168 = getelementptr i8, ptr %gep691.i, i64 128
+  %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !5
+  %1170 = and <16 x i32> %1169, %441
+  %1171 = getelementptr inbounds nuw i8, ptr %1147, i64 320
+  store <16 x i32> %1170, ptr %1171, align 4, !tbaa !5
+  %1172 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep693.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1172
+  %1173 = getelementptr i8, ptr %gep693.i, i64 192
+  %1174 = load <16 x i32>, ptr %1173, align 4, !tbaa !5
+  %1175 = shl <16 x i32> %1174, splat (i32 16)
+  %1176 = getelementptr inbounds nuw i8, ptr %1147, i64 384
+  store <16 x i32> %1175, ptr %1176, align 4, !tbaa !5
+  %1177 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep695.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1177
+  %1178 = getelementptr i8, ptr %gep695.i, i64 192
+  %1179 = load <16 x i32>, ptr %1178, align 4, !tbaa !5
+  %1180 = and <16 x i32> %1179, %441
+  %1181 = getelementptr inbounds nuw i8, ptr %1147, i64 448
+  store <16 x i32> %1180, ptr %1181, align 4, !tbaa !5
+  %1182 = getelementptr inbounds nuw i8, ptr %1143, i64 8
+  %1183 = load i64, ptr %1182, align 8, !tbaa !5
+  %gep681.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1183
+  %1184 = load <16 x i32>, ptr %gep681.1.i, align 4, !tbaa !5
+  %1185 = shl <16 x i32> %1184, splat (i32 16)
+  %1186 = getelementptr inbounds nuw i8, ptr %1147, i64 512
+  store <16 x i32> %1185, ptr %1186, align 4, !tbaa !5
+  %1187 = load i64, ptr %1182, align 8, !tbaa !5
+  %gep683.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1187
+  %1188 = load <16 x i32>, ptr %gep683.1.i, align 4, !tbaa !5
+  %1189 = and <16 x i32> %1188, %441
+  %1190 = getelementptr inbounds nuw i8, ptr %1147, i64 576
+  store <16 x i32> %1189, ptr %1190, align 4, !tbaa !5
+  %1191 = load i64, ptr %1182, align 8, !tbaa !5
+  %gep685.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1191
+  %1192 = getelementptr i8, ptr %gep685.1.i, i64 64
+  %1193 = load <16 x i32>, ptr %1192, align 4, !tbaa !5
+  %1194 = shl <16 x i32> %1193, splat (i32 16)
+  %1195 = getelementptr inbounds nuw i8, ptr %1147, i64 640
+  store <16 x i32> %1194, ptr %1195, align 4, !tbaa !5
+  %1196 = load i64, ptr %1182, align 8, !tbaa !5
+  %gep687.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1196
+  %1197 = getelementptr i8, ptr %gep687.1.i, i64 64
+  %1198 = load <16 x i32>, ptr %1197, align 4, !tbaa !5
+  %1199 = and <16 x i32> %1198, %441
+  %1200 = getelementptr inbounds nuw i8, ptr %1147, i64 704
+  store <16 x i32> %1199, ptr %1200, align 4, !tbaa !5
+  %1201 = load i64, ptr %1182, align 8, !tbaa !5
+  %gep689.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1201
+  %1202 = getelementptr i8, ptr %gep689.1.i, i64 128
+  %1203 = load <16 x i32>, ptr %1202, align 4, !tbaa !5
+  %1204 = shl <16 x i32> %1203, splat (i32 16)
+  %1205 = getelementptr inbounds nuw i8, ptr %1147, i64 768
+  store <16 x i32> %1204, ptr %1205, align 4, !tbaa !5
+  %1206 = load i64, ptr %1182, align 8, !tbaa !5
+  %gep691.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1206
+  %1207 = getelementptr i8, ptr %gep691.1.i, i64 128
+  %1208 = load <16 x i32>, ptr %1207, align 4, !tbaa !5
+  %1209 = and <16 x i32> %1208, %441
+  %1210 = getelementptr inbounds nuw i8, ptr %1147, i64 832
+  store <16 x i32> %1209, ptr %1210, align 4, !tbaa !5
+  %1211 = load i64, ptr %1182, align 8, !tbaa !5
+  %gep693.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1211
+  %1212 = getelementptr i8, ptr %gep693.1.i, i64 192
+  %1213 = load <16 x i32>, ptr %1212, align 4, !tbaa !5
+  %1214 = shl <16 x i32> %1213, splat (i32 16)
+  %1215 = getelementptr inbounds nuw i8, ptr %1147, i64 896
+  store <16 x i32> %1214, ptr %1215, align 4, !tbaa !5
+  %1216 = load i64, ptr %1182, align 8, !tbaa !5
+  %gep695.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1216
+  %1217 = getelementptr i8, ptr %gep695.1.i, i64 192
+  %1218 = load <16 x i32>, ptr %1217, align 4, !tbaa !5
+  %1219 = and <16 x i32> %1218, %441
+  %1220 = getelementptr inbounds nuw i8, ptr %1147, i64 960
+  store <16 x i32> %1219, ptr %1220, align 4, !tbaa !5
+  %1221 = getelementptr inbounds nuw i8, ptr %1143, i64 16
+  %1222 = load i64, ptr %1221, align 8, !tbaa !5
+  %gep681.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1222
+  %1223 = load <16 x i32>, ptr %gep681.2.i, align 4, !tbaa !5
+  %1224 = shl <16 x i32> %1223, splat (i32 16)
+  %1225 = getelementptr inbounds nuw i8, ptr %1147, i64 1024
+  store <16 x i32> %1224, ptr %1225, align 4, !tbaa !5
+  %1226 = load i64, ptr %1221, align 8, !tbaa !5
+  %gep683.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1226
+  %1227 = load <16 x i32>, ptr %gep683.2.i, align 4, !tbaa !5
+  %1228 = and <16 x i32> %1227, %441
+  %1229 = getelementptr inbounds nuw i8, ptr %1147, i64 1088
+  store <16 x i32> %1228, ptr %1229, align 4, !tbaa !5
+  %1230 = load i64, ptr %1221, align 8, !tbaa !5
+  %gep685.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1230
+  %1231 = getelementptr i8, ptr %gep685.2.i, i64 64
+  %1232 = load <16 x i32>, ptr %1231, align 4, !tbaa !5
+  %1233 = shl <16 x i32> %1232, splat (i32 16)
+  %1234 = getelementptr inbounds nuw i8, ptr %1147, i64 1152
+  store <16 x i32> %1233, ptr %1234, align 4, !tbaa !5
+  %1235 = load i64, ptr %1221, align 8, !tbaa !5
+  %gep687.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1235
+  %1236 = getelementptr i8, ptr %gep687.2.i, i64 64
+  %1237 = load <16 x i32>, ptr %1236, align 4, !tbaa !5
+  %1238 = and <16 x i32> %1237, %441
+  %1239 = getelementptr inbounds nuw i8, ptr %1147, i64 1216
+  store <16 x i32> %1238, ptr %1239, align 4, !tbaa !5
+  %1240 = load i64, ptr %1221, align 8, !tbaa !5
+  %gep689.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1240
+  %1241 = getelementptr i8, ptr %gep689.2.i, i64 128
+  %1242 = load <16 x i32>, ptr %1241, align 4, !tbaa !5
+  %1243 = shl <16 x i32> %1242, splat (i32 16)
+  %1244 = getelementptr inbounds nuw i8, ptr %1147, i64 1280
+  store <16 x i32> %1243, ptr %1244, align 4, !tbaa !5
+  %1245 = load i64, ptr %1221, align 8, !tbaa !5
+  %gep691.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1245
+  %1246 = getelementptr i8, ptr %gep691.2.i, i64 128
+  %1247 = load <16 x i32>, ptr %1246, align 4, !tbaa !5
+  %1248 = and <16 x i32> %1247, %441
+  %1249 = getelementptr inbounds nuw i8, ptr %1147, i64 1344
+  store <16 x i32> %1248, ptr %1249, align 4, !tbaa !5
+  %1250 = load i64, ptr %1221, align 8, !tbaa !5
+  %gep693.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1250
+  %1251 = getelementptr i8, ptr %gep693.2.i, i64 192
+  %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !5
+  %1253 = shl <16 x i32> %1252, splat (i32 16)
+  %1254 = getelementptr inbounds nuw i8, ptr %1147, i64 1408
+  store <16 x i32> %1253, ptr %1254, align 4, !tbaa !5
+  %1255 = load i64, ptr %1221, align 8, !tbaa !5
+  %gep695.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1255
+  %1256 = getelementptr i8, ptr %gep695.2.i, i64 192
+  %1257 = load <16 x i32>, ptr %1256, align 4, !tbaa !5
+  %1258 = and <16 x i32> %1257, %441
+  %1259 = getelementptr inbounds nuw i8, ptr %1147, i64 1472
+  store <16 x i32> %1258, ptr %1259, align 4, !tbaa !5
+  %1260 = getelementptr inbounds nuw i8, ptr %1143, i64 24
+  %1261 = load i64, ptr %1260, align 8, !tbaa !5
+  %gep681.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1261
+  %1262 = load <16 x i32>, ptr %gep681.3.i, align 4, !tbaa !5
+  %1263 = shl <16 x i32> %1262, splat (i32 16)
+  %1264 = getelementptr inbounds nuw i8, ptr %1147, i64 1536
+  store <16 x i32> %1263, ptr %1264, align 4, !tbaa !5
+  %1265 = load i64, ptr %1260, align 8, !tbaa !5
+  %gep683.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1265
+  %1266 = load <16 x i32>, ptr %gep683.3.i, align 4, !tbaa !5
+  %1267 = and <16 x i32> %1266, %441
+  %1268 = getelementptr inbounds nuw i8, ptr %1147, i64 1600
+  store <16 x i32> %1267, ptr %1268, align 4, !tbaa !5
+  %1269 = load i64, ptr %1260, align 8, !tbaa !5
+  %gep685.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1269
+  %1270 = getelementptr i8, ptr %gep685.3.i, i64 64
+  %1271 = load <16 x i32>, ptr %1270, align 4, !tbaa !5
+  %1272 = shl <16 x i32> %1271, splat (i32 16)
+  %1273 = getelementptr inbounds nuw i8, ptr %1147, i64 1664
+  store <16 x i32> %1272, ptr %1273, align 4, !tbaa !5
+  %1274 = load i64, ptr %1260, align 8, !tbaa !5
+  %gep687.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1274
+  %1275 = getelementptr i8, ptr %gep687.3.i, i64 64
+  %1276 = load <16 x i32>, ptr %1275, align 4, !tbaa !5
+  %1277 = and <16 x i32> %1276, %441
+  %1278 = getelementptr inbounds nuw i8, ptr %1147, i64 1728
+  store <16 x i32> %1277, ptr %1278, align 4, !tbaa !5
+  %1279 = load i64, ptr %1260, align 8, !tbaa !5
+  %gep689.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1279
+  %1280 = getelementptr i8, ptr %gep689.3.i, i64 128
+  %1281 = load <16 x i32>, ptr %1280, align 4, !tbaa !5
+  %1282 = shl <16 x i32> %1281, splat (i32 16)
+  %1283 = getelementptr inbounds nuw i8, ptr %1147, i64 1792
+  store <16 x i32> %1282, ptr %1283, align 4, !tbaa !5
+  %1284 = load i64, ptr %1260, align 8, !tbaa !5
+  %gep691.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1284
+  %1285 = getelementptr i8, ptr %gep691.3.i, i64 128
+  %1286 = load <16 x i32>, ptr %1285, align 4, !tbaa !5
+  %1287 = and <16 x i32> %1286, %441
+  %1288 = getelementptr inbounds nuw i8, ptr %1147, i64 1856
+  store <16 x i32> %1287, ptr %1288, align 4, !tbaa !5
+  %1289 = load i64, ptr %1260, align 8, !tbaa !5
+  %gep693.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1289
+  %1290 = getelementptr i8, ptr %gep693.3.i, i64 192
+  %1291 = load <16 x i32>, ptr %1290, align 4, !tbaa !5
+  %1292 = shl <16 x i32> %1291, splat (i32 16)
+  %1293 = getelementptr inbounds nuw i8, ptr %1147, i64 1920
+  store <16 x i32> %1292, ptr %1293, align 4, !tbaa !5
+  %1294 = load i64, ptr %1260, align 8, !tbaa !5
+  %gep695.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1294
+  %1295 = getelementptr i8, ptr %gep695.3.i, i64 192
+  %1296 = load <16 x i32>, ptr %1295, align 4, !tbaa !5
+  %1297 = and <16 x i32> %1296, %441
+  %1298 = getelementptr inbounds nuw i8, ptr %1147, i64 1984
+  store <16 x i32> %1297, ptr %1298, align 4, !tbaa !5
+  %1299 = getelementptr inbounds nuw i8, ptr %1143, i64 32
+  %1300 = load i64, ptr %1299, align 8, !tbaa !5
+  %gep681.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1300
+  %1301 = load <16 x i32>, ptr %gep681.4.i, align 4, !tbaa !5
+  %1302 = shl <16 x i32> %1301, splat (i32 16)
+  %1303 = getelementptr inbounds nuw i8, ptr %1147, i64 2048
+  store <16 x i32> %1302, ptr %1303, align 4, !tbaa !5
+  %1304 = load i64, ptr %1299, align 8, !tbaa !5
+  %gep683.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1304
+  %1305 = load <16 x i32>, ptr %gep683.4.i, align 4, !tbaa !5
+  %1306 = and <16 x i32> %1305, %441
+  %1307 = getelementptr inbounds nuw i8, ptr %1147, i64 2112
+  store <16 x i32> %1306, ptr %1307, align 4, !tbaa !5
+  %1308 = load i64, ptr %1299, align 8, !tbaa !5
+  %gep685.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1308
+  %1309 = getelementptr i8, ptr %gep685.4.i, i64 64
+  %1310 = load <16 x i32>, ptr %1309, align 4, !tbaa !5
+  %1311 = shl <16 x i32> %1310, splat (i32 16)
+  %1312 = getelementptr inbounds nuw i8, ptr %1147, i64 2176
+  store <16 x i32> %1311, ptr %1312, align 4, !tbaa !5
+  %1313 = load i64, ptr %1299, align 8, !tbaa !5
+  %gep687.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1313
+  %1314 = getelementptr i8, ptr %gep687.4.i, i64 64
+  %1315 = load <16 x i32>, ptr %1314, align 4, !tbaa !5
+  %1316 = and <16 x i32> %1315, %441
+  %1317 = getelementptr inbounds nuw i8, ptr %1147, i64 2240
+  store <16 x i32> %1316, ptr %1317, align 4, !tbaa !5
+  %1318 = load i64, ptr %1299, align 8, !tbaa !5
+  %gep689.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1318
+  %1319 = getelementptr i8, ptr %gep689.4.i, i64 128
+  %1320 = load <16 x i32>, ptr %1319, align 4, !tbaa !5
+  %1321 = shl <16 x i32> %1320, splat (i32 16)
+  %1322 = getelementptr inbounds nuw i8, ptr %1147, i64 2304
+  store <16 x i32> %1321, ptr %1322, align 4, !tbaa !5
+  %1323 = load i64, ptr %1299, align 8, !tbaa !5
+  %gep691.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1323
+  %1324 = getelementptr i8, ptr %gep691.4.i, i64 128
+  %1325 = load <16 x i32>, ptr %1324, align 4, !tbaa !5
+  %1326 = and <16 x i32> %1325, %441
+  %1327 = getelementptr inbounds nuw i8, ptr %1147, i64 2368
+  store <16 x i32> %1326, ptr %1327, align 4, !tbaa !5
+  %1328 = load i64, ptr %1299, align 8, !tbaa !5
+  %gep693.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1328
+  %1329 = getelementptr i8, ptr %gep693.4.i, i64 192
+  %1330 = load <16 x i32>, ptr %1329, align 4, !tbaa !5
+  %1331 = shl <16 x i32> %1330, splat (i32 16)
+  %1332 = getelementptr inbounds nuw i8, ptr %1147, i64 2432
+  store <16 x i32> %1331, ptr %1332, align 4, !tbaa !5
+  %1333 = load i64, ptr %1299, align 8, !tbaa !5
+  %gep695.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1333
+  %1334 = getelementptr i8, ptr %gep695.4.i, i64 192
+  %1335 = load <16 x i32>, ptr %1334, align 4, !tbaa !5
+  %1336 = and <16 x i32> %1335, %441
+  %1337 = getelementptr inbounds nuw i8, ptr %1147, i64 2496
+  store <16 x i32> %1336, ptr %1337, align 4, !tbaa !5
+  %1338 = getelementptr inbounds nuw i8, ptr %1143, i64 40
+  %1339 = load i64, ptr %1338, align 8, !tbaa !5
+  %gep681.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1339
+  %1340 = load <16 x i32>, ptr %gep681.5.i, align 4, !tbaa !5
+  %1341 = shl <16 x i32> %1340, splat (i32 16)
+  %1342 = getelementptr inbounds nuw i8, ptr %1147, i64 2560
+  store <16 x i32> %1341, ptr %1342, align 4, !tbaa !5
+  %1343 = load i64, ptr %1338, align 8, !tbaa !5
+  %gep683.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1343
+  %1344 = load <16 x i32>, ptr %gep683.5.i, align 4, !tbaa !5
+  %1345 = and <16 x i32> %1344, %441
+  %1346 = getelementptr inbounds nuw i8, ptr %1147, i64 2624
+  store <16 x i32> %1345, ptr %1346, align 4, !tbaa !5
+  %1347 = load i64, ptr %1338, align 8, !tbaa !5
+  %gep685.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1347
+  %1348 = getelementptr i8, ptr %gep685.5.i, i64 64
+  %1349 = load <16 x i32>, ptr %1348, align 4, !tbaa !5
+  %1350 = shl <16 x i32> %1349, splat (i32 16)
+  %1351 = getelementptr inbounds nuw i8, ptr %1147, i64 2688
+  store <16 x i32> %1350, ptr %1351, align 4, !tbaa !5
+  %1352 = load i64, ptr %1338, align 8, !tbaa !5
+  %gep687.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1352
+  %1353 = getelementptr i8, ptr %gep687.5.i, i64 64
+  %1354 = load <16 x i32>, ptr %1353, align 4, !tbaa !5
+  %1355 = and <16 x i32> %1354, %441
+  %1356 = getelementptr inbounds nuw i8, ptr %1147, i64 2752
+  store <16 x i32> %1355, ptr %1356, align 4, !tbaa !5
+  %1357 = load i64, ptr %1338, align 8, !tbaa !5
+  %gep689.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1357
+  %1358 = getelementptr i8, ptr %gep689.5.i, i64 128
+  %1359 = load <16 x i32>, ptr %1358, align 4, !tbaa !5
+  %1360 = shl <16 x i32> %1359, splat (i32 16)
+  %1361 = getelementptr inbounds nuw i8, ptr %1147, i64 2816
+  store <16 x i32> %1360, ptr %1361, align 4, !tbaa !5
+  %1362 = load i64, ptr %1338, align 8, !tbaa !5
+  %gep691.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1362
+  %1363 = getelementptr i8, ptr %gep691.5.i, i64 128
+  %1364 = load <16 x i32>, ptr %1363, align 4, !tbaa !5
+  %1365 = and <16 x i32> %1364, %441
+  %1366 = getelementptr inbounds nuw i8, ptr %1147, i64 2880
+  store <16 x i32> %1365, ptr %1366, align 4, !tbaa !5
+  %1367 = load i64, ptr %1338, align 8, !tbaa !5
+  %gep693.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1367
+  %1368 = getelementptr i8, ptr %gep693.5.i, i64 192
+  %1369 = load <16 x i32>, ptr %1368, align 4, !tbaa !5
+  %1370 = shl <16 x i32> %1369, splat (i32 16)
+  %1371 = getelementptr inbounds nuw i8, ptr %1147, i64 2944
+  store <16 x i32> %1370, ptr %1371, align 4, !tbaa !5
+  %1372 = load i64, ptr %1338, align 8, !tbaa !5
+  %gep695.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1372
+  %1373 = getelementptr i8, ptr %gep695.5.i, i64 192
+  %1374 = load <16 x i32>, ptr %1373, align 4, !tbaa !5
+  %1375 = and <16 x i32> %1374, %441
+  %1376 = getelementptr inbounds nuw i8, ptr %1147, i64 3008
+  store <16 x i32> %1375, ptr %1376, align 4, !tbaa !5
+  %1377 = getelementptr inbounds nuw i8, ptr %1143, i64 48
+  %1378 = load i64, ptr %1377, align 8, !tbaa !5
+  %gep681.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1378
+  %1379 = load <16 x i32>, ptr %gep681.6.i, align 4, !tbaa !5
+  %1380 = shl <16 x i32> %1379, splat (i32 16)
+  %1381 = getelementptr inbounds nuw i8, ptr %1147, i64 3072
+  store <16 x i32> %1380, ptr %1381, align 4, !tbaa !5
+  %1382 = load i64, ptr %1377, align 8, !tbaa !5
+  %gep683.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1382
+  %1383 = load <16 x i32>, ptr %gep683.6.i, align 4, !tbaa !5
+  %1384 = and <16 x i32> %1383, %441
+  %1385 = getelementptr inbounds nuw i8, ptr %1147, i64 3136
+  store <16 x i32> %1384, ptr %1385, align 4, !tbaa !5
+  %1386 = load i64, ptr %1377, align 8, !tbaa !5
+  %gep685.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1386
+  %1387 = getelementptr i8, ptr %gep685.6.i, i64 64
+  %1388 = load <16 x i32>, ptr %1387, align 4, !tbaa !5
+  %1389 = shl <16 x i32> %1388, splat (i32 16)
+  %1390 = getelementptr inbounds nuw i8, ptr %1147, i64 3200
+  store <16 x i32> %1389, ptr %1390, align 4, !tbaa !5
+  %1391 = load i64, ptr %1377, align 8, !tbaa !5
+  %gep687.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1391
+  %1392 = getelementptr i8, ptr %gep687.6.i, i64 64
+  %1393 = load <16 x i32>, ptr %1392, align 4, !tbaa !5
+  %1394 = and <16 x i32> %1393, %441
+  %1395 = getelementptr inbounds nuw i8, ptr %1147, i64 3264
+  store <16 x i32> %1394, ptr %1395, align 4, !tbaa !5
+  %1396 = load i64, ptr %1377, align 8, !tbaa !5
+  %gep689.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1396
+  %1397 = getelementptr i8, ptr %gep689.6.i, i64 128
+  %1398 = load <16 x i32>, ptr %1397, align 4, !tbaa !5
+  %1399 = shl <16 x i32> %1398, splat (i32 16)
+  %1400 = getelementptr inbounds nuw i8, ptr %1147, i64 3328
+  store <16 x i32> %1399, ptr %1400, align 4, !tbaa !5
+  %1401 = load i64, ptr %1377, align 8, !tbaa !5
+  %gep691.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1401
+  %1402 = getelementptr i8, ptr %gep691.6.i, i64 128
+  %1403 = load <16 x i32>, ptr %1402, align 4, !tbaa !5
+  %1404 = and <16 x i32> %1403, %441
+  %1405 = getelementptr inbounds nuw i8, ptr %1147, i64 3392
+  store <16 x i32> %1404, ptr %1405, align 4, !tbaa !5
+  %1406 = load i64, ptr %1377, align 8, !tbaa !5
+  %gep693.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1406
+  %1407 = getelementptr i8, ptr %gep693.6.i, i64 192
+  %1408 = load <16 x i32>, ptr %1407, align 4, !tbaa !5
+  %1409 = shl <16 x i32> %1408, splat (i32 16)
+  %1410 = getelementptr inbounds nuw i8, ptr %1147, i64 3456
+  store <16 x i32> %1409, ptr %1410, align 4, !tbaa !5
+  %1411 = load i64, ptr %1377, align 8, !tbaa !5
+  %gep695.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1411
+  %1412 = getelementptr i8, ptr %gep695.6.i, i64 192
+  %1413 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
+  %1414 = and <16 x i32> %1413, %441
+  %1415 = getelementptr inbounds nuw i8, ptr %1147, i64 3520
+  store <16 x i32> %1414, ptr %1415, align 4, !tbaa !5
+  %1416 = getelementptr inbounds nuw i8, ptr %1143, i64 56
+  %1417 = load i64, ptr %1416, align 8, !tbaa !5
+  %gep681.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1417
+  %1418 = load <16 x i32>, ptr %gep681.7.i, align 4, !tbaa !5
+  %1419 = shl <16 x i32> %1418, splat (i32 16)
+  %1420 = getelementptr inbounds nuw i8, ptr %1147, i64 3584
+  store <16 x i32> %1419, ptr %1420, align 4, !tbaa !5
+  %1421 = load i64, ptr %1416, align 8, !tbaa !5
+  %gep683.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1421
+  %1422 = load <16 x i32>, ptr %gep683.7.i, align 4, !tbaa !5
+  %1423 = and <16 x i32> %1422, %441
+  %1424 = getelementptr inbounds nuw i8, ptr %1147, i64 3648
+  store <16 x i32> %1423, ptr %1424, align 4, !tbaa !5
+  %1425 = load i64, ptr %1416, align 8, !tbaa !5
+  %gep685.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1425
+  %1426 = getelementptr i8, ptr %gep685.7.i, i64 64
+  %1427 = load <16 x i32>, ptr %1426, align 4, !tbaa !5
+  %1428 = shl <16 x i32> %1427, splat (i32 16)
+  %1429 = getelementptr inbounds nuw i8, ptr %1147, i64 3712
+  store <16 x i32> %1428, ptr %1429, align 4, !tbaa !5
+  %1430 = load i64, ptr %1416, align 8, !tbaa !5
+  %gep687.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1430
+  %1431 = getelementptr i8, ptr %gep687.7.i, i64 64
+  %1432 = load <16 x i32>, ptr %1431, align 4, !tbaa !5
+  %1433 = and <16 x i32> %1432, %441
+  %1434 = getelementptr inbounds nuw i8, ptr %1147, i64 3776
+  store <16 x i32> %1433, ptr %1434, align 4, !tbaa !5
+  %1435 = load i64, ptr %1416, align 8, !tbaa !5
+  %gep689.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1435
+  %1436 = getelementptr i8, ptr %gep689.7.i, i64 128
+  %1437 = load <16 x i32>, ptr %1436, align 4, !tbaa !5
+  %1438 = shl <16 x i32> %1437, splat (i32 16)
+  %1439 = getelementptr inbounds nuw i8, ptr %1147, i64 3840
+  store <16 x i32> %1438, ptr %1439, align 4, !tbaa !5
+  %1440 = load i64, ptr %1416, align 8, !tbaa !5
+  %gep691.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1440
+  %1441 = getelementptr i8, ptr %gep691.7.i, i64 128
+  %1442 = load <16 x i32>, ptr %1441, align 4, !tbaa !5
+  %1443 = and <16 x i32> %1442, %441
+  %1444 = getelementptr inbounds nuw i8, ptr %1147, i64 3904
+  store <16 x i32> %1443, ptr %1444, align 4, !tbaa !5
+  %1445 = load i64, ptr %1416, align 8, !tbaa !5
+  %gep693.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1445
+  %1446 = getelementptr i8, ptr %gep693.7.i, i64 192
+  %1447 = load <16 x i32>, ptr %1446, align 4, !tbaa !5
+  %1448 = shl <16 x i32> %1447, splat (i32 16)
+  %1449 = getelementptr inbounds nuw i8, ptr %1147, i64 3968
+  store <16 x i32> %1448, ptr %1449, align 4, !tbaa !5
+  %1450 = load i64, ptr %1416, align 8, !tbaa !5
+  %gep695.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1450
+  %1451 = getelementptr i8, ptr %gep695.7.i, i64 192
+  %1452 = load <16 x i32>, ptr %1451, align 4, !tbaa !5
+  %1453 = and <16 x i32> %1452, %441
+  %1454 = getelementptr inbounds nuw i8, ptr %1147, i64 4032
+  store <16 x i32> %1453, ptr %1454, align 4, !tbaa !5
+  %indvars.iv.next924.i = add nuw nsw i64 %indvars.iv923.i, 1
+  %exitcond927.not.i = icmp eq i64 %indvars.iv.next924.i, %wide.trip.count917.i
+  br i1 %exitcond927.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti129.preheader.i, !prof !13
 
-for_begin_row_tile.i:                             ; preds = %if_end322.i
-  %indvars.iv.next1062.i = add nuw nsw i64 %indvars.iv1061.i, 1
-  %exitcond1065.not.i = icmp eq i64 %indvars.iv.next1062.i, %wide.trip.count1064.i
-  br i1 %exitcond1065.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+for_begin_row_tile.i:                             ; preds = %if_end301.i
+  %indvars.iv.next1016.i = add nuw nsw i64 %indvars.iv1015.i, 1
+  %exitcond1019.not.i = icmp eq i64 %indvars.iv.next1016.i, %wide.trip.count1018.i
+  br i1 %exitcond1019.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
 
 for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
-  %indvars.iv1061.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1062.i, %for_begin_row_tile.i ]
-  %1398 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scores.i = tail call ptr %1398(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1399 = icmp eq ptr %scores.i, null
-  br i1 %1399, label %fused_attend_compute_.exit, label %if_end161.i, !prof !8
+  %indvars.iv1015.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1016.i, %for_begin_row_tile.i ]
+  %1455 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %1455(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1456 = icmp eq ptr %scores.i, null
+  br i1 %1456, label %fused_attend_compute_.exit, label %if_end135.i, !prof !8
 
 for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
-  %1400 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1401 = tail call i32 %1400(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not576.i = icmp eq i32 %1401, 0
-  br i1 %.not576.i, label %if_end328.i, label %fused_attend_compute_.exit, !prof !38
+  %1457 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1458 = tail call i32 %1457(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not554.i = icmp eq i32 %1458, 0
+  br i1 %.not554.i, label %if_end307.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end161.i:                                      ; preds = %for_body_row_tile.i
-  %1402 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %probs.i = tail call ptr %1402(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1403 = icmp eq ptr %probs.i, null
-  br i1 %1403, label %fused_attend_compute_.exit, label %if_end164.i, !prof !8
+if_end135.i:                                      ; preds = %for_body_row_tile.i
+  %1459 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %1459(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1460 = icmp eq ptr %probs.i, null
+  br i1 %1460, label %fused_attend_compute_.exit, label %if_end138.i, !prof !8
 
-if_end164.i:                                      ; preds = %if_end161.i
-  %1404 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %edges.i = tail call ptr %1404(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1405 = icmp eq ptr %edges.i, null
-  br i1 %1405, label %fused_attend_compute_.exit, label %if_end167.i, !prof !8
+if_end138.i:                                      ; preds = %if_end135.i
+  %1461 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %edges.i = tail call ptr %1461(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1462 = icmp eq ptr %edges.i, null
+  br i1 %1462, label %fused_attend_compute_.exit, label %if_end141.i, !prof !8
 
-if_end167.i:                                      ; preds = %if_end164.i
-  %1406 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled.i = tail call ptr %1406(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1407 = icmp eq ptr %scaled.i, null
-  br i1 %1407, label %fused_attend_compute_.exit, label %if_end170.i, !prof !8
+if_end141.i:                                      ; preds = %if_end138.i
+  %1463 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %1463(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1464 = icmp eq ptr %scaled.i, null
+  br i1 %1464, label %fused_attend_compute_.exit, label %if_end144.i, !prof !8
 
-if_end170.i:                                      ; preds = %if_end167.i
-  %1408 = icmp eq i64 %indvars.iv1061.i, %386
-  %1409 = add nuw nsw i64 %indvars.iv1061.i, %1085
-  %.idx1186.i = shl i64 %1409, 4
-  %1410 = getelementptr i8, ptr %reach555.i, i64 %.idx1186.i
-  %1411 = getelementptr i8, ptr %1410, i64 4
-  %1412 = load i32, ptr %1411, align 4, !tbaa !17
-  %1413 = sext i32 %1412 to i64
-  %1414 = icmp slt i64 %697, %1413
-  br i1 %1414, label %if_then172.i, label %if_end173.i, !prof !8
+if_end144.i:                                      ; preds = %if_end141.i
+  %1465 = icmp eq i64 %indvars.iv1015.i, %452
+  %1466 = add nuw nsw i64 %indvars.iv1015.i, %1142
+  %.idx1140.i = shl i64 %1466, 4
+  %1467 = getelementptr i8, ptr %reach533.i, i64 %.idx1140.i
+  %1468 = getelementptr i8, ptr %1467, i64 4
+  %1469 = load i32, ptr %1468, align 4, !tbaa !17
+  %1470 = sext i32 %1469 to i64
+  %1471 = icmp slt i64 %754, %1470
+  br i1 %1471, label %if_then146.i, label %if_end147.i, !prof !8
 
-if_then172.i:                                     ; preds = %if_end170.i
-  %1415 = sub nsw i32 %1412, %698
-  %valid_len175.i = tail call i32 @llvm.smin.i32(i32 %700, i32 %1415)
-  %1416 = trunc i64 %1409 to i32
-  %1417 = urem i32 %1416, %120
-  %1418 = shl i32 %1417, 4
-  %1419 = sub i32 %118, %1418
-  %1420 = add nsw i32 %valid_len175.i, 7
-  %1421 = ashr i32 %1420, 3
-  %1422 = icmp sgt i32 %1421, 0
-  br i1 %1422, label %for_body_to177.lr.ph.i, label %for_end_to185.i, !prof !3
+if_then146.i:                                     ; preds = %if_end144.i
+  %1472 = sub nsw i32 %1469, %755
+  %valid_len149.i = tail call i32 @llvm.smin.i32(i32 %757, i32 %1472)
+  %1473 = trunc i64 %1466 to i32
+  %1474 = urem i32 %1473, %122
+  %1475 = shl i32 %1474, 4
+  %1476 = sub i32 %120, %1475
+  %1477 = add nsw i32 %valid_len149.i, 7
+  %1478 = ashr i32 %1477, 3
+  %1479 = icmp sgt i32 %1478, 0
+  br i1 %1479, label %for_body_to151.lr.ph.i, label %for_end_to159.i, !prof !3
 
-for_body_to177.lr.ph.i:                           ; preds = %if_then172.i
-  %1423 = and i1 %704, %1408
-  %1424 = mul nuw nsw i32 %1421, %1084
-  %wide.trip.count988.i = zext nneg i32 %1421 to i64
-  %invariant.gep.idx = shl i64 %1409, 13
+for_body_to151.lr.ph.i:                           ; preds = %if_then146.i
+  %1480 = and i1 %761, %1465
+  %1481 = mul nuw nsw i32 %1478, %1141
+  %wide.trip.count945.i = zext nneg i32 %1478 to i64
+  %invariant.gep.idx = shl i64 %1466, 13
   %invariant.gep = getelementptr i8, ptr %q_tile.i, i64 %invariant.gep.idx
-  br label %for_body_to177.i
+  br label %for_body_to151.i
 
-if_end173.i:                                      ; preds = %if_end314.i, %if_end170.i
-  %1425 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1426 = tail call i32 %1425(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not578.i = icmp eq i32 %1426, 0
-  br i1 %.not578.i, label %if_end316.i, label %fused_attend_compute_.exit, !prof !38
+if_end147.i:                                      ; preds = %if_end293.i, %if_end144.i
+  %1482 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1483 = tail call i32 %1482(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not556.i = icmp eq i32 %1483, 0
+  br i1 %.not556.i, label %if_end295.i, label %fused_attend_compute_.exit, !prof !38
 
-for_begin_to183.preheader.i:                      ; preds = %for_end_d_1.3.i
-  %.idx1188.i = shl nsw i64 %1409, 6
-  %1427 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1188.i
-  br label %for_begin_ti188.preheader.i
+for_begin_to157.preheader.i:                      ; preds = %for_end_d_1.3.i
+  %.idx1142.i = shl nsw i64 %1466, 6
+  %1484 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1142.i
+  br label %for_begin_ti162.preheader.i
 
-for_body_to177.i:                                 ; preds = %for_end_d_1.3.i, %for_body_to177.lr.ph.i
-  %indvars.iv985.i = phi i64 [ 0, %for_body_to177.lr.ph.i ], [ %indvars.iv.next986.i, %for_end_d_1.3.i ]
-  br i1 %1423, label %for_begin_line.preheader.i, label %if_end182.i, !prof !8
+for_body_to151.i:                                 ; preds = %for_end_d_1.3.i, %for_body_to151.lr.ph.i
+  %indvars.iv942.i = phi i64 [ 0, %for_body_to151.lr.ph.i ], [ %indvars.iv.next943.i, %for_end_d_1.3.i ]
+  br i1 %1480, label %for_begin_line.preheader.i, label %if_end156.i, !prof !8
 
-for_begin_line.preheader.i:                       ; preds = %for_body_to177.i
-  %1428 = trunc i64 %indvars.iv985.i to i32
-  %1429 = add i32 %1424, %1428
-  %1430 = shl i32 %1429, 3
+for_begin_line.preheader.i:                       ; preds = %for_body_to151.i
+  %1485 = trunc i64 %indvars.iv942.i to i32
+  %1486 = add i32 %1481, %1485
+  %1487 = shl i32 %1486, 3
   br label %for_body_line.i
 
-if_end182.i:                                      ; preds = %for_body_line.i, %for_body_to177.i
-  %.idx260 = shl nsw i64 %indvars.iv985.i, 12
-  %1431 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx260
+if_end156.i:                                      ; preds = %for_body_line.i, %for_body_to151.i
+  %.idx264 = shl nsw i64 %indvars.iv942.i, 12
+  %1488 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx264
   br label %for_begin_d_2.preheader.i
 
 for_body_line.i:                                  ; preds = %for_body_line.i, %for_begin_line.preheader.i
-  %line722.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1467, %for_body_line.i ]
-  %1432 = lshr i32 %line722.i, 2
-  %1433 = add nuw nsw i32 %1432, %1430
-  %1434 = srem i32 %1433, %num_kv_heads
-  %1435 = sext i32 %1434 to i64
-  %1436 = mul nsw i64 %k_head, %1435
-  %1437 = sdiv i32 %1433, %num_kv_heads
-  %1438 = sext i32 %1437 to i64
-  %1439 = getelementptr i64, ptr %key_offsets.i, i64 %1438
-  %1440 = getelementptr i8, ptr %1439, i64 1024
-  %1441 = load i64, ptr %1440, align 8, !tbaa !5
-  %1442 = shl nuw nsw i32 %line722.i, 4
-  %1443 = and i32 %1442, 32
-  %1444 = zext nneg i32 %1443 to i64
-  %1445 = getelementptr i32, ptr %key_cache, i64 %1441
-  %1446 = getelementptr i32, ptr %1445, i64 %1444
-  %1447 = getelementptr i32, ptr %1446, i64 %378
-  %1448 = getelementptr i32, ptr %1447, i64 %1436
-  tail call void @llvm.prefetch.p0(ptr readonly %1448, i32 0, i32 2, i32 1)
-  %1449 = lshr i32 %line722.i, 2
-  %1450 = add nuw nsw i32 %1449, %1430
-  %1451 = srem i32 %1450, %num_kv_heads
-  %1452 = sext i32 %1451 to i64
-  %1453 = mul nsw i64 %k_head, %1452
-  %1454 = sdiv i32 %1450, %num_kv_heads
-  %1455 = sext i32 %1454 to i64
-  %1456 = getelementptr i64, ptr %key_offsets.i, i64 %1455
-  %1457 = getelementptr i8, ptr %1456, i64 1024
-  %1458 = load i64, ptr %1457, align 8, !tbaa !5
-  %1459 = shl i32 %line722.i, 4
-  %1460 = and i32 %1459, 32
-  %1461 = getelementptr i32, ptr %key_cache, i64 %1458
-  %1462 = zext nneg i32 %1460 to i64
-  %1463 = getelementptr i32, ptr %1461, i64 %1462
-  %1464 = getelementptr i8, ptr %1463, i64 64
-  %1465 = getelementptr i32, ptr %1464, i64 %378
-  %1466 = getelementptr i32, ptr %1465, i64 %1453
-  tail call void @llvm.prefetch.p0(ptr readonly %1466, i32 0, i32 2, i32 1)
-  %1467 = add nuw nsw i32 %line722.i, 2
-  %exitcond971.not.i.1 = icmp eq i32 %1467, 32
-  br i1 %exitcond971.not.i.1, label %if_end182.i, label %for_body_line.i, !prof !28, !llvm.loop !45
+  %line698.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1524, %for_body_line.i ]
+  %1489 = lshr i32 %line698.i, 2
+  %1490 = add nuw nsw i32 %1489, %1487
+  %1491 = srem i32 %1490, %num_kv_heads
+  %1492 = sext i32 %1491 to i64
+  %1493 = mul nsw i64 %k_head, %1492
+  %1494 = sdiv i32 %1490, %num_kv_heads
+  %1495 = sext i32 %1494 to i64
+  %1496 = getelementptr i64, ptr %key_offsets.i, i64 %1495
+  %1497 = getelementptr i8, ptr %1496, i64 1024
+  %1498 = load i64, ptr %1497, align 8, !tbaa !5
+  %1499 = shl nuw nsw i32 %line698.i, 4
+  %1500 = and i32 %1499, 32
+  %1501 = zext nneg i32 %1500 to i64
+  %1502 = getelementptr i32, ptr %key_cache, i64 %1498
+  %1503 = getelementptr i32, ptr %1502, i64 %1501
+  %1504 = getelementptr i32, ptr %1503, i64 %444
+  %1505 = getelementptr i32, ptr %1504, i64 %1493
+  tail call void @llvm.prefetch.p0(ptr readonly %1505, i32 0, i32 2, i32 1)
+  %1506 = lshr i32 %line698.i, 2
+  %1507 = add nuw nsw i32 %1506, %1487
+  %1508 = srem i32 %1507, %num_kv_heads
+  %1509 = sext i32 %1508 to i64
+  %1510 = mul nsw i64 %k_head, %1509
+  %1511 = sdiv i32 %1507, %num_kv_heads
+  %1512 = sext i32 %1511 to i64
+  %1513 = getelementptr i64, ptr %key_offsets.i, i64 %1512
+  %1514 = getelementptr i8, ptr %1513, i64 1024
+  %1515 = load i64, ptr %1514, align 8, !tbaa !5
+  %1516 = shl i32 %line698.i, 4
+  %1517 = and i32 %1516, 32
+  %1518 = getelementptr i32, ptr %key_cache, i64 %1515
+  %1519 = zext nneg i32 %1517 to i64
+  %1520 = getelementptr i32, ptr %1518, i64 %1519
+  %1521 = getelementptr i8, ptr %1520, i64 64
+  %1522 = getelementptr i32, ptr %1521, i64 %444
+  %1523 = getelementptr i32, ptr %1522, i64 %1510
+  tail call void @llvm.prefetch.p0(ptr readonly %1523, i32 0, i32 2, i32 1)
+  %1524 = add nuw nsw i32 %line698.i, 2
+  %exitcond928.not.i.1 = icmp eq i32 %1524, 32
+  br i1 %exitcond928.not.i.1, label %if_end156.i, label %for_body_line.i, !prof !28, !llvm.loop !45
 
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %if_end182.i
-  %indvars.iv976.i = phi i64 [ 0, %if_end182.i ], [ %indvars.iv.next977.i, %for_begin_d_2.preheader.i ]
-  %scores_global548.sroa.0.1741.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1515, %for_begin_d_2.preheader.i ]
-  %scores_global548.sroa.4.1740.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1520, %for_begin_d_2.preheader.i ]
-  %scores_global548.sroa.8.1739.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1525, %for_begin_d_2.preheader.i ]
-  %scores_global548.sroa.12.1738.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1530, %for_begin_d_2.preheader.i ]
-  %scores_global548.sroa.16.1737.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1535, %for_begin_d_2.preheader.i ]
-  %scores_global548.sroa.20.1736.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1540, %for_begin_d_2.preheader.i ]
-  %scores_global548.sroa.24.1735.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1545, %for_begin_d_2.preheader.i ]
-  %scores_global548.sroa.28.1734.i = phi <16 x float> [ zeroinitializer, %if_end182.i ], [ %1550, %for_begin_d_2.preheader.i ]
-  %.idx77 = shl nuw nsw i64 %indvars.iv976.i, 7
-  %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx77
-  %1468 = load <16 x float>, ptr %gep, align 4, !tbaa !5
-  %1469 = getelementptr inbounds nuw float, ptr %1431, i64 %indvars.iv976.i
-  %1470 = load float, ptr %1469, align 4, !tbaa !5
-  %1471 = insertelement <16 x float> poison, float %1470, i64 0
-  %1472 = shufflevector <16 x float> %1471, <16 x float> poison, <16 x i32> zeroinitializer
-  %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1472, <16 x float> %scores_global548.sroa.0.1741.i)
-  %1474 = getelementptr inbounds nuw i8, ptr %1469, i64 512
-  %1475 = load float, ptr %1474, align 4, !tbaa !5
-  %1476 = insertelement <16 x float> poison, float %1475, i64 0
-  %1477 = shufflevector <16 x float> %1476, <16 x float> poison, <16 x i32> zeroinitializer
-  %1478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1477, <16 x float> %scores_global548.sroa.4.1740.i)
-  %1479 = getelementptr inbounds nuw i8, ptr %1469, i64 1024
-  %1480 = load float, ptr %1479, align 4, !tbaa !5
-  %1481 = insertelement <16 x float> poison, float %1480, i64 0
-  %1482 = shufflevector <16 x float> %1481, <16 x float> poison, <16 x i32> zeroinitializer
-  %1483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1482, <16 x float> %scores_global548.sroa.8.1739.i)
-  %1484 = getelementptr inbounds nuw i8, ptr %1469, i64 1536
-  %1485 = load float, ptr %1484, align 4, !tbaa !5
-  %1486 = insertelement <16 x float> poison, float %1485, i64 0
-  %1487 = shufflevector <16 x float> %1486, <16 x float> poison, <16 x i32> zeroinitializer
-  %1488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1487, <16 x float> %scores_global548.sroa.12.1738.i)
-  %1489 = getelementptr inbounds nuw i8, ptr %1469, i64 2048
-  %1490 = load float, ptr %1489, align 4, !tbaa !5
-  %1491 = insertelement <16 x float> poison, float %1490, i64 0
-  %1492 = shufflevector <16 x float> %1491, <16 x float> poison, <16 x i32> zeroinitializer
-  %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1492, <16 x float> %scores_global548.sroa.16.1737.i)
-  %1494 = getelementptr inbounds nuw i8, ptr %1469, i64 2560
-  %1495 = load float, ptr %1494, align 4, !tbaa !5
-  %1496 = insertelement <16 x float> poison, float %1495, i64 0
-  %1497 = shufflevector <16 x float> %1496, <16 x float> poison, <16 x i32> zeroinitializer
-  %1498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1497, <16 x float> %scores_global548.sroa.20.1736.i)
-  %1499 = getelementptr inbounds nuw i8, ptr %1469, i64 3072
-  %1500 = load float, ptr %1499, align 4, !tbaa !5
-  %1501 = insertelement <16 x float> poison, float %1500, i64 0
-  %1502 = shufflevector <16 x float> %1501, <16 x float> poison, <16 x i32> zeroinitializer
-  %1503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1502, <16 x float> %scores_global548.sroa.24.1735.i)
-  %1504 = getelementptr inbounds nuw i8, ptr %1469, i64 3584
-  %1505 = load float, ptr %1504, align 4, !tbaa !5
-  %1506 = insertelement <16 x float> poison, float %1505, i64 0
-  %1507 = shufflevector <16 x float> %1506, <16 x float> poison, <16 x i32> zeroinitializer
-  %1508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1507, <16 x float> %scores_global548.sroa.28.1734.i)
-  %1509 = getelementptr i8, ptr %gep, i64 64
-  %1510 = load <16 x float>, ptr %1509, align 4, !tbaa !5
-  %1511 = getelementptr inbounds nuw i8, ptr %1469, i64 64
-  %1512 = load float, ptr %1511, align 4, !tbaa !5
-  %1513 = insertelement <16 x float> poison, float %1512, i64 0
-  %1514 = shufflevector <16 x float> %1513, <16 x float> poison, <16 x i32> zeroinitializer
-  %1515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1514, <16 x float> %1473)
-  %1516 = getelementptr inbounds nuw i8, ptr %1469, i64 576
-  %1517 = load float, ptr %1516, align 4, !tbaa !5
-  %1518 = insertelement <16 x float> poison, float %1517, i64 0
-  %1519 = shufflevector <16 x float> %1518, <16 x float> poison, <16 x i32> zeroinitializer
-  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1519, <16 x float> %1478)
-  %1521 = getelementptr inbounds nuw i8, ptr %1469, i64 1088
-  %1522 = load float, ptr %1521, align 4, !tbaa !5
-  %1523 = insertelement <16 x float> poison, float %1522, i64 0
-  %1524 = shufflevector <16 x float> %1523, <16 x float> poison, <16 x i32> zeroinitializer
-  %1525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1524, <16 x float> %1483)
-  %1526 = getelementptr inbounds nuw i8, ptr %1469, i64 1600
+for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %if_end156.i
+  %indvars.iv933.i = phi i64 [ 0, %if_end156.i ], [ %indvars.iv.next934.i, %for_begin_d_2.preheader.i ]
+  %scores_global526.sroa.0.1717.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1572, %for_begin_d_2.preheader.i ]
+  %scores_global526.sroa.4.1716.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1577, %for_begin_d_2.preheader.i ]
+  %scores_global526.sroa.8.1715.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1582, %for_begin_d_2.preheader.i ]
+  %scores_global526.sroa.12.1714.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1587, %for_begin_d_2.preheader.i ]
+  %scores_global526.sroa.16.1713.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1592, %for_begin_d_2.preheader.i ]
+  %scores_global526.sroa.20.1712.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1597, %for_begin_d_2.preheader.i ]
+  %scores_global526.sroa.24.1711.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1602, %for_begin_d_2.preheader.i ]
+  %scores_global526.sroa.28.1710.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1607, %for_begin_d_2.preheader.i ]
+  %.idx82 = shl nuw nsw i64 %indvars.iv933.i, 7
+  %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx82
+  %1525 = load <16 x float>, ptr %gep, align 4, !tbaa !5
+  %1526 = getelementptr inbounds nuw float, ptr %1488, i64 %indvars.iv933.i
   %1527 = load float, ptr %1526, align 4, !tbaa !5
   %1528 = insertelement <16 x float> poison, float %1527, i64 0
   %1529 = shufflevector <16 x float> %1528, <16 x float> poison, <16 x i32> zeroinitializer
-  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1529, <16 x float> %1488)
-  %1531 = getelementptr inbounds nuw i8, ptr %1469, i64 2112
+  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1529, <16 x float> %scores_global526.sroa.0.1717.i)
+  %1531 = getelementptr inbounds nuw i8, ptr %1526, i64 512
   %1532 = load float, ptr %1531, align 4, !tbaa !5
   %1533 = insertelement <16 x float> poison, float %1532, i64 0
   %1534 = shufflevector <16 x float> %1533, <16 x float> poison, <16 x i32> zeroinitializer
-  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1534, <16 x float> %1493)
-  %1536 = getelementptr inbounds nuw i8, ptr %1469, i64 2624
+  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1534, <16 x float> %scores_global526.sroa.4.1716.i)
+  %1536 = getelementptr inbounds nuw i8, ptr %1526, i64 1024
   %1537 = load float, ptr %1536, align 4, !tbaa !5
   %1538 = insertelement <16 x float> poison, float %1537, i64 0
   %1539 = shufflevector <16 x float> %1538, <16 x float> poison, <16 x i32> zeroinitializer
-  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1539, <16 x float> %1498)
-  %1541 = getelementptr inbounds nuw i8, ptr %1469, i64 3136
+  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1539, <16 x float> %scores_global526.sroa.8.1715.i)
+  %1541 = getelementptr inbounds nuw i8, ptr %1526, i64 1536
   %1542 = load float, ptr %1541, align 4, !tbaa !5
   %1543 = insertelement <16 x float> poison, float %1542, i64 0
   %1544 = shufflevector <16 x float> %1543, <16 x float> poison, <16 x i32> zeroinitializer
-  %1545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1544, <16 x float> %1503)
-  %1546 = getelementptr inbounds nuw i8, ptr %1469, i64 3648
+  %1545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1544, <16 x float> %scores_global526.sroa.12.1714.i)
+  %1546 = getelementptr inbounds nuw i8, ptr %1526, i64 2048
   %1547 = load float, ptr %1546, align 4, !tbaa !5
   %1548 = insertelement <16 x float> poison, float %1547, i64 0
   %1549 = shufflevector <16 x float> %1548, <16 x float> poison, <16 x i32> zeroinitializer
-  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1549, <16 x float> %1508)
-  %indvars.iv.next977.i = add nuw nsw i64 %indvars.iv976.i, 1
-  %exitcond980.not.i = icmp eq i64 %indvars.iv.next977.i, 16
-  br i1 %exitcond980.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
+  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1549, <16 x float> %scores_global526.sroa.16.1713.i)
+  %1551 = getelementptr inbounds nuw i8, ptr %1526, i64 2560
+  %1552 = load float, ptr %1551, align 4, !tbaa !5
+  %1553 = insertelement <16 x float> poison, float %1552, i64 0
+  %1554 = shufflevector <16 x float> %1553, <16 x float> poison, <16 x i32> zeroinitializer
+  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1554, <16 x float> %scores_global526.sroa.20.1712.i)
+  %1556 = getelementptr inbounds nuw i8, ptr %1526, i64 3072
+  %1557 = load float, ptr %1556, align 4, !tbaa !5
+  %1558 = insertelement <16 x float> poison, float %1557, i64 0
+  %1559 = shufflevector <16 x float> %1558, <16 x float> poison, <16 x i32> zeroinitializer
+  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1559, <16 x float> %scores_global526.sroa.24.1711.i)
+  %1561 = getelementptr inbounds nuw i8, ptr %1526, i64 3584
+  %1562 = load float, ptr %1561, align 4, !tbaa !5
+  %1563 = insertelement <16 x float> poison, float %1562, i64 0
+  %1564 = shufflevector <16 x float> %1563, <16 x float> poison, <16 x i32> zeroinitializer
+  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1564, <16 x float> %scores_global526.sroa.28.1710.i)
+  %1566 = getelementptr i8, ptr %gep, i64 64
+  %1567 = load <16 x float>, ptr %1566, align 4, !tbaa !5
+  %1568 = getelementptr inbounds nuw i8, ptr %1526, i64 64
+  %1569 = load float, ptr %1568, align 4, !tbaa !5
+  %1570 = insertelement <16 x float> poison, float %1569, i64 0
+  %1571 = shufflevector <16 x float> %1570, <16 x float> poison, <16 x i32> zeroinitializer
+  %1572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1571, <16 x float> %1530)
+  %1573 = getelementptr inbounds nuw i8, ptr %1526, i64 576
+  %1574 = load float, ptr %1573, align 4, !tbaa !5
+  %1575 = insertelement <16 x float> poison, float %1574, i64 0
+  %1576 = shufflevector <16 x float> %1575, <16 x float> poison, <16 x i32> zeroinitializer
+  %1577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1576, <16 x float> %1535)
+  %1578 = getelementptr inbounds nuw i8, ptr %1526, i64 1088
+  %1579 = load float, ptr %1578, align 4, !tbaa !5
+  %1580 = insertelement <16 x float> poison, float %1579, i64 0
+  %1581 = shufflevector <16 x float> %1580, <16 x float> poison, <16 x i32> zeroinitializer
+  %1582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1581, <16 x float> %1540)
+  %1583 = getelementptr inbounds nuw i8, ptr %1526, i64 1600
+  %1584 = load float, ptr %1583, align 4, !tbaa !5
+  %1585 = insertelement <16 x float> poison, float %1584, i64 0
+  %1586 = shufflevector <16 x float> %1585, <16 x float> poison, <16 x i32> zeroinitializer
+  %1587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1586, <16 x float> %1545)
+  %1588 = getelementptr inbounds nuw i8, ptr %1526, i64 2112
+  %1589 = load float, ptr %1588, align 4, !tbaa !5
+  %1590 = insertelement <16 x float> poison, float %1589, i64 0
+  %1591 = shufflevector <16 x float> %1590, <16 x float> poison, <16 x i32> zeroinitializer
+  %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1591, <16 x float> %1550)
+  %1593 = getelementptr inbounds nuw i8, ptr %1526, i64 2624
+  %1594 = load float, ptr %1593, align 4, !tbaa !5
+  %1595 = insertelement <16 x float> poison, float %1594, i64 0
+  %1596 = shufflevector <16 x float> %1595, <16 x float> poison, <16 x i32> zeroinitializer
+  %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1596, <16 x float> %1555)
+  %1598 = getelementptr inbounds nuw i8, ptr %1526, i64 3136
+  %1599 = load float, ptr %1598, align 4, !tbaa !5
+  %1600 = insertelement <16 x float> poison, float %1599, i64 0
+  %1601 = shufflevector <16 x float> %1600, <16 x float> poison, <16 x i32> zeroinitializer
+  %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1601, <16 x float> %1560)
+  %1603 = getelementptr inbounds nuw i8, ptr %1526, i64 3648
+  %1604 = load float, ptr %1603, align 4, !tbaa !5
+  %1605 = insertelement <16 x float> poison, float %1604, i64 0
+  %1606 = shufflevector <16 x float> %1605, <16 x float> poison, <16 x i32> zeroinitializer
+  %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1606, <16 x float> %1565)
+  %indvars.iv.next934.i = add nuw nsw i64 %indvars.iv933.i, 1
+  %exitcond937.not.i = icmp eq i64 %indvars.iv.next934.i, 16
+  br i1 %exitcond937.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
-  %1551 = getelementptr inbounds nuw i8, ptr %1431, i64 128
+  %1608 = getelementptr inbounds nuw i8, ptr %1488, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv976.1.i = phi i64 [ %indvars.iv.next977.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global548.sroa.0.1741.1.i = phi <16 x float> [ %1600, %for_begin_d_2.preheader.1.i ], [ %1515, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global548.sroa.4.1740.1.i = phi <16 x float> [ %1605, %for_begin_d_2.preheader.1.i ], [ %1520, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global548.sroa.8.1739.1.i = phi <16 x float> [ %1610, %for_begin_d_2.preheader.1.i ], [ %1525, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global548.sroa.12.1738.1.i = phi <16 x float> [ %1615, %for_begin_d_2.preheader.1.i ], [ %1530, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global548.sroa.16.1737.1.i = phi <16 x float> [ %1620, %for_begin_d_2.preheader.1.i ], [ %1535, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global548.sroa.20.1736.1.i = phi <16 x float> [ %1625, %for_begin_d_2.preheader.1.i ], [ %1540, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global548.sroa.24.1735.1.i = phi <16 x float> [ %1630, %for_begin_d_2.preheader.1.i ], [ %1545, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global548.sroa.28.1734.1.i = phi <16 x float> [ %1635, %for_begin_d_2.preheader.1.i ], [ %1550, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx78 = shl i64 %indvars.iv976.1.i, 7
-  %gep152 = getelementptr i8, ptr %invariant.gep, i64 %.idx78
-  %1552 = getelementptr i8, ptr %gep152, i64 2048
-  %1553 = load <16 x float>, ptr %1552, align 4, !tbaa !5
-  %1554 = getelementptr inbounds nuw float, ptr %1551, i64 %indvars.iv976.1.i
-  %1555 = load float, ptr %1554, align 4, !tbaa !5
-  %1556 = insertelement <16 x float> poison, float %1555, i64 0
-  %1557 = shufflevector <16 x float> %1556, <16 x float> poison, <16 x i32> zeroinitializer
-  %1558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1557, <16 x float> %scores_global548.sroa.0.1741.1.i)
-  %1559 = getelementptr inbounds nuw i8, ptr %1554, i64 512
-  %1560 = load float, ptr %1559, align 4, !tbaa !5
-  %1561 = insertelement <16 x float> poison, float %1560, i64 0
-  %1562 = shufflevector <16 x float> %1561, <16 x float> poison, <16 x i32> zeroinitializer
-  %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1562, <16 x float> %scores_global548.sroa.4.1740.1.i)
-  %1564 = getelementptr inbounds nuw i8, ptr %1554, i64 1024
-  %1565 = load float, ptr %1564, align 4, !tbaa !5
-  %1566 = insertelement <16 x float> poison, float %1565, i64 0
-  %1567 = shufflevector <16 x float> %1566, <16 x float> poison, <16 x i32> zeroinitializer
-  %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1567, <16 x float> %scores_global548.sroa.8.1739.1.i)
-  %1569 = getelementptr inbounds nuw i8, ptr %1554, i64 1536
-  %1570 = load float, ptr %1569, align 4, !tbaa !5
-  %1571 = insertelement <16 x float> poison, float %1570, i64 0
-  %1572 = shufflevector <16 x float> %1571, <16 x float> poison, <16 x i32> zeroinitializer
-  %1573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1572, <16 x float> %scores_global548.sroa.12.1738.1.i)
-  %1574 = getelementptr inbounds nuw i8, ptr %1554, i64 2048
-  %1575 = load float, ptr %1574, align 4, !tbaa !5
-  %1576 = insertelement <16 x float> poison, float %1575, i64 0
-  %1577 = shufflevector <16 x float> %1576, <16 x float> poison, <16 x i32> zeroinitializer
-  %1578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1577, <16 x float> %scores_global548.sroa.16.1737.1.i)
-  %1579 = getelementptr inbounds nuw i8, ptr %1554, i64 2560
-  %1580 = load float, ptr %1579, align 4, !tbaa !5
-  %1581 = insertelement <16 x float> poison, float %1580, i64 0
-  %1582 = shufflevector <16 x float> %1581, <16 x float> poison, <16 x i32> zeroinitializer
-  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1582, <16 x float> %scores_global548.sroa.20.1736.1.i)
-  %1584 = getelementptr inbounds nuw i8, ptr %1554, i64 3072
-  %1585 = load float, ptr %1584, align 4, !tbaa !5
-  %1586 = insertelement <16 x float> poison, float %1585, i64 0
-  %1587 = shufflevector <16 x float> %1586, <16 x float> poison, <16 x i32> zeroinitializer
-  %1588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1587, <16 x float> %scores_global548.sroa.24.1735.1.i)
-  %1589 = getelementptr inbounds nuw i8, ptr %1554, i64 3584
-  %1590 = load float, ptr %1589, align 4, !tbaa !5
-  %1591 = insertelement <16 x float> poison, float %1590, i64 0
-  %1592 = shufflevector <16 x float> %1591, <16 x float> poison, <16 x i32> zeroinitializer
-  %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1592, <16 x float> %scores_global548.sroa.28.1734.1.i)
-  %1594 = getelementptr i8, ptr %gep152, i64 2112
-  %1595 = load <16 x float>, ptr %1594, align 4, !tbaa !5
-  %1596 = getelementptr inbounds nuw i8, ptr %1554, i64 64
-  %1597 = load float, ptr %1596, align 4, !tbaa !5
-  %1598 = insertelement <16 x float> poison, float %1597, i64 0
-  %1599 = shufflevector <16 x float> %1598, <16 x float> poison, <16 x i32> zeroinitializer
-  %1600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1599, <16 x float> %1558)
-  %1601 = getelementptr inbounds nuw i8, ptr %1554, i64 576
-  %1602 = load float, ptr %1601, align 4, !tbaa !5
-  %1603 = insertelement <16 x float> poison, float %1602, i64 0
-  %1604 = shufflevector <16 x float> %1603, <16 x float> poison, <16 x i32> zeroinitializer
-  %1605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1604, <16 x float> %1563)
-  %1606 = getelementptr inbounds nuw i8, ptr %1554, i64 1088
-  %1607 = load float, ptr %1606, align 4, !tbaa !5
-  %1608 = insertelement <16 x float> poison, float %1607, i64 0
-  %1609 = shufflevector <16 x float> %1608, <16 x float> poison, <16 x i32> zeroinitializer
-  %1610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1609, <16 x float> %1568)
-  %1611 = getelementptr inbounds nuw i8, ptr %1554, i64 1600
+  %indvars.iv933.1.i = phi i64 [ %indvars.iv.next934.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global526.sroa.0.1717.1.i = phi <16 x float> [ %1657, %for_begin_d_2.preheader.1.i ], [ %1572, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global526.sroa.4.1716.1.i = phi <16 x float> [ %1662, %for_begin_d_2.preheader.1.i ], [ %1577, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global526.sroa.8.1715.1.i = phi <16 x float> [ %1667, %for_begin_d_2.preheader.1.i ], [ %1582, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global526.sroa.12.1714.1.i = phi <16 x float> [ %1672, %for_begin_d_2.preheader.1.i ], [ %1587, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global526.sroa.16.1713.1.i = phi <16 x float> [ %1677, %for_begin_d_2.preheader.1.i ], [ %1592, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global526.sroa.20.1712.1.i = phi <16 x float> [ %1682, %for_begin_d_2.preheader.1.i ], [ %1597, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global526.sroa.24.1711.1.i = phi <16 x float> [ %1687, %for_begin_d_2.preheader.1.i ], [ %1602, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global526.sroa.28.1710.1.i = phi <16 x float> [ %1692, %for_begin_d_2.preheader.1.i ], [ %1607, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx83 = shl i64 %indvars.iv933.1.i, 7
+  %gep155 = getelementptr i8, ptr %invariant.gep, i64 %.idx83
+  %1609 = getelementptr i8, ptr %gep155, i64 2048
+  %1610 = load <16 x float>, ptr %1609, align 4, !tbaa !5
+  %1611 = getelementptr inbounds nuw float, ptr %1608, i64 %indvars.iv933.1.i
   %1612 = load float, ptr %1611, align 4, !tbaa !5
   %1613 = insertelement <16 x float> poison, float %1612, i64 0
   %1614 = shufflevector <16 x float> %1613, <16 x float> poison, <16 x i32> zeroinitializer
-  %1615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1614, <16 x float> %1573)
-  %1616 = getelementptr inbounds nuw i8, ptr %1554, i64 2112
+  %1615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1614, <16 x float> %scores_global526.sroa.0.1717.1.i)
+  %1616 = getelementptr inbounds nuw i8, ptr %1611, i64 512
   %1617 = load float, ptr %1616, align 4, !tbaa !5
   %1618 = insertelement <16 x float> poison, float %1617, i64 0
   %1619 = shufflevector <16 x float> %1618, <16 x float> poison, <16 x i32> zeroinitializer
-  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1619, <16 x float> %1578)
-  %1621 = getelementptr inbounds nuw i8, ptr %1554, i64 2624
+  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1619, <16 x float> %scores_global526.sroa.4.1716.1.i)
+  %1621 = getelementptr inbounds nuw i8, ptr %1611, i64 1024
   %1622 = load float, ptr %1621, align 4, !tbaa !5
   %1623 = insertelement <16 x float> poison, float %1622, i64 0
   %1624 = shufflevector <16 x float> %1623, <16 x float> poison, <16 x i32> zeroinitializer
-  %1625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1624, <16 x float> %1583)
-  %1626 = getelementptr inbounds nuw i8, ptr %1554, i64 3136
+  %1625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1624, <16 x float> %scores_global526.sroa.8.1715.1.i)
+  %1626 = getelementptr inbounds nuw i8, ptr %1611, i64 1536
   %1627 = load float, ptr %1626, align 4, !tbaa !5
   %1628 = insertelement <16 x float> poison, float %1627, i64 0
   %1629 = shufflevector <16 x float> %1628, <16 x float> poison, <16 x i32> zeroinitializer
-  %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1629, <16 x float> %1588)
-  %1631 = getelementptr inbounds nuw i8, ptr %1554, i64 3648
+  %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1629, <16 x float> %scores_global526.sroa.12.1714.1.i)
+  %1631 = getelementptr inbounds nuw i8, ptr %1611, i64 2048
   %1632 = load float, ptr %1631, align 4, !tbaa !5
   %1633 = insertelement <16 x float> poison, float %1632, i64 0
   %1634 = shufflevector <16 x float> %1633, <16 x float> poison, <16 x i32> zeroinitializer
-  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1634, <16 x float> %1593)
-  %indvars.iv.next977.1.i = add nuw nsw i64 %indvars.iv976.1.i, 1
-  %exitcond980.1.not.i = icmp eq i64 %indvars.iv.next977.1.i, 16
-  br i1 %exitcond980.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
+  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1634, <16 x float> %scores_global526.sroa.16.1713.1.i)
+  %1636 = getelementptr inbounds nuw i8, ptr %1611, i64 2560
+  %1637 = load float, ptr %1636, align 4, !tbaa !5
+  %1638 = insertelement <16 x float> poison, float %1637, i64 0
+  %1639 = shufflevector <16 x float> %1638, <16 x float> poison, <16 x i32> zeroinitializer
+  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1639, <16 x float> %scores_global526.sroa.20.1712.1.i)
+  %1641 = getelementptr inbounds nuw i8, ptr %1611, i64 3072
+  %1642 = load float, ptr %1641, align 4, !tbaa !5
+  %1643 = insertelement <16 x float> poison, float %1642, i64 0
+  %1644 = shufflevector <16 x float> %1643, <16 x float> poison, <16 x i32> zeroinitializer
+  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1644, <16 x float> %scores_global526.sroa.24.1711.1.i)
+  %1646 = getelementptr inbounds nuw i8, ptr %1611, i64 3584
+  %1647 = load float, ptr %1646, align 4, !tbaa !5
+  %1648 = insertelement <16 x float> poison, float %1647, i64 0
+  %1649 = shufflevector <16 x float> %1648, <16 x float> poison, <16 x i32> zeroinitializer
+  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1649, <16 x float> %scores_global526.sroa.28.1710.1.i)
+  %1651 = getelementptr i8, ptr %gep155, i64 2112
+  %1652 = load <16 x float>, ptr %1651, align 4, !tbaa !5
+  %1653 = getelementptr inbounds nuw i8, ptr %1611, i64 64
+  %1654 = load float, ptr %1653, align 4, !tbaa !5
+  %1655 = insertelement <16 x float> poison, float %1654, i64 0
+  %1656 = shufflevector <16 x float> %1655, <16 x float> poison, <16 x i32> zeroinitializer
+  %1657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1656, <16 x float> %1615)
+  %1658 = getelementptr inbounds nuw i8, ptr %1611, i64 576
+  %1659 = load float, ptr %1658, align 4, !tbaa !5
+  %1660 = insertelement <16 x float> poison, float %1659, i64 0
+  %1661 = shufflevector <16 x float> %1660, <16 x float> poison, <16 x i32> zeroinitializer
+  %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1661, <16 x float> %1620)
+  %1663 = getelementptr inbounds nuw i8, ptr %1611, i64 1088
+  %1664 = load float, ptr %1663, align 4, !tbaa !5
+  %1665 = insertelement <16 x float> poison, float %1664, i64 0
+  %1666 = shufflevector <16 x float> %1665, <16 x float> poison, <16 x i32> zeroinitializer
+  %1667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1666, <16 x float> %1625)
+  %1668 = getelementptr inbounds nuw i8, ptr %1611, i64 1600
+  %1669 = load float, ptr %1668, align 4, !tbaa !5
+  %1670 = insertelement <16 x float> poison, float %1669, i64 0
+  %1671 = shufflevector <16 x float> %1670, <16 x float> poison, <16 x i32> zeroinitializer
+  %1672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1671, <16 x float> %1630)
+  %1673 = getelementptr inbounds nuw i8, ptr %1611, i64 2112
+  %1674 = load float, ptr %1673, align 4, !tbaa !5
+  %1675 = insertelement <16 x float> poison, float %1674, i64 0
+  %1676 = shufflevector <16 x float> %1675, <16 x float> poison, <16 x i32> zeroinitializer
+  %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1676, <16 x float> %1635)
+  %1678 = getelementptr inbounds nuw i8, ptr %1611, i64 2624
+  %1679 = load float, ptr %1678, align 4, !tbaa !5
+  %1680 = insertelement <16 x float> poison, float %1679, i64 0
+  %1681 = shufflevector <16 x float> %1680, <16 x float> poison, <16 x i32> zeroinitializer
+  %1682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1681, <16 x float> %1640)
+  %1683 = getelementptr inbounds nuw i8, ptr %1611, i64 3136
+  %1684 = load float, ptr %1683, align 4, !tbaa !5
+  %1685 = insertelement <16 x float> poison, float %1684, i64 0
+  %1686 = shufflevector <16 x float> %1685, <16 x float> poison, <16 x i32> zeroinitializer
+  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1686, <16 x float> %1645)
+  %1688 = getelementptr inbounds nuw i8, ptr %1611, i64 3648
+  %1689 = load float, ptr %1688, align 4, !tbaa !5
+  %1690 = insertelement <16 x float> poison, float %1689, i64 0
+  %1691 = shufflevector <16 x float> %1690, <16 x float> poison, <16 x i32> zeroinitializer
+  %1692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1691, <16 x float> %1650)
+  %indvars.iv.next934.1.i = add nuw nsw i64 %indvars.iv933.1.i, 1
+  %exitcond937.1.not.i = icmp eq i64 %indvars.iv.next934.1.i, 16
+  br i1 %exitcond937.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
-  %1636 = getelementptr inbounds nuw i8, ptr %1431, i64 256
+  %1693 = getelementptr inbounds nuw i8, ptr %1488, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv976.2.i = phi i64 [ %indvars.iv.next977.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global548.sroa.0.1741.2.i = phi <16 x float> [ %1685, %for_begin_d_2.preheader.2.i ], [ %1600, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global548.sroa.4.1740.2.i = phi <16 x float> [ %1690, %for_begin_d_2.preheader.2.i ], [ %1605, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global548.sroa.8.1739.2.i = phi <16 x float> [ %1695, %for_begin_d_2.preheader.2.i ], [ %1610, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global548.sroa.12.1738.2.i = phi <16 x float> [ %1700, %for_begin_d_2.preheader.2.i ], [ %1615, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global548.sroa.16.1737.2.i = phi <16 x float> [ %1705, %for_begin_d_2.preheader.2.i ], [ %1620, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global548.sroa.20.1736.2.i = phi <16 x float> [ %1710, %for_begin_d_2.preheader.2.i ], [ %1625, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global548.sroa.24.1735.2.i = phi <16 x float> [ %1715, %for_begin_d_2.preheader.2.i ], [ %1630, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global548.sroa.28.1734.2.i = phi <16 x float> [ %1720, %for_begin_d_2.preheader.2.i ], [ %1635, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx79 = shl i64 %indvars.iv976.2.i, 7
-  %gep154 = getelementptr i8, ptr %invariant.gep, i64 %.idx79
-  %1637 = getelementptr i8, ptr %gep154, i64 4096
-  %1638 = load <16 x float>, ptr %1637, align 4, !tbaa !5
-  %1639 = getelementptr inbounds nuw float, ptr %1636, i64 %indvars.iv976.2.i
-  %1640 = load float, ptr %1639, align 4, !tbaa !5
-  %1641 = insertelement <16 x float> poison, float %1640, i64 0
-  %1642 = shufflevector <16 x float> %1641, <16 x float> poison, <16 x i32> zeroinitializer
-  %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1642, <16 x float> %scores_global548.sroa.0.1741.2.i)
-  %1644 = getelementptr inbounds nuw i8, ptr %1639, i64 512
-  %1645 = load float, ptr %1644, align 4, !tbaa !5
-  %1646 = insertelement <16 x float> poison, float %1645, i64 0
-  %1647 = shufflevector <16 x float> %1646, <16 x float> poison, <16 x i32> zeroinitializer
-  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1647, <16 x float> %scores_global548.sroa.4.1740.2.i)
-  %1649 = getelementptr inbounds nuw i8, ptr %1639, i64 1024
-  %1650 = load float, ptr %1649, align 4, !tbaa !5
-  %1651 = insertelement <16 x float> poison, float %1650, i64 0
-  %1652 = shufflevector <16 x float> %1651, <16 x float> poison, <16 x i32> zeroinitializer
-  %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1652, <16 x float> %scores_global548.sroa.8.1739.2.i)
-  %1654 = getelementptr inbounds nuw i8, ptr %1639, i64 1536
-  %1655 = load float, ptr %1654, align 4, !tbaa !5
-  %1656 = insertelement <16 x float> poison, float %1655, i64 0
-  %1657 = shufflevector <16 x float> %1656, <16 x float> poison, <16 x i32> zeroinitializer
-  %1658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1657, <16 x float> %scores_global548.sroa.12.1738.2.i)
-  %1659 = getelementptr inbounds nuw i8, ptr %1639, i64 2048
-  %1660 = load float, ptr %1659, align 4, !tbaa !5
-  %1661 = insertelement <16 x float> poison, float %1660, i64 0
-  %1662 = shufflevector <16 x float> %1661, <16 x float> poison, <16 x i32> zeroinitializer
-  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1662, <16 x float> %scores_global548.sroa.16.1737.2.i)
-  %1664 = getelementptr inbounds nuw i8, ptr %1639, i64 2560
-  %1665 = load float, ptr %1664, align 4, !tbaa !5
-  %1666 = insertelement <16 x float> poison, float %1665, i64 0
-  %1667 = shufflevector <16 x float> %1666, <16 x float> poison, <16 x i32> zeroinitializer
-  %1668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1667, <16 x float> %scores_global548.sroa.20.1736.2.i)
-  %1669 = getelementptr inbounds nuw i8, ptr %1639, i64 3072
-  %1670 = load float, ptr %1669, align 4, !tbaa !5
-  %1671 = insertelement <16 x float> poison, float %1670, i64 0
-  %1672 = shufflevector <16 x float> %1671, <16 x float> poison, <16 x i32> zeroinitializer
-  %1673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1672, <16 x float> %scores_global548.sroa.24.1735.2.i)
-  %1674 = getelementptr inbounds nuw i8, ptr %1639, i64 3584
-  %1675 = load float, ptr %1674, align 4, !tbaa !5
-  %1676 = insertelement <16 x float> poison, float %1675, i64 0
-  %1677 = shufflevector <16 x float> %1676, <16 x float> poison, <16 x i32> zeroinitializer
-  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1677, <16 x float> %scores_global548.sroa.28.1734.2.i)
-  %1679 = getelementptr i8, ptr %gep154, i64 4160
-  %1680 = load <16 x float>, ptr %1679, align 4, !tbaa !5
-  %1681 = getelementptr inbounds nuw i8, ptr %1639, i64 64
-  %1682 = load float, ptr %1681, align 4, !tbaa !5
-  %1683 = insertelement <16 x float> poison, float %1682, i64 0
-  %1684 = shufflevector <16 x float> %1683, <16 x float> poison, <16 x i32> zeroinitializer
-  %1685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1680, <16 x float> %1684, <16 x float> %1643)
-  %1686 = getelementptr inbounds nuw i8, ptr %1639, i64 576
-  %1687 = load float, ptr %1686, align 4, !tbaa !5
-  %1688 = insertelement <16 x float> poison, float %1687, i64 0
-  %1689 = shufflevector <16 x float> %1688, <16 x float> poison, <16 x i32> zeroinitializer
-  %1690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1680, <16 x float> %1689, <16 x float> %1648)
-  %1691 = getelementptr inbounds nuw i8, ptr %1639, i64 1088
-  %1692 = load float, ptr %1691, align 4, !tbaa !5
-  %1693 = insertelement <16 x float> poison, float %1692, i64 0
-  %1694 = shufflevector <16 x float> %1693, <16 x float> poison, <16 x i32> zeroinitializer
-  %1695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1680, <16 x float> %1694, <16 x float> %1653)
-  %1696 = getelementptr inbounds nuw i8, ptr %1639, i64 1600
+  %indvars.iv933.2.i = phi i64 [ %indvars.iv.next934.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global526.sroa.0.1717.2.i = phi <16 x float> [ %1742, %for_begin_d_2.preheader.2.i ], [ %1657, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global526.sroa.4.1716.2.i = phi <16 x float> [ %1747, %for_begin_d_2.preheader.2.i ], [ %1662, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global526.sroa.8.1715.2.i = phi <16 x float> [ %1752, %for_begin_d_2.preheader.2.i ], [ %1667, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global526.sroa.12.1714.2.i = phi <16 x float> [ %1757, %for_begin_d_2.preheader.2.i ], [ %1672, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global526.sroa.16.1713.2.i = phi <16 x float> [ %1762, %for_begin_d_2.preheader.2.i ], [ %1677, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global526.sroa.20.1712.2.i = phi <16 x float> [ %1767, %for_begin_d_2.preheader.2.i ], [ %1682, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global526.sroa.24.1711.2.i = phi <16 x float> [ %1772, %for_begin_d_2.preheader.2.i ], [ %1687, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global526.sroa.28.1710.2.i = phi <16 x float> [ %1777, %for_begin_d_2.preheader.2.i ], [ %1692, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx84 = shl i64 %indvars.iv933.2.i, 7
+  %gep157 = getelementptr i8, ptr %invariant.gep, i64 %.idx84
+  %1694 = getelementptr i8, ptr %gep157, i64 4096
+  %1695 = load <16 x float>, ptr %1694, align 4, !tbaa !5
+  %1696 = getelementptr inbounds nuw float, ptr %1693, i64 %indvars.iv933.2.i
   %1697 = load float, ptr %1696, align 4, !tbaa !5
   %1698 = insertelement <16 x float> poison, float %1697, i64 0
   %1699 = shufflevector <16 x float> %1698, <16 x float> poison, <16 x i32> zeroinitializer
-  %1700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1680, <16 x float> %1699, <16 x float> %1658)
-  %1701 = getelementptr inbounds nuw i8, ptr %1639, i64 2112
+  %1700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1699, <16 x float> %scores_global526.sroa.0.1717.2.i)
+  %1701 = getelementptr inbounds nuw i8, ptr %1696, i64 512
   %1702 = load float, ptr %1701, align 4, !tbaa !5
   %1703 = insertelement <16 x float> poison, float %1702, i64 0
   %1704 = shufflevector <16 x float> %1703, <16 x float> poison, <16 x i32> zeroinitializer
-  %1705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1680, <16 x float> %1704, <16 x float> %1663)
-  %1706 = getelementptr inbounds nuw i8, ptr %1639, i64 2624
+  %1705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1704, <16 x float> %scores_global526.sroa.4.1716.2.i)
+  %1706 = getelementptr inbounds nuw i8, ptr %1696, i64 1024
   %1707 = load float, ptr %1706, align 4, !tbaa !5
   %1708 = insertelement <16 x float> poison, float %1707, i64 0
   %1709 = shufflevector <16 x float> %1708, <16 x float> poison, <16 x i32> zeroinitializer
-  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1680, <16 x float> %1709, <16 x float> %1668)
-  %1711 = getelementptr inbounds nuw i8, ptr %1639, i64 3136
+  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1709, <16 x float> %scores_global526.sroa.8.1715.2.i)
+  %1711 = getelementptr inbounds nuw i8, ptr %1696, i64 1536
   %1712 = load float, ptr %1711, align 4, !tbaa !5
   %1713 = insertelement <16 x float> poison, float %1712, i64 0
   %1714 = shufflevector <16 x float> %1713, <16 x float> poison, <16 x i32> zeroinitializer
-  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1680, <16 x float> %1714, <16 x float> %1673)
-  %1716 = getelementptr inbounds nuw i8, ptr %1639, i64 3648
+  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1714, <16 x float> %scores_global526.sroa.12.1714.2.i)
+  %1716 = getelementptr inbounds nuw i8, ptr %1696, i64 2048
   %1717 = load float, ptr %1716, align 4, !tbaa !5
   %1718 = insertelement <16 x float> poison, float %1717, i64 0
   %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
-  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1680, <16 x float> %1719, <16 x float> %1678)
-  %indvars.iv.next977.2.i = add nuw nsw i64 %indvars.iv976.2.i, 1
-  %exitcond980.2.not.i = icmp eq i64 %indvars.iv.next977.2.i, 16
-  br i1 %exitcond980.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
+  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1719, <16 x float> %scores_global526.sroa.16.1713.2.i)
+  %1721 = getelementptr inbounds nuw i8, ptr %1696, i64 2560
+  %1722 = load float, ptr %1721, align 4, !tbaa !5
+  %1723 = insertelement <16 x float> poison, float %1722, i64 0
+  %1724 = shufflevector <16 x float> %1723, <16 x float> poison, <16 x i32> zeroinitializer
+  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1724, <16 x float> %scores_global526.sroa.20.1712.2.i)
+  %1726 = getelementptr inbounds nuw i8, ptr %1696, i64 3072
+  %1727 = load float, ptr %1726, align 4, !tbaa !5
+  %1728 = insertelement <16 x float> poison, float %1727, i64 0
+  %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
+  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1729, <16 x float> %scores_global526.sroa.24.1711.2.i)
+  %1731 = getelementptr inbounds nuw i8, ptr %1696, i64 3584
+  %1732 = load float, ptr %1731, align 4, !tbaa !5
+  %1733 = insertelement <16 x float> poison, float %1732, i64 0
+  %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
+  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1734, <16 x float> %scores_global526.sroa.28.1710.2.i)
+  %1736 = getelementptr i8, ptr %gep157, i64 4160
+  %1737 = load <16 x float>, ptr %1736, align 4, !tbaa !5
+  %1738 = getelementptr inbounds nuw i8, ptr %1696, i64 64
+  %1739 = load float, ptr %1738, align 4, !tbaa !5
+  %1740 = insertelement <16 x float> poison, float %1739, i64 0
+  %1741 = shufflevector <16 x float> %1740, <16 x float> poison, <16 x i32> zeroinitializer
+  %1742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1741, <16 x float> %1700)
+  %1743 = getelementptr inbounds nuw i8, ptr %1696, i64 576
+  %1744 = load float, ptr %1743, align 4, !tbaa !5
+  %1745 = insertelement <16 x float> poison, float %1744, i64 0
+  %1746 = shufflevector <16 x float> %1745, <16 x float> poison, <16 x i32> zeroinitializer
+  %1747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1746, <16 x float> %1705)
+  %1748 = getelementptr inbounds nuw i8, ptr %1696, i64 1088
+  %1749 = load float, ptr %1748, align 4, !tbaa !5
+  %1750 = insertelement <16 x float> poison, float %1749, i64 0
+  %1751 = shufflevector <16 x float> %1750, <16 x float> poison, <16 x i32> zeroinitializer
+  %1752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1751, <16 x float> %1710)
+  %1753 = getelementptr inbounds nuw i8, ptr %1696, i64 1600
+  %1754 = load float, ptr %1753, align 4, !tbaa !5
+  %1755 = insertelement <16 x float> poison, float %1754, i64 0
+  %1756 = shufflevector <16 x float> %1755, <16 x float> poison, <16 x i32> zeroinitializer
+  %1757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1756, <16 x float> %1715)
+  %1758 = getelementptr inbounds nuw i8, ptr %1696, i64 2112
+  %1759 = load float, ptr %1758, align 4, !tbaa !5
+  %1760 = insertelement <16 x float> poison, float %1759, i64 0
+  %1761 = shufflevector <16 x float> %1760, <16 x float> poison, <16 x i32> zeroinitializer
+  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1761, <16 x float> %1720)
+  %1763 = getelementptr inbounds nuw i8, ptr %1696, i64 2624
+  %1764 = load float, ptr %1763, align 4, !tbaa !5
+  %1765 = insertelement <16 x float> poison, float %1764, i64 0
+  %1766 = shufflevector <16 x float> %1765, <16 x float> poison, <16 x i32> zeroinitializer
+  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1766, <16 x float> %1725)
+  %1768 = getelementptr inbounds nuw i8, ptr %1696, i64 3136
+  %1769 = load float, ptr %1768, align 4, !tbaa !5
+  %1770 = insertelement <16 x float> poison, float %1769, i64 0
+  %1771 = shufflevector <16 x float> %1770, <16 x float> poison, <16 x i32> zeroinitializer
+  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1771, <16 x float> %1730)
+  %1773 = getelementptr inbounds nuw i8, ptr %1696, i64 3648
+  %1774 = load float, ptr %1773, align 4, !tbaa !5
+  %1775 = insertelement <16 x float> poison, float %1774, i64 0
+  %1776 = shufflevector <16 x float> %1775, <16 x float> poison, <16 x i32> zeroinitializer
+  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1776, <16 x float> %1735)
+  %indvars.iv.next934.2.i = add nuw nsw i64 %indvars.iv933.2.i, 1
+  %exitcond937.2.not.i = icmp eq i64 %indvars.iv.next934.2.i, 16
+  br i1 %exitcond937.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
-  %1721 = getelementptr inbounds nuw i8, ptr %1431, i64 384
+  %1778 = getelementptr inbounds nuw i8, ptr %1488, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv976.3.i = phi i64 [ %indvars.iv.next977.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global548.sroa.0.1741.3.i = phi <16 x float> [ %1770, %for_begin_d_2.preheader.3.i ], [ %1685, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global548.sroa.4.1740.3.i = phi <16 x float> [ %1775, %for_begin_d_2.preheader.3.i ], [ %1690, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global548.sroa.8.1739.3.i = phi <16 x float> [ %1780, %for_begin_d_2.preheader.3.i ], [ %1695, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global548.sroa.12.1738.3.i = phi <16 x float> [ %1785, %for_begin_d_2.preheader.3.i ], [ %1700, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global548.sroa.16.1737.3.i = phi <16 x float> [ %1790, %for_begin_d_2.preheader.3.i ], [ %1705, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global548.sroa.20.1736.3.i = phi <16 x float> [ %1795, %for_begin_d_2.preheader.3.i ], [ %1710, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global548.sroa.24.1735.3.i = phi <16 x float> [ %1800, %for_begin_d_2.preheader.3.i ], [ %1715, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global548.sroa.28.1734.3.i = phi <16 x float> [ %1805, %for_begin_d_2.preheader.3.i ], [ %1720, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx80 = shl i64 %indvars.iv976.3.i, 7
-  %gep156 = getelementptr i8, ptr %invariant.gep, i64 %.idx80
-  %1722 = getelementptr i8, ptr %gep156, i64 6144
-  %1723 = load <16 x float>, ptr %1722, align 4, !tbaa !5
-  %1724 = getelementptr inbounds nuw float, ptr %1721, i64 %indvars.iv976.3.i
-  %1725 = load float, ptr %1724, align 4, !tbaa !5
-  %1726 = insertelement <16 x float> poison, float %1725, i64 0
-  %1727 = shufflevector <16 x float> %1726, <16 x float> poison, <16 x i32> zeroinitializer
-  %1728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1727, <16 x float> %scores_global548.sroa.0.1741.3.i)
-  %1729 = getelementptr inbounds nuw i8, ptr %1724, i64 512
-  %1730 = load float, ptr %1729, align 4, !tbaa !5
-  %1731 = insertelement <16 x float> poison, float %1730, i64 0
-  %1732 = shufflevector <16 x float> %1731, <16 x float> poison, <16 x i32> zeroinitializer
-  %1733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1732, <16 x float> %scores_global548.sroa.4.1740.3.i)
-  %1734 = getelementptr inbounds nuw i8, ptr %1724, i64 1024
-  %1735 = load float, ptr %1734, align 4, !tbaa !5
-  %1736 = insertelement <16 x float> poison, float %1735, i64 0
-  %1737 = shufflevector <16 x float> %1736, <16 x float> poison, <16 x i32> zeroinitializer
-  %1738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1737, <16 x float> %scores_global548.sroa.8.1739.3.i)
-  %1739 = getelementptr inbounds nuw i8, ptr %1724, i64 1536
-  %1740 = load float, ptr %1739, align 4, !tbaa !5
-  %1741 = insertelement <16 x float> poison, float %1740, i64 0
-  %1742 = shufflevector <16 x float> %1741, <16 x float> poison, <16 x i32> zeroinitializer
-  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1742, <16 x float> %scores_global548.sroa.12.1738.3.i)
-  %1744 = getelementptr inbounds nuw i8, ptr %1724, i64 2048
-  %1745 = load float, ptr %1744, align 4, !tbaa !5
-  %1746 = insertelement <16 x float> poison, float %1745, i64 0
-  %1747 = shufflevector <16 x float> %1746, <16 x float> poison, <16 x i32> zeroinitializer
-  %1748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1747, <16 x float> %scores_global548.sroa.16.1737.3.i)
-  %1749 = getelementptr inbounds nuw i8, ptr %1724, i64 2560
-  %1750 = load float, ptr %1749, align 4, !tbaa !5
-  %1751 = insertelement <16 x float> poison, float %1750, i64 0
-  %1752 = shufflevector <16 x float> %1751, <16 x float> poison, <16 x i32> zeroinitializer
-  %1753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1752, <16 x float> %scores_global548.sroa.20.1736.3.i)
-  %1754 = getelementptr inbounds nuw i8, ptr %1724, i64 3072
-  %1755 = load float, ptr %1754, align 4, !tbaa !5
-  %1756 = insertelement <16 x float> poison, float %1755, i64 0
-  %1757 = shufflevector <16 x float> %1756, <16 x float> poison, <16 x i32> zeroinitializer
-  %1758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1757, <16 x float> %scores_global548.sroa.24.1735.3.i)
-  %1759 = getelementptr inbounds nuw i8, ptr %1724, i64 3584
-  %1760 = load float, ptr %1759, align 4, !tbaa !5
-  %1761 = insertelement <16 x float> poison, float %1760, i64 0
-  %1762 = shufflevector <16 x float> %1761, <16 x float> poison, <16 x i32> zeroinitializer
-  %1763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1762, <16 x float> %scores_global548.sroa.28.1734.3.i)
-  %1764 = getelementptr i8, ptr %gep156, i64 6208
-  %1765 = load <16 x float>, ptr %1764, align 4, !tbaa !5
-  %1766 = getelementptr inbounds nuw i8, ptr %1724, i64 64
-  %1767 = load float, ptr %1766, align 4, !tbaa !5
-  %1768 = insertelement <16 x float> poison, float %1767, i64 0
-  %1769 = shufflevector <16 x float> %1768, <16 x float> poison, <16 x i32> zeroinitializer
-  %1770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1765, <16 x float> %1769, <16 x float> %1728)
-  %1771 = getelementptr inbounds nuw i8, ptr %1724, i64 576
-  %1772 = load float, ptr %1771, align 4, !tbaa !5
-  %1773 = insertelement <16 x float> poison, float %1772, i64 0
-  %1774 = shufflevector <16 x float> %1773, <16 x float> poison, <16 x i32> zeroinitializer
-  %1775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1765, <16 x float> %1774, <16 x float> %1733)
-  %1776 = getelementptr inbounds nuw i8, ptr %1724, i64 1088
-  %1777 = load float, ptr %1776, align 4, !tbaa !5
-  %1778 = insertelement <16 x float> poison, float %1777, i64 0
-  %1779 = shufflevector <16 x float> %1778, <16 x float> poison, <16 x i32> zeroinitializer
-  %1780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1765, <16 x float> %1779, <16 x float> %1738)
-  %1781 = getelementptr inbounds nuw i8, ptr %1724, i64 1600
+  %indvars.iv933.3.i = phi i64 [ %indvars.iv.next934.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global526.sroa.0.1717.3.i = phi <16 x float> [ %1827, %for_begin_d_2.preheader.3.i ], [ %1742, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global526.sroa.4.1716.3.i = phi <16 x float> [ %1832, %for_begin_d_2.preheader.3.i ], [ %1747, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global526.sroa.8.1715.3.i = phi <16 x float> [ %1837, %for_begin_d_2.preheader.3.i ], [ %1752, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global526.sroa.12.1714.3.i = phi <16 x float> [ %1842, %for_begin_d_2.preheader.3.i ], [ %1757, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global526.sroa.16.1713.3.i = phi <16 x float> [ %1847, %for_begin_d_2.preheader.3.i ], [ %1762, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global526.sroa.20.1712.3.i = phi <16 x float> [ %1852, %for_begin_d_2.preheader.3.i ], [ %1767, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global526.sroa.24.1711.3.i = phi <16 x float> [ %1857, %for_begin_d_2.preheader.3.i ], [ %1772, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global526.sroa.28.1710.3.i = phi <16 x float> [ %1862, %for_begin_d_2.preheader.3.i ], [ %1777, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx85 = shl i64 %indvars.iv933.3.i, 7
+  %gep159 = getelementptr i8, ptr %invariant.gep, i64 %.idx85
+  %1779 = getelementptr i8, ptr %gep159, i64 6144
+  %1780 = load <16 x float>, ptr %1779, align 4, !tbaa !5
+  %1781 = getelementptr inbounds nuw float, ptr %1778, i64 %indvars.iv933.3.i
   %1782 = load float, ptr %1781, align 4, !tbaa !5
   %1783 = insertelement <16 x float> poison, float %1782, i64 0
   %1784 = shufflevector <16 x float> %1783, <16 x float> poison, <16 x i32> zeroinitializer
-  %1785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1765, <16 x float> %1784, <16 x float> %1743)
-  %1786 = getelementptr inbounds nuw i8, ptr %1724, i64 2112
+  %1785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1784, <16 x float> %scores_global526.sroa.0.1717.3.i)
+  %1786 = getelementptr inbounds nuw i8, ptr %1781, i64 512
   %1787 = load float, ptr %1786, align 4, !tbaa !5
   %1788 = insertelement <16 x float> poison, float %1787, i64 0
   %1789 = shufflevector <16 x float> %1788, <16 x float> poison, <16 x i32> zeroinitializer
-  %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1765, <16 x float> %1789, <16 x float> %1748)
-  %1791 = getelementptr inbounds nuw i8, ptr %1724, i64 2624
+  %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1789, <16 x float> %scores_global526.sroa.4.1716.3.i)
+  %1791 = getelementptr inbounds nuw i8, ptr %1781, i64 1024
   %1792 = load float, ptr %1791, align 4, !tbaa !5
   %1793 = insertelement <16 x float> poison, float %1792, i64 0
   %1794 = shufflevector <16 x float> %1793, <16 x float> poison, <16 x i32> zeroinitializer
-  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1765, <16 x float> %1794, <16 x float> %1753)
-  %1796 = getelementptr inbounds nuw i8, ptr %1724, i64 3136
+  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1794, <16 x float> %scores_global526.sroa.8.1715.3.i)
+  %1796 = getelementptr inbounds nuw i8, ptr %1781, i64 1536
   %1797 = load float, ptr %1796, align 4, !tbaa !5
   %1798 = insertelement <16 x float> poison, float %1797, i64 0
   %1799 = shufflevector <16 x float> %1798, <16 x float> poison, <16 x i32> zeroinitializer
-  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1765, <16 x float> %1799, <16 x float> %1758)
-  %1801 = getelementptr inbounds nuw i8, ptr %1724, i64 3648
+  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1799, <16 x float> %scores_global526.sroa.12.1714.3.i)
+  %1801 = getelementptr inbounds nuw i8, ptr %1781, i64 2048
   %1802 = load float, ptr %1801, align 4, !tbaa !5
   %1803 = insertelement <16 x float> poison, float %1802, i64 0
   %1804 = shufflevector <16 x float> %1803, <16 x float> poison, <16 x i32> zeroinitializer
-  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1765, <16 x float> %1804, <16 x float> %1763)
-  %indvars.iv.next977.3.i = add nuw nsw i64 %indvars.iv976.3.i, 1
-  %exitcond980.3.not.i = icmp eq i64 %indvars.iv.next977.3.i, 16
-  br i1 %exitcond980.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
+  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1804, <16 x float> %scores_global526.sroa.16.1713.3.i)
+  %1806 = getelementptr inbounds nuw i8, ptr %1781, i64 2560
+  %1807 = load float, ptr %1806, align 4, !tbaa !5
+  %1808 = insertelement <16 x float> poison, float %1807, i64 0
+  %1809 = shufflevector <16 x float> %1808, <16 x float> poison, <16 x i32> zeroinitializer
+  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1809, <16 x float> %scores_global526.sroa.20.1712.3.i)
+  %1811 = getelementptr inbounds nuw i8, ptr %1781, i64 3072
+  %1812 = load float, ptr %1811, align 4, !tbaa !5
+  %1813 = insertelement <16 x float> poison, float %1812, i64 0
+  %1814 = shufflevector <16 x float> %1813, <16 x float> poison, <16 x i32> zeroinitializer
+  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1814, <16 x float> %scores_global526.sroa.24.1711.3.i)
+  %1816 = getelementptr inbounds nuw i8, ptr %1781, i64 3584
+  %1817 = load float, ptr %1816, align 4, !tbaa !5
+  %1818 = insertelement <16 x float> poison, float %1817, i64 0
+  %1819 = shufflevector <16 x float> %1818, <16 x float> poison, <16 x i32> zeroinitializer
+  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1819, <16 x float> %scores_global526.sroa.28.1710.3.i)
+  %1821 = getelementptr i8, ptr %gep159, i64 6208
+  %1822 = load <16 x float>, ptr %1821, align 4, !tbaa !5
+  %1823 = getelementptr inbounds nuw i8, ptr %1781, i64 64
+  %1824 = load float, ptr %1823, align 4, !tbaa !5
+  %1825 = insertelement <16 x float> poison, float %1824, i64 0
+  %1826 = shufflevector <16 x float> %1825, <16 x float> poison, <16 x i32> zeroinitializer
+  %1827 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1826, <16 x float> %1785)
+  %1828 = getelementptr inbounds nuw i8, ptr %1781, i64 576
+  %1829 = load float, ptr %1828, align 4, !tbaa !5
+  %1830 = insertelement <16 x float> poison, float %1829, i64 0
+  %1831 = shufflevector <16 x float> %1830, <16 x float> poison, <16 x i32> zeroinitializer
+  %1832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1831, <16 x float> %1790)
+  %1833 = getelementptr inbounds nuw i8, ptr %1781, i64 1088
+  %1834 = load float, ptr %1833, align 4, !tbaa !5
+  %1835 = insertelement <16 x float> poison, float %1834, i64 0
+  %1836 = shufflevector <16 x float> %1835, <16 x float> poison, <16 x i32> zeroinitializer
+  %1837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1836, <16 x float> %1795)
+  %1838 = getelementptr inbounds nuw i8, ptr %1781, i64 1600
+  %1839 = load float, ptr %1838, align 4, !tbaa !5
+  %1840 = insertelement <16 x float> poison, float %1839, i64 0
+  %1841 = shufflevector <16 x float> %1840, <16 x float> poison, <16 x i32> zeroinitializer
+  %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1841, <16 x float> %1800)
+  %1843 = getelementptr inbounds nuw i8, ptr %1781, i64 2112
+  %1844 = load float, ptr %1843, align 4, !tbaa !5
+  %1845 = insertelement <16 x float> poison, float %1844, i64 0
+  %1846 = shufflevector <16 x float> %1845, <16 x float> poison, <16 x i32> zeroinitializer
+  %1847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1846, <16 x float> %1805)
+  %1848 = getelementptr inbounds nuw i8, ptr %1781, i64 2624
+  %1849 = load float, ptr %1848, align 4, !tbaa !5
+  %1850 = insertelement <16 x float> poison, float %1849, i64 0
+  %1851 = shufflevector <16 x float> %1850, <16 x float> poison, <16 x i32> zeroinitializer
+  %1852 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1851, <16 x float> %1810)
+  %1853 = getelementptr inbounds nuw i8, ptr %1781, i64 3136
+  %1854 = load float, ptr %1853, align 4, !tbaa !5
+  %1855 = insertelement <16 x float> poison, float %1854, i64 0
+  %1856 = shufflevector <16 x float> %1855, <16 x float> poison, <16 x i32> zeroinitializer
+  %1857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1856, <16 x float> %1815)
+  %1858 = getelementptr inbounds nuw i8, ptr %1781, i64 3648
+  %1859 = load float, ptr %1858, align 4, !tbaa !5
+  %1860 = insertelement <16 x float> poison, float %1859, i64 0
+  %1861 = shufflevector <16 x float> %1860, <16 x float> poison, <16 x i32> zeroinitializer
+  %1862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1861, <16 x float> %1820)
+  %indvars.iv.next934.3.i = add nuw nsw i64 %indvars.iv933.3.i, 1
+  %exitcond937.3.not.i = icmp eq i64 %indvars.iv.next934.3.i, 16
+  br i1 %exitcond937.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx1187.i = shl nsw i64 %indvars.iv985.i, 9
-  %1806 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1187.i
-  store <16 x float> %1770, ptr %1806, align 4, !tbaa !5
-  %1807 = getelementptr inbounds nuw i8, ptr %1806, i64 64
-  store <16 x float> %1775, ptr %1807, align 4, !tbaa !5
-  %1808 = getelementptr inbounds nuw i8, ptr %1806, i64 128
-  store <16 x float> %1780, ptr %1808, align 4, !tbaa !5
-  %1809 = getelementptr inbounds nuw i8, ptr %1806, i64 192
-  store <16 x float> %1785, ptr %1809, align 4, !tbaa !5
-  %1810 = getelementptr inbounds nuw i8, ptr %1806, i64 256
-  store <16 x float> %1790, ptr %1810, align 4, !tbaa !5
-  %1811 = getelementptr inbounds nuw i8, ptr %1806, i64 320
-  store <16 x float> %1795, ptr %1811, align 4, !tbaa !5
-  %1812 = getelementptr inbounds nuw i8, ptr %1806, i64 384
-  store <16 x float> %1800, ptr %1812, align 4, !tbaa !5
-  %1813 = getelementptr inbounds nuw i8, ptr %1806, i64 448
-  store <16 x float> %1805, ptr %1813, align 4, !tbaa !5
-  %indvars.iv.next986.i = add nuw nsw i64 %indvars.iv985.i, 1
-  %exitcond989.not.i = icmp eq i64 %indvars.iv.next986.i, %wide.trip.count988.i
-  br i1 %exitcond989.not.i, label %for_begin_to183.preheader.i, label %for_body_to177.i, !prof !13
+  %.idx1141.i = shl nsw i64 %indvars.iv942.i, 9
+  %1863 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1141.i
+  store <16 x float> %1827, ptr %1863, align 4, !tbaa !5
+  %1864 = getelementptr inbounds nuw i8, ptr %1863, i64 64
+  store <16 x float> %1832, ptr %1864, align 4, !tbaa !5
+  %1865 = getelementptr inbounds nuw i8, ptr %1863, i64 128
+  store <16 x float> %1837, ptr %1865, align 4, !tbaa !5
+  %1866 = getelementptr inbounds nuw i8, ptr %1863, i64 192
+  store <16 x float> %1842, ptr %1866, align 4, !tbaa !5
+  %1867 = getelementptr inbounds nuw i8, ptr %1863, i64 256
+  store <16 x float> %1847, ptr %1867, align 4, !tbaa !5
+  %1868 = getelementptr inbounds nuw i8, ptr %1863, i64 320
+  store <16 x float> %1852, ptr %1868, align 4, !tbaa !5
+  %1869 = getelementptr inbounds nuw i8, ptr %1863, i64 384
+  store <16 x float> %1857, ptr %1869, align 4, !tbaa !5
+  %1870 = getelementptr inbounds nuw i8, ptr %1863, i64 448
+  store <16 x float> %1862, ptr %1870, align 4, !tbaa !5
+  %indvars.iv.next943.i = add nuw nsw i64 %indvars.iv942.i, 1
+  %exitcond946.not.i = icmp eq i64 %indvars.iv.next943.i, %wide.trip.count945.i
+  br i1 %exitcond946.not.i, label %for_begin_to157.preheader.i, label %for_body_to151.i, !prof !13
 
-for_begin_ti188.preheader.i:                      ; preds = %for_begin_ti188.preheader.i, %for_begin_to183.preheader.i
-  %indvars.iv994.i = phi i64 [ 0, %for_begin_to183.preheader.i ], [ %indvars.iv.next995.i, %for_begin_ti188.preheader.i ]
-  %1814 = shl nsw i64 %indvars.iv994.i, 7
-  %1815 = shl nsw i64 %indvars.iv994.i, 3
-  %1816 = add nsw i64 %1815, %697
-  %1817 = trunc i64 %1816 to i32
-  %1818 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1814
-  %1819 = load <16 x float>, ptr %1818, align 4, !tbaa !5
-  %1820 = fmul <16 x float> %380, %1819
-  %1821 = load <16 x i32>, ptr %1427, align 4, !tbaa !5
-  %1822 = insertelement <16 x i32> poison, i32 %1817, i64 0
-  %1823 = shufflevector <16 x i32> %1822, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1824 = icmp slt <16 x i32> %1823, %1821
-  %1825 = select <16 x i1> %1824, <16 x float> %1820, <16 x float> splat (float 0xFFF0000000000000)
-  %1826 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1814
-  store <16 x float> %1825, ptr %1826, align 4, !tbaa !5
-  %1827 = or disjoint i64 %1814, 16
-  %1828 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1827
-  %1829 = load <16 x float>, ptr %1828, align 4, !tbaa !5
-  %1830 = fmul <16 x float> %380, %1829
-  %1831 = load <16 x i32>, ptr %1427, align 4, !tbaa !5
-  %1832 = or i32 %1817, 1
-  %1833 = insertelement <16 x i32> poison, i32 %1832, i64 0
-  %1834 = shufflevector <16 x i32> %1833, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1835 = icmp slt <16 x i32> %1834, %1831
-  %1836 = select <16 x i1> %1835, <16 x float> %1830, <16 x float> splat (float 0xFFF0000000000000)
-  %1837 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1827
-  store <16 x float> %1836, ptr %1837, align 4, !tbaa !5
-  %1838 = or disjoint i64 %1814, 32
-  %1839 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1838
-  %1840 = load <16 x float>, ptr %1839, align 4, !tbaa !5
-  %1841 = fmul <16 x float> %380, %1840
-  %1842 = load <16 x i32>, ptr %1427, align 4, !tbaa !5
-  %1843 = or i32 %1817, 2
-  %1844 = insertelement <16 x i32> poison, i32 %1843, i64 0
-  %1845 = shufflevector <16 x i32> %1844, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1846 = icmp slt <16 x i32> %1845, %1842
-  %1847 = select <16 x i1> %1846, <16 x float> %1841, <16 x float> splat (float 0xFFF0000000000000)
-  %1848 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1838
-  store <16 x float> %1847, ptr %1848, align 4, !tbaa !5
-  %1849 = or disjoint i64 %1814, 48
-  %1850 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1849
-  %1851 = load <16 x float>, ptr %1850, align 4, !tbaa !5
-  %1852 = fmul <16 x float> %380, %1851
-  %1853 = load <16 x i32>, ptr %1427, align 4, !tbaa !5
-  %1854 = or i32 %1817, 3
-  %1855 = insertelement <16 x i32> poison, i32 %1854, i64 0
-  %1856 = shufflevector <16 x i32> %1855, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1857 = icmp slt <16 x i32> %1856, %1853
-  %1858 = select <16 x i1> %1857, <16 x float> %1852, <16 x float> splat (float 0xFFF0000000000000)
-  %1859 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1849
-  store <16 x float> %1858, ptr %1859, align 4, !tbaa !5
-  %1860 = or disjoint i64 %1814, 64
-  %1861 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1860
-  %1862 = load <16 x float>, ptr %1861, align 4, !tbaa !5
-  %1863 = fmul <16 x float> %380, %1862
-  %1864 = load <16 x i32>, ptr %1427, align 4, !tbaa !5
-  %1865 = or i32 %1817, 4
-  %1866 = insertelement <16 x i32> poison, i32 %1865, i64 0
-  %1867 = shufflevector <16 x i32> %1866, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1868 = icmp slt <16 x i32> %1867, %1864
-  %1869 = select <16 x i1> %1868, <16 x float> %1863, <16 x float> splat (float 0xFFF0000000000000)
-  %1870 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1860
-  store <16 x float> %1869, ptr %1870, align 4, !tbaa !5
-  %1871 = or disjoint i64 %1814, 80
-  %1872 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1871
-  %1873 = load <16 x float>, ptr %1872, align 4, !tbaa !5
-  %1874 = fmul <16 x float> %380, %1873
-  %1875 = load <16 x i32>, ptr %1427, align 4, !tbaa !5
-  %1876 = or i32 %1817, 5
-  %1877 = insertelement <16 x i32> poison, i32 %1876, i64 0
-  %1878 = shufflevector <16 x i32> %1877, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1879 = icmp slt <16 x i32> %1878, %1875
-  %1880 = select <16 x i1> %1879, <16 x float> %1874, <16 x float> splat (float 0xFFF0000000000000)
-  %1881 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1871
-  store <16 x float> %1880, ptr %1881, align 4, !tbaa !5
-  %1882 = or disjoint i64 %1814, 96
-  %1883 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1882
-  %1884 = load <16 x float>, ptr %1883, align 4, !tbaa !5
-  %1885 = fmul <16 x float> %380, %1884
-  %1886 = load <16 x i32>, ptr %1427, align 4, !tbaa !5
-  %1887 = or i32 %1817, 6
-  %1888 = insertelement <16 x i32> poison, i32 %1887, i64 0
-  %1889 = shufflevector <16 x i32> %1888, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1890 = icmp slt <16 x i32> %1889, %1886
-  %1891 = select <16 x i1> %1890, <16 x float> %1885, <16 x float> splat (float 0xFFF0000000000000)
-  %1892 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1882
-  store <16 x float> %1891, ptr %1892, align 4, !tbaa !5
-  %1893 = or disjoint i64 %1814, 112
-  %1894 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1893
-  %1895 = load <16 x float>, ptr %1894, align 4, !tbaa !5
-  %1896 = fmul <16 x float> %380, %1895
-  %1897 = load <16 x i32>, ptr %1427, align 4, !tbaa !5
-  %1898 = or i32 %1817, 7
-  %1899 = insertelement <16 x i32> poison, i32 %1898, i64 0
-  %1900 = shufflevector <16 x i32> %1899, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1901 = icmp slt <16 x i32> %1900, %1897
-  %1902 = select <16 x i1> %1901, <16 x float> %1896, <16 x float> splat (float 0xFFF0000000000000)
-  %1903 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1893
-  store <16 x float> %1902, ptr %1903, align 4, !tbaa !5
-  %indvars.iv.next995.i = add nuw nsw i64 %indvars.iv994.i, 1
-  %exitcond998.not.i = icmp eq i64 %indvars.iv.next995.i, %wide.trip.count988.i
-  br i1 %exitcond998.not.i, label %for_end_to185.i, label %for_begin_ti188.preheader.i, !prof !13
+for_begin_ti162.preheader.i:                      ; preds = %for_begin_ti162.preheader.i, %for_begin_to157.preheader.i
+  %indvars.iv951.i = phi i64 [ 0, %for_begin_to157.preheader.i ], [ %indvars.iv.next952.i, %for_begin_ti162.preheader.i ]
+  %1871 = shl nsw i64 %indvars.iv951.i, 7
+  %1872 = shl nsw i64 %indvars.iv951.i, 3
+  %1873 = add nsw i64 %1872, %754
+  %1874 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1871
+  %1875 = load <16 x float>, ptr %1874, align 4, !tbaa !5
+  %1876 = fmul <16 x float> %446, %1875
+  %1877 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
+  %1878 = trunc i64 %1873 to i32
+  %1879 = insertelement <16 x i32> poison, i32 %1878, i64 0
+  %1880 = shufflevector <16 x i32> %1879, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1881 = icmp slt <16 x i32> %1880, %1877
+  %1882 = select <16 x i1> %1881, <16 x float> %1876, <16 x float> splat (float 0xFFF0000000000000)
+  %1883 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1871
+  store <16 x float> %1882, ptr %1883, align 4, !tbaa !5
+  %1884 = or disjoint i64 %1871, 16
+  %1885 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1884
+  %1886 = load <16 x float>, ptr %1885, align 4, !tbaa !5
+  %1887 = fmul <16 x float> %446, %1886
+  %1888 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
+  %1889 = add i32 %1878, 1
+  %1890 = insertelement <16 x i32> poison, i32 %1889, i64 0
+  %1891 = shufflevector <16 x i32> %1890, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1892 = icmp slt <16 x i32> %1891, %1888
+  %1893 = select <16 x i1> %1892, <16 x float> %1887, <16 x float> splat (float 0xFFF0000000000000)
+  %1894 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1884
+  store <16 x float> %1893, ptr %1894, align 4, !tbaa !5
+  %1895 = or disjoint i64 %1871, 32
+  %1896 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1895
+  %1897 = load <16 x float>, ptr %1896, align 4, !tbaa !5
+  %1898 = fmul <16 x float> %446, %1897
+  %1899 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
+  %1900 = add i32 %1878, 2
+  %1901 = insertelement <16 x i32> poison, i32 %1900, i64 0
+  %1902 = shufflevector <16 x i32> %1901, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1903 = icmp slt <16 x i32> %1902, %1899
+  %1904 = select <16 x i1> %1903, <16 x float> %1898, <16 x float> splat (float 0xFFF0000000000000)
+  %1905 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1895
+  store <16 x float> %1904, ptr %1905, align 4, !tbaa !5
+  %1906 = or disjoint i64 %1871, 48
+  %1907 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1906
+  %1908 = load <16 x float>, ptr %1907, align 4, !tbaa !5
+  %1909 = fmul <16 x float> %446, %1908
+  %1910 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
+  %1911 = add i32 %1878, 3
+  %1912 = insertelement <16 x i32> poison, i32 %1911, i64 0
+  %1913 = shufflevector <16 x i32> %1912, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1914 = icmp slt <16 x i32> %1913, %1910
+  %1915 = select <16 x i1> %1914, <16 x float> %1909, <16 x float> splat (float 0xFFF0000000000000)
+  %1916 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1906
+  store <16 x float> %1915, ptr %1916, align 4, !tbaa !5
+  %1917 = or disjoint i64 %1871, 64
+  %1918 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1917
+  %1919 = load <16 x float>, ptr %1918, align 4, !tbaa !5
+  %1920 = fmul <16 x float> %446, %1919
+  %1921 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
+  %1922 = add i32 %1878, 4
+  %1923 = insertelement <16 x i32> poison, i32 %1922, i64 0
+  %1924 = shufflevector <16 x i32> %1923, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1925 = icmp slt <16 x i32> %1924, %1921
+  %1926 = select <16 x i1> %1925, <16 x float> %1920, <16 x float> splat (float 0xFFF0000000000000)
+  %1927 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1917
+  store <16 x float> %1926, ptr %1927, align 4, !tbaa !5
+  %1928 = or disjoint i64 %1871, 80
+  %1929 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1928
+  %1930 = load <16 x float>, ptr %1929, align 4, !tbaa !5
+  %1931 = fmul <16 x float> %446, %1930
+  %1932 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
+  %1933 = add i32 %1878, 5
+  %1934 = insertelement <16 x i32> poison, i32 %1933, i64 0
+  %1935 = shufflevector <16 x i32> %1934, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1936 = icmp slt <16 x i32> %1935, %1932
+  %1937 = select <16 x i1> %1936, <16 x float> %1931, <16 x float> splat (float 0xFFF0000000000000)
+  %1938 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1928
+  store <16 x float> %1937, ptr %1938, align 4, !tbaa !5
+  %1939 = or disjoint i64 %1871, 96
+  %1940 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1939
+  %1941 = load <16 x float>, ptr %1940, align 4, !tbaa !5
+  %1942 = fmul <16 x float> %446, %1941
+  %1943 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
+  %1944 = add i32 %1878, 6
+  %1945 = insertelement <16 x i32> poison, i32 %1944, i64 0
+  %1946 = shufflevector <16 x i32> %1945, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1947 = icmp slt <16 x i32> %1946, %1943
+  %1948 = select <16 x i1> %1947, <16 x float> %1942, <16 x float> splat (float 0xFFF0000000000000)
+  %1949 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1939
+  store <16 x float> %1948, ptr %1949, align 4, !tbaa !5
+  %1950 = or disjoint i64 %1871, 112
+  %1951 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1950
+  %1952 = load <16 x float>, ptr %1951, align 4, !tbaa !5
+  %1953 = fmul <16 x float> %446, %1952
+  %1954 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
+  %1955 = add i32 %1878, 7
+  %1956 = insertelement <16 x i32> poison, i32 %1955, i64 0
+  %1957 = shufflevector <16 x i32> %1956, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1958 = icmp slt <16 x i32> %1957, %1954
+  %1959 = select <16 x i1> %1958, <16 x float> %1953, <16 x float> splat (float 0xFFF0000000000000)
+  %1960 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1950
+  store <16 x float> %1959, ptr %1960, align 4, !tbaa !5
+  %indvars.iv.next952.i = add nuw nsw i64 %indvars.iv951.i, 1
+  %exitcond955.not.i = icmp eq i64 %indvars.iv.next952.i, %wide.trip.count945.i
+  br i1 %exitcond955.not.i, label %for_end_to159.i, label %for_begin_ti162.preheader.i, !prof !13
 
-for_end_to185.i:                                  ; preds = %for_begin_ti188.preheader.i, %if_then172.i
-  br i1 %141, label %if_then193.i, label %if_end194.i, !prof !8
+for_end_to159.i:                                  ; preds = %for_begin_ti162.preheader.i, %if_then146.i
+  br i1 %143, label %if_then167.i, label %if_end168.i, !prof !8
 
-if_then193.i:                                     ; preds = %for_end_to185.i
-  %1904 = tail call i32 @llvm.smin.i32(i32 %1419, i32 16)
-  %1905 = icmp sgt i32 %1419, 0
-  br i1 %1905, label %for_body_r196.lr.ph.i, label %if_end194.i, !prof !3
+if_then167.i:                                     ; preds = %for_end_to159.i
+  %1961 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
+  %1962 = icmp sgt i32 %1476, 0
+  br i1 %1962, label %for_body_r170.lr.ph.i, label %if_end168.i, !prof !3
 
-for_body_r196.lr.ph.i:                            ; preds = %if_then193.i
-  %1906 = icmp sgt i32 %valid_len175.i, %734
-  %1907 = zext nneg i32 %1417 to i64
-  %1908 = shl nuw nsw i64 %1907, 2
-  br i1 %1906, label %for_body_r196.us.preheader.i, label %if_end194.i, !prof !3
+for_body_r170.lr.ph.i:                            ; preds = %if_then167.i
+  %1963 = icmp sgt i32 %valid_len149.i, %791
+  %1964 = zext nneg i32 %1474 to i64
+  %1965 = shl nuw nsw i64 %1964, 2
+  br i1 %1963, label %for_body_r170.us.preheader.i, label %if_end168.i, !prof !3
 
-for_body_r196.us.preheader.i:                     ; preds = %for_body_r196.lr.ph.i
-  %1909 = add i32 %indvars.iv234, %1412
-  %smin236 = tail call i32 @llvm.smin.i32(i32 %indvars.iv232, i32 %1909)
-  %smin237 = tail call i32 @llvm.smin.i32(i32 %smin236, i32 128)
-  %1910 = sub i32 %smin237, %smax238
-  %1911 = zext i32 %1910 to i64
-  %smin459 = tail call i32 @llvm.smin.i32(i32 %668, i32 %1909)
-  %smin460 = tail call i32 @llvm.smin.i32(i32 %smin459, i32 128)
-  %1912 = sub i32 %smin460, %smax455
-  %1913 = zext i32 %1912 to i64
-  %1914 = add nsw i64 %1913, -1
-  %smin479 = tail call i32 @llvm.smin.i32(i32 %662, i32 %1909)
-  %smin480 = tail call i32 @llvm.smin.i32(i32 %smin479, i32 128)
-  %1915 = sub i32 %smin480, %smax475
-  %1916 = zext i32 %1915 to i64
-  %scevgep481 = getelementptr i8, ptr %scevgep474, i64 %1916
-  %scevgep483 = getelementptr i8, ptr %scaled.i, i64 %665
-  %scevgep484 = getelementptr i8, ptr %scaled.i, i64 -60
-  %scevgep485 = getelementptr i8, ptr %scevgep484, i64 %665
-  %1917 = shl nuw nsw i64 %1916, 6
-  %smin495 = tail call i32 @llvm.smin.i32(i32 %655, i32 %1909)
-  %smin496 = tail call i32 @llvm.smin.i32(i32 %smin495, i32 128)
-  %1918 = sub i32 %smin496, %smax491
-  %1919 = zext i32 %1918 to i64
-  %min.iters.check498 = icmp ult i32 %1918, 24
-  %1920 = trunc i64 %1914 to i32
-  %mul.result464 = shl i32 %1920, 4
-  %1921 = icmp ugt i64 %1914, 268435455
-  %mul.result468 = shl nsw i64 %1914, 6
-  %smax486 = tail call i32 @llvm.smax.i32(i32 %1904, i32 1)
-  %1922 = add nsw i32 %smax486, -1
-  %1923 = zext nneg i32 %1922 to i64
-  %1924 = shl nuw nsw i64 %1923, 2
-  %1925 = getelementptr i8, ptr %scevgep485, i64 %1917
-  %scevgep487 = getelementptr i8, ptr %1925, i64 %1924
-  %n.vec501 = and i64 %1919, 4294967288
-  %cmp.n514 = icmp eq i64 %n.vec501, %1919
-  %xtraiter = and i64 %1919, 3
+for_body_r170.us.preheader.i:                     ; preds = %for_body_r170.lr.ph.i
+  %1966 = add i32 %indvars.iv238, %1469
+  %smin240 = tail call i32 @llvm.smin.i32(i32 %indvars.iv236, i32 %1966)
+  %smin241 = tail call i32 @llvm.smin.i32(i32 %smin240, i32 128)
+  %1967 = sub i32 %smin241, %smax242
+  %1968 = zext i32 %1967 to i64
+  %1969 = sub i32 %valid_len149.i, %smax443
+  %1970 = zext i32 %1969 to i64
+  %1971 = add nsw i64 %1970, -1
+  %1972 = sub i32 %valid_len149.i, %smax454
+  %1973 = zext i32 %1972 to i64
+  %scevgep456 = getelementptr i8, ptr %scevgep455, i64 %1973
+  %scevgep458 = getelementptr i8, ptr %scaled.i, i64 %731
+  %scevgep459 = getelementptr i8, ptr %scaled.i, i64 -60
+  %scevgep460 = getelementptr i8, ptr %scevgep459, i64 %731
+  %1974 = shl nuw nsw i64 %1973, 6
+  %1975 = sub i32 %valid_len149.i, %smax467
+  %1976 = zext i32 %1975 to i64
+  %min.iters.check469 = icmp ult i32 %1975, 24
+  %1977 = trunc i64 %1971 to i32
+  %mul.result445 = shl i32 %1977, 4
+  %1978 = icmp ugt i64 %1971, 268435455
+  %mul.result449 = shl nsw i64 %1971, 6
+  %smax461 = tail call i32 @llvm.smax.i32(i32 %1961, i32 1)
+  %1979 = add nsw i32 %smax461, -1
+  %1980 = zext nneg i32 %1979 to i64
+  %1981 = shl nuw nsw i64 %1980, 2
+  %1982 = getelementptr i8, ptr %scevgep460, i64 %1974
+  %scevgep462 = getelementptr i8, ptr %1982, i64 %1981
+  %n.vec472 = and i64 %1976, 4294967288
+  %cmp.n485 = icmp eq i64 %n.vec472, %1976
+  %xtraiter = and i64 %1976, 3
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br label %for_body_r196.us.i
+  br label %for_body_r170.us.i
 
-for_body_r196.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r196.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r196.us.preheader.i ]
-  %r199756.us.i = phi i32 [ %1990, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r196.us.preheader.i ]
-  %1926 = lshr i32 %r199756.us.i, 2
-  %1927 = zext nneg i32 %1926 to i64
-  %1928 = add nuw nsw i64 %1908, %1927
-  %1929 = mul nsw i64 %1928, %382
-  %1930 = getelementptr i8, ptr %740, i64 %1929
-  br i1 %min.iters.check498, label %for_body_c.us.i.preheader, label %vector.scevcheck454, !prof !16
+for_body_r170.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r170.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r170.us.preheader.i ]
+  %r173732.us.i = phi i32 [ %2047, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r170.us.preheader.i ]
+  %1983 = lshr i32 %r173732.us.i, 2
+  %1984 = zext nneg i32 %1983 to i64
+  %1985 = add nuw nsw i64 %1965, %1984
+  %1986 = mul nsw i64 %1985, %448
+  %1987 = getelementptr i8, ptr %797, i64 %1986
+  br i1 %min.iters.check469, label %for_body_c.us.i.preheader, label %vector.scevcheck441, !prof !16
 
-vector.scevcheck454:                              ; preds = %for_body_r196.us.i
-  %1931 = add i64 %indvar, %672
-  %1932 = shl i64 %1931, 2
-  %scevgep466 = getelementptr i8, ptr %scaled.i, i64 %1932
-  %1933 = add i32 %671, %r199756.us.i
-  %1934 = add i32 %1933, %mul.result464
-  %1935 = icmp slt i32 %1934, %1933
-  %1936 = or i1 %1935, %1921
-  %1937 = getelementptr i8, ptr %scevgep466, i64 %mul.result468
-  %1938 = icmp ult ptr %1937, %scevgep466
-  %1939 = or i1 %1938, %1936
-  br i1 %1939, label %for_body_c.us.i.preheader, label %vector.memcheck470, !prof !16
+vector.scevcheck441:                              ; preds = %for_body_r170.us.i
+  %1988 = add i64 %indvar, %736
+  %1989 = shl i64 %1988, 2
+  %scevgep447 = getelementptr i8, ptr %scaled.i, i64 %1989
+  %1990 = add i32 %735, %r173732.us.i
+  %1991 = add i32 %1990, %mul.result445
+  %1992 = icmp slt i32 %1991, %1990
+  %1993 = or i1 %1992, %1978
+  %1994 = getelementptr i8, ptr %scevgep447, i64 %mul.result449
+  %1995 = icmp ult ptr %1994, %scevgep447
+  %1996 = or i1 %1995, %1993
+  br i1 %1996, label %for_body_c.us.i.preheader, label %vector.memcheck451, !prof !16
 
-vector.memcheck470:                               ; preds = %vector.scevcheck454
-  %scevgep482 = getelementptr i8, ptr %scevgep481, i64 %1929
-  %bound0488 = icmp ult ptr %1930, %scevgep487
-  %bound1489 = icmp ult ptr %scevgep483, %scevgep482
-  %found.conflict490 = and i1 %bound0488, %bound1489
-  br i1 %found.conflict490, label %for_body_c.us.i.preheader, label %vector.ph499, !prof !16
+vector.memcheck451:                               ; preds = %vector.scevcheck441
+  %scevgep457 = getelementptr i8, ptr %scevgep456, i64 %1986
+  %bound0463 = icmp ult ptr %1987, %scevgep462
+  %bound1464 = icmp ult ptr %scevgep458, %scevgep457
+  %found.conflict465 = and i1 %bound0463, %bound1464
+  br i1 %found.conflict465, label %for_body_c.us.i.preheader, label %vector.ph470, !prof !16
 
-vector.ph499:                                     ; preds = %vector.memcheck470
-  %broadcast.splatinsert502 = insertelement <8 x i32> poison, i32 %r199756.us.i, i64 0
-  %broadcast.splat503 = shufflevector <8 x i32> %broadcast.splatinsert502, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body506
+vector.ph470:                                     ; preds = %vector.memcheck451
+  %broadcast.splatinsert473 = insertelement <8 x i32> poison, i32 %r173732.us.i, i64 0
+  %broadcast.splat474 = shufflevector <8 x i32> %broadcast.splatinsert473, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body477
 
-vector.body506:                                   ; preds = %vector.body506, %vector.ph499
-  %index507 = phi i64 [ 0, %vector.ph499 ], [ %index.next511, %vector.body506 ]
-  %vec.ind508 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph499 ], [ %vec.ind.next512, %vector.body506 ]
-  %1940 = getelementptr i8, ptr %1930, i64 %index507
-  %wide.load509 = load <8 x i8>, ptr %1940, align 1, !tbaa !5, !alias.scope !47, !noalias !50
-  %1941 = icmp ne <8 x i8> %wide.load509, zeroinitializer
-  %1942 = add <8 x i32> %broadcast.splat505, %vec.ind508
-  %1943 = shl <8 x i32> %1942, splat (i32 4)
-  %1944 = add nsw <8 x i32> %1943, %broadcast.splat503
-  %1945 = sext <8 x i32> %1944 to <8 x i64>
-  %1946 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %1945
-  %wide.masked.gather510 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %1946, <8 x i1> %1941, <8 x float> poison), !tbaa !5, !alias.scope !50
-  %predphi = select <8 x i1> %1941, <8 x float> %wide.masked.gather510, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %1946, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !50
-  %index.next511 = add nuw i64 %index507, 8
-  %vec.ind.next512 = add <8 x i32> %vec.ind508, splat (i32 8)
-  %1947 = icmp eq i64 %index.next511, %n.vec501
-  br i1 %1947, label %middle.block513, label %vector.body506, !prof !52, !llvm.loop !53
+vector.body477:                                   ; preds = %vector.body477, %vector.ph470
+  %index478 = phi i64 [ 0, %vector.ph470 ], [ %index.next482, %vector.body477 ]
+  %vec.ind479 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph470 ], [ %vec.ind.next483, %vector.body477 ]
+  %1997 = getelementptr i8, ptr %1987, i64 %index478
+  %wide.load480 = load <8 x i8>, ptr %1997, align 1, !tbaa !5, !alias.scope !47, !noalias !50
+  %1998 = icmp ne <8 x i8> %wide.load480, zeroinitializer
+  %1999 = add <8 x i32> %broadcast.splat476, %vec.ind479
+  %2000 = shl <8 x i32> %1999, splat (i32 4)
+  %2001 = add nsw <8 x i32> %2000, %broadcast.splat474
+  %2002 = sext <8 x i32> %2001 to <8 x i64>
+  %2003 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2002
+  %wide.masked.gather481 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2003, <8 x i1> %1998, <8 x float> poison), !tbaa !5, !alias.scope !50
+  %predphi = select <8 x i1> %1998, <8 x float> %wide.masked.gather481, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2003, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !50
+  %index.next482 = add nuw i64 %index478, 8
+  %vec.ind.next483 = add <8 x i32> %vec.ind479, splat (i32 8)
+  %2004 = icmp eq i64 %index.next482, %n.vec472
+  br i1 %2004, label %middle.block484, label %vector.body477, !prof !52, !llvm.loop !53
 
-middle.block513:                                  ; preds = %vector.body506
-  br i1 %cmp.n514, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
+middle.block484:                                  ; preds = %vector.body477
+  br i1 %cmp.n485, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
 
-for_body_c.us.i.preheader:                        ; preds = %middle.block513, %vector.memcheck470, %vector.scevcheck454, %for_body_r196.us.i
-  %indvars.iv999.i.ph = phi i64 [ 0, %vector.memcheck470 ], [ 0, %vector.scevcheck454 ], [ 0, %for_body_r196.us.i ], [ %n.vec501, %middle.block513 ]
+for_body_c.us.i.preheader:                        ; preds = %middle.block484, %vector.memcheck451, %vector.scevcheck441, %for_body_r170.us.i
+  %indvars.iv956.i.ph = phi i64 [ 0, %vector.memcheck451 ], [ 0, %vector.scevcheck441 ], [ 0, %for_body_r170.us.i ], [ %n.vec472, %middle.block484 ]
   br i1 %lcmp.mod.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
 
-for_body_c.us.i.prol:                             ; preds = %if_end202.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv999.i.prol = phi i64 [ %indvars.iv.next1000.i.prol, %if_end202.us.i.prol ], [ %indvars.iv999.i.ph, %for_body_c.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end202.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %1948 = getelementptr i8, ptr %1930, i64 %indvars.iv999.i.prol
-  %1949 = load i8, ptr %1948, align 1, !tbaa !5
-  %1950 = icmp eq i8 %1949, 0
-  %1951 = trunc i64 %indvars.iv999.i.prol to i32
-  %.pre1148.i.prol = add i32 %734, %1951
-  %.pre1150.i.prol = shl i32 %.pre1148.i.prol, 4
-  %.pre1152.i.prol = add nsw i32 %.pre1150.i.prol, %r199756.us.i
-  %.pre1154.i.prol = sext i32 %.pre1152.i.prol to i64
-  br i1 %1950, label %if_end202.us.i.prol, label %if_else201.us.i.prol
+for_body_c.us.i.prol:                             ; preds = %if_end176.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv956.i.prol = phi i64 [ %indvars.iv.next957.i.prol, %if_end176.us.i.prol ], [ %indvars.iv956.i.ph, %for_body_c.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end176.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
+  %2005 = getelementptr i8, ptr %1987, i64 %indvars.iv956.i.prol
+  %2006 = load i8, ptr %2005, align 1, !tbaa !5
+  %2007 = icmp eq i8 %2006, 0
+  %2008 = trunc i64 %indvars.iv956.i.prol to i32
+  %.pre1102.i.prol = add i32 %791, %2008
+  %.pre1104.i.prol = shl i32 %.pre1102.i.prol, 4
+  %.pre1106.i.prol = add nsw i32 %.pre1104.i.prol, %r173732.us.i
+  %.pre1108.i.prol = sext i32 %.pre1106.i.prol to i64
+  br i1 %2007, label %if_end176.us.i.prol, label %if_else175.us.i.prol
 
-if_else201.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %1952 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.prol
-  %1953 = load float, ptr %1952, align 4, !tbaa !5
-  br label %if_end202.us.i.prol
+if_else175.us.i.prol:                             ; preds = %for_body_c.us.i.prol
+  %2009 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.prol
+  %2010 = load float, ptr %2009, align 4, !tbaa !5
+  br label %if_end176.us.i.prol
 
-if_end202.us.i.prol:                              ; preds = %if_else201.us.i.prol, %for_body_c.us.i.prol
-  %1954 = phi float [ %1953, %if_else201.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %1955 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.prol
-  store float %1954, ptr %1955, align 4, !tbaa !5
-  %indvars.iv.next1000.i.prol = add nuw nsw i64 %indvars.iv999.i.prol, 1
+if_end176.us.i.prol:                              ; preds = %if_else175.us.i.prol, %for_body_c.us.i.prol
+  %2011 = phi float [ %2010, %if_else175.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
+  %2012 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.prol
+  store float %2011, ptr %2012, align 4, !tbaa !5
+  %indvars.iv.next957.i.prol = add nuw nsw i64 %indvars.iv956.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
   br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !56, !llvm.loop !57
 
-for_body_c.us.i.prol.loopexit:                    ; preds = %if_end202.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv999.i.unr = phi i64 [ %indvars.iv999.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1000.i.prol, %if_end202.us.i.prol ]
-  %1956 = sub nsw i64 %indvars.iv999.i.ph, %1919
-  %1957 = icmp ugt i64 %1956, -4
-  br i1 %1957, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
+for_body_c.us.i.prol.loopexit:                    ; preds = %if_end176.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv956.i.unr = phi i64 [ %indvars.iv956.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next957.i.prol, %if_end176.us.i.prol ]
+  %2013 = sub nsw i64 %indvars.iv956.i.ph, %1976
+  %2014 = icmp ugt i64 %2013, -4
+  br i1 %2014, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
 
-for_body_c.us.i:                                  ; preds = %if_end202.us.i.3, %for_body_c.us.i.prol.loopexit
-  %indvars.iv999.i = phi i64 [ %indvars.iv.next1000.i.3, %if_end202.us.i.3 ], [ %indvars.iv999.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %1958 = getelementptr i8, ptr %1930, i64 %indvars.iv999.i
-  %1959 = load i8, ptr %1958, align 1, !tbaa !5
-  %1960 = icmp eq i8 %1959, 0
-  %1961 = trunc i64 %indvars.iv999.i to i32
-  %.pre1148.i = add i32 %734, %1961
-  %.pre1150.i = shl i32 %.pre1148.i, 4
-  %.pre1152.i = add nsw i32 %.pre1150.i, %r199756.us.i
-  %.pre1154.i = sext i32 %.pre1152.i to i64
-  br i1 %1960, label %if_end202.us.i, label %if_else201.us.i
+for_body_c.us.i:                                  ; preds = %if_end176.us.i.3, %for_body_c.us.i.prol.loopexit
+  %indvars.iv956.i = phi i64 [ %indvars.iv.next957.i.3, %if_end176.us.i.3 ], [ %indvars.iv956.i.unr, %for_body_c.us.i.prol.loopexit ]
+  %2015 = getelementptr i8, ptr %1987, i64 %indvars.iv956.i
+  %2016 = load i8, ptr %2015, align 1, !tbaa !5
+  %2017 = icmp eq i8 %2016, 0
+  %2018 = trunc i64 %indvars.iv956.i to i32
+  %.pre1102.i = add i32 %791, %2018
+  %.pre1104.i = shl i32 %.pre1102.i, 4
+  %.pre1106.i = add nsw i32 %.pre1104.i, %r173732.us.i
+  %.pre1108.i = sext i32 %.pre1106.i to i64
+  br i1 %2017, label %if_end176.us.i, label %if_else175.us.i
 
-if_else201.us.i:                                  ; preds = %for_body_c.us.i
-  %1962 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i
-  %1963 = load float, ptr %1962, align 4, !tbaa !5
-  br label %if_end202.us.i
+if_else175.us.i:                                  ; preds = %for_body_c.us.i
+  %2019 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i
+  %2020 = load float, ptr %2019, align 4, !tbaa !5
+  br label %if_end176.us.i
 
-if_end202.us.i:                                   ; preds = %if_else201.us.i, %for_body_c.us.i
-  %1964 = phi float [ %1963, %if_else201.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %1965 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i
-  store float %1964, ptr %1965, align 4, !tbaa !5
-  %indvars.iv.next1000.i = add nuw nsw i64 %indvars.iv999.i, 1
-  %1966 = getelementptr i8, ptr %1930, i64 %indvars.iv.next1000.i
-  %1967 = load i8, ptr %1966, align 1, !tbaa !5
-  %1968 = icmp eq i8 %1967, 0
-  %1969 = trunc i64 %indvars.iv.next1000.i to i32
-  %.pre1148.i.1 = add i32 %734, %1969
-  %.pre1150.i.1 = shl i32 %.pre1148.i.1, 4
-  %.pre1152.i.1 = add nsw i32 %.pre1150.i.1, %r199756.us.i
-  %.pre1154.i.1 = sext i32 %.pre1152.i.1 to i64
-  br i1 %1968, label %if_end202.us.i.1, label %if_else201.us.i.1
+if_end176.us.i:                                   ; preds = %if_else175.us.i, %for_body_c.us.i
+  %2021 = phi float [ %2020, %if_else175.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
+  %2022 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i
+  store float %2021, ptr %2022, align 4, !tbaa !5
+  %indvars.iv.next957.i = add nuw nsw i64 %indvars.iv956.i, 1
+  %2023 = getelementptr i8, ptr %1987, i64 %indvars.iv.next957.i
+  %2024 = load i8, ptr %2023, align 1, !tbaa !5
+  %2025 = icmp eq i8 %2024, 0
+  %2026 = trunc i64 %indvars.iv.next957.i to i32
+  %.pre1102.i.1 = add i32 %791, %2026
+  %.pre1104.i.1 = shl i32 %.pre1102.i.1, 4
+  %.pre1106.i.1 = add nsw i32 %.pre1104.i.1, %r173732.us.i
+  %.pre1108.i.1 = sext i32 %.pre1106.i.1 to i64
+  br i1 %2025, label %if_end176.us.i.1, label %if_else175.us.i.1
 
-if_else201.us.i.1:                                ; preds = %if_end202.us.i
-  %1970 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.1
-  %1971 = load float, ptr %1970, align 4, !tbaa !5
-  br label %if_end202.us.i.1
+if_else175.us.i.1:                                ; preds = %if_end176.us.i
+  %2027 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.1
+  %2028 = load float, ptr %2027, align 4, !tbaa !5
+  br label %if_end176.us.i.1
 
-if_end202.us.i.1:                                 ; preds = %if_else201.us.i.1, %if_end202.us.i
-  %1972 = phi float [ %1971, %if_else201.us.i.1 ], [ 0xFFF0000000000000, %if_end202.us.i ]
-  %1973 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.1
-  store float %1972, ptr %1973, align 4, !tbaa !5
-  %indvars.iv.next1000.i.1 = add nuw nsw i64 %indvars.iv999.i, 2
-  %1974 = getelementptr i8, ptr %1930, i64 %indvars.iv.next1000.i.1
-  %1975 = load i8, ptr %1974, align 1, !tbaa !5
-  %1976 = icmp eq i8 %1975, 0
-  %1977 = trunc i64 %indvars.iv.next1000.i.1 to i32
-  %.pre1148.i.2 = add i32 %734, %1977
-  %.pre1150.i.2 = shl i32 %.pre1148.i.2, 4
-  %.pre1152.i.2 = add nsw i32 %.pre1150.i.2, %r199756.us.i
-  %.pre1154.i.2 = sext i32 %.pre1152.i.2 to i64
-  br i1 %1976, label %if_end202.us.i.2, label %if_else201.us.i.2
+if_end176.us.i.1:                                 ; preds = %if_else175.us.i.1, %if_end176.us.i
+  %2029 = phi float [ %2028, %if_else175.us.i.1 ], [ 0xFFF0000000000000, %if_end176.us.i ]
+  %2030 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.1
+  store float %2029, ptr %2030, align 4, !tbaa !5
+  %indvars.iv.next957.i.1 = add nuw nsw i64 %indvars.iv956.i, 2
+  %2031 = getelementptr i8, ptr %1987, i64 %indvars.iv.next957.i.1
+  %2032 = load i8, ptr %2031, align 1, !tbaa !5
+  %2033 = icmp eq i8 %2032, 0
+  %2034 = trunc i64 %indvars.iv.next957.i.1 to i32
+  %.pre1102.i.2 = add i32 %791, %2034
+  %.pre1104.i.2 = shl i32 %.pre1102.i.2, 4
+  %.pre1106.i.2 = add nsw i32 %.pre1104.i.2, %r173732.us.i
+  %.pre1108.i.2 = sext i32 %.pre1106.i.2 to i64
+  br i1 %2033, label %if_end176.us.i.2, label %if_else175.us.i.2
 
-if_else201.us.i.2:                                ; preds = %if_end202.us.i.1
-  %1978 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.2
-  %1979 = load float, ptr %1978, align 4, !tbaa !5
-  br label %if_end202.us.i.2
+if_else175.us.i.2:                                ; preds = %if_end176.us.i.1
+  %2035 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.2
+  %2036 = load float, ptr %2035, align 4, !tbaa !5
+  br label %if_end176.us.i.2
 
-if_end202.us.i.2:                                 ; preds = %if_else201.us.i.2, %if_end202.us.i.1
-  %1980 = phi float [ %1979, %if_else201.us.i.2 ], [ 0xFFF0000000000000, %if_end202.us.i.1 ]
-  %1981 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.2
-  store float %1980, ptr %1981, align 4, !tbaa !5
-  %indvars.iv.next1000.i.2 = add nuw nsw i64 %indvars.iv999.i, 3
-  %1982 = getelementptr i8, ptr %1930, i64 %indvars.iv.next1000.i.2
-  %1983 = load i8, ptr %1982, align 1, !tbaa !5
-  %1984 = icmp eq i8 %1983, 0
-  %1985 = trunc i64 %indvars.iv.next1000.i.2 to i32
-  %.pre1148.i.3 = add i32 %734, %1985
-  %.pre1150.i.3 = shl i32 %.pre1148.i.3, 4
-  %.pre1152.i.3 = add nsw i32 %.pre1150.i.3, %r199756.us.i
-  %.pre1154.i.3 = sext i32 %.pre1152.i.3 to i64
-  br i1 %1984, label %if_end202.us.i.3, label %if_else201.us.i.3
+if_end176.us.i.2:                                 ; preds = %if_else175.us.i.2, %if_end176.us.i.1
+  %2037 = phi float [ %2036, %if_else175.us.i.2 ], [ 0xFFF0000000000000, %if_end176.us.i.1 ]
+  %2038 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.2
+  store float %2037, ptr %2038, align 4, !tbaa !5
+  %indvars.iv.next957.i.2 = add nuw nsw i64 %indvars.iv956.i, 3
+  %2039 = getelementptr i8, ptr %1987, i64 %indvars.iv.next957.i.2
+  %2040 = load i8, ptr %2039, align 1, !tbaa !5
+  %2041 = icmp eq i8 %2040, 0
+  %2042 = trunc i64 %indvars.iv.next957.i.2 to i32
+  %.pre1102.i.3 = add i32 %791, %2042
+  %.pre1104.i.3 = shl i32 %.pre1102.i.3, 4
+  %.pre1106.i.3 = add nsw i32 %.pre1104.i.3, %r173732.us.i
+  %.pre1108.i.3 = sext i32 %.pre1106.i.3 to i64
+  br i1 %2041, label %if_end176.us.i.3, label %if_else175.us.i.3
 
-if_else201.us.i.3:                                ; preds = %if_end202.us.i.2
-  %1986 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.3
-  %1987 = load float, ptr %1986, align 4, !tbaa !5
-  br label %if_end202.us.i.3
+if_else175.us.i.3:                                ; preds = %if_end176.us.i.2
+  %2043 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.3
+  %2044 = load float, ptr %2043, align 4, !tbaa !5
+  br label %if_end176.us.i.3
 
-if_end202.us.i.3:                                 ; preds = %if_else201.us.i.3, %if_end202.us.i.2
-  %1988 = phi float [ %1987, %if_else201.us.i.3 ], [ 0xFFF0000000000000, %if_end202.us.i.2 ]
-  %1989 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1154.i.3
-  store float %1988, ptr %1989, align 4, !tbaa !5
-  %indvars.iv.next1000.i.3 = add nuw nsw i64 %indvars.iv999.i, 4
-  %exitcond.not.3 = icmp eq i64 %indvars.iv.next1000.i.3, %1911
+if_end176.us.i.3:                                 ; preds = %if_else175.us.i.3, %if_end176.us.i.2
+  %2045 = phi float [ %2044, %if_else175.us.i.3 ], [ 0xFFF0000000000000, %if_end176.us.i.2 ]
+  %2046 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.3
+  store float %2045, ptr %2046, align 4, !tbaa !5
+  %indvars.iv.next957.i.3 = add nuw nsw i64 %indvars.iv956.i, 4
+  %exitcond.not.3 = icmp eq i64 %indvars.iv.next957.i.3, %1968
   br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !59, !llvm.loop !60
 
-for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end202.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block513
-  %1990 = add nuw nsw i32 %r199756.us.i, 1
-  %1991 = icmp slt i32 %1990, %1904
+for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end176.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block484
+  %2047 = add nuw nsw i32 %r173732.us.i, 1
+  %2048 = icmp slt i32 %2047, %1961
   %indvar.next = add i64 %indvar, 1
-  br i1 %1991, label %for_body_r196.us.i, label %if_end194.i, !prof !61
+  br i1 %2048, label %for_body_r170.us.i, label %if_end168.i, !prof !61
 
-if_end194.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r196.lr.ph.i, %if_then193.i, %for_end_to185.i
-  br i1 %1422, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1.preheader.i, !prof !3
+if_end168.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r170.lr.ph.i, %if_then167.i, %for_end_to159.i
+  br i1 %1479, label %for_begin_ti182.preheader.preheader.i, label %for_end_to179.i, !prof !3
 
-for_begin_ti_0.preheader.preheader.i:             ; preds = %if_end194.i
-  %wide.trip.count1008.i = zext nneg i32 %1421 to i64
-  br label %for_begin_ti_0.preheader.i
+for_begin_ti182.preheader.preheader.i:            ; preds = %if_end168.i
+  %wide.trip.count966.i = zext nneg i32 %1478 to i64
+  br label %for_begin_ti182.preheader.i
 
-for_begin_ti_1.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %if_end194.i
-  %.lcssa760767.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end194.i ], [ %2039, %for_begin_ti_0.preheader.i ]
-  %.lcssa759765.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end194.i ], [ %2035, %for_begin_ti_0.preheader.i ]
-  %.lcssa758763.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end194.i ], [ %2031, %for_begin_ti_0.preheader.i ]
-  %.lcssa757762.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end194.i ], [ %2027, %for_begin_ti_0.preheader.i ]
-  %1992 = fcmp olt <16 x float> %.lcssa757762.lcssa.i, splat (float 0xC7EFFFFFE0000000)
-  %1993 = select <16 x i1> %1992, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.lcssa757762.lcssa.i
-  %1994 = fcmp ogt <16 x float> %1993, %.lcssa758763.lcssa.i
-  %1995 = select <16 x i1> %1994, <16 x float> %1993, <16 x float> %.lcssa758763.lcssa.i
-  %1996 = fcmp ogt <16 x float> %1995, %.lcssa759765.lcssa.i
-  %1997 = select <16 x i1> %1996, <16 x float> %1995, <16 x float> %.lcssa759765.lcssa.i
-  %1998 = fcmp ogt <16 x float> %1997, %.lcssa760767.lcssa.i
-  %1999 = select <16 x i1> %1998, <16 x float> %1997, <16 x float> %.lcssa760767.lcssa.i
-  %2000 = icmp sgt i32 %valid_len175.i, 0
-  %2001 = insertelement <16 x i1> poison, i1 %2000, i64 0
-  %2002 = shufflevector <16 x i1> %2001, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2003 = select <16 x i1> %2002, <16 x float> %1999, <16 x float> splat (float 0xC6293E5940000000)
-  br i1 %1422, label %for_begin_ti213.preheader.lr.ph.i, label %for_end_to210.i, !prof !3
+for_begin_ti182.preheader.i:                      ; preds = %for_begin_ti182.preheader.i, %for_begin_ti182.preheader.preheader.i
+  %indvars.iv963.i = phi i64 [ 0, %for_begin_ti182.preheader.preheader.i ], [ %indvars.iv.next964.i, %for_begin_ti182.preheader.i ]
+  %peak525.sroa.0.0735.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti182.preheader.preheader.i ], [ %2080, %for_begin_ti182.preheader.i ]
+  %.idx86 = shl nsw i64 %indvars.iv963.i, 9
+  %2049 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx86
+  %2050 = load <16 x float>, ptr %2049, align 4, !tbaa !5
+  %2051 = fcmp ogt <16 x float> %peak525.sroa.0.0735.i, %2050
+  %2052 = select <16 x i1> %2051, <16 x float> %peak525.sroa.0.0735.i, <16 x float> %2050
+  %2053 = getelementptr inbounds nuw i8, ptr %2049, i64 64
+  %2054 = load <16 x float>, ptr %2053, align 4, !tbaa !5
+  %2055 = fcmp ogt <16 x float> %2052, %2054
+  %2056 = select <16 x i1> %2055, <16 x float> %2052, <16 x float> %2054
+  %2057 = getelementptr inbounds nuw i8, ptr %2049, i64 128
+  %2058 = load <16 x float>, ptr %2057, align 4, !tbaa !5
+  %2059 = fcmp ogt <16 x float> %2056, %2058
+  %2060 = select <16 x i1> %2059, <16 x float> %2056, <16 x float> %2058
+  %2061 = getelementptr inbounds nuw i8, ptr %2049, i64 192
+  %2062 = load <16 x float>, ptr %2061, align 4, !tbaa !5
+  %2063 = fcmp ogt <16 x float> %2060, %2062
+  %2064 = select <16 x i1> %2063, <16 x float> %2060, <16 x float> %2062
+  %2065 = getelementptr inbounds nuw i8, ptr %2049, i64 256
+  %2066 = load <16 x float>, ptr %2065, align 4, !tbaa !5
+  %2067 = fcmp ogt <16 x float> %2064, %2066
+  %2068 = select <16 x i1> %2067, <16 x float> %2064, <16 x float> %2066
+  %2069 = getelementptr inbounds nuw i8, ptr %2049, i64 320
+  %2070 = load <16 x float>, ptr %2069, align 4, !tbaa !5
+  %2071 = fcmp ogt <16 x float> %2068, %2070
+  %2072 = select <16 x i1> %2071, <16 x float> %2068, <16 x float> %2070
+  %2073 = getelementptr inbounds nuw i8, ptr %2049, i64 384
+  %2074 = load <16 x float>, ptr %2073, align 4, !tbaa !5
+  %2075 = fcmp ogt <16 x float> %2072, %2074
+  %2076 = select <16 x i1> %2075, <16 x float> %2072, <16 x float> %2074
+  %2077 = getelementptr inbounds nuw i8, ptr %2049, i64 448
+  %2078 = load <16 x float>, ptr %2077, align 4, !tbaa !5
+  %2079 = fcmp ogt <16 x float> %2076, %2078
+  %2080 = select <16 x i1> %2079, <16 x float> %2076, <16 x float> %2078
+  %indvars.iv.next964.i = add nuw nsw i64 %indvars.iv963.i, 1
+  %exitcond967.not.i = icmp eq i64 %indvars.iv.next964.i, %wide.trip.count966.i
+  br i1 %exitcond967.not.i, label %for_begin_ti192.preheader.lr.ph.i, label %for_begin_ti182.preheader.i, !prof !13
 
-for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_begin_ti_0.preheader.preheader.i
-  %indvars.iv1005.i = phi i64 [ 0, %for_begin_ti_0.preheader.preheader.i ], [ %indvars.iv.next1006.i, %for_begin_ti_0.preheader.i ]
-  %2004 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2027, %for_begin_ti_0.preheader.i ]
-  %2005 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2031, %for_begin_ti_0.preheader.i ]
-  %2006 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2035, %for_begin_ti_0.preheader.i ]
-  %2007 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2039, %for_begin_ti_0.preheader.i ]
-  %.idx81 = shl nsw i64 %indvars.iv1005.i, 9
-  %2008 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx81
-  %2009 = load <16 x float>, ptr %2008, align 4, !tbaa !5
-  %2010 = fcmp ogt <16 x float> %2004, %2009
-  %2011 = select <16 x i1> %2010, <16 x float> %2004, <16 x float> %2009
-  %2012 = getelementptr inbounds nuw i8, ptr %2008, i64 64
-  %2013 = load <16 x float>, ptr %2012, align 4, !tbaa !5
-  %2014 = fcmp ogt <16 x float> %2005, %2013
-  %2015 = select <16 x i1> %2014, <16 x float> %2005, <16 x float> %2013
-  %2016 = getelementptr inbounds nuw i8, ptr %2008, i64 128
-  %2017 = load <16 x float>, ptr %2016, align 4, !tbaa !5
-  %2018 = fcmp ogt <16 x float> %2006, %2017
-  %2019 = select <16 x i1> %2018, <16 x float> %2006, <16 x float> %2017
-  %2020 = getelementptr inbounds nuw i8, ptr %2008, i64 192
-  %2021 = load <16 x float>, ptr %2020, align 4, !tbaa !5
-  %2022 = fcmp ogt <16 x float> %2007, %2021
-  %2023 = select <16 x i1> %2022, <16 x float> %2007, <16 x float> %2021
-  %2024 = getelementptr inbounds nuw i8, ptr %2008, i64 256
-  %2025 = load <16 x float>, ptr %2024, align 4, !tbaa !5
-  %2026 = fcmp ogt <16 x float> %2011, %2025
-  %2027 = select <16 x i1> %2026, <16 x float> %2011, <16 x float> %2025
-  %2028 = getelementptr inbounds nuw i8, ptr %2008, i64 320
-  %2029 = load <16 x float>, ptr %2028, align 4, !tbaa !5
-  %2030 = fcmp ogt <16 x float> %2015, %2029
-  %2031 = select <16 x i1> %2030, <16 x float> %2015, <16 x float> %2029
-  %2032 = getelementptr inbounds nuw i8, ptr %2008, i64 384
-  %2033 = load <16 x float>, ptr %2032, align 4, !tbaa !5
-  %2034 = fcmp ogt <16 x float> %2019, %2033
-  %2035 = select <16 x i1> %2034, <16 x float> %2019, <16 x float> %2033
-  %2036 = getelementptr inbounds nuw i8, ptr %2008, i64 448
-  %2037 = load <16 x float>, ptr %2036, align 4, !tbaa !5
-  %2038 = fcmp ogt <16 x float> %2023, %2037
-  %2039 = select <16 x i1> %2038, <16 x float> %2023, <16 x float> %2037
-  %indvars.iv.next1006.i = add nuw nsw i64 %indvars.iv1005.i, 1
-  %exitcond1009.not.i = icmp eq i64 %indvars.iv.next1006.i, %wide.trip.count1008.i
-  br i1 %exitcond1009.not.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti_0.preheader.i, !prof !13
+for_end_to179.i:                                  ; preds = %if_end168.i
+  %2081 = icmp sgt i32 %valid_len149.i, 0
+  %2082 = insertelement <16 x i1> poison, i1 %2081, i64 0
+  %2083 = shufflevector <16 x i1> %2082, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2084 = select <16 x i1> %2083, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  br label %for_end_to189.i
 
-for_begin_ti213.preheader.lr.ph.i:                ; preds = %for_begin_ti_1.preheader.i
-  %2040 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1186.i
-  %2041 = load <16 x i32>, ptr %2040, align 4, !tbaa !5
-  %2042 = sitofp <16 x i32> %2041 to <16 x float>
-  %2043 = fsub <16 x float> splat (float 0x4168000FE0000000), %2042
-  %2044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  %wide.trip.count1025.i = zext nneg i32 %1421 to i64
-  br label %for_begin_ti213.preheader.i
+for_begin_ti192.preheader.lr.ph.i:                ; preds = %for_begin_ti182.preheader.i
+  %2085 = icmp sgt i32 %valid_len149.i, 0
+  %2086 = insertelement <16 x i1> poison, i1 %2085, i64 0
+  %2087 = shufflevector <16 x i1> %2086, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2088 = select <16 x i1> %2087, <16 x float> %2080, <16 x float> splat (float 0xC6293E5940000000)
+  %2089 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1140.i
+  %2090 = load <16 x i32>, ptr %2089, align 4, !tbaa !5
+  %2091 = sitofp <16 x i32> %2090 to <16 x float>
+  %2092 = fsub <16 x float> splat (float 0x4168000FE0000000), %2091
+  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  br label %for_begin_ti192.preheader.i
 
-for_begin_ti213.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti213.preheader.lr.ph.i
-  %indvars.iv1022.i = phi i64 [ 0, %for_begin_ti213.preheader.lr.ph.i ], [ %indvars.iv.next1023.i, %for_end_ax0.i ]
-  %tile_sum551.sroa.0.0778.i = phi <16 x float> [ zeroinitializer, %for_begin_ti213.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2045 = shl nsw i64 %indvars.iv1022.i, 7
-  %2046 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2045
-  %2047 = load <16 x float>, ptr %2046, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %2047, %2003
-  %2048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
-  %bits.i = bitcast <16 x float> %2048 to <16 x i32>
-  %n.i = fsub <16 x float> %2048, %2043
-  %2049 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
-  %2050 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
-  %2051 = fsub <16 x float> %arg.i, %2050
-  %2052 = fadd <16 x float> %2049, %2051
-  %2053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2052, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2054 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2053, <16 x float> %2052, <16 x float> splat (float 0x3FA5558F20000000))
-  %2055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2052, <16 x float> splat (float 0x3FC5554920000000))
-  %2056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2055, <16 x float> %2052, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2057 = fmul <16 x float> %2052, %2052
-  %2058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2056, <16 x float> %2057, <16 x float> %2052)
-  %2059 = shl <16 x i32> %bits.i, splat (i32 23)
-  %2060 = bitcast <16 x i32> %2059 to <16 x float>
-  %2061 = fadd <16 x float> %2058, splat (float 1.000000e+00)
-  %2062 = fmul <16 x float> %2061, %2060
-  %2063 = fcmp olt <16 x float> %arg.i, %2044
-  %2064 = select <16 x i1> %2063, <16 x float> zeroinitializer, <16 x float> %2062
-  %2065 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2045
-  store <16 x float> %2064, ptr %2065, align 4, !tbaa !5
-  %2066 = or disjoint i64 %2045, 16
-  %2067 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2066
-  %2068 = load <16 x float>, ptr %2067, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %2068, %2003
-  %2069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
-  %bits.1.i = bitcast <16 x float> %2069 to <16 x i32>
-  %n.1.i = fsub <16 x float> %2069, %2043
-  %2070 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
-  %2071 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
-  %2072 = fsub <16 x float> %arg.1.i, %2071
-  %2073 = fadd <16 x float> %2070, %2072
-  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2073, <16 x float> splat (float 0x3FA5558F20000000))
-  %2076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2075, <16 x float> %2073, <16 x float> splat (float 0x3FC5554920000000))
-  %2077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2076, <16 x float> %2073, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2078 = fmul <16 x float> %2073, %2073
-  %2079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2077, <16 x float> %2078, <16 x float> %2073)
-  %2080 = shl <16 x i32> %bits.1.i, splat (i32 23)
-  %2081 = bitcast <16 x i32> %2080 to <16 x float>
-  %2082 = fadd <16 x float> %2079, splat (float 1.000000e+00)
-  %2083 = fmul <16 x float> %2082, %2081
-  %2084 = fcmp olt <16 x float> %arg.1.i, %2044
-  %2085 = select <16 x i1> %2084, <16 x float> zeroinitializer, <16 x float> %2083
-  %2086 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2066
-  store <16 x float> %2085, ptr %2086, align 4, !tbaa !5
-  %2087 = or disjoint i64 %2045, 32
-  %2088 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2087
-  %2089 = load <16 x float>, ptr %2088, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %2089, %2003
-  %2090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
-  %bits.2.i = bitcast <16 x float> %2090 to <16 x i32>
-  %n.2.i = fsub <16 x float> %2090, %2043
-  %2091 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
-  %2092 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
-  %2093 = fsub <16 x float> %arg.2.i, %2092
-  %2094 = fadd <16 x float> %2091, %2093
-  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2095, <16 x float> %2094, <16 x float> splat (float 0x3FA5558F20000000))
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2094, <16 x float> splat (float 0x3FC5554920000000))
-  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2094, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2099 = fmul <16 x float> %2094, %2094
-  %2100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2098, <16 x float> %2099, <16 x float> %2094)
-  %2101 = shl <16 x i32> %bits.2.i, splat (i32 23)
-  %2102 = bitcast <16 x i32> %2101 to <16 x float>
-  %2103 = fadd <16 x float> %2100, splat (float 1.000000e+00)
-  %2104 = fmul <16 x float> %2103, %2102
-  %2105 = fcmp olt <16 x float> %arg.2.i, %2044
-  %2106 = select <16 x i1> %2105, <16 x float> zeroinitializer, <16 x float> %2104
-  %2107 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2087
-  store <16 x float> %2106, ptr %2107, align 4, !tbaa !5
-  %2108 = or disjoint i64 %2045, 48
-  %2109 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2108
-  %2110 = load <16 x float>, ptr %2109, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %2110, %2003
-  %2111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
-  %bits.3.i = bitcast <16 x float> %2111 to <16 x i32>
-  %n.3.i = fsub <16 x float> %2111, %2043
-  %2112 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
-  %2113 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
-  %2114 = fsub <16 x float> %arg.3.i, %2113
-  %2115 = fadd <16 x float> %2112, %2114
-  %2116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2116, <16 x float> %2115, <16 x float> splat (float 0x3FA5558F20000000))
-  %2118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2117, <16 x float> %2115, <16 x float> splat (float 0x3FC5554920000000))
-  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2115, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2120 = fmul <16 x float> %2115, %2115
-  %2121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2119, <16 x float> %2120, <16 x float> %2115)
-  %2122 = shl <16 x i32> %bits.3.i, splat (i32 23)
-  %2123 = bitcast <16 x i32> %2122 to <16 x float>
-  %2124 = fadd <16 x float> %2121, splat (float 1.000000e+00)
-  %2125 = fmul <16 x float> %2124, %2123
-  %2126 = fcmp olt <16 x float> %arg.3.i, %2044
-  %2127 = select <16 x i1> %2126, <16 x float> zeroinitializer, <16 x float> %2125
-  %2128 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2108
-  store <16 x float> %2127, ptr %2128, align 4, !tbaa !5
-  %2129 = or disjoint i64 %2045, 64
-  %2130 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2129
-  %2131 = load <16 x float>, ptr %2130, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %2131, %2003
-  %2132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
-  %bits.4.i = bitcast <16 x float> %2132 to <16 x i32>
-  %n.4.i = fsub <16 x float> %2132, %2043
-  %2133 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
-  %2134 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
-  %2135 = fsub <16 x float> %arg.4.i, %2134
-  %2136 = fadd <16 x float> %2133, %2135
-  %2137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %2136, <16 x float> splat (float 0x3FA5558F20000000))
-  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2136, <16 x float> splat (float 0x3FC5554920000000))
-  %2140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2139, <16 x float> %2136, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2141 = fmul <16 x float> %2136, %2136
-  %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %2141, <16 x float> %2136)
-  %2143 = shl <16 x i32> %bits.4.i, splat (i32 23)
-  %2144 = bitcast <16 x i32> %2143 to <16 x float>
-  %2145 = fadd <16 x float> %2142, splat (float 1.000000e+00)
-  %2146 = fmul <16 x float> %2145, %2144
-  %2147 = fcmp olt <16 x float> %arg.4.i, %2044
-  %2148 = select <16 x i1> %2147, <16 x float> zeroinitializer, <16 x float> %2146
-  %2149 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2129
-  store <16 x float> %2148, ptr %2149, align 4, !tbaa !5
-  %2150 = or disjoint i64 %2045, 80
-  %2151 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2150
-  %2152 = load <16 x float>, ptr %2151, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %2152, %2003
-  %2153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
-  %bits.5.i = bitcast <16 x float> %2153 to <16 x i32>
-  %n.5.i = fsub <16 x float> %2153, %2043
-  %2154 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
-  %2155 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
-  %2156 = fsub <16 x float> %arg.5.i, %2155
-  %2157 = fadd <16 x float> %2154, %2156
-  %2158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %2157, <16 x float> splat (float 0x3FA5558F20000000))
-  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2159, <16 x float> %2157, <16 x float> splat (float 0x3FC5554920000000))
-  %2161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %2157, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2162 = fmul <16 x float> %2157, %2157
-  %2163 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2161, <16 x float> %2162, <16 x float> %2157)
-  %2164 = shl <16 x i32> %bits.5.i, splat (i32 23)
-  %2165 = bitcast <16 x i32> %2164 to <16 x float>
-  %2166 = fadd <16 x float> %2163, splat (float 1.000000e+00)
-  %2167 = fmul <16 x float> %2166, %2165
-  %2168 = fcmp olt <16 x float> %arg.5.i, %2044
-  %2169 = select <16 x i1> %2168, <16 x float> zeroinitializer, <16 x float> %2167
-  %2170 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2150
-  store <16 x float> %2169, ptr %2170, align 4, !tbaa !5
-  %2171 = or disjoint i64 %2045, 96
-  %2172 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2171
-  %2173 = load <16 x float>, ptr %2172, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %2173, %2003
-  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
-  %bits.6.i = bitcast <16 x float> %2174 to <16 x i32>
-  %n.6.i = fsub <16 x float> %2174, %2043
-  %2175 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
-  %2176 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
-  %2177 = fsub <16 x float> %arg.6.i, %2176
-  %2178 = fadd <16 x float> %2175, %2177
-  %2179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2178, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2178, <16 x float> splat (float 0x3FA5558F20000000))
-  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2180, <16 x float> %2178, <16 x float> splat (float 0x3FC5554920000000))
-  %2182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2181, <16 x float> %2178, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2183 = fmul <16 x float> %2178, %2178
-  %2184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2183, <16 x float> %2178)
-  %2185 = shl <16 x i32> %bits.6.i, splat (i32 23)
-  %2186 = bitcast <16 x i32> %2185 to <16 x float>
-  %2187 = fadd <16 x float> %2184, splat (float 1.000000e+00)
-  %2188 = fmul <16 x float> %2187, %2186
-  %2189 = fcmp olt <16 x float> %arg.6.i, %2044
-  %2190 = select <16 x i1> %2189, <16 x float> zeroinitializer, <16 x float> %2188
-  %2191 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2171
-  store <16 x float> %2190, ptr %2191, align 4, !tbaa !5
-  %2192 = or disjoint i64 %2045, 112
-  %2193 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2192
-  %2194 = load <16 x float>, ptr %2193, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %2194, %2003
-  %2195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
-  %bits.7.i = bitcast <16 x float> %2195 to <16 x i32>
-  %n.7.i = fsub <16 x float> %2195, %2043
-  %2196 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
-  %2197 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
-  %2198 = fsub <16 x float> %arg.7.i, %2197
-  %2199 = fadd <16 x float> %2196, %2198
-  %2200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2200, <16 x float> %2199, <16 x float> splat (float 0x3FA5558F20000000))
-  %2202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2201, <16 x float> %2199, <16 x float> splat (float 0x3FC5554920000000))
-  %2203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2202, <16 x float> %2199, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2204 = fmul <16 x float> %2199, %2199
-  %2205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2203, <16 x float> %2204, <16 x float> %2199)
-  %2206 = shl <16 x i32> %bits.7.i, splat (i32 23)
-  %2207 = bitcast <16 x i32> %2206 to <16 x float>
-  %2208 = fadd <16 x float> %2205, splat (float 1.000000e+00)
-  %2209 = fmul <16 x float> %2208, %2207
-  %2210 = fcmp olt <16 x float> %arg.7.i, %2044
-  %2211 = select <16 x i1> %2210, <16 x float> zeroinitializer, <16 x float> %2209
-  %2212 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2192
-  store <16 x float> %2211, ptr %2212, align 4, !tbaa !5
-  %2213 = icmp samesign ult i64 %indvars.iv1022.i, 16
-  br i1 %2213, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
+for_begin_ti192.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti192.preheader.lr.ph.i
+  %indvars.iv976.i = phi i64 [ 0, %for_begin_ti192.preheader.lr.ph.i ], [ %indvars.iv.next977.i, %for_end_ax0.i ]
+  %tile_sum529.sroa.0.0741.i = phi <16 x float> [ zeroinitializer, %for_begin_ti192.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2094 = shl nsw i64 %indvars.iv976.i, 7
+  %2095 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2094
+  %2096 = load <16 x float>, ptr %2095, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %2096, %2088
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
+  %bits.i = bitcast <16 x float> %2097 to <16 x i32>
+  %n.i = fsub <16 x float> %2097, %2092
+  %2098 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %2099 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
+  %2100 = fsub <16 x float> %arg.i, %2099
+  %2101 = fadd <16 x float> %2098, %2100
+  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2102, <16 x float> %2101, <16 x float> splat (float 0x3FA5558F20000000))
+  %2104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2101, <16 x float> splat (float 0x3FC5554920000000))
+  %2105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2104, <16 x float> %2101, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2106 = fmul <16 x float> %2101, %2101
+  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %2106, <16 x float> %2101)
+  %2108 = shl <16 x i32> %bits.i, splat (i32 23)
+  %2109 = bitcast <16 x i32> %2108 to <16 x float>
+  %2110 = fadd <16 x float> %2107, splat (float 1.000000e+00)
+  %2111 = fmul <16 x float> %2110, %2109
+  %2112 = fcmp olt <16 x float> %arg.i, %2093
+  %2113 = select <16 x i1> %2112, <16 x float> zeroinitializer, <16 x float> %2111
+  %2114 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2094
+  store <16 x float> %2113, ptr %2114, align 4, !tbaa !5
+  %2115 = or disjoint i64 %2094, 16
+  %2116 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2115
+  %2117 = load <16 x float>, ptr %2116, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %2117, %2088
+  %2118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
+  %bits.1.i = bitcast <16 x float> %2118 to <16 x i32>
+  %n.1.i = fsub <16 x float> %2118, %2092
+  %2119 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
+  %2120 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
+  %2121 = fsub <16 x float> %arg.1.i, %2120
+  %2122 = fadd <16 x float> %2119, %2121
+  %2123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2122, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2122, <16 x float> splat (float 0x3FA5558F20000000))
+  %2125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2124, <16 x float> %2122, <16 x float> splat (float 0x3FC5554920000000))
+  %2126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2122, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2127 = fmul <16 x float> %2122, %2122
+  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2127, <16 x float> %2122)
+  %2129 = shl <16 x i32> %bits.1.i, splat (i32 23)
+  %2130 = bitcast <16 x i32> %2129 to <16 x float>
+  %2131 = fadd <16 x float> %2128, splat (float 1.000000e+00)
+  %2132 = fmul <16 x float> %2131, %2130
+  %2133 = fcmp olt <16 x float> %arg.1.i, %2093
+  %2134 = select <16 x i1> %2133, <16 x float> zeroinitializer, <16 x float> %2132
+  %2135 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2115
+  store <16 x float> %2134, ptr %2135, align 4, !tbaa !5
+  %2136 = or disjoint i64 %2094, 32
+  %2137 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2136
+  %2138 = load <16 x float>, ptr %2137, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %2138, %2088
+  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
+  %bits.2.i = bitcast <16 x float> %2139 to <16 x i32>
+  %n.2.i = fsub <16 x float> %2139, %2092
+  %2140 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
+  %2141 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
+  %2142 = fsub <16 x float> %arg.2.i, %2141
+  %2143 = fadd <16 x float> %2140, %2142
+  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2143, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2144, <16 x float> %2143, <16 x float> splat (float 0x3FA5558F20000000))
+  %2146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2143, <16 x float> splat (float 0x3FC5554920000000))
+  %2147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2146, <16 x float> %2143, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2148 = fmul <16 x float> %2143, %2143
+  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2147, <16 x float> %2148, <16 x float> %2143)
+  %2150 = shl <16 x i32> %bits.2.i, splat (i32 23)
+  %2151 = bitcast <16 x i32> %2150 to <16 x float>
+  %2152 = fadd <16 x float> %2149, splat (float 1.000000e+00)
+  %2153 = fmul <16 x float> %2152, %2151
+  %2154 = fcmp olt <16 x float> %arg.2.i, %2093
+  %2155 = select <16 x i1> %2154, <16 x float> zeroinitializer, <16 x float> %2153
+  %2156 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2136
+  store <16 x float> %2155, ptr %2156, align 4, !tbaa !5
+  %2157 = or disjoint i64 %2094, 48
+  %2158 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2157
+  %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %2159, %2088
+  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
+  %bits.3.i = bitcast <16 x float> %2160 to <16 x i32>
+  %n.3.i = fsub <16 x float> %2160, %2092
+  %2161 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
+  %2162 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
+  %2163 = fsub <16 x float> %arg.3.i, %2162
+  %2164 = fadd <16 x float> %2161, %2163
+  %2165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2164, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2164, <16 x float> splat (float 0x3FA5558F20000000))
+  %2167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2164, <16 x float> splat (float 0x3FC5554920000000))
+  %2168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2167, <16 x float> %2164, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2169 = fmul <16 x float> %2164, %2164
+  %2170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2169, <16 x float> %2164)
+  %2171 = shl <16 x i32> %bits.3.i, splat (i32 23)
+  %2172 = bitcast <16 x i32> %2171 to <16 x float>
+  %2173 = fadd <16 x float> %2170, splat (float 1.000000e+00)
+  %2174 = fmul <16 x float> %2173, %2172
+  %2175 = fcmp olt <16 x float> %arg.3.i, %2093
+  %2176 = select <16 x i1> %2175, <16 x float> zeroinitializer, <16 x float> %2174
+  %2177 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2157
+  store <16 x float> %2176, ptr %2177, align 4, !tbaa !5
+  %2178 = or disjoint i64 %2094, 64
+  %2179 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2178
+  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %2180, %2088
+  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
+  %bits.4.i = bitcast <16 x float> %2181 to <16 x i32>
+  %n.4.i = fsub <16 x float> %2181, %2092
+  %2182 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
+  %2183 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
+  %2184 = fsub <16 x float> %arg.4.i, %2183
+  %2185 = fadd <16 x float> %2182, %2184
+  %2186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2185, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2185, <16 x float> splat (float 0x3FA5558F20000000))
+  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2187, <16 x float> %2185, <16 x float> splat (float 0x3FC5554920000000))
+  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2188, <16 x float> %2185, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2190 = fmul <16 x float> %2185, %2185
+  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2189, <16 x float> %2190, <16 x float> %2185)
+  %2192 = shl <16 x i32> %bits.4.i, splat (i32 23)
+  %2193 = bitcast <16 x i32> %2192 to <16 x float>
+  %2194 = fadd <16 x float> %2191, splat (float 1.000000e+00)
+  %2195 = fmul <16 x float> %2194, %2193
+  %2196 = fcmp olt <16 x float> %arg.4.i, %2093
+  %2197 = select <16 x i1> %2196, <16 x float> zeroinitializer, <16 x float> %2195
+  %2198 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2178
+  store <16 x float> %2197, ptr %2198, align 4, !tbaa !5
+  %2199 = or disjoint i64 %2094, 80
+  %2200 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2199
+  %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %2201, %2088
+  %2202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
+  %bits.5.i = bitcast <16 x float> %2202 to <16 x i32>
+  %n.5.i = fsub <16 x float> %2202, %2092
+  %2203 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
+  %2204 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
+  %2205 = fsub <16 x float> %arg.5.i, %2204
+  %2206 = fadd <16 x float> %2203, %2205
+  %2207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2206, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2207, <16 x float> %2206, <16 x float> splat (float 0x3FA5558F20000000))
+  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2206, <16 x float> splat (float 0x3FC5554920000000))
+  %2210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2209, <16 x float> %2206, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2211 = fmul <16 x float> %2206, %2206
+  %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2211, <16 x float> %2206)
+  %2213 = shl <16 x i32> %bits.5.i, splat (i32 23)
+  %2214 = bitcast <16 x i32> %2213 to <16 x float>
+  %2215 = fadd <16 x float> %2212, splat (float 1.000000e+00)
+  %2216 = fmul <16 x float> %2215, %2214
+  %2217 = fcmp olt <16 x float> %arg.5.i, %2093
+  %2218 = select <16 x i1> %2217, <16 x float> zeroinitializer, <16 x float> %2216
+  %2219 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2199
+  store <16 x float> %2218, ptr %2219, align 4, !tbaa !5
+  %2220 = or disjoint i64 %2094, 96
+  %2221 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2220
+  %2222 = load <16 x float>, ptr %2221, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %2222, %2088
+  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
+  %bits.6.i = bitcast <16 x float> %2223 to <16 x i32>
+  %n.6.i = fsub <16 x float> %2223, %2092
+  %2224 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
+  %2225 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
+  %2226 = fsub <16 x float> %arg.6.i, %2225
+  %2227 = fadd <16 x float> %2224, %2226
+  %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2227, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2227, <16 x float> splat (float 0x3FA5558F20000000))
+  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2227, <16 x float> splat (float 0x3FC5554920000000))
+  %2231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2230, <16 x float> %2227, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2232 = fmul <16 x float> %2227, %2227
+  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2231, <16 x float> %2232, <16 x float> %2227)
+  %2234 = shl <16 x i32> %bits.6.i, splat (i32 23)
+  %2235 = bitcast <16 x i32> %2234 to <16 x float>
+  %2236 = fadd <16 x float> %2233, splat (float 1.000000e+00)
+  %2237 = fmul <16 x float> %2236, %2235
+  %2238 = fcmp olt <16 x float> %arg.6.i, %2093
+  %2239 = select <16 x i1> %2238, <16 x float> zeroinitializer, <16 x float> %2237
+  %2240 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2220
+  store <16 x float> %2239, ptr %2240, align 4, !tbaa !5
+  %2241 = or disjoint i64 %2094, 112
+  %2242 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2241
+  %2243 = load <16 x float>, ptr %2242, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %2243, %2088
+  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
+  %bits.7.i = bitcast <16 x float> %2244 to <16 x i32>
+  %n.7.i = fsub <16 x float> %2244, %2092
+  %2245 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
+  %2246 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
+  %2247 = fsub <16 x float> %arg.7.i, %2246
+  %2248 = fadd <16 x float> %2245, %2247
+  %2249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2248, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2249, <16 x float> %2248, <16 x float> splat (float 0x3FA5558F20000000))
+  %2251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2248, <16 x float> splat (float 0x3FC5554920000000))
+  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2251, <16 x float> %2248, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2253 = fmul <16 x float> %2248, %2248
+  %2254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2253, <16 x float> %2248)
+  %2255 = shl <16 x i32> %bits.7.i, splat (i32 23)
+  %2256 = bitcast <16 x i32> %2255 to <16 x float>
+  %2257 = fadd <16 x float> %2254, splat (float 1.000000e+00)
+  %2258 = fmul <16 x float> %2257, %2256
+  %2259 = fcmp olt <16 x float> %arg.7.i, %2093
+  %2260 = select <16 x i1> %2259, <16 x float> zeroinitializer, <16 x float> %2258
+  %2261 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2241
+  store <16 x float> %2260, ptr %2261, align 4, !tbaa !5
+  %2262 = icmp samesign ult i64 %indvars.iv976.i, 16
+  br i1 %2262, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
 
-for_end_to210.i:                                  ; preds = %for_end_ax0.i, %for_begin_ti_1.preheader.i
-  %tile_sum551.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1.preheader.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2214 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1186.i
-  %2215 = load <16 x float>, ptr %2214, align 4, !tbaa !5
-  %old_max.i = select <16 x i1> %738, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2215
-  %2216 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1186.i
-  %2217 = load <16 x float>, ptr %2216, align 4, !tbaa !5
-  %old_sum.i = select <16 x i1> %738, <16 x float> zeroinitializer, <16 x float> %2217
-  %2218 = fcmp ogt <16 x float> %old_max.i, %2003
-  %2219 = fcmp oeq <16 x float> %tile_sum551.sroa.0.0.lcssa.i, zeroinitializer
-  %2220 = select <16 x i1> %2219, <16 x i1> splat (i1 true), <16 x i1> %2218
-  %old_or_both.i = select <16 x i1> %2220, <16 x float> %old_max.i, <16 x float> %2003
-  %2221 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2221, <16 x float> %2003, <16 x float> %old_or_both.i
-  %2222 = fsub <16 x float> %old_max.i, %m.i
-  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2222, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2224 = bitcast <16 x float> %2223 to <16 x i32>
-  %2225 = fadd <16 x float> %2223, splat (float 0xC168000FE0000000)
-  %2226 = fmul <16 x float> %2225, splat (float 0x3F2BD01060000000)
-  %2227 = fmul <16 x float> %2225, splat (float 0x3FE6300000000000)
-  %2228 = fsub <16 x float> %2222, %2227
-  %2229 = fadd <16 x float> %2226, %2228
-  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2230, <16 x float> %2229, <16 x float> splat (float 0x3FA5558F20000000))
-  %2232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2231, <16 x float> %2229, <16 x float> splat (float 0x3FC5554920000000))
-  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2232, <16 x float> %2229, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2234 = fmul <16 x float> %2229, %2229
-  %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2233, <16 x float> %2234, <16 x float> %2229)
-  %2236 = shl <16 x i32> %2224, splat (i32 23)
-  %2237 = bitcast <16 x i32> %2236 to <16 x float>
-  %2238 = fadd <16 x float> %2235, splat (float 1.000000e+00)
-  %2239 = fmul <16 x float> %2238, %2237
-  %2240 = fcmp olt <16 x float> %2222, splat (float -8.700000e+01)
-  %2241 = select <16 x i1> %2240, <16 x float> zeroinitializer, <16 x float> %2239
-  %2242 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2243 = select <16 x i1> %2242, <16 x float> %2241, <16 x float> zeroinitializer
-  %arg237.i = fsub <16 x float> %2003, %m.i
-  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg237.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2245 = bitcast <16 x float> %2244 to <16 x i32>
-  %2246 = fadd <16 x float> %2244, splat (float 0xC168000FE0000000)
-  %2247 = fmul <16 x float> %2246, splat (float 0x3F2BD01060000000)
-  %2248 = fmul <16 x float> %2246, splat (float 0x3FE6300000000000)
-  %2249 = fsub <16 x float> %arg237.i, %2248
-  %2250 = fadd <16 x float> %2247, %2249
-  %2251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2251, <16 x float> %2250, <16 x float> splat (float 0x3FA5558F20000000))
-  %2253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2250, <16 x float> splat (float 0x3FC5554920000000))
-  %2254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2253, <16 x float> %2250, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2255 = fmul <16 x float> %2250, %2250
-  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2254, <16 x float> %2255, <16 x float> %2250)
-  %2257 = shl <16 x i32> %2245, splat (i32 23)
-  %2258 = bitcast <16 x i32> %2257 to <16 x float>
-  %2259 = fadd <16 x float> %2256, splat (float 1.000000e+00)
-  %2260 = fmul <16 x float> %2259, %2258
-  %2261 = fcmp olt <16 x float> %arg237.i, splat (float -8.700000e+01)
-  %2262 = select <16 x i1> %2261, <16 x float> zeroinitializer, <16 x float> %2260
-  %2263 = fcmp one <16 x float> %tile_sum551.sroa.0.0.lcssa.i, zeroinitializer
-  %2264 = select <16 x i1> %2263, <16 x float> %2262, <16 x float> zeroinitializer
-  %2265 = fmul <16 x float> %old_sum.i, %2243
-  %2266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_sum551.sroa.0.0.lcssa.i, <16 x float> %2265)
-  store <16 x float> %m.i, ptr %2214, align 4, !tbaa !5
-  store <16 x float> %2266, ptr %2216, align 4, !tbaa !5
-  %2267 = load i32, ptr %1410, align 16, !tbaa !17
-  %2268 = sub nsw i32 %2267, %698
-  %2269 = tail call i32 @llvm.smin.i32(i32 %2268, i32 %valid_len175.i)
-  %2270 = tail call i32 @llvm.smin.i32(i32 %2269, i32 %733)
-  %2271 = select i1 %141, i32 %2270, i32 %2269
-  %2272 = tail call i32 @llvm.smax.i32(i32 %2271, i32 0)
-  %num_full.i = lshr i32 %2272, 3
-  %2273 = sub nsw i32 %1421, %num_full.i
-  %2274 = icmp sgt i32 %2273, 0
-  br i1 %2274, label %for_begin_ti260.preheader.lr.ph.i, label %for_end_to257.i, !prof !3
+for_end_to189.i:                                  ; preds = %for_end_ax0.i, %for_end_to179.i
+  %2263 = phi <16 x float> [ %2084, %for_end_to179.i ], [ %2088, %for_end_ax0.i ]
+  %tile_sum529.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to179.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2264 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1140.i
+  %2265 = load <16 x float>, ptr %2264, align 4, !tbaa !5
+  %old_max.i = select <16 x i1> %795, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2265
+  %2266 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1140.i
+  %2267 = load <16 x float>, ptr %2266, align 4, !tbaa !5
+  %old_sum.i = select <16 x i1> %795, <16 x float> zeroinitializer, <16 x float> %2267
+  %2268 = fcmp ogt <16 x float> %old_max.i, %2263
+  %2269 = fcmp oeq <16 x float> %tile_sum529.sroa.0.0.lcssa.i, zeroinitializer
+  %2270 = select <16 x i1> %2269, <16 x i1> splat (i1 true), <16 x i1> %2268
+  %old_or_both.i = select <16 x i1> %2270, <16 x float> %old_max.i, <16 x float> %2263
+  %2271 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2271, <16 x float> %2263, <16 x float> %old_or_both.i
+  %2272 = fsub <16 x float> %old_max.i, %m.i
+  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2272, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2274 = bitcast <16 x float> %2273 to <16 x i32>
+  %2275 = fadd <16 x float> %2273, splat (float 0xC168000FE0000000)
+  %2276 = fmul <16 x float> %2275, splat (float 0x3F2BD01060000000)
+  %2277 = fmul <16 x float> %2275, splat (float 0x3FE6300000000000)
+  %2278 = fsub <16 x float> %2272, %2277
+  %2279 = fadd <16 x float> %2276, %2278
+  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2280, <16 x float> %2279, <16 x float> splat (float 0x3FA5558F20000000))
+  %2282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2281, <16 x float> %2279, <16 x float> splat (float 0x3FC5554920000000))
+  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2279, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2284 = fmul <16 x float> %2279, %2279
+  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2284, <16 x float> %2279)
+  %2286 = shl <16 x i32> %2274, splat (i32 23)
+  %2287 = bitcast <16 x i32> %2286 to <16 x float>
+  %2288 = fadd <16 x float> %2285, splat (float 1.000000e+00)
+  %2289 = fmul <16 x float> %2288, %2287
+  %2290 = fcmp olt <16 x float> %2272, splat (float -8.700000e+01)
+  %2291 = select <16 x i1> %2290, <16 x float> zeroinitializer, <16 x float> %2289
+  %2292 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2293 = select <16 x i1> %2292, <16 x float> %2291, <16 x float> zeroinitializer
+  %arg216.i = fsub <16 x float> %2263, %m.i
+  %2294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg216.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2295 = bitcast <16 x float> %2294 to <16 x i32>
+  %2296 = fadd <16 x float> %2294, splat (float 0xC168000FE0000000)
+  %2297 = fmul <16 x float> %2296, splat (float 0x3F2BD01060000000)
+  %2298 = fmul <16 x float> %2296, splat (float 0x3FE6300000000000)
+  %2299 = fsub <16 x float> %arg216.i, %2298
+  %2300 = fadd <16 x float> %2297, %2299
+  %2301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2300, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2301, <16 x float> %2300, <16 x float> splat (float 0x3FA5558F20000000))
+  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2302, <16 x float> %2300, <16 x float> splat (float 0x3FC5554920000000))
+  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2300, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2305 = fmul <16 x float> %2300, %2300
+  %2306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2304, <16 x float> %2305, <16 x float> %2300)
+  %2307 = shl <16 x i32> %2295, splat (i32 23)
+  %2308 = bitcast <16 x i32> %2307 to <16 x float>
+  %2309 = fadd <16 x float> %2306, splat (float 1.000000e+00)
+  %2310 = fmul <16 x float> %2309, %2308
+  %2311 = fcmp olt <16 x float> %arg216.i, splat (float -8.700000e+01)
+  %2312 = select <16 x i1> %2311, <16 x float> zeroinitializer, <16 x float> %2310
+  %2313 = fcmp one <16 x float> %tile_sum529.sroa.0.0.lcssa.i, zeroinitializer
+  %2314 = select <16 x i1> %2313, <16 x float> %2312, <16 x float> zeroinitializer
+  %2315 = fmul <16 x float> %old_sum.i, %2293
+  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_sum529.sroa.0.0.lcssa.i, <16 x float> %2315)
+  store <16 x float> %m.i, ptr %2264, align 4, !tbaa !5
+  store <16 x float> %2316, ptr %2266, align 4, !tbaa !5
+  %2317 = load i32, ptr %1467, align 16, !tbaa !17
+  %2318 = sub nsw i32 %2317, %755
+  %2319 = tail call i32 @llvm.smin.i32(i32 %2318, i32 %valid_len149.i)
+  %2320 = tail call i32 @llvm.smin.i32(i32 %2319, i32 %790)
+  %2321 = select i1 %143, i32 %2320, i32 %2319
+  %2322 = tail call i32 @llvm.smax.i32(i32 %2321, i32 0)
+  %num_full.i = lshr i32 %2322, 3
+  %2323 = sub nsw i32 %1478, %num_full.i
+  %2324 = icmp sgt i32 %2323, 0
+  br i1 %2324, label %for_begin_ti239.preheader.lr.ph.i, label %for_end_to236.i, !prof !3
 
-for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti213.preheader.i
-  %2275 = fadd <16 x float> %tile_sum551.sroa.0.0778.i, %2064
-  %2276 = fadd <16 x float> %2275, %2085
-  %2277 = fadd <16 x float> %2276, %2106
-  %2278 = fadd <16 x float> %2277, %2127
-  %2279 = fadd <16 x float> %2278, %2148
-  %2280 = fadd <16 x float> %2279, %2169
-  %2281 = fadd <16 x float> %2280, %2190
-  %2282 = fadd <16 x float> %2281, %2211
+for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti192.preheader.i
+  %2325 = fadd <16 x float> %tile_sum529.sroa.0.0741.i, %2113
+  %2326 = fadd <16 x float> %2325, %2134
+  %2327 = fadd <16 x float> %2326, %2155
+  %2328 = fadd <16 x float> %2327, %2176
+  %2329 = fadd <16 x float> %2328, %2197
+  %2330 = fadd <16 x float> %2329, %2218
+  %2331 = fadd <16 x float> %2330, %2239
+  %2332 = fadd <16 x float> %2331, %2260
   br label %for_end_ax0.i
 
-for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti213.preheader.i
-  %.us-phi.i = phi <16 x float> [ %2282, %for_body_ax0.us.preheader.i ], [ %tile_sum551.sroa.0.0778.i, %for_begin_ti213.preheader.i ]
-  %indvars.iv.next1023.i = add nuw nsw i64 %indvars.iv1022.i, 1
-  %exitcond1026.not.i = icmp eq i64 %indvars.iv.next1023.i, %wide.trip.count1025.i
-  br i1 %exitcond1026.not.i, label %for_end_to210.i, label %for_begin_ti213.preheader.i, !prof !13
+for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti192.preheader.i
+  %.us-phi.i = phi <16 x float> [ %2332, %for_body_ax0.us.preheader.i ], [ %tile_sum529.sroa.0.0741.i, %for_begin_ti192.preheader.i ]
+  %indvars.iv.next977.i = add nuw nsw i64 %indvars.iv976.i, 1
+  %exitcond980.not.i = icmp eq i64 %indvars.iv.next977.i, %wide.trip.count966.i
+  br i1 %exitcond980.not.i, label %for_end_to189.i, label %for_begin_ti192.preheader.i, !prof !13
 
-for_begin_ti260.preheader.lr.ph.i:                ; preds = %for_end_to210.i
-  %2283 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1186.i
-  %2284 = and i32 %2272, 2147483640
-  %2285 = add i32 %2284, %698
-  %wide.trip.count1034.i = zext nneg i32 %2273 to i64
-  br label %for_begin_ti260.preheader.i
+for_begin_ti239.preheader.lr.ph.i:                ; preds = %for_end_to189.i
+  %2333 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1140.i
+  %2334 = and i32 %2322, 2147483640
+  %2335 = add i32 %2334, %755
+  %wide.trip.count988.i = zext nneg i32 %2323 to i64
+  br label %for_begin_ti239.preheader.i
 
-for_begin_ti260.preheader.i:                      ; preds = %for_begin_ti260.preheader.i, %for_begin_ti260.preheader.lr.ph.i
-  %indvars.iv1031.i = phi i64 [ 0, %for_begin_ti260.preheader.lr.ph.i ], [ %indvars.iv.next1032.i, %for_begin_ti260.preheader.i ]
-  %indvars.iv1031.tr.i = trunc i64 %indvars.iv1031.i to i32
-  %2286 = shl i32 %indvars.iv1031.tr.i, 3
-  %2287 = add i32 %2285, %2286
-  %2288 = add i32 %num_full.i, %indvars.iv1031.tr.i
-  %2289 = shl i32 %2288, 7
-  %2290 = sext i32 %2289 to i64
-  %2291 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
-  %2292 = insertelement <16 x i32> poison, i32 %2287, i64 0
-  %2293 = shufflevector <16 x i32> %2292, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2294 = icmp slt <16 x i32> %2293, %2291
-  %2295 = sext <16 x i1> %2294 to <16 x i32>
-  %2296 = getelementptr inbounds i32, ptr %edges.i, i64 %2290
-  store <16 x i32> %2295, ptr %2296, align 4, !tbaa !5
-  %2297 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
-  %2298 = add i32 %2287, 1
-  %2299 = insertelement <16 x i32> poison, i32 %2298, i64 0
-  %2300 = shufflevector <16 x i32> %2299, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2301 = icmp slt <16 x i32> %2300, %2297
-  %2302 = sext <16 x i1> %2301 to <16 x i32>
-  %2303 = getelementptr i8, ptr %2296, i64 64
-  store <16 x i32> %2302, ptr %2303, align 4, !tbaa !5
-  %2304 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
-  %2305 = add i32 %2287, 2
-  %2306 = insertelement <16 x i32> poison, i32 %2305, i64 0
-  %2307 = shufflevector <16 x i32> %2306, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2308 = icmp slt <16 x i32> %2307, %2304
-  %2309 = sext <16 x i1> %2308 to <16 x i32>
-  %2310 = getelementptr i8, ptr %2296, i64 128
-  store <16 x i32> %2309, ptr %2310, align 4, !tbaa !5
-  %2311 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
-  %2312 = add i32 %2287, 3
-  %2313 = insertelement <16 x i32> poison, i32 %2312, i64 0
-  %2314 = shufflevector <16 x i32> %2313, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2315 = icmp slt <16 x i32> %2314, %2311
-  %2316 = sext <16 x i1> %2315 to <16 x i32>
-  %2317 = getelementptr i8, ptr %2296, i64 192
-  store <16 x i32> %2316, ptr %2317, align 4, !tbaa !5
-  %2318 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
-  %2319 = add i32 %2287, 4
-  %2320 = insertelement <16 x i32> poison, i32 %2319, i64 0
-  %2321 = shufflevector <16 x i32> %2320, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2322 = icmp slt <16 x i32> %2321, %2318
-  %2323 = sext <16 x i1> %2322 to <16 x i32>
-  %2324 = getelementptr i8, ptr %2296, i64 256
-  store <16 x i32> %2323, ptr %2324, align 4, !tbaa !5
-  %2325 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
-  %2326 = add i32 %2287, 5
-  %2327 = insertelement <16 x i32> poison, i32 %2326, i64 0
-  %2328 = shufflevector <16 x i32> %2327, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2329 = icmp slt <16 x i32> %2328, %2325
-  %2330 = sext <16 x i1> %2329 to <16 x i32>
-  %2331 = getelementptr i8, ptr %2296, i64 320
-  store <16 x i32> %2330, ptr %2331, align 4, !tbaa !5
-  %2332 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
-  %2333 = add i32 %2287, 6
-  %2334 = insertelement <16 x i32> poison, i32 %2333, i64 0
-  %2335 = shufflevector <16 x i32> %2334, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2336 = icmp slt <16 x i32> %2335, %2332
-  %2337 = sext <16 x i1> %2336 to <16 x i32>
-  %2338 = getelementptr i8, ptr %2296, i64 384
-  store <16 x i32> %2337, ptr %2338, align 4, !tbaa !5
-  %2339 = load <16 x i32>, ptr %2283, align 4, !tbaa !5
-  %2340 = add i32 %2287, 7
-  %2341 = insertelement <16 x i32> poison, i32 %2340, i64 0
-  %2342 = shufflevector <16 x i32> %2341, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2343 = icmp slt <16 x i32> %2342, %2339
-  %2344 = sext <16 x i1> %2343 to <16 x i32>
-  %2345 = getelementptr i8, ptr %2296, i64 448
-  store <16 x i32> %2344, ptr %2345, align 4, !tbaa !5
-  %indvars.iv.next1032.i = add nuw nsw i64 %indvars.iv1031.i, 1
-  %exitcond1035.not.i = icmp eq i64 %indvars.iv.next1032.i, %wide.trip.count1034.i
-  br i1 %exitcond1035.not.i, label %for_end_to257.i, label %for_begin_ti260.preheader.i, !prof !13
+for_begin_ti239.preheader.i:                      ; preds = %for_begin_ti239.preheader.i, %for_begin_ti239.preheader.lr.ph.i
+  %indvars.iv985.i = phi i64 [ 0, %for_begin_ti239.preheader.lr.ph.i ], [ %indvars.iv.next986.i, %for_begin_ti239.preheader.i ]
+  %indvars.iv985.tr.i = trunc i64 %indvars.iv985.i to i32
+  %2336 = shl i32 %indvars.iv985.tr.i, 3
+  %2337 = add i32 %2335, %2336
+  %2338 = add i32 %num_full.i, %indvars.iv985.tr.i
+  %2339 = shl i32 %2338, 7
+  %2340 = sext i32 %2339 to i64
+  %2341 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
+  %2342 = insertelement <16 x i32> poison, i32 %2337, i64 0
+  %2343 = shufflevector <16 x i32> %2342, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2344 = icmp slt <16 x i32> %2343, %2341
+  %2345 = sext <16 x i1> %2344 to <16 x i32>
+  %2346 = getelementptr inbounds i32, ptr %edges.i, i64 %2340
+  store <16 x i32> %2345, ptr %2346, align 4, !tbaa !5
+  %2347 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
+  %2348 = add i32 %2337, 1
+  %2349 = insertelement <16 x i32> poison, i32 %2348, i64 0
+  %2350 = shufflevector <16 x i32> %2349, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2351 = icmp slt <16 x i32> %2350, %2347
+  %2352 = sext <16 x i1> %2351 to <16 x i32>
+  %2353 = getelementptr i8, ptr %2346, i64 64
+  store <16 x i32> %2352, ptr %2353, align 4, !tbaa !5
+  %2354 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
+  %2355 = add i32 %2337, 2
+  %2356 = insertelement <16 x i32> poison, i32 %2355, i64 0
+  %2357 = shufflevector <16 x i32> %2356, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2358 = icmp slt <16 x i32> %2357, %2354
+  %2359 = sext <16 x i1> %2358 to <16 x i32>
+  %2360 = getelementptr i8, ptr %2346, i64 128
+  store <16 x i32> %2359, ptr %2360, align 4, !tbaa !5
+  %2361 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
+  %2362 = add i32 %2337, 3
+  %2363 = insertelement <16 x i32> poison, i32 %2362, i64 0
+  %2364 = shufflevector <16 x i32> %2363, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2365 = icmp slt <16 x i32> %2364, %2361
+  %2366 = sext <16 x i1> %2365 to <16 x i32>
+  %2367 = getelementptr i8, ptr %2346, i64 192
+  store <16 x i32> %2366, ptr %2367, align 4, !tbaa !5
+  %2368 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
+  %2369 = add i32 %2337, 4
+  %2370 = insertelement <16 x i32> poison, i32 %2369, i64 0
+  %2371 = shufflevector <16 x i32> %2370, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2372 = icmp slt <16 x i32> %2371, %2368
+  %2373 = sext <16 x i1> %2372 to <16 x i32>
+  %2374 = getelementptr i8, ptr %2346, i64 256
+  store <16 x i32> %2373, ptr %2374, align 4, !tbaa !5
+  %2375 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
+  %2376 = add i32 %2337, 5
+  %2377 = insertelement <16 x i32> poison, i32 %2376, i64 0
+  %2378 = shufflevector <16 x i32> %2377, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2379 = icmp slt <16 x i32> %2378, %2375
+  %2380 = sext <16 x i1> %2379 to <16 x i32>
+  %2381 = getelementptr i8, ptr %2346, i64 320
+  store <16 x i32> %2380, ptr %2381, align 4, !tbaa !5
+  %2382 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
+  %2383 = add i32 %2337, 6
+  %2384 = insertelement <16 x i32> poison, i32 %2383, i64 0
+  %2385 = shufflevector <16 x i32> %2384, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2386 = icmp slt <16 x i32> %2385, %2382
+  %2387 = sext <16 x i1> %2386 to <16 x i32>
+  %2388 = getelementptr i8, ptr %2346, i64 384
+  store <16 x i32> %2387, ptr %2388, align 4, !tbaa !5
+  %2389 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
+  %2390 = add i32 %2337, 7
+  %2391 = insertelement <16 x i32> poison, i32 %2390, i64 0
+  %2392 = shufflevector <16 x i32> %2391, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2393 = icmp slt <16 x i32> %2392, %2389
+  %2394 = sext <16 x i1> %2393 to <16 x i32>
+  %2395 = getelementptr i8, ptr %2346, i64 448
+  store <16 x i32> %2394, ptr %2395, align 4, !tbaa !5
+  %indvars.iv.next986.i = add nuw nsw i64 %indvars.iv985.i, 1
+  %exitcond989.not.i = icmp eq i64 %indvars.iv.next986.i, %wide.trip.count988.i
+  br i1 %exitcond989.not.i, label %for_end_to236.i, label %for_begin_ti239.preheader.i, !prof !13
 
-for_end_to257.i:                                  ; preds = %for_begin_ti260.preheader.i, %for_end_to210.i
-  br i1 %141, label %if_then265.i, label %if_end266.i, !prof !8
+for_end_to236.i:                                  ; preds = %for_begin_ti239.preheader.i, %for_end_to189.i
+  br i1 %143, label %if_then244.i, label %if_end245.i, !prof !8
 
-if_then265.i:                                     ; preds = %for_end_to257.i
-  %2346 = tail call i32 @llvm.smin.i32(i32 %1419, i32 16)
-  %2347 = icmp sgt i32 %1419, 0
-  br i1 %2347, label %for_body_r268.lr.ph.i, label %if_end266.i, !prof !3
+if_then244.i:                                     ; preds = %for_end_to236.i
+  %2396 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
+  %2397 = icmp sgt i32 %1476, 0
+  br i1 %2397, label %for_body_r247.lr.ph.i, label %if_end245.i, !prof !3
 
-for_body_r268.lr.ph.i:                            ; preds = %if_then265.i
-  %2348 = icmp sgt i32 %valid_len175.i, %734
-  %2349 = zext nneg i32 %1417 to i64
-  %2350 = shl nuw nsw i64 %2349, 2
-  br i1 %2348, label %for_body_r268.us.preheader.i, label %if_end266.i, !prof !3
+for_body_r247.lr.ph.i:                            ; preds = %if_then244.i
+  %2398 = icmp sgt i32 %valid_len149.i, %791
+  %2399 = zext nneg i32 %1474 to i64
+  %2400 = shl nuw nsw i64 %2399, 2
+  br i1 %2398, label %for_body_r247.us.preheader.i, label %if_end245.i, !prof !3
 
-for_body_r268.us.preheader.i:                     ; preds = %for_body_r268.lr.ph.i
-  %2351 = add i32 %indvars.iv234, %1412
-  %smin239 = tail call i32 @llvm.smin.i32(i32 %indvars.iv232, i32 %2351)
-  %smin240 = tail call i32 @llvm.smin.i32(i32 %smin239, i32 128)
-  %2352 = sub i32 %smin240, %smax238
-  %2353 = zext i32 %2352 to i64
-  %2354 = add nsw i64 %2353, -1
-  %2355 = add i32 %684, %1412
-  %smin426 = tail call i32 @llvm.smin.i32(i32 %682, i32 %2355)
-  %smin427 = tail call i32 @llvm.smin.i32(i32 %smin426, i32 128)
-  %2356 = sub i32 %smin427, %smax422
-  %2357 = zext i32 %2356 to i64
-  %scevgep428 = getelementptr i8, ptr %scevgep421, i64 %2357
-  %scevgep430 = getelementptr i8, ptr %edges.i, i64 %687
-  %scevgep431 = getelementptr i8, ptr %edges.i, i64 -60
-  %scevgep432 = getelementptr i8, ptr %scevgep431, i64 %687
-  %2358 = shl nuw nsw i64 %2357, 6
-  %smin439 = tail call i32 @llvm.smin.i32(i32 %675, i32 %2351)
-  %smin440 = tail call i32 @llvm.smin.i32(i32 %smin439, i32 128)
-  %2359 = sub i32 %smin440, %smax435
-  %2360 = zext i32 %2359 to i64
-  %min.iters.check441 = icmp ult i32 %2359, 16
-  %2361 = trunc i64 %2354 to i32
-  %2362 = add i32 %smax418, %2361
-  %2363 = shl i32 %2362, 4
-  %2364 = icmp ugt i64 %2354, 268435455
-  %smax433 = tail call i32 @llvm.smax.i32(i32 %2346, i32 1)
-  %2365 = add nsw i32 %smax433, -1
-  %2366 = zext nneg i32 %2365 to i64
-  %2367 = shl nuw nsw i64 %2366, 2
-  %2368 = getelementptr i8, ptr %scevgep432, i64 %2358
-  %scevgep434 = getelementptr i8, ptr %2368, i64 %2367
-  %n.vec444 = and i64 %2360, 4294967288
-  %cmp.n = icmp eq i64 %n.vec444, %2360
-  %xtraiter612 = and i64 %2360, 3
-  %lcmp.mod613.not = icmp eq i64 %xtraiter612, 0
-  br label %for_body_r268.us.i
+for_body_r247.us.preheader.i:                     ; preds = %for_body_r247.lr.ph.i
+  %2401 = add i32 %indvars.iv238, %1469
+  %smin243 = tail call i32 @llvm.smin.i32(i32 %indvars.iv236, i32 %2401)
+  %smin244 = tail call i32 @llvm.smin.i32(i32 %smin243, i32 128)
+  %2402 = sub i32 %smin244, %smax242
+  %2403 = zext i32 %2402 to i64
+  %2404 = add nsw i64 %2403, -1
+  %2405 = sub i32 %valid_len149.i, %smax419
+  %2406 = zext i32 %2405 to i64
+  %scevgep421 = getelementptr i8, ptr %scevgep420, i64 %2406
+  %scevgep423 = getelementptr i8, ptr %edges.i, i64 %744
+  %scevgep424 = getelementptr i8, ptr %edges.i, i64 -60
+  %scevgep425 = getelementptr i8, ptr %scevgep424, i64 %744
+  %2407 = shl nuw nsw i64 %2406, 6
+  %min.iters.check428 = icmp ult i32 %2402, 16
+  %2408 = trunc i64 %2404 to i32
+  %2409 = add i32 %smax417, %2408
+  %2410 = shl i32 %2409, 4
+  %2411 = icmp ugt i64 %2404, 268435455
+  %smax426 = tail call i32 @llvm.smax.i32(i32 %2396, i32 1)
+  %2412 = add nsw i32 %smax426, -1
+  %2413 = zext nneg i32 %2412 to i64
+  %2414 = shl nuw nsw i64 %2413, 2
+  %2415 = getelementptr i8, ptr %scevgep425, i64 %2407
+  %scevgep427 = getelementptr i8, ptr %2415, i64 %2414
+  %n.vec431 = and i64 %2403, 536870904
+  %cmp.n = icmp eq i64 %n.vec431, %2403
+  %xtraiter582 = and i64 %2403, 3
+  %lcmp.mod583.not = icmp eq i64 %xtraiter582, 0
+  br label %for_body_r247.us.i
 
-for_body_r268.us.i:                               ; preds = %for_begin_c272.for_end_c274_crit_edge.us.i, %for_body_r268.us.preheader.i
-  %r271784.us.i = phi i32 [ %2439, %for_begin_c272.for_end_c274_crit_edge.us.i ], [ 0, %for_body_r268.us.preheader.i ]
-  %2369 = lshr i32 %r271784.us.i, 2
-  %2370 = zext nneg i32 %2369 to i64
-  %2371 = add nuw nsw i64 %2350, %2370
-  %2372 = mul nsw i64 %2371, %382
-  %2373 = getelementptr i8, ptr %740, i64 %2372
-  br i1 %min.iters.check441, label %for_body_c273.us.i.preheader, label %vector.scevcheck, !prof !16
+for_body_r247.us.i:                               ; preds = %for_begin_c251.for_end_c253_crit_edge.us.i, %for_body_r247.us.preheader.i
+  %r250747.us.i = phi i32 [ %2486, %for_begin_c251.for_end_c253_crit_edge.us.i ], [ 0, %for_body_r247.us.preheader.i ]
+  %2416 = lshr i32 %r250747.us.i, 2
+  %2417 = zext nneg i32 %2416 to i64
+  %2418 = add nuw nsw i64 %2400, %2417
+  %2419 = mul nsw i64 %2418, %448
+  %2420 = getelementptr i8, ptr %797, i64 %2419
+  br i1 %min.iters.check428, label %for_body_c252.us.i.preheader, label %vector.scevcheck, !prof !16
 
-vector.scevcheck:                                 ; preds = %for_body_r268.us.i
-  %2374 = add i32 %691, %r271784.us.i
-  %2375 = add i32 %2363, %r271784.us.i
-  %2376 = icmp slt i32 %2375, %2374
-  %2377 = or i1 %2376, %2364
-  br i1 %2377, label %for_body_c273.us.i.preheader, label %vector.memcheck, !prof !16
+vector.scevcheck:                                 ; preds = %for_body_r247.us.i
+  %2421 = add i32 %748, %r250747.us.i
+  %2422 = add i32 %2410, %r250747.us.i
+  %2423 = icmp slt i32 %2422, %2421
+  %2424 = or i1 %2423, %2411
+  br i1 %2424, label %for_body_c252.us.i.preheader, label %vector.memcheck, !prof !16
 
 vector.memcheck:                                  ; preds = %vector.scevcheck
-  %scevgep429 = getelementptr i8, ptr %scevgep428, i64 %2372
-  %bound0 = icmp ult ptr %2373, %scevgep434
-  %bound1 = icmp ult ptr %scevgep430, %scevgep429
+  %scevgep422 = getelementptr i8, ptr %scevgep421, i64 %2419
+  %bound0 = icmp ult ptr %2420, %scevgep427
+  %bound1 = icmp ult ptr %scevgep423, %scevgep422
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_c273.us.i.preheader, label %vector.ph442, !prof !16
+  br i1 %found.conflict, label %for_body_c252.us.i.preheader, label %vector.ph429, !prof !16
 
-vector.ph442:                                     ; preds = %vector.memcheck
-  %broadcast.splatinsert445 = insertelement <8 x i32> poison, i32 %r271784.us.i, i64 0
-  %broadcast.splat446 = shufflevector <8 x i32> %broadcast.splatinsert445, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body449
+vector.ph429:                                     ; preds = %vector.memcheck
+  %broadcast.splatinsert432 = insertelement <8 x i32> poison, i32 %r250747.us.i, i64 0
+  %broadcast.splat433 = shufflevector <8 x i32> %broadcast.splatinsert432, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body436
 
-vector.body449:                                   ; preds = %vector.body449, %vector.ph442
-  %index450 = phi i64 [ 0, %vector.ph442 ], [ %index.next451, %vector.body449 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph442 ], [ %vec.ind.next, %vector.body449 ]
-  %2378 = getelementptr i8, ptr %2373, i64 %index450
-  %wide.load = load <8 x i8>, ptr %2378, align 1, !tbaa !5, !alias.scope !62, !noalias !65
-  %2379 = icmp eq <8 x i8> %wide.load, zeroinitializer
-  %2380 = add <8 x i32> %broadcast.splat448, %vec.ind
-  %2381 = shl <8 x i32> %2380, splat (i32 4)
-  %2382 = add nsw <8 x i32> %2381, %broadcast.splat446
-  %2383 = sext <8 x i32> %2382 to <8 x i64>
-  %2384 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2383
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2384, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !65
-  %2385 = select <8 x i1> %2379, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2385, <8 x ptr> align 4 %2384, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !65
-  %index.next451 = add nuw i64 %index450, 8
+vector.body436:                                   ; preds = %vector.body436, %vector.ph429
+  %index437 = phi i64 [ 0, %vector.ph429 ], [ %index.next438, %vector.body436 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph429 ], [ %vec.ind.next, %vector.body436 ]
+  %2425 = getelementptr i8, ptr %2420, i64 %index437
+  %wide.load = load <8 x i8>, ptr %2425, align 1, !tbaa !5, !alias.scope !62, !noalias !65
+  %2426 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2427 = add <8 x i32> %broadcast.splat435, %vec.ind
+  %2428 = shl <8 x i32> %2427, splat (i32 4)
+  %2429 = add nsw <8 x i32> %2428, %broadcast.splat433
+  %2430 = sext <8 x i32> %2429 to <8 x i64>
+  %2431 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2430
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2431, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !65
+  %2432 = select <8 x i1> %2426, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2432, <8 x ptr> align 4 %2431, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !65
+  %index.next438 = add nuw i64 %index437, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2386 = icmp eq i64 %index.next451, %n.vec444
-  br i1 %2386, label %middle.block452, label %vector.body449, !prof !52, !llvm.loop !67
+  %2433 = icmp eq i64 %index.next438, %n.vec431
+  br i1 %2433, label %middle.block439, label %vector.body436, !prof !52, !llvm.loop !67
 
-middle.block452:                                  ; preds = %vector.body449
-  br i1 %cmp.n, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i.preheader, !prof !55
+middle.block439:                                  ; preds = %vector.body436
+  br i1 %cmp.n, label %for_begin_c251.for_end_c253_crit_edge.us.i, label %for_body_c252.us.i.preheader, !prof !55
 
-for_body_c273.us.i.preheader:                     ; preds = %middle.block452, %vector.memcheck, %vector.scevcheck, %for_body_r268.us.i
-  %indvars.iv1036.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r268.us.i ], [ %n.vec444, %middle.block452 ]
-  br i1 %lcmp.mod613.not, label %for_body_c273.us.i.prol.loopexit, label %for_body_c273.us.i.prol, !prof !3
+for_body_c252.us.i.preheader:                     ; preds = %middle.block439, %vector.memcheck, %vector.scevcheck, %for_body_r247.us.i
+  %indvars.iv990.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r247.us.i ], [ %n.vec431, %middle.block439 ]
+  br i1 %lcmp.mod583.not, label %for_body_c252.us.i.prol.loopexit, label %for_body_c252.us.i.prol, !prof !3
 
-for_body_c273.us.i.prol:                          ; preds = %for_body_c273.us.i.prol, %for_body_c273.us.i.preheader
-  %indvars.iv1036.i.prol = phi i64 [ %indvars.iv.next1037.i.prol, %for_body_c273.us.i.prol ], [ %indvars.iv1036.i.ph, %for_body_c273.us.i.preheader ]
-  %prol.iter614 = phi i64 [ %prol.iter614.next, %for_body_c273.us.i.prol ], [ 0, %for_body_c273.us.i.preheader ]
-  %2387 = getelementptr i8, ptr %2373, i64 %indvars.iv1036.i.prol
-  %2388 = load i8, ptr %2387, align 1, !tbaa !5
-  %.not582.us.i.prol = icmp eq i8 %2388, 0
-  %2389 = trunc i64 %indvars.iv1036.i.prol to i32
-  %2390 = add i32 %734, %2389
-  %2391 = shl i32 %2390, 4
-  %2392 = add nsw i32 %2391, %r271784.us.i
-  %2393 = sext i32 %2392 to i64
-  %2394 = getelementptr inbounds i32, ptr %edges.i, i64 %2393
-  %2395 = load i32, ptr %2394, align 4, !tbaa !5
-  %2396 = select i1 %.not582.us.i.prol, i32 0, i32 %2395
-  store i32 %2396, ptr %2394, align 4, !tbaa !5
-  %indvars.iv.next1037.i.prol = add nuw nsw i64 %indvars.iv1036.i.prol, 1
-  %prol.iter614.next = add i64 %prol.iter614, 1
-  %prol.iter614.cmp.not = icmp eq i64 %prol.iter614.next, %xtraiter612
-  br i1 %prol.iter614.cmp.not, label %for_body_c273.us.i.prol.loopexit, label %for_body_c273.us.i.prol, !prof !56, !llvm.loop !68
+for_body_c252.us.i.prol:                          ; preds = %for_body_c252.us.i.prol, %for_body_c252.us.i.preheader
+  %indvars.iv990.i.prol = phi i64 [ %indvars.iv.next991.i.prol, %for_body_c252.us.i.prol ], [ %indvars.iv990.i.ph, %for_body_c252.us.i.preheader ]
+  %prol.iter584 = phi i64 [ %prol.iter584.next, %for_body_c252.us.i.prol ], [ 0, %for_body_c252.us.i.preheader ]
+  %2434 = getelementptr i8, ptr %2420, i64 %indvars.iv990.i.prol
+  %2435 = load i8, ptr %2434, align 1, !tbaa !5
+  %.not560.us.i.prol = icmp eq i8 %2435, 0
+  %2436 = trunc i64 %indvars.iv990.i.prol to i32
+  %2437 = add i32 %791, %2436
+  %2438 = shl i32 %2437, 4
+  %2439 = add nsw i32 %2438, %r250747.us.i
+  %2440 = sext i32 %2439 to i64
+  %2441 = getelementptr inbounds i32, ptr %edges.i, i64 %2440
+  %2442 = load i32, ptr %2441, align 4, !tbaa !5
+  %2443 = select i1 %.not560.us.i.prol, i32 0, i32 %2442
+  store i32 %2443, ptr %2441, align 4, !tbaa !5
+  %indvars.iv.next991.i.prol = add nuw nsw i64 %indvars.iv990.i.prol, 1
+  %prol.iter584.next = add i64 %prol.iter584, 1
+  %prol.iter584.cmp.not = icmp eq i64 %prol.iter584.next, %xtraiter582
+  br i1 %prol.iter584.cmp.not, label %for_body_c252.us.i.prol.loopexit, label %for_body_c252.us.i.prol, !prof !56, !llvm.loop !68
 
-for_body_c273.us.i.prol.loopexit:                 ; preds = %for_body_c273.us.i.prol, %for_body_c273.us.i.preheader
-  %indvars.iv1036.i.unr = phi i64 [ %indvars.iv1036.i.ph, %for_body_c273.us.i.preheader ], [ %indvars.iv.next1037.i.prol, %for_body_c273.us.i.prol ]
-  %2397 = sub nsw i64 %indvars.iv1036.i.ph, %2360
-  %2398 = icmp ugt i64 %2397, -4
-  br i1 %2398, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i, !prof !16
+for_body_c252.us.i.prol.loopexit:                 ; preds = %for_body_c252.us.i.prol, %for_body_c252.us.i.preheader
+  %indvars.iv990.i.unr = phi i64 [ %indvars.iv990.i.ph, %for_body_c252.us.i.preheader ], [ %indvars.iv.next991.i.prol, %for_body_c252.us.i.prol ]
+  %2444 = sub nsw i64 %indvars.iv990.i.ph, %2403
+  %2445 = icmp ugt i64 %2444, -4
+  br i1 %2445, label %for_begin_c251.for_end_c253_crit_edge.us.i, label %for_body_c252.us.i, !prof !16
 
-for_body_c273.us.i:                               ; preds = %for_body_c273.us.i, %for_body_c273.us.i.prol.loopexit
-  %indvars.iv1036.i = phi i64 [ %indvars.iv.next1037.i.3, %for_body_c273.us.i ], [ %indvars.iv1036.i.unr, %for_body_c273.us.i.prol.loopexit ]
-  %2399 = getelementptr i8, ptr %2373, i64 %indvars.iv1036.i
-  %2400 = load i8, ptr %2399, align 1, !tbaa !5
-  %.not582.us.i = icmp eq i8 %2400, 0
-  %2401 = trunc i64 %indvars.iv1036.i to i32
-  %2402 = add i32 %734, %2401
-  %2403 = shl i32 %2402, 4
-  %2404 = add nsw i32 %2403, %r271784.us.i
-  %2405 = sext i32 %2404 to i64
-  %2406 = getelementptr inbounds i32, ptr %edges.i, i64 %2405
-  %2407 = load i32, ptr %2406, align 4, !tbaa !5
-  %2408 = select i1 %.not582.us.i, i32 0, i32 %2407
-  store i32 %2408, ptr %2406, align 4, !tbaa !5
-  %indvars.iv.next1037.i = add nuw nsw i64 %indvars.iv1036.i, 1
-  %2409 = getelementptr i8, ptr %2373, i64 %indvars.iv.next1037.i
-  %2410 = load i8, ptr %2409, align 1, !tbaa !5
-  %.not582.us.i.1 = icmp eq i8 %2410, 0
-  %2411 = trunc i64 %indvars.iv.next1037.i to i32
-  %2412 = add i32 %734, %2411
-  %2413 = shl i32 %2412, 4
-  %2414 = add nsw i32 %2413, %r271784.us.i
-  %2415 = sext i32 %2414 to i64
-  %2416 = getelementptr inbounds i32, ptr %edges.i, i64 %2415
-  %2417 = load i32, ptr %2416, align 4, !tbaa !5
-  %2418 = select i1 %.not582.us.i.1, i32 0, i32 %2417
-  store i32 %2418, ptr %2416, align 4, !tbaa !5
-  %indvars.iv.next1037.i.1 = add nuw nsw i64 %indvars.iv1036.i, 2
-  %2419 = getelementptr i8, ptr %2373, i64 %indvars.iv.next1037.i.1
-  %2420 = load i8, ptr %2419, align 1, !tbaa !5
-  %.not582.us.i.2 = icmp eq i8 %2420, 0
-  %2421 = trunc i64 %indvars.iv.next1037.i.1 to i32
-  %2422 = add i32 %734, %2421
-  %2423 = shl i32 %2422, 4
-  %2424 = add nsw i32 %2423, %r271784.us.i
-  %2425 = sext i32 %2424 to i64
-  %2426 = getelementptr inbounds i32, ptr %edges.i, i64 %2425
-  %2427 = load i32, ptr %2426, align 4, !tbaa !5
-  %2428 = select i1 %.not582.us.i.2, i32 0, i32 %2427
-  store i32 %2428, ptr %2426, align 4, !tbaa !5
-  %indvars.iv.next1037.i.2 = add nuw nsw i64 %indvars.iv1036.i, 3
-  %2429 = getelementptr i8, ptr %2373, i64 %indvars.iv.next1037.i.2
-  %2430 = load i8, ptr %2429, align 1, !tbaa !5
-  %.not582.us.i.3 = icmp eq i8 %2430, 0
-  %2431 = trunc i64 %indvars.iv.next1037.i.2 to i32
-  %2432 = add i32 %734, %2431
-  %2433 = shl i32 %2432, 4
-  %2434 = add nsw i32 %2433, %r271784.us.i
-  %2435 = sext i32 %2434 to i64
-  %2436 = getelementptr inbounds i32, ptr %edges.i, i64 %2435
-  %2437 = load i32, ptr %2436, align 4, !tbaa !5
-  %2438 = select i1 %.not582.us.i.3, i32 0, i32 %2437
-  store i32 %2438, ptr %2436, align 4, !tbaa !5
-  %indvars.iv.next1037.i.3 = add nuw nsw i64 %indvars.iv1036.i, 4
-  %exitcond241.not.3 = icmp eq i64 %indvars.iv.next1037.i.3, %2353
-  br i1 %exitcond241.not.3, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i, !prof !59, !llvm.loop !69
+for_body_c252.us.i:                               ; preds = %for_body_c252.us.i, %for_body_c252.us.i.prol.loopexit
+  %indvars.iv990.i = phi i64 [ %indvars.iv.next991.i.3, %for_body_c252.us.i ], [ %indvars.iv990.i.unr, %for_body_c252.us.i.prol.loopexit ]
+  %2446 = getelementptr i8, ptr %2420, i64 %indvars.iv990.i
+  %2447 = load i8, ptr %2446, align 1, !tbaa !5
+  %.not560.us.i = icmp eq i8 %2447, 0
+  %2448 = trunc i64 %indvars.iv990.i to i32
+  %2449 = add i32 %791, %2448
+  %2450 = shl i32 %2449, 4
+  %2451 = add nsw i32 %2450, %r250747.us.i
+  %2452 = sext i32 %2451 to i64
+  %2453 = getelementptr inbounds i32, ptr %edges.i, i64 %2452
+  %2454 = load i32, ptr %2453, align 4, !tbaa !5
+  %2455 = select i1 %.not560.us.i, i32 0, i32 %2454
+  store i32 %2455, ptr %2453, align 4, !tbaa !5
+  %indvars.iv.next991.i = add nuw nsw i64 %indvars.iv990.i, 1
+  %2456 = getelementptr i8, ptr %2420, i64 %indvars.iv.next991.i
+  %2457 = load i8, ptr %2456, align 1, !tbaa !5
+  %.not560.us.i.1 = icmp eq i8 %2457, 0
+  %2458 = trunc i64 %indvars.iv.next991.i to i32
+  %2459 = add i32 %791, %2458
+  %2460 = shl i32 %2459, 4
+  %2461 = add nsw i32 %2460, %r250747.us.i
+  %2462 = sext i32 %2461 to i64
+  %2463 = getelementptr inbounds i32, ptr %edges.i, i64 %2462
+  %2464 = load i32, ptr %2463, align 4, !tbaa !5
+  %2465 = select i1 %.not560.us.i.1, i32 0, i32 %2464
+  store i32 %2465, ptr %2463, align 4, !tbaa !5
+  %indvars.iv.next991.i.1 = add nuw nsw i64 %indvars.iv990.i, 2
+  %2466 = getelementptr i8, ptr %2420, i64 %indvars.iv.next991.i.1
+  %2467 = load i8, ptr %2466, align 1, !tbaa !5
+  %.not560.us.i.2 = icmp eq i8 %2467, 0
+  %2468 = trunc i64 %indvars.iv.next991.i.1 to i32
+  %2469 = add i32 %791, %2468
+  %2470 = shl i32 %2469, 4
+  %2471 = add nsw i32 %2470, %r250747.us.i
+  %2472 = sext i32 %2471 to i64
+  %2473 = getelementptr inbounds i32, ptr %edges.i, i64 %2472
+  %2474 = load i32, ptr %2473, align 4, !tbaa !5
+  %2475 = select i1 %.not560.us.i.2, i32 0, i32 %2474
+  store i32 %2475, ptr %2473, align 4, !tbaa !5
+  %indvars.iv.next991.i.2 = add nuw nsw i64 %indvars.iv990.i, 3
+  %2476 = getelementptr i8, ptr %2420, i64 %indvars.iv.next991.i.2
+  %2477 = load i8, ptr %2476, align 1, !tbaa !5
+  %.not560.us.i.3 = icmp eq i8 %2477, 0
+  %2478 = trunc i64 %indvars.iv.next991.i.2 to i32
+  %2479 = add i32 %791, %2478
+  %2480 = shl i32 %2479, 4
+  %2481 = add nsw i32 %2480, %r250747.us.i
+  %2482 = sext i32 %2481 to i64
+  %2483 = getelementptr inbounds i32, ptr %edges.i, i64 %2482
+  %2484 = load i32, ptr %2483, align 4, !tbaa !5
+  %2485 = select i1 %.not560.us.i.3, i32 0, i32 %2484
+  store i32 %2485, ptr %2483, align 4, !tbaa !5
+  %indvars.iv.next991.i.3 = add nuw nsw i64 %indvars.iv990.i, 4
+  %exitcond245.not.3 = icmp eq i64 %indvars.iv.next991.i.3, %2403
+  br i1 %exitcond245.not.3, label %for_begin_c251.for_end_c253_crit_edge.us.i, label %for_body_c252.us.i, !prof !59, !llvm.loop !69
 
-for_begin_c272.for_end_c274_crit_edge.us.i:       ; preds = %for_body_c273.us.i, %for_body_c273.us.i.prol.loopexit, %middle.block452
-  %2439 = add nuw nsw i32 %r271784.us.i, 1
-  %2440 = icmp slt i32 %2439, %2346
-  br i1 %2440, label %for_body_r268.us.i, label %if_end266.i, !prof !61
+for_begin_c251.for_end_c253_crit_edge.us.i:       ; preds = %for_body_c252.us.i, %for_body_c252.us.i.prol.loopexit, %middle.block439
+  %2486 = add nuw nsw i32 %r250747.us.i, 1
+  %2487 = icmp slt i32 %2486, %2396
+  br i1 %2487, label %for_body_r247.us.i, label %if_end245.i, !prof !61
 
-if_end266.i:                                      ; preds = %for_begin_c272.for_end_c274_crit_edge.us.i, %for_body_r268.lr.ph.i, %if_then265.i, %for_end_to257.i
-  %factor.op.mul.reass.i = mul i32 %factor.op.mul846.i, %num_full.i
-  %.not876.i = icmp eq i32 %num_full.i, 0
-  %2441 = and i32 %2272, 2147483640
-  %2442 = icmp sgt i32 %valid_len175.i, %2441
-  %2443 = and i1 %704, %1408
-  %2444 = shl nuw nsw i32 %num_full.i, 7
-  %2445 = shl nuw nsw i32 %num_full.i, 10
-  %2446 = fmul <16 x float> %2243, zeroinitializer
-  %2447 = zext nneg i32 %2444 to i64
-  %2448 = shl i64 %1409, 11
-  %2449 = and i64 %2448, 4294965248
-  %2450 = zext nneg i32 %num_full.i to i64
-  %2451 = add i32 %indvars.iv234, %1412
-  %2452 = tail call i32 @llvm.smin.i32(i32 %indvars.iv232, i32 %2451)
-  %2453 = tail call i32 @llvm.smin.i32(i32 %2452, i32 128)
-  %smin243 = sext i32 %2453 to i64
-  %2454 = shl nuw nsw i64 %2450, 3
-  %2455 = sub nsw i64 %smin243, %2454
-  %smax244 = tail call i64 @llvm.smax.i64(i64 %2455, i64 1)
-  br label %for_begin_to277.preheader.i
+if_end245.i:                                      ; preds = %for_begin_c251.for_end_c253_crit_edge.us.i, %for_body_r247.lr.ph.i, %if_then244.i, %for_end_to236.i
+  %factor.op.mul.reass.i = mul i32 %factor.op.mul809.i, %num_full.i
+  %.not837.i = icmp eq i32 %num_full.i, 0
+  %2488 = and i32 %2322, 2147483640
+  %2489 = icmp sgt i32 %valid_len149.i, %2488
+  %2490 = and i1 %761, %1465
+  %2491 = shl nuw nsw i32 %num_full.i, 7
+  %2492 = shl nuw nsw i32 %num_full.i, 10
+  %2493 = fmul <16 x float> %2293, zeroinitializer
+  %2494 = zext nneg i32 %2491 to i64
+  %2495 = shl i64 %1466, 11
+  %2496 = and i64 %2495, 4294965248
+  %2497 = zext nneg i32 %num_full.i to i64
+  %2498 = add i32 %indvars.iv238, %1469
+  %2499 = tail call i32 @llvm.smin.i32(i32 %indvars.iv236, i32 %2498)
+  %2500 = tail call i32 @llvm.smin.i32(i32 %2499, i32 128)
+  %smin247 = sext i32 %2500 to i64
+  %2501 = shl nuw nsw i64 %2497, 3
+  %2502 = sub nsw i64 %smin247, %2501
+  %smax248 = tail call i64 @llvm.smax.i64(i64 %2502, i64 1)
+  br label %for_begin_to256.preheader.i
 
-for_begin_to277.preheader.i:                      ; preds = %if_end314.i, %if_end266.i
-  %indvars.iv1057.i = phi i64 [ 0, %if_end266.i ], [ %indvars.iv.next1058.i, %if_end314.i ]
-  br i1 %.not876.i, label %for_end_to279.i, label %for_body_to278.lr.ph.i, !prof !16
+for_begin_to256.preheader.i:                      ; preds = %if_end293.i, %if_end245.i
+  %indvars.iv1011.i = phi i64 [ 0, %if_end245.i ], [ %indvars.iv.next1012.i, %if_end293.i ]
+  br i1 %.not837.i, label %for_end_to258.i, label %for_body_to257.lr.ph.i, !prof !16
 
-for_body_to278.lr.ph.i:                           ; preds = %for_begin_to277.preheader.i
-  %2456 = mul nuw nsw i64 %indvars.iv1057.i, %2450
-  %2457 = shl i64 %indvars.iv1057.i, 2
-  %2458 = and i64 %2457, 12
-  %2459 = shl i64 %indvars.iv1057.i, 3
-  %2460 = and i64 %2459, 96
-  %invariant.gep157 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2460
-  %invariant.gep159 = getelementptr inbounds nuw float, ptr %invariant.gep157, i64 %2458
-  br label %for_body_to278.i
+for_body_to257.lr.ph.i:                           ; preds = %for_begin_to256.preheader.i
+  %2503 = mul nuw nsw i64 %indvars.iv1011.i, %2497
+  %2504 = shl i64 %indvars.iv1011.i, 2
+  %2505 = and i64 %2504, 12
+  %2506 = shl i64 %indvars.iv1011.i, 3
+  %2507 = and i64 %2506, 96
+  %invariant.gep160 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2507
+  %invariant.gep162 = getelementptr inbounds nuw float, ptr %invariant.gep160, i64 %2505
+  br label %for_body_to257.i
 
-for_body_to278.i:                                 ; preds = %if_end283.i, %for_body_to278.lr.ph.i
-  %indvars.iv1047.i = phi i64 [ 0, %for_body_to278.lr.ph.i ], [ %indvars.iv.next1048.i, %if_end283.i ]
-  %full_acc541.sroa.28.0811.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2814, %if_end283.i ]
-  %full_acc541.sroa.24.0810.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2809, %if_end283.i ]
-  %full_acc541.sroa.20.0809.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2804, %if_end283.i ]
-  %full_acc541.sroa.16.0808.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2799, %if_end283.i ]
-  %full_acc541.sroa.12.0807.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2794, %if_end283.i ]
-  %full_acc541.sroa.8.0806.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2789, %if_end283.i ]
-  %full_acc541.sroa.4.0805.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2784, %if_end283.i ]
-  %full_acc541.sroa.0.0804.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2779, %if_end283.i ]
-  br i1 %2443, label %for_begin_line284.preheader.i, label %if_end283.i, !prof !8
+for_body_to257.i:                                 ; preds = %if_end262.i, %for_body_to257.lr.ph.i
+  %indvars.iv1001.i = phi i64 [ 0, %for_body_to257.lr.ph.i ], [ %indvars.iv.next1002.i, %if_end262.i ]
+  %full_acc520.sroa.28.0774.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2861, %if_end262.i ]
+  %full_acc520.sroa.24.0773.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2856, %if_end262.i ]
+  %full_acc520.sroa.20.0772.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2851, %if_end262.i ]
+  %full_acc520.sroa.16.0771.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2846, %if_end262.i ]
+  %full_acc520.sroa.12.0770.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2841, %if_end262.i ]
+  %full_acc520.sroa.8.0769.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2836, %if_end262.i ]
+  %full_acc520.sroa.4.0768.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2831, %if_end262.i ]
+  %full_acc520.sroa.0.0767.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2826, %if_end262.i ]
+  br i1 %2490, label %for_begin_line263.preheader.i, label %if_end262.i, !prof !8
 
-for_begin_line284.preheader.i:                    ; preds = %for_body_to278.i
-  %2461 = add nuw nsw i64 %indvars.iv1047.i, %2456
-  %2462 = trunc nuw nsw i64 %2461 to i32
-  %2463 = lshr i32 %2462, 1
-  %2464 = add nuw nsw i32 %2463, %factor.op.mul.reass.i
-  %2465 = srem i32 %2464, %num_kv_heads
-  %2466 = zext nneg i32 %2465 to i64
-  %2467 = mul nsw i64 %v_head, %2466
-  %2468 = sdiv i32 %2464, %num_kv_heads
-  %2469 = sext i32 %2468 to i64
-  %2470 = getelementptr i64, ptr %value_offsets.i, i64 %2469
-  %2471 = getelementptr i8, ptr %2470, i64 1024
-  %2472 = load i64, ptr %2471, align 8, !tbaa !5
-  %2473 = shl i64 %2461, 5
-  %2474 = and i64 %2473, 32
-  %gep822.i = getelementptr i32, ptr %invariant.gep821.i, i64 %2472
-  %invariant.gep787.i = getelementptr i32, ptr %gep822.i, i64 %2467
-  %gep788.i = getelementptr i32, ptr %invariant.gep787.i, i64 %2474
-  tail call void @llvm.prefetch.p0(ptr readonly %gep788.i, i32 0, i32 2, i32 1)
-  %gep788.1.i = getelementptr i8, ptr %gep788.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep788.1.i, i32 0, i32 2, i32 1)
-  br label %if_end283.i
+for_begin_line263.preheader.i:                    ; preds = %for_body_to257.i
+  %2508 = add nuw nsw i64 %indvars.iv1001.i, %2503
+  %2509 = trunc nuw nsw i64 %2508 to i32
+  %2510 = lshr i32 %2509, 1
+  %2511 = add nuw nsw i32 %2510, %factor.op.mul.reass.i
+  %2512 = srem i32 %2511, %num_kv_heads
+  %2513 = zext nneg i32 %2512 to i64
+  %2514 = mul nsw i64 %v_head, %2513
+  %2515 = sdiv i32 %2511, %num_kv_heads
+  %2516 = sext i32 %2515 to i64
+  %2517 = getelementptr i64, ptr %value_offsets.i, i64 %2516
+  %2518 = getelementptr i8, ptr %2517, i64 1024
+  %2519 = load i64, ptr %2518, align 8, !tbaa !5
+  %2520 = shl i64 %2508, 5
+  %2521 = and i64 %2520, 32
+  %gep785.i = getelementptr i32, ptr %invariant.gep784.i, i64 %2519
+  %invariant.gep750.i = getelementptr i32, ptr %gep785.i, i64 %2514
+  %gep751.i = getelementptr i32, ptr %invariant.gep750.i, i64 %2521
+  tail call void @llvm.prefetch.p0(ptr readonly %gep751.i, i32 0, i32 2, i32 1)
+  %gep751.1.i = getelementptr i8, ptr %gep751.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep751.1.i, i32 0, i32 2, i32 1)
+  br label %if_end262.i
 
-for_end_to279.i:                                  ; preds = %if_end283.i, %for_begin_to277.preheader.i
-  %full_acc541.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2779, %if_end283.i ]
-  %full_acc541.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2784, %if_end283.i ]
-  %full_acc541.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2789, %if_end283.i ]
-  %full_acc541.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2794, %if_end283.i ]
-  %full_acc541.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2799, %if_end283.i ]
-  %full_acc541.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2804, %if_end283.i ]
-  %full_acc541.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2809, %if_end283.i ]
-  %full_acc541.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2814, %if_end283.i ]
-  br i1 %2442, label %for_body_ti295.lr.ph.i, label %for_end_ti296.i, !prof !3
+for_end_to258.i:                                  ; preds = %if_end262.i, %for_begin_to256.preheader.i
+  %full_acc520.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2826, %if_end262.i ]
+  %full_acc520.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2831, %if_end262.i ]
+  %full_acc520.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2836, %if_end262.i ]
+  %full_acc520.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2841, %if_end262.i ]
+  %full_acc520.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2846, %if_end262.i ]
+  %full_acc520.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2851, %if_end262.i ]
+  %full_acc520.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2856, %if_end262.i ]
+  %full_acc520.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2861, %if_end262.i ]
+  br i1 %2489, label %for_body_ti274.lr.ph.i, label %for_end_ti275.i, !prof !3
 
-for_body_ti295.lr.ph.i:                           ; preds = %for_end_to279.i
-  %indvars.iv1057.tr.i = trunc i64 %indvars.iv1057.i to i32
-  %2475 = shl i32 %indvars.iv1057.tr.i, 2
-  %2476 = and i32 %2475, 12
-  %2477 = shl i32 %indvars.iv1057.tr.i, 3
-  %2478 = and i32 %2477, 96
-  %invariant.op841.i = or disjoint i32 %2478, %2445
-  %invariant.op843.i = or disjoint i32 %invariant.op841.i, %2476
-  %2479 = zext nneg i32 %invariant.op843.i to i64
-  %invariant.gep1263.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2479
-  br label %for_body_ti295.i
+for_body_ti274.lr.ph.i:                           ; preds = %for_end_to258.i
+  %indvars.iv1011.tr.i = trunc i64 %indvars.iv1011.i to i32
+  %2522 = shl i32 %indvars.iv1011.tr.i, 2
+  %2523 = and i32 %2522, 12
+  %2524 = shl i32 %indvars.iv1011.tr.i, 3
+  %2525 = and i32 %2524, 96
+  %invariant.op804.i = or disjoint i32 %2525, %2492
+  %invariant.op806.i = or disjoint i32 %invariant.op804.i, %2523
+  %2526 = zext nneg i32 %invariant.op806.i to i64
+  %invariant.gep1215.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2526
+  br label %for_body_ti274.i
 
-if_end283.i:                                      ; preds = %for_begin_line284.preheader.i, %for_body_to278.i
-  %.idx82 = shl nsw i64 %indvars.iv1047.i, 9
-  %2480 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx82
-  %2481 = load <16 x float>, ptr %2480, align 4, !tbaa !5
-  %.idx83 = shl nsw i64 %indvars.iv1047.i, 12
-  %gep160 = getelementptr inbounds nuw i8, ptr %invariant.gep159, i64 %.idx83
-  %2482 = load float, ptr %gep160, align 4, !tbaa !5
-  %2483 = insertelement <16 x float> poison, float %2482, i64 0
-  %2484 = shufflevector <16 x float> %2483, <16 x float> poison, <16 x i32> zeroinitializer
-  %2485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2484, <16 x float> %full_acc541.sroa.0.0804.i)
-  %2486 = getelementptr inbounds nuw i8, ptr %gep160, i64 64
-  %2487 = load float, ptr %2486, align 4, !tbaa !5
-  %2488 = insertelement <16 x float> poison, float %2487, i64 0
-  %2489 = shufflevector <16 x float> %2488, <16 x float> poison, <16 x i32> zeroinitializer
-  %2490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2489, <16 x float> %full_acc541.sroa.4.0805.i)
-  %2491 = getelementptr inbounds nuw i8, ptr %gep160, i64 4
-  %2492 = load float, ptr %2491, align 4, !tbaa !5
-  %2493 = insertelement <16 x float> poison, float %2492, i64 0
-  %2494 = shufflevector <16 x float> %2493, <16 x float> poison, <16 x i32> zeroinitializer
-  %2495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2494, <16 x float> %full_acc541.sroa.8.0806.i)
-  %2496 = getelementptr inbounds nuw i8, ptr %gep160, i64 68
-  %2497 = load float, ptr %2496, align 4, !tbaa !5
-  %2498 = insertelement <16 x float> poison, float %2497, i64 0
-  %2499 = shufflevector <16 x float> %2498, <16 x float> poison, <16 x i32> zeroinitializer
-  %2500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2499, <16 x float> %full_acc541.sroa.12.0807.i)
-  %2501 = getelementptr inbounds nuw i8, ptr %gep160, i64 8
-  %2502 = load float, ptr %2501, align 4, !tbaa !5
-  %2503 = insertelement <16 x float> poison, float %2502, i64 0
-  %2504 = shufflevector <16 x float> %2503, <16 x float> poison, <16 x i32> zeroinitializer
-  %2505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2504, <16 x float> %full_acc541.sroa.16.0808.i)
-  %2506 = getelementptr inbounds nuw i8, ptr %gep160, i64 72
-  %2507 = load float, ptr %2506, align 4, !tbaa !5
-  %2508 = insertelement <16 x float> poison, float %2507, i64 0
-  %2509 = shufflevector <16 x float> %2508, <16 x float> poison, <16 x i32> zeroinitializer
-  %2510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2509, <16 x float> %full_acc541.sroa.20.0809.i)
-  %2511 = getelementptr inbounds nuw i8, ptr %gep160, i64 12
-  %2512 = load float, ptr %2511, align 4, !tbaa !5
-  %2513 = insertelement <16 x float> poison, float %2512, i64 0
-  %2514 = shufflevector <16 x float> %2513, <16 x float> poison, <16 x i32> zeroinitializer
-  %2515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2514, <16 x float> %full_acc541.sroa.24.0810.i)
-  %2516 = getelementptr inbounds nuw i8, ptr %gep160, i64 76
-  %2517 = load float, ptr %2516, align 4, !tbaa !5
-  %2518 = insertelement <16 x float> poison, float %2517, i64 0
-  %2519 = shufflevector <16 x float> %2518, <16 x float> poison, <16 x i32> zeroinitializer
-  %2520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2519, <16 x float> %full_acc541.sroa.28.0811.i)
-  %2521 = getelementptr inbounds nuw i8, ptr %2480, i64 64
-  %2522 = load <16 x float>, ptr %2521, align 4, !tbaa !5
-  %2523 = getelementptr inbounds nuw i8, ptr %gep160, i64 512
-  %2524 = load float, ptr %2523, align 4, !tbaa !5
-  %2525 = insertelement <16 x float> poison, float %2524, i64 0
-  %2526 = shufflevector <16 x float> %2525, <16 x float> poison, <16 x i32> zeroinitializer
-  %2527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2526, <16 x float> %2485)
-  %2528 = getelementptr inbounds nuw i8, ptr %gep160, i64 576
-  %2529 = load float, ptr %2528, align 4, !tbaa !5
+if_end262.i:                                      ; preds = %for_begin_line263.preheader.i, %for_body_to257.i
+  %.idx87 = shl nsw i64 %indvars.iv1001.i, 9
+  %2527 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx87
+  %2528 = load <16 x float>, ptr %2527, align 4, !tbaa !5
+  %.idx88 = shl nsw i64 %indvars.iv1001.i, 12
+  %gep163 = getelementptr inbounds nuw i8, ptr %invariant.gep162, i64 %.idx88
+  %2529 = load float, ptr %gep163, align 4, !tbaa !5
   %2530 = insertelement <16 x float> poison, float %2529, i64 0
   %2531 = shufflevector <16 x float> %2530, <16 x float> poison, <16 x i32> zeroinitializer
-  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2531, <16 x float> %2490)
-  %2533 = getelementptr inbounds nuw i8, ptr %gep160, i64 516
+  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2531, <16 x float> %full_acc520.sroa.0.0767.i)
+  %2533 = getelementptr inbounds nuw i8, ptr %gep163, i64 64
   %2534 = load float, ptr %2533, align 4, !tbaa !5
   %2535 = insertelement <16 x float> poison, float %2534, i64 0
   %2536 = shufflevector <16 x float> %2535, <16 x float> poison, <16 x i32> zeroinitializer
-  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2536, <16 x float> %2495)
-  %2538 = getelementptr inbounds nuw i8, ptr %gep160, i64 580
+  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2536, <16 x float> %full_acc520.sroa.4.0768.i)
+  %2538 = getelementptr inbounds nuw i8, ptr %gep163, i64 4
   %2539 = load float, ptr %2538, align 4, !tbaa !5
   %2540 = insertelement <16 x float> poison, float %2539, i64 0
   %2541 = shufflevector <16 x float> %2540, <16 x float> poison, <16 x i32> zeroinitializer
-  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2541, <16 x float> %2500)
-  %2543 = getelementptr inbounds nuw i8, ptr %gep160, i64 520
+  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2541, <16 x float> %full_acc520.sroa.8.0769.i)
+  %2543 = getelementptr inbounds nuw i8, ptr %gep163, i64 68
   %2544 = load float, ptr %2543, align 4, !tbaa !5
   %2545 = insertelement <16 x float> poison, float %2544, i64 0
   %2546 = shufflevector <16 x float> %2545, <16 x float> poison, <16 x i32> zeroinitializer
-  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2546, <16 x float> %2505)
-  %2548 = getelementptr inbounds nuw i8, ptr %gep160, i64 584
+  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2546, <16 x float> %full_acc520.sroa.12.0770.i)
+  %2548 = getelementptr inbounds nuw i8, ptr %gep163, i64 8
   %2549 = load float, ptr %2548, align 4, !tbaa !5
   %2550 = insertelement <16 x float> poison, float %2549, i64 0
   %2551 = shufflevector <16 x float> %2550, <16 x float> poison, <16 x i32> zeroinitializer
-  %2552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2551, <16 x float> %2510)
-  %2553 = getelementptr inbounds nuw i8, ptr %gep160, i64 524
+  %2552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2551, <16 x float> %full_acc520.sroa.16.0771.i)
+  %2553 = getelementptr inbounds nuw i8, ptr %gep163, i64 72
   %2554 = load float, ptr %2553, align 4, !tbaa !5
   %2555 = insertelement <16 x float> poison, float %2554, i64 0
   %2556 = shufflevector <16 x float> %2555, <16 x float> poison, <16 x i32> zeroinitializer
-  %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2556, <16 x float> %2515)
-  %2558 = getelementptr inbounds nuw i8, ptr %gep160, i64 588
+  %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2556, <16 x float> %full_acc520.sroa.20.0772.i)
+  %2558 = getelementptr inbounds nuw i8, ptr %gep163, i64 12
   %2559 = load float, ptr %2558, align 4, !tbaa !5
   %2560 = insertelement <16 x float> poison, float %2559, i64 0
   %2561 = shufflevector <16 x float> %2560, <16 x float> poison, <16 x i32> zeroinitializer
-  %2562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2522, <16 x float> %2561, <16 x float> %2520)
-  %2563 = getelementptr inbounds nuw i8, ptr %2480, i64 128
-  %2564 = load <16 x float>, ptr %2563, align 4, !tbaa !5
-  %2565 = getelementptr inbounds nuw i8, ptr %gep160, i64 1024
-  %2566 = load float, ptr %2565, align 4, !tbaa !5
-  %2567 = insertelement <16 x float> poison, float %2566, i64 0
-  %2568 = shufflevector <16 x float> %2567, <16 x float> poison, <16 x i32> zeroinitializer
-  %2569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2568, <16 x float> %2527)
-  %2570 = getelementptr inbounds nuw i8, ptr %gep160, i64 1088
+  %2562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2561, <16 x float> %full_acc520.sroa.24.0773.i)
+  %2563 = getelementptr inbounds nuw i8, ptr %gep163, i64 76
+  %2564 = load float, ptr %2563, align 4, !tbaa !5
+  %2565 = insertelement <16 x float> poison, float %2564, i64 0
+  %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
+  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2566, <16 x float> %full_acc520.sroa.28.0774.i)
+  %2568 = getelementptr inbounds nuw i8, ptr %2527, i64 64
+  %2569 = load <16 x float>, ptr %2568, align 4, !tbaa !5
+  %2570 = getelementptr inbounds nuw i8, ptr %gep163, i64 512
   %2571 = load float, ptr %2570, align 4, !tbaa !5
   %2572 = insertelement <16 x float> poison, float %2571, i64 0
   %2573 = shufflevector <16 x float> %2572, <16 x float> poison, <16 x i32> zeroinitializer
-  %2574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2573, <16 x float> %2532)
-  %2575 = getelementptr inbounds nuw i8, ptr %gep160, i64 1028
+  %2574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2573, <16 x float> %2532)
+  %2575 = getelementptr inbounds nuw i8, ptr %gep163, i64 576
   %2576 = load float, ptr %2575, align 4, !tbaa !5
   %2577 = insertelement <16 x float> poison, float %2576, i64 0
   %2578 = shufflevector <16 x float> %2577, <16 x float> poison, <16 x i32> zeroinitializer
-  %2579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2578, <16 x float> %2537)
-  %2580 = getelementptr inbounds nuw i8, ptr %gep160, i64 1092
+  %2579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2578, <16 x float> %2537)
+  %2580 = getelementptr inbounds nuw i8, ptr %gep163, i64 516
   %2581 = load float, ptr %2580, align 4, !tbaa !5
   %2582 = insertelement <16 x float> poison, float %2581, i64 0
   %2583 = shufflevector <16 x float> %2582, <16 x float> poison, <16 x i32> zeroinitializer
-  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2583, <16 x float> %2542)
-  %2585 = getelementptr inbounds nuw i8, ptr %gep160, i64 1032
+  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2583, <16 x float> %2542)
+  %2585 = getelementptr inbounds nuw i8, ptr %gep163, i64 580
   %2586 = load float, ptr %2585, align 4, !tbaa !5
   %2587 = insertelement <16 x float> poison, float %2586, i64 0
   %2588 = shufflevector <16 x float> %2587, <16 x float> poison, <16 x i32> zeroinitializer
-  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2588, <16 x float> %2547)
-  %2590 = getelementptr inbounds nuw i8, ptr %gep160, i64 1096
+  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2588, <16 x float> %2547)
+  %2590 = getelementptr inbounds nuw i8, ptr %gep163, i64 520
   %2591 = load float, ptr %2590, align 4, !tbaa !5
   %2592 = insertelement <16 x float> poison, float %2591, i64 0
   %2593 = shufflevector <16 x float> %2592, <16 x float> poison, <16 x i32> zeroinitializer
-  %2594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2593, <16 x float> %2552)
-  %2595 = getelementptr inbounds nuw i8, ptr %gep160, i64 1036
+  %2594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2593, <16 x float> %2552)
+  %2595 = getelementptr inbounds nuw i8, ptr %gep163, i64 584
   %2596 = load float, ptr %2595, align 4, !tbaa !5
   %2597 = insertelement <16 x float> poison, float %2596, i64 0
   %2598 = shufflevector <16 x float> %2597, <16 x float> poison, <16 x i32> zeroinitializer
-  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2598, <16 x float> %2557)
-  %2600 = getelementptr inbounds nuw i8, ptr %gep160, i64 1100
+  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2598, <16 x float> %2557)
+  %2600 = getelementptr inbounds nuw i8, ptr %gep163, i64 524
   %2601 = load float, ptr %2600, align 4, !tbaa !5
   %2602 = insertelement <16 x float> poison, float %2601, i64 0
   %2603 = shufflevector <16 x float> %2602, <16 x float> poison, <16 x i32> zeroinitializer
-  %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2603, <16 x float> %2562)
-  %2605 = getelementptr inbounds nuw i8, ptr %2480, i64 192
-  %2606 = load <16 x float>, ptr %2605, align 4, !tbaa !5
-  %2607 = getelementptr inbounds nuw i8, ptr %gep160, i64 1536
-  %2608 = load float, ptr %2607, align 4, !tbaa !5
-  %2609 = insertelement <16 x float> poison, float %2608, i64 0
-  %2610 = shufflevector <16 x float> %2609, <16 x float> poison, <16 x i32> zeroinitializer
-  %2611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2610, <16 x float> %2569)
-  %2612 = getelementptr inbounds nuw i8, ptr %gep160, i64 1600
+  %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2603, <16 x float> %2562)
+  %2605 = getelementptr inbounds nuw i8, ptr %gep163, i64 588
+  %2606 = load float, ptr %2605, align 4, !tbaa !5
+  %2607 = insertelement <16 x float> poison, float %2606, i64 0
+  %2608 = shufflevector <16 x float> %2607, <16 x float> poison, <16 x i32> zeroinitializer
+  %2609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2608, <16 x float> %2567)
+  %2610 = getelementptr inbounds nuw i8, ptr %2527, i64 128
+  %2611 = load <16 x float>, ptr %2610, align 4, !tbaa !5
+  %2612 = getelementptr inbounds nuw i8, ptr %gep163, i64 1024
   %2613 = load float, ptr %2612, align 4, !tbaa !5
   %2614 = insertelement <16 x float> poison, float %2613, i64 0
   %2615 = shufflevector <16 x float> %2614, <16 x float> poison, <16 x i32> zeroinitializer
-  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2615, <16 x float> %2574)
-  %2617 = getelementptr inbounds nuw i8, ptr %gep160, i64 1540
+  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2615, <16 x float> %2574)
+  %2617 = getelementptr inbounds nuw i8, ptr %gep163, i64 1088
   %2618 = load float, ptr %2617, align 4, !tbaa !5
   %2619 = insertelement <16 x float> poison, float %2618, i64 0
   %2620 = shufflevector <16 x float> %2619, <16 x float> poison, <16 x i32> zeroinitializer
-  %2621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2620, <16 x float> %2579)
-  %2622 = getelementptr inbounds nuw i8, ptr %gep160, i64 1604
+  %2621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2620, <16 x float> %2579)
+  %2622 = getelementptr inbounds nuw i8, ptr %gep163, i64 1028
   %2623 = load float, ptr %2622, align 4, !tbaa !5
   %2624 = insertelement <16 x float> poison, float %2623, i64 0
   %2625 = shufflevector <16 x float> %2624, <16 x float> poison, <16 x i32> zeroinitializer
-  %2626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2625, <16 x float> %2584)
-  %2627 = getelementptr inbounds nuw i8, ptr %gep160, i64 1544
+  %2626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2625, <16 x float> %2584)
+  %2627 = getelementptr inbounds nuw i8, ptr %gep163, i64 1092
   %2628 = load float, ptr %2627, align 4, !tbaa !5
   %2629 = insertelement <16 x float> poison, float %2628, i64 0
   %2630 = shufflevector <16 x float> %2629, <16 x float> poison, <16 x i32> zeroinitializer
-  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2630, <16 x float> %2589)
-  %2632 = getelementptr inbounds nuw i8, ptr %gep160, i64 1608
+  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2630, <16 x float> %2589)
+  %2632 = getelementptr inbounds nuw i8, ptr %gep163, i64 1032
   %2633 = load float, ptr %2632, align 4, !tbaa !5
   %2634 = insertelement <16 x float> poison, float %2633, i64 0
   %2635 = shufflevector <16 x float> %2634, <16 x float> poison, <16 x i32> zeroinitializer
-  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2635, <16 x float> %2594)
-  %2637 = getelementptr inbounds nuw i8, ptr %gep160, i64 1548
+  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2635, <16 x float> %2594)
+  %2637 = getelementptr inbounds nuw i8, ptr %gep163, i64 1096
   %2638 = load float, ptr %2637, align 4, !tbaa !5
   %2639 = insertelement <16 x float> poison, float %2638, i64 0
   %2640 = shufflevector <16 x float> %2639, <16 x float> poison, <16 x i32> zeroinitializer
-  %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2640, <16 x float> %2599)
-  %2642 = getelementptr inbounds nuw i8, ptr %gep160, i64 1612
+  %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2640, <16 x float> %2599)
+  %2642 = getelementptr inbounds nuw i8, ptr %gep163, i64 1036
   %2643 = load float, ptr %2642, align 4, !tbaa !5
   %2644 = insertelement <16 x float> poison, float %2643, i64 0
   %2645 = shufflevector <16 x float> %2644, <16 x float> poison, <16 x i32> zeroinitializer
-  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2645, <16 x float> %2604)
-  %2647 = getelementptr inbounds nuw i8, ptr %2480, i64 256
-  %2648 = load <16 x float>, ptr %2647, align 4, !tbaa !5
-  %2649 = getelementptr inbounds nuw i8, ptr %gep160, i64 2048
-  %2650 = load float, ptr %2649, align 4, !tbaa !5
-  %2651 = insertelement <16 x float> poison, float %2650, i64 0
-  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
-  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2652, <16 x float> %2611)
-  %2654 = getelementptr inbounds nuw i8, ptr %gep160, i64 2112
+  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2645, <16 x float> %2604)
+  %2647 = getelementptr inbounds nuw i8, ptr %gep163, i64 1100
+  %2648 = load float, ptr %2647, align 4, !tbaa !5
+  %2649 = insertelement <16 x float> poison, float %2648, i64 0
+  %2650 = shufflevector <16 x float> %2649, <16 x float> poison, <16 x i32> zeroinitializer
+  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2650, <16 x float> %2609)
+  %2652 = getelementptr inbounds nuw i8, ptr %2527, i64 192
+  %2653 = load <16 x float>, ptr %2652, align 4, !tbaa !5
+  %2654 = getelementptr inbounds nuw i8, ptr %gep163, i64 1536
   %2655 = load float, ptr %2654, align 4, !tbaa !5
   %2656 = insertelement <16 x float> poison, float %2655, i64 0
   %2657 = shufflevector <16 x float> %2656, <16 x float> poison, <16 x i32> zeroinitializer
-  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2657, <16 x float> %2616)
-  %2659 = getelementptr inbounds nuw i8, ptr %gep160, i64 2052
+  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2657, <16 x float> %2616)
+  %2659 = getelementptr inbounds nuw i8, ptr %gep163, i64 1600
   %2660 = load float, ptr %2659, align 4, !tbaa !5
   %2661 = insertelement <16 x float> poison, float %2660, i64 0
   %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
-  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2662, <16 x float> %2621)
-  %2664 = getelementptr inbounds nuw i8, ptr %gep160, i64 2116
+  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2662, <16 x float> %2621)
+  %2664 = getelementptr inbounds nuw i8, ptr %gep163, i64 1540
   %2665 = load float, ptr %2664, align 4, !tbaa !5
   %2666 = insertelement <16 x float> poison, float %2665, i64 0
   %2667 = shufflevector <16 x float> %2666, <16 x float> poison, <16 x i32> zeroinitializer
-  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2667, <16 x float> %2626)
-  %2669 = getelementptr inbounds nuw i8, ptr %gep160, i64 2056
+  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2667, <16 x float> %2626)
+  %2669 = getelementptr inbounds nuw i8, ptr %gep163, i64 1604
   %2670 = load float, ptr %2669, align 4, !tbaa !5
   %2671 = insertelement <16 x float> poison, float %2670, i64 0
   %2672 = shufflevector <16 x float> %2671, <16 x float> poison, <16 x i32> zeroinitializer
-  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2672, <16 x float> %2631)
-  %2674 = getelementptr inbounds nuw i8, ptr %gep160, i64 2120
+  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2672, <16 x float> %2631)
+  %2674 = getelementptr inbounds nuw i8, ptr %gep163, i64 1544
   %2675 = load float, ptr %2674, align 4, !tbaa !5
   %2676 = insertelement <16 x float> poison, float %2675, i64 0
   %2677 = shufflevector <16 x float> %2676, <16 x float> poison, <16 x i32> zeroinitializer
-  %2678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2677, <16 x float> %2636)
-  %2679 = getelementptr inbounds nuw i8, ptr %gep160, i64 2060
+  %2678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2677, <16 x float> %2636)
+  %2679 = getelementptr inbounds nuw i8, ptr %gep163, i64 1608
   %2680 = load float, ptr %2679, align 4, !tbaa !5
   %2681 = insertelement <16 x float> poison, float %2680, i64 0
   %2682 = shufflevector <16 x float> %2681, <16 x float> poison, <16 x i32> zeroinitializer
-  %2683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2682, <16 x float> %2641)
-  %2684 = getelementptr inbounds nuw i8, ptr %gep160, i64 2124
+  %2683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2682, <16 x float> %2641)
+  %2684 = getelementptr inbounds nuw i8, ptr %gep163, i64 1548
   %2685 = load float, ptr %2684, align 4, !tbaa !5
   %2686 = insertelement <16 x float> poison, float %2685, i64 0
   %2687 = shufflevector <16 x float> %2686, <16 x float> poison, <16 x i32> zeroinitializer
-  %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2648, <16 x float> %2687, <16 x float> %2646)
-  %2689 = getelementptr inbounds nuw i8, ptr %2480, i64 320
-  %2690 = load <16 x float>, ptr %2689, align 4, !tbaa !5
-  %2691 = getelementptr inbounds nuw i8, ptr %gep160, i64 2560
-  %2692 = load float, ptr %2691, align 4, !tbaa !5
-  %2693 = insertelement <16 x float> poison, float %2692, i64 0
-  %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
-  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2694, <16 x float> %2653)
-  %2696 = getelementptr inbounds nuw i8, ptr %gep160, i64 2624
+  %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2687, <16 x float> %2646)
+  %2689 = getelementptr inbounds nuw i8, ptr %gep163, i64 1612
+  %2690 = load float, ptr %2689, align 4, !tbaa !5
+  %2691 = insertelement <16 x float> poison, float %2690, i64 0
+  %2692 = shufflevector <16 x float> %2691, <16 x float> poison, <16 x i32> zeroinitializer
+  %2693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2692, <16 x float> %2651)
+  %2694 = getelementptr inbounds nuw i8, ptr %2527, i64 256
+  %2695 = load <16 x float>, ptr %2694, align 4, !tbaa !5
+  %2696 = getelementptr inbounds nuw i8, ptr %gep163, i64 2048
   %2697 = load float, ptr %2696, align 4, !tbaa !5
   %2698 = insertelement <16 x float> poison, float %2697, i64 0
   %2699 = shufflevector <16 x float> %2698, <16 x float> poison, <16 x i32> zeroinitializer
-  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2699, <16 x float> %2658)
-  %2701 = getelementptr inbounds nuw i8, ptr %gep160, i64 2564
+  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2699, <16 x float> %2658)
+  %2701 = getelementptr inbounds nuw i8, ptr %gep163, i64 2112
   %2702 = load float, ptr %2701, align 4, !tbaa !5
   %2703 = insertelement <16 x float> poison, float %2702, i64 0
   %2704 = shufflevector <16 x float> %2703, <16 x float> poison, <16 x i32> zeroinitializer
-  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2704, <16 x float> %2663)
-  %2706 = getelementptr inbounds nuw i8, ptr %gep160, i64 2628
+  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2704, <16 x float> %2663)
+  %2706 = getelementptr inbounds nuw i8, ptr %gep163, i64 2052
   %2707 = load float, ptr %2706, align 4, !tbaa !5
   %2708 = insertelement <16 x float> poison, float %2707, i64 0
   %2709 = shufflevector <16 x float> %2708, <16 x float> poison, <16 x i32> zeroinitializer
-  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2709, <16 x float> %2668)
-  %2711 = getelementptr inbounds nuw i8, ptr %gep160, i64 2568
+  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2709, <16 x float> %2668)
+  %2711 = getelementptr inbounds nuw i8, ptr %gep163, i64 2116
   %2712 = load float, ptr %2711, align 4, !tbaa !5
   %2713 = insertelement <16 x float> poison, float %2712, i64 0
   %2714 = shufflevector <16 x float> %2713, <16 x float> poison, <16 x i32> zeroinitializer
-  %2715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2714, <16 x float> %2673)
-  %2716 = getelementptr inbounds nuw i8, ptr %gep160, i64 2632
+  %2715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2714, <16 x float> %2673)
+  %2716 = getelementptr inbounds nuw i8, ptr %gep163, i64 2056
   %2717 = load float, ptr %2716, align 4, !tbaa !5
   %2718 = insertelement <16 x float> poison, float %2717, i64 0
   %2719 = shufflevector <16 x float> %2718, <16 x float> poison, <16 x i32> zeroinitializer
-  %2720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2719, <16 x float> %2678)
-  %2721 = getelementptr inbounds nuw i8, ptr %gep160, i64 2572
+  %2720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2719, <16 x float> %2678)
+  %2721 = getelementptr inbounds nuw i8, ptr %gep163, i64 2120
   %2722 = load float, ptr %2721, align 4, !tbaa !5
   %2723 = insertelement <16 x float> poison, float %2722, i64 0
   %2724 = shufflevector <16 x float> %2723, <16 x float> poison, <16 x i32> zeroinitializer
-  %2725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2724, <16 x float> %2683)
-  %2726 = getelementptr inbounds nuw i8, ptr %gep160, i64 2636
+  %2725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2724, <16 x float> %2683)
+  %2726 = getelementptr inbounds nuw i8, ptr %gep163, i64 2060
   %2727 = load float, ptr %2726, align 4, !tbaa !5
   %2728 = insertelement <16 x float> poison, float %2727, i64 0
   %2729 = shufflevector <16 x float> %2728, <16 x float> poison, <16 x i32> zeroinitializer
-  %2730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2690, <16 x float> %2729, <16 x float> %2688)
-  %2731 = getelementptr inbounds nuw i8, ptr %2480, i64 384
-  %2732 = load <16 x float>, ptr %2731, align 4, !tbaa !5
-  %2733 = getelementptr inbounds nuw i8, ptr %gep160, i64 3072
-  %2734 = load float, ptr %2733, align 4, !tbaa !5
-  %2735 = insertelement <16 x float> poison, float %2734, i64 0
-  %2736 = shufflevector <16 x float> %2735, <16 x float> poison, <16 x i32> zeroinitializer
-  %2737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2736, <16 x float> %2695)
-  %2738 = getelementptr inbounds nuw i8, ptr %gep160, i64 3136
+  %2730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2729, <16 x float> %2688)
+  %2731 = getelementptr inbounds nuw i8, ptr %gep163, i64 2124
+  %2732 = load float, ptr %2731, align 4, !tbaa !5
+  %2733 = insertelement <16 x float> poison, float %2732, i64 0
+  %2734 = shufflevector <16 x float> %2733, <16 x float> poison, <16 x i32> zeroinitializer
+  %2735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2734, <16 x float> %2693)
+  %2736 = getelementptr inbounds nuw i8, ptr %2527, i64 320
+  %2737 = load <16 x float>, ptr %2736, align 4, !tbaa !5
+  %2738 = getelementptr inbounds nuw i8, ptr %gep163, i64 2560
   %2739 = load float, ptr %2738, align 4, !tbaa !5
   %2740 = insertelement <16 x float> poison, float %2739, i64 0
   %2741 = shufflevector <16 x float> %2740, <16 x float> poison, <16 x i32> zeroinitializer
-  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2741, <16 x float> %2700)
-  %2743 = getelementptr inbounds nuw i8, ptr %gep160, i64 3076
+  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2741, <16 x float> %2700)
+  %2743 = getelementptr inbounds nuw i8, ptr %gep163, i64 2624
   %2744 = load float, ptr %2743, align 4, !tbaa !5
   %2745 = insertelement <16 x float> poison, float %2744, i64 0
   %2746 = shufflevector <16 x float> %2745, <16 x float> poison, <16 x i32> zeroinitializer
-  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2746, <16 x float> %2705)
-  %2748 = getelementptr inbounds nuw i8, ptr %gep160, i64 3140
+  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2746, <16 x float> %2705)
+  %2748 = getelementptr inbounds nuw i8, ptr %gep163, i64 2564
   %2749 = load float, ptr %2748, align 4, !tbaa !5
   %2750 = insertelement <16 x float> poison, float %2749, i64 0
   %2751 = shufflevector <16 x float> %2750, <16 x float> poison, <16 x i32> zeroinitializer
-  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2751, <16 x float> %2710)
-  %2753 = getelementptr inbounds nuw i8, ptr %gep160, i64 3080
+  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2751, <16 x float> %2710)
+  %2753 = getelementptr inbounds nuw i8, ptr %gep163, i64 2628
   %2754 = load float, ptr %2753, align 4, !tbaa !5
   %2755 = insertelement <16 x float> poison, float %2754, i64 0
   %2756 = shufflevector <16 x float> %2755, <16 x float> poison, <16 x i32> zeroinitializer
-  %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2756, <16 x float> %2715)
-  %2758 = getelementptr inbounds nuw i8, ptr %gep160, i64 3144
+  %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2756, <16 x float> %2715)
+  %2758 = getelementptr inbounds nuw i8, ptr %gep163, i64 2568
   %2759 = load float, ptr %2758, align 4, !tbaa !5
   %2760 = insertelement <16 x float> poison, float %2759, i64 0
   %2761 = shufflevector <16 x float> %2760, <16 x float> poison, <16 x i32> zeroinitializer
-  %2762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2761, <16 x float> %2720)
-  %2763 = getelementptr inbounds nuw i8, ptr %gep160, i64 3084
+  %2762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2761, <16 x float> %2720)
+  %2763 = getelementptr inbounds nuw i8, ptr %gep163, i64 2632
   %2764 = load float, ptr %2763, align 4, !tbaa !5
   %2765 = insertelement <16 x float> poison, float %2764, i64 0
   %2766 = shufflevector <16 x float> %2765, <16 x float> poison, <16 x i32> zeroinitializer
-  %2767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2766, <16 x float> %2725)
-  %2768 = getelementptr inbounds nuw i8, ptr %gep160, i64 3148
+  %2767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2766, <16 x float> %2725)
+  %2768 = getelementptr inbounds nuw i8, ptr %gep163, i64 2572
   %2769 = load float, ptr %2768, align 4, !tbaa !5
   %2770 = insertelement <16 x float> poison, float %2769, i64 0
   %2771 = shufflevector <16 x float> %2770, <16 x float> poison, <16 x i32> zeroinitializer
-  %2772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2732, <16 x float> %2771, <16 x float> %2730)
-  %2773 = getelementptr inbounds nuw i8, ptr %2480, i64 448
-  %2774 = load <16 x float>, ptr %2773, align 4, !tbaa !5
-  %2775 = getelementptr inbounds nuw i8, ptr %gep160, i64 3584
-  %2776 = load float, ptr %2775, align 4, !tbaa !5
-  %2777 = insertelement <16 x float> poison, float %2776, i64 0
-  %2778 = shufflevector <16 x float> %2777, <16 x float> poison, <16 x i32> zeroinitializer
-  %2779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2778, <16 x float> %2737)
-  %2780 = getelementptr inbounds nuw i8, ptr %gep160, i64 3648
+  %2772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2771, <16 x float> %2730)
+  %2773 = getelementptr inbounds nuw i8, ptr %gep163, i64 2636
+  %2774 = load float, ptr %2773, align 4, !tbaa !5
+  %2775 = insertelement <16 x float> poison, float %2774, i64 0
+  %2776 = shufflevector <16 x float> %2775, <16 x float> poison, <16 x i32> zeroinitializer
+  %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2776, <16 x float> %2735)
+  %2778 = getelementptr inbounds nuw i8, ptr %2527, i64 384
+  %2779 = load <16 x float>, ptr %2778, align 4, !tbaa !5
+  %2780 = getelementptr inbounds nuw i8, ptr %gep163, i64 3072
   %2781 = load float, ptr %2780, align 4, !tbaa !5
   %2782 = insertelement <16 x float> poison, float %2781, i64 0
   %2783 = shufflevector <16 x float> %2782, <16 x float> poison, <16 x i32> zeroinitializer
-  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2783, <16 x float> %2742)
-  %2785 = getelementptr inbounds nuw i8, ptr %gep160, i64 3588
+  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2783, <16 x float> %2742)
+  %2785 = getelementptr inbounds nuw i8, ptr %gep163, i64 3136
   %2786 = load float, ptr %2785, align 4, !tbaa !5
   %2787 = insertelement <16 x float> poison, float %2786, i64 0
   %2788 = shufflevector <16 x float> %2787, <16 x float> poison, <16 x i32> zeroinitializer
-  %2789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2788, <16 x float> %2747)
-  %2790 = getelementptr inbounds nuw i8, ptr %gep160, i64 3652
+  %2789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2788, <16 x float> %2747)
+  %2790 = getelementptr inbounds nuw i8, ptr %gep163, i64 3076
   %2791 = load float, ptr %2790, align 4, !tbaa !5
   %2792 = insertelement <16 x float> poison, float %2791, i64 0
   %2793 = shufflevector <16 x float> %2792, <16 x float> poison, <16 x i32> zeroinitializer
-  %2794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2793, <16 x float> %2752)
-  %2795 = getelementptr inbounds nuw i8, ptr %gep160, i64 3592
+  %2794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2793, <16 x float> %2752)
+  %2795 = getelementptr inbounds nuw i8, ptr %gep163, i64 3140
   %2796 = load float, ptr %2795, align 4, !tbaa !5
   %2797 = insertelement <16 x float> poison, float %2796, i64 0
   %2798 = shufflevector <16 x float> %2797, <16 x float> poison, <16 x i32> zeroinitializer
-  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2798, <16 x float> %2757)
-  %2800 = getelementptr inbounds nuw i8, ptr %gep160, i64 3656
+  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2798, <16 x float> %2757)
+  %2800 = getelementptr inbounds nuw i8, ptr %gep163, i64 3080
   %2801 = load float, ptr %2800, align 4, !tbaa !5
   %2802 = insertelement <16 x float> poison, float %2801, i64 0
   %2803 = shufflevector <16 x float> %2802, <16 x float> poison, <16 x i32> zeroinitializer
-  %2804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2803, <16 x float> %2762)
-  %2805 = getelementptr inbounds nuw i8, ptr %gep160, i64 3596
+  %2804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2803, <16 x float> %2762)
+  %2805 = getelementptr inbounds nuw i8, ptr %gep163, i64 3144
   %2806 = load float, ptr %2805, align 4, !tbaa !5
   %2807 = insertelement <16 x float> poison, float %2806, i64 0
   %2808 = shufflevector <16 x float> %2807, <16 x float> poison, <16 x i32> zeroinitializer
-  %2809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2808, <16 x float> %2767)
-  %2810 = getelementptr inbounds nuw i8, ptr %gep160, i64 3660
+  %2809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2808, <16 x float> %2767)
+  %2810 = getelementptr inbounds nuw i8, ptr %gep163, i64 3084
   %2811 = load float, ptr %2810, align 4, !tbaa !5
   %2812 = insertelement <16 x float> poison, float %2811, i64 0
   %2813 = shufflevector <16 x float> %2812, <16 x float> poison, <16 x i32> zeroinitializer
-  %2814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2774, <16 x float> %2813, <16 x float> %2772)
-  %indvars.iv.next1048.i = add nuw nsw i64 %indvars.iv1047.i, 1
-  %exitcond1052.not.i = icmp eq i64 %indvars.iv.next1048.i, %2450
-  br i1 %exitcond1052.not.i, label %for_end_to279.i, label %for_body_to278.i, !prof !13
+  %2814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2813, <16 x float> %2772)
+  %2815 = getelementptr inbounds nuw i8, ptr %gep163, i64 3148
+  %2816 = load float, ptr %2815, align 4, !tbaa !5
+  %2817 = insertelement <16 x float> poison, float %2816, i64 0
+  %2818 = shufflevector <16 x float> %2817, <16 x float> poison, <16 x i32> zeroinitializer
+  %2819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2818, <16 x float> %2777)
+  %2820 = getelementptr inbounds nuw i8, ptr %2527, i64 448
+  %2821 = load <16 x float>, ptr %2820, align 4, !tbaa !5
+  %2822 = getelementptr inbounds nuw i8, ptr %gep163, i64 3584
+  %2823 = load float, ptr %2822, align 4, !tbaa !5
+  %2824 = insertelement <16 x float> poison, float %2823, i64 0
+  %2825 = shufflevector <16 x float> %2824, <16 x float> poison, <16 x i32> zeroinitializer
+  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2825, <16 x float> %2784)
+  %2827 = getelementptr inbounds nuw i8, ptr %gep163, i64 3648
+  %2828 = load float, ptr %2827, align 4, !tbaa !5
+  %2829 = insertelement <16 x float> poison, float %2828, i64 0
+  %2830 = shufflevector <16 x float> %2829, <16 x float> poison, <16 x i32> zeroinitializer
+  %2831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2830, <16 x float> %2789)
+  %2832 = getelementptr inbounds nuw i8, ptr %gep163, i64 3588
+  %2833 = load float, ptr %2832, align 4, !tbaa !5
+  %2834 = insertelement <16 x float> poison, float %2833, i64 0
+  %2835 = shufflevector <16 x float> %2834, <16 x float> poison, <16 x i32> zeroinitializer
+  %2836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2835, <16 x float> %2794)
+  %2837 = getelementptr inbounds nuw i8, ptr %gep163, i64 3652
+  %2838 = load float, ptr %2837, align 4, !tbaa !5
+  %2839 = insertelement <16 x float> poison, float %2838, i64 0
+  %2840 = shufflevector <16 x float> %2839, <16 x float> poison, <16 x i32> zeroinitializer
+  %2841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2840, <16 x float> %2799)
+  %2842 = getelementptr inbounds nuw i8, ptr %gep163, i64 3592
+  %2843 = load float, ptr %2842, align 4, !tbaa !5
+  %2844 = insertelement <16 x float> poison, float %2843, i64 0
+  %2845 = shufflevector <16 x float> %2844, <16 x float> poison, <16 x i32> zeroinitializer
+  %2846 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2845, <16 x float> %2804)
+  %2847 = getelementptr inbounds nuw i8, ptr %gep163, i64 3656
+  %2848 = load float, ptr %2847, align 4, !tbaa !5
+  %2849 = insertelement <16 x float> poison, float %2848, i64 0
+  %2850 = shufflevector <16 x float> %2849, <16 x float> poison, <16 x i32> zeroinitializer
+  %2851 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2850, <16 x float> %2809)
+  %2852 = getelementptr inbounds nuw i8, ptr %gep163, i64 3596
+  %2853 = load float, ptr %2852, align 4, !tbaa !5
+  %2854 = insertelement <16 x float> poison, float %2853, i64 0
+  %2855 = shufflevector <16 x float> %2854, <16 x float> poison, <16 x i32> zeroinitializer
+  %2856 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2855, <16 x float> %2814)
+  %2857 = getelementptr inbounds nuw i8, ptr %gep163, i64 3660
+  %2858 = load float, ptr %2857, align 4, !tbaa !5
+  %2859 = insertelement <16 x float> poison, float %2858, i64 0
+  %2860 = shufflevector <16 x float> %2859, <16 x float> poison, <16 x i32> zeroinitializer
+  %2861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2860, <16 x float> %2819)
+  %indvars.iv.next1002.i = add nuw nsw i64 %indvars.iv1001.i, 1
+  %exitcond1006.not.i = icmp eq i64 %indvars.iv.next1002.i, %2497
+  br i1 %exitcond1006.not.i, label %for_end_to258.i, label %for_body_to257.i, !prof !13
 
-for_body_ti295.i:                                 ; preds = %for_body_ti295.i, %for_body_ti295.lr.ph.i
-  %indvars.iv1053.i = phi i64 [ 0, %for_body_ti295.lr.ph.i ], [ %indvars.iv.next1054.i, %for_body_ti295.i ]
-  %tile_acc542.sroa.31.0831.i = phi <16 x float> [ %full_acc541.sroa.28.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2875, %for_body_ti295.i ]
-  %tile_acc542.sroa.0.0830.i = phi <16 x float> [ %full_acc541.sroa.0.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2826, %for_body_ti295.i ]
-  %tile_acc542.sroa.4.0829.i = phi <16 x float> [ %full_acc541.sroa.4.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2833, %for_body_ti295.i ]
-  %tile_acc542.sroa.9.0828.i = phi <16 x float> [ %full_acc541.sroa.8.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2840, %for_body_ti295.i ]
-  %tile_acc542.sroa.13.0827.i = phi <16 x float> [ %full_acc541.sroa.12.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2847, %for_body_ti295.i ]
-  %tile_acc542.sroa.18.0826.i = phi <16 x float> [ %full_acc541.sroa.16.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2854, %for_body_ti295.i ]
-  %tile_acc542.sroa.22.0825.i = phi <16 x float> [ %full_acc541.sroa.20.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2861, %for_body_ti295.i ]
-  %tile_acc542.sroa.27.0824.i = phi <16 x float> [ %full_acc541.sroa.24.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2868, %for_body_ti295.i ]
-  %2815 = shl nsw i64 %indvars.iv1053.i, 4
-  %2816 = add nuw nsw i64 %2815, %2447
-  %2817 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2816
-  %2818 = load <16 x float>, ptr %2817, align 4, !tbaa !5
-  %2819 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2816
-  %2820 = load <16 x i32>, ptr %2819, align 4, !tbaa !5
-  %.idx1191.i = shl nsw i64 %indvars.iv1053.i, 9
-  %gep1264.i = getelementptr inbounds nuw i8, ptr %invariant.gep1263.i, i64 %.idx1191.i
-  %2821 = load i32, ptr %gep1264.i, align 4, !tbaa !5
-  %2822 = insertelement <16 x i32> poison, i32 %2821, i64 0
-  %2823 = shufflevector <16 x i32> %2822, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2824 = and <16 x i32> %2823, %2820
-  %2825 = bitcast <16 x i32> %2824 to <16 x float>
-  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2825, <16 x float> %tile_acc542.sroa.0.0830.i)
-  %2827 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 64
-  %2828 = load i32, ptr %2827, align 4, !tbaa !5
-  %2829 = insertelement <16 x i32> poison, i32 %2828, i64 0
-  %2830 = shufflevector <16 x i32> %2829, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2831 = and <16 x i32> %2830, %2820
-  %2832 = bitcast <16 x i32> %2831 to <16 x float>
-  %2833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2832, <16 x float> %tile_acc542.sroa.4.0829.i)
-  %2834 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 4
-  %2835 = load i32, ptr %2834, align 4, !tbaa !5
-  %2836 = insertelement <16 x i32> poison, i32 %2835, i64 0
-  %2837 = shufflevector <16 x i32> %2836, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2838 = and <16 x i32> %2837, %2820
-  %2839 = bitcast <16 x i32> %2838 to <16 x float>
-  %2840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2839, <16 x float> %tile_acc542.sroa.9.0828.i)
-  %2841 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 68
-  %2842 = load i32, ptr %2841, align 4, !tbaa !5
-  %2843 = insertelement <16 x i32> poison, i32 %2842, i64 0
-  %2844 = shufflevector <16 x i32> %2843, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2845 = and <16 x i32> %2844, %2820
-  %2846 = bitcast <16 x i32> %2845 to <16 x float>
-  %2847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2846, <16 x float> %tile_acc542.sroa.13.0827.i)
-  %2848 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 8
-  %2849 = load i32, ptr %2848, align 4, !tbaa !5
-  %2850 = insertelement <16 x i32> poison, i32 %2849, i64 0
-  %2851 = shufflevector <16 x i32> %2850, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2852 = and <16 x i32> %2851, %2820
-  %2853 = bitcast <16 x i32> %2852 to <16 x float>
-  %2854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2853, <16 x float> %tile_acc542.sroa.18.0826.i)
-  %2855 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 72
-  %2856 = load i32, ptr %2855, align 4, !tbaa !5
-  %2857 = insertelement <16 x i32> poison, i32 %2856, i64 0
-  %2858 = shufflevector <16 x i32> %2857, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2859 = and <16 x i32> %2858, %2820
-  %2860 = bitcast <16 x i32> %2859 to <16 x float>
-  %2861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2860, <16 x float> %tile_acc542.sroa.22.0825.i)
-  %2862 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 12
-  %2863 = load i32, ptr %2862, align 4, !tbaa !5
-  %2864 = insertelement <16 x i32> poison, i32 %2863, i64 0
-  %2865 = shufflevector <16 x i32> %2864, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2866 = and <16 x i32> %2865, %2820
-  %2867 = bitcast <16 x i32> %2866 to <16 x float>
-  %2868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2867, <16 x float> %tile_acc542.sroa.27.0824.i)
-  %2869 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 76
-  %2870 = load i32, ptr %2869, align 4, !tbaa !5
-  %2871 = insertelement <16 x i32> poison, i32 %2870, i64 0
-  %2872 = shufflevector <16 x i32> %2871, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2873 = and <16 x i32> %2872, %2820
-  %2874 = bitcast <16 x i32> %2873 to <16 x float>
-  %2875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2818, <16 x float> %2874, <16 x float> %tile_acc542.sroa.31.0831.i)
-  %indvars.iv.next1054.i = add nuw nsw i64 %indvars.iv1053.i, 1
-  %exitcond245.not = icmp eq i64 %indvars.iv.next1054.i, %smax244
-  br i1 %exitcond245.not, label %for_end_ti296.i, label %for_body_ti295.i, !prof !13
+for_body_ti274.i:                                 ; preds = %for_body_ti274.i, %for_body_ti274.lr.ph.i
+  %indvars.iv1007.i = phi i64 [ 0, %for_body_ti274.lr.ph.i ], [ %indvars.iv.next1008.i, %for_body_ti274.i ]
+  %tile_acc521.sroa.31.0794.i = phi <16 x float> [ %full_acc520.sroa.28.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2922, %for_body_ti274.i ]
+  %tile_acc521.sroa.0.0793.i = phi <16 x float> [ %full_acc520.sroa.0.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2873, %for_body_ti274.i ]
+  %tile_acc521.sroa.4.0792.i = phi <16 x float> [ %full_acc520.sroa.4.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2880, %for_body_ti274.i ]
+  %tile_acc521.sroa.9.0791.i = phi <16 x float> [ %full_acc520.sroa.8.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2887, %for_body_ti274.i ]
+  %tile_acc521.sroa.13.0790.i = phi <16 x float> [ %full_acc520.sroa.12.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2894, %for_body_ti274.i ]
+  %tile_acc521.sroa.18.0789.i = phi <16 x float> [ %full_acc520.sroa.16.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2901, %for_body_ti274.i ]
+  %tile_acc521.sroa.22.0788.i = phi <16 x float> [ %full_acc520.sroa.20.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2908, %for_body_ti274.i ]
+  %tile_acc521.sroa.27.0787.i = phi <16 x float> [ %full_acc520.sroa.24.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2915, %for_body_ti274.i ]
+  %2862 = shl nsw i64 %indvars.iv1007.i, 4
+  %2863 = add nuw nsw i64 %2862, %2494
+  %2864 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2863
+  %2865 = load <16 x float>, ptr %2864, align 4, !tbaa !5
+  %2866 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2863
+  %2867 = load <16 x i32>, ptr %2866, align 4, !tbaa !5
+  %.idx1145.i = shl nsw i64 %indvars.iv1007.i, 9
+  %gep1216.i = getelementptr inbounds nuw i8, ptr %invariant.gep1215.i, i64 %.idx1145.i
+  %2868 = load i32, ptr %gep1216.i, align 4, !tbaa !5
+  %2869 = insertelement <16 x i32> poison, i32 %2868, i64 0
+  %2870 = shufflevector <16 x i32> %2869, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2871 = and <16 x i32> %2870, %2867
+  %2872 = bitcast <16 x i32> %2871 to <16 x float>
+  %2873 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2872, <16 x float> %tile_acc521.sroa.0.0793.i)
+  %2874 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 64
+  %2875 = load i32, ptr %2874, align 4, !tbaa !5
+  %2876 = insertelement <16 x i32> poison, i32 %2875, i64 0
+  %2877 = shufflevector <16 x i32> %2876, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2878 = and <16 x i32> %2877, %2867
+  %2879 = bitcast <16 x i32> %2878 to <16 x float>
+  %2880 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2879, <16 x float> %tile_acc521.sroa.4.0792.i)
+  %2881 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 4
+  %2882 = load i32, ptr %2881, align 4, !tbaa !5
+  %2883 = insertelement <16 x i32> poison, i32 %2882, i64 0
+  %2884 = shufflevector <16 x i32> %2883, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2885 = and <16 x i32> %2884, %2867
+  %2886 = bitcast <16 x i32> %2885 to <16 x float>
+  %2887 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2886, <16 x float> %tile_acc521.sroa.9.0791.i)
+  %2888 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 68
+  %2889 = load i32, ptr %2888, align 4, !tbaa !5
+  %2890 = insertelement <16 x i32> poison, i32 %2889, i64 0
+  %2891 = shufflevector <16 x i32> %2890, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2892 = and <16 x i32> %2891, %2867
+  %2893 = bitcast <16 x i32> %2892 to <16 x float>
+  %2894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2893, <16 x float> %tile_acc521.sroa.13.0790.i)
+  %2895 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 8
+  %2896 = load i32, ptr %2895, align 4, !tbaa !5
+  %2897 = insertelement <16 x i32> poison, i32 %2896, i64 0
+  %2898 = shufflevector <16 x i32> %2897, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2899 = and <16 x i32> %2898, %2867
+  %2900 = bitcast <16 x i32> %2899 to <16 x float>
+  %2901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2900, <16 x float> %tile_acc521.sroa.18.0789.i)
+  %2902 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 72
+  %2903 = load i32, ptr %2902, align 4, !tbaa !5
+  %2904 = insertelement <16 x i32> poison, i32 %2903, i64 0
+  %2905 = shufflevector <16 x i32> %2904, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2906 = and <16 x i32> %2905, %2867
+  %2907 = bitcast <16 x i32> %2906 to <16 x float>
+  %2908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2907, <16 x float> %tile_acc521.sroa.22.0788.i)
+  %2909 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 12
+  %2910 = load i32, ptr %2909, align 4, !tbaa !5
+  %2911 = insertelement <16 x i32> poison, i32 %2910, i64 0
+  %2912 = shufflevector <16 x i32> %2911, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2913 = and <16 x i32> %2912, %2867
+  %2914 = bitcast <16 x i32> %2913 to <16 x float>
+  %2915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2914, <16 x float> %tile_acc521.sroa.27.0787.i)
+  %2916 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 76
+  %2917 = load i32, ptr %2916, align 4, !tbaa !5
+  %2918 = insertelement <16 x i32> poison, i32 %2917, i64 0
+  %2919 = shufflevector <16 x i32> %2918, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2920 = and <16 x i32> %2919, %2867
+  %2921 = bitcast <16 x i32> %2920 to <16 x float>
+  %2922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2921, <16 x float> %tile_acc521.sroa.31.0794.i)
+  %indvars.iv.next1008.i = add nuw nsw i64 %indvars.iv1007.i, 1
+  %exitcond249.not = icmp eq i64 %indvars.iv.next1008.i, %smax248
+  br i1 %exitcond249.not, label %for_end_ti275.i, label %for_body_ti274.i, !prof !13
 
-for_end_ti296.i:                                  ; preds = %for_body_ti295.i, %for_end_to279.i
-  %tile_acc542.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.24.0.lcssa.i, %for_end_to279.i ], [ %2868, %for_body_ti295.i ]
-  %tile_acc542.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.20.0.lcssa.i, %for_end_to279.i ], [ %2861, %for_body_ti295.i ]
-  %tile_acc542.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.16.0.lcssa.i, %for_end_to279.i ], [ %2854, %for_body_ti295.i ]
-  %tile_acc542.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.12.0.lcssa.i, %for_end_to279.i ], [ %2847, %for_body_ti295.i ]
-  %tile_acc542.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.8.0.lcssa.i, %for_end_to279.i ], [ %2840, %for_body_ti295.i ]
-  %tile_acc542.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.4.0.lcssa.i, %for_end_to279.i ], [ %2833, %for_body_ti295.i ]
-  %tile_acc542.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.0.0.lcssa.i, %for_end_to279.i ], [ %2826, %for_body_ti295.i ]
-  %tile_acc542.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc541.sroa.28.0.lcssa.i, %for_end_to279.i ], [ %2875, %for_body_ti295.i ]
-  %2876 = shl nuw nsw i64 %indvars.iv1057.i, 7
-  %2877 = add nuw nsw i64 %2876, %2449
-  %2878 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2877
-  br i1 %736, label %if_then313.i, label %if_end312.i, !prof !8
+for_end_ti275.i:                                  ; preds = %for_body_ti274.i, %for_end_to258.i
+  %tile_acc521.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.24.0.lcssa.i, %for_end_to258.i ], [ %2915, %for_body_ti274.i ]
+  %tile_acc521.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.20.0.lcssa.i, %for_end_to258.i ], [ %2908, %for_body_ti274.i ]
+  %tile_acc521.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.16.0.lcssa.i, %for_end_to258.i ], [ %2901, %for_body_ti274.i ]
+  %tile_acc521.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.12.0.lcssa.i, %for_end_to258.i ], [ %2894, %for_body_ti274.i ]
+  %tile_acc521.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.8.0.lcssa.i, %for_end_to258.i ], [ %2887, %for_body_ti274.i ]
+  %tile_acc521.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.4.0.lcssa.i, %for_end_to258.i ], [ %2880, %for_body_ti274.i ]
+  %tile_acc521.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.0.0.lcssa.i, %for_end_to258.i ], [ %2873, %for_body_ti274.i ]
+  %tile_acc521.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.28.0.lcssa.i, %for_end_to258.i ], [ %2922, %for_body_ti274.i ]
+  %2923 = shl nuw nsw i64 %indvars.iv1011.i, 7
+  %2924 = add nuw nsw i64 %2923, %2496
+  %2925 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2924
+  br i1 %793, label %if_then292.i, label %if_end291.i, !prof !8
 
-if_end312.i:                                      ; preds = %for_end_ti296.i
-  %2879 = load <16 x float>, ptr %2878, align 4, !tbaa !5
-  %2880 = fmul <16 x float> %2243, %2879
-  %2881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.0.0.lcssa.i, <16 x float> %2880)
-  store <16 x float> %2881, ptr %2878, align 4, !tbaa !5
-  %2882 = getelementptr i8, ptr %2878, i64 64
-  %2883 = load <16 x float>, ptr %2882, align 4, !tbaa !5
-  %2884 = fmul <16 x float> %2243, %2883
-  %2885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.4.0.lcssa.i, <16 x float> %2884)
-  store <16 x float> %2885, ptr %2882, align 4, !tbaa !5
-  %2886 = getelementptr i8, ptr %2878, i64 128
-  %2887 = load <16 x float>, ptr %2886, align 4, !tbaa !5
-  %2888 = fmul <16 x float> %2243, %2887
-  %2889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.9.0.lcssa.i, <16 x float> %2888)
-  store <16 x float> %2889, ptr %2886, align 4, !tbaa !5
-  %2890 = getelementptr i8, ptr %2878, i64 192
-  %2891 = load <16 x float>, ptr %2890, align 4, !tbaa !5
-  %2892 = fmul <16 x float> %2243, %2891
-  %2893 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.13.0.lcssa.i, <16 x float> %2892)
-  store <16 x float> %2893, ptr %2890, align 4, !tbaa !5
-  %2894 = getelementptr i8, ptr %2878, i64 256
-  %2895 = load <16 x float>, ptr %2894, align 4, !tbaa !5
-  %2896 = fmul <16 x float> %2243, %2895
-  %2897 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.18.0.lcssa.i, <16 x float> %2896)
-  store <16 x float> %2897, ptr %2894, align 4, !tbaa !5
-  %2898 = getelementptr i8, ptr %2878, i64 320
-  %2899 = load <16 x float>, ptr %2898, align 4, !tbaa !5
-  %2900 = fmul <16 x float> %2243, %2899
-  %2901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.22.0.lcssa.i, <16 x float> %2900)
-  store <16 x float> %2901, ptr %2898, align 4, !tbaa !5
-  %2902 = getelementptr i8, ptr %2878, i64 384
-  %2903 = load <16 x float>, ptr %2902, align 4, !tbaa !5
-  %2904 = fmul <16 x float> %2243, %2903
-  %2905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.27.0.lcssa.i, <16 x float> %2904)
-  store <16 x float> %2905, ptr %2902, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr i8, ptr %2878, i64 448
+if_end291.i:                                      ; preds = %for_end_ti275.i
+  %2926 = load <16 x float>, ptr %2925, align 4, !tbaa !5
+  %2927 = fmul <16 x float> %2293, %2926
+  %2928 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.0.0.lcssa.i, <16 x float> %2927)
+  store <16 x float> %2928, ptr %2925, align 4, !tbaa !5
+  %2929 = getelementptr i8, ptr %2925, i64 64
+  %2930 = load <16 x float>, ptr %2929, align 4, !tbaa !5
+  %2931 = fmul <16 x float> %2293, %2930
+  %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.4.0.lcssa.i, <16 x float> %2931)
+  store <16 x float> %2932, ptr %2929, align 4, !tbaa !5
+  %2933 = getelementptr i8, ptr %2925, i64 128
+  %2934 = load <16 x float>, ptr %2933, align 4, !tbaa !5
+  %2935 = fmul <16 x float> %2293, %2934
+  %2936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.9.0.lcssa.i, <16 x float> %2935)
+  store <16 x float> %2936, ptr %2933, align 4, !tbaa !5
+  %2937 = getelementptr i8, ptr %2925, i64 192
+  %2938 = load <16 x float>, ptr %2937, align 4, !tbaa !5
+  %2939 = fmul <16 x float> %2293, %2938
+  %2940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.13.0.lcssa.i, <16 x float> %2939)
+  store <16 x float> %2940, ptr %2937, align 4, !tbaa !5
+  %2941 = getelementptr i8, ptr %2925, i64 256
+  %2942 = load <16 x float>, ptr %2941, align 4, !tbaa !5
+  %2943 = fmul <16 x float> %2293, %2942
+  %2944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.18.0.lcssa.i, <16 x float> %2943)
+  store <16 x float> %2944, ptr %2941, align 4, !tbaa !5
+  %2945 = getelementptr i8, ptr %2925, i64 320
+  %2946 = load <16 x float>, ptr %2945, align 4, !tbaa !5
+  %2947 = fmul <16 x float> %2293, %2946
+  %2948 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.22.0.lcssa.i, <16 x float> %2947)
+  store <16 x float> %2948, ptr %2945, align 4, !tbaa !5
+  %2949 = getelementptr i8, ptr %2925, i64 384
+  %2950 = load <16 x float>, ptr %2949, align 4, !tbaa !5
+  %2951 = fmul <16 x float> %2293, %2950
+  %2952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.27.0.lcssa.i, <16 x float> %2951)
+  store <16 x float> %2952, ptr %2949, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr i8, ptr %2925, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre1145.i = fmul <16 x float> %2243, %.pre.i
-  br label %if_end314.i
+  %.pre1099.i = fmul <16 x float> %2293, %.pre.i
+  br label %if_end293.i
 
-if_then313.i:                                     ; preds = %for_end_ti296.i
-  %2906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.0.0.lcssa.i, <16 x float> %2446)
-  store <16 x float> %2906, ptr %2878, align 4, !tbaa !5
-  %2907 = getelementptr i8, ptr %2878, i64 64
-  %2908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.4.0.lcssa.i, <16 x float> %2446)
-  store <16 x float> %2908, ptr %2907, align 4, !tbaa !5
-  %2909 = getelementptr i8, ptr %2878, i64 128
-  %2910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.9.0.lcssa.i, <16 x float> %2446)
-  store <16 x float> %2910, ptr %2909, align 4, !tbaa !5
-  %2911 = getelementptr i8, ptr %2878, i64 192
-  %2912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.13.0.lcssa.i, <16 x float> %2446)
-  store <16 x float> %2912, ptr %2911, align 4, !tbaa !5
-  %2913 = getelementptr i8, ptr %2878, i64 256
-  %2914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.18.0.lcssa.i, <16 x float> %2446)
-  store <16 x float> %2914, ptr %2913, align 4, !tbaa !5
-  %2915 = getelementptr i8, ptr %2878, i64 320
-  %2916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.22.0.lcssa.i, <16 x float> %2446)
-  store <16 x float> %2916, ptr %2915, align 4, !tbaa !5
-  %2917 = getelementptr i8, ptr %2878, i64 384
-  %2918 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.27.0.lcssa.i, <16 x float> %2446)
-  store <16 x float> %2918, ptr %2917, align 4, !tbaa !5
-  br label %if_end314.i
+if_then292.i:                                     ; preds = %for_end_ti275.i
+  %2953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.0.0.lcssa.i, <16 x float> %2493)
+  store <16 x float> %2953, ptr %2925, align 4, !tbaa !5
+  %2954 = getelementptr i8, ptr %2925, i64 64
+  %2955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.4.0.lcssa.i, <16 x float> %2493)
+  store <16 x float> %2955, ptr %2954, align 4, !tbaa !5
+  %2956 = getelementptr i8, ptr %2925, i64 128
+  %2957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.9.0.lcssa.i, <16 x float> %2493)
+  store <16 x float> %2957, ptr %2956, align 4, !tbaa !5
+  %2958 = getelementptr i8, ptr %2925, i64 192
+  %2959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.13.0.lcssa.i, <16 x float> %2493)
+  store <16 x float> %2959, ptr %2958, align 4, !tbaa !5
+  %2960 = getelementptr i8, ptr %2925, i64 256
+  %2961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.18.0.lcssa.i, <16 x float> %2493)
+  store <16 x float> %2961, ptr %2960, align 4, !tbaa !5
+  %2962 = getelementptr i8, ptr %2925, i64 320
+  %2963 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.22.0.lcssa.i, <16 x float> %2493)
+  store <16 x float> %2963, ptr %2962, align 4, !tbaa !5
+  %2964 = getelementptr i8, ptr %2925, i64 384
+  %2965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.27.0.lcssa.i, <16 x float> %2493)
+  store <16 x float> %2965, ptr %2964, align 4, !tbaa !5
+  br label %if_end293.i
 
-if_end314.i:                                      ; preds = %if_then313.i, %if_end312.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1145.i, %if_end312.i ], [ %2446, %if_then313.i ]
-  %2919 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2877
-  %2920 = getelementptr i8, ptr %2919, i64 448
-  %2921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %tile_acc542.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2921, ptr %2920, align 4, !tbaa !5
-  %indvars.iv.next1058.i = add nuw nsw i64 %indvars.iv1057.i, 1
-  %exitcond1060.not.i = icmp eq i64 %indvars.iv.next1058.i, 16
-  br i1 %exitcond1060.not.i, label %if_end173.i, label %for_begin_to277.preheader.i, !prof !28
+if_end293.i:                                      ; preds = %if_then292.i, %if_end291.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1099.i, %if_end291.i ], [ %2493, %if_then292.i ]
+  %2966 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2924
+  %2967 = getelementptr i8, ptr %2966, i64 448
+  %2968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2968, ptr %2967, align 4, !tbaa !5
+  %indvars.iv.next1012.i = add nuw nsw i64 %indvars.iv1011.i, 1
+  %exitcond1014.not.i = icmp eq i64 %indvars.iv.next1012.i, 16
+  br i1 %exitcond1014.not.i, label %if_end147.i, label %for_begin_to256.preheader.i, !prof !28
 
-if_end316.i:                                      ; preds = %if_end173.i
-  %2922 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2923 = tail call i32 %2922(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not579.i = icmp eq i32 %2923, 0
-  br i1 %.not579.i, label %if_end319.i, label %fused_attend_compute_.exit, !prof !38
+if_end295.i:                                      ; preds = %if_end147.i
+  %2969 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2970 = tail call i32 %2969(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not557.i = icmp eq i32 %2970, 0
+  br i1 %.not557.i, label %if_end298.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end319.i:                                      ; preds = %if_end316.i
-  %2924 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2925 = tail call i32 %2924(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not580.i = icmp eq i32 %2925, 0
-  br i1 %.not580.i, label %if_end322.i, label %fused_attend_compute_.exit, !prof !38
+if_end298.i:                                      ; preds = %if_end295.i
+  %2971 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2972 = tail call i32 %2971(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not558.i = icmp eq i32 %2972, 0
+  br i1 %.not558.i, label %if_end301.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end322.i:                                      ; preds = %if_end319.i
-  %2926 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2927 = tail call i32 %2926(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not581.i = icmp eq i32 %2927, 0
-  br i1 %.not581.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
+if_end301.i:                                      ; preds = %if_end298.i
+  %2973 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2974 = tail call i32 %2973(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not559.i = icmp eq i32 %2974, 0
+  br i1 %.not559.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end328.i:                                      ; preds = %for_end_row_tile.i
-  %2928 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2929 = tail call i32 %2928(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not577.i = icmp eq i32 %2929, 0
-  br i1 %.not577.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
+if_end307.i:                                      ; preds = %for_end_row_tile.i
+  %2975 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2976 = tail call i32 %2975(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not555.i = icmp eq i32 %2976, 0
+  br i1 %.not555.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end334.i:                                      ; preds = %for_end_kv_head.i
-  %2930 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2931 = tail call i32 %2930(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not575.i = icmp eq i32 %2931, 0
-  br i1 %.not575.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
+if_end313.i:                                      ; preds = %for_end_kv_head.i
+  %2977 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2978 = tail call i32 %2977(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not553.i = icmp eq i32 %2978, 0
+  br i1 %.not553.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_tile340.i:                               ; preds = %if_end345.i, %for_begin_tile339.preheader.i
-  %indvars.iv1080.i = phi i64 [ %indvars.iv.next1081.i, %if_end345.i ], [ 0, %for_begin_tile339.preheader.i ]
-  %.idx1192.i = shl nsw i64 %indvars.iv1080.i, 4
-  %2932 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %.idx1192.i
-  %2933 = getelementptr inbounds nuw i8, ptr %2932, i64 4
-  %2934 = load i32, ptr %2933, align 4, !tbaa !17
-  %2935 = icmp slt i32 %read_begin.i, %2934
-  br i1 %2935, label %if_then344.i, label %if_end345.i, !prof !8
+for_body_tile319.i:                               ; preds = %if_end324.i, %for_begin_tile318.preheader.i
+  %indvars.iv1034.i = phi i64 [ %indvars.iv.next1035.i, %if_end324.i ], [ 0, %for_begin_tile318.preheader.i ]
+  %.idx1146.i = shl nsw i64 %indvars.iv1034.i, 4
+  %2979 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %.idx1146.i
+  %2980 = getelementptr inbounds nuw i8, ptr %2979, i64 4
+  %2981 = load i32, ptr %2980, align 4, !tbaa !17
+  %2982 = icmp slt i32 %709, %2981
+  br i1 %2982, label %if_then323.i, label %if_end324.i, !prof !8
 
-for_end_tile341.i:                                ; preds = %if_end345.i, %for_begin_tile339.preheader.i
-  %2936 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2937 = tail call i32 %2936(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not571.i = icmp eq i32 %2937, 0
-  br i1 %.not571.i, label %if_end400.i, label %fused_attend_compute_.exit, !prof !38
+for_end_tile320.i:                                ; preds = %if_end324.i, %for_begin_tile318.preheader.i
+  %2983 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2984 = tail call i32 %2983(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not549.i = icmp eq i32 %2984, 0
+  br i1 %.not549.i, label %if_end379.i, label %fused_attend_compute_.exit, !prof !38
 
-if_then344.i:                                     ; preds = %for_body_tile340.i
-  %2938 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1192.i
-  %old_max351.i = load <16 x float>, ptr %2938, align 4, !tbaa !5
-  %2939 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1192.i
-  %old_sum353.i = load <16 x float>, ptr %2939, align 4, !tbaa !5
-  %2940 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1192.i
-  %2941 = load <16 x float>, ptr %2940, align 4, !tbaa !5
-  %2942 = fcmp ogt <16 x float> %old_max351.i, %2941
-  %2943 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1192.i
-  %2944 = load <16 x float>, ptr %2943, align 4, !tbaa !5
-  %2945 = fcmp oeq <16 x float> %2944, zeroinitializer
-  %2946 = select <16 x i1> %2945, <16 x i1> splat (i1 true), <16 x i1> %2942
-  %old_or_both357.i = select <16 x i1> %2946, <16 x float> %old_max351.i, <16 x float> %2941
-  %2947 = fcmp oeq <16 x float> %old_sum353.i, zeroinitializer
-  %m359.i = select <16 x i1> %2947, <16 x float> %2941, <16 x float> %old_or_both357.i
-  %2948 = fsub <16 x float> %old_max351.i, %m359.i
-  %2949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2948, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2950 = bitcast <16 x float> %2949 to <16 x i32>
-  %2951 = fadd <16 x float> %2949, splat (float 0xC168000FE0000000)
-  %2952 = fmul <16 x float> %2951, splat (float 0x3F2BD01060000000)
-  %2953 = fmul <16 x float> %2951, splat (float 0x3FE6300000000000)
-  %2954 = fsub <16 x float> %2948, %2953
-  %2955 = fadd <16 x float> %2952, %2954
-  %2956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2955, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2956, <16 x float> %2955, <16 x float> splat (float 0x3FA5558F20000000))
-  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2957, <16 x float> %2955, <16 x float> splat (float 0x3FC5554920000000))
-  %2959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2958, <16 x float> %2955, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2960 = fmul <16 x float> %2955, %2955
-  %2961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2959, <16 x float> %2960, <16 x float> %2955)
-  %2962 = shl <16 x i32> %2950, splat (i32 23)
-  %2963 = bitcast <16 x i32> %2962 to <16 x float>
-  %2964 = fadd <16 x float> %2961, splat (float 1.000000e+00)
-  %2965 = fmul <16 x float> %2964, %2963
-  %2966 = fcmp olt <16 x float> %2948, splat (float -8.700000e+01)
-  %2967 = select <16 x i1> %2966, <16 x float> zeroinitializer, <16 x float> %2965
-  %2968 = fcmp one <16 x float> %old_sum353.i, zeroinitializer
-  %2969 = select <16 x i1> %2968, <16 x float> %2967, <16 x float> zeroinitializer
-  %arg377.i = fsub <16 x float> %2941, %m359.i
-  %2970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg377.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2971 = bitcast <16 x float> %2970 to <16 x i32>
-  %2972 = fadd <16 x float> %2970, splat (float 0xC168000FE0000000)
-  %2973 = fmul <16 x float> %2972, splat (float 0x3F2BD01060000000)
-  %2974 = fmul <16 x float> %2972, splat (float 0x3FE6300000000000)
-  %2975 = fsub <16 x float> %arg377.i, %2974
-  %2976 = fadd <16 x float> %2973, %2975
-  %2977 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2976, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2977, <16 x float> %2976, <16 x float> splat (float 0x3FA5558F20000000))
-  %2979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2978, <16 x float> %2976, <16 x float> splat (float 0x3FC5554920000000))
-  %2980 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2979, <16 x float> %2976, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2981 = fmul <16 x float> %2976, %2976
-  %2982 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2980, <16 x float> %2981, <16 x float> %2976)
-  %2983 = shl <16 x i32> %2971, splat (i32 23)
-  %2984 = bitcast <16 x i32> %2983 to <16 x float>
-  %2985 = fadd <16 x float> %2982, splat (float 1.000000e+00)
-  %2986 = fmul <16 x float> %2985, %2984
-  %2987 = fcmp olt <16 x float> %arg377.i, splat (float -8.700000e+01)
-  %2988 = select <16 x i1> %2987, <16 x float> zeroinitializer, <16 x float> %2986
-  %2989 = fcmp one <16 x float> %2944, zeroinitializer
-  %2990 = select <16 x i1> %2989, <16 x float> %2988, <16 x float> zeroinitializer
-  %2991 = fmul <16 x float> %old_sum353.i, %2969
-  %2992 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2990, <16 x float> %2944, <16 x float> %2991)
-  store <16 x float> %m359.i, ptr %2938, align 4, !tbaa !5
-  store <16 x float> %2992, ptr %2939, align 4, !tbaa !5
-  %2993 = shl i64 %indvars.iv1080.i, 11
-  %2994 = and i64 %2993, 4294965248
-  br label %for_body_d395.i
+if_then323.i:                                     ; preds = %for_body_tile319.i
+  %2985 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1146.i
+  %old_max330.i = load <16 x float>, ptr %2985, align 4, !tbaa !5
+  %2986 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1146.i
+  %old_sum332.i = load <16 x float>, ptr %2986, align 4, !tbaa !5
+  %2987 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1146.i
+  %2988 = load <16 x float>, ptr %2987, align 4, !tbaa !5
+  %2989 = fcmp ogt <16 x float> %old_max330.i, %2988
+  %2990 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1146.i
+  %2991 = load <16 x float>, ptr %2990, align 4, !tbaa !5
+  %2992 = fcmp oeq <16 x float> %2991, zeroinitializer
+  %2993 = select <16 x i1> %2992, <16 x i1> splat (i1 true), <16 x i1> %2989
+  %old_or_both336.i = select <16 x i1> %2993, <16 x float> %old_max330.i, <16 x float> %2988
+  %2994 = fcmp oeq <16 x float> %old_sum332.i, zeroinitializer
+  %m338.i = select <16 x i1> %2994, <16 x float> %2988, <16 x float> %old_or_both336.i
+  %2995 = fsub <16 x float> %old_max330.i, %m338.i
+  %2996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2995, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2997 = bitcast <16 x float> %2996 to <16 x i32>
+  %2998 = fadd <16 x float> %2996, splat (float 0xC168000FE0000000)
+  %2999 = fmul <16 x float> %2998, splat (float 0x3F2BD01060000000)
+  %3000 = fmul <16 x float> %2998, splat (float 0x3FE6300000000000)
+  %3001 = fsub <16 x float> %2995, %3000
+  %3002 = fadd <16 x float> %2999, %3001
+  %3003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3002, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3003, <16 x float> %3002, <16 x float> splat (float 0x3FA5558F20000000))
+  %3005 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3004, <16 x float> %3002, <16 x float> splat (float 0x3FC5554920000000))
+  %3006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3005, <16 x float> %3002, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3007 = fmul <16 x float> %3002, %3002
+  %3008 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3006, <16 x float> %3007, <16 x float> %3002)
+  %3009 = shl <16 x i32> %2997, splat (i32 23)
+  %3010 = bitcast <16 x i32> %3009 to <16 x float>
+  %3011 = fadd <16 x float> %3008, splat (float 1.000000e+00)
+  %3012 = fmul <16 x float> %3011, %3010
+  %3013 = fcmp olt <16 x float> %2995, splat (float -8.700000e+01)
+  %3014 = select <16 x i1> %3013, <16 x float> zeroinitializer, <16 x float> %3012
+  %3015 = fcmp one <16 x float> %old_sum332.i, zeroinitializer
+  %3016 = select <16 x i1> %3015, <16 x float> %3014, <16 x float> zeroinitializer
+  %arg356.i = fsub <16 x float> %2988, %m338.i
+  %3017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg356.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3018 = bitcast <16 x float> %3017 to <16 x i32>
+  %3019 = fadd <16 x float> %3017, splat (float 0xC168000FE0000000)
+  %3020 = fmul <16 x float> %3019, splat (float 0x3F2BD01060000000)
+  %3021 = fmul <16 x float> %3019, splat (float 0x3FE6300000000000)
+  %3022 = fsub <16 x float> %arg356.i, %3021
+  %3023 = fadd <16 x float> %3020, %3022
+  %3024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3023, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3024, <16 x float> %3023, <16 x float> splat (float 0x3FA5558F20000000))
+  %3026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3025, <16 x float> %3023, <16 x float> splat (float 0x3FC5554920000000))
+  %3027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3026, <16 x float> %3023, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3028 = fmul <16 x float> %3023, %3023
+  %3029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3027, <16 x float> %3028, <16 x float> %3023)
+  %3030 = shl <16 x i32> %3018, splat (i32 23)
+  %3031 = bitcast <16 x i32> %3030 to <16 x float>
+  %3032 = fadd <16 x float> %3029, splat (float 1.000000e+00)
+  %3033 = fmul <16 x float> %3032, %3031
+  %3034 = fcmp olt <16 x float> %arg356.i, splat (float -8.700000e+01)
+  %3035 = select <16 x i1> %3034, <16 x float> zeroinitializer, <16 x float> %3033
+  %3036 = fcmp one <16 x float> %2991, zeroinitializer
+  %3037 = select <16 x i1> %3036, <16 x float> %3035, <16 x float> zeroinitializer
+  %3038 = fmul <16 x float> %old_sum332.i, %3016
+  %3039 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3037, <16 x float> %2991, <16 x float> %3038)
+  store <16 x float> %m338.i, ptr %2985, align 4, !tbaa !5
+  store <16 x float> %3039, ptr %2986, align 4, !tbaa !5
+  %3040 = shl i64 %indvars.iv1034.i, 11
+  %3041 = and i64 %3040, 4294965248
+  br label %for_body_d374.i
 
-if_end345.i:                                      ; preds = %for_body_d395.i, %for_body_tile340.i
-  %indvars.iv.next1081.i = add nuw nsw i64 %indvars.iv1080.i, 1
-  %exitcond1084.not.i = icmp eq i64 %indvars.iv.next1081.i, %wide.trip.count1083.i
-  br i1 %exitcond1084.not.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !13
+if_end324.i:                                      ; preds = %for_body_d374.i, %for_body_tile319.i
+  %indvars.iv.next1035.i = add nuw nsw i64 %indvars.iv1034.i, 1
+  %exitcond1038.not.i = icmp eq i64 %indvars.iv.next1035.i, %wide.trip.count1037.i
+  br i1 %exitcond1038.not.i, label %for_end_tile320.i, label %for_body_tile319.i, !prof !13
 
-for_body_d395.i:                                  ; preds = %for_body_d395.i, %if_then344.i
-  %indvars.iv1076.i = phi i64 [ 0, %if_then344.i ], [ %indvars.iv.next1077.i.3, %for_body_d395.i ]
-  %2995 = shl nuw nsw i64 %indvars.iv1076.i, 4
-  %2996 = add nuw nsw i64 %2995, %2994
-  %2997 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2996
-  %2998 = load <16 x float>, ptr %2997, align 4, !tbaa !5
-  %2999 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2996
-  %3000 = load <16 x float>, ptr %2999, align 4, !tbaa !5
-  %3001 = fmul <16 x float> %2969, %3000
-  %3002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2990, <16 x float> %2998, <16 x float> %3001)
-  store <16 x float> %3002, ptr %2999, align 4, !tbaa !5
-  %indvars.iv.next1077.i = shl i64 %indvars.iv1076.i, 4
-  %3003 = or disjoint i64 %indvars.iv.next1077.i, 16
-  %3004 = add nuw nsw i64 %3003, %2994
-  %3005 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3004
-  %3006 = load <16 x float>, ptr %3005, align 4, !tbaa !5
-  %3007 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3004
-  %3008 = load <16 x float>, ptr %3007, align 4, !tbaa !5
-  %3009 = fmul <16 x float> %2969, %3008
-  %3010 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2990, <16 x float> %3006, <16 x float> %3009)
-  store <16 x float> %3010, ptr %3007, align 4, !tbaa !5
-  %indvars.iv.next1077.i.1 = shl i64 %indvars.iv1076.i, 4
-  %3011 = or disjoint i64 %indvars.iv.next1077.i.1, 32
-  %3012 = add nuw nsw i64 %3011, %2994
-  %3013 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3012
-  %3014 = load <16 x float>, ptr %3013, align 4, !tbaa !5
-  %3015 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3012
-  %3016 = load <16 x float>, ptr %3015, align 4, !tbaa !5
-  %3017 = fmul <16 x float> %2969, %3016
-  %3018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2990, <16 x float> %3014, <16 x float> %3017)
-  store <16 x float> %3018, ptr %3015, align 4, !tbaa !5
-  %indvars.iv.next1077.i.2 = shl i64 %indvars.iv1076.i, 4
-  %3019 = or disjoint i64 %indvars.iv.next1077.i.2, 48
-  %3020 = add nuw nsw i64 %3019, %2994
-  %3021 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3020
-  %3022 = load <16 x float>, ptr %3021, align 4, !tbaa !5
-  %3023 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3020
-  %3024 = load <16 x float>, ptr %3023, align 4, !tbaa !5
-  %3025 = fmul <16 x float> %2969, %3024
-  %3026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2990, <16 x float> %3022, <16 x float> %3025)
-  store <16 x float> %3026, ptr %3023, align 4, !tbaa !5
-  %indvars.iv.next1077.i.3 = add nuw nsw i64 %indvars.iv1076.i, 4
-  %exitcond1079.not.i.3 = icmp eq i64 %indvars.iv.next1077.i.3, 128
-  br i1 %exitcond1079.not.i.3, label %if_end345.i, label %for_body_d395.i, !prof !28, !llvm.loop !70
+for_body_d374.i:                                  ; preds = %for_body_d374.i, %if_then323.i
+  %indvars.iv1030.i = phi i64 [ 0, %if_then323.i ], [ %indvars.iv.next1031.i.3, %for_body_d374.i ]
+  %3042 = shl nuw nsw i64 %indvars.iv1030.i, 4
+  %3043 = add nuw nsw i64 %3042, %3041
+  %3044 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3043
+  %3045 = load <16 x float>, ptr %3044, align 4, !tbaa !5
+  %3046 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3043
+  %3047 = load <16 x float>, ptr %3046, align 4, !tbaa !5
+  %3048 = fmul <16 x float> %3016, %3047
+  %3049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3037, <16 x float> %3045, <16 x float> %3048)
+  store <16 x float> %3049, ptr %3046, align 4, !tbaa !5
+  %indvars.iv.next1031.i = shl i64 %indvars.iv1030.i, 4
+  %3050 = or disjoint i64 %indvars.iv.next1031.i, 16
+  %3051 = add nuw nsw i64 %3050, %3041
+  %3052 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3051
+  %3053 = load <16 x float>, ptr %3052, align 4, !tbaa !5
+  %3054 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3051
+  %3055 = load <16 x float>, ptr %3054, align 4, !tbaa !5
+  %3056 = fmul <16 x float> %3016, %3055
+  %3057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3037, <16 x float> %3053, <16 x float> %3056)
+  store <16 x float> %3057, ptr %3054, align 4, !tbaa !5
+  %indvars.iv.next1031.i.1 = shl i64 %indvars.iv1030.i, 4
+  %3058 = or disjoint i64 %indvars.iv.next1031.i.1, 32
+  %3059 = add nuw nsw i64 %3058, %3041
+  %3060 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3059
+  %3061 = load <16 x float>, ptr %3060, align 4, !tbaa !5
+  %3062 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3059
+  %3063 = load <16 x float>, ptr %3062, align 4, !tbaa !5
+  %3064 = fmul <16 x float> %3016, %3063
+  %3065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3037, <16 x float> %3061, <16 x float> %3064)
+  store <16 x float> %3065, ptr %3062, align 4, !tbaa !5
+  %indvars.iv.next1031.i.2 = shl i64 %indvars.iv1030.i, 4
+  %3066 = or disjoint i64 %indvars.iv.next1031.i.2, 48
+  %3067 = add nuw nsw i64 %3066, %3041
+  %3068 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3067
+  %3069 = load <16 x float>, ptr %3068, align 4, !tbaa !5
+  %3070 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3067
+  %3071 = load <16 x float>, ptr %3070, align 4, !tbaa !5
+  %3072 = fmul <16 x float> %3016, %3071
+  %3073 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3037, <16 x float> %3069, <16 x float> %3072)
+  store <16 x float> %3073, ptr %3070, align 4, !tbaa !5
+  %indvars.iv.next1031.i.3 = add nuw nsw i64 %indvars.iv1030.i, 4
+  %exitcond1033.not.i.3 = icmp eq i64 %indvars.iv.next1031.i.3, 128
+  br i1 %exitcond1033.not.i.3, label %if_end324.i, label %for_body_d374.i, !prof !28, !llvm.loop !70
 
-if_end400.i:                                      ; preds = %for_end_tile341.i
-  %3027 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3028 = tail call i32 %3027(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not572.i = icmp eq i32 %3028, 0
-  br i1 %.not572.i, label %if_end403.i, label %fused_attend_compute_.exit, !prof !38
+if_end379.i:                                      ; preds = %for_end_tile320.i
+  %3074 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3075 = tail call i32 %3074(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not550.i = icmp eq i32 %3075, 0
+  br i1 %.not550.i, label %if_end382.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end403.i:                                      ; preds = %if_end400.i
-  %3029 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3030 = tail call i32 %3029(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not573.i = icmp eq i32 %3030, 0
-  br i1 %.not573.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
+if_end382.i:                                      ; preds = %if_end379.i
+  %3076 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3077 = tail call i32 %3076(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not551.i = icmp eq i32 %3077, 0
+  br i1 %.not551.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_tile409.i:                               ; preds = %if_end414.loopexit.i, %for_body_tile409.i.preheader
-  %indvars.iv1101.i = phi i64 [ %indvars.iv.next1102.i, %if_end414.loopexit.i ], [ 0, %for_body_tile409.i.preheader ]
-  %3031 = shl i64 %indvars.iv1101.i, 13
-  %3032 = and i64 %3031, 17179860992
-  %scevgep523 = getelementptr i8, ptr %total_acc.i, i64 %3032
-  %3033 = trunc nuw nsw i64 %indvars.iv1101.i to i32
-  %rmod482.i = srem i32 %3033, %120
-  %rdiv489.i = sdiv i32 %3033, %120
-  %3034 = icmp ne i32 %rmod482.i, 0
-  %.not563.i = and i1 %405, %3034
-  %3035 = select i1 %.not563.i, i32 %120, i32 0
-  %3036 = add nsw i32 %3035, %rmod482.i
-  %3037 = shl nsw i32 %3036, 4
-  %3038 = sub nsw i32 %118, %3037
-  %3039 = icmp sgt i32 %3038, 0
-  br i1 %3039, label %for_body_r484.lr.ph.i, label %if_end414.loopexit.i, !prof !3
+for_body_tile388.i:                               ; preds = %if_end393.loopexit.i, %for_body_tile388.i.preheader
+  %indvars.iv1055.i = phi i64 [ %indvars.iv.next1056.i, %if_end393.loopexit.i ], [ 0, %for_body_tile388.i.preheader ]
+  %3078 = shl i64 %indvars.iv1055.i, 13
+  %3079 = and i64 %3078, 17179860992
+  %scevgep494 = getelementptr i8, ptr %total_acc.i, i64 %3079
+  %3080 = trunc nuw nsw i64 %indvars.iv1055.i to i32
+  %rmod461.i = srem i32 %3080, %122
+  %rdiv468.i = sdiv i32 %3080, %122
+  %3081 = icmp ne i32 %rmod461.i, 0
+  %.not541.i = and i1 %474, %3081
+  %3082 = select i1 %.not541.i, i32 %122, i32 0
+  %3083 = add nsw i32 %3082, %rmod461.i
+  %3084 = shl nsw i32 %3083, 4
+  %3085 = sub nsw i32 %120, %3084
+  %3086 = icmp sgt i32 %3085, 0
+  br i1 %3086, label %for_body_r463.lr.ph.i, label %if_end393.loopexit.i, !prof !3
 
-for_end_tile410.i:                                ; preds = %if_end414.loopexit.i, %if_end414.us.i, %for_begin_tile408.preheader.i
-  %3040 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3041 = tail call i32 %3040(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not.i = icmp eq i32 %3041, 0
-  br i1 %.not.i, label %if_end509.i, label %fused_attend_compute_.exit, !prof !38
+for_end_tile389.i:                                ; preds = %if_end393.loopexit.i, %if_end393.us.i, %for_begin_tile387.preheader.i
+  %3087 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3088 = tail call i32 %3087(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %3088, 0
+  br i1 %.not.i, label %if_end488.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end414.loopexit.i:                             ; preds = %for_end_d502.i, %for_body_tile409.i
-  %indvars.iv.next1102.i = add nuw nsw i64 %indvars.iv1101.i, 1
-  %exitcond1105.not.i = icmp eq i64 %indvars.iv.next1102.i, %wide.trip.count1140.i
-  br i1 %exitcond1105.not.i, label %for_end_tile410.i, label %for_body_tile409.i, !prof !13
+if_end393.loopexit.i:                             ; preds = %for_end_d481.i, %for_body_tile388.i
+  %indvars.iv.next1056.i = add nuw nsw i64 %indvars.iv1055.i, 1
+  %exitcond1059.not.i = icmp eq i64 %indvars.iv.next1056.i, %wide.trip.count1094.i
+  br i1 %exitcond1059.not.i, label %for_end_tile389.i, label %for_body_tile388.i, !prof !13
 
-for_body_r484.lr.ph.i:                            ; preds = %for_body_tile409.i
-  %3042 = sext i1 %.not563.i to i32
-  %3043 = add nsw i32 %rdiv489.i, %3042
-  %3044 = sext i32 %3043 to i64
-  %3045 = sext i32 %3036 to i64
-  %3046 = shl nsw i64 %3045, 7
-  %3047 = add nsw i64 %406, %3044
-  %3048 = shl nsw i64 %3047, 2
-  %3049 = add nsw i64 %3046, %408
-  %3050 = shl i64 %indvars.iv1101.i, 4
-  %3051 = and i64 %3050, 4294967280
-  %3052 = tail call i32 @llvm.umin.i32(i32 %3038, i32 16)
-  %wide.trip.count1089.i = zext nneg i32 %3052 to i64
-  %3053 = add nsw i64 %3049, %3048
-  br label %for_body_r484.i
+for_body_r463.lr.ph.i:                            ; preds = %for_body_tile388.i
+  %3089 = sext i1 %.not541.i to i32
+  %3090 = add nsw i32 %rdiv468.i, %3089
+  %3091 = sext i32 %3090 to i64
+  %3092 = sext i32 %3083 to i64
+  %3093 = shl nsw i64 %3092, 7
+  %3094 = add nsw i64 %475, %3091
+  %3095 = shl nsw i64 %3094, 2
+  %3096 = add nsw i64 %3093, %477
+  %3097 = shl i64 %indvars.iv1055.i, 4
+  %3098 = and i64 %3097, 4294967280
+  %3099 = tail call i32 @llvm.umin.i32(i32 %3085, i32 16)
+  %wide.trip.count1043.i = zext nneg i32 %3099 to i64
+  %3100 = add nsw i64 %3096, %3095
+  br label %for_body_r463.i
 
-for_begin_d500.preheader.lr.ph.i:                 ; preds = %for_body_r484.i
-  %.idx.i = shl nsw i64 %3047, 11
-  %3054 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx564.i = shl nsw i64 %3045, 16
-  %3055 = getelementptr i8, ptr %3054, i64 %.idx564.i
-  %invariant.gep858.i = getelementptr i8, ptr %3055, i64 %.idx565.i
-  %3056 = shl i64 %indvars.iv1101.i, 11
-  %3057 = and i64 %3056, 4294965248
-  %invariant.gep1265.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3057
-  %3058 = add nsw i64 %.idx564.i, %.idx.i
-  %scevgep518 = getelementptr i8, ptr %scevgep517, i64 %3058
-  %scevgep521 = getelementptr i8, ptr %scevgep520, i64 %3058
-  %3059 = shl nuw nsw i64 %wide.trip.count1089.i, 2
-  %3060 = getelementptr i8, ptr %scevgep524, i64 %3032
-  %scevgep525 = getelementptr i8, ptr %3060, i64 %3059
-  br label %for_begin_d500.preheader.i
+for_begin_d479.preheader.lr.ph.i:                 ; preds = %for_body_r463.i
+  %.idx.i = shl nsw i64 %3094, 11
+  %3101 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx542.i = shl nsw i64 %3092, 16
+  %3102 = getelementptr i8, ptr %3101, i64 %.idx542.i
+  %invariant.gep819.i = getelementptr i8, ptr %3102, i64 %.idx543.i
+  %3103 = shl i64 %indvars.iv1055.i, 11
+  %3104 = and i64 %3103, 4294965248
+  %invariant.gep1217.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3104
+  %3105 = add nsw i64 %.idx542.i, %.idx.i
+  %scevgep489 = getelementptr i8, ptr %scevgep488, i64 %3105
+  %scevgep492 = getelementptr i8, ptr %scevgep491, i64 %3105
+  %3106 = shl nuw nsw i64 %wide.trip.count1043.i, 2
+  %3107 = getelementptr i8, ptr %scevgep495, i64 %3079
+  %scevgep496 = getelementptr i8, ptr %3107, i64 %3106
+  br label %for_begin_d479.preheader.i
 
-for_body_r484.i:                                  ; preds = %for_body_r484.i, %for_body_r484.lr.ph.i
-  %indvars.iv1086.i = phi i64 [ 0, %for_body_r484.lr.ph.i ], [ %indvars.iv.next1087.i.1, %for_body_r484.i ]
-  %3061 = add nuw nsw i64 %indvars.iv1086.i, %3051
-  %3062 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3061
-  %3063 = load float, ptr %3062, align 4, !tbaa !5
-  %3064 = and i64 %indvars.iv1086.i, 2
-  %3065 = shl nuw nsw i64 %indvars.iv1086.i, 3
-  %3066 = and i64 %3065, 17179869152
-  %3067 = or disjoint i64 %3053, %3064
-  %3068 = add nsw i64 %3067, %3066
-  %3069 = getelementptr inbounds float, ptr %partial_max, i64 %3068
-  store float %3063, ptr %3069, align 4, !tbaa !5
-  %3070 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3061
-  %3071 = load float, ptr %3070, align 4, !tbaa !5
-  %3072 = getelementptr inbounds float, ptr %partial_sum, i64 %3068
-  store float %3071, ptr %3072, align 4, !tbaa !5
-  %indvars.iv.next1087.i = or disjoint i64 %indvars.iv1086.i, 1
-  %3073 = add nuw nsw i64 %indvars.iv.next1087.i, %3051
-  %3074 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3073
-  %3075 = load float, ptr %3074, align 4, !tbaa !5
-  %3076 = and i64 %indvars.iv.next1087.i, 3
-  %3077 = shl nuw nsw i64 %indvars.iv1086.i, 3
-  %3078 = and i64 %3077, 17179869152
-  %3079 = or disjoint i64 %3053, %3076
-  %3080 = add nsw i64 %3079, %3078
-  %3081 = getelementptr inbounds float, ptr %partial_max, i64 %3080
-  store float %3075, ptr %3081, align 4, !tbaa !5
-  %3082 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3073
-  %3083 = load float, ptr %3082, align 4, !tbaa !5
-  %3084 = getelementptr inbounds float, ptr %partial_sum, i64 %3080
-  store float %3083, ptr %3084, align 4, !tbaa !5
-  %indvars.iv.next1087.i.1 = add nuw nsw i64 %indvars.iv1086.i, 2
-  %exitcond1090.not.i.1 = icmp eq i64 %indvars.iv.next1087.i.1, %wide.trip.count1089.i
-  br i1 %exitcond1090.not.i.1, label %for_begin_d500.preheader.lr.ph.i, label %for_body_r484.i, !prof !13, !llvm.loop !72
-
-for_begin_d500.preheader.i:                       ; preds = %for_end_d502.i, %for_begin_d500.preheader.lr.ph.i
-  %indvars.iv1095.i = phi i64 [ 0, %for_begin_d500.preheader.lr.ph.i ], [ %indvars.iv.next1096.i, %for_end_d502.i ]
-  %3085 = shl nuw nsw i64 %indvars.iv1095.i, 7
-  %3086 = and i64 %3085, 384
-  %3087 = shl nuw nsw i64 %indvars.iv1095.i, 10
-  %3088 = and i64 %3087, 2199023251456
-  %gep859.i = getelementptr float, ptr %invariant.gep858.i, i64 %3088
-  %3089 = getelementptr float, ptr %gep859.i, i64 %3086
-  %gep1266.i = getelementptr inbounds nuw float, ptr %invariant.gep1265.i, i64 %indvars.iv1095.i
-  %3090 = shl i64 %indvars.iv1095.i, 12
-  %3091 = and i64 %3090, 8796093005824
-  %3092 = shl i64 %indvars.iv1095.i, 9
-  %3093 = and i64 %3092, 1536
-  %3094 = or disjoint i64 %3091, %3093
-  %scevgep522 = getelementptr i8, ptr %scevgep521, i64 %3094
-  %scevgep519 = getelementptr i8, ptr %scevgep518, i64 %3094
-  %bound0526 = icmp ult ptr %scevgep519, %scevgep525
-  %bound1527 = icmp ult ptr %scevgep523, %scevgep522
-  %found.conflict528 = and i1 %bound0526, %bound1527
-  br i1 %found.conflict528, label %for_body_d501.i, label %vector.body531, !prof !16
-
-vector.body531:                                   ; preds = %for_begin_d500.preheader.i
-  %3095 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3096 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3097 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3098 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather534 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather535 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3096, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather536 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather537 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3099 = getelementptr i8, ptr %3089, i64 32
-  %3100 = getelementptr i8, ptr %3089, i64 64
-  %3101 = getelementptr i8, ptr %3089, i64 96
-  store <8 x float> %wide.masked.gather534, ptr %3089, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather535, ptr %3099, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather536, ptr %3100, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather537, ptr %3101, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3102 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3103 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3104 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3105 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather534.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather535.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3103, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather536.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather537.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3106 = getelementptr i8, ptr %3089, i64 128
-  %3107 = getelementptr i8, ptr %3089, i64 160
-  %3108 = getelementptr i8, ptr %3089, i64 192
-  %3109 = getelementptr i8, ptr %3089, i64 224
-  store <8 x float> %wide.masked.gather534.1, ptr %3106, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather535.1, ptr %3107, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather536.1, ptr %3108, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather537.1, ptr %3109, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3110 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3111 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3112 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3113 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather534.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather535.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3111, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather536.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3112, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather537.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3113, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3114 = getelementptr i8, ptr %3089, i64 256
-  %3115 = getelementptr i8, ptr %3089, i64 288
-  %3116 = getelementptr i8, ptr %3089, i64 320
-  %3117 = getelementptr i8, ptr %3089, i64 352
-  store <8 x float> %wide.masked.gather534.2, ptr %3114, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather535.2, ptr %3115, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather536.2, ptr %3116, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather537.2, ptr %3117, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3118 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3119 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3120 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3121 = getelementptr inbounds nuw i8, ptr %gep1266.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather534.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather535.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3119, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather536.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3120, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather537.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3122 = getelementptr i8, ptr %3089, i64 384
-  %3123 = getelementptr i8, ptr %3089, i64 416
-  %3124 = getelementptr i8, ptr %3089, i64 448
-  %3125 = getelementptr i8, ptr %3089, i64 480
-  store <8 x float> %wide.masked.gather534.3, ptr %3122, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather535.3, ptr %3123, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather536.3, ptr %3124, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather537.3, ptr %3125, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  br label %for_end_d502.i
-
-for_body_d501.i:                                  ; preds = %for_body_d501.i, %for_begin_d500.preheader.i
-  %indvars.iv1091.i = phi i64 [ %indvars.iv.next1092.i.7, %for_body_d501.i ], [ 0, %for_begin_d500.preheader.i ]
-  %.idx1193.i = shl nuw nsw i64 %indvars.iv1091.i, 6
-  %3126 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i
-  %3127 = load float, ptr %3126, align 4, !tbaa !5
-  %3128 = getelementptr float, ptr %3089, i64 %indvars.iv1091.i
-  store float %3127, ptr %3128, align 4, !tbaa !5
-  %indvars.iv.next1092.i = or disjoint i64 %indvars.iv1091.i, 1
-  %.idx1193.i.1 = shl nuw nsw i64 %indvars.iv.next1092.i, 6
-  %3129 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.1
+for_body_r463.i:                                  ; preds = %for_body_r463.i, %for_body_r463.lr.ph.i
+  %indvars.iv1040.i = phi i64 [ 0, %for_body_r463.lr.ph.i ], [ %indvars.iv.next1041.i.1, %for_body_r463.i ]
+  %3108 = add nuw nsw i64 %indvars.iv1040.i, %3098
+  %3109 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3108
+  %3110 = load float, ptr %3109, align 4, !tbaa !5
+  %3111 = and i64 %indvars.iv1040.i, 2
+  %3112 = shl nuw nsw i64 %indvars.iv1040.i, 3
+  %3113 = and i64 %3112, 17179869152
+  %3114 = or disjoint i64 %3100, %3111
+  %3115 = add nsw i64 %3114, %3113
+  %3116 = getelementptr inbounds float, ptr %partial_max, i64 %3115
+  store float %3110, ptr %3116, align 4, !tbaa !5
+  %3117 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3108
+  %3118 = load float, ptr %3117, align 4, !tbaa !5
+  %3119 = getelementptr inbounds float, ptr %partial_sum, i64 %3115
+  store float %3118, ptr %3119, align 4, !tbaa !5
+  %indvars.iv.next1041.i = or disjoint i64 %indvars.iv1040.i, 1
+  %3120 = add nuw nsw i64 %indvars.iv.next1041.i, %3098
+  %3121 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3120
+  %3122 = load float, ptr %3121, align 4, !tbaa !5
+  %3123 = and i64 %indvars.iv.next1041.i, 3
+  %3124 = shl nuw nsw i64 %indvars.iv1040.i, 3
+  %3125 = and i64 %3124, 17179869152
+  %3126 = or disjoint i64 %3100, %3123
+  %3127 = add nsw i64 %3126, %3125
+  %3128 = getelementptr inbounds float, ptr %partial_max, i64 %3127
+  store float %3122, ptr %3128, align 4, !tbaa !5
+  %3129 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3120
   %3130 = load float, ptr %3129, align 4, !tbaa !5
-  %3131 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i
+  %3131 = getelementptr inbounds float, ptr %partial_sum, i64 %3127
   store float %3130, ptr %3131, align 4, !tbaa !5
-  %indvars.iv.next1092.i.1 = or disjoint i64 %indvars.iv1091.i, 2
-  %.idx1193.i.2 = shl nuw nsw i64 %indvars.iv.next1092.i.1, 6
-  %3132 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.2
-  %3133 = load float, ptr %3132, align 4, !tbaa !5
-  %3134 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i.1
-  store float %3133, ptr %3134, align 4, !tbaa !5
-  %indvars.iv.next1092.i.2 = or disjoint i64 %indvars.iv1091.i, 3
-  %.idx1193.i.3 = shl nuw nsw i64 %indvars.iv.next1092.i.2, 6
-  %3135 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.3
-  %3136 = load float, ptr %3135, align 4, !tbaa !5
-  %3137 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i.2
-  store float %3136, ptr %3137, align 4, !tbaa !5
-  %indvars.iv.next1092.i.3 = or disjoint i64 %indvars.iv1091.i, 4
-  %.idx1193.i.4 = shl nuw nsw i64 %indvars.iv.next1092.i.3, 6
-  %3138 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.4
-  %3139 = load float, ptr %3138, align 4, !tbaa !5
-  %3140 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i.3
-  store float %3139, ptr %3140, align 4, !tbaa !5
-  %indvars.iv.next1092.i.4 = or disjoint i64 %indvars.iv1091.i, 5
-  %.idx1193.i.5 = shl nuw nsw i64 %indvars.iv.next1092.i.4, 6
-  %3141 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.5
-  %3142 = load float, ptr %3141, align 4, !tbaa !5
-  %3143 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i.4
-  store float %3142, ptr %3143, align 4, !tbaa !5
-  %indvars.iv.next1092.i.5 = or disjoint i64 %indvars.iv1091.i, 6
-  %.idx1193.i.6 = shl nuw nsw i64 %indvars.iv.next1092.i.5, 6
-  %3144 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.6
-  %3145 = load float, ptr %3144, align 4, !tbaa !5
-  %3146 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i.5
-  store float %3145, ptr %3146, align 4, !tbaa !5
-  %indvars.iv.next1092.i.6 = or disjoint i64 %indvars.iv1091.i, 7
-  %.idx1193.i.7 = shl nuw nsw i64 %indvars.iv.next1092.i.6, 6
-  %3147 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 %.idx1193.i.7
-  %3148 = load float, ptr %3147, align 4, !tbaa !5
-  %3149 = getelementptr float, ptr %3089, i64 %indvars.iv.next1092.i.6
-  store float %3148, ptr %3149, align 4, !tbaa !5
-  %indvars.iv.next1092.i.7 = add nuw nsw i64 %indvars.iv1091.i, 8
-  %exitcond1094.not.i.7 = icmp eq i64 %indvars.iv.next1092.i.7, 128
-  br i1 %exitcond1094.not.i.7, label %for_end_d502.i, label %for_body_d501.i, !prof !29, !llvm.loop !78
+  %indvars.iv.next1041.i.1 = add nuw nsw i64 %indvars.iv1040.i, 2
+  %exitcond1044.not.i.1 = icmp eq i64 %indvars.iv.next1041.i.1, %wide.trip.count1043.i
+  br i1 %exitcond1044.not.i.1, label %for_begin_d479.preheader.lr.ph.i, label %for_body_r463.i, !prof !13, !llvm.loop !72
 
-for_end_d502.i:                                   ; preds = %for_body_d501.i, %vector.body531
-  %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
-  %exitcond1100.not.i = icmp eq i64 %indvars.iv.next1096.i, %wide.trip.count1089.i
-  br i1 %exitcond1100.not.i, label %if_end414.loopexit.i, label %for_begin_d500.preheader.i, !prof !13
+for_begin_d479.preheader.i:                       ; preds = %for_end_d481.i, %for_begin_d479.preheader.lr.ph.i
+  %indvars.iv1049.i = phi i64 [ 0, %for_begin_d479.preheader.lr.ph.i ], [ %indvars.iv.next1050.i, %for_end_d481.i ]
+  %3132 = shl nuw nsw i64 %indvars.iv1049.i, 7
+  %3133 = and i64 %3132, 384
+  %3134 = shl nuw nsw i64 %indvars.iv1049.i, 10
+  %3135 = and i64 %3134, 2199023251456
+  %gep820.i = getelementptr float, ptr %invariant.gep819.i, i64 %3135
+  %3136 = getelementptr float, ptr %gep820.i, i64 %3133
+  %gep1218.i = getelementptr inbounds nuw float, ptr %invariant.gep1217.i, i64 %indvars.iv1049.i
+  %3137 = shl i64 %indvars.iv1049.i, 12
+  %3138 = and i64 %3137, 8796093005824
+  %3139 = shl i64 %indvars.iv1049.i, 9
+  %3140 = and i64 %3139, 1536
+  %3141 = or disjoint i64 %3138, %3140
+  %scevgep493 = getelementptr i8, ptr %scevgep492, i64 %3141
+  %scevgep490 = getelementptr i8, ptr %scevgep489, i64 %3141
+  %bound0497 = icmp ult ptr %scevgep490, %scevgep496
+  %bound1498 = icmp ult ptr %scevgep494, %scevgep493
+  %found.conflict499 = and i1 %bound0497, %bound1498
+  br i1 %found.conflict499, label %for_body_d480.i, label %vector.body502, !prof !16
 
-if_end509.i:                                      ; preds = %for_end_tile410.i
-  %3150 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3151 = tail call i32 %3150(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not556.i = icmp eq i32 %3151, 0
-  br i1 %.not556.i, label %if_end512.i, label %fused_attend_compute_.exit, !prof !38
+vector.body502:                                   ; preds = %for_begin_d479.preheader.i
+  %3142 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3143 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3144 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3145 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather505 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3142, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather506 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3143, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather507 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather508 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3146 = getelementptr i8, ptr %3136, i64 32
+  %3147 = getelementptr i8, ptr %3136, i64 64
+  %3148 = getelementptr i8, ptr %3136, i64 96
+  store <8 x float> %wide.masked.gather505, ptr %3136, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather506, ptr %3146, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather507, ptr %3147, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather508, ptr %3148, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3149 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3150 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3151 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3152 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather505.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather506.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather507.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather508.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3152, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3153 = getelementptr i8, ptr %3136, i64 128
+  %3154 = getelementptr i8, ptr %3136, i64 160
+  %3155 = getelementptr i8, ptr %3136, i64 192
+  %3156 = getelementptr i8, ptr %3136, i64 224
+  store <8 x float> %wide.masked.gather505.1, ptr %3153, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather506.1, ptr %3154, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather507.1, ptr %3155, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather508.1, ptr %3156, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3157 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3158 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3159 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3160 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather505.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather506.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather507.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather508.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3160, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3161 = getelementptr i8, ptr %3136, i64 256
+  %3162 = getelementptr i8, ptr %3136, i64 288
+  %3163 = getelementptr i8, ptr %3136, i64 320
+  %3164 = getelementptr i8, ptr %3136, i64 352
+  store <8 x float> %wide.masked.gather505.2, ptr %3161, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather506.2, ptr %3162, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather507.2, ptr %3163, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather508.2, ptr %3164, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3165 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3166 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3167 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3168 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather505.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3165, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather506.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather507.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather508.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3169 = getelementptr i8, ptr %3136, i64 384
+  %3170 = getelementptr i8, ptr %3136, i64 416
+  %3171 = getelementptr i8, ptr %3136, i64 448
+  %3172 = getelementptr i8, ptr %3136, i64 480
+  store <8 x float> %wide.masked.gather505.3, ptr %3169, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather506.3, ptr %3170, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather507.3, ptr %3171, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather508.3, ptr %3172, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  br label %for_end_d481.i
 
-if_end512.i:                                      ; preds = %if_end509.i
-  %3152 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3153 = tail call i32 %3152(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not557.i = icmp eq i32 %3153, 0
-  br i1 %.not557.i, label %if_end515.i, label %fused_attend_compute_.exit, !prof !38
+for_body_d480.i:                                  ; preds = %for_body_d480.i, %for_begin_d479.preheader.i
+  %indvars.iv1045.i = phi i64 [ %indvars.iv.next1046.i.7, %for_body_d480.i ], [ 0, %for_begin_d479.preheader.i ]
+  %.idx1147.i = shl nuw nsw i64 %indvars.iv1045.i, 6
+  %3173 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i
+  %3174 = load float, ptr %3173, align 4, !tbaa !5
+  %3175 = getelementptr float, ptr %3136, i64 %indvars.iv1045.i
+  store float %3174, ptr %3175, align 4, !tbaa !5
+  %indvars.iv.next1046.i = or disjoint i64 %indvars.iv1045.i, 1
+  %.idx1147.i.1 = shl nuw nsw i64 %indvars.iv.next1046.i, 6
+  %3176 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.1
+  %3177 = load float, ptr %3176, align 4, !tbaa !5
+  %3178 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i
+  store float %3177, ptr %3178, align 4, !tbaa !5
+  %indvars.iv.next1046.i.1 = or disjoint i64 %indvars.iv1045.i, 2
+  %.idx1147.i.2 = shl nuw nsw i64 %indvars.iv.next1046.i.1, 6
+  %3179 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.2
+  %3180 = load float, ptr %3179, align 4, !tbaa !5
+  %3181 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i.1
+  store float %3180, ptr %3181, align 4, !tbaa !5
+  %indvars.iv.next1046.i.2 = or disjoint i64 %indvars.iv1045.i, 3
+  %.idx1147.i.3 = shl nuw nsw i64 %indvars.iv.next1046.i.2, 6
+  %3182 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.3
+  %3183 = load float, ptr %3182, align 4, !tbaa !5
+  %3184 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i.2
+  store float %3183, ptr %3184, align 4, !tbaa !5
+  %indvars.iv.next1046.i.3 = or disjoint i64 %indvars.iv1045.i, 4
+  %.idx1147.i.4 = shl nuw nsw i64 %indvars.iv.next1046.i.3, 6
+  %3185 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.4
+  %3186 = load float, ptr %3185, align 4, !tbaa !5
+  %3187 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i.3
+  store float %3186, ptr %3187, align 4, !tbaa !5
+  %indvars.iv.next1046.i.4 = or disjoint i64 %indvars.iv1045.i, 5
+  %.idx1147.i.5 = shl nuw nsw i64 %indvars.iv.next1046.i.4, 6
+  %3188 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.5
+  %3189 = load float, ptr %3188, align 4, !tbaa !5
+  %3190 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i.4
+  store float %3189, ptr %3190, align 4, !tbaa !5
+  %indvars.iv.next1046.i.5 = or disjoint i64 %indvars.iv1045.i, 6
+  %.idx1147.i.6 = shl nuw nsw i64 %indvars.iv.next1046.i.5, 6
+  %3191 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.6
+  %3192 = load float, ptr %3191, align 4, !tbaa !5
+  %3193 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i.5
+  store float %3192, ptr %3193, align 4, !tbaa !5
+  %indvars.iv.next1046.i.6 = or disjoint i64 %indvars.iv1045.i, 7
+  %.idx1147.i.7 = shl nuw nsw i64 %indvars.iv.next1046.i.6, 6
+  %3194 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.7
+  %3195 = load float, ptr %3194, align 4, !tbaa !5
+  %3196 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i.6
+  store float %3195, ptr %3196, align 4, !tbaa !5
+  %indvars.iv.next1046.i.7 = add nuw nsw i64 %indvars.iv1045.i, 8
+  %exitcond1048.not.i.7 = icmp eq i64 %indvars.iv.next1046.i.7, 128
+  br i1 %exitcond1048.not.i.7, label %for_end_d481.i, label %for_body_d480.i, !prof !29, !llvm.loop !78
 
-if_end515.i:                                      ; preds = %if_end512.i
-  %3154 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3155 = tail call i32 %3154(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not558.i = icmp eq i32 %3155, 0
-  br i1 %.not558.i, label %if_end518.i, label %fused_attend_compute_.exit, !prof !38
+for_end_d481.i:                                   ; preds = %for_body_d480.i, %vector.body502
+  %indvars.iv.next1050.i = add nuw nsw i64 %indvars.iv1049.i, 1
+  %exitcond1054.not.i = icmp eq i64 %indvars.iv.next1050.i, %wide.trip.count1043.i
+  br i1 %exitcond1054.not.i, label %if_end393.loopexit.i, label %for_begin_d479.preheader.i, !prof !13
 
-if_end518.i:                                      ; preds = %if_end515.i
-  %3156 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3157 = tail call i32 %3156(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not559.i = icmp eq i32 %3157, 0
-  br i1 %.not559.i, label %if_end521.i, label %fused_attend_compute_.exit, !prof !38
+if_end488.i:                                      ; preds = %for_end_tile389.i
+  %3197 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3198 = tail call i32 %3197(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not534.i = icmp eq i32 %3198, 0
+  br i1 %.not534.i, label %if_end491.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end521.i:                                      ; preds = %if_end518.i
-  %3158 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3159 = tail call i32 %3158(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not560.i = icmp ne i32 %3159, 0
-  %..i = sext i1 %.not560.i to i32
+if_end491.i:                                      ; preds = %if_end488.i
+  %3199 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3200 = tail call i32 %3199(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not535.i = icmp eq i32 %3200, 0
+  br i1 %.not535.i, label %if_end494.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end494.i:                                      ; preds = %if_end491.i
+  %3201 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3202 = tail call i32 %3201(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not536.i = icmp eq i32 %3202, 0
+  br i1 %.not536.i, label %if_end497.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end497.i:                                      ; preds = %if_end494.i
+  %3203 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3204 = tail call i32 %3203(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not537.i = icmp eq i32 %3204, 0
+  br i1 %.not537.i, label %if_end500.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end500.i:                                      ; preds = %if_end497.i
+  %3205 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3206 = tail call i32 %3205(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not538.i = icmp ne i32 %3206, 0
+  %..i = sext i1 %.not538.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end521.i, %if_end518.i, %if_end515.i, %if_end512.i, %if_end509.i, %for_end_tile410.i, %if_end403.i, %if_end400.i, %for_end_tile341.i, %if_end334.i, %if_end328.i, %if_end322.i, %if_end319.i, %if_end316.i, %if_end173.i, %if_end167.i, %if_end164.i, %if_end161.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end145.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end126.i, %for_body_step.i, %if_end120.i, %if_end117.i, %for_body_number.i, %for_end_r470.us.i, %for_body_tile409.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end54
-  %common.ret.op.i = phi i32 [ -1, %if_end518.i ], [ -1, %if_end54 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end515.i ], [ %..i, %if_end521.i ], [ -1, %for_end_tile410.i ], [ -1, %for_body_tile409.us.i ], [ -1, %if_end509.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end512.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r470.us.i ], [ -1, %if_end322.i ], [ -1, %if_end319.i ], [ -1, %if_end316.i ], [ -1, %if_end173.i ], [ -1, %if_end167.i ], [ -1, %if_end164.i ], [ -1, %if_end161.i ], [ -1, %if_end328.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end145.i ], [ -1, %if_end334.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end126.i ], [ -1, %if_end403.i ], [ -1, %if_end400.i ], [ -1, %for_end_tile341.i ], [ -1, %if_end120.i ], [ -1, %if_end117.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor536.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %reach555.i)
+fused_attend_compute_.exit:                       ; preds = %if_end500.i, %if_end497.i, %if_end494.i, %if_end491.i, %if_end488.i, %for_end_tile389.i, %if_end382.i, %if_end379.i, %for_end_tile320.i, %if_end313.i, %if_end307.i, %if_end301.i, %if_end298.i, %if_end295.i, %if_end147.i, %if_end141.i, %if_end138.i, %if_end135.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end119.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end100.i, %for_body_step.i, %if_end94.i, %if_end91.i, %for_body_number.i, %for_end_r449.us.i, %for_body_tile388.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end57
+  %common.ret.op.i = phi i32 [ -1, %if_end497.i ], [ -1, %if_end57 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end494.i ], [ %..i, %if_end500.i ], [ -1, %for_end_tile389.i ], [ -1, %for_body_tile388.us.i ], [ -1, %if_end488.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end491.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r449.us.i ], [ -1, %if_end301.i ], [ -1, %if_end298.i ], [ -1, %if_end295.i ], [ -1, %if_end147.i ], [ -1, %if_end141.i ], [ -1, %if_end138.i ], [ -1, %if_end135.i ], [ -1, %if_end307.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end119.i ], [ -1, %if_end313.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end100.i ], [ -1, %if_end382.i ], [ -1, %if_end379.i ], [ -1, %for_end_tile320.i ], [ -1, %if_end94.i ], [ -1, %if_end91.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor515.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach533.i)
   ret i32 %common.ret.op.i
 }
 
@@ -9726,46 +9751,58 @@ entry:
   %26 = load i64, ptr %25, align 8
   %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
   %28 = load i64, ptr %27, align 8
-  %29 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
-  %dev_id = load i32, ptr %29, align 4
-  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %merge_attend.out_shape = load ptr, ptr %30, align 8
-  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %merge_attend.out_strides = load ptr, ptr %31, align 8
-  %32 = icmp eq ptr %merge_attend.out_strides, null
-  %33 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 16
-  %34 = getelementptr inbounds nuw i8, ptr %merge_attend.out_strides, i64 8
-  %out_head.in = select i1 %32, ptr %33, ptr %34
+  %29 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %30 = load i64, ptr %29, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %32 = load i64, ptr %31, align 8
+  %33 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %34 = load i64, ptr %33, align 8
+  %35 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
+  %dev_id = load i32, ptr %35, align 4
+  %36 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_attend.out_shape = load ptr, ptr %36, align 8
+  %37 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_attend.out_strides = load ptr, ptr %37, align 8
+  %38 = icmp eq ptr %merge_attend.out_strides, null
+  %39 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 16
+  %40 = getelementptr inbounds nuw i8, ptr %merge_attend.out_strides, i64 8
+  %out_head.in = select i1 %38, ptr %39, ptr %40
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %32, label %if_then16, label %if_else17
+  br i1 %38, label %if_then16, label %if_else17
 
 if_then16:                                        ; preds = %entry
-  %35 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 8
-  %36 = load i64, ptr %35, align 8
-  %37 = load i64, ptr %33, align 8
-  %38 = mul nsw i64 %37, %36
+  %41 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 8
+  %42 = load i64, ptr %41, align 8
+  %43 = load i64, ptr %39, align 8
+  %44 = mul nsw i64 %43, %42
   br label %if_end18
 
 if_else17:                                        ; preds = %entry
-  %39 = load i64, ptr %merge_attend.out_strides, align 8
+  %45 = load i64, ptr %merge_attend.out_strides, align 8
   br label %if_end18
 
 if_end18:                                         ; preds = %if_else17, %if_then16
-  %out_batch = phi i64 [ %38, %if_then16 ], [ %39, %if_else17 ]
-  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %merge_attend.lse_strides = load ptr, ptr %40, align 8
-  %41 = icmp eq ptr %merge_attend.lse_strides, null
-  br i1 %41, label %if_then19, label %if_end21
+  %out_batch = phi i64 [ %44, %if_then16 ], [ %45, %if_else17 ]
+  %46 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_attend.lse_strides = load ptr, ptr %46, align 8
+  %47 = icmp eq ptr %merge_attend.lse_strides, null
+  br i1 %47, label %if_then19, label %if_end21
 
 if_then19:                                        ; preds = %if_end18
-  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %merge_attend.lse_shape = load ptr, ptr %42, align 8
-  %43 = getelementptr inbounds nuw i8, ptr %merge_attend.lse_shape, i64 8
+  %48 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_attend.lse_shape = load ptr, ptr %48, align 8
+  %49 = getelementptr inbounds nuw i8, ptr %merge_attend.lse_shape, i64 8
   br label %if_end21
 
 if_end21:                                         ; preds = %if_then19, %if_end18
-  %lse_batch.in = phi ptr [ %43, %if_then19 ], [ %merge_attend.lse_strides, %if_end18 ]
+  %lse_batch.in = phi ptr [ %49, %if_then19 ], [ %merge_attend.lse_strides, %if_end18 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %num_shared = trunc i64 %34 to i32
+  %shared_step = trunc i64 %32 to i32
+  %shared_start = trunc i64 %30 to i32
+  %num_partials = trunc i64 %28 to i32
+  %partial_step = trunc i64 %26 to i32
+  %partial_start = trunc i64 %24 to i32
   %num_keys = trunc i64 %22 to i32
   %partial_max = load ptr, ptr %partial_max.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
@@ -9787,457 +9824,454 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %45 = icmp eq ptr %acc.i, null
-  br i1 %45, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !8
+  %50 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %50(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %51 = icmp eq ptr %acc.i, null
+  br i1 %51, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !8
 
 for_begin_step.preheader.i:                       ; preds = %if_end21
-  %num_partials = trunc i64 %28 to i32
-  %46 = icmp sgt i32 %num_partials, 0
-  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+  %52 = icmp sgt i32 %num_partials, 0
+  br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !3
 
-for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
-  %sext = shl i64 %24, 32
-  %47 = ashr exact i64 %sext, 32
-  %sext28 = shl i64 %26, 32
-  %48 = ashr exact i64 %sext28, 32
-  %wide.trip.count.i = and i64 %28, 2147483647
-  br label %for_body_step.i
-
-for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
-  %49 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %108, %for_end_r_0.i ]
-  %50 = mul nsw i64 %indvars.iv64.i, %48
-  %51 = icmp eq i64 %indvars.iv64.i, 0
-  %52 = insertelement <32 x i1> poison, i1 %51, i64 0
-  %53 = shufflevector <32 x i1> %52, <32 x i1> poison, <32 x i32> zeroinitializer
-  %old_max.i = select <32 x i1> %53, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %49
-  %old_sum.i = select <32 x i1> %53, <32 x float> zeroinitializer, <32 x float> %total4145.i
-  %54 = add nsw i64 %50, %47
-  %55 = shl nsw i64 %54, 5
-  %56 = getelementptr inbounds float, ptr %partial_max, i64 %55
-  %57 = load <32 x float>, ptr %56, align 4, !tbaa !5
-  %58 = fcmp ogt <32 x float> %old_max.i, %57
-  %59 = getelementptr inbounds float, ptr %partial_sum, i64 %55
-  %60 = load <32 x float>, ptr %59, align 4, !tbaa !5
-  %61 = fcmp oeq <32 x float> %60, zeroinitializer
-  %62 = select <32 x i1> %61, <32 x i1> splat (i1 true), <32 x i1> %58
-  %old_or_both.i = select <32 x i1> %62, <32 x float> %old_max.i, <32 x float> %57
-  %63 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
-  %m.i = select <32 x i1> %63, <32 x float> %57, <32 x float> %old_or_both.i
-  %64 = fsub <32 x float> %old_max.i, %m.i
-  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %66 = bitcast <32 x float> %65 to <32 x i32>
-  %67 = fadd <32 x float> %65, splat (float 0xC168000FE0000000)
-  %68 = fmul <32 x float> %67, splat (float 0x3F2BD01060000000)
-  %69 = fmul <32 x float> %67, splat (float 0x3FE6300000000000)
-  %70 = fsub <32 x float> %64, %69
-  %71 = fadd <32 x float> %68, %70
-  %72 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %71, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %71, <32 x float> splat (float 0x3FA5558F20000000))
-  %74 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %73, <32 x float> %71, <32 x float> splat (float 0x3FC5554920000000))
-  %75 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %74, <32 x float> %71, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %76 = fmul <32 x float> %71, %71
-  %77 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %75, <32 x float> %76, <32 x float> %71)
-  %78 = shl <32 x i32> %66, splat (i32 23)
-  %79 = bitcast <32 x i32> %78 to <32 x float>
-  %80 = fadd <32 x float> %77, splat (float 1.000000e+00)
-  %81 = fmul <32 x float> %80, %79
-  %82 = fcmp olt <32 x float> %64, splat (float -8.700000e+01)
-  %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
-  %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
-  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !122
-  %arg2.i = fsub <32 x float> %57, %m.i
-  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %87 = bitcast <32 x float> %86 to <32 x i32>
-  %88 = fadd <32 x float> %86, splat (float 0xC168000FE0000000)
-  %89 = fmul <32 x float> %88, splat (float 0x3F2BD01060000000)
-  %90 = fmul <32 x float> %88, splat (float 0x3FE6300000000000)
-  %91 = fsub <32 x float> %arg2.i, %90
-  %92 = fadd <32 x float> %89, %91
-  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %92, <32 x float> splat (float 0x3FA5558F20000000))
-  %95 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %92, <32 x float> splat (float 0x3FC5554920000000))
-  %96 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %95, <32 x float> %92, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %97 = fmul <32 x float> %92, %92
-  %98 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %96, <32 x float> %97, <32 x float> %92)
-  %99 = shl <32 x i32> %87, splat (i32 23)
-  %100 = bitcast <32 x i32> %99 to <32 x float>
-  %101 = fadd <32 x float> %98, splat (float 1.000000e+00)
-  %102 = fmul <32 x float> %101, %100
-  %103 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
-  %105 = fcmp one <32 x float> %60, zeroinitializer
-  %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
-  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !128
-  %107 = fmul <32 x float> %old_sum.i, %85
-  %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
-  %.idx.i = shl nsw i64 %54, 14
-  %109 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %51, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %step46.i = phi i32 [ %224, %for_end_r_0.i ], [ 0, %for_begin_step.preheader.i ]
+  %53 = phi <32 x float> [ %m.i, %for_end_r_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %total4145.i = phi <32 x float> [ %118, %for_end_r_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %54 = sub nsw i32 %step46.i, %num_shared
+  %55 = mul nsw i32 %54, %partial_step
+  %56 = add nsw i32 %55, %partial_start
+  %57 = mul nsw i32 %step46.i, %shared_step
+  %58 = add nsw i32 %57, %shared_start
+  %59 = icmp slt i32 %step46.i, %num_shared
+  %60 = icmp eq i32 %step46.i, 0
+  %61 = insertelement <32 x i1> poison, i1 %60, i64 0
+  %62 = shufflevector <32 x i1> %61, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %62, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %53
+  %old_sum.i = select <32 x i1> %62, <32 x float> zeroinitializer, <32 x float> %total4145.i
+  %63 = select i1 %59, i32 %58, i32 %56
+  %64 = sext i32 %63 to i64
+  %65 = shl nsw i64 %64, 5
+  %66 = getelementptr inbounds float, ptr %partial_max, i64 %65
+  %67 = load <32 x float>, ptr %66, align 4, !tbaa !5
+  %68 = fcmp ogt <32 x float> %old_max.i, %67
+  %69 = getelementptr inbounds float, ptr %partial_sum, i64 %65
+  %70 = load <32 x float>, ptr %69, align 4, !tbaa !5
+  %71 = fcmp oeq <32 x float> %70, zeroinitializer
+  %72 = select <32 x i1> %71, <32 x i1> splat (i1 true), <32 x i1> %68
+  %old_or_both.i = select <32 x i1> %72, <32 x float> %old_max.i, <32 x float> %67
+  %73 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %73, <32 x float> %67, <32 x float> %old_or_both.i
+  %74 = fsub <32 x float> %old_max.i, %m.i
+  %75 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %74, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %76 = bitcast <32 x float> %75 to <32 x i32>
+  %77 = fadd <32 x float> %75, splat (float 0xC168000FE0000000)
+  %78 = fmul <32 x float> %77, splat (float 0x3F2BD01060000000)
+  %79 = fmul <32 x float> %77, splat (float 0x3FE6300000000000)
+  %80 = fsub <32 x float> %74, %79
+  %81 = fadd <32 x float> %78, %80
+  %82 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %81, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %83 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %82, <32 x float> %81, <32 x float> splat (float 0x3FA5558F20000000))
+  %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %83, <32 x float> %81, <32 x float> splat (float 0x3FC5554920000000))
+  %85 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %84, <32 x float> %81, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %86 = fmul <32 x float> %81, %81
+  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %85, <32 x float> %86, <32 x float> %81)
+  %88 = shl <32 x i32> %76, splat (i32 23)
+  %89 = bitcast <32 x i32> %88 to <32 x float>
+  %90 = fadd <32 x float> %87, splat (float 1.000000e+00)
+  %91 = fmul <32 x float> %90, %89
+  %92 = fcmp olt <32 x float> %74, splat (float -8.700000e+01)
+  %93 = select <32 x i1> %92, <32 x float> zeroinitializer, <32 x float> %91
+  %94 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %95 = select <32 x i1> %94, <32 x float> %93, <32 x float> zeroinitializer
+  store <32 x float> %95, ptr %alpha38.i, align 16, !tbaa !122
+  %arg2.i = fsub <32 x float> %67, %m.i
+  %96 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %97 = bitcast <32 x float> %96 to <32 x i32>
+  %98 = fadd <32 x float> %96, splat (float 0xC168000FE0000000)
+  %99 = fmul <32 x float> %98, splat (float 0x3F2BD01060000000)
+  %100 = fmul <32 x float> %98, splat (float 0x3FE6300000000000)
+  %101 = fsub <32 x float> %arg2.i, %100
+  %102 = fadd <32 x float> %99, %101
+  %103 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %102, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %104 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %103, <32 x float> %102, <32 x float> splat (float 0x3FA5558F20000000))
+  %105 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %102, <32 x float> splat (float 0x3FC5554920000000))
+  %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %105, <32 x float> %102, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %107 = fmul <32 x float> %102, %102
+  %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %107, <32 x float> %102)
+  %109 = shl <32 x i32> %97, splat (i32 23)
+  %110 = bitcast <32 x i32> %109 to <32 x float>
+  %111 = fadd <32 x float> %108, splat (float 1.000000e+00)
+  %112 = fmul <32 x float> %111, %110
+  %113 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %114 = select <32 x i1> %113, <32 x float> zeroinitializer, <32 x float> %112
+  %115 = fcmp one <32 x float> %70, zeroinitializer
+  %116 = select <32 x i1> %115, <32 x float> %114, <32 x float> zeroinitializer
+  store <32 x float> %116, ptr %beta37.i, align 16, !tbaa !128
+  %117 = fmul <32 x float> %old_sum.i, %95
+  %118 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %116, <32 x float> %70, <32 x float> %117)
+  %.idx.i = shl nsw i64 %64, 14
+  %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %60, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !134
-  %112 = insertelement <16 x float> poison, float %111, i64 0
-  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
-  %114 = shl nuw nsw i64 %indvars.iv60.i, 7
-  %115 = getelementptr float, ptr %109, i64 %114
-  %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %117 = load float, ptr %116, align 4, !tbaa !135
-  %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
-  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
-  %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
-  %.scalar = fmul float %117, 0.000000e+00
-  %120 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
-  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %119, <16 x float> %121)
-  store <16 x float> %122, ptr %118, align 4, !tbaa !5
-  %123 = getelementptr inbounds nuw i8, ptr %118, i64 64
-  store <16 x float> zeroinitializer, ptr %123, align 4, !tbaa !5
-  %124 = getelementptr i8, ptr %115, i64 64
-  %125 = load <16 x float>, ptr %124, align 4, !tbaa !5
-  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %125, <16 x float> %121)
-  store <16 x float> %126, ptr %123, align 4, !tbaa !5
-  %127 = getelementptr inbounds nuw i8, ptr %118, i64 128
-  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !5
-  %128 = getelementptr i8, ptr %115, i64 128
-  %129 = load <16 x float>, ptr %128, align 4, !tbaa !5
-  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %129, <16 x float> %121)
-  store <16 x float> %130, ptr %127, align 4, !tbaa !5
-  %131 = getelementptr inbounds nuw i8, ptr %118, i64 192
-  store <16 x float> zeroinitializer, ptr %131, align 4, !tbaa !5
-  %132 = getelementptr i8, ptr %115, i64 192
-  %133 = load <16 x float>, ptr %132, align 4, !tbaa !5
-  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %133, <16 x float> %121)
-  store <16 x float> %134, ptr %131, align 4, !tbaa !5
-  %135 = getelementptr inbounds nuw i8, ptr %118, i64 256
-  store <16 x float> zeroinitializer, ptr %135, align 4, !tbaa !5
-  %136 = getelementptr i8, ptr %115, i64 256
-  %137 = load <16 x float>, ptr %136, align 4, !tbaa !5
-  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %137, <16 x float> %121)
-  store <16 x float> %138, ptr %135, align 4, !tbaa !5
-  %139 = getelementptr inbounds nuw i8, ptr %118, i64 320
-  store <16 x float> zeroinitializer, ptr %139, align 4, !tbaa !5
-  %140 = getelementptr i8, ptr %115, i64 320
-  %141 = load <16 x float>, ptr %140, align 4, !tbaa !5
-  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %141, <16 x float> %121)
-  store <16 x float> %142, ptr %139, align 4, !tbaa !5
-  %143 = getelementptr inbounds nuw i8, ptr %118, i64 384
-  store <16 x float> zeroinitializer, ptr %143, align 4, !tbaa !5
-  %144 = getelementptr i8, ptr %115, i64 384
-  %145 = load <16 x float>, ptr %144, align 4, !tbaa !5
-  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %145, <16 x float> %121)
-  store <16 x float> %146, ptr %143, align 4, !tbaa !5
-  %147 = getelementptr inbounds nuw i8, ptr %118, i64 448
-  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !5
-  %148 = getelementptr i8, ptr %115, i64 448
-  %149 = load <16 x float>, ptr %148, align 4, !tbaa !5
-  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %149, <16 x float> %121)
-  store <16 x float> %150, ptr %147, align 4, !tbaa !5
+  %120 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
+  %121 = load float, ptr %120, align 4, !tbaa !134
+  %122 = insertelement <16 x float> poison, float %121, i64 0
+  %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
+  %124 = shl nuw nsw i64 %indvars.iv60.i, 7
+  %125 = getelementptr float, ptr %119, i64 %124
+  %126 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
+  %127 = load float, ptr %126, align 4, !tbaa !135
+  %128 = getelementptr inbounds nuw float, ptr %acc.i, i64 %124
+  store <16 x float> zeroinitializer, ptr %128, align 4, !tbaa !5
+  %129 = load <16 x float>, ptr %125, align 4, !tbaa !5
+  %.scalar = fmul float %127, 0.000000e+00
+  %130 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %131 = shufflevector <16 x float> %130, <16 x float> poison, <16 x i32> zeroinitializer
+  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %129, <16 x float> %131)
+  store <16 x float> %132, ptr %128, align 4, !tbaa !5
+  %133 = getelementptr inbounds nuw i8, ptr %128, i64 64
+  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !5
+  %134 = getelementptr i8, ptr %125, i64 64
+  %135 = load <16 x float>, ptr %134, align 4, !tbaa !5
+  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %135, <16 x float> %131)
+  store <16 x float> %136, ptr %133, align 4, !tbaa !5
+  %137 = getelementptr inbounds nuw i8, ptr %128, i64 128
+  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !5
+  %138 = getelementptr i8, ptr %125, i64 128
+  %139 = load <16 x float>, ptr %138, align 4, !tbaa !5
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %139, <16 x float> %131)
+  store <16 x float> %140, ptr %137, align 4, !tbaa !5
+  %141 = getelementptr inbounds nuw i8, ptr %128, i64 192
+  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !5
+  %142 = getelementptr i8, ptr %125, i64 192
+  %143 = load <16 x float>, ptr %142, align 4, !tbaa !5
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %143, <16 x float> %131)
+  store <16 x float> %144, ptr %141, align 4, !tbaa !5
+  %145 = getelementptr inbounds nuw i8, ptr %128, i64 256
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !5
+  %146 = getelementptr i8, ptr %125, i64 256
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !5
+  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %147, <16 x float> %131)
+  store <16 x float> %148, ptr %145, align 4, !tbaa !5
+  %149 = getelementptr inbounds nuw i8, ptr %128, i64 320
+  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !5
+  %150 = getelementptr i8, ptr %125, i64 320
+  %151 = load <16 x float>, ptr %150, align 4, !tbaa !5
+  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %151, <16 x float> %131)
+  store <16 x float> %152, ptr %149, align 4, !tbaa !5
+  %153 = getelementptr inbounds nuw i8, ptr %128, i64 384
+  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !5
+  %154 = getelementptr i8, ptr %125, i64 384
+  %155 = load <16 x float>, ptr %154, align 4, !tbaa !5
+  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %155, <16 x float> %131)
+  store <16 x float> %156, ptr %153, align 4, !tbaa !5
+  %157 = getelementptr inbounds nuw i8, ptr %128, i64 448
+  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !5
+  %158 = getelementptr i8, ptr %125, i64 448
+  %159 = load <16 x float>, ptr %158, align 4, !tbaa !5
+  %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %159, <16 x float> %131)
+  store <16 x float> %160, ptr %157, align 4, !tbaa !5
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
   br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !28
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r_0.i ]
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_r_0.i ]
   %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
   store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
   store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
-  %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
-  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !136
-  %sext29 = shl i64 %20, 32
-  %154 = ashr exact i64 %sext29, 32
-  %155 = mul nsw i64 %out_batch, %154
-  %156 = getelementptr i16, ptr %out, i64 %155
+  %161 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %162 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %163 = select <32 x i1> %162, <32 x float> zeroinitializer, <32 x float> %161
+  store <32 x float> %163, ptr %factor34.i, align 16, !tbaa !136
+  %sext = shl i64 %20, 32
+  %164 = ashr exact i64 %sext, 32
+  %165 = mul nsw i64 %out_batch, %164
+  %166 = getelementptr i16, ptr %out, i64 %165
   br label %for_begin_d_019.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !134
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = shl nuw nsw i64 %indvars.iv.i, 7
-  %162 = getelementptr float, ptr %109, i64 %161
-  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !135
-  %165 = insertelement <16 x float> poison, float %164, i64 0
-  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
-  %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %170 = fmul <16 x float> %169, %166
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !5
-  %172 = getelementptr i8, ptr %162, i64 64
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = fmul <16 x float> %166, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %162, i64 128
+  %167 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %168 = load float, ptr %167, align 4, !tbaa !134
+  %169 = insertelement <16 x float> poison, float %168, i64 0
+  %170 = shufflevector <16 x float> %169, <16 x float> poison, <16 x i32> zeroinitializer
+  %171 = shl nuw nsw i64 %indvars.iv.i, 7
+  %172 = getelementptr float, ptr %119, i64 %171
+  %173 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %174 = load float, ptr %173, align 4, !tbaa !135
+  %175 = insertelement <16 x float> poison, float %174, i64 0
+  %176 = shufflevector <16 x float> %175, <16 x float> poison, <16 x i32> zeroinitializer
+  %177 = load <16 x float>, ptr %172, align 4, !tbaa !5
+  %178 = getelementptr inbounds nuw float, ptr %acc.i, i64 %171
   %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
-  %182 = fmul <16 x float> %166, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !5
-  %184 = getelementptr i8, ptr %162, i64 192
+  %180 = fmul <16 x float> %179, %176
+  %181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %177, <16 x float> %180)
+  store <16 x float> %181, ptr %178, align 4, !tbaa !5
+  %182 = getelementptr i8, ptr %172, i64 64
+  %183 = load <16 x float>, ptr %182, align 4, !tbaa !5
+  %184 = getelementptr inbounds nuw i8, ptr %178, i64 64
   %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = fmul <16 x float> %166, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %162, i64 256
+  %186 = fmul <16 x float> %176, %185
+  %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %183, <16 x float> %186)
+  store <16 x float> %187, ptr %184, align 4, !tbaa !5
+  %188 = getelementptr i8, ptr %172, i64 128
+  %189 = load <16 x float>, ptr %188, align 4, !tbaa !5
+  %190 = getelementptr inbounds nuw i8, ptr %178, i64 128
   %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
-  %194 = fmul <16 x float> %166, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !5
-  %196 = getelementptr i8, ptr %162, i64 320
+  %192 = fmul <16 x float> %176, %191
+  %193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %189, <16 x float> %192)
+  store <16 x float> %193, ptr %190, align 4, !tbaa !5
+  %194 = getelementptr i8, ptr %172, i64 192
+  %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
+  %196 = getelementptr inbounds nuw i8, ptr %178, i64 192
   %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = fmul <16 x float> %166, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %162, i64 384
+  %198 = fmul <16 x float> %176, %197
+  %199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %195, <16 x float> %198)
+  store <16 x float> %199, ptr %196, align 4, !tbaa !5
+  %200 = getelementptr i8, ptr %172, i64 256
+  %201 = load <16 x float>, ptr %200, align 4, !tbaa !5
+  %202 = getelementptr inbounds nuw i8, ptr %178, i64 256
   %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = fmul <16 x float> %166, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !5
-  %208 = getelementptr i8, ptr %162, i64 448
+  %204 = fmul <16 x float> %176, %203
+  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %201, <16 x float> %204)
+  store <16 x float> %205, ptr %202, align 4, !tbaa !5
+  %206 = getelementptr i8, ptr %172, i64 320
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !5
+  %208 = getelementptr inbounds nuw i8, ptr %178, i64 320
   %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
-  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
-  %212 = fmul <16 x float> %166, %211
-  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
-  store <16 x float> %213, ptr %210, align 4, !tbaa !5
+  %210 = fmul <16 x float> %176, %209
+  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %207, <16 x float> %210)
+  store <16 x float> %211, ptr %208, align 4, !tbaa !5
+  %212 = getelementptr i8, ptr %172, i64 384
+  %213 = load <16 x float>, ptr %212, align 4, !tbaa !5
+  %214 = getelementptr inbounds nuw i8, ptr %178, i64 384
+  %215 = load <16 x float>, ptr %214, align 4, !tbaa !5
+  %216 = fmul <16 x float> %176, %215
+  %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %213, <16 x float> %216)
+  store <16 x float> %217, ptr %214, align 4, !tbaa !5
+  %218 = getelementptr i8, ptr %172, i64 448
+  %219 = load <16 x float>, ptr %218, align 4, !tbaa !5
+  %220 = getelementptr inbounds nuw i8, ptr %178, i64 448
+  %221 = load <16 x float>, ptr %220, align 4, !tbaa !5
+  %222 = fmul <16 x float> %176, %221
+  %223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %219, <16 x float> %222)
+  store <16 x float> %223, ptr %220, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !28
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+  %224 = add nuw nsw i32 %step46.i, 1
+  %exitcond64.not.i = icmp eq i32 %224, %num_partials
+  br i1 %exitcond64.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
-  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !142
-  %216 = insertelement <16 x float> poison, float %215, i64 0
-  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
-  %218 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %156, i64 %218
-  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
-  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
-  %221 = fmul <16 x float> %220, %217
-  %222 = bitcast <16 x float> %221 to <16 x i32>
-  %223 = lshr <16 x i32> %222, splat (i32 16)
-  %224 = and <16 x i32> %223, splat (i32 1)
-  %225 = add nuw <16 x i32> %222, splat (i32 32767)
-  %226 = add nuw <16 x i32> %225, %224
-  %227 = lshr <16 x i32> %226, splat (i32 16)
-  %228 = trunc nuw <16 x i32> %227 to <16 x i16>
-  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !5
-  %229 = getelementptr inbounds nuw i8, ptr %219, i64 64
-  %230 = load <16 x float>, ptr %229, align 4, !tbaa !5
-  %231 = fmul <16 x float> %217, %230
-  %232 = bitcast <16 x float> %231 to <16 x i32>
-  %233 = lshr <16 x i32> %232, splat (i32 16)
-  %234 = and <16 x i32> %233, splat (i32 1)
-  %235 = add nuw <16 x i32> %232, splat (i32 32767)
-  %236 = add nuw <16 x i32> %235, %234
-  %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
+  %indvars.iv69.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next70.i, %for_begin_d_019.preheader.i ]
+  %225 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv69.i
+  %226 = load float, ptr %225, align 4, !tbaa !142
+  %227 = insertelement <16 x float> poison, float %226, i64 0
+  %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
+  %229 = mul nsw i64 %indvars.iv69.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %166, i64 %229
+  %.idx = shl nuw nsw i64 %indvars.iv69.i, 9
+  %230 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %231 = load <16 x float>, ptr %230, align 4, !tbaa !5
+  %232 = fmul <16 x float> %231, %228
+  %233 = bitcast <16 x float> %232 to <16 x i32>
+  %234 = lshr <16 x i32> %233, splat (i32 16)
+  %235 = and <16 x i32> %234, splat (i32 1)
+  %236 = add nuw <16 x i32> %233, splat (i32 32767)
+  %237 = add nuw <16 x i32> %236, %235
+  %238 = lshr <16 x i32> %237, splat (i32 16)
+  %239 = trunc nuw <16 x i32> %238 to <16 x i16>
+  store <16 x i16> %239, ptr %invariant.gep.i, align 2, !tbaa !5
+  %240 = getelementptr inbounds nuw i8, ptr %230, i64 64
+  %241 = load <16 x float>, ptr %240, align 4, !tbaa !5
+  %242 = fmul <16 x float> %228, %241
+  %243 = bitcast <16 x float> %242 to <16 x i32>
+  %244 = lshr <16 x i32> %243, splat (i32 16)
+  %245 = and <16 x i32> %244, splat (i32 1)
+  %246 = add nuw <16 x i32> %243, splat (i32 32767)
+  %247 = add nuw <16 x i32> %246, %245
+  %248 = lshr <16 x i32> %247, splat (i32 16)
+  %249 = trunc nuw <16 x i32> %248 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !5
-  %239 = getelementptr inbounds nuw i8, ptr %219, i64 128
-  %240 = load <16 x float>, ptr %239, align 4, !tbaa !5
-  %241 = fmul <16 x float> %217, %240
-  %242 = bitcast <16 x float> %241 to <16 x i32>
-  %243 = lshr <16 x i32> %242, splat (i32 16)
-  %244 = and <16 x i32> %243, splat (i32 1)
-  %245 = add nuw <16 x i32> %242, splat (i32 32767)
-  %246 = add nuw <16 x i32> %245, %244
-  %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = trunc nuw <16 x i32> %247 to <16 x i16>
+  store <16 x i16> %249, ptr %gep.1.i, align 2, !tbaa !5
+  %250 = getelementptr inbounds nuw i8, ptr %230, i64 128
+  %251 = load <16 x float>, ptr %250, align 4, !tbaa !5
+  %252 = fmul <16 x float> %228, %251
+  %253 = bitcast <16 x float> %252 to <16 x i32>
+  %254 = lshr <16 x i32> %253, splat (i32 16)
+  %255 = and <16 x i32> %254, splat (i32 1)
+  %256 = add nuw <16 x i32> %253, splat (i32 32767)
+  %257 = add nuw <16 x i32> %256, %255
+  %258 = lshr <16 x i32> %257, splat (i32 16)
+  %259 = trunc nuw <16 x i32> %258 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !5
-  %249 = getelementptr inbounds nuw i8, ptr %219, i64 192
-  %250 = load <16 x float>, ptr %249, align 4, !tbaa !5
-  %251 = fmul <16 x float> %217, %250
-  %252 = bitcast <16 x float> %251 to <16 x i32>
-  %253 = lshr <16 x i32> %252, splat (i32 16)
-  %254 = and <16 x i32> %253, splat (i32 1)
-  %255 = add nuw <16 x i32> %252, splat (i32 32767)
-  %256 = add nuw <16 x i32> %255, %254
-  %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = trunc nuw <16 x i32> %257 to <16 x i16>
+  store <16 x i16> %259, ptr %gep.2.i, align 2, !tbaa !5
+  %260 = getelementptr inbounds nuw i8, ptr %230, i64 192
+  %261 = load <16 x float>, ptr %260, align 4, !tbaa !5
+  %262 = fmul <16 x float> %228, %261
+  %263 = bitcast <16 x float> %262 to <16 x i32>
+  %264 = lshr <16 x i32> %263, splat (i32 16)
+  %265 = and <16 x i32> %264, splat (i32 1)
+  %266 = add nuw <16 x i32> %263, splat (i32 32767)
+  %267 = add nuw <16 x i32> %266, %265
+  %268 = lshr <16 x i32> %267, splat (i32 16)
+  %269 = trunc nuw <16 x i32> %268 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !5
-  %259 = getelementptr inbounds nuw i8, ptr %219, i64 256
-  %260 = load <16 x float>, ptr %259, align 4, !tbaa !5
-  %261 = fmul <16 x float> %217, %260
-  %262 = bitcast <16 x float> %261 to <16 x i32>
-  %263 = lshr <16 x i32> %262, splat (i32 16)
-  %264 = and <16 x i32> %263, splat (i32 1)
-  %265 = add nuw <16 x i32> %262, splat (i32 32767)
-  %266 = add nuw <16 x i32> %265, %264
-  %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = trunc nuw <16 x i32> %267 to <16 x i16>
+  store <16 x i16> %269, ptr %gep.3.i, align 2, !tbaa !5
+  %270 = getelementptr inbounds nuw i8, ptr %230, i64 256
+  %271 = load <16 x float>, ptr %270, align 4, !tbaa !5
+  %272 = fmul <16 x float> %228, %271
+  %273 = bitcast <16 x float> %272 to <16 x i32>
+  %274 = lshr <16 x i32> %273, splat (i32 16)
+  %275 = and <16 x i32> %274, splat (i32 1)
+  %276 = add nuw <16 x i32> %273, splat (i32 32767)
+  %277 = add nuw <16 x i32> %276, %275
+  %278 = lshr <16 x i32> %277, splat (i32 16)
+  %279 = trunc nuw <16 x i32> %278 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !5
-  %269 = getelementptr inbounds nuw i8, ptr %219, i64 320
-  %270 = load <16 x float>, ptr %269, align 4, !tbaa !5
-  %271 = fmul <16 x float> %217, %270
-  %272 = bitcast <16 x float> %271 to <16 x i32>
-  %273 = lshr <16 x i32> %272, splat (i32 16)
-  %274 = and <16 x i32> %273, splat (i32 1)
-  %275 = add nuw <16 x i32> %272, splat (i32 32767)
-  %276 = add nuw <16 x i32> %275, %274
-  %277 = lshr <16 x i32> %276, splat (i32 16)
-  %278 = trunc nuw <16 x i32> %277 to <16 x i16>
+  store <16 x i16> %279, ptr %gep.4.i, align 2, !tbaa !5
+  %280 = getelementptr inbounds nuw i8, ptr %230, i64 320
+  %281 = load <16 x float>, ptr %280, align 4, !tbaa !5
+  %282 = fmul <16 x float> %228, %281
+  %283 = bitcast <16 x float> %282 to <16 x i32>
+  %284 = lshr <16 x i32> %283, splat (i32 16)
+  %285 = and <16 x i32> %284, splat (i32 1)
+  %286 = add nuw <16 x i32> %283, splat (i32 32767)
+  %287 = add nuw <16 x i32> %286, %285
+  %288 = lshr <16 x i32> %287, splat (i32 16)
+  %289 = trunc nuw <16 x i32> %288 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !5
-  %279 = getelementptr inbounds nuw i8, ptr %219, i64 384
-  %280 = load <16 x float>, ptr %279, align 4, !tbaa !5
-  %281 = fmul <16 x float> %217, %280
-  %282 = bitcast <16 x float> %281 to <16 x i32>
-  %283 = lshr <16 x i32> %282, splat (i32 16)
-  %284 = and <16 x i32> %283, splat (i32 1)
-  %285 = add nuw <16 x i32> %282, splat (i32 32767)
-  %286 = add nuw <16 x i32> %285, %284
-  %287 = lshr <16 x i32> %286, splat (i32 16)
-  %288 = trunc nuw <16 x i32> %287 to <16 x i16>
+  store <16 x i16> %289, ptr %gep.5.i, align 2, !tbaa !5
+  %290 = getelementptr inbounds nuw i8, ptr %230, i64 384
+  %291 = load <16 x float>, ptr %290, align 4, !tbaa !5
+  %292 = fmul <16 x float> %228, %291
+  %293 = bitcast <16 x float> %292 to <16 x i32>
+  %294 = lshr <16 x i32> %293, splat (i32 16)
+  %295 = and <16 x i32> %294, splat (i32 1)
+  %296 = add nuw <16 x i32> %293, splat (i32 32767)
+  %297 = add nuw <16 x i32> %296, %295
+  %298 = lshr <16 x i32> %297, splat (i32 16)
+  %299 = trunc nuw <16 x i32> %298 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !5
-  %289 = getelementptr inbounds nuw i8, ptr %219, i64 448
-  %290 = load <16 x float>, ptr %289, align 4, !tbaa !5
-  %291 = fmul <16 x float> %217, %290
-  %292 = bitcast <16 x float> %291 to <16 x i32>
-  %293 = lshr <16 x i32> %292, splat (i32 16)
-  %294 = and <16 x i32> %293, splat (i32 1)
-  %295 = add nuw <16 x i32> %292, splat (i32 32767)
-  %296 = add nuw <16 x i32> %295, %294
-  %297 = lshr <16 x i32> %296, splat (i32 16)
-  %298 = trunc nuw <16 x i32> %297 to <16 x i16>
+  store <16 x i16> %299, ptr %gep.6.i, align 2, !tbaa !5
+  %300 = getelementptr inbounds nuw i8, ptr %230, i64 448
+  %301 = load <16 x float>, ptr %300, align 4, !tbaa !5
+  %302 = fmul <16 x float> %228, %301
+  %303 = bitcast <16 x float> %302 to <16 x i32>
+  %304 = lshr <16 x i32> %303, splat (i32 16)
+  %305 = and <16 x i32> %304, splat (i32 1)
+  %306 = add nuw <16 x i32> %303, splat (i32 32767)
+  %307 = add nuw <16 x i32> %306, %305
+  %308 = lshr <16 x i32> %307, splat (i32 16)
+  %309 = trunc nuw <16 x i32> %308 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !5
-  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
-  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !28
+  store <16 x i16> %309, ptr %gep.7.i, align 2, !tbaa !5
+  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
+  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, 32
+  br i1 %exitcond72.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !28
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %299 = add nsw i32 %num_keys, -1
-  %300 = sitofp i32 %299 to float
-  %301 = bitcast float %300 to i32
-  %302 = ashr i32 %301, 23
-  %303 = mul nsw i64 %lse_batch, %154
-  %304 = getelementptr float, ptr %lse, i64 %303
-  %305 = tail call i32 @llvm.smax.i32(i32 %302, i32 125)
-  %306 = shl nuw nsw i32 %305, 23
-  %307 = add nuw i32 %306, 16777216
-  %308 = bitcast i32 %307 to float
+  %310 = add nsw i32 %num_keys, -1
+  %311 = sitofp i32 %310 to float
+  %312 = bitcast float %311 to i32
+  %313 = ashr i32 %312, 23
+  %314 = mul nsw i64 %lse_batch, %164
+  %315 = getelementptr float, ptr %lse, i64 %314
+  %316 = tail call i32 @llvm.smax.i32(i32 %313, i32 125)
+  %317 = shl nuw nsw i32 %316, 23
+  %318 = add nuw i32 %317, 16777216
+  %319 = bitcast i32 %318 to float
   br label %for_body_r25.i
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
-  %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
-  %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !143
-  %311 = fcmp oeq float %310, 0.000000e+00
-  br i1 %311, label %if_end30.i, label %if_else.i
+  %indvars.iv73.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next74.i.3, %if_end30.i.3 ]
+  %320 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv73.i
+  %321 = load float, ptr %320, align 16, !tbaa !143
+  %322 = fcmp oeq float %321, 0.000000e+00
+  br i1 %322, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %313 = tail call i32 %312(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %313, 0
+  %323 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %324 = tail call i32 %323(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %324, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_attend_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r25.i
-  %314 = fmul float %310, %308
-  %315 = tail call float @llvm.log.f32(float %314)
-  %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !145
-  %318 = fadd float %315, %317
+  %325 = fmul float %321, %319
+  %326 = tail call float @llvm.log.f32(float %325)
+  %327 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv73.i
+  %328 = load float, ptr %327, align 16, !tbaa !145
+  %329 = fadd float %326, %328
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
-  %319 = phi float [ %318, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
-  %320 = getelementptr float, ptr %304, i64 %indvars.iv76.i
-  store float %319, ptr %320, align 4, !tbaa !5
-  %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
-  %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !143
-  %323 = fcmp oeq float %322, 0.000000e+00
-  br i1 %323, label %if_end30.i.1, label %if_else.i.1
+  %330 = phi float [ %329, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %331 = getelementptr float, ptr %315, i64 %indvars.iv73.i
+  store float %330, ptr %331, align 4, !tbaa !5
+  %indvars.iv.next74.i = or disjoint i64 %indvars.iv73.i, 1
+  %332 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i
+  %333 = load float, ptr %332, align 4, !tbaa !143
+  %334 = fcmp oeq float %333, 0.000000e+00
+  br i1 %334, label %if_end30.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end30.i
-  %324 = fmul float %322, %308
-  %325 = tail call float @llvm.log.f32(float %324)
-  %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !145
-  %328 = fadd float %325, %327
+  %335 = fmul float %333, %319
+  %336 = tail call float @llvm.log.f32(float %335)
+  %337 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i
+  %338 = load float, ptr %337, align 4, !tbaa !145
+  %339 = fadd float %336, %338
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
-  %329 = phi float [ %328, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
-  %330 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i
-  store float %329, ptr %330, align 4, !tbaa !5
-  %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
-  %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !143
-  %333 = fcmp oeq float %332, 0.000000e+00
-  br i1 %333, label %if_end30.i.2, label %if_else.i.2
+  %340 = phi float [ %339, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %341 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i
+  store float %340, ptr %341, align 4, !tbaa !5
+  %indvars.iv.next74.i.1 = or disjoint i64 %indvars.iv73.i, 2
+  %342 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i.1
+  %343 = load float, ptr %342, align 8, !tbaa !143
+  %344 = fcmp oeq float %343, 0.000000e+00
+  br i1 %344, label %if_end30.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end30.i.1
-  %334 = fmul float %332, %308
-  %335 = tail call float @llvm.log.f32(float %334)
-  %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !145
-  %338 = fadd float %335, %337
+  %345 = fmul float %343, %319
+  %346 = tail call float @llvm.log.f32(float %345)
+  %347 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i.1
+  %348 = load float, ptr %347, align 8, !tbaa !145
+  %349 = fadd float %346, %348
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
-  %339 = phi float [ %338, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
-  %340 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i.1
-  store float %339, ptr %340, align 4, !tbaa !5
-  %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
-  %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !143
-  %343 = fcmp oeq float %342, 0.000000e+00
-  br i1 %343, label %if_end30.i.3, label %if_else.i.3
+  %350 = phi float [ %349, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %351 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i.1
+  store float %350, ptr %351, align 4, !tbaa !5
+  %indvars.iv.next74.i.2 = or disjoint i64 %indvars.iv73.i, 3
+  %352 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i.2
+  %353 = load float, ptr %352, align 4, !tbaa !143
+  %354 = fcmp oeq float %353, 0.000000e+00
+  br i1 %354, label %if_end30.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end30.i.2
-  %344 = fmul float %342, %308
-  %345 = tail call float @llvm.log.f32(float %344)
-  %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !145
-  %348 = fadd float %345, %347
+  %355 = fmul float %353, %319
+  %356 = tail call float @llvm.log.f32(float %355)
+  %357 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i.2
+  %358 = load float, ptr %357, align 4, !tbaa !145
+  %359 = fadd float %356, %358
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
-  %349 = phi float [ %348, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
-  %350 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i.2
-  store float %349, ptr %350, align 4, !tbaa !5
-  %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
-  %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !147
+  %360 = phi float [ %359, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %361 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i.2
+  store float %360, ptr %361, align 4, !tbaa !5
+  %indvars.iv.next74.i.3 = add nuw nsw i64 %indvars.iv73.i, 4
+  %exitcond76.not.i.3 = icmp eq i64 %indvars.iv.next74.i.3, 32
+  br i1 %exitcond76.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !147
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]

@@ -88,11 +88,11 @@ struct AppendValue {
 
 struct FusedAttend {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_fused_attend;
-  Passed<Array> query, key_cache, value_cache, block_table, row_starts, context_lens, tree_mask, partial_max,
-      partial_sum, partial_acc, out, lse;
+  Passed<Array> query, key_cache, value_cache, block_table, row_starts, context_lens, token_positions,
+      tree_mask, partial_max, partial_sum, partial_acc, out, lse;
   Passed<BlockStride<Keys>> k_block; Passed<RowStride<Keys>> k_row; Passed<HeadStride<Keys>> k_head;
   Passed<BlockStride<Values>> v_block; Passed<RowStride<Values>> v_row; Passed<HeadStride<Values>> v_head;
-  Passed<int64_t> seq, token_begin, num_query, first_pos, kv_head_begin, num_kv_heads, block_begin, block_end,
+  Passed<int64_t> seq, token_begin, num_query, kv_head_begin, num_kv_heads, block_begin, block_end,
       partial_start, causal, tree_start, tree_size;
   Passed<float> query_scale, score_scale;
 };
@@ -100,12 +100,12 @@ struct FusedAttend {
 struct MergeAttend {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_merge_attend;
   Passed<Array> partial_max, partial_sum, partial_acc, out, lse;
-  Passed<int64_t> token, num_keys, partial_start, partial_step, num_partials;
+  Passed<int64_t> token, num_keys, partial_start, partial_step, num_partials, shared_start, shared_step,
+      num_shared;
 };
 
-// One kernel takes a work item of decode through all four stages, tile by tile. Whoever computes the last partial result
-// of a sequence merges all of them.
-void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>& plan, const Partials<Spec>& partials) {
+// One kernel takes a work item of decode through all four stages, tile by tile.
+void Compute(const WorkItem& item, const DecodeArguments& args, const Partials<Spec>& partials) {
   Call(FusedDecode{
       .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
       .block_table = args.block_table.entries, .row_starts = args.block_table.row_starts,
@@ -116,6 +116,11 @@ void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>
       .v_head = args.value_cache.head_stride, .batch_start = item.batch_start, .num_seqs = item.num_seqs,
       .block_begin = item.block_begin, .block_end = item.block_end, .partial_start = item.partial_start,
       .query_scale = args.scale.query, .score_scale = args.scale.scores});
+}
+
+// Whoever computes the last partial result of a sequence merges all of them.
+void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>& plan, const Partials<Spec>& partials) {
+  Compute(item, args, partials);
   const int64_t seq = item.batch_start;
   if (item.partial_start < 0 || !partials.Complete(seq)) return;
   Call(MergePartials{
@@ -133,6 +138,31 @@ void Decode(const Inputs& in, TVMFFIAny*) {
               [&](int64_t i) { RunItem(decode.plan.item(i), decode.args, decode.plan, partials); });
 }
 
+// The same of a work item of several query tokens.
+void Compute(const AttendItem& item, const AttendArguments& args, const Partials<Spec>& partials) {
+  Call(FusedAttend{
+      .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
+      .block_table = args.block_table.entries, .row_starts = args.block_table.row_starts,
+      .context_lens = args.context_lens, .token_positions = args.positions, .tree_mask = args.tree_mask,
+      .partial_max = partials.max, .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out,
+      .lse = args.lse, .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
+      .k_head = args.key_cache.head_stride, .v_block = args.value_cache.block_stride,
+      .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride, .seq = item.seq,
+      .token_begin = item.token_begin, .num_query = item.num_query, .kv_head_begin = item.kv_head_begin,
+      .num_kv_heads = item.num_kv_heads, .block_begin = item.range_begin, .block_end = item.block_end,
+      .partial_start = item.partial_start, .causal = int64_t{args.causal}, .tree_start = item.tree_start,
+      .tree_size = item.tree_size, .query_scale = args.scale.query, .score_scale = args.scale.scores});
+}
+
+// out and lse of a query token that may see so many keys.
+void MergeToken(int64_t token, int64_t num_keys, const TokenPartials& of, const AttendArguments& args, const Partials<Spec>& partials) {
+  Call(MergeAttend{
+      .partial_max = partials.max, .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out,
+      .lse = args.lse, .token = token, .num_keys = num_keys, .partial_start = of.own.start,
+      .partial_step = of.own.step, .num_partials = of.count(), .shared_start = of.shared.start,
+      .shared_step = of.shared.step, .num_shared = of.shared.count});
+}
+
 // attend: attention of any number of query tokens per sequence, those of one token as decode has them.
 void Attend(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
@@ -142,29 +172,13 @@ void Attend(const Inputs& in, TVMFFIAny*) {
   const Partials<Spec>& partials = attend.partials;
   ParallelFor(plan.num_dealt, attend.threads, [&](int64_t i) {
     if (const WorkItem* one = plan.OfDecode(i)) {
-      return RunItem(*one, attend.RowsOf(*one), plan.decode, partials);
+      return RunItem(*one, RowsOf(args, attend.queries, *one), plan.decode, partials);
     }
     const AttendItem& item = plan.item(i);
-    Call(FusedAttend{
-        .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
-        .block_table = args.block_table.entries, .row_starts = args.block_table.row_starts,
-        .context_lens = args.context_lens, .tree_mask = args.tree_mask, .partial_max = partials.max,
-        .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out, .lse = args.lse,
-        .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
-        .k_head = args.key_cache.head_stride, .v_block = args.value_cache.block_stride,
-        .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride, .seq = item.seq,
-        .token_begin = item.token_begin, .num_query = item.num_query, .first_pos = item.first_pos,
-        .kv_head_begin = item.kv_head_begin, .num_kv_heads = item.num_kv_heads,
-        .block_begin = item.block_begin / Spec::kRangeBlocks * Spec::kRangeBlocks, .block_end = item.block_end,
-        .partial_start = item.partial_start, .causal = int64_t{args.causal}, .tree_start = item.tree_start,
-        .tree_size = item.tree_size, .query_scale = args.scale.query, .score_scale = args.scale.scores});
+    Compute(item, args, partials);
     if (item.partial_start < 0 || !partials.Complete(item.merge)) return;
-    for (int64_t token = item.token_begin; token < item.token_begin + item.num_query; ++token) {
-      Call(MergeAttend{
-          .partial_max = partials.max, .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out,
-          .lse = args.lse, .token = token, .num_keys = attend.NumKeys(item, token),
-          .partial_start = item.merge_start + (token - item.token_begin), .partial_step = item.num_query,
-          .num_partials = item.num_ranges});
+    for (int64_t nth = 0; nth < item.num_query; ++nth) {
+      MergeToken(item.token_begin + nth, attend.NumKeys(item, nth), item.PartialsOf(nth), args, partials);
     }
   });
 }

@@ -68,7 +68,7 @@ class Module:
                             cache[T.Div(target, T.int64(16)), head_begin + vh, T.Div(T.truncmod(target, T.int64(16)), T.int64(2)), T.Cast("int64", vd * 2) + T.truncmod(T.truncmod(target, T.int64(16)), T.int64(2))] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_attend(query: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), tree_mask: T.Buffer((tree_cells,), "uint8", align=1), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, seq: T.int32, token_begin: T.int32, num_query: T.int32, first_pos: T.int32, kv_head_begin: T.int32, num_kv_heads: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, causal: T.int32, tree_start: T.int64, tree_size: T.int32, query_scale: T.float32, score_scale: T.float32):
+    def fused_attend(query: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), token_positions: T.Buffer((num_tokens,), "int32", align=4), tree_mask: T.Buffer((tree_cells,), "uint8", align=1), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, seq: T.int32, token_begin: T.int32, num_query: T.int32, kv_head_begin: T.int32, num_kv_heads: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, causal: T.int32, tree_start: T.int64, tree_size: T.int32, query_scale: T.float32, score_scale: T.float32):
         # with T.sblock("root"):
         q_tile = T.sblock_alloc_buffer((32, 16, 64), "int32")
         row_max = T.sblock_alloc_buffer((32, 16))
@@ -101,17 +101,17 @@ class Module:
                             T.writes(q_tile[vtile, vr, vd])
                             q_tile[vtile, vr, vd] = T.if_then_else(vr < T.min(num_query * 4 - vtile % head_tiles * 16, 16), T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd + 1]) * query_scale), 0)
                 with T.sblock("bounds"):
-                    T.reads()
+                    T.reads(token_positions[token_begin:token_begin + num_query])
                     T.writes(positions[vtile, 0:16], limits[vtile, 0:16], reach[vtile, 0:4])
                     for r in range(16):
                         with T.sblock("row_bounds"):
                             vr = T.axis.spatial(16, r)
-                            T.reads()
+                            T.reads(token_positions[token_begin + (vtile % head_tiles * 16 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 16, 16) - 1)) // 4])
                             T.writes(positions[vtile, vr], limits[vtile, vr], places[vtile, vr])
-                            position: T.let[T.int32] = first_pos + (vtile % head_tiles * 16 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 16, 16) - 1)) // 4
+                            position: T.let[T.int32] = token_positions[token_begin + (vtile % head_tiles * 16 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 16, 16) - 1)) // 4]
                             seen: T.let[T.int32] = T.Select(sees_all, context_len, position + 1)
                             positions[vtile, vr] = position
-                            limits[vtile, vr] = seen
+                            limits[vtile, vr] = T.min(seen, context_len)
                             places[vtile, vr] = T.max((T.reinterpret("int32", T.Cast("float32", seen - 1)) >> 23) - 125, 0)
                     for r in range(16):
                         with T.sblock("reach"):
@@ -157,7 +157,8 @@ class Module:
                 T.writes()
                 range_begin: T.let[T.int32] = first_key + vrange * 4096
                 range_end: T.let[T.int32] = T.reinterpret("int32", T.min(range_begin + 4096, key_end))
-                read_begin: T.let[T.int32] = T.reinterpret("int32", T.max(range_begin, span[0] - span[0] % 128))
+                unseen: T.let[T.int32] = T.max(span[0] - range_begin, 0)
+                read_begin: T.let[T.int32] = T.reinterpret("int32", range_begin + unseen - unseen % 128)
                 num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 128 - 1) // 128
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
@@ -909,7 +910,7 @@ class Module:
                                         partial_acc[partial_start + vs, vtile * 4 + vr, vd] = acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
-    def merge_attend(partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), token: T.int32, num_keys: T.int32, partial_start: T.int32, partial_step: T.int32, num_partials: T.int32):
+    def merge_attend(partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), token: T.int32, num_keys: T.int32, partial_start: T.int32, partial_step: T.int32, num_partials: T.int32, shared_start: T.int32, shared_step: T.int32, num_shared: T.int32):
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 32))
         row_sum = T.sblock_alloc_buffer((1, 32))
@@ -919,7 +920,8 @@ class Module:
                 vstep = T.axis.opaque(num_partials, step)
                 T.reads()
                 T.writes()
-                slot: T.let[T.int32] = partial_start + vstep * partial_step
+                own: T.let[T.int32] = partial_start + (vstep - num_shared) * partial_step
+                slot: T.let[T.int32] = T.Select(vstep < num_shared, shared_start + vstep * shared_step, own)
                 with T.sblock("online_update"):
                     T.reads(partial_max[slot, 0:32], partial_sum[slot, 0:32], partial_acc[slot, 0:32, 0:128], row_max[0, 0:32], row_sum[0, 0:32])
                     T.writes(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:128])

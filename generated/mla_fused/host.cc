@@ -75,9 +75,8 @@ struct AppendRow {
   Passed<int64_t> head_begin, num_heads;
 };
 
-// One kernel takes a work item of decode through all four stages, tile by tile. Whoever computes the last partial result
-// of a sequence merges all of them.
-void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>& plan, const Partials<Spec>& partials) {
+// One kernel takes a work item of decode through all four stages, tile by tile.
+void Compute(const WorkItem& item, const DecodeArguments& args, const Partials<Spec>& partials) {
   Call(FusedDecode{
       .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
       .block_table = args.block_table.entries, .row_starts = args.block_table.row_starts,
@@ -88,6 +87,11 @@ void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>
       .v_head = args.value_cache.head_stride, .batch_start = item.batch_start, .num_seqs = item.num_seqs,
       .block_begin = item.block_begin, .block_end = item.block_end, .partial_start = item.partial_start,
       .query_scale = args.scale.query, .score_scale = args.scale.scores});
+}
+
+// Whoever computes the last partial result of a sequence merges all of them.
+void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>& plan, const Partials<Spec>& partials) {
+  Compute(item, args, partials);
   const int64_t seq = item.batch_start;
   if (item.partial_start < 0 || !partials.Complete(seq)) return;
   Call(MergePartials{

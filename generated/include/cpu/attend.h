@@ -15,6 +15,7 @@
 #include "cpu/interface.h"
 #include "cpu/parallel.h"
 #include "cpu/partials.h"
+#include "cpu/positions.h"
 #include "cpu/scratch.h"
 #include "shared/attend_checks.h"
 
@@ -25,6 +26,23 @@ inline Array MovedBy(const Array& array, int64_t rows) {
   Array moved = array;
   moved.tensor.data = static_cast<char*>(array.tensor.data) + rows * array.strides[0] * (array.tensor.dtype.bits / 8);
   return moved;
+}
+
+// A tree_mask where there is none.
+inline Array UnusedMask() {
+  static float unused;
+  Array mask(&unused, {1});
+  mask.tensor.dtype = kUint8;
+  return mask;
+}
+
+// The arguments as decode's kernels take them for an item of its plan, whose sequences have their query tokens side by
+// side: row `seq` of query, out and lse is that of the token of it.
+inline DecodeArguments RowsOf(const AttendArguments& args, const Queries& queries, const WorkItem& item) {
+  DecodeArguments rows = args;
+  const int64_t seq = item.batch_start;
+  for (Array* array : {&rows.query, &rows.out, &rows.lse}) *array = MovedBy(*array, queries.Begin(seq) - seq);
+  return rows;
 }
 
 // The arguments, all of which are checked before anything is written, the plan, and the threads that it is worth. Each
@@ -45,6 +63,11 @@ class AttendCall {
 
  public:
   const Queries queries;
+
+ private:
+  const Positions positions_;
+
+ public:
   const AttendPlan<Spec> plan;
   const Partials<Spec> partials;
 
@@ -55,25 +78,18 @@ class AttendCall {
         context_lens_(args.context_lens),
         query_start_loc_(args.query_start_loc),
         queries(CheckedQueries()),
+        positions_(queries),
         plan(queries, threads.limit),
         partials(plan.num_partials, plan.num_merges, [&](int64_t merge) { return plan.ItemsOf(merge); }),
         unused_lse_(call_workspace, args.has_lse() ? 0 : args.query.shape[0] * Spec::kNumHeads) {
     if (!args.has_lse()) args.lse = Array(unused_lse_.data(), {args.query.shape[0], Spec::kNumHeads});
+    args.positions = positions_.Of(args.query.shape[0]);
     threads.limit = plan.num_threads;
   }
 
-  // The arguments as decode's kernels take them for an item of its plan, whose sequences have their query tokens side
-  // by side: row `seq` of query, out and lse is that of the token of it.
-  DecodeArguments RowsOf(const WorkItem& item) const {
-    DecodeArguments rows = args;
-    const int64_t seq = item.batch_start;
-    for (Array* array : {&rows.query, &rows.out, &rows.lse}) *array = MovedBy(*array, queries.Begin(seq) - seq);
-    return rows;
-  }
-  // Keys that a query token of an item may see.
-  int64_t NumKeys(const AttendItem& item, int64_t token) const {
-    if (queries.SeesAhead()) return queries.context_lens[item.seq];
-    return item.first_pos + (token - item.token_begin) + 1;
+  // Keys that the nth query token of an item may see.
+  int64_t NumKeys(const AttendItem& item, int64_t nth) const {
+    return queries.SeesAhead() ? queries.context_lens[item.seq] : item.first_pos + nth + 1;
   }
 
  private:
@@ -91,13 +107,6 @@ class AttendCall {
     args.block_table = block_table_.AsRead(args.batch);
     if (!args.has_tree()) args.tree_mask = UnusedMask();
     return checked;
-  }
-
-  static Array UnusedMask() {
-    static float unused;
-    Array mask(&unused, {1});
-    mask.tensor.dtype = kUint8;
-    return mask;
   }
 
   const Borrowed<float> unused_lse_;

@@ -23,6 +23,19 @@ constexpr int64_t kItemsOfThread = 2;  // items that a thread has at least, wher
 constexpr int64_t kFlopsOfByte = 8;    // FLOPs that take as long as to read a byte
 constexpr int64_t kMostPartialFloats = int64_t{1} << 24;
 
+// Slots of partial results: so many, one `step` after another.
+struct Slots {
+  int64_t start, step, count;
+};
+
+// The partial results of one query token, in the order in which they are merged: those of a prefix that its sequence
+// shares, and those of its own keys.
+struct TokenPartials {
+  Slots shared, own;
+
+  int64_t count() const { return shared.count + own.count; }
+};
+
 // What one thread computes at a time: some query tokens of a sequence with the heads of some kv heads, over the blocks
 // [block_begin, block_end).
 struct AttendItem {
@@ -30,11 +43,15 @@ struct AttendItem {
   int64_t first_pos;  // the position of query token token_begin in its sequence
   int64_t kv_head_begin, num_kv_heads;
   int64_t block_begin, block_end;
+  int64_t range_begin;    // the block from which on the kernels count ranges and tiles: that of block_begin's range
   int64_t work;           // how long it takes, in FLOPs, be it to compute or to read
   int64_t partial_start;  // slot of the partial result of token_begin, before those of the others; -1 where the kernels
                           // write out and lse
   int64_t merge, merge_start, num_ranges;  // of these tokens: the number of their merge, its first slot, their ranges
   int64_t tree_start, tree_size;  // where the row of token_begin is in tree_mask, -1 without one, and of what length
+
+  // The partial results of its nth query token, where it leaves such.
+  TokenPartials PartialsOf(int64_t nth) const { return {{}, {merge_start + nth, num_query, num_ranges}}; }
 };
 
 // The largest of the fewest parts of a count that are about equal, and no larger than most.
@@ -78,16 +95,17 @@ int64_t WorkOf(const AttendItem& item, const Interval& keys, bool sees_ahead) {
 }
 
 // A pure function of the lengths, of how many threads there may be, and of which single query tokens are as those of
-// decode: `decode` plans these. How query tokens and heads share items, and whether one item or several take the ranges
-// of a token's keys, only balances the work: no bit of a result depends on it. Partial results take up to
-// kMostPartialFloats, whatever the lengths.
+// decode: `decode` plans these. Of prefixes it plans the items of all query tokens after them. How query tokens and
+// heads share items, and whether one item or several take the ranges of a token's keys, only balances the work: no bit
+// of a result depends on it. Partial results take up to kMostPartialFloats, whatever the lengths.
 template <typename Spec>
 class AttendPlan {
  public:
   AttendPlan(const Queries& queries, int64_t most_threads)
       : queries_(queries),
         tree_starts_(call_workspace, queries.batch),
-        decode(queries.context_lens, TreeStarts(), [&](int64_t seq) { return IsDecode(seq); }),
+        decode(
+            queries.context_lens, TreeStarts(), [&](int64_t seq) { return IsDecode(seq); }, queries.first_keys),
         num_threads(Measure(most_threads)),
         items_(call_workspace, num_items),
         merge_items_(call_workspace, num_merges - queries.batch),
@@ -153,11 +171,11 @@ class AttendPlan {
     num_partials = decode.num_partials, num_merges = queries_.batch;
     for (int64_t seq = 0; seq < queries_.batch; ++seq) {
       const int64_t count = queries_.Count(seq);
-      if (count == 0 || IsDecode(seq)) continue;
+      if (count == 0 || IsDecode(seq) || (queries_.OfPrefixes() && queries_.context_lens[seq] == 0)) continue;
       const Shares<Spec> shares(count);
       for (int64_t first = 0; first < count; first += shares.tokens) {
         AttendItem item = {};
-        item.seq = seq, item.token_begin = queries_.Begin(seq) + first, item.first_pos = queries_.FirstPos(seq) + first;
+        item.seq = seq, item.token_begin = queries_.Begin(seq) + first, item.first_pos = queries_.Position(seq, first);
         item.num_query = std::min(shares.tokens, count - first), item.num_kv_heads = shares.heads;
         item.tree_start = queries_.tree_mask == nullptr ? -1 : tree_starts_.data()[seq] + first * count;
         item.tree_size = count;
@@ -170,33 +188,38 @@ class AttendPlan {
   template <typename Visit>
   void VisitTokens(AttendItem item, const Visit& visit) {
     constexpr int64_t kFloats = Spec::kNumHeads * (Spec::kValueDim + 2);
-    const Interval keys = SeenTogether<Spec>(item.first_pos, item.first_pos + item.num_query,
-                                             queries_.context_lens[item.seq], queries_.SeesAhead())
-                              .keys;
-    const Interval blocks = BlocksOf<Spec>(keys);
-    const int64_t work = WorkOf<Spec>(item, keys, queries_.SeesAhead()), first = blocks.begin / Spec::kRangeBlocks;
-    const int64_t ranges = std::max<int64_t>((blocks.end - 1) / Spec::kRangeBlocks + 1 - first, 1);
+    const int64_t base = queries_.FirstKey(item.seq) / Spec::kBlockSize;
+    const Interval keys =
+        SeenTogether<Spec>(queries_, item.seq, item.token_begin - queries_.Begin(item.seq), item.num_query).keys;
+    const Interval blocks = keys.end > keys.begin ? BlocksOf<Spec>(keys) : Interval{base, base};
+    const bool sees_all = queries_.SeesAhead() || queries_.OfPrefixes();
+    const int64_t work = WorkOf<Spec>(item, keys, sees_all), first = (blocks.begin - base) / Spec::kRangeBlocks;
+    const int64_t ranges = std::max<int64_t>((blocks.end - base - 1) / Spec::kRangeBlocks + 1 - first, 1);
     const int64_t partials = num_partials - decode.num_partials + ranges * item.num_query;
-    const bool is_split = work > target_ && ranges > 1 && partials <= kMostPartialFloats / kFloats;
+    // What is merged with a prefix is one partial result, so that it does not depend on where it is split.
+    const bool may_split = ranges > 1 && base == 0;
+    const bool is_split = may_split && work > target_ && partials <= kMostPartialFloats / kFloats;
+    const bool leaves_partials = is_split || queries_.LeavesPartials(item.seq);
     const double parts = static_cast<double>(is_split ? work / ranges : work) / static_cast<double>(target_);
     const int64_t heads =
         EvenShare(Spec::kNumKVHeads, parts <= 1 ? item.num_kv_heads : std::max<int64_t>(item.num_kv_heads / parts, 1));
     const int64_t merge_items = is_split ? ranges * ((Spec::kNumKVHeads - 1) / heads + 1) : 0;
-    item.merge = num_merges, item.merge_start = num_partials, item.num_ranges = ranges;
-    for (int64_t range = 0; range < (is_split ? ranges : 1); ++range) {
-      const int64_t begin = (first + range) * Spec::kRangeBlocks;
-      item.block_begin = std::max(blocks.begin, begin);
-      item.block_end = is_split ? std::min(blocks.end, begin + Spec::kRangeBlocks) : blocks.end;
-      item.partial_start = is_split ? num_partials + range * item.num_query : -1;
+    item.merge = num_merges, item.merge_start = num_partials, item.num_ranges = is_split ? ranges : 1;
+    for (int64_t range = 0; range < item.num_ranges; ++range) {
+      item.range_begin = base + (first + range) * Spec::kRangeBlocks;
+      item.block_begin = std::max(blocks.begin, item.range_begin);
+      item.block_end = is_split ? std::min(blocks.end, item.range_begin + Spec::kRangeBlocks) : blocks.end;
+      item.partial_start = leaves_partials ? num_partials + range * item.num_query : -1;
       const Interval read = {std::max(keys.begin, item.block_begin * Spec::kBlockSize),
                              std::min(keys.end, item.block_end * Spec::kBlockSize)};
       for (int64_t head = 0; head < Spec::kNumKVHeads; head += heads) {
         item.kv_head_begin = head, item.num_kv_heads = std::min(heads, Spec::kNumKVHeads - head);
-        item.work = WorkOf<Spec>(item, read, queries_.SeesAhead());
+        item.work = WorkOf<Spec>(item, read, sees_all);
         visit(static_cast<const AttendItem&>(item), merge_items);
       }
     }
-    if (is_split) num_partials += ranges * item.num_query, ++num_merges;
+    if (is_split) ++num_merges;
+    if (leaves_partials) num_partials += item.num_ranges * item.num_query;
   }
 
   // The longest first, of both kinds.

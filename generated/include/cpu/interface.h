@@ -34,6 +34,18 @@ struct AttendParameters {
   static constexpr int kCount = 19;
 };
 
+// What attend_shared_prefix takes, in this order.
+struct AttendSharedPrefixParameters {
+  static constexpr Parameter kQuery{0, "query"}, kKeyCache{1, "key_cache"}, kValueCache{2, "value_cache"},
+      kPrefixTable{3, "prefix_table"}, kPrefixLen{4, "prefix_len"}, kPrefixStartLoc{5, "prefix_start_loc"},
+      kBlockTable{6, "block_table"}, kBlockIndptr{7, "block_table[0]"}, kBlockIndices{8, "block_table[1]"},
+      kContextLens{9, "context_lens"}, kQueryStartLoc{10, "query_start_loc"}, kOut{11, "out"}, kLse{12, "lse"},
+      kAlibiSlopes{13, "alibi_slopes"}, kSinks{14, "sinks"}, kScale{15, "scale"},
+      kNumThreads{16, "num_threads"}, kThreading{17, "threading"}, kCpus{18, "cpus"},
+      kAsUint16{19, "as_uint16"};
+  static constexpr int kCount = 20;
+};
+
 // What append_kv takes, in this order.
 struct AppendKvParameters {
   static constexpr Parameter kKey{0, "key"}, kValue{1, "value"}, kKeyCache{2, "key_cache"},
@@ -60,6 +72,13 @@ struct AttendPlanParameters {
   static constexpr Parameter kContextLens{0, "context_lens"}, kQueryStartLoc{1, "query_start_loc"},
       kNumThreads{2, "num_threads"};
   static constexpr int kCount = 3;
+};
+
+// What shared_prefix_plan takes, in this order.
+struct SharedPrefixPlanParameters {
+  static constexpr Parameter kContextLens{0, "context_lens"}, kQueryStartLoc{1, "query_start_loc"},
+      kPrefixLen{2, "prefix_len"}, kPrefixStartLoc{3, "prefix_start_loc"}, kNumThreads{4, "num_threads"};
+  static constexpr int kCount = 5;
 };
 
 // What cpu_set takes, in this order.
@@ -91,5 +110,8 @@ constexpr int64_t AttendItem::*kAttendPlanFields[] = {
     &AttendItem::seq, &AttendItem::token_begin, &AttendItem::num_query, &AttendItem::first_pos,
     &AttendItem::kv_head_begin, &AttendItem::num_kv_heads, &AttendItem::block_begin, &AttendItem::block_end,
     &AttendItem::work};
+constexpr int64_t AttendItem::*kPrefixPlanFields[] = {
+    &AttendItem::seq, &AttendItem::token_begin, &AttendItem::num_query, &AttendItem::kv_head_begin,
+    &AttendItem::num_kv_heads, &AttendItem::block_begin, &AttendItem::block_end, &AttendItem::work};
 
 }  // namespace pa

@@ -38,7 +38,7 @@ struct Cut {
   int64_t run_ranges[Seen<Spec>::kMost] = {1};  // ranges of each run
   int64_t num_ranges = 1;
 
-  explicit Cut(int64_t context_len) : seen(context_len) {
+  explicit Cut(int64_t context_len, int64_t first_key = 0) : seen(context_len, first_key) {
     if (seen.count == 0) return;
     num_ranges = 0;
     const int num_runs = kIsCut ? seen.count : 1;
@@ -72,10 +72,10 @@ struct Cut {
 };
 
 template <typename Spec, typename Takes>
-int64_t CountRanges(const int32_t* context_lens, int64_t batch, const Takes& takes) {
+int64_t CountRanges(const int32_t* context_lens, int64_t batch, const Takes& takes, const int32_t* first_keys) {
   int64_t count = 0;
   for (int64_t seq = 0; seq < batch; ++seq) {
-    if (takes(seq)) count += Cut<Spec>(context_lens[seq]).num_ranges;
+    if (takes(seq)) count += Cut<Spec>(context_lens[seq], first_keys == nullptr ? 0 : first_keys[seq]).num_ranges;
   }
   return count;
 }
@@ -87,13 +87,14 @@ template <typename Spec>
 class Plan {
  public:
   Plan(const int32_t* context_lens, int64_t batch) : Plan(context_lens, batch, [](int64_t) { return true; }) {}
-  // Of those sequences alone that it takes.
+  // Of those sequences alone that it takes; of each the keys from first_keys on, where they are not nullptr. Where keys
+  // are left out, all results are partial.
   template <typename Takes>
-  Plan(const int32_t* context_lens, int64_t batch, const Takes& takes)
+  Plan(const int32_t* context_lens, int64_t batch, const Takes& takes, const int32_t* first_keys = nullptr)
       : partial_begin_(call_workspace, batch + 1),
-        items_(call_workspace, CountRanges<Spec>(context_lens, batch, takes)) {
+        items_(call_workspace, CountRanges<Spec>(context_lens, batch, takes, first_keys)) {
     WorkItem* const first = items_.data();
-    WorkItem* const last = AddItems(context_lens, batch, takes, first);
+    WorkItem* const last = AddItems(context_lens, batch, takes, first_keys, first);
     for (const WorkItem* item = first; item != last; ++item) num_tokens += item->num_tokens;
     // Longest first, for any number of threads.
     std::sort(first, last, [](const WorkItem& a, const WorkItem& b) {
@@ -113,18 +114,23 @@ class Plan {
  private:
   // Write partial_begin and the items, in order; return their end.
   template <typename Takes>
-  WorkItem* AddItems(const int32_t* context_lens, int64_t batch, const Takes& takes, WorkItem* items) {
+  WorkItem* AddItems(const int32_t* context_lens, int64_t batch, const Takes& takes, const int32_t* first_keys,
+                     WorkItem* items) {
     WorkItem* end = items;
+    int64_t open_key = 0;     // the first key of the last item's sequences
+    bool open_whole = false;  // whether it has all ranges of them
     for (int64_t seq = 0; seq < batch; ++seq) {
       partial_begin_.data()[seq] = num_partials;
       if (!takes(seq)) continue;
-      const Cut<Spec> cut(context_lens[seq]);
+      const int64_t first_key = first_keys == nullptr ? 0 : first_keys[seq];
+      const Cut<Spec> cut(context_lens[seq], first_key);
+      const int64_t partials = first_key > 0 ? cut.num_ranges : cut.num_partials();
       for (int64_t i = 0; i < cut.num_ranges; ++i) {
         const auto [begin, stop] = cut.Range(i);
         const int64_t tokens = cut.Tokens({begin, stop});
         WorkItem* open = end == items ? nullptr : end - 1;
-        const bool joins = cut.num_ranges == 1 && seq % Spec::kBatchChunk != 0 && open != nullptr &&
-                           open->partial_start < 0 && open->batch_start + open->num_seqs == seq &&
+        const bool joins = cut.num_ranges == 1 && seq % Spec::kBatchChunk != 0 && open != nullptr && open_whole &&
+                           open_key == first_key && open->batch_start + open->num_seqs == seq &&
                            open->num_tokens + tokens <= Spec::kItemTokens;
         if (joins) {
           // An empty sequence has no block to begin at.
@@ -133,10 +139,11 @@ class Plan {
           open->num_tokens += tokens;
           open->block_end = std::max(open->block_end, stop);
         } else {
-          *end++ = {seq, 1, begin, stop, cut.num_partials() == 0 ? -1 : num_partials + i, tokens};
+          *end++ = {seq, 1, begin, stop, partials == 0 ? -1 : num_partials + i, tokens};
+          open_key = first_key, open_whole = cut.num_ranges == 1;
         }
       }
-      num_partials += cut.num_partials();
+      num_partials += partials;
     }
     partial_begin_.data()[batch] = num_partials;
     return end;

@@ -72,6 +72,15 @@ struct Array {
   bool empty() const { return std::find(shape, shape + tensor.ndim, 0) != shape + tensor.ndim; }
 };
 
+// So many elements side by side, as kernels take an array of any number of axes.
+inline Array InOneAxis(const void* data, DLDataType dtype, int64_t elements) {
+  Array array;
+  array.tensor = {const_cast<void*>(data), {kDLCPU, 0}, 1, dtype, array.shape, array.strides, 0};
+  array.shape[0] = elements;
+  array.strides[0] = 1;
+  return array;
+}
+
 struct Named {
   const char* name;
   const Array* array;

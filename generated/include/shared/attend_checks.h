@@ -17,15 +17,15 @@ namespace pa {
 // Rows of query, out and lse are query tokens.
 struct AttendArguments : DecodeArguments {
   Array query_start_loc, tree_mask;  // tree_mask.tensor.data is nullptr where none was given
-  bool causal;
+  Array positions;                   // of query tokens in their sequences, int32 [num_tokens]
+  bool causal = true;
 
   bool has_tree() const { return tree_mask.tensor.data != nullptr; }
 };
 
-// All but the indices.
+// All that ragged calls have in common, but query_start_loc and the contents of indices.
 template <typename Spec, typename Given>
-AttendArguments CheckAttend(const Inputs& in) {
-  const ArgumentCheck<Spec> check{in, in.Int(Given::kAsUint16)};
+AttendArguments CheckRagged(const ArgumentCheck<Spec>& check) {
   AttendArguments args;
   args.query = check(Given::kQuery, Spec::kDType, {-1, Spec::kNumHeads, Spec::kHeadDim}, "num_tokens");
   const int64_t num_tokens = args.query.shape[0];
@@ -34,8 +34,21 @@ AttendArguments CheckAttend(const Inputs& in) {
   }
   args.batch = check.Indices(Given::kContextLens, kInt32, {-1}, "batch").shape[0];
   CheckAttention<Spec, Given>(check, num_tokens, args);
+  return args;
+}
+
+template <typename Spec, typename Given>
+void CheckQueryStartLoc(const ArgumentCheck<Spec>& check, AttendArguments& args) {
   args.query_start_loc = check.Indices(Given::kQueryStartLoc, kInt32, {args.batch + 1});
   CheckNotWritten(args, {"query_start_loc", &args.query_start_loc});
+}
+
+// All but the contents of indices.
+template <typename Spec, typename Given>
+AttendArguments CheckAttend(const Inputs& in) {
+  const ArgumentCheck<Spec> check{in, in.Int(Given::kAsUint16)};
+  AttendArguments args = CheckRagged<Spec, Given>(check);
+  CheckQueryStartLoc<Spec, Given>(check, args);
   args.causal = in.Int(Given::kCausal) != 0;
   if (in.IsNone(Given::kTreeMask)) return args;
   const DLDataType given = in.Tensor(Given::kTreeMask).dtype;
@@ -96,9 +109,9 @@ void CheckQueries(const AttendArguments& args, const Queries& queries, int32_t* 
   for (int64_t seq = 0; seq < queries.batch; ++seq) {
     const int64_t count = queries.Count(seq), context_len = queries.context_lens[seq];
     if (count > 0 && queries.IsDecode(seq, tree_start)) {
-      CheckRuns(args.block_table, seq, Seen<Spec>(context_len), args.num_blocks, table_to);
+      CheckRuns(args.block_table, seq, Seen<Spec>(context_len, queries.FirstKey(seq)), args.num_blocks, table_to);
     } else if (count > 0) {
-      const SeenTogether<Spec> seen(queries.FirstPos(seq), context_len, context_len, queries.SeesAhead());
+      const SeenTogether<Spec> seen(queries, seq, 0, count);
       CheckRuns(args.block_table, seq, seen, args.num_blocks, table_to);
     }
     tree_start += count * count;

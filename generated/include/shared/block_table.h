@@ -22,6 +22,7 @@ struct BlockTable {
   Array entries;     // [batch, max_blocks]; of a pair [1, as many as indices has]
   Array row_starts;  // [batch + 1]; of a table one 0
   bool is_pair;
+  bool of_prefixes = false;  // whether it is prefix_table, whose rows are those of prefixes
 
   // How many blocks a sequence has entries for, and where in memory the first of them is, in elements.
   int64_t Blocks(int64_t seq) const {
@@ -97,11 +98,12 @@ inline void CheckRowStarts(const BlockTable& table, int32_t* to) {
   }
 }
 
-// Check the used block ids of a sequence, those at positions [first, used) of its row. int64 ones go to `to`.
+// Check the used block ids of a sequence. int64 ones go to `to`.
 template <typename Index>
-void CheckBlockIds(int64_t seq, const Index* row, int64_t first, int64_t used, int64_t num_blocks, int32_t* to) {
-  for (int64_t i = first; i < used; ++i) {
-    if (row[i] < 0 || row[i] >= num_blocks) RaiseBlockId(seq, i, row[i], num_blocks);
+void CheckBlockIds(const BlockTable& table, int64_t seq, const Index* row, const Interval& used, int64_t num_blocks,
+                   int32_t* to) {
+  for (int64_t i = used.begin; i < used.end; ++i) {
+    if (row[i] < 0 || row[i] >= num_blocks) RaiseBlockId(seq, i, row[i], num_blocks, "", table.of_prefixes);
     if (sizeof(Index) != sizeof(int32_t)) to[i] = static_cast<int32_t>(row[i]);
   }
 }
@@ -113,11 +115,10 @@ inline void CheckBlocks(const BlockTable& table, int64_t seq, const Interval& bl
   const int64_t start = table.Start(seq);
   if (table.entries.tensor.dtype.bits == 32) {
     const auto* row = static_cast<const int32_t*>(table.entries.tensor.data) + start;
-    CheckBlockIds(seq, row, blocks.begin, blocks.end, num_ids, nullptr);
+    CheckBlockIds(table, seq, row, blocks, num_ids, nullptr);
   } else {
     const auto* row = static_cast<const int64_t*>(table.entries.tensor.data) + start;
-    CheckBlockIds(seq, row, blocks.begin, blocks.end, num_ids,
-                  to + (table.is_pair ? start : seq * table.entries.shape[1]));
+    CheckBlockIds(table, seq, row, blocks, num_ids, to + (table.is_pair ? start : seq * table.entries.shape[1]));
   }
 }
 

@@ -25,11 +25,11 @@ constexpr int64_t kMaxContextLen = int64_t{1} << 30;  // keeps the kernels' toke
 }
 
 [[noreturn]] inline void RaiseBlockId(int64_t seq, int64_t position, int64_t block, int64_t num_blocks,
-                                      const char* where = "") {
+                                      const char* where = "", bool of_prefix = false) {
   Raise("IndexError",
-        "block_table: expected a block id in [0, %" PRId64 "), got %" PRId64 " for sequence %" PRId64
-        " at position %" PRId64 "%s",
-        num_blocks, block, seq, position, where);
+        "%s: expected a block id in [0, %" PRId64 "), got %" PRId64 " for %s %" PRId64 " at position %" PRId64 "%s",
+        of_prefix ? "prefix_table" : "block_table", num_blocks, block, of_prefix ? "prefix" : "sequence", seq, position,
+        where);
 }
 
 [[noreturn]] inline void RaiseRow(int64_t seq, int64_t begin, int64_t end, int64_t num_entries,

@@ -24,16 +24,27 @@ struct Queries {
   bool causal;
   const uint8_t* tree_mask;  // which of its sequence's query tokens each one sees; nullptr: those up to itself, or,
                              // where the call is not causal, all
+  const int32_t* first_keys = nullptr;  // [batch]: the keys before are those of a prefix; nullptr: none are
+  const int32_t* positions = nullptr;   // [num_tokens]. Where they are given, sequences are prefixes, whose query
+                                        // tokens are those of several sequences, all of them after the prefix
 
   int64_t Begin(int64_t seq) const { return query_start_loc[seq]; }
   int64_t Count(int64_t seq) const { return Begin(seq + 1) - Begin(seq); }
   // The position of a sequence's first query token.
   int64_t FirstPos(int64_t seq) const { return context_lens[seq] - Count(seq); }
+  // That of a query token of it, the nth.
+  int64_t Position(int64_t seq, int64_t nth) const {
+    return positions == nullptr ? FirstPos(seq) + nth : positions[Begin(seq) + nth];
+  }
+  int64_t FirstKey(int64_t seq) const { return first_keys == nullptr ? 0 : first_keys[seq]; }
+  bool OfPrefixes() const { return positions != nullptr; }
+  // Whether all that is computed for a sequence's query tokens is partial results.
+  bool LeavesPartials(int64_t seq) const { return OfPrefixes() || FirstKey(seq) > 0; }
   // Whether a query token may see keys after its own position.
   bool SeesAhead() const { return !causal || tree_mask != nullptr; }
   // Whether a sequence has one query token, which sees what that of decode sees; tree_start: of its mask.
   bool IsDecode(int64_t seq, int64_t tree_start) const {
-    return Count(seq) == 1 && (tree_mask == nullptr || tree_mask[tree_start] != 0);
+    return Count(seq) == 1 && !OfPrefixes() && (tree_mask == nullptr || tree_mask[tree_start] != 0);
   }
 };
 
@@ -47,20 +58,22 @@ constexpr auto SeenKeys(int64_t length, int64_t query_end) {
   }
 }
 
-// What some of a sequence's query tokens see together, those at the positions begin to end - 1: of each interval from
-// where the first of them begins to where the last one ends. Keys between may be seen by none of them.
+// What some of a sequence's query tokens see together, `count` of them from the nth on: of each interval from where the
+// first of them begins to where the last one ends. Keys between may be seen by none of them.
 template <typename Spec>
 struct SeenTogether : Runs<Spec::kBlockSize, sizeof(SeenKeys<Spec>(0, 0)) / sizeof(Interval)> {
-  SeenTogether(int64_t begin, int64_t end, int64_t context_len, bool sees_ahead) {
+  SeenTogether(const Queries& queries, int64_t seq, int64_t nth, int64_t count) {
     constexpr int kCount = SeenTogether::kMost;
     Interval hulls[kCount] = {};
+    const int64_t context_len = queries.context_lens[seq], first_key = queries.FirstKey(seq);
     // Without a mask the first one begins first, and the last one ends last.
-    const int64_t step = Spec::kWindow < 0 ? 1 : std::max<int64_t>(end - begin - 1, 1);
-    for (int64_t pos = begin; pos < end; pos += step) {
-      const int64_t length = sees_ahead ? context_len : pos + 1;
-      const auto seen = SeenKeys<Spec>(length, pos + 1);
+    const int64_t step = Spec::kWindow < 0 || queries.OfPrefixes() ? 1 : std::max<int64_t>(count - 1, 1);
+    for (int64_t token = nth; token < nth + count; token += step) {
+      const int64_t query_end = queries.Position(seq, token) + 1,
+                    length = queries.SeesAhead() ? context_len : query_end;
+      const auto seen = SeenKeys<Spec>(length, query_end);
       for (int i = 0; i < kCount; ++i) {
-        const Interval keys = {std::max<int64_t>(seen.at[i].begin, 0), std::min(seen.at[i].end, length)};
+        const Interval keys = {std::max(seen.at[i].begin, first_key), std::min({seen.at[i].end, length, context_len})};
         if (keys.end <= keys.begin) continue;
         const bool is_first = hulls[i].end == 0;
         hulls[i] = is_first ? keys : Interval{std::min(hulls[i].begin, keys.begin), std::max(hulls[i].end, keys.end)};

@@ -67,12 +67,12 @@ struct Runs {
   }
 };
 
-// Those that the query token of a sequence sees.
+// Those that the query token of a sequence sees, from first_key on.
 template <typename Spec>
 struct Seen : Runs<Spec::kBlockSize, sizeof(SeenKeys<Spec>(0)) / sizeof(Interval)> {
-  explicit constexpr Seen(int64_t context_len) {
+  explicit constexpr Seen(int64_t context_len, int64_t first_key = 0) {
     const auto seen = SeenKeys<Spec>(context_len);
-    for (const Interval& each : seen.at) this->Add({std::max<int64_t>(each.begin, 0), std::min(each.end, context_len)});
+    for (const Interval& each : seen.at) this->Add({std::max(each.begin, first_key), std::min(each.end, context_len)});
   }
 };
 
