@@ -251,8 +251,8 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor515.i = alloca [16 x float], align 16
-  %reach533.i = alloca [128 x i32], align 16
+  %factor510.i = alloca [16 x float], align 16
+  %reach529.i = alloca [128 x i32], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -496,8 +496,8 @@ if_end57:                                         ; preds = %if_then55, %if_end5
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor515.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %reach533.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor510.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach529.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -587,36 +587,36 @@ for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end14.i
   br label %for_begin_ax1_0.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
-  %indvars.iv890.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next891.i, %for_body_r.peel.next.i ]
-  %160 = trunc nuw nsw i64 %indvars.iv890.i to i32
+  %indvars.iv908.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next909.i, %for_body_r.peel.next.i ]
+  %160 = trunc nuw nsw i64 %indvars.iv908.i to i32
   %rmod.i = srem i32 %160, %122
   %rdiv39.i = sdiv i32 %160, %122
   %161 = icmp ne i32 %rmod.i, 0
-  %.not563.i = and i1 %147, %161
-  %162 = select i1 %.not563.i, i32 %122, i32 0
+  %.not559.i = and i1 %147, %161
+  %162 = select i1 %.not559.i, i32 %122, i32 0
   %163 = add nsw i32 %162, %rmod.i
   %164 = shl nsw i32 %163, 2
   %165 = shl nsw i32 %163, 4
   %166 = sub nsw i32 %120, %165
   %167 = shl nsw i32 %163, 3
-  %invariant.op638.i = sub i32 %167, %159
-  %168 = sext i1 %.not563.i to i32
+  %invariant.op637.i = sub i32 %167, %159
+  %168 = sext i1 %.not559.i to i32
   %169 = sext i32 %163 to i64
   %170 = shl nsw i64 %169, 2
-  %invariant.op640.i = add nsw i64 %170, %152
+  %invariant.op639.i = add nsw i64 %170, %152
   %171 = sext i32 %166 to i64
-  %172 = shl i64 %indvars.iv890.i, 11
+  %172 = shl i64 %indvars.iv908.i, 11
   %173 = and i64 %172, 4294965248
-  %invariant.gep1207.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
+  %invariant.gep1230.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
   br label %for_begin_ax2_0.preheader.i
 
 for_begin_tile79.preheader.i:                     ; preds = %for_body_r.peel.next.i
-  %174 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 4
+  %174 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 4
   %175 = load <2 x i32>, ptr %174, align 4
-  %exitcond898.peel.not.i = icmp eq i32 %123, 1
+  %exitcond916.peel.not.i = icmp eq i32 %123, 1
   %176 = extractelement <2 x i32> %175, i64 0
   %177 = extractelement <2 x i32> %175, i64 1
-  br i1 %exitcond898.peel.not.i, label %for_end_tile81.i, label %iter.check, !prof !13
+  br i1 %exitcond916.peel.not.i, label %for_end_tile81.i, label %iter.check, !prof !13
 
 iter.check:                                       ; preds = %for_begin_tile79.preheader.i
   %178 = add nsw i64 %wide.trip.count.i, -1
@@ -624,8 +624,8 @@ iter.check:                                       ; preds = %for_begin_tile79.pr
   br i1 %min.iters.check, label %if_end89.i.preheader, label %vector.main.loop.iter.check, !prof !16
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check375 = icmp ult i32 %123, 34
-  br i1 %min.iters.check375, label %vec.epilog.ph, label %vector.ph, !prof !16
+  %min.iters.check387 = icmp ult i32 %123, 34
+  br i1 %min.iters.check387, label %vec.epilog.ph, label %vector.ph, !prof !16
 
 vector.ph:                                        ; preds = %vector.main.loop.iter.check
   %n.mod.vf = and i64 %178, 31
@@ -633,64 +633,64 @@ vector.ph:                                        ; preds = %vector.main.loop.it
   %180 = select i1 %179, i64 32, i64 %n.mod.vf
   %n.vec = sub nsw i64 %178, %180
   %broadcast.splat = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat377 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splat389 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body
 
 vector.body:                                      ; preds = %vector.body, %vector.ph
   %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
   %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %193, %vector.body ]
-  %vec.phi378 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
-  %vec.phi379 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
-  %vec.phi380 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
-  %vec.phi381 = phi <8 x i32> [ %broadcast.splat377, %vector.ph ], [ %197, %vector.body ]
-  %vec.phi382 = phi <8 x i32> [ %broadcast.splat377, %vector.ph ], [ %198, %vector.body ]
-  %vec.phi383 = phi <8 x i32> [ %broadcast.splat377, %vector.ph ], [ %199, %vector.body ]
-  %vec.phi384 = phi <8 x i32> [ %broadcast.splat377, %vector.ph ], [ %200, %vector.body ]
+  %vec.phi390 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
+  %vec.phi391 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
+  %vec.phi392 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
+  %vec.phi393 = phi <8 x i32> [ %broadcast.splat389, %vector.ph ], [ %197, %vector.body ]
+  %vec.phi394 = phi <8 x i32> [ %broadcast.splat389, %vector.ph ], [ %198, %vector.body ]
+  %vec.phi395 = phi <8 x i32> [ %broadcast.splat389, %vector.ph ], [ %199, %vector.body ]
+  %vec.phi396 = phi <8 x i32> [ %broadcast.splat389, %vector.ph ], [ %200, %vector.body ]
   %181 = shl i64 %index, 4
   %182 = shl i64 %index, 4
   %183 = shl i64 %index, 4
   %184 = shl i64 %index, 4
-  %185 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %181
-  %186 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %182
-  %187 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %183
-  %188 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %184
+  %185 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %181
+  %186 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %182
+  %187 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %183
+  %188 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %184
   %189 = getelementptr inbounds nuw i8, ptr %185, i64 20
   %190 = getelementptr inbounds nuw i8, ptr %186, i64 148
   %191 = getelementptr inbounds nuw i8, ptr %187, i64 276
   %192 = getelementptr inbounds nuw i8, ptr %188, i64 404
   %wide.vec = load <32 x i32>, ptr %189, align 4, !tbaa !17
   %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec385 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec386 = load <32 x i32>, ptr %190, align 4, !tbaa !17
-  %strided.vec387 = shufflevector <32 x i32> %wide.vec386, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec388 = shufflevector <32 x i32> %wide.vec386, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec389 = load <32 x i32>, ptr %191, align 4, !tbaa !17
-  %strided.vec390 = shufflevector <32 x i32> %wide.vec389, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec391 = shufflevector <32 x i32> %wide.vec389, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec392 = load <32 x i32>, ptr %192, align 4, !tbaa !17
-  %strided.vec393 = shufflevector <32 x i32> %wide.vec392, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec394 = shufflevector <32 x i32> %wide.vec392, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec385)
-  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi378, <8 x i32> %strided.vec388)
-  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi379, <8 x i32> %strided.vec391)
-  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi380, <8 x i32> %strided.vec394)
-  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi381, <8 x i32> %strided.vec)
-  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi382, <8 x i32> %strided.vec387)
-  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi383, <8 x i32> %strided.vec390)
-  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi384, <8 x i32> %strided.vec393)
+  %strided.vec397 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec398 = load <32 x i32>, ptr %190, align 4, !tbaa !17
+  %strided.vec399 = shufflevector <32 x i32> %wide.vec398, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec400 = shufflevector <32 x i32> %wide.vec398, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec401 = load <32 x i32>, ptr %191, align 4, !tbaa !17
+  %strided.vec402 = shufflevector <32 x i32> %wide.vec401, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec403 = shufflevector <32 x i32> %wide.vec401, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec404 = load <32 x i32>, ptr %192, align 4, !tbaa !17
+  %strided.vec405 = shufflevector <32 x i32> %wide.vec404, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec406 = shufflevector <32 x i32> %wide.vec404, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec397)
+  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi390, <8 x i32> %strided.vec400)
+  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi391, <8 x i32> %strided.vec403)
+  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi392, <8 x i32> %strided.vec406)
+  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi393, <8 x i32> %strided.vec)
+  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi394, <8 x i32> %strided.vec399)
+  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi395, <8 x i32> %strided.vec402)
+  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi396, <8 x i32> %strided.vec405)
   %index.next = add nuw i64 %index, 32
   %201 = icmp eq i64 %index.next, %n.vec
   br i1 %201, label %vec.epilog.iter.check, label %vector.body, !prof !19, !llvm.loop !20
 
 vec.epilog.iter.check:                            ; preds = %vector.body
-  %rdx.minmax397 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
-  %rdx.minmax398 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax397, <8 x i32> %199)
-  %rdx.minmax399 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax398, <8 x i32> %200)
-  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax399)
+  %rdx.minmax409 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
+  %rdx.minmax410 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax409, <8 x i32> %199)
+  %rdx.minmax411 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax410, <8 x i32> %200)
+  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax411)
   %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %193, <8 x i32> %194)
-  %rdx.minmax395 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
-  %rdx.minmax396 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax395, <8 x i32> %196)
-  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax396)
+  %rdx.minmax407 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
+  %rdx.minmax408 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax407, <8 x i32> %196)
+  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax408)
   %ind.end = add nsw i64 %n.vec, 1
   %min.epilog.iters.check = icmp samesign ult i64 %180, 5
   %204 = insertelement <2 x i32> poison, i32 %202, i64 0
@@ -700,29 +700,29 @@ vec.epilog.iter.check:                            ; preds = %vector.body
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
   %206 = phi <2 x i32> [ %205, %vec.epilog.iter.check ], [ %175, %vector.main.loop.iter.check ]
-  %n.mod.vf401 = and i64 %178, 3
-  %207 = icmp eq i64 %n.mod.vf401, 0
-  %208 = select i1 %207, i64 4, i64 %n.mod.vf401
-  %n.vec402 = sub nsw i64 %178, %208
-  %209 = add nsw i64 %n.vec402, 1
-  %broadcast.splat404 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat406 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
+  %n.mod.vf413 = and i64 %178, 3
+  %207 = icmp eq i64 %n.mod.vf413, 0
+  %208 = select i1 %207, i64 4, i64 %n.mod.vf413
+  %n.vec414 = sub nsw i64 %178, %208
+  %209 = add nsw i64 %n.vec414, 1
+  %broadcast.splat416 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat418 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index407 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next413, %vec.epilog.vector.body ]
-  %vec.phi408 = phi <4 x i32> [ %broadcast.splat404, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
-  %vec.phi409 = phi <4 x i32> [ %broadcast.splat406, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index407, 4
-  %210 = getelementptr i8, ptr %reach533.i, i64 %offset.idx
+  %index419 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next425, %vec.epilog.vector.body ]
+  %vec.phi420 = phi <4 x i32> [ %broadcast.splat416, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
+  %vec.phi421 = phi <4 x i32> [ %broadcast.splat418, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index419, 4
+  %210 = getelementptr i8, ptr %reach529.i, i64 %offset.idx
   %211 = getelementptr i8, ptr %210, i64 20
-  %wide.vec410 = load <16 x i32>, ptr %211, align 4, !tbaa !17
-  %strided.vec411 = shufflevector <16 x i32> %wide.vec410, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec412 = shufflevector <16 x i32> %wide.vec410, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi408, <4 x i32> %strided.vec412)
-  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi409, <4 x i32> %strided.vec411)
-  %index.next413 = add nuw i64 %index407, 4
-  %214 = icmp eq i64 %index.next413, %n.vec402
+  %wide.vec422 = load <16 x i32>, ptr %211, align 4, !tbaa !17
+  %strided.vec423 = shufflevector <16 x i32> %wide.vec422, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec424 = shufflevector <16 x i32> %wide.vec422, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi420, <4 x i32> %strided.vec424)
+  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi421, <4 x i32> %strided.vec423)
+  %index.next425 = add nuw i64 %index419, 4
+  %214 = icmp eq i64 %index.next425, %n.vec414
   br i1 %214, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !26
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
@@ -731,28 +731,28 @@ vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.b
   br label %if_end89.i.preheader
 
 if_end89.i.preheader:                             ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv894.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
-  %span532.sroa.0.0653.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
-  %span532.sroa.3.0652.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
+  %indvars.iv912.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
+  %span528.sroa.0.0652.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
+  %span528.sroa.3.0651.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
   br label %if_end89.i
 
 for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv877.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next878.i, %for_end_ax2_0.i ]
-  %217 = trunc i64 %indvars.iv877.i to i32
+  %indvars.iv895.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next896.i, %for_end_ax2_0.i ]
+  %217 = trunc i64 %indvars.iv895.i to i32
   %218 = add i32 %164, %217
   %219 = icmp slt i32 %218, %num_query
-  %220 = shl nuw nsw i64 %indvars.iv877.i, 2
+  %220 = shl nuw nsw i64 %indvars.iv895.i, 2
   %221 = or disjoint i64 %220, 1
   %222 = icmp slt i64 %221, %171
   %223 = shl i32 %217, 1
-  %.reass639.i = add i32 %invariant.op638.i, %223
-  %224 = icmp slt i32 %.reass639.i, -1
+  %.reass638.i = add i32 %invariant.op637.i, %223
+  %224 = icmp slt i32 %.reass638.i, -1
   %225 = or disjoint i64 %220, 3
   %226 = icmp slt i64 %225, %171
-  %.reass641.i = add nsw i64 %invariant.op640.i, %indvars.iv877.i
-  %227 = mul nsw i64 %.reass641.i, %q_batch
+  %.reass640.i = add nsw i64 %invariant.op639.i, %indvars.iv895.i
+  %227 = mul nsw i64 %.reass640.i, %q_batch
   %228 = getelementptr i16, ptr %query, i64 %227
-  %invariant.gep1209.i = getelementptr inbounds nuw float, ptr %invariant.gep1207.i, i64 %220
+  %invariant.gep1232.i = getelementptr inbounds nuw float, ptr %invariant.gep1230.i, i64 %220
   br label %for_body_ax2_0.i
 
 for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
@@ -842,7 +842,7 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %310 = add nsw <16 x i32> %position.i, splat (i32 1)
   %311 = select <16 x i1> %158, <16 x i32> %155, <16 x i32> %310
   %312 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %311, <16 x i32> %155)
-  %313 = shl nsw i64 %indvars.iv890.i, 4
+  %313 = shl nsw i64 %indvars.iv908.i, 4
   %314 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %313
   store <16 x i32> %312, ptr %314, align 4, !tbaa !5
   %315 = add nsw <16 x i32> %311, splat (i32 -1)
@@ -853,74 +853,74 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %320 = add nsw <16 x i32> %319, splat (i32 -125)
   %321 = getelementptr inbounds nuw i32, ptr %places.i, i64 %313
   store <16 x i32> %320, ptr %321, align 4, !tbaa !5
-  %322 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %313
+  %322 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %313
   %323 = getelementptr inbounds nuw i8, ptr %322, i64 4
   %324 = getelementptr inbounds nuw i8, ptr %322, i64 8
   %325 = getelementptr inbounds nuw i8, ptr %322, i64 12
   %326 = and i64 %313, 4294967280
   %327 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %326
   %own.peel.i = load i32, ptr %327, align 4, !tbaa !5
-  %gep1212.i = getelementptr inbounds nuw i8, ptr %327, i64 4
-  %own.i = load i32, ptr %gep1212.i, align 4, !tbaa !5
+  %gep1235.i = getelementptr inbounds nuw i8, ptr %327, i64 4
+  %own.i = load i32, ptr %gep1235.i, align 4, !tbaa !5
   %328 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
   %329 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1212.i.1 = getelementptr inbounds nuw i8, ptr %327, i64 8
-  %own.i.1 = load i32, ptr %gep1212.i.1, align 4, !tbaa !5
+  %gep1235.i.1 = getelementptr inbounds nuw i8, ptr %327, i64 8
+  %own.i.1 = load i32, ptr %gep1235.i.1, align 4, !tbaa !5
   %330 = tail call i32 @llvm.smin.i32(i32 %328, i32 %own.i.1)
   %331 = tail call i32 @llvm.smax.i32(i32 %329, i32 %own.i.1)
-  %gep1212.i.2 = getelementptr inbounds nuw i8, ptr %327, i64 12
-  %own.i.2 = load i32, ptr %gep1212.i.2, align 4, !tbaa !5
+  %gep1235.i.2 = getelementptr inbounds nuw i8, ptr %327, i64 12
+  %own.i.2 = load i32, ptr %gep1235.i.2, align 4, !tbaa !5
   %332 = tail call i32 @llvm.smin.i32(i32 %330, i32 %own.i.2)
   %333 = tail call i32 @llvm.smax.i32(i32 %331, i32 %own.i.2)
-  %gep1212.i.3 = getelementptr inbounds nuw i8, ptr %327, i64 16
-  %own.i.3 = load i32, ptr %gep1212.i.3, align 4, !tbaa !5
+  %gep1235.i.3 = getelementptr inbounds nuw i8, ptr %327, i64 16
+  %own.i.3 = load i32, ptr %gep1235.i.3, align 4, !tbaa !5
   %334 = tail call i32 @llvm.smin.i32(i32 %332, i32 %own.i.3)
   %335 = tail call i32 @llvm.smax.i32(i32 %333, i32 %own.i.3)
-  %gep1212.i.4 = getelementptr inbounds nuw i8, ptr %327, i64 20
-  %own.i.4 = load i32, ptr %gep1212.i.4, align 4, !tbaa !5
+  %gep1235.i.4 = getelementptr inbounds nuw i8, ptr %327, i64 20
+  %own.i.4 = load i32, ptr %gep1235.i.4, align 4, !tbaa !5
   %336 = tail call i32 @llvm.smin.i32(i32 %334, i32 %own.i.4)
   %337 = tail call i32 @llvm.smax.i32(i32 %335, i32 %own.i.4)
-  %gep1212.i.5 = getelementptr inbounds nuw i8, ptr %327, i64 24
-  %own.i.5 = load i32, ptr %gep1212.i.5, align 4, !tbaa !5
+  %gep1235.i.5 = getelementptr inbounds nuw i8, ptr %327, i64 24
+  %own.i.5 = load i32, ptr %gep1235.i.5, align 4, !tbaa !5
   %338 = tail call i32 @llvm.smin.i32(i32 %336, i32 %own.i.5)
   %339 = tail call i32 @llvm.smax.i32(i32 %337, i32 %own.i.5)
-  %gep1212.i.6 = getelementptr inbounds nuw i8, ptr %327, i64 28
-  %own.i.6 = load i32, ptr %gep1212.i.6, align 4, !tbaa !5
+  %gep1235.i.6 = getelementptr inbounds nuw i8, ptr %327, i64 28
+  %own.i.6 = load i32, ptr %gep1235.i.6, align 4, !tbaa !5
   %340 = tail call i32 @llvm.smin.i32(i32 %338, i32 %own.i.6)
   %341 = tail call i32 @llvm.smax.i32(i32 %339, i32 %own.i.6)
-  %gep1212.i.7 = getelementptr inbounds nuw i8, ptr %327, i64 32
-  %own.i.7 = load i32, ptr %gep1212.i.7, align 4, !tbaa !5
+  %gep1235.i.7 = getelementptr inbounds nuw i8, ptr %327, i64 32
+  %own.i.7 = load i32, ptr %gep1235.i.7, align 4, !tbaa !5
   %342 = tail call i32 @llvm.smin.i32(i32 %340, i32 %own.i.7)
   %343 = tail call i32 @llvm.smax.i32(i32 %341, i32 %own.i.7)
-  %gep1212.i.8 = getelementptr inbounds nuw i8, ptr %327, i64 36
-  %own.i.8 = load i32, ptr %gep1212.i.8, align 4, !tbaa !5
+  %gep1235.i.8 = getelementptr inbounds nuw i8, ptr %327, i64 36
+  %own.i.8 = load i32, ptr %gep1235.i.8, align 4, !tbaa !5
   %344 = tail call i32 @llvm.smin.i32(i32 %342, i32 %own.i.8)
   %345 = tail call i32 @llvm.smax.i32(i32 %343, i32 %own.i.8)
-  %gep1212.i.9 = getelementptr inbounds nuw i8, ptr %327, i64 40
-  %own.i.9 = load i32, ptr %gep1212.i.9, align 4, !tbaa !5
+  %gep1235.i.9 = getelementptr inbounds nuw i8, ptr %327, i64 40
+  %own.i.9 = load i32, ptr %gep1235.i.9, align 4, !tbaa !5
   %346 = tail call i32 @llvm.smin.i32(i32 %344, i32 %own.i.9)
   %347 = tail call i32 @llvm.smax.i32(i32 %345, i32 %own.i.9)
-  %gep1212.i.10 = getelementptr inbounds nuw i8, ptr %327, i64 44
-  %own.i.10 = load i32, ptr %gep1212.i.10, align 4, !tbaa !5
+  %gep1235.i.10 = getelementptr inbounds nuw i8, ptr %327, i64 44
+  %own.i.10 = load i32, ptr %gep1235.i.10, align 4, !tbaa !5
   %348 = tail call i32 @llvm.smin.i32(i32 %346, i32 %own.i.10)
   %349 = tail call i32 @llvm.smax.i32(i32 %347, i32 %own.i.10)
-  %gep1212.i.11 = getelementptr inbounds nuw i8, ptr %327, i64 48
-  %own.i.11 = load i32, ptr %gep1212.i.11, align 4, !tbaa !5
+  %gep1235.i.11 = getelementptr inbounds nuw i8, ptr %327, i64 48
+  %own.i.11 = load i32, ptr %gep1235.i.11, align 4, !tbaa !5
   %350 = tail call i32 @llvm.smin.i32(i32 %348, i32 %own.i.11)
   %351 = tail call i32 @llvm.smax.i32(i32 %349, i32 %own.i.11)
-  %gep1212.i.12 = getelementptr inbounds nuw i8, ptr %327, i64 52
-  %own.i.12 = load i32, ptr %gep1212.i.12, align 4, !tbaa !5
+  %gep1235.i.12 = getelementptr inbounds nuw i8, ptr %327, i64 52
+  %own.i.12 = load i32, ptr %gep1235.i.12, align 4, !tbaa !5
   %352 = tail call i32 @llvm.smin.i32(i32 %350, i32 %own.i.12)
   %353 = tail call i32 @llvm.smax.i32(i32 %351, i32 %own.i.12)
-  %gep1212.i.13 = getelementptr inbounds nuw i8, ptr %327, i64 56
-  %own.i.13 = load i32, ptr %gep1212.i.13, align 4, !tbaa !5
+  %gep1235.i.13 = getelementptr inbounds nuw i8, ptr %327, i64 56
+  %own.i.13 = load i32, ptr %gep1235.i.13, align 4, !tbaa !5
   %354 = tail call i32 @llvm.smin.i32(i32 %352, i32 %own.i.13)
   %355 = tail call i32 @llvm.smax.i32(i32 %353, i32 %own.i.13)
-  %gep1212.i.14 = getelementptr inbounds nuw i8, ptr %327, i64 60
-  %own.i.14 = load i32, ptr %gep1212.i.14, align 4, !tbaa !5
+  %gep1235.i.14 = getelementptr inbounds nuw i8, ptr %327, i64 60
+  %own.i.14 = load i32, ptr %gep1235.i.14, align 4, !tbaa !5
   %356 = tail call i32 @llvm.smin.i32(i32 %354, i32 %own.i.14)
   %357 = tail call i32 @llvm.smax.i32(i32 %355, i32 %own.i.14)
-  %358 = shl i64 %indvars.iv890.i, 13
+  %358 = shl i64 %indvars.iv908.i, 13
   %359 = and i64 %358, 17179860992
   %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %359
   store i32 %356, ptr %322, align 16, !tbaa !17
@@ -932,18 +932,18 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %361 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %313
   store <16 x float> zeroinitializer, ptr %361, align 4, !tbaa !5
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
-  %indvars.iv.next891.i = add nuw nsw i64 %indvars.iv890.i, 1
-  %exitcond893.not.i = icmp eq i64 %indvars.iv.next891.i, %wide.trip.count.i
-  br i1 %exitcond893.not.i, label %for_begin_tile79.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+  %indvars.iv.next909.i = add nuw nsw i64 %indvars.iv908.i, 1
+  %exitcond911.not.i = icmp eq i64 %indvars.iv.next909.i, %wide.trip.count.i
+  br i1 %exitcond911.not.i, label %for_begin_tile79.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
 
 for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_begin_ax2_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end36.i ]
   br i1 %219, label %if_then16.i, label %if_end17.i
 
 for_end_ax2_0.i:                                  ; preds = %if_end36.i
-  %indvars.iv.next878.i = add nuw nsw i64 %indvars.iv877.i, 1
-  %exitcond881.not.i = icmp eq i64 %indvars.iv.next878.i, 4
-  br i1 %exitcond881.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
+  %indvars.iv.next896.i = add nuw nsw i64 %indvars.iv895.i, 1
+  %exitcond899.not.i = icmp eq i64 %indvars.iv.next896.i, 4
+  br i1 %exitcond899.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
 
 if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %rdiv.i = sdiv i32 %160, %122
@@ -951,8 +951,8 @@ if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %363 = sext i32 %362 to i64
   %364 = add nsw i64 %150, %363
   %365 = mul i64 %151, %364
-  %.idx1133.i = shl i64 %indvars.iv.i, 3
-  %366 = getelementptr i8, ptr %228, i64 %.idx1133.i
+  %.idx1154.i = shl i64 %indvars.iv.i, 3
+  %366 = getelementptr i8, ptr %228, i64 %.idx1154.i
   %367 = getelementptr i16, ptr %366, i64 %365
   %368 = load <4 x i16>, ptr %367, align 2, !tbaa !5
   %369 = zext <4 x i16> %368 to <4 x i32>
@@ -973,8 +973,8 @@ if_then20.i:                                      ; preds = %if_end17.i
   %377 = shl nsw i64 %376, 2
   %378 = or disjoint i64 %377, 1
   %379 = mul nsw i64 %378, %q_head
-  %.idx1134.i = shl i64 %indvars.iv.i, 3
-  %380 = getelementptr i8, ptr %228, i64 %.idx1134.i
+  %.idx1155.i = shl i64 %indvars.iv.i, 3
+  %380 = getelementptr i8, ptr %228, i64 %.idx1155.i
   %381 = getelementptr i16, ptr %380, i64 %379
   %382 = load <4 x i16>, ptr %381, align 2, !tbaa !5
   %383 = zext <4 x i16> %382 to <4 x i32>
@@ -995,8 +995,8 @@ if_then27.i:                                      ; preds = %if_end22.i
   %391 = shl nsw i64 %390, 2
   %392 = or disjoint i64 %391, 2
   %393 = mul nsw i64 %392, %q_head
-  %.idx1135.i = shl i64 %indvars.iv.i, 3
-  %394 = getelementptr i8, ptr %228, i64 %.idx1135.i
+  %.idx1156.i = shl i64 %indvars.iv.i, 3
+  %394 = getelementptr i8, ptr %228, i64 %.idx1156.i
   %395 = getelementptr i16, ptr %394, i64 %393
   %396 = load <4 x i16>, ptr %395, align 2, !tbaa !5
   %397 = zext <4 x i16> %396 to <4 x i32>
@@ -1016,8 +1016,8 @@ if_then34.i:                                      ; preds = %if_end29.i
   %405 = shl nsw i64 %404, 2
   %406 = or disjoint i64 %405, 3
   %407 = mul nsw i64 %406, %q_head
-  %.idx1136.i = shl i64 %indvars.iv.i, 3
-  %408 = getelementptr i8, ptr %228, i64 %.idx1136.i
+  %.idx1157.i = shl i64 %indvars.iv.i, 3
+  %408 = getelementptr i8, ptr %228, i64 %.idx1157.i
   %409 = getelementptr i16, ptr %408, i64 %407
   %410 = load <4 x i16>, ptr %409, align 2, !tbaa !5
   %411 = zext <4 x i16> %410 to <4 x i32>
@@ -1033,34 +1033,34 @@ if_end36.i:                                       ; preds = %if_then34.i, %if_en
   %418 = shufflevector <4 x float> %373, <4 x float> %401, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %419 = shufflevector <4 x float> %387, <4 x float> %415, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %420 = shufflevector <4 x float> %416, <4 x float> %417, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1137.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %gep1210.i = getelementptr inbounds nuw i8, ptr %invariant.gep1209.i, i64 %.idx1137.i
-  store <4 x float> %420, ptr %gep1210.i, align 4, !tbaa !5
+  %.idx1158.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep1233.i = getelementptr inbounds nuw i8, ptr %invariant.gep1232.i, i64 %.idx1158.i
+  store <4 x float> %420, ptr %gep1233.i, align 4, !tbaa !5
   %421 = shufflevector <4 x float> %416, <4 x float> %417, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %422 = getelementptr inbounds nuw i8, ptr %gep1210.i, i64 64
+  %422 = getelementptr inbounds nuw i8, ptr %gep1233.i, i64 64
   store <4 x float> %421, ptr %422, align 4, !tbaa !5
   %423 = shufflevector <4 x float> %418, <4 x float> %419, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %424 = getelementptr inbounds nuw i8, ptr %gep1210.i, i64 128
+  %424 = getelementptr inbounds nuw i8, ptr %gep1233.i, i64 128
   store <4 x float> %423, ptr %424, align 4, !tbaa !5
   %425 = shufflevector <4 x float> %418, <4 x float> %419, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %426 = getelementptr inbounds nuw i8, ptr %gep1210.i, i64 192
+  %426 = getelementptr inbounds nuw i8, ptr %gep1233.i, i64 192
   store <4 x float> %425, ptr %426, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !28
 
 for_end_tile81.i:                                 ; preds = %if_end89.i, %for_begin_tile79.preheader.i, %if_end14.i
-  %span532.sroa.3.0.lcssa.i = phi i32 [ %176, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %471, %if_end89.i ]
-  %span532.sroa.0.0.lcssa.i = phi i32 [ %177, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %468, %if_end89.i ]
+  %span528.sroa.3.0.lcssa.i = phi i32 [ %176, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %471, %if_end89.i ]
+  %span528.sroa.0.0.lcssa.i = phi i32 [ %177, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %468, %if_end89.i ]
   %427 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %427, i32 %span532.sroa.3.0.lcssa.i)
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %427, i32 %span528.sroa.3.0.lcssa.i)
   %428 = shl nsw i32 %block_begin, 4
   %429 = sub nsw i32 %key_end.i, %428
   %430 = tail call i32 @llvm.smax.i32(i32 %429, i32 0)
   %431 = add nuw nsw i32 %430, 4095
   %432 = lshr i32 %431, 12
-  %.not835.i = icmp eq i32 %432, 0
-  br i1 %.not835.i, label %for_begin_tile387.preheader.i, label %for_body_number.lr.ph.i, !prof !16
+  %.not849.i = icmp eq i32 %432, 0
+  br i1 %.not849.i, label %for_begin_tile382.preheader.i, label %for_body_number.lr.ph.i, !prof !16
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
   %433 = mul nsw i64 %row_step, %141
@@ -1085,16 +1085,16 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
   %449 = add i64 %448, %tree_start
   %450 = sub i64 %449, %447
   %451 = mul nsw i64 %437, %v_head
-  %invariant.gep784.i = getelementptr i32, ptr %value_cache, i64 %451
+  %invariant.gep796.i = getelementptr i32, ptr %value_cache, i64 %451
   %452 = zext i32 %443 to i64
   %453 = sext i32 %122 to i64
-  %wide.trip.count1023.i = and i64 %62, 4294967295
-  %wide.trip.count1018.i = zext nneg i32 %122 to i64
+  %wide.trip.count1044.i = and i64 %62, 4294967295
+  %wide.trip.count1039.i = zext nneg i32 %122 to i64
   %454 = getelementptr i8, ptr %tree_mask, i64 %450
-  %wide.trip.count1037.i = zext nneg i32 %123 to i64
+  %wide.trip.count1058.i = zext nneg i32 %123 to i64
   %455 = add i32 %428, %tree_size
   %456 = sub i32 %context_len.i, %455
-  %457 = sub i32 %span532.sroa.0.0.lcssa.i, %428
+  %457 = sub i32 %span528.sroa.0.0.lcssa.i, %428
   %458 = mul i32 %block_begin, -16
   %459 = add i64 %tree_start, %448
   %460 = sub i64 %459, %447
@@ -1105,33 +1105,33 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
   br label %for_body_number.i
 
 if_end89.i:                                       ; preds = %if_end89.i, %if_end89.i.preheader
-  %indvars.iv894.i = phi i64 [ %indvars.iv.next895.i, %if_end89.i ], [ %indvars.iv894.i.ph, %if_end89.i.preheader ]
-  %span532.sroa.0.0653.i = phi i32 [ %468, %if_end89.i ], [ %span532.sroa.0.0653.i.ph, %if_end89.i.preheader ]
-  %span532.sroa.3.0652.i = phi i32 [ %471, %if_end89.i ], [ %span532.sroa.3.0652.i.ph, %if_end89.i.preheader ]
-  %.idx1139.i = shl nsw i64 %indvars.iv894.i, 4
-  %465 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %.idx1139.i
+  %indvars.iv912.i = phi i64 [ %indvars.iv.next913.i, %if_end89.i ], [ %indvars.iv912.i.ph, %if_end89.i.preheader ]
+  %span528.sroa.0.0652.i = phi i32 [ %468, %if_end89.i ], [ %span528.sroa.0.0652.i.ph, %if_end89.i.preheader ]
+  %span528.sroa.3.0651.i = phi i32 [ %471, %if_end89.i ], [ %span528.sroa.3.0651.i.ph, %if_end89.i.preheader ]
+  %.idx1160.i = shl nsw i64 %indvars.iv912.i, 4
+  %465 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %.idx1160.i
   %466 = getelementptr inbounds nuw i8, ptr %465, i64 8
   %467 = load i32, ptr %466, align 8, !tbaa !17
-  %468 = tail call i32 @llvm.smin.i32(i32 %span532.sroa.0.0653.i, i32 %467)
+  %468 = tail call i32 @llvm.smin.i32(i32 %span528.sroa.0.0652.i, i32 %467)
   %469 = getelementptr inbounds nuw i8, ptr %465, i64 4
   %470 = load i32, ptr %469, align 4, !tbaa !17
-  %471 = tail call i32 @llvm.smax.i32(i32 %span532.sroa.3.0652.i, i32 %470)
-  %indvars.iv.next895.i = add nuw nsw i64 %indvars.iv894.i, 1
-  %exitcond898.not.i = icmp eq i64 %indvars.iv.next895.i, %wide.trip.count.i
-  br i1 %exitcond898.not.i, label %for_end_tile81.i, label %if_end89.i, !prof !29, !llvm.loop !30
+  %471 = tail call i32 @llvm.smax.i32(i32 %span528.sroa.3.0651.i, i32 %470)
+  %indvars.iv.next913.i = add nuw nsw i64 %indvars.iv912.i, 1
+  %exitcond916.not.i = icmp eq i64 %indvars.iv.next913.i, %wide.trip.count.i
+  br i1 %exitcond916.not.i, label %for_end_tile81.i, label %if_end89.i, !prof !29, !llvm.loop !30
 
-for_begin_number.i:                               ; preds = %if_end382.i
-  %472 = add nuw nsw i32 %number815.i, 1
-  %exitcond1039.not.i = icmp eq i32 %472, %432
+for_begin_number.i:                               ; preds = %if_end377.i
+  %472 = add nuw nsw i32 %number829.i, 1
+  %exitcond1060.not.i = icmp eq i32 %472, %432
   %indvars.iv.next = add i32 %indvars.iv, -4096
-  %indvars.iv.next227 = add i32 %indvars.iv226, -4096
-  %indvars.iv.next235 = add i32 %indvars.iv234, -4096
-  br i1 %exitcond1039.not.i, label %for_begin_tile387.preheader.i, label %for_body_number.i, !prof !13
+  %indvars.iv.next233 = add i32 %indvars.iv232, -4096
+  %indvars.iv.next241 = add i32 %indvars.iv240, -4096
+  br i1 %exitcond1060.not.i, label %for_begin_tile382.preheader.i, label %for_body_number.i, !prof !13
 
-for_begin_tile387.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile81.i
-  br i1 %144, label %for_end_tile389.i, label %for_body_tile388.lr.ph.i, !prof !16
+for_begin_tile382.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile81.i
+  br i1 %144, label %for_end_tile384.i, label %for_body_tile383.lr.ph.i, !prof !16
 
-for_body_tile388.lr.ph.i:                         ; preds = %for_begin_tile387.preheader.i
+for_body_tile383.lr.ph.i:                         ; preds = %for_begin_tile382.preheader.i
   %473 = and i64 %68, 2147483648
   %.not = icmp eq i64 %473, 0
   %474 = icmp slt i32 %122, 0
@@ -1139,72 +1139,72 @@ for_body_tile388.lr.ph.i:                         ; preds = %for_begin_tile387.p
   %475 = ashr exact i64 %sext89, 32
   %476 = and i64 %68, 4294967295
   %477 = shl nuw nsw i64 %476, 5
-  %.idx543.i = shl nuw nsw i64 %476, 14
+  %.idx539.i = shl nuw nsw i64 %476, 14
   %sext90 = shl i64 %56, 32
   %478 = ashr exact i64 %sext90, 32
-  %wide.trip.count1094.i = zext nneg i32 %123 to i64
-  br i1 %.not, label %for_body_tile388.i.preheader, label %for_body_tile388.us.i
+  %wide.trip.count1115.i = zext nneg i32 %123 to i64
+  br i1 %.not, label %for_body_tile383.i.preheader, label %for_body_tile383.us.i
 
-for_body_tile388.i.preheader:                     ; preds = %for_body_tile388.lr.ph.i
-  %scevgep488 = getelementptr i8, ptr %partial_acc, i64 %.idx543.i
-  %479 = getelementptr i8, ptr %partial_acc, i64 %.idx543.i
-  %scevgep491 = getelementptr i8, ptr %479, i64 512
-  %scevgep495 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile388.i
+for_body_tile383.i.preheader:                     ; preds = %for_body_tile383.lr.ph.i
+  %scevgep500 = getelementptr i8, ptr %partial_acc, i64 %.idx539.i
+  %479 = getelementptr i8, ptr %partial_acc, i64 %.idx539.i
+  %scevgep503 = getelementptr i8, ptr %479, i64 512
+  %scevgep507 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile383.i
 
-for_body_tile388.us.i:                            ; preds = %if_end393.us.i, %for_body_tile388.lr.ph.i
-  %indvars.iv1091.i = phi i64 [ %indvars.iv.next1092.i, %if_end393.us.i ], [ 0, %for_body_tile388.lr.ph.i ]
+for_body_tile383.us.i:                            ; preds = %if_end388.us.i, %for_body_tile383.lr.ph.i
+  %indvars.iv1112.i = phi i64 [ %indvars.iv.next1113.i, %if_end388.us.i ], [ 0, %for_body_tile383.lr.ph.i ]
   %480 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %ordered.us.i = tail call ptr %480(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %481 = icmp eq ptr %ordered.us.i, null
-  br i1 %481, label %fused_attend_compute_.exit, label %if_end396.us.i, !prof !8
+  br i1 %481, label %fused_attend_compute_.exit, label %if_end391.us.i, !prof !8
 
-if_end396.us.i:                                   ; preds = %for_body_tile388.us.i
-  %482 = shl nsw i64 %indvars.iv1091.i, 4
+if_end391.us.i:                                   ; preds = %for_body_tile383.us.i
+  %482 = shl nsw i64 %indvars.iv1112.i, 4
   %483 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %482
   %total.us.i = load <16 x float>, ptr %483, align 4, !tbaa !5
   %484 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
   %485 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
   %486 = select <16 x i1> %485, <16 x float> zeroinitializer, <16 x float> %484
-  store <16 x float> %486, ptr %factor515.i, align 16, !tbaa !31
-  %487 = shl i64 %indvars.iv1091.i, 11
+  store <16 x float> %486, ptr %factor510.i, align 16, !tbaa !31
+  %487 = shl i64 %indvars.iv1112.i, 11
   %488 = and i64 %487, 4294965248
-  %invariant.gep164 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %488
-  br label %for_begin_d_0398.preheader.us.i
+  %invariant.gep167 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %488
+  br label %for_begin_d_0393.preheader.us.i
 
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0400.us.i
-  %489 = trunc nuw nsw i64 %indvars.iv1091.i to i32
-  %rmod432.us.i = srem i32 %489, %122
-  %rdiv444.us.i = sdiv i32 %489, %122
-  %490 = icmp ne i32 %rmod432.us.i, 0
-  %.not547.us.i = and i1 %474, %490
-  %491 = select i1 %.not547.us.i, i32 %122, i32 0
-  %492 = add nsw i32 %491, %rmod432.us.i
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0395.us.i
+  %489 = trunc nuw nsw i64 %indvars.iv1112.i to i32
+  %rmod427.us.i = srem i32 %489, %122
+  %rdiv439.us.i = sdiv i32 %489, %122
+  %490 = icmp ne i32 %rmod427.us.i, 0
+  %.not543.us.i = and i1 %474, %490
+  %491 = select i1 %.not543.us.i, i32 %122, i32 0
+  %492 = add nsw i32 %491, %rmod427.us.i
   %493 = shl nsw i32 %492, 4
   %494 = sub nsw i32 %120, %493
   %495 = icmp sgt i32 %494, 0
-  br i1 %495, label %for_begin_d_0438.preheader.lr.ph.us.i, label %for_end_r449.us.i, !prof !3
+  br i1 %495, label %for_begin_d_0433.preheader.lr.ph.us.i, label %for_end_r444.us.i, !prof !3
 
-for_end_r449.us.i:                                ; preds = %if_end454.us.i.1, %for_end_r_0.us.i
+for_end_r444.us.i:                                ; preds = %if_end449.us.i.1, %for_end_r_0.us.i
   %496 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %497 = tail call i32 %496(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not544.us.i = icmp eq i32 %497, 0
-  br i1 %.not544.us.i, label %if_end393.us.i, label %fused_attend_compute_.exit, !prof !38
+  %.not540.us.i = icmp eq i32 %497, 0
+  br i1 %.not540.us.i, label %if_end388.us.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end393.us.i:                                   ; preds = %for_end_r449.us.i
-  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
-  %exitcond1095.not.i = icmp eq i64 %indvars.iv.next1092.i, %wide.trip.count1094.i
-  br i1 %exitcond1095.not.i, label %for_end_tile389.i, label %for_body_tile388.us.i, !prof !13
+if_end388.us.i:                                   ; preds = %for_end_r444.us.i
+  %indvars.iv.next1113.i = add nuw nsw i64 %indvars.iv1112.i, 1
+  %exitcond1116.not.i = icmp eq i64 %indvars.iv.next1113.i, %wide.trip.count1115.i
+  br i1 %exitcond1116.not.i, label %for_end_tile384.i, label %for_body_tile383.us.i, !prof !13
 
-for_body_r448.us.i:                               ; preds = %for_body_r448.lr.ph.us.i, %if_end454.us.i.1
-  %indvars.iv1085.i = phi i64 [ 0, %for_body_r448.lr.ph.us.i ], [ %indvars.iv.next1086.i.1, %if_end454.us.i.1 ]
-  %498 = add nuw nsw i64 %indvars.iv1085.i, %672
+for_body_r443.us.i:                               ; preds = %for_body_r443.lr.ph.us.i, %if_end449.us.i.1
+  %indvars.iv1106.i = phi i64 [ 0, %for_body_r443.lr.ph.us.i ], [ %indvars.iv.next1107.i.1, %if_end449.us.i.1 ]
+  %498 = add nuw nsw i64 %indvars.iv1106.i, %672
   %499 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %498
   %500 = load float, ptr %499, align 4, !tbaa !5
   %501 = fcmp oeq float %500, 0.000000e+00
-  br i1 %501, label %if_end454.us.i, label %if_else453.us.i
+  br i1 %501, label %if_end449.us.i, label %if_else448.us.i
 
-if_else453.us.i:                                  ; preds = %for_body_r448.us.i
+if_else448.us.i:                                  ; preds = %for_body_r443.us.i
   %502 = getelementptr inbounds nuw i32, ptr %places.i, i64 %498
   %503 = load i32, ptr %502, align 4, !tbaa !5
   %504 = shl i32 %503, 23
@@ -1215,25 +1215,25 @@ if_else453.us.i:                                  ; preds = %for_body_r448.us.i
   %509 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %498
   %510 = load float, ptr %509, align 4, !tbaa !5
   %511 = fadd float %510, %508
-  br label %if_end454.us.i
+  br label %if_end449.us.i
 
-if_end454.us.i:                                   ; preds = %if_else453.us.i, %for_body_r448.us.i
-  %512 = phi float [ %511, %if_else453.us.i ], [ 0xFFF0000000000000, %for_body_r448.us.i ]
-  %513 = and i64 %indvars.iv1085.i, 2
-  %514 = lshr i64 %indvars.iv1085.i, 2
+if_end449.us.i:                                   ; preds = %if_else448.us.i, %for_body_r443.us.i
+  %512 = phi float [ %511, %if_else448.us.i ], [ 0xFFF0000000000000, %for_body_r443.us.i ]
+  %513 = and i64 %indvars.iv1106.i, 2
+  %514 = lshr i64 %indvars.iv1106.i, 2
   %515 = add nsw i64 %514, %669
   %516 = mul nsw i64 %515, %lse_batch
   %517 = getelementptr float, ptr %671, i64 %516
   %518 = getelementptr float, ptr %517, i64 %513
   store float %512, ptr %518, align 4, !tbaa !5
-  %indvars.iv.next1086.i = or disjoint i64 %indvars.iv1085.i, 1
-  %519 = add nuw nsw i64 %indvars.iv.next1086.i, %672
+  %indvars.iv.next1107.i = or disjoint i64 %indvars.iv1106.i, 1
+  %519 = add nuw nsw i64 %indvars.iv.next1107.i, %672
   %520 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %519
   %521 = load float, ptr %520, align 4, !tbaa !5
   %522 = fcmp oeq float %521, 0.000000e+00
-  br i1 %522, label %if_end454.us.i.1, label %if_else453.us.i.1
+  br i1 %522, label %if_end449.us.i.1, label %if_else448.us.i.1
 
-if_else453.us.i.1:                                ; preds = %if_end454.us.i
+if_else448.us.i.1:                                ; preds = %if_end449.us.i
   %523 = getelementptr inbounds nuw i32, ptr %places.i, i64 %519
   %524 = load i32, ptr %523, align 4, !tbaa !5
   %525 = shl i32 %524, 23
@@ -1244,89 +1244,89 @@ if_else453.us.i.1:                                ; preds = %if_end454.us.i
   %530 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %519
   %531 = load float, ptr %530, align 4, !tbaa !5
   %532 = fadd float %531, %529
-  br label %if_end454.us.i.1
+  br label %if_end449.us.i.1
 
-if_end454.us.i.1:                                 ; preds = %if_else453.us.i.1, %if_end454.us.i
-  %533 = phi float [ %532, %if_else453.us.i.1 ], [ 0xFFF0000000000000, %if_end454.us.i ]
-  %534 = and i64 %indvars.iv.next1086.i, 3
-  %535 = lshr i64 %indvars.iv1085.i, 2
+if_end449.us.i.1:                                 ; preds = %if_else448.us.i.1, %if_end449.us.i
+  %533 = phi float [ %532, %if_else448.us.i.1 ], [ 0xFFF0000000000000, %if_end449.us.i ]
+  %534 = and i64 %indvars.iv.next1107.i, 3
+  %535 = lshr i64 %indvars.iv1106.i, 2
   %536 = add nsw i64 %535, %669
   %537 = mul nsw i64 %536, %lse_batch
   %538 = getelementptr float, ptr %671, i64 %537
   %539 = getelementptr float, ptr %538, i64 %534
   store float %533, ptr %539, align 4, !tbaa !5
-  %indvars.iv.next1086.i.1 = add nuw nsw i64 %indvars.iv1085.i, 2
-  %exitcond1090.not.i.1 = icmp eq i64 %indvars.iv.next1086.i.1, %wide.trip.count1083.i
-  br i1 %exitcond1090.not.i.1, label %for_end_r449.us.i, label %for_body_r448.us.i, !prof !13, !llvm.loop !39
+  %indvars.iv.next1107.i.1 = add nuw nsw i64 %indvars.iv1106.i, 2
+  %exitcond1111.not.i.1 = icmp eq i64 %indvars.iv.next1107.i.1, %wide.trip.count1104.i
+  br i1 %exitcond1111.not.i.1, label %for_end_r444.us.i, label %for_body_r443.us.i, !prof !13, !llvm.loop !39
 
-for_end_d_0400.us.i:                              ; preds = %for_begin_ax1_0403.preheader.us.i
-  %indvars.iv.next1071.i = add nuw nsw i64 %indvars.iv1070.i, 1
-  %exitcond1074.not.i = icmp eq i64 %indvars.iv.next1071.i, 4
-  br i1 %exitcond1074.not.i, label %for_end_r_0.us.i, label %for_begin_d_0398.preheader.us.i, !prof !28
+for_end_d_0395.us.i:                              ; preds = %for_begin_ax1_0398.preheader.us.i
+  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
+  %exitcond1095.not.i = icmp eq i64 %indvars.iv.next1092.i, 4
+  br i1 %exitcond1095.not.i, label %for_end_r_0.us.i, label %for_begin_d_0393.preheader.us.i, !prof !28
 
-for_begin_ax1_0403.preheader.us.i:                ; preds = %for_begin_d_0398.preheader.us.i, %for_begin_ax1_0403.preheader.us.i
-  %indvars.iv1065.i = phi i64 [ 0, %for_begin_d_0398.preheader.us.i ], [ %indvars.iv.next1066.i, %for_begin_ax1_0403.preheader.us.i ]
-  %.idx91 = shl nuw nsw i64 %indvars.iv1065.i, 10
-  %gep167 = getelementptr inbounds nuw i8, ptr %invariant.gep166, i64 %.idx91
-  %v409.us.i = load <4 x float>, ptr %gep167, align 4, !tbaa !5
-  %540 = getelementptr inbounds nuw i8, ptr %gep167, i64 64
-  %v411.us.i = load <4 x float>, ptr %540, align 4, !tbaa !5
-  %541 = getelementptr inbounds nuw i8, ptr %gep167, i64 128
-  %v413.us.i = load <4 x float>, ptr %541, align 4, !tbaa !5
-  %542 = getelementptr inbounds nuw i8, ptr %gep167, i64 192
-  %v415.us.i = load <4 x float>, ptr %542, align 4, !tbaa !5
-  %543 = shufflevector <4 x float> %v409.us.i, <4 x float> %v413.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %544 = shufflevector <4 x float> %v411.us.i, <4 x float> %v415.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %545 = shufflevector <4 x float> %v409.us.i, <4 x float> %v413.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %546 = shufflevector <4 x float> %v411.us.i, <4 x float> %v415.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+for_begin_ax1_0398.preheader.us.i:                ; preds = %for_begin_d_0393.preheader.us.i, %for_begin_ax1_0398.preheader.us.i
+  %indvars.iv1086.i = phi i64 [ 0, %for_begin_d_0393.preheader.us.i ], [ %indvars.iv.next1087.i, %for_begin_ax1_0398.preheader.us.i ]
+  %.idx91 = shl nuw nsw i64 %indvars.iv1086.i, 10
+  %gep170 = getelementptr inbounds nuw i8, ptr %invariant.gep169, i64 %.idx91
+  %v404.us.i = load <4 x float>, ptr %gep170, align 4, !tbaa !5
+  %540 = getelementptr inbounds nuw i8, ptr %gep170, i64 64
+  %v406.us.i = load <4 x float>, ptr %540, align 4, !tbaa !5
+  %541 = getelementptr inbounds nuw i8, ptr %gep170, i64 128
+  %v408.us.i = load <4 x float>, ptr %541, align 4, !tbaa !5
+  %542 = getelementptr inbounds nuw i8, ptr %gep170, i64 192
+  %v410.us.i = load <4 x float>, ptr %542, align 4, !tbaa !5
+  %543 = shufflevector <4 x float> %v404.us.i, <4 x float> %v408.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %544 = shufflevector <4 x float> %v406.us.i, <4 x float> %v410.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %545 = shufflevector <4 x float> %v404.us.i, <4 x float> %v408.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %546 = shufflevector <4 x float> %v406.us.i, <4 x float> %v410.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %547 = shufflevector <4 x float> %543, <4 x float> %544, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %548 = shufflevector <4 x float> %543, <4 x float> %544, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %549 = shufflevector <4 x float> %545, <4 x float> %546, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %550 = shufflevector <4 x float> %545, <4 x float> %546, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %551 = getelementptr inbounds nuw i8, ptr %gep167, i64 256
-  %v409.us.1.i = load <4 x float>, ptr %551, align 4, !tbaa !5
-  %552 = getelementptr inbounds nuw i8, ptr %gep167, i64 320
-  %v411.us.1.i = load <4 x float>, ptr %552, align 4, !tbaa !5
-  %553 = getelementptr inbounds nuw i8, ptr %gep167, i64 384
-  %v413.us.1.i = load <4 x float>, ptr %553, align 4, !tbaa !5
-  %554 = getelementptr inbounds nuw i8, ptr %gep167, i64 448
-  %v415.us.1.i = load <4 x float>, ptr %554, align 4, !tbaa !5
-  %555 = shufflevector <4 x float> %v409.us.1.i, <4 x float> %v413.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %556 = shufflevector <4 x float> %v411.us.1.i, <4 x float> %v415.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %557 = shufflevector <4 x float> %v409.us.1.i, <4 x float> %v413.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %558 = shufflevector <4 x float> %v411.us.1.i, <4 x float> %v415.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %551 = getelementptr inbounds nuw i8, ptr %gep170, i64 256
+  %v404.us.1.i = load <4 x float>, ptr %551, align 4, !tbaa !5
+  %552 = getelementptr inbounds nuw i8, ptr %gep170, i64 320
+  %v406.us.1.i = load <4 x float>, ptr %552, align 4, !tbaa !5
+  %553 = getelementptr inbounds nuw i8, ptr %gep170, i64 384
+  %v408.us.1.i = load <4 x float>, ptr %553, align 4, !tbaa !5
+  %554 = getelementptr inbounds nuw i8, ptr %gep170, i64 448
+  %v410.us.1.i = load <4 x float>, ptr %554, align 4, !tbaa !5
+  %555 = shufflevector <4 x float> %v404.us.1.i, <4 x float> %v408.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %556 = shufflevector <4 x float> %v406.us.1.i, <4 x float> %v410.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %557 = shufflevector <4 x float> %v404.us.1.i, <4 x float> %v408.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %558 = shufflevector <4 x float> %v406.us.1.i, <4 x float> %v410.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %559 = shufflevector <4 x float> %555, <4 x float> %556, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %560 = shufflevector <4 x float> %555, <4 x float> %556, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %561 = shufflevector <4 x float> %557, <4 x float> %558, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %562 = shufflevector <4 x float> %557, <4 x float> %558, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %563 = getelementptr inbounds nuw i8, ptr %gep167, i64 512
-  %v409.us.2.i = load <4 x float>, ptr %563, align 4, !tbaa !5
-  %564 = getelementptr inbounds nuw i8, ptr %gep167, i64 576
-  %v411.us.2.i = load <4 x float>, ptr %564, align 4, !tbaa !5
-  %565 = getelementptr inbounds nuw i8, ptr %gep167, i64 640
-  %v413.us.2.i = load <4 x float>, ptr %565, align 4, !tbaa !5
-  %566 = getelementptr inbounds nuw i8, ptr %gep167, i64 704
-  %v415.us.2.i = load <4 x float>, ptr %566, align 4, !tbaa !5
-  %567 = shufflevector <4 x float> %v409.us.2.i, <4 x float> %v413.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %568 = shufflevector <4 x float> %v411.us.2.i, <4 x float> %v415.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %569 = shufflevector <4 x float> %v409.us.2.i, <4 x float> %v413.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %570 = shufflevector <4 x float> %v411.us.2.i, <4 x float> %v415.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %563 = getelementptr inbounds nuw i8, ptr %gep170, i64 512
+  %v404.us.2.i = load <4 x float>, ptr %563, align 4, !tbaa !5
+  %564 = getelementptr inbounds nuw i8, ptr %gep170, i64 576
+  %v406.us.2.i = load <4 x float>, ptr %564, align 4, !tbaa !5
+  %565 = getelementptr inbounds nuw i8, ptr %gep170, i64 640
+  %v408.us.2.i = load <4 x float>, ptr %565, align 4, !tbaa !5
+  %566 = getelementptr inbounds nuw i8, ptr %gep170, i64 704
+  %v410.us.2.i = load <4 x float>, ptr %566, align 4, !tbaa !5
+  %567 = shufflevector <4 x float> %v404.us.2.i, <4 x float> %v408.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %568 = shufflevector <4 x float> %v406.us.2.i, <4 x float> %v410.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %569 = shufflevector <4 x float> %v404.us.2.i, <4 x float> %v408.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %570 = shufflevector <4 x float> %v406.us.2.i, <4 x float> %v410.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %571 = shufflevector <4 x float> %567, <4 x float> %568, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %572 = shufflevector <4 x float> %567, <4 x float> %568, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %573 = shufflevector <4 x float> %569, <4 x float> %570, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %574 = shufflevector <4 x float> %569, <4 x float> %570, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %575 = getelementptr inbounds nuw i8, ptr %gep167, i64 768
-  %v409.us.3.i = load <4 x float>, ptr %575, align 4, !tbaa !5
-  %576 = getelementptr inbounds nuw i8, ptr %gep167, i64 832
-  %v411.us.3.i = load <4 x float>, ptr %576, align 4, !tbaa !5
-  %577 = getelementptr inbounds nuw i8, ptr %gep167, i64 896
-  %v413.us.3.i = load <4 x float>, ptr %577, align 4, !tbaa !5
-  %578 = getelementptr inbounds nuw i8, ptr %gep167, i64 960
-  %v415.us.3.i = load <4 x float>, ptr %578, align 4, !tbaa !5
-  %579 = shufflevector <4 x float> %v409.us.3.i, <4 x float> %v413.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %580 = shufflevector <4 x float> %v411.us.3.i, <4 x float> %v415.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %581 = shufflevector <4 x float> %v409.us.3.i, <4 x float> %v413.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %582 = shufflevector <4 x float> %v411.us.3.i, <4 x float> %v415.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %575 = getelementptr inbounds nuw i8, ptr %gep170, i64 768
+  %v404.us.3.i = load <4 x float>, ptr %575, align 4, !tbaa !5
+  %576 = getelementptr inbounds nuw i8, ptr %gep170, i64 832
+  %v406.us.3.i = load <4 x float>, ptr %576, align 4, !tbaa !5
+  %577 = getelementptr inbounds nuw i8, ptr %gep170, i64 896
+  %v408.us.3.i = load <4 x float>, ptr %577, align 4, !tbaa !5
+  %578 = getelementptr inbounds nuw i8, ptr %gep170, i64 960
+  %v410.us.3.i = load <4 x float>, ptr %578, align 4, !tbaa !5
+  %579 = shufflevector <4 x float> %v404.us.3.i, <4 x float> %v408.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %580 = shufflevector <4 x float> %v406.us.3.i, <4 x float> %v410.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %581 = shufflevector <4 x float> %v404.us.3.i, <4 x float> %v408.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %582 = shufflevector <4 x float> %v406.us.3.i, <4 x float> %v410.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %583 = shufflevector <4 x float> %579, <4 x float> %580, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %584 = shufflevector <4 x float> %547, <4 x float> %559, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %585 = shufflevector <4 x float> %571, <4 x float> %583, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
@@ -1344,33 +1344,33 @@ for_begin_ax1_0403.preheader.us.i:                ; preds = %for_begin_d_0398.pr
   %597 = shufflevector <4 x float> %574, <4 x float> %595, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %598 = shufflevector <8 x float> %596, <8 x float> %597, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %599 = fmul <16 x float> %649, %586
-  %.idx1148.i = shl nuw nsw i64 %indvars.iv1065.i, 6
-  %gep1220.i = getelementptr inbounds nuw i8, ptr %invariant.gep1219.i, i64 %.idx1148.i
-  store <16 x float> %599, ptr %gep1220.i, align 4, !tbaa !5
+  %.idx1169.i = shl nuw nsw i64 %indvars.iv1086.i, 6
+  %gep1243.i = getelementptr inbounds nuw i8, ptr %invariant.gep1242.i, i64 %.idx1169.i
+  store <16 x float> %599, ptr %gep1243.i, align 4, !tbaa !5
   %600 = fmul <16 x float> %653, %590
-  %601 = getelementptr inbounds nuw i8, ptr %gep1220.i, i64 512
+  %601 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 512
   store <16 x float> %600, ptr %601, align 4, !tbaa !5
   %602 = fmul <16 x float> %657, %594
-  %603 = getelementptr inbounds nuw i8, ptr %gep1220.i, i64 1024
+  %603 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 1024
   store <16 x float> %602, ptr %603, align 4, !tbaa !5
   %604 = fmul <16 x float> %661, %598
-  %605 = getelementptr inbounds nuw i8, ptr %gep1220.i, i64 1536
+  %605 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 1536
   store <16 x float> %604, ptr %605, align 4, !tbaa !5
-  %indvars.iv.next1066.i = add nuw nsw i64 %indvars.iv1065.i, 1
-  %exitcond1069.not.i = icmp eq i64 %indvars.iv.next1066.i, 8
-  br i1 %exitcond1069.not.i, label %for_end_d_0400.us.i, label %for_begin_ax1_0403.preheader.us.i, !prof !28
+  %indvars.iv.next1087.i = add nuw nsw i64 %indvars.iv1086.i, 1
+  %exitcond1090.not.i = icmp eq i64 %indvars.iv.next1087.i, 8
+  br i1 %exitcond1090.not.i, label %for_end_d_0395.us.i, label %for_begin_ax1_0398.preheader.us.i, !prof !28
 
-for_begin_d_0438.preheader.us.i:                  ; preds = %for_begin_d_0438.preheader.lr.ph.us.i, %for_begin_d_0438.preheader.us.i
-  %indvars.iv1079.i = phi i64 [ 0, %for_begin_d_0438.preheader.lr.ph.us.i ], [ %indvars.iv.next1080.i, %for_begin_d_0438.preheader.us.i ]
-  %606 = and i64 %indvars.iv1079.i, 3
+for_begin_d_0433.preheader.us.i:                  ; preds = %for_begin_d_0433.preheader.lr.ph.us.i, %for_begin_d_0433.preheader.us.i
+  %indvars.iv1100.i = phi i64 [ 0, %for_begin_d_0433.preheader.lr.ph.us.i ], [ %indvars.iv.next1101.i, %for_begin_d_0433.preheader.us.i ]
+  %606 = and i64 %indvars.iv1100.i, 3
   %607 = or disjoint i64 %606, %666
   %608 = mul nsw i64 %607, %out_head
-  %609 = lshr i64 %indvars.iv1079.i, 2
+  %609 = lshr i64 %indvars.iv1100.i, 2
   %610 = add nsw i64 %609, %669
   %611 = mul nsw i64 %610, %out_batch
   %612 = getelementptr i16, ptr %out, i64 %611
-  %invariant.gep827.us.i = getelementptr i16, ptr %612, i64 %608
-  %.idx92 = shl nsw i64 %indvars.iv1079.i, 9
+  %invariant.gep841.us.i = getelementptr i16, ptr %612, i64 %608
+  %.idx92 = shl nsw i64 %indvars.iv1100.i, 9
   %613 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx92
   %614 = load <32 x i32>, ptr %613, align 4, !tbaa !5
   %615 = lshr <32 x i32> %614, splat (i32 16)
@@ -1379,7 +1379,7 @@ for_begin_d_0438.preheader.us.i:                  ; preds = %for_begin_d_0438.pr
   %618 = add nuw <32 x i32> %617, %616
   %619 = lshr <32 x i32> %618, splat (i32 16)
   %620 = trunc nuw <32 x i32> %619 to <32 x i16>
-  store <32 x i16> %620, ptr %invariant.gep827.us.i, align 2, !tbaa !5
+  store <32 x i16> %620, ptr %invariant.gep841.us.i, align 2, !tbaa !5
   %621 = getelementptr inbounds nuw i8, ptr %613, i64 128
   %622 = load <32 x i32>, ptr %621, align 4, !tbaa !5
   %623 = lshr <32 x i32> %622, splat (i32 16)
@@ -1388,8 +1388,8 @@ for_begin_d_0438.preheader.us.i:                  ; preds = %for_begin_d_0438.pr
   %626 = add nuw <32 x i32> %625, %624
   %627 = lshr <32 x i32> %626, splat (i32 16)
   %628 = trunc nuw <32 x i32> %627 to <32 x i16>
-  %gep828.us.1.i = getelementptr i8, ptr %invariant.gep827.us.i, i64 64
-  store <32 x i16> %628, ptr %gep828.us.1.i, align 2, !tbaa !5
+  %gep842.us.1.i = getelementptr i8, ptr %invariant.gep841.us.i, i64 64
+  store <32 x i16> %628, ptr %gep842.us.1.i, align 2, !tbaa !5
   %629 = getelementptr inbounds nuw i8, ptr %613, i64 256
   %630 = load <32 x i32>, ptr %629, align 4, !tbaa !5
   %631 = lshr <32 x i32> %630, splat (i32 16)
@@ -1398,8 +1398,8 @@ for_begin_d_0438.preheader.us.i:                  ; preds = %for_begin_d_0438.pr
   %634 = add nuw <32 x i32> %633, %632
   %635 = lshr <32 x i32> %634, splat (i32 16)
   %636 = trunc nuw <32 x i32> %635 to <32 x i16>
-  %gep828.us.2.i = getelementptr i8, ptr %invariant.gep827.us.i, i64 128
-  store <32 x i16> %636, ptr %gep828.us.2.i, align 2, !tbaa !5
+  %gep842.us.2.i = getelementptr i8, ptr %invariant.gep841.us.i, i64 128
+  store <32 x i16> %636, ptr %gep842.us.2.i, align 2, !tbaa !5
   %637 = getelementptr inbounds nuw i8, ptr %613, i64 384
   %638 = load <32 x i32>, ptr %637, align 4, !tbaa !5
   %639 = lshr <32 x i32> %638, splat (i32 16)
@@ -1408,16 +1408,16 @@ for_begin_d_0438.preheader.us.i:                  ; preds = %for_begin_d_0438.pr
   %642 = add nuw <32 x i32> %641, %640
   %643 = lshr <32 x i32> %642, splat (i32 16)
   %644 = trunc nuw <32 x i32> %643 to <32 x i16>
-  %gep828.us.3.i = getelementptr i8, ptr %invariant.gep827.us.i, i64 192
-  store <32 x i16> %644, ptr %gep828.us.3.i, align 2, !tbaa !5
-  %indvars.iv.next1080.i = add nuw nsw i64 %indvars.iv1079.i, 1
-  %exitcond1084.not.i = icmp eq i64 %indvars.iv.next1080.i, %wide.trip.count1083.i
-  br i1 %exitcond1084.not.i, label %for_body_r448.lr.ph.us.i, label %for_begin_d_0438.preheader.us.i, !prof !13
+  %gep842.us.3.i = getelementptr i8, ptr %invariant.gep841.us.i, i64 192
+  store <32 x i16> %644, ptr %gep842.us.3.i, align 2, !tbaa !5
+  %indvars.iv.next1101.i = add nuw nsw i64 %indvars.iv1100.i, 1
+  %exitcond1105.not.i = icmp eq i64 %indvars.iv.next1101.i, %wide.trip.count1104.i
+  br i1 %exitcond1105.not.i, label %for_body_r443.lr.ph.us.i, label %for_begin_d_0433.preheader.us.i, !prof !13
 
-for_begin_d_0398.preheader.us.i:                  ; preds = %for_end_d_0400.us.i, %if_end396.us.i
-  %indvars.iv1070.i = phi i64 [ %indvars.iv.next1071.i, %for_end_d_0400.us.i ], [ 0, %if_end396.us.i ]
-  %645 = shl nuw nsw i64 %indvars.iv1070.i, 2
-  %646 = getelementptr inbounds nuw float, ptr %factor515.i, i64 %645
+for_begin_d_0393.preheader.us.i:                  ; preds = %for_end_d_0395.us.i, %if_end391.us.i
+  %indvars.iv1091.i = phi i64 [ %indvars.iv.next1092.i, %for_end_d_0395.us.i ], [ 0, %if_end391.us.i ]
+  %645 = shl nuw nsw i64 %indvars.iv1091.i, 2
+  %646 = getelementptr inbounds nuw float, ptr %factor510.i, i64 %645
   %647 = load float, ptr %646, align 16, !tbaa !41
   %648 = insertelement <16 x float> poison, float %647, i64 0
   %649 = shufflevector <16 x float> %648, <16 x float> poison, <16 x i32> zeroinitializer
@@ -1433,14 +1433,14 @@ for_begin_d_0398.preheader.us.i:                  ; preds = %for_end_d_0400.us.i
   %659 = load float, ptr %658, align 4, !tbaa !41
   %660 = insertelement <16 x float> poison, float %659, i64 0
   %661 = shufflevector <16 x float> %660, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1149.i = shl nuw nsw i64 %indvars.iv1070.i, 11
-  %invariant.gep1219.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1149.i
-  %invariant.gep166 = getelementptr inbounds nuw float, ptr %invariant.gep164, i64 %645
-  br label %for_begin_ax1_0403.preheader.us.i
+  %.idx1170.i = shl nuw nsw i64 %indvars.iv1091.i, 11
+  %invariant.gep1242.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1170.i
+  %invariant.gep169 = getelementptr inbounds nuw float, ptr %invariant.gep167, i64 %645
+  br label %for_begin_ax1_0398.preheader.us.i
 
-for_begin_d_0438.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %662 = sext i1 %.not547.us.i to i32
-  %663 = add nsw i32 %rdiv444.us.i, %662
+for_begin_d_0433.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %662 = sext i1 %.not543.us.i to i32
+  %663 = add nsw i32 %rdiv439.us.i, %662
   %664 = sext i32 %663 to i64
   %665 = add nsw i64 %475, %664
   %666 = shl nsw i64 %665, 2
@@ -1448,53 +1448,53 @@ for_begin_d_0438.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
   %668 = shl nsw i64 %667, 2
   %669 = add nsw i64 %668, %478
   %670 = tail call i32 @llvm.umin.i32(i32 %494, i32 16)
-  %wide.trip.count1083.i = zext nneg i32 %670 to i64
-  br label %for_begin_d_0438.preheader.us.i
+  %wide.trip.count1104.i = zext nneg i32 %670 to i64
+  br label %for_begin_d_0433.preheader.us.i
 
-for_body_r448.lr.ph.us.i:                         ; preds = %for_begin_d_0438.preheader.us.i
-  %.idx548.us.i = shl nsw i64 %665, 4
-  %671 = getelementptr i8, ptr %lse, i64 %.idx548.us.i
+for_body_r443.lr.ph.us.i:                         ; preds = %for_begin_d_0433.preheader.us.i
+  %.idx544.us.i = shl nsw i64 %665, 4
+  %671 = getelementptr i8, ptr %lse, i64 %.idx544.us.i
   %672 = and i64 %482, 4294967280
-  br label %for_body_r448.us.i
+  br label %for_body_r443.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv234 = phi i32 [ %indvars.iv.next235, %for_begin_number.i ], [ %458, %for_body_number.lr.ph.i ]
-  %indvars.iv231.in = phi i32 [ %indvars.iv231, %for_begin_number.i ], [ %428, %for_body_number.lr.ph.i ]
-  %indvars.iv226 = phi i32 [ %indvars.iv.next227, %for_begin_number.i ], [ %457, %for_body_number.lr.ph.i ]
+  %indvars.iv240 = phi i32 [ %indvars.iv.next241, %for_begin_number.i ], [ %458, %for_body_number.lr.ph.i ]
+  %indvars.iv237.in = phi i32 [ %indvars.iv237, %for_begin_number.i ], [ %428, %for_body_number.lr.ph.i ]
+  %indvars.iv232 = phi i32 [ %indvars.iv.next233, %for_begin_number.i ], [ %457, %for_body_number.lr.ph.i ]
   %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %456, %for_body_number.lr.ph.i ]
-  %number815.i = phi i32 [ %472, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %smax466 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %673 = and i32 %smax466, 127
+  %number829.i = phi i32 [ %472, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %smax478 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
+  %673 = and i32 %smax478, 127
   %674 = add i32 %indvars.iv, %673
-  %smax452 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %675 = add i32 %smax452, %indvars.iv231.in
-  %676 = and i32 %smax452, 127
+  %smax464 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
+  %675 = add i32 %smax464, %indvars.iv237.in
+  %676 = and i32 %smax464, 127
   %677 = sub i32 %675, %676
   %678 = sext i32 %677 to i64
   %679 = add i32 %indvars.iv, %676
-  %smax442 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %680 = and i32 %smax442, 127
+  %smax454 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
+  %680 = and i32 %smax454, 127
   %681 = add i32 %indvars.iv, %680
-  %smax418 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %682 = add i32 %smax418, %indvars.iv231.in
-  %683 = and i32 %smax418, 127
+  %smax430 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
+  %682 = add i32 %smax430, %indvars.iv237.in
+  %683 = and i32 %smax430, 127
   %684 = sub i32 %682, %683
   %685 = sext i32 %684 to i64
   %686 = add i32 %indvars.iv, %683
-  %smax416 = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
-  %687 = and i32 %smax416, 127
+  %smax428 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
+  %687 = and i32 %smax428, 127
   %688 = add i32 %indvars.iv, %687
-  %indvars.iv231 = add i32 %indvars.iv231.in, 4096
-  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv226, i32 0)
+  %indvars.iv237 = add i32 %indvars.iv237.in, 4096
+  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
   %689 = and i32 %smax, 127
   %690 = add i32 %indvars.iv, %689
   %691 = sub i32 %690, %smax
-  %smin = tail call i32 @llvm.smin.i32(i32 %span532.sroa.3.0.lcssa.i, i32 %indvars.iv231)
-  %smin233 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %427)
-  %692 = add i32 %smin233, %indvars.iv234
+  %smin = tail call i32 @llvm.smin.i32(i32 %span528.sroa.3.0.lcssa.i, i32 %indvars.iv237)
+  %smin239 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %427)
+  %692 = add i32 %smin239, %indvars.iv240
   %693 = add i32 %692, %689
   %694 = sub i32 %693, %smax
-  %695 = add i32 %indvars.iv234, %689
+  %695 = add i32 %indvars.iv240, %689
   %696 = sub i32 %695, %smax
   %697 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %row_max.i = tail call ptr %697(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
@@ -1514,92 +1514,92 @@ if_end94.i:                                       ; preds = %if_end91.i
   br i1 %702, label %fused_attend_compute_.exit, label %if_end97.i, !prof !8
 
 if_end97.i:                                       ; preds = %if_end94.i
-  %703 = shl nsw i32 %number815.i, 12
+  %703 = shl nsw i32 %number829.i, 12
   %704 = add nsw i32 %703, %428
   %705 = add nsw i32 %704, 4096
-  %706 = sub i32 %span532.sroa.0.0.lcssa.i, %704
+  %706 = sub i32 %span528.sroa.0.0.lcssa.i, %704
   %unseen.i = tail call i32 @llvm.smax.i32(i32 %706, i32 0)
   %707 = and i32 %unseen.i, 127
   %708 = add nsw i32 %unseen.i, %704
   %709 = sub i32 %708, %707
   %710 = tail call i32 @llvm.smin.i32(i32 %705, i32 %key_end.i)
   %711 = sub nsw i32 %710, %709
-  %.fr838.i = freeze i32 %711
-  %712 = icmp slt i32 %.fr838.i, 1
-  %713 = tail call i32 @llvm.smax.i32(i32 %.fr838.i, i32 0)
+  %.fr852.i = freeze i32 %711
+  %712 = icmp slt i32 %.fr852.i, 1
+  %713 = tail call i32 @llvm.smax.i32(i32 %.fr852.i, i32 0)
   %714 = add nuw nsw i32 %713, 127
   %715 = lshr i32 %714, 7
-  %.not836.i = icmp eq i32 %715, 0
-  br i1 %.not836.i, label %for_begin_tile318.preheader.i, label %for_body_step.lr.ph.i, !prof !16
+  %.not850.i = icmp eq i32 %715, 0
+  br i1 %.not850.i, label %for_begin_tile313.preheader.i, label %for_body_step.lr.ph.i, !prof !16
 
 for_body_step.lr.ph.i:                            ; preds = %if_end97.i
   %716 = add nsw i32 %710, -1
   %717 = sext i32 %709 to i64
   %718 = sext i32 %710 to i64
-  %wide.trip.count1028.i = zext nneg i32 %715 to i64
+  %wide.trip.count1049.i = zext nneg i32 %715 to i64
   %invariant.op.i = add nsw i64 %718, -128
   %719 = getelementptr i8, ptr %463, i64 %678
   %720 = getelementptr i8, ptr %464, i64 %685
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end313.i
-  %indvars.iv.next1026.i = add nuw nsw i64 %indvars.iv1025.i, 1
-  %exitcond1029.not.i = icmp eq i64 %indvars.iv.next1026.i, %wide.trip.count1028.i
-  %indvars.iv.next229 = add i32 %indvars.iv228, -128
-  %indvars.iv.next237 = add i32 %indvars.iv236, -128
-  %indvars.iv.next239 = add i32 %indvars.iv238, -128
-  br i1 %exitcond1029.not.i, label %for_begin_tile318.preheader.i, label %for_body_step.i, !prof !13
+for_begin_step.i:                                 ; preds = %if_end308.i
+  %indvars.iv.next1047.i = add nuw nsw i64 %indvars.iv1046.i, 1
+  %exitcond1050.not.i = icmp eq i64 %indvars.iv.next1047.i, %wide.trip.count1049.i
+  %indvars.iv.next235 = add i32 %indvars.iv234, -128
+  %indvars.iv.next243 = add i32 %indvars.iv242, -128
+  %indvars.iv.next245 = add i32 %indvars.iv244, -128
+  br i1 %exitcond1050.not.i, label %for_begin_tile313.preheader.i, label %for_body_step.i, !prof !13
 
-for_begin_tile318.preheader.i:                    ; preds = %for_begin_step.i, %if_end97.i
+for_begin_tile313.preheader.i:                    ; preds = %for_begin_step.i, %if_end97.i
   %brmerge.i = or i1 %144, %712
-  br i1 %brmerge.i, label %for_end_tile320.i, label %for_body_tile319.i, !prof !42
+  br i1 %brmerge.i, label %for_end_tile315.i, label %for_body_tile314.i, !prof !42
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv238 = phi i32 [ %indvars.iv.next239, %for_begin_step.i ], [ %696, %for_body_step.lr.ph.i ]
-  %indvars.iv236 = phi i32 [ %indvars.iv.next237, %for_begin_step.i ], [ %694, %for_body_step.lr.ph.i ]
-  %indvars.iv228 = phi i32 [ %indvars.iv.next229, %for_begin_step.i ], [ %691, %for_body_step.lr.ph.i ]
-  %indvars.iv1025.i = phi i64 [ %indvars.iv.next1026.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %indvars.iv1025.i.tr = trunc i64 %indvars.iv1025.i to i32
-  %721 = shl i32 %indvars.iv1025.i.tr, 7
-  %722 = add i32 %smax466, %721
+  %indvars.iv244 = phi i32 [ %indvars.iv.next245, %for_begin_step.i ], [ %696, %for_body_step.lr.ph.i ]
+  %indvars.iv242 = phi i32 [ %indvars.iv.next243, %for_begin_step.i ], [ %694, %for_body_step.lr.ph.i ]
+  %indvars.iv234 = phi i32 [ %indvars.iv.next235, %for_begin_step.i ], [ %691, %for_body_step.lr.ph.i ]
+  %indvars.iv1046.i = phi i64 [ %indvars.iv.next1047.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %indvars.iv1046.i.tr = trunc i64 %indvars.iv1046.i to i32
+  %721 = shl i32 %indvars.iv1046.i.tr, 7
+  %722 = add i32 %smax478, %721
   %723 = sub i32 %674, %722
-  %smax467 = tail call i32 @llvm.smax.i32(i32 %723, i32 0)
-  %724 = shl nuw nsw i64 %indvars.iv1025.i, 7
-  %scevgep453 = getelementptr i8, ptr %719, i64 %724
-  %indvars.iv1025.i.tr512 = trunc i64 %indvars.iv1025.i to i32
-  %725 = shl i32 %indvars.iv1025.i.tr512, 7
-  %726 = add i32 %smax452, %725
+  %smax479 = tail call i32 @llvm.smax.i32(i32 %723, i32 0)
+  %724 = shl nuw nsw i64 %indvars.iv1046.i, 7
+  %scevgep465 = getelementptr i8, ptr %719, i64 %724
+  %indvars.iv1046.i.tr524 = trunc i64 %indvars.iv1046.i to i32
+  %725 = shl i32 %indvars.iv1046.i.tr524, 7
+  %726 = add i32 %smax464, %725
   %727 = sub i32 %679, %726
-  %smax454 = tail call i32 @llvm.smax.i32(i32 %727, i32 0)
-  %728 = zext nneg i32 %smax454 to i64
-  %729 = shl i32 %smax454, 4
+  %smax466 = tail call i32 @llvm.smax.i32(i32 %727, i32 0)
+  %728 = zext nneg i32 %smax466 to i64
+  %729 = shl i32 %smax466, 4
   %730 = sext i32 %729 to i64
   %731 = shl nsw i64 %730, 2
-  %indvars.iv1025.i.tr513 = trunc i64 %indvars.iv1025.i to i32
-  %732 = shl i32 %indvars.iv1025.i.tr513, 7
-  %733 = add i32 %smax442, %732
+  %indvars.iv1046.i.tr525 = trunc i64 %indvars.iv1046.i to i32
+  %732 = shl i32 %indvars.iv1046.i.tr525, 7
+  %733 = add i32 %smax454, %732
   %734 = sub i32 %681, %733
-  %smax443 = tail call i32 @llvm.smax.i32(i32 %734, i32 0)
-  %735 = shl i32 %smax443, 4
+  %smax455 = tail call i32 @llvm.smax.i32(i32 %734, i32 0)
+  %735 = shl i32 %smax455, 4
   %736 = sext i32 %735 to i64
-  %737 = shl nuw nsw i64 %indvars.iv1025.i, 7
+  %737 = shl nuw nsw i64 %indvars.iv1046.i, 7
   %scevgep = getelementptr i8, ptr %720, i64 %737
-  %indvars.iv1025.i.tr514 = trunc i64 %indvars.iv1025.i to i32
-  %738 = shl i32 %indvars.iv1025.i.tr514, 7
-  %739 = add i32 %smax418, %738
+  %indvars.iv1046.i.tr526 = trunc i64 %indvars.iv1046.i to i32
+  %738 = shl i32 %indvars.iv1046.i.tr526, 7
+  %739 = add i32 %smax430, %738
   %740 = sub i32 %686, %739
-  %smax419 = tail call i32 @llvm.smax.i32(i32 %740, i32 0)
-  %741 = zext nneg i32 %smax419 to i64
-  %742 = shl i32 %smax419, 4
+  %smax431 = tail call i32 @llvm.smax.i32(i32 %740, i32 0)
+  %741 = zext nneg i32 %smax431 to i64
+  %742 = shl i32 %smax431, 4
   %743 = sext i32 %742 to i64
   %744 = shl nsw i64 %743, 2
-  %indvars.iv1025.i.tr515 = trunc i64 %indvars.iv1025.i to i32
-  %745 = shl i32 %indvars.iv1025.i.tr515, 7
-  %746 = add i32 %smax416, %745
+  %indvars.iv1046.i.tr527 = trunc i64 %indvars.iv1046.i to i32
+  %745 = shl i32 %indvars.iv1046.i.tr527, 7
+  %746 = add i32 %smax428, %745
   %747 = sub i32 %688, %746
-  %smax417 = tail call i32 @llvm.smax.i32(i32 %747, i32 0)
-  %748 = shl i32 %smax417, 4
-  %smax242 = tail call i32 @llvm.smax.i32(i32 %indvars.iv228, i32 0)
+  %smax429 = tail call i32 @llvm.smax.i32(i32 %747, i32 0)
+  %748 = shl i32 %smax429, 4
+  %smax248 = tail call i32 @llvm.smax.i32(i32 %indvars.iv234, i32 0)
   %749 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %key_offsets.i = tail call ptr %749(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %750 = icmp eq ptr %key_offsets.i, null
@@ -1612,7 +1612,7 @@ if_end100.i:                                      ; preds = %for_body_step.i
   br i1 %752, label %fused_attend_compute_.exit, label %if_end103.i, !prof !8
 
 if_end103.i:                                      ; preds = %if_end100.i
-  %753 = shl nsw i64 %indvars.iv1025.i, 7
+  %753 = shl nsw i64 %indvars.iv1046.i, 7
   %754 = add nsw i64 %753, %717
   %755 = trunc i64 %754 to i32
   %756 = sub i32 %710, %755
@@ -1628,49 +1628,49 @@ if_end103.i:                                      ; preds = %if_end100.i
 for_body_t.lr.ph.i:                               ; preds = %if_end103.i
   %row_start.i = load i32, ptr %434, align 4, !tbaa !5
   %764 = sext i32 %row_start.i to i64
-  %invariant.gep657.i = getelementptr i32, ptr %invariant.gep.i, i64 %764
-  %wide.trip.count903.i = zext nneg i32 %762 to i64
+  %invariant.gep656.i = getelementptr i32, ptr %invariant.gep.i, i64 %764
+  %wide.trip.count921.i = zext nneg i32 %762 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv900.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next901.i.1, %for_body_t.i ]
-  %765 = add nsw i64 %indvars.iv900.i, %754
+  %indvars.iv918.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next919.i.1, %for_body_t.i ]
+  %765 = add nsw i64 %indvars.iv918.i, %754
   %766 = trunc nsw i64 %765 to i32
   %767 = tail call i32 @llvm.smin.i32(i32 %766, i32 %716)
   %768 = sext i32 %767 to i64
   %769 = ashr i64 %768, 4
-  %gep658.i = getelementptr i32, ptr %invariant.gep657.i, i64 %769
-  %770 = load i32, ptr %gep658.i, align 4, !tbaa !5
+  %gep657.i = getelementptr i32, ptr %invariant.gep656.i, i64 %769
+  %770 = load i32, ptr %gep657.i, align 4, !tbaa !5
   %block.i = sext i32 %770 to i64
   %771 = and i64 %768, 15
   %772 = mul nsw i64 %771, %k_row
   %773 = mul nsw i64 %k_block, %block.i
   %774 = add nsw i64 %772, %773
-  %775 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv900.i
+  %775 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv918.i
   store i64 %774, ptr %775, align 8, !tbaa !5
-  %indvars.iv.next901.i = or disjoint i64 %indvars.iv900.i, 1
-  %776 = add nsw i64 %indvars.iv.next901.i, %754
+  %indvars.iv.next919.i = or disjoint i64 %indvars.iv918.i, 1
+  %776 = add nsw i64 %indvars.iv.next919.i, %754
   %777 = trunc nsw i64 %776 to i32
   %778 = tail call i32 @llvm.smin.i32(i32 %777, i32 %716)
   %779 = sext i32 %778 to i64
   %780 = ashr i64 %779, 4
-  %gep658.i.1 = getelementptr i32, ptr %invariant.gep657.i, i64 %780
-  %781 = load i32, ptr %gep658.i.1, align 4, !tbaa !5
+  %gep657.i.1 = getelementptr i32, ptr %invariant.gep656.i, i64 %780
+  %781 = load i32, ptr %gep657.i.1, align 4, !tbaa !5
   %block.i.1 = sext i32 %781 to i64
   %782 = and i64 %779, 15
   %783 = mul nsw i64 %782, %k_row
   %784 = mul nsw i64 %k_block, %block.i.1
   %785 = add nsw i64 %783, %784
-  %786 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next901.i
+  %786 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next919.i
   store i64 %785, ptr %786, align 8, !tbaa !5
-  %indvars.iv.next901.i.1 = add nuw nsw i64 %indvars.iv900.i, 2
-  %exitcond904.not.i.1 = icmp eq i64 %indvars.iv.next901.i.1, %wide.trip.count903.i
-  br i1 %exitcond904.not.i.1, label %for_body_t108.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !43
+  %indvars.iv.next919.i.1 = add nuw nsw i64 %indvars.iv918.i, 2
+  %exitcond922.not.i.1 = icmp eq i64 %indvars.iv.next919.i.1, %wide.trip.count921.i
+  br i1 %exitcond922.not.i.1, label %for_body_t108.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !43
 
 for_body_t108.lr.ph.i:                            ; preds = %for_body_t.i
   %row_start106.i = load i32, ptr %434, align 4, !tbaa !5
   %787 = sext i32 %row_start106.i to i64
-  %invariant.gep661.i = getelementptr i32, ptr %invariant.gep.i, i64 %787
+  %invariant.gep660.i = getelementptr i32, ptr %invariant.gep.i, i64 %787
   br label %for_body_t108.i
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t108.i, %if_end103.i
@@ -1682,62 +1682,62 @@ for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.p
   %790 = sub i32 %context_len.i, %789
   %791 = tail call i32 @llvm.smax.i32(i32 %790, i32 0)
   %792 = zext nneg i32 %791 to i64
-  %793 = icmp eq i64 %indvars.iv1025.i, 0
+  %793 = icmp eq i64 %indvars.iv1046.i, 0
   %794 = insertelement <16 x i1> poison, i1 %793, i64 0
   %795 = shufflevector <16 x i1> %794, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count917.i = zext nneg i32 %759 to i64
+  %wide.trip.count935.i = zext nneg i32 %759 to i64
   %796 = getelementptr i8, ptr %454, i64 %754
   %797 = getelementptr i8, ptr %796, i64 %792
-  %scevgep420 = getelementptr i8, ptr %scevgep, i64 %741
-  %scevgep455 = getelementptr i8, ptr %scevgep453, i64 %728
-  %broadcast.splatinsert475 = insertelement <8 x i32> poison, i32 %791, i64 0
-  %broadcast.splat476 = shufflevector <8 x i32> %broadcast.splatinsert475, <8 x i32> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert434 = insertelement <8 x i32> poison, i32 %791, i64 0
-  %broadcast.splat435 = shufflevector <8 x i32> %broadcast.splatinsert434, <8 x i32> poison, <8 x i32> zeroinitializer
+  %scevgep432 = getelementptr i8, ptr %scevgep, i64 %741
+  %scevgep467 = getelementptr i8, ptr %scevgep465, i64 %728
+  %broadcast.splatinsert487 = insertelement <8 x i32> poison, i32 %791, i64 0
+  %broadcast.splat488 = shufflevector <8 x i32> %broadcast.splatinsert487, <8 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splatinsert446 = insertelement <8 x i32> poison, i32 %791, i64 0
+  %broadcast.splat447 = shufflevector <8 x i32> %broadcast.splatinsert446, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %for_body_kv_head.i
 
 for_body_t108.i:                                  ; preds = %for_body_t108.i, %for_body_t108.lr.ph.i
-  %indvars.iv905.i = phi i64 [ 0, %for_body_t108.lr.ph.i ], [ %indvars.iv.next906.i.1, %for_body_t108.i ]
-  %798 = add nsw i64 %indvars.iv905.i, %754
+  %indvars.iv923.i = phi i64 [ 0, %for_body_t108.lr.ph.i ], [ %indvars.iv.next924.i.1, %for_body_t108.i ]
+  %798 = add nsw i64 %indvars.iv923.i, %754
   %799 = trunc nsw i64 %798 to i32
   %800 = tail call i32 @llvm.smin.i32(i32 %799, i32 %716)
   %801 = sext i32 %800 to i64
   %802 = ashr i64 %801, 4
-  %gep662.i = getelementptr i32, ptr %invariant.gep661.i, i64 %802
-  %803 = load i32, ptr %gep662.i, align 4, !tbaa !5
+  %gep661.i = getelementptr i32, ptr %invariant.gep660.i, i64 %802
+  %803 = load i32, ptr %gep661.i, align 4, !tbaa !5
   %block115.i = sext i32 %803 to i64
   %804 = and i64 %801, 15
   %805 = mul nsw i64 %804, %v_row
   %806 = mul nsw i64 %v_block, %block115.i
   %807 = add nsw i64 %805, %806
-  %808 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv905.i
+  %808 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv923.i
   store i64 %807, ptr %808, align 8, !tbaa !5
-  %indvars.iv.next906.i = or disjoint i64 %indvars.iv905.i, 1
-  %809 = add nsw i64 %indvars.iv.next906.i, %754
+  %indvars.iv.next924.i = or disjoint i64 %indvars.iv923.i, 1
+  %809 = add nsw i64 %indvars.iv.next924.i, %754
   %810 = trunc nsw i64 %809 to i32
   %811 = tail call i32 @llvm.smin.i32(i32 %810, i32 %716)
   %812 = sext i32 %811 to i64
   %813 = ashr i64 %812, 4
-  %gep662.i.1 = getelementptr i32, ptr %invariant.gep661.i, i64 %813
-  %814 = load i32, ptr %gep662.i.1, align 4, !tbaa !5
+  %gep661.i.1 = getelementptr i32, ptr %invariant.gep660.i, i64 %813
+  %814 = load i32, ptr %gep661.i.1, align 4, !tbaa !5
   %block115.i.1 = sext i32 %814 to i64
   %815 = and i64 %812, 15
   %816 = mul nsw i64 %815, %v_row
   %817 = mul nsw i64 %v_block, %block115.i.1
   %818 = add nsw i64 %816, %817
-  %819 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next906.i
+  %819 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next924.i
   store i64 %818, ptr %819, align 8, !tbaa !5
-  %indvars.iv.next906.i.1 = add nuw nsw i64 %indvars.iv905.i, 2
-  %exitcond909.not.i.1 = icmp eq i64 %indvars.iv.next906.i.1, %wide.trip.count903.i
-  br i1 %exitcond909.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t108.i, !prof !13, !llvm.loop !44
+  %indvars.iv.next924.i.1 = add nuw nsw i64 %indvars.iv923.i, 2
+  %exitcond927.not.i.1 = icmp eq i64 %indvars.iv.next924.i.1, %wide.trip.count921.i
+  br i1 %exitcond927.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t108.i, !prof !13, !llvm.loop !44
 
-for_begin_kv_head.i:                              ; preds = %if_end307.i
-  %indvars.iv.next1021.i = add nuw nsw i64 %indvars.iv1020.i, 1
-  %exitcond1024.not.i = icmp eq i64 %indvars.iv.next1021.i, %wide.trip.count1023.i
-  br i1 %exitcond1024.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+for_begin_kv_head.i:                              ; preds = %if_end302.i
+  %indvars.iv.next1042.i = add nuw nsw i64 %indvars.iv1041.i, 1
+  %exitcond1045.not.i = icmp eq i64 %indvars.iv.next1042.i, %wide.trip.count1044.i
+  br i1 %exitcond1045.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
-  %indvars.iv1020.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1021.i, %for_begin_kv_head.i ]
+  %indvars.iv1041.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1042.i, %for_begin_kv_head.i ]
   %820 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %k_tile.i = tail call ptr %820(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
   %821 = icmp eq ptr %k_tile.i, null
@@ -1746,8 +1746,8 @@ for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
   %822 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %823 = tail call i32 %822(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not552.i = icmp eq i32 %823, 0
-  br i1 %.not552.i, label %if_end313.i, label %fused_attend_compute_.exit, !prof !38
+  %.not548.i = icmp eq i32 %823, 0
+  br i1 %.not548.i, label %if_end308.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end119.i:                                      ; preds = %for_body_kv_head.i
   %824 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1756,931 +1756,931 @@ if_end119.i:                                      ; preds = %for_body_kv_head.i
   br i1 %825, label %fused_attend_compute_.exit, label %if_end122.i, !prof !8
 
 if_end122.i:                                      ; preds = %if_end119.i
-  %826 = add nsw i64 %indvars.iv1020.i, %437
+  %826 = add nsw i64 %indvars.iv1041.i, %437
   br i1 %788, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
 
 for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end122.i
   %827 = mul nsw i64 %826, %k_head
-  %invariant.gep663.i = getelementptr i32, ptr %key_cache, i64 %827
+  %invariant.gep662.i = getelementptr i32, ptr %key_cache, i64 %827
   br label %for_begin_ti.preheader.i
 
 for_begin_ti129.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
   %828 = mul nsw i64 %826, %v_head
-  %invariant.gep680.i = getelementptr i32, ptr %value_cache, i64 %828
+  %invariant.gep679.i = getelementptr i32, ptr %value_cache, i64 %828
   br label %for_begin_ti129.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
-  %indvars.iv914.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next915.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv914.i, 6
+  %indvars.iv932.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next933.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv932.i, 6
   %829 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
   %830 = load i64, ptr %829, align 8, !tbaa !5
-  %gep.i = getelementptr i32, ptr %invariant.gep663.i, i64 %830
+  %gep.i = getelementptr i32, ptr %invariant.gep662.i, i64 %830
   %831 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !5
   %832 = shl <16 x i32> %831, splat (i32 16)
-  %.idx79 = shl nsw i64 %indvars.iv914.i, 12
+  %.idx79 = shl nsw i64 %indvars.iv932.i, 12
   %833 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx79
   store <16 x i32> %832, ptr %833, align 4, !tbaa !5
   %834 = load i64, ptr %829, align 8, !tbaa !5
-  %gep665.i = getelementptr i32, ptr %invariant.gep663.i, i64 %834
-  %835 = load <16 x i32>, ptr %gep665.i, align 4, !tbaa !5
+  %gep664.i = getelementptr i32, ptr %invariant.gep662.i, i64 %834
+  %835 = load <16 x i32>, ptr %gep664.i, align 4, !tbaa !5
   %836 = and <16 x i32> %835, %441
   %837 = getelementptr inbounds nuw i8, ptr %833, i64 64
   store <16 x i32> %836, ptr %837, align 4, !tbaa !5
   %838 = load i64, ptr %829, align 8, !tbaa !5
-  %gep667.i = getelementptr i32, ptr %invariant.gep663.i, i64 %838
-  %839 = getelementptr i8, ptr %gep667.i, i64 64
+  %gep666.i = getelementptr i32, ptr %invariant.gep662.i, i64 %838
+  %839 = getelementptr i8, ptr %gep666.i, i64 64
   %840 = load <16 x i32>, ptr %839, align 4, !tbaa !5
   %841 = shl <16 x i32> %840, splat (i32 16)
   %842 = getelementptr inbounds nuw i8, ptr %833, i64 128
   store <16 x i32> %841, ptr %842, align 4, !tbaa !5
   %843 = load i64, ptr %829, align 8, !tbaa !5
-  %gep669.i = getelementptr i32, ptr %invariant.gep663.i, i64 %843
-  %844 = getelementptr i8, ptr %gep669.i, i64 64
+  %gep668.i = getelementptr i32, ptr %invariant.gep662.i, i64 %843
+  %844 = getelementptr i8, ptr %gep668.i, i64 64
   %845 = load <16 x i32>, ptr %844, align 4, !tbaa !5
   %846 = and <16 x i32> %845, %441
   %847 = getelementptr inbounds nuw i8, ptr %833, i64 192
   store <16 x i32> %846, ptr %847, align 4, !tbaa !5
   %848 = load i64, ptr %829, align 8, !tbaa !5
-  %gep671.i = getelementptr i32, ptr %invariant.gep663.i, i64 %848
-  %849 = getelementptr i8, ptr %gep671.i, i64 128
+  %gep670.i = getelementptr i32, ptr %invariant.gep662.i, i64 %848
+  %849 = getelementptr i8, ptr %gep670.i, i64 128
   %850 = load <16 x i32>, ptr %849, align 4, !tbaa !5
   %851 = shl <16 x i32> %850, splat (i32 16)
   %852 = getelementptr inbounds nuw i8, ptr %833, i64 256
   store <16 x i32> %851, ptr %852, align 4, !tbaa !5
   %853 = load i64, ptr %829, align 8, !tbaa !5
-  %gep673.i = getelementptr i32, ptr %invariant.gep663.i, i64 %853
-  %854 = getelementptr i8, ptr %gep673.i, i64 128
+  %gep672.i = getelementptr i32, ptr %invariant.gep662.i, i64 %853
+  %854 = getelementptr i8, ptr %gep672.i, i64 128
   %855 = load <16 x i32>, ptr %854, align 4, !tbaa !5
   %856 = and <16 x i32> %855, %441
   %857 = getelementptr inbounds nuw i8, ptr %833, i64 320
   store <16 x i32> %856, ptr %857, align 4, !tbaa !5
   %858 = load i64, ptr %829, align 8, !tbaa !5
-  %gep675.i = getelementptr i32, ptr %invariant.gep663.i, i64 %858
-  %859 = getelementptr i8, ptr %gep675.i, i64 192
+  %gep674.i = getelementptr i32, ptr %invariant.gep662.i, i64 %858
+  %859 = getelementptr i8, ptr %gep674.i, i64 192
   %860 = load <16 x i32>, ptr %859, align 4, !tbaa !5
   %861 = shl <16 x i32> %860, splat (i32 16)
   %862 = getelementptr inbounds nuw i8, ptr %833, i64 384
   store <16 x i32> %861, ptr %862, align 4, !tbaa !5
   %863 = load i64, ptr %829, align 8, !tbaa !5
-  %gep677.i = getelementptr i32, ptr %invariant.gep663.i, i64 %863
-  %864 = getelementptr i8, ptr %gep677.i, i64 192
+  %gep676.i = getelementptr i32, ptr %invariant.gep662.i, i64 %863
+  %864 = getelementptr i8, ptr %gep676.i, i64 192
   %865 = load <16 x i32>, ptr %864, align 4, !tbaa !5
   %866 = and <16 x i32> %865, %441
   %867 = getelementptr inbounds nuw i8, ptr %833, i64 448
   store <16 x i32> %866, ptr %867, align 4, !tbaa !5
   %868 = getelementptr inbounds nuw i8, ptr %829, i64 8
   %869 = load i64, ptr %868, align 8, !tbaa !5
-  %gep.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %869
+  %gep.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %869
   %870 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !5
   %871 = shl <16 x i32> %870, splat (i32 16)
   %872 = getelementptr inbounds nuw i8, ptr %833, i64 512
   store <16 x i32> %871, ptr %872, align 4, !tbaa !5
   %873 = load i64, ptr %868, align 8, !tbaa !5
-  %gep665.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %873
-  %874 = load <16 x i32>, ptr %gep665.1.i, align 4, !tbaa !5
+  %gep664.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %873
+  %874 = load <16 x i32>, ptr %gep664.1.i, align 4, !tbaa !5
   %875 = and <16 x i32> %874, %441
   %876 = getelementptr inbounds nuw i8, ptr %833, i64 576
   store <16 x i32> %875, ptr %876, align 4, !tbaa !5
   %877 = load i64, ptr %868, align 8, !tbaa !5
-  %gep667.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %877
-  %878 = getelementptr i8, ptr %gep667.1.i, i64 64
+  %gep666.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %877
+  %878 = getelementptr i8, ptr %gep666.1.i, i64 64
   %879 = load <16 x i32>, ptr %878, align 4, !tbaa !5
   %880 = shl <16 x i32> %879, splat (i32 16)
   %881 = getelementptr inbounds nuw i8, ptr %833, i64 640
   store <16 x i32> %880, ptr %881, align 4, !tbaa !5
   %882 = load i64, ptr %868, align 8, !tbaa !5
-  %gep669.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %882
-  %883 = getelementptr i8, ptr %gep669.1.i, i64 64
+  %gep668.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %882
+  %883 = getelementptr i8, ptr %gep668.1.i, i64 64
   %884 = load <16 x i32>, ptr %883, align 4, !tbaa !5
   %885 = and <16 x i32> %884, %441
   %886 = getelementptr inbounds nuw i8, ptr %833, i64 704
   store <16 x i32> %885, ptr %886, align 4, !tbaa !5
   %887 = load i64, ptr %868, align 8, !tbaa !5
-  %gep671.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %887
-  %888 = getelementptr i8, ptr %gep671.1.i, i64 128
+  %gep670.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %887
+  %888 = getelementptr i8, ptr %gep670.1.i, i64 128
   %889 = load <16 x i32>, ptr %888, align 4, !tbaa !5
   %890 = shl <16 x i32> %889, splat (i32 16)
   %891 = getelementptr inbounds nuw i8, ptr %833, i64 768
   store <16 x i32> %890, ptr %891, align 4, !tbaa !5
   %892 = load i64, ptr %868, align 8, !tbaa !5
-  %gep673.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %892
-  %893 = getelementptr i8, ptr %gep673.1.i, i64 128
+  %gep672.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %892
+  %893 = getelementptr i8, ptr %gep672.1.i, i64 128
   %894 = load <16 x i32>, ptr %893, align 4, !tbaa !5
   %895 = and <16 x i32> %894, %441
   %896 = getelementptr inbounds nuw i8, ptr %833, i64 832
   store <16 x i32> %895, ptr %896, align 4, !tbaa !5
   %897 = load i64, ptr %868, align 8, !tbaa !5
-  %gep675.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %897
-  %898 = getelementptr i8, ptr %gep675.1.i, i64 192
+  %gep674.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %897
+  %898 = getelementptr i8, ptr %gep674.1.i, i64 192
   %899 = load <16 x i32>, ptr %898, align 4, !tbaa !5
   %900 = shl <16 x i32> %899, splat (i32 16)
   %901 = getelementptr inbounds nuw i8, ptr %833, i64 896
   store <16 x i32> %900, ptr %901, align 4, !tbaa !5
   %902 = load i64, ptr %868, align 8, !tbaa !5
-  %gep677.1.i = getelementptr i32, ptr %invariant.gep663.i, i64 %902
-  %903 = getelementptr i8, ptr %gep677.1.i, i64 192
+  %gep676.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %902
+  %903 = getelementptr i8, ptr %gep676.1.i, i64 192
   %904 = load <16 x i32>, ptr %903, align 4, !tbaa !5
   %905 = and <16 x i32> %904, %441
   %906 = getelementptr inbounds nuw i8, ptr %833, i64 960
   store <16 x i32> %905, ptr %906, align 4, !tbaa !5
   %907 = getelementptr inbounds nuw i8, ptr %829, i64 16
   %908 = load i64, ptr %907, align 8, !tbaa !5
-  %gep.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %908
+  %gep.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %908
   %909 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !5
   %910 = shl <16 x i32> %909, splat (i32 16)
   %911 = getelementptr inbounds nuw i8, ptr %833, i64 1024
   store <16 x i32> %910, ptr %911, align 4, !tbaa !5
   %912 = load i64, ptr %907, align 8, !tbaa !5
-  %gep665.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %912
-  %913 = load <16 x i32>, ptr %gep665.2.i, align 4, !tbaa !5
+  %gep664.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %912
+  %913 = load <16 x i32>, ptr %gep664.2.i, align 4, !tbaa !5
   %914 = and <16 x i32> %913, %441
   %915 = getelementptr inbounds nuw i8, ptr %833, i64 1088
   store <16 x i32> %914, ptr %915, align 4, !tbaa !5
   %916 = load i64, ptr %907, align 8, !tbaa !5
-  %gep667.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %916
-  %917 = getelementptr i8, ptr %gep667.2.i, i64 64
+  %gep666.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %916
+  %917 = getelementptr i8, ptr %gep666.2.i, i64 64
   %918 = load <16 x i32>, ptr %917, align 4, !tbaa !5
   %919 = shl <16 x i32> %918, splat (i32 16)
   %920 = getelementptr inbounds nuw i8, ptr %833, i64 1152
   store <16 x i32> %919, ptr %920, align 4, !tbaa !5
   %921 = load i64, ptr %907, align 8, !tbaa !5
-  %gep669.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %921
-  %922 = getelementptr i8, ptr %gep669.2.i, i64 64
+  %gep668.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %921
+  %922 = getelementptr i8, ptr %gep668.2.i, i64 64
   %923 = load <16 x i32>, ptr %922, align 4, !tbaa !5
   %924 = and <16 x i32> %923, %441
   %925 = getelementptr inbounds nuw i8, ptr %833, i64 1216
   store <16 x i32> %924, ptr %925, align 4, !tbaa !5
   %926 = load i64, ptr %907, align 8, !tbaa !5
-  %gep671.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %926
-  %927 = getelementptr i8, ptr %gep671.2.i, i64 128
+  %gep670.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %926
+  %927 = getelementptr i8, ptr %gep670.2.i, i64 128
   %928 = load <16 x i32>, ptr %927, align 4, !tbaa !5
   %929 = shl <16 x i32> %928, splat (i32 16)
   %930 = getelementptr inbounds nuw i8, ptr %833, i64 1280
   store <16 x i32> %929, ptr %930, align 4, !tbaa !5
   %931 = load i64, ptr %907, align 8, !tbaa !5
-  %gep673.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %931
-  %932 = getelementptr i8, ptr %gep673.2.i, i64 128
+  %gep672.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %931
+  %932 = getelementptr i8, ptr %gep672.2.i, i64 128
   %933 = load <16 x i32>, ptr %932, align 4, !tbaa !5
   %934 = and <16 x i32> %933, %441
   %935 = getelementptr inbounds nuw i8, ptr %833, i64 1344
   store <16 x i32> %934, ptr %935, align 4, !tbaa !5
   %936 = load i64, ptr %907, align 8, !tbaa !5
-  %gep675.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %936
-  %937 = getelementptr i8, ptr %gep675.2.i, i64 192
+  %gep674.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %936
+  %937 = getelementptr i8, ptr %gep674.2.i, i64 192
   %938 = load <16 x i32>, ptr %937, align 4, !tbaa !5
   %939 = shl <16 x i32> %938, splat (i32 16)
   %940 = getelementptr inbounds nuw i8, ptr %833, i64 1408
   store <16 x i32> %939, ptr %940, align 4, !tbaa !5
   %941 = load i64, ptr %907, align 8, !tbaa !5
-  %gep677.2.i = getelementptr i32, ptr %invariant.gep663.i, i64 %941
-  %942 = getelementptr i8, ptr %gep677.2.i, i64 192
+  %gep676.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %941
+  %942 = getelementptr i8, ptr %gep676.2.i, i64 192
   %943 = load <16 x i32>, ptr %942, align 4, !tbaa !5
   %944 = and <16 x i32> %943, %441
   %945 = getelementptr inbounds nuw i8, ptr %833, i64 1472
   store <16 x i32> %944, ptr %945, align 4, !tbaa !5
   %946 = getelementptr inbounds nuw i8, ptr %829, i64 24
   %947 = load i64, ptr %946, align 8, !tbaa !5
-  %gep.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %947
+  %gep.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %947
   %948 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !5
   %949 = shl <16 x i32> %948, splat (i32 16)
   %950 = getelementptr inbounds nuw i8, ptr %833, i64 1536
   store <16 x i32> %949, ptr %950, align 4, !tbaa !5
   %951 = load i64, ptr %946, align 8, !tbaa !5
-  %gep665.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %951
-  %952 = load <16 x i32>, ptr %gep665.3.i, align 4, !tbaa !5
+  %gep664.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %951
+  %952 = load <16 x i32>, ptr %gep664.3.i, align 4, !tbaa !5
   %953 = and <16 x i32> %952, %441
   %954 = getelementptr inbounds nuw i8, ptr %833, i64 1600
   store <16 x i32> %953, ptr %954, align 4, !tbaa !5
   %955 = load i64, ptr %946, align 8, !tbaa !5
-  %gep667.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %955
-  %956 = getelementptr i8, ptr %gep667.3.i, i64 64
+  %gep666.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %955
+  %956 = getelementptr i8, ptr %gep666.3.i, i64 64
   %957 = load <16 x i32>, ptr %956, align 4, !tbaa !5
   %958 = shl <16 x i32> %957, splat (i32 16)
   %959 = getelementptr inbounds nuw i8, ptr %833, i64 1664
   store <16 x i32> %958, ptr %959, align 4, !tbaa !5
   %960 = load i64, ptr %946, align 8, !tbaa !5
-  %gep669.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %960
-  %961 = getelementptr i8, ptr %gep669.3.i, i64 64
+  %gep668.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %960
+  %961 = getelementptr i8, ptr %gep668.3.i, i64 64
   %962 = load <16 x i32>, ptr %961, align 4, !tbaa !5
   %963 = and <16 x i32> %962, %441
   %964 = getelementptr inbounds nuw i8, ptr %833, i64 1728
   store <16 x i32> %963, ptr %964, align 4, !tbaa !5
   %965 = load i64, ptr %946, align 8, !tbaa !5
-  %gep671.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %965
-  %966 = getelementptr i8, ptr %gep671.3.i, i64 128
+  %gep670.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %965
+  %966 = getelementptr i8, ptr %gep670.3.i, i64 128
   %967 = load <16 x i32>, ptr %966, align 4, !tbaa !5
   %968 = shl <16 x i32> %967, splat (i32 16)
   %969 = getelementptr inbounds nuw i8, ptr %833, i64 1792
   store <16 x i32> %968, ptr %969, align 4, !tbaa !5
   %970 = load i64, ptr %946, align 8, !tbaa !5
-  %gep673.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %970
-  %971 = getelementptr i8, ptr %gep673.3.i, i64 128
+  %gep672.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %970
+  %971 = getelementptr i8, ptr %gep672.3.i, i64 128
   %972 = load <16 x i32>, ptr %971, align 4, !tbaa !5
   %973 = and <16 x i32> %972, %441
   %974 = getelementptr inbounds nuw i8, ptr %833, i64 1856
   store <16 x i32> %973, ptr %974, align 4, !tbaa !5
   %975 = load i64, ptr %946, align 8, !tbaa !5
-  %gep675.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %975
-  %976 = getelementptr i8, ptr %gep675.3.i, i64 192
+  %gep674.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %975
+  %976 = getelementptr i8, ptr %gep674.3.i, i64 192
   %977 = load <16 x i32>, ptr %976, align 4, !tbaa !5
   %978 = shl <16 x i32> %977, splat (i32 16)
   %979 = getelementptr inbounds nuw i8, ptr %833, i64 1920
   store <16 x i32> %978, ptr %979, align 4, !tbaa !5
   %980 = load i64, ptr %946, align 8, !tbaa !5
-  %gep677.3.i = getelementptr i32, ptr %invariant.gep663.i, i64 %980
-  %981 = getelementptr i8, ptr %gep677.3.i, i64 192
+  %gep676.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %980
+  %981 = getelementptr i8, ptr %gep676.3.i, i64 192
   %982 = load <16 x i32>, ptr %981, align 4, !tbaa !5
   %983 = and <16 x i32> %982, %441
   %984 = getelementptr inbounds nuw i8, ptr %833, i64 1984
   store <16 x i32> %983, ptr %984, align 4, !tbaa !5
   %985 = getelementptr inbounds nuw i8, ptr %829, i64 32
   %986 = load i64, ptr %985, align 8, !tbaa !5
-  %gep.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %986
+  %gep.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %986
   %987 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !5
   %988 = shl <16 x i32> %987, splat (i32 16)
   %989 = getelementptr inbounds nuw i8, ptr %833, i64 2048
   store <16 x i32> %988, ptr %989, align 4, !tbaa !5
   %990 = load i64, ptr %985, align 8, !tbaa !5
-  %gep665.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %990
-  %991 = load <16 x i32>, ptr %gep665.4.i, align 4, !tbaa !5
+  %gep664.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %990
+  %991 = load <16 x i32>, ptr %gep664.4.i, align 4, !tbaa !5
   %992 = and <16 x i32> %991, %441
   %993 = getelementptr inbounds nuw i8, ptr %833, i64 2112
   store <16 x i32> %992, ptr %993, align 4, !tbaa !5
   %994 = load i64, ptr %985, align 8, !tbaa !5
-  %gep667.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %994
-  %995 = getelementptr i8, ptr %gep667.4.i, i64 64
+  %gep666.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %994
+  %995 = getelementptr i8, ptr %gep666.4.i, i64 64
   %996 = load <16 x i32>, ptr %995, align 4, !tbaa !5
   %997 = shl <16 x i32> %996, splat (i32 16)
   %998 = getelementptr inbounds nuw i8, ptr %833, i64 2176
   store <16 x i32> %997, ptr %998, align 4, !tbaa !5
   %999 = load i64, ptr %985, align 8, !tbaa !5
-  %gep669.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %999
-  %1000 = getelementptr i8, ptr %gep669.4.i, i64 64
+  %gep668.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %999
+  %1000 = getelementptr i8, ptr %gep668.4.i, i64 64
   %1001 = load <16 x i32>, ptr %1000, align 4, !tbaa !5
   %1002 = and <16 x i32> %1001, %441
   %1003 = getelementptr inbounds nuw i8, ptr %833, i64 2240
   store <16 x i32> %1002, ptr %1003, align 4, !tbaa !5
   %1004 = load i64, ptr %985, align 8, !tbaa !5
-  %gep671.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1004
-  %1005 = getelementptr i8, ptr %gep671.4.i, i64 128
+  %gep670.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1004
+  %1005 = getelementptr i8, ptr %gep670.4.i, i64 128
   %1006 = load <16 x i32>, ptr %1005, align 4, !tbaa !5
   %1007 = shl <16 x i32> %1006, splat (i32 16)
   %1008 = getelementptr inbounds nuw i8, ptr %833, i64 2304
   store <16 x i32> %1007, ptr %1008, align 4, !tbaa !5
   %1009 = load i64, ptr %985, align 8, !tbaa !5
-  %gep673.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1009
-  %1010 = getelementptr i8, ptr %gep673.4.i, i64 128
+  %gep672.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1009
+  %1010 = getelementptr i8, ptr %gep672.4.i, i64 128
   %1011 = load <16 x i32>, ptr %1010, align 4, !tbaa !5
   %1012 = and <16 x i32> %1011, %441
   %1013 = getelementptr inbounds nuw i8, ptr %833, i64 2368
   store <16 x i32> %1012, ptr %1013, align 4, !tbaa !5
   %1014 = load i64, ptr %985, align 8, !tbaa !5
-  %gep675.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1014
-  %1015 = getelementptr i8, ptr %gep675.4.i, i64 192
+  %gep674.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1014
+  %1015 = getelementptr i8, ptr %gep674.4.i, i64 192
   %1016 = load <16 x i32>, ptr %1015, align 4, !tbaa !5
   %1017 = shl <16 x i32> %1016, splat (i32 16)
   %1018 = getelementptr inbounds nuw i8, ptr %833, i64 2432
   store <16 x i32> %1017, ptr %1018, align 4, !tbaa !5
   %1019 = load i64, ptr %985, align 8, !tbaa !5
-  %gep677.4.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1019
-  %1020 = getelementptr i8, ptr %gep677.4.i, i64 192
+  %gep676.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1019
+  %1020 = getelementptr i8, ptr %gep676.4.i, i64 192
   %1021 = load <16 x i32>, ptr %1020, align 4, !tbaa !5
   %1022 = and <16 x i32> %1021, %441
   %1023 = getelementptr inbounds nuw i8, ptr %833, i64 2496
   store <16 x i32> %1022, ptr %1023, align 4, !tbaa !5
   %1024 = getelementptr inbounds nuw i8, ptr %829, i64 40
   %1025 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1025
+  %gep.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1025
   %1026 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !5
   %1027 = shl <16 x i32> %1026, splat (i32 16)
   %1028 = getelementptr inbounds nuw i8, ptr %833, i64 2560
   store <16 x i32> %1027, ptr %1028, align 4, !tbaa !5
   %1029 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep665.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1029
-  %1030 = load <16 x i32>, ptr %gep665.5.i, align 4, !tbaa !5
+  %gep664.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1029
+  %1030 = load <16 x i32>, ptr %gep664.5.i, align 4, !tbaa !5
   %1031 = and <16 x i32> %1030, %441
   %1032 = getelementptr inbounds nuw i8, ptr %833, i64 2624
   store <16 x i32> %1031, ptr %1032, align 4, !tbaa !5
   %1033 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep667.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1033
-  %1034 = getelementptr i8, ptr %gep667.5.i, i64 64
+  %gep666.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1033
+  %1034 = getelementptr i8, ptr %gep666.5.i, i64 64
   %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !5
   %1036 = shl <16 x i32> %1035, splat (i32 16)
   %1037 = getelementptr inbounds nuw i8, ptr %833, i64 2688
   store <16 x i32> %1036, ptr %1037, align 4, !tbaa !5
   %1038 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep669.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1038
-  %1039 = getelementptr i8, ptr %gep669.5.i, i64 64
+  %gep668.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1038
+  %1039 = getelementptr i8, ptr %gep668.5.i, i64 64
   %1040 = load <16 x i32>, ptr %1039, align 4, !tbaa !5
   %1041 = and <16 x i32> %1040, %441
   %1042 = getelementptr inbounds nuw i8, ptr %833, i64 2752
   store <16 x i32> %1041, ptr %1042, align 4, !tbaa !5
   %1043 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep671.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1043
-  %1044 = getelementptr i8, ptr %gep671.5.i, i64 128
+  %gep670.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1043
+  %1044 = getelementptr i8, ptr %gep670.5.i, i64 128
   %1045 = load <16 x i32>, ptr %1044, align 4, !tbaa !5
   %1046 = shl <16 x i32> %1045, splat (i32 16)
   %1047 = getelementptr inbounds nuw i8, ptr %833, i64 2816
   store <16 x i32> %1046, ptr %1047, align 4, !tbaa !5
   %1048 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep673.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1048
-  %1049 = getelementptr i8, ptr %gep673.5.i, i64 128
+  %gep672.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1048
+  %1049 = getelementptr i8, ptr %gep672.5.i, i64 128
   %1050 = load <16 x i32>, ptr %1049, align 4, !tbaa !5
   %1051 = and <16 x i32> %1050, %441
   %1052 = getelementptr inbounds nuw i8, ptr %833, i64 2880
   store <16 x i32> %1051, ptr %1052, align 4, !tbaa !5
   %1053 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep675.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1053
-  %1054 = getelementptr i8, ptr %gep675.5.i, i64 192
+  %gep674.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1053
+  %1054 = getelementptr i8, ptr %gep674.5.i, i64 192
   %1055 = load <16 x i32>, ptr %1054, align 4, !tbaa !5
   %1056 = shl <16 x i32> %1055, splat (i32 16)
   %1057 = getelementptr inbounds nuw i8, ptr %833, i64 2944
   store <16 x i32> %1056, ptr %1057, align 4, !tbaa !5
   %1058 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep677.5.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1058
-  %1059 = getelementptr i8, ptr %gep677.5.i, i64 192
+  %gep676.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1058
+  %1059 = getelementptr i8, ptr %gep676.5.i, i64 192
   %1060 = load <16 x i32>, ptr %1059, align 4, !tbaa !5
   %1061 = and <16 x i32> %1060, %441
   %1062 = getelementptr inbounds nuw i8, ptr %833, i64 3008
   store <16 x i32> %1061, ptr %1062, align 4, !tbaa !5
   %1063 = getelementptr inbounds nuw i8, ptr %829, i64 48
   %1064 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1064
+  %gep.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1064
   %1065 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !5
   %1066 = shl <16 x i32> %1065, splat (i32 16)
   %1067 = getelementptr inbounds nuw i8, ptr %833, i64 3072
   store <16 x i32> %1066, ptr %1067, align 4, !tbaa !5
   %1068 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep665.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1068
-  %1069 = load <16 x i32>, ptr %gep665.6.i, align 4, !tbaa !5
+  %gep664.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1068
+  %1069 = load <16 x i32>, ptr %gep664.6.i, align 4, !tbaa !5
   %1070 = and <16 x i32> %1069, %441
   %1071 = getelementptr inbounds nuw i8, ptr %833, i64 3136
   store <16 x i32> %1070, ptr %1071, align 4, !tbaa !5
   %1072 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep667.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1072
-  %1073 = getelementptr i8, ptr %gep667.6.i, i64 64
+  %gep666.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1072
+  %1073 = getelementptr i8, ptr %gep666.6.i, i64 64
   %1074 = load <16 x i32>, ptr %1073, align 4, !tbaa !5
   %1075 = shl <16 x i32> %1074, splat (i32 16)
   %1076 = getelementptr inbounds nuw i8, ptr %833, i64 3200
   store <16 x i32> %1075, ptr %1076, align 4, !tbaa !5
   %1077 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep669.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1077
-  %1078 = getelementptr i8, ptr %gep669.6.i, i64 64
+  %gep668.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1077
+  %1078 = getelementptr i8, ptr %gep668.6.i, i64 64
   %1079 = load <16 x i32>, ptr %1078, align 4, !tbaa !5
   %1080 = and <16 x i32> %1079, %441
   %1081 = getelementptr inbounds nuw i8, ptr %833, i64 3264
   store <16 x i32> %1080, ptr %1081, align 4, !tbaa !5
   %1082 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep671.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1082
-  %1083 = getelementptr i8, ptr %gep671.6.i, i64 128
+  %gep670.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1082
+  %1083 = getelementptr i8, ptr %gep670.6.i, i64 128
   %1084 = load <16 x i32>, ptr %1083, align 4, !tbaa !5
   %1085 = shl <16 x i32> %1084, splat (i32 16)
   %1086 = getelementptr inbounds nuw i8, ptr %833, i64 3328
   store <16 x i32> %1085, ptr %1086, align 4, !tbaa !5
   %1087 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep673.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1087
-  %1088 = getelementptr i8, ptr %gep673.6.i, i64 128
+  %gep672.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1087
+  %1088 = getelementptr i8, ptr %gep672.6.i, i64 128
   %1089 = load <16 x i32>, ptr %1088, align 4, !tbaa !5
   %1090 = and <16 x i32> %1089, %441
   %1091 = getelementptr inbounds nuw i8, ptr %833, i64 3392
   store <16 x i32> %1090, ptr %1091, align 4, !tbaa !5
   %1092 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep675.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1092
-  %1093 = getelementptr i8, ptr %gep675.6.i, i64 192
+  %gep674.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1092
+  %1093 = getelementptr i8, ptr %gep674.6.i, i64 192
   %1094 = load <16 x i32>, ptr %1093, align 4, !tbaa !5
   %1095 = shl <16 x i32> %1094, splat (i32 16)
   %1096 = getelementptr inbounds nuw i8, ptr %833, i64 3456
   store <16 x i32> %1095, ptr %1096, align 4, !tbaa !5
   %1097 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep677.6.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1097
-  %1098 = getelementptr i8, ptr %gep677.6.i, i64 192
+  %gep676.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1097
+  %1098 = getelementptr i8, ptr %gep676.6.i, i64 192
   %1099 = load <16 x i32>, ptr %1098, align 4, !tbaa !5
   %1100 = and <16 x i32> %1099, %441
   %1101 = getelementptr inbounds nuw i8, ptr %833, i64 3520
   store <16 x i32> %1100, ptr %1101, align 4, !tbaa !5
   %1102 = getelementptr inbounds nuw i8, ptr %829, i64 56
   %1103 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1103
+  %gep.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1103
   %1104 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !5
   %1105 = shl <16 x i32> %1104, splat (i32 16)
   %1106 = getelementptr inbounds nuw i8, ptr %833, i64 3584
   store <16 x i32> %1105, ptr %1106, align 4, !tbaa !5
   %1107 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep665.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1107
-  %1108 = load <16 x i32>, ptr %gep665.7.i, align 4, !tbaa !5
+  %gep664.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1107
+  %1108 = load <16 x i32>, ptr %gep664.7.i, align 4, !tbaa !5
   %1109 = and <16 x i32> %1108, %441
   %1110 = getelementptr inbounds nuw i8, ptr %833, i64 3648
   store <16 x i32> %1109, ptr %1110, align 4, !tbaa !5
   %1111 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep667.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1111
-  %1112 = getelementptr i8, ptr %gep667.7.i, i64 64
+  %gep666.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1111
+  %1112 = getelementptr i8, ptr %gep666.7.i, i64 64
   %1113 = load <16 x i32>, ptr %1112, align 4, !tbaa !5
   %1114 = shl <16 x i32> %1113, splat (i32 16)
   %1115 = getelementptr inbounds nuw i8, ptr %833, i64 3712
   store <16 x i32> %1114, ptr %1115, align 4, !tbaa !5
   %1116 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep669.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1116
-  %1117 = getelementptr i8, ptr %gep669.7.i, i64 64
+  %gep668.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1116
+  %1117 = getelementptr i8, ptr %gep668.7.i, i64 64
   %1118 = load <16 x i32>, ptr %1117, align 4, !tbaa !5
   %1119 = and <16 x i32> %1118, %441
   %1120 = getelementptr inbounds nuw i8, ptr %833, i64 3776
   store <16 x i32> %1119, ptr %1120, align 4, !tbaa !5
   %1121 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep671.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1121
-  %1122 = getelementptr i8, ptr %gep671.7.i, i64 128
+  %gep670.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1121
+  %1122 = getelementptr i8, ptr %gep670.7.i, i64 128
   %1123 = load <16 x i32>, ptr %1122, align 4, !tbaa !5
   %1124 = shl <16 x i32> %1123, splat (i32 16)
   %1125 = getelementptr inbounds nuw i8, ptr %833, i64 3840
   store <16 x i32> %1124, ptr %1125, align 4, !tbaa !5
   %1126 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep673.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1126
-  %1127 = getelementptr i8, ptr %gep673.7.i, i64 128
+  %gep672.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1126
+  %1127 = getelementptr i8, ptr %gep672.7.i, i64 128
   %1128 = load <16 x i32>, ptr %1127, align 4, !tbaa !5
   %1129 = and <16 x i32> %1128, %441
   %1130 = getelementptr inbounds nuw i8, ptr %833, i64 3904
   store <16 x i32> %1129, ptr %1130, align 4, !tbaa !5
   %1131 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep675.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1131
-  %1132 = getelementptr i8, ptr %gep675.7.i, i64 192
+  %gep674.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1131
+  %1132 = getelementptr i8, ptr %gep674.7.i, i64 192
   %1133 = load <16 x i32>, ptr %1132, align 4, !tbaa !5
   %1134 = shl <16 x i32> %1133, splat (i32 16)
   %1135 = getelementptr inbounds nuw i8, ptr %833, i64 3968
   store <16 x i32> %1134, ptr %1135, align 4, !tbaa !5
   %1136 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep677.7.i = getelementptr i32, ptr %invariant.gep663.i, i64 %1136
-  %1137 = getelementptr i8, ptr %gep677.7.i, i64 192
+  %gep676.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1136
+  %1137 = getelementptr i8, ptr %gep676.7.i, i64 192
   %1138 = load <16 x i32>, ptr %1137, align 4, !tbaa !5
   %1139 = and <16 x i32> %1138, %441
   %1140 = getelementptr inbounds nuw i8, ptr %833, i64 4032
   store <16 x i32> %1139, ptr %1140, align 4, !tbaa !5
-  %indvars.iv.next915.i = add nuw nsw i64 %indvars.iv914.i, 1
-  %exitcond918.not.i = icmp eq i64 %indvars.iv.next915.i, %wide.trip.count917.i
-  br i1 %exitcond918.not.i, label %for_begin_ti129.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+  %indvars.iv.next933.i = add nuw nsw i64 %indvars.iv932.i, 1
+  %exitcond936.not.i = icmp eq i64 %indvars.iv.next933.i, %wide.trip.count935.i
+  br i1 %exitcond936.not.i, label %for_begin_ti129.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
 
 for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti129.preheader.i, %if_end122.i
-  %1141 = trunc nuw nsw i64 %indvars.iv1020.i to i32
-  %factor.op.mul809.i = shl i32 %1141, 3
+  %1141 = trunc nuw nsw i64 %indvars.iv1041.i to i32
+  %factor.op.mul821.i = shl i32 %1141, 3
   br i1 %442, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
 
 for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %1142 = mul nuw nsw i64 %indvars.iv1020.i, %453
+  %1142 = mul nuw nsw i64 %indvars.iv1041.i, %453
   br label %for_body_row_tile.i
 
 for_begin_ti129.preheader.i:                      ; preds = %for_begin_ti129.preheader.i, %for_begin_ti129.preheader.lr.ph.i
-  %indvars.iv923.i = phi i64 [ 0, %for_begin_ti129.preheader.lr.ph.i ], [ %indvars.iv.next924.i, %for_begin_ti129.preheader.i ]
-  %.idx80 = shl nsw i64 %indvars.iv923.i, 6
+  %indvars.iv941.i = phi i64 [ 0, %for_begin_ti129.preheader.lr.ph.i ], [ %indvars.iv.next942.i, %for_begin_ti129.preheader.i ]
+  %.idx80 = shl nsw i64 %indvars.iv941.i, 6
   %1143 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx80
   %1144 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep681.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1144
-  %1145 = load <16 x i32>, ptr %gep681.i, align 4, !tbaa !5
+  %gep680.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1144
+  %1145 = load <16 x i32>, ptr %gep680.i, align 4, !tbaa !5
   %1146 = shl <16 x i32> %1145, splat (i32 16)
-  %.idx81 = shl nsw i64 %indvars.iv923.i, 12
+  %.idx81 = shl nsw i64 %indvars.iv941.i, 12
   %1147 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx81
   store <16 x i32> %1146, ptr %1147, align 4, !tbaa !5
   %1148 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep683.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1148
-  %1149 = load <16 x i32>, ptr %gep683.i, align 4, !tbaa !5
+  %gep682.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1148
+  %1149 = load <16 x i32>, ptr %gep682.i, align 4, !tbaa !5
   %1150 = and <16 x i32> %1149, %441
   %1151 = getelementptr inbounds nuw i8, ptr %1147, i64 64
   store <16 x i32> %1150, ptr %1151, align 4, !tbaa !5
   %1152 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep685.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1152
-  %1153 = getelementptr i8, ptr %gep685.i, i64 64
+  %gep684.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1152
+  %1153 = getelementptr i8, ptr %gep684.i, i64 64
   %1154 = load <16 x i32>, ptr %1153, align 4, !tbaa !5
   %1155 = shl <16 x i32> %1154, splat (i32 16)
   %1156 = getelementptr inbounds nuw i8, ptr %1147, i64 128
   store <16 x i32> %1155, ptr %1156, align 4, !tbaa !5
   %1157 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep687.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1157
-  %1158 = getelementptr i8, ptr %gep687.i, i64 64
+  %gep686.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1157
+  %1158 = getelementptr i8, ptr %gep686.i, i64 64
   %1159 = load <16 x i32>, ptr %1158, align 4, !tbaa !5
   %1160 = and <16 x i32> %1159, %441
   %1161 = getelementptr inbounds nuw i8, ptr %1147, i64 192
   store <16 x i32> %1160, ptr %1161, align 4, !tbaa !5
   %1162 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep689.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1162
-  %1163 = getelementptr i8, ptr %gep689.i, i64 128
+  %gep688.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1162
+  %1163 = getelementptr i8, ptr %gep688.i, i64 128
   %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !5
   %1165 = shl <16 x i32> %1164, splat (i32 16)
   %1166 = getelementptr inbounds nuw i8, ptr %1147, i64 256
   store <16 x i32> %1165, ptr %1166, align 4, !tbaa !5
   %1167 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep691.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1167
-  %1168 = getelementptr i8, ptr %gep691.i, i64 128
+  %gep690.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1167
+  %1168 = getelementptr i8, ptr %gep690.i, i64 128
   %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !5
   %1170 = and <16 x i32> %1169, %441
   %1171 = getelementptr inbounds nuw i8, ptr %1147, i64 320
   store <16 x i32> %1170, ptr %1171, align 4, !tbaa !5
   %1172 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep693.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1172
-  %1173 = getelementptr i8, ptr %gep693.i, i64 192
+  %gep692.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1172
+  %1173 = getelementptr i8, ptr %gep692.i, i64 192
   %1174 = load <16 x i32>, ptr %1173, align 4, !tbaa !5
   %1175 = shl <16 x i32> %1174, splat (i32 16)
   %1176 = getelementptr inbounds nuw i8, ptr %1147, i64 384
   store <16 x i32> %1175, ptr %1176, align 4, !tbaa !5
   %1177 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep695.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1177
-  %1178 = getelementptr i8, ptr %gep695.i, i64 192
+  %gep694.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1177
+  %1178 = getelementptr i8, ptr %gep694.i, i64 192
   %1179 = load <16 x i32>, ptr %1178, align 4, !tbaa !5
   %1180 = and <16 x i32> %1179, %441
   %1181 = getelementptr inbounds nuw i8, ptr %1147, i64 448
   store <16 x i32> %1180, ptr %1181, align 4, !tbaa !5
   %1182 = getelementptr inbounds nuw i8, ptr %1143, i64 8
   %1183 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep681.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1183
-  %1184 = load <16 x i32>, ptr %gep681.1.i, align 4, !tbaa !5
+  %gep680.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1183
+  %1184 = load <16 x i32>, ptr %gep680.1.i, align 4, !tbaa !5
   %1185 = shl <16 x i32> %1184, splat (i32 16)
   %1186 = getelementptr inbounds nuw i8, ptr %1147, i64 512
   store <16 x i32> %1185, ptr %1186, align 4, !tbaa !5
   %1187 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep683.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1187
-  %1188 = load <16 x i32>, ptr %gep683.1.i, align 4, !tbaa !5
+  %gep682.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1187
+  %1188 = load <16 x i32>, ptr %gep682.1.i, align 4, !tbaa !5
   %1189 = and <16 x i32> %1188, %441
   %1190 = getelementptr inbounds nuw i8, ptr %1147, i64 576
   store <16 x i32> %1189, ptr %1190, align 4, !tbaa !5
   %1191 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep685.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1191
-  %1192 = getelementptr i8, ptr %gep685.1.i, i64 64
+  %gep684.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1191
+  %1192 = getelementptr i8, ptr %gep684.1.i, i64 64
   %1193 = load <16 x i32>, ptr %1192, align 4, !tbaa !5
   %1194 = shl <16 x i32> %1193, splat (i32 16)
   %1195 = getelementptr inbounds nuw i8, ptr %1147, i64 640
   store <16 x i32> %1194, ptr %1195, align 4, !tbaa !5
   %1196 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep687.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1196
-  %1197 = getelementptr i8, ptr %gep687.1.i, i64 64
+  %gep686.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1196
+  %1197 = getelementptr i8, ptr %gep686.1.i, i64 64
   %1198 = load <16 x i32>, ptr %1197, align 4, !tbaa !5
   %1199 = and <16 x i32> %1198, %441
   %1200 = getelementptr inbounds nuw i8, ptr %1147, i64 704
   store <16 x i32> %1199, ptr %1200, align 4, !tbaa !5
   %1201 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep689.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1201
-  %1202 = getelementptr i8, ptr %gep689.1.i, i64 128
+  %gep688.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1201
+  %1202 = getelementptr i8, ptr %gep688.1.i, i64 128
   %1203 = load <16 x i32>, ptr %1202, align 4, !tbaa !5
   %1204 = shl <16 x i32> %1203, splat (i32 16)
   %1205 = getelementptr inbounds nuw i8, ptr %1147, i64 768
   store <16 x i32> %1204, ptr %1205, align 4, !tbaa !5
   %1206 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep691.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1206
-  %1207 = getelementptr i8, ptr %gep691.1.i, i64 128
+  %gep690.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1206
+  %1207 = getelementptr i8, ptr %gep690.1.i, i64 128
   %1208 = load <16 x i32>, ptr %1207, align 4, !tbaa !5
   %1209 = and <16 x i32> %1208, %441
   %1210 = getelementptr inbounds nuw i8, ptr %1147, i64 832
   store <16 x i32> %1209, ptr %1210, align 4, !tbaa !5
   %1211 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep693.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1211
-  %1212 = getelementptr i8, ptr %gep693.1.i, i64 192
+  %gep692.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1211
+  %1212 = getelementptr i8, ptr %gep692.1.i, i64 192
   %1213 = load <16 x i32>, ptr %1212, align 4, !tbaa !5
   %1214 = shl <16 x i32> %1213, splat (i32 16)
   %1215 = getelementptr inbounds nuw i8, ptr %1147, i64 896
   store <16 x i32> %1214, ptr %1215, align 4, !tbaa !5
   %1216 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep695.1.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1216
-  %1217 = getelementptr i8, ptr %gep695.1.i, i64 192
+  %gep694.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1216
+  %1217 = getelementptr i8, ptr %gep694.1.i, i64 192
   %1218 = load <16 x i32>, ptr %1217, align 4, !tbaa !5
   %1219 = and <16 x i32> %1218, %441
   %1220 = getelementptr inbounds nuw i8, ptr %1147, i64 960
   store <16 x i32> %1219, ptr %1220, align 4, !tbaa !5
   %1221 = getelementptr inbounds nuw i8, ptr %1143, i64 16
   %1222 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep681.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1222
-  %1223 = load <16 x i32>, ptr %gep681.2.i, align 4, !tbaa !5
+  %gep680.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1222
+  %1223 = load <16 x i32>, ptr %gep680.2.i, align 4, !tbaa !5
   %1224 = shl <16 x i32> %1223, splat (i32 16)
   %1225 = getelementptr inbounds nuw i8, ptr %1147, i64 1024
   store <16 x i32> %1224, ptr %1225, align 4, !tbaa !5
   %1226 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep683.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1226
-  %1227 = load <16 x i32>, ptr %gep683.2.i, align 4, !tbaa !5
+  %gep682.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1226
+  %1227 = load <16 x i32>, ptr %gep682.2.i, align 4, !tbaa !5
   %1228 = and <16 x i32> %1227, %441
   %1229 = getelementptr inbounds nuw i8, ptr %1147, i64 1088
   store <16 x i32> %1228, ptr %1229, align 4, !tbaa !5
   %1230 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep685.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1230
-  %1231 = getelementptr i8, ptr %gep685.2.i, i64 64
+  %gep684.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1230
+  %1231 = getelementptr i8, ptr %gep684.2.i, i64 64
   %1232 = load <16 x i32>, ptr %1231, align 4, !tbaa !5
   %1233 = shl <16 x i32> %1232, splat (i32 16)
   %1234 = getelementptr inbounds nuw i8, ptr %1147, i64 1152
   store <16 x i32> %1233, ptr %1234, align 4, !tbaa !5
   %1235 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep687.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1235
-  %1236 = getelementptr i8, ptr %gep687.2.i, i64 64
+  %gep686.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1235
+  %1236 = getelementptr i8, ptr %gep686.2.i, i64 64
   %1237 = load <16 x i32>, ptr %1236, align 4, !tbaa !5
   %1238 = and <16 x i32> %1237, %441
   %1239 = getelementptr inbounds nuw i8, ptr %1147, i64 1216
   store <16 x i32> %1238, ptr %1239, align 4, !tbaa !5
   %1240 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep689.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1240
-  %1241 = getelementptr i8, ptr %gep689.2.i, i64 128
+  %gep688.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1240
+  %1241 = getelementptr i8, ptr %gep688.2.i, i64 128
   %1242 = load <16 x i32>, ptr %1241, align 4, !tbaa !5
   %1243 = shl <16 x i32> %1242, splat (i32 16)
   %1244 = getelementptr inbounds nuw i8, ptr %1147, i64 1280
   store <16 x i32> %1243, ptr %1244, align 4, !tbaa !5
   %1245 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep691.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1245
-  %1246 = getelementptr i8, ptr %gep691.2.i, i64 128
+  %gep690.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1245
+  %1246 = getelementptr i8, ptr %gep690.2.i, i64 128
   %1247 = load <16 x i32>, ptr %1246, align 4, !tbaa !5
   %1248 = and <16 x i32> %1247, %441
   %1249 = getelementptr inbounds nuw i8, ptr %1147, i64 1344
   store <16 x i32> %1248, ptr %1249, align 4, !tbaa !5
   %1250 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep693.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1250
-  %1251 = getelementptr i8, ptr %gep693.2.i, i64 192
+  %gep692.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1250
+  %1251 = getelementptr i8, ptr %gep692.2.i, i64 192
   %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !5
   %1253 = shl <16 x i32> %1252, splat (i32 16)
   %1254 = getelementptr inbounds nuw i8, ptr %1147, i64 1408
   store <16 x i32> %1253, ptr %1254, align 4, !tbaa !5
   %1255 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep695.2.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1255
-  %1256 = getelementptr i8, ptr %gep695.2.i, i64 192
+  %gep694.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1255
+  %1256 = getelementptr i8, ptr %gep694.2.i, i64 192
   %1257 = load <16 x i32>, ptr %1256, align 4, !tbaa !5
   %1258 = and <16 x i32> %1257, %441
   %1259 = getelementptr inbounds nuw i8, ptr %1147, i64 1472
   store <16 x i32> %1258, ptr %1259, align 4, !tbaa !5
   %1260 = getelementptr inbounds nuw i8, ptr %1143, i64 24
   %1261 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep681.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1261
-  %1262 = load <16 x i32>, ptr %gep681.3.i, align 4, !tbaa !5
+  %gep680.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1261
+  %1262 = load <16 x i32>, ptr %gep680.3.i, align 4, !tbaa !5
   %1263 = shl <16 x i32> %1262, splat (i32 16)
   %1264 = getelementptr inbounds nuw i8, ptr %1147, i64 1536
   store <16 x i32> %1263, ptr %1264, align 4, !tbaa !5
   %1265 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep683.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1265
-  %1266 = load <16 x i32>, ptr %gep683.3.i, align 4, !tbaa !5
+  %gep682.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1265
+  %1266 = load <16 x i32>, ptr %gep682.3.i, align 4, !tbaa !5
   %1267 = and <16 x i32> %1266, %441
   %1268 = getelementptr inbounds nuw i8, ptr %1147, i64 1600
   store <16 x i32> %1267, ptr %1268, align 4, !tbaa !5
   %1269 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep685.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1269
-  %1270 = getelementptr i8, ptr %gep685.3.i, i64 64
+  %gep684.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1269
+  %1270 = getelementptr i8, ptr %gep684.3.i, i64 64
   %1271 = load <16 x i32>, ptr %1270, align 4, !tbaa !5
   %1272 = shl <16 x i32> %1271, splat (i32 16)
   %1273 = getelementptr inbounds nuw i8, ptr %1147, i64 1664
   store <16 x i32> %1272, ptr %1273, align 4, !tbaa !5
   %1274 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep687.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1274
-  %1275 = getelementptr i8, ptr %gep687.3.i, i64 64
+  %gep686.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1274
+  %1275 = getelementptr i8, ptr %gep686.3.i, i64 64
   %1276 = load <16 x i32>, ptr %1275, align 4, !tbaa !5
   %1277 = and <16 x i32> %1276, %441
   %1278 = getelementptr inbounds nuw i8, ptr %1147, i64 1728
   store <16 x i32> %1277, ptr %1278, align 4, !tbaa !5
   %1279 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep689.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1279
-  %1280 = getelementptr i8, ptr %gep689.3.i, i64 128
+  %gep688.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1279
+  %1280 = getelementptr i8, ptr %gep688.3.i, i64 128
   %1281 = load <16 x i32>, ptr %1280, align 4, !tbaa !5
   %1282 = shl <16 x i32> %1281, splat (i32 16)
   %1283 = getelementptr inbounds nuw i8, ptr %1147, i64 1792
   store <16 x i32> %1282, ptr %1283, align 4, !tbaa !5
   %1284 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep691.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1284
-  %1285 = getelementptr i8, ptr %gep691.3.i, i64 128
+  %gep690.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1284
+  %1285 = getelementptr i8, ptr %gep690.3.i, i64 128
   %1286 = load <16 x i32>, ptr %1285, align 4, !tbaa !5
   %1287 = and <16 x i32> %1286, %441
   %1288 = getelementptr inbounds nuw i8, ptr %1147, i64 1856
   store <16 x i32> %1287, ptr %1288, align 4, !tbaa !5
   %1289 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep693.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1289
-  %1290 = getelementptr i8, ptr %gep693.3.i, i64 192
+  %gep692.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1289
+  %1290 = getelementptr i8, ptr %gep692.3.i, i64 192
   %1291 = load <16 x i32>, ptr %1290, align 4, !tbaa !5
   %1292 = shl <16 x i32> %1291, splat (i32 16)
   %1293 = getelementptr inbounds nuw i8, ptr %1147, i64 1920
   store <16 x i32> %1292, ptr %1293, align 4, !tbaa !5
   %1294 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep695.3.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1294
-  %1295 = getelementptr i8, ptr %gep695.3.i, i64 192
+  %gep694.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1294
+  %1295 = getelementptr i8, ptr %gep694.3.i, i64 192
   %1296 = load <16 x i32>, ptr %1295, align 4, !tbaa !5
   %1297 = and <16 x i32> %1296, %441
   %1298 = getelementptr inbounds nuw i8, ptr %1147, i64 1984
   store <16 x i32> %1297, ptr %1298, align 4, !tbaa !5
   %1299 = getelementptr inbounds nuw i8, ptr %1143, i64 32
   %1300 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep681.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1300
-  %1301 = load <16 x i32>, ptr %gep681.4.i, align 4, !tbaa !5
+  %gep680.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1300
+  %1301 = load <16 x i32>, ptr %gep680.4.i, align 4, !tbaa !5
   %1302 = shl <16 x i32> %1301, splat (i32 16)
   %1303 = getelementptr inbounds nuw i8, ptr %1147, i64 2048
   store <16 x i32> %1302, ptr %1303, align 4, !tbaa !5
   %1304 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep683.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1304
-  %1305 = load <16 x i32>, ptr %gep683.4.i, align 4, !tbaa !5
+  %gep682.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1304
+  %1305 = load <16 x i32>, ptr %gep682.4.i, align 4, !tbaa !5
   %1306 = and <16 x i32> %1305, %441
   %1307 = getelementptr inbounds nuw i8, ptr %1147, i64 2112
   store <16 x i32> %1306, ptr %1307, align 4, !tbaa !5
   %1308 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep685.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1308
-  %1309 = getelementptr i8, ptr %gep685.4.i, i64 64
+  %gep684.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1308
+  %1309 = getelementptr i8, ptr %gep684.4.i, i64 64
   %1310 = load <16 x i32>, ptr %1309, align 4, !tbaa !5
   %1311 = shl <16 x i32> %1310, splat (i32 16)
   %1312 = getelementptr inbounds nuw i8, ptr %1147, i64 2176
   store <16 x i32> %1311, ptr %1312, align 4, !tbaa !5
   %1313 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep687.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1313
-  %1314 = getelementptr i8, ptr %gep687.4.i, i64 64
+  %gep686.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1313
+  %1314 = getelementptr i8, ptr %gep686.4.i, i64 64
   %1315 = load <16 x i32>, ptr %1314, align 4, !tbaa !5
   %1316 = and <16 x i32> %1315, %441
   %1317 = getelementptr inbounds nuw i8, ptr %1147, i64 2240
   store <16 x i32> %1316, ptr %1317, align 4, !tbaa !5
   %1318 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep689.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1318
-  %1319 = getelementptr i8, ptr %gep689.4.i, i64 128
+  %gep688.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1318
+  %1319 = getelementptr i8, ptr %gep688.4.i, i64 128
   %1320 = load <16 x i32>, ptr %1319, align 4, !tbaa !5
   %1321 = shl <16 x i32> %1320, splat (i32 16)
   %1322 = getelementptr inbounds nuw i8, ptr %1147, i64 2304
   store <16 x i32> %1321, ptr %1322, align 4, !tbaa !5
   %1323 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep691.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1323
-  %1324 = getelementptr i8, ptr %gep691.4.i, i64 128
+  %gep690.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1323
+  %1324 = getelementptr i8, ptr %gep690.4.i, i64 128
   %1325 = load <16 x i32>, ptr %1324, align 4, !tbaa !5
   %1326 = and <16 x i32> %1325, %441
   %1327 = getelementptr inbounds nuw i8, ptr %1147, i64 2368
   store <16 x i32> %1326, ptr %1327, align 4, !tbaa !5
   %1328 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep693.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1328
-  %1329 = getelementptr i8, ptr %gep693.4.i, i64 192
+  %gep692.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1328
+  %1329 = getelementptr i8, ptr %gep692.4.i, i64 192
   %1330 = load <16 x i32>, ptr %1329, align 4, !tbaa !5
   %1331 = shl <16 x i32> %1330, splat (i32 16)
   %1332 = getelementptr inbounds nuw i8, ptr %1147, i64 2432
   store <16 x i32> %1331, ptr %1332, align 4, !tbaa !5
   %1333 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep695.4.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1333
-  %1334 = getelementptr i8, ptr %gep695.4.i, i64 192
+  %gep694.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1333
+  %1334 = getelementptr i8, ptr %gep694.4.i, i64 192
   %1335 = load <16 x i32>, ptr %1334, align 4, !tbaa !5
   %1336 = and <16 x i32> %1335, %441
   %1337 = getelementptr inbounds nuw i8, ptr %1147, i64 2496
   store <16 x i32> %1336, ptr %1337, align 4, !tbaa !5
   %1338 = getelementptr inbounds nuw i8, ptr %1143, i64 40
   %1339 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep681.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1339
-  %1340 = load <16 x i32>, ptr %gep681.5.i, align 4, !tbaa !5
+  %gep680.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1339
+  %1340 = load <16 x i32>, ptr %gep680.5.i, align 4, !tbaa !5
   %1341 = shl <16 x i32> %1340, splat (i32 16)
   %1342 = getelementptr inbounds nuw i8, ptr %1147, i64 2560
   store <16 x i32> %1341, ptr %1342, align 4, !tbaa !5
   %1343 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep683.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1343
-  %1344 = load <16 x i32>, ptr %gep683.5.i, align 4, !tbaa !5
+  %gep682.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1343
+  %1344 = load <16 x i32>, ptr %gep682.5.i, align 4, !tbaa !5
   %1345 = and <16 x i32> %1344, %441
   %1346 = getelementptr inbounds nuw i8, ptr %1147, i64 2624
   store <16 x i32> %1345, ptr %1346, align 4, !tbaa !5
   %1347 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep685.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1347
-  %1348 = getelementptr i8, ptr %gep685.5.i, i64 64
+  %gep684.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1347
+  %1348 = getelementptr i8, ptr %gep684.5.i, i64 64
   %1349 = load <16 x i32>, ptr %1348, align 4, !tbaa !5
   %1350 = shl <16 x i32> %1349, splat (i32 16)
   %1351 = getelementptr inbounds nuw i8, ptr %1147, i64 2688
   store <16 x i32> %1350, ptr %1351, align 4, !tbaa !5
   %1352 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep687.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1352
-  %1353 = getelementptr i8, ptr %gep687.5.i, i64 64
+  %gep686.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1352
+  %1353 = getelementptr i8, ptr %gep686.5.i, i64 64
   %1354 = load <16 x i32>, ptr %1353, align 4, !tbaa !5
   %1355 = and <16 x i32> %1354, %441
   %1356 = getelementptr inbounds nuw i8, ptr %1147, i64 2752
   store <16 x i32> %1355, ptr %1356, align 4, !tbaa !5
   %1357 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep689.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1357
-  %1358 = getelementptr i8, ptr %gep689.5.i, i64 128
+  %gep688.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1357
+  %1358 = getelementptr i8, ptr %gep688.5.i, i64 128
   %1359 = load <16 x i32>, ptr %1358, align 4, !tbaa !5
   %1360 = shl <16 x i32> %1359, splat (i32 16)
   %1361 = getelementptr inbounds nuw i8, ptr %1147, i64 2816
   store <16 x i32> %1360, ptr %1361, align 4, !tbaa !5
   %1362 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep691.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1362
-  %1363 = getelementptr i8, ptr %gep691.5.i, i64 128
+  %gep690.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1362
+  %1363 = getelementptr i8, ptr %gep690.5.i, i64 128
   %1364 = load <16 x i32>, ptr %1363, align 4, !tbaa !5
   %1365 = and <16 x i32> %1364, %441
   %1366 = getelementptr inbounds nuw i8, ptr %1147, i64 2880
   store <16 x i32> %1365, ptr %1366, align 4, !tbaa !5
   %1367 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep693.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1367
-  %1368 = getelementptr i8, ptr %gep693.5.i, i64 192
+  %gep692.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1367
+  %1368 = getelementptr i8, ptr %gep692.5.i, i64 192
   %1369 = load <16 x i32>, ptr %1368, align 4, !tbaa !5
   %1370 = shl <16 x i32> %1369, splat (i32 16)
   %1371 = getelementptr inbounds nuw i8, ptr %1147, i64 2944
   store <16 x i32> %1370, ptr %1371, align 4, !tbaa !5
   %1372 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep695.5.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1372
-  %1373 = getelementptr i8, ptr %gep695.5.i, i64 192
+  %gep694.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1372
+  %1373 = getelementptr i8, ptr %gep694.5.i, i64 192
   %1374 = load <16 x i32>, ptr %1373, align 4, !tbaa !5
   %1375 = and <16 x i32> %1374, %441
   %1376 = getelementptr inbounds nuw i8, ptr %1147, i64 3008
   store <16 x i32> %1375, ptr %1376, align 4, !tbaa !5
   %1377 = getelementptr inbounds nuw i8, ptr %1143, i64 48
   %1378 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep681.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1378
-  %1379 = load <16 x i32>, ptr %gep681.6.i, align 4, !tbaa !5
+  %gep680.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1378
+  %1379 = load <16 x i32>, ptr %gep680.6.i, align 4, !tbaa !5
   %1380 = shl <16 x i32> %1379, splat (i32 16)
   %1381 = getelementptr inbounds nuw i8, ptr %1147, i64 3072
   store <16 x i32> %1380, ptr %1381, align 4, !tbaa !5
   %1382 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep683.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1382
-  %1383 = load <16 x i32>, ptr %gep683.6.i, align 4, !tbaa !5
+  %gep682.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1382
+  %1383 = load <16 x i32>, ptr %gep682.6.i, align 4, !tbaa !5
   %1384 = and <16 x i32> %1383, %441
   %1385 = getelementptr inbounds nuw i8, ptr %1147, i64 3136
   store <16 x i32> %1384, ptr %1385, align 4, !tbaa !5
   %1386 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep685.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1386
-  %1387 = getelementptr i8, ptr %gep685.6.i, i64 64
+  %gep684.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1386
+  %1387 = getelementptr i8, ptr %gep684.6.i, i64 64
   %1388 = load <16 x i32>, ptr %1387, align 4, !tbaa !5
   %1389 = shl <16 x i32> %1388, splat (i32 16)
   %1390 = getelementptr inbounds nuw i8, ptr %1147, i64 3200
   store <16 x i32> %1389, ptr %1390, align 4, !tbaa !5
   %1391 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep687.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1391
-  %1392 = getelementptr i8, ptr %gep687.6.i, i64 64
+  %gep686.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1391
+  %1392 = getelementptr i8, ptr %gep686.6.i, i64 64
   %1393 = load <16 x i32>, ptr %1392, align 4, !tbaa !5
   %1394 = and <16 x i32> %1393, %441
   %1395 = getelementptr inbounds nuw i8, ptr %1147, i64 3264
   store <16 x i32> %1394, ptr %1395, align 4, !tbaa !5
   %1396 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep689.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1396
-  %1397 = getelementptr i8, ptr %gep689.6.i, i64 128
+  %gep688.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1396
+  %1397 = getelementptr i8, ptr %gep688.6.i, i64 128
   %1398 = load <16 x i32>, ptr %1397, align 4, !tbaa !5
   %1399 = shl <16 x i32> %1398, splat (i32 16)
   %1400 = getelementptr inbounds nuw i8, ptr %1147, i64 3328
   store <16 x i32> %1399, ptr %1400, align 4, !tbaa !5
   %1401 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep691.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1401
-  %1402 = getelementptr i8, ptr %gep691.6.i, i64 128
+  %gep690.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1401
+  %1402 = getelementptr i8, ptr %gep690.6.i, i64 128
   %1403 = load <16 x i32>, ptr %1402, align 4, !tbaa !5
   %1404 = and <16 x i32> %1403, %441
   %1405 = getelementptr inbounds nuw i8, ptr %1147, i64 3392
   store <16 x i32> %1404, ptr %1405, align 4, !tbaa !5
   %1406 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep693.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1406
-  %1407 = getelementptr i8, ptr %gep693.6.i, i64 192
+  %gep692.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1406
+  %1407 = getelementptr i8, ptr %gep692.6.i, i64 192
   %1408 = load <16 x i32>, ptr %1407, align 4, !tbaa !5
   %1409 = shl <16 x i32> %1408, splat (i32 16)
   %1410 = getelementptr inbounds nuw i8, ptr %1147, i64 3456
   store <16 x i32> %1409, ptr %1410, align 4, !tbaa !5
   %1411 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep695.6.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1411
-  %1412 = getelementptr i8, ptr %gep695.6.i, i64 192
+  %gep694.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1411
+  %1412 = getelementptr i8, ptr %gep694.6.i, i64 192
   %1413 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
   %1414 = and <16 x i32> %1413, %441
   %1415 = getelementptr inbounds nuw i8, ptr %1147, i64 3520
   store <16 x i32> %1414, ptr %1415, align 4, !tbaa !5
   %1416 = getelementptr inbounds nuw i8, ptr %1143, i64 56
   %1417 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep681.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1417
-  %1418 = load <16 x i32>, ptr %gep681.7.i, align 4, !tbaa !5
+  %gep680.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1417
+  %1418 = load <16 x i32>, ptr %gep680.7.i, align 4, !tbaa !5
   %1419 = shl <16 x i32> %1418, splat (i32 16)
   %1420 = getelementptr inbounds nuw i8, ptr %1147, i64 3584
   store <16 x i32> %1419, ptr %1420, align 4, !tbaa !5
   %1421 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep683.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1421
-  %1422 = load <16 x i32>, ptr %gep683.7.i, align 4, !tbaa !5
+  %gep682.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1421
+  %1422 = load <16 x i32>, ptr %gep682.7.i, align 4, !tbaa !5
   %1423 = and <16 x i32> %1422, %441
   %1424 = getelementptr inbounds nuw i8, ptr %1147, i64 3648
   store <16 x i32> %1423, ptr %1424, align 4, !tbaa !5
   %1425 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep685.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1425
-  %1426 = getelementptr i8, ptr %gep685.7.i, i64 64
+  %gep684.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1425
+  %1426 = getelementptr i8, ptr %gep684.7.i, i64 64
   %1427 = load <16 x i32>, ptr %1426, align 4, !tbaa !5
   %1428 = shl <16 x i32> %1427, splat (i32 16)
   %1429 = getelementptr inbounds nuw i8, ptr %1147, i64 3712
   store <16 x i32> %1428, ptr %1429, align 4, !tbaa !5
   %1430 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep687.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1430
-  %1431 = getelementptr i8, ptr %gep687.7.i, i64 64
+  %gep686.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1430
+  %1431 = getelementptr i8, ptr %gep686.7.i, i64 64
   %1432 = load <16 x i32>, ptr %1431, align 4, !tbaa !5
   %1433 = and <16 x i32> %1432, %441
   %1434 = getelementptr inbounds nuw i8, ptr %1147, i64 3776
   store <16 x i32> %1433, ptr %1434, align 4, !tbaa !5
   %1435 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep689.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1435
-  %1436 = getelementptr i8, ptr %gep689.7.i, i64 128
+  %gep688.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1435
+  %1436 = getelementptr i8, ptr %gep688.7.i, i64 128
   %1437 = load <16 x i32>, ptr %1436, align 4, !tbaa !5
   %1438 = shl <16 x i32> %1437, splat (i32 16)
   %1439 = getelementptr inbounds nuw i8, ptr %1147, i64 3840
   store <16 x i32> %1438, ptr %1439, align 4, !tbaa !5
   %1440 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep691.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1440
-  %1441 = getelementptr i8, ptr %gep691.7.i, i64 128
+  %gep690.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1440
+  %1441 = getelementptr i8, ptr %gep690.7.i, i64 128
   %1442 = load <16 x i32>, ptr %1441, align 4, !tbaa !5
   %1443 = and <16 x i32> %1442, %441
   %1444 = getelementptr inbounds nuw i8, ptr %1147, i64 3904
   store <16 x i32> %1443, ptr %1444, align 4, !tbaa !5
   %1445 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep693.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1445
-  %1446 = getelementptr i8, ptr %gep693.7.i, i64 192
+  %gep692.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1445
+  %1446 = getelementptr i8, ptr %gep692.7.i, i64 192
   %1447 = load <16 x i32>, ptr %1446, align 4, !tbaa !5
   %1448 = shl <16 x i32> %1447, splat (i32 16)
   %1449 = getelementptr inbounds nuw i8, ptr %1147, i64 3968
   store <16 x i32> %1448, ptr %1449, align 4, !tbaa !5
   %1450 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep695.7.i = getelementptr i32, ptr %invariant.gep680.i, i64 %1450
-  %1451 = getelementptr i8, ptr %gep695.7.i, i64 192
+  %gep694.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1450
+  %1451 = getelementptr i8, ptr %gep694.7.i, i64 192
   %1452 = load <16 x i32>, ptr %1451, align 4, !tbaa !5
   %1453 = and <16 x i32> %1452, %441
   %1454 = getelementptr inbounds nuw i8, ptr %1147, i64 4032
   store <16 x i32> %1453, ptr %1454, align 4, !tbaa !5
-  %indvars.iv.next924.i = add nuw nsw i64 %indvars.iv923.i, 1
-  %exitcond927.not.i = icmp eq i64 %indvars.iv.next924.i, %wide.trip.count917.i
-  br i1 %exitcond927.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti129.preheader.i, !prof !13
+  %indvars.iv.next942.i = add nuw nsw i64 %indvars.iv941.i, 1
+  %exitcond945.not.i = icmp eq i64 %indvars.iv.next942.i, %wide.trip.count935.i
+  br i1 %exitcond945.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti129.preheader.i, !prof !13
 
-for_begin_row_tile.i:                             ; preds = %if_end301.i
-  %indvars.iv.next1016.i = add nuw nsw i64 %indvars.iv1015.i, 1
-  %exitcond1019.not.i = icmp eq i64 %indvars.iv.next1016.i, %wide.trip.count1018.i
-  br i1 %exitcond1019.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+for_begin_row_tile.i:                             ; preds = %if_end296.i
+  %indvars.iv.next1037.i = add nuw nsw i64 %indvars.iv1036.i, 1
+  %exitcond1040.not.i = icmp eq i64 %indvars.iv.next1037.i, %wide.trip.count1039.i
+  br i1 %exitcond1040.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
 
 for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
-  %indvars.iv1015.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1016.i, %for_begin_row_tile.i ]
+  %indvars.iv1036.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1037.i, %for_begin_row_tile.i ]
   %1455 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scores.i = tail call ptr %1455(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1456 = icmp eq ptr %scores.i, null
@@ -2689,8 +2689,8 @@ for_body_row_tile.i:                              ; preds = %for_begin_row_tile.
 for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
   %1457 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %1458 = tail call i32 %1457(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not554.i = icmp eq i32 %1458, 0
-  br i1 %.not554.i, label %if_end307.i, label %fused_attend_compute_.exit, !prof !38
+  %.not550.i = icmp eq i32 %1458, 0
+  br i1 %.not550.i, label %if_end302.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end135.i:                                      ; preds = %for_body_row_tile.i
   %1459 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -2711,10 +2711,10 @@ if_end141.i:                                      ; preds = %if_end138.i
   br i1 %1464, label %fused_attend_compute_.exit, label %if_end144.i, !prof !8
 
 if_end144.i:                                      ; preds = %if_end141.i
-  %1465 = icmp eq i64 %indvars.iv1015.i, %452
-  %1466 = add nuw nsw i64 %indvars.iv1015.i, %1142
-  %.idx1140.i = shl i64 %1466, 4
-  %1467 = getelementptr i8, ptr %reach533.i, i64 %.idx1140.i
+  %1465 = icmp eq i64 %indvars.iv1036.i, %452
+  %1466 = add nuw nsw i64 %indvars.iv1036.i, %1142
+  %.idx1161.i = shl i64 %1466, 4
+  %1467 = getelementptr i8, ptr %reach529.i, i64 %.idx1161.i
   %1468 = getelementptr i8, ptr %1467, i64 4
   %1469 = load i32, ptr %1468, align 4, !tbaa !17
   %1470 = sext i32 %1469 to i64
@@ -2736,40 +2736,40 @@ if_then146.i:                                     ; preds = %if_end144.i
 for_body_to151.lr.ph.i:                           ; preds = %if_then146.i
   %1480 = and i1 %761, %1465
   %1481 = mul nuw nsw i32 %1478, %1141
-  %wide.trip.count945.i = zext nneg i32 %1478 to i64
+  %wide.trip.count963.i = zext nneg i32 %1478 to i64
   %invariant.gep.idx = shl i64 %1466, 13
   %invariant.gep = getelementptr i8, ptr %q_tile.i, i64 %invariant.gep.idx
   br label %for_body_to151.i
 
-if_end147.i:                                      ; preds = %if_end293.i, %if_end144.i
+if_end147.i:                                      ; preds = %if_end288.i, %if_end144.i
   %1482 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %1483 = tail call i32 %1482(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not556.i = icmp eq i32 %1483, 0
-  br i1 %.not556.i, label %if_end295.i, label %fused_attend_compute_.exit, !prof !38
+  %.not552.i = icmp eq i32 %1483, 0
+  br i1 %.not552.i, label %if_end290.i, label %fused_attend_compute_.exit, !prof !38
 
 for_begin_to157.preheader.i:                      ; preds = %for_end_d_1.3.i
-  %.idx1142.i = shl nsw i64 %1466, 6
-  %1484 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1142.i
+  %.idx1163.i = shl nsw i64 %1466, 6
+  %1484 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1163.i
   br label %for_begin_ti162.preheader.i
 
 for_body_to151.i:                                 ; preds = %for_end_d_1.3.i, %for_body_to151.lr.ph.i
-  %indvars.iv942.i = phi i64 [ 0, %for_body_to151.lr.ph.i ], [ %indvars.iv.next943.i, %for_end_d_1.3.i ]
+  %indvars.iv960.i = phi i64 [ 0, %for_body_to151.lr.ph.i ], [ %indvars.iv.next961.i, %for_end_d_1.3.i ]
   br i1 %1480, label %for_begin_line.preheader.i, label %if_end156.i, !prof !8
 
 for_begin_line.preheader.i:                       ; preds = %for_body_to151.i
-  %1485 = trunc i64 %indvars.iv942.i to i32
+  %1485 = trunc i64 %indvars.iv960.i to i32
   %1486 = add i32 %1481, %1485
   %1487 = shl i32 %1486, 3
   br label %for_body_line.i
 
 if_end156.i:                                      ; preds = %for_body_line.i, %for_body_to151.i
-  %.idx264 = shl nsw i64 %indvars.iv942.i, 12
-  %1488 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx264
+  %.idx270 = shl nsw i64 %indvars.iv960.i, 12
+  %1488 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx270
   br label %for_begin_d_2.preheader.i
 
 for_body_line.i:                                  ; preds = %for_body_line.i, %for_begin_line.preheader.i
-  %line698.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1524, %for_body_line.i ]
-  %1489 = lshr i32 %line698.i, 2
+  %line697.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1524, %for_body_line.i ]
+  %1489 = lshr i32 %line697.i, 2
   %1490 = add nuw nsw i32 %1489, %1487
   %1491 = srem i32 %1490, %num_kv_heads
   %1492 = sext i32 %1491 to i64
@@ -2779,7 +2779,7 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1496 = getelementptr i64, ptr %key_offsets.i, i64 %1495
   %1497 = getelementptr i8, ptr %1496, i64 1024
   %1498 = load i64, ptr %1497, align 8, !tbaa !5
-  %1499 = shl nuw nsw i32 %line698.i, 4
+  %1499 = shl nuw nsw i32 %line697.i, 4
   %1500 = and i32 %1499, 32
   %1501 = zext nneg i32 %1500 to i64
   %1502 = getelementptr i32, ptr %key_cache, i64 %1498
@@ -2787,7 +2787,7 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1504 = getelementptr i32, ptr %1503, i64 %444
   %1505 = getelementptr i32, ptr %1504, i64 %1493
   tail call void @llvm.prefetch.p0(ptr readonly %1505, i32 0, i32 2, i32 1)
-  %1506 = lshr i32 %line698.i, 2
+  %1506 = lshr i32 %line697.i, 2
   %1507 = add nuw nsw i32 %1506, %1487
   %1508 = srem i32 %1507, %num_kv_heads
   %1509 = sext i32 %1508 to i64
@@ -2797,7 +2797,7 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1513 = getelementptr i64, ptr %key_offsets.i, i64 %1512
   %1514 = getelementptr i8, ptr %1513, i64 1024
   %1515 = load i64, ptr %1514, align 8, !tbaa !5
-  %1516 = shl i32 %line698.i, 4
+  %1516 = shl i32 %line697.i, 4
   %1517 = and i32 %1516, 32
   %1518 = getelementptr i32, ptr %key_cache, i64 %1515
   %1519 = zext nneg i32 %1517 to i64
@@ -2806,63 +2806,63 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1522 = getelementptr i32, ptr %1521, i64 %444
   %1523 = getelementptr i32, ptr %1522, i64 %1510
   tail call void @llvm.prefetch.p0(ptr readonly %1523, i32 0, i32 2, i32 1)
-  %1524 = add nuw nsw i32 %line698.i, 2
-  %exitcond928.not.i.1 = icmp eq i32 %1524, 32
-  br i1 %exitcond928.not.i.1, label %if_end156.i, label %for_body_line.i, !prof !28, !llvm.loop !45
+  %1524 = add nuw nsw i32 %line697.i, 2
+  %exitcond946.not.i.1 = icmp eq i32 %1524, 32
+  br i1 %exitcond946.not.i.1, label %if_end156.i, label %for_body_line.i, !prof !28, !llvm.loop !45
 
 for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %if_end156.i
-  %indvars.iv933.i = phi i64 [ 0, %if_end156.i ], [ %indvars.iv.next934.i, %for_begin_d_2.preheader.i ]
-  %scores_global526.sroa.0.1717.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1572, %for_begin_d_2.preheader.i ]
-  %scores_global526.sroa.4.1716.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1577, %for_begin_d_2.preheader.i ]
-  %scores_global526.sroa.8.1715.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1582, %for_begin_d_2.preheader.i ]
-  %scores_global526.sroa.12.1714.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1587, %for_begin_d_2.preheader.i ]
-  %scores_global526.sroa.16.1713.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1592, %for_begin_d_2.preheader.i ]
-  %scores_global526.sroa.20.1712.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1597, %for_begin_d_2.preheader.i ]
-  %scores_global526.sroa.24.1711.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1602, %for_begin_d_2.preheader.i ]
-  %scores_global526.sroa.28.1710.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1607, %for_begin_d_2.preheader.i ]
-  %.idx82 = shl nuw nsw i64 %indvars.iv933.i, 7
+  %indvars.iv951.i = phi i64 [ 0, %if_end156.i ], [ %indvars.iv.next952.i, %for_begin_d_2.preheader.i ]
+  %scores_global522.sroa.0.1716.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1572, %for_begin_d_2.preheader.i ]
+  %scores_global522.sroa.4.1715.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1577, %for_begin_d_2.preheader.i ]
+  %scores_global522.sroa.8.1714.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1582, %for_begin_d_2.preheader.i ]
+  %scores_global522.sroa.12.1713.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1587, %for_begin_d_2.preheader.i ]
+  %scores_global522.sroa.16.1712.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1592, %for_begin_d_2.preheader.i ]
+  %scores_global522.sroa.20.1711.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1597, %for_begin_d_2.preheader.i ]
+  %scores_global522.sroa.24.1710.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1602, %for_begin_d_2.preheader.i ]
+  %scores_global522.sroa.28.1709.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1607, %for_begin_d_2.preheader.i ]
+  %.idx82 = shl nuw nsw i64 %indvars.iv951.i, 7
   %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx82
   %1525 = load <16 x float>, ptr %gep, align 4, !tbaa !5
-  %1526 = getelementptr inbounds nuw float, ptr %1488, i64 %indvars.iv933.i
+  %1526 = getelementptr inbounds nuw float, ptr %1488, i64 %indvars.iv951.i
   %1527 = load float, ptr %1526, align 4, !tbaa !5
   %1528 = insertelement <16 x float> poison, float %1527, i64 0
   %1529 = shufflevector <16 x float> %1528, <16 x float> poison, <16 x i32> zeroinitializer
-  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1529, <16 x float> %scores_global526.sroa.0.1717.i)
+  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1529, <16 x float> %scores_global522.sroa.0.1716.i)
   %1531 = getelementptr inbounds nuw i8, ptr %1526, i64 512
   %1532 = load float, ptr %1531, align 4, !tbaa !5
   %1533 = insertelement <16 x float> poison, float %1532, i64 0
   %1534 = shufflevector <16 x float> %1533, <16 x float> poison, <16 x i32> zeroinitializer
-  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1534, <16 x float> %scores_global526.sroa.4.1716.i)
+  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1534, <16 x float> %scores_global522.sroa.4.1715.i)
   %1536 = getelementptr inbounds nuw i8, ptr %1526, i64 1024
   %1537 = load float, ptr %1536, align 4, !tbaa !5
   %1538 = insertelement <16 x float> poison, float %1537, i64 0
   %1539 = shufflevector <16 x float> %1538, <16 x float> poison, <16 x i32> zeroinitializer
-  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1539, <16 x float> %scores_global526.sroa.8.1715.i)
+  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1539, <16 x float> %scores_global522.sroa.8.1714.i)
   %1541 = getelementptr inbounds nuw i8, ptr %1526, i64 1536
   %1542 = load float, ptr %1541, align 4, !tbaa !5
   %1543 = insertelement <16 x float> poison, float %1542, i64 0
   %1544 = shufflevector <16 x float> %1543, <16 x float> poison, <16 x i32> zeroinitializer
-  %1545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1544, <16 x float> %scores_global526.sroa.12.1714.i)
+  %1545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1544, <16 x float> %scores_global522.sroa.12.1713.i)
   %1546 = getelementptr inbounds nuw i8, ptr %1526, i64 2048
   %1547 = load float, ptr %1546, align 4, !tbaa !5
   %1548 = insertelement <16 x float> poison, float %1547, i64 0
   %1549 = shufflevector <16 x float> %1548, <16 x float> poison, <16 x i32> zeroinitializer
-  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1549, <16 x float> %scores_global526.sroa.16.1713.i)
+  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1549, <16 x float> %scores_global522.sroa.16.1712.i)
   %1551 = getelementptr inbounds nuw i8, ptr %1526, i64 2560
   %1552 = load float, ptr %1551, align 4, !tbaa !5
   %1553 = insertelement <16 x float> poison, float %1552, i64 0
   %1554 = shufflevector <16 x float> %1553, <16 x float> poison, <16 x i32> zeroinitializer
-  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1554, <16 x float> %scores_global526.sroa.20.1712.i)
+  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1554, <16 x float> %scores_global522.sroa.20.1711.i)
   %1556 = getelementptr inbounds nuw i8, ptr %1526, i64 3072
   %1557 = load float, ptr %1556, align 4, !tbaa !5
   %1558 = insertelement <16 x float> poison, float %1557, i64 0
   %1559 = shufflevector <16 x float> %1558, <16 x float> poison, <16 x i32> zeroinitializer
-  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1559, <16 x float> %scores_global526.sroa.24.1711.i)
+  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1559, <16 x float> %scores_global522.sroa.24.1710.i)
   %1561 = getelementptr inbounds nuw i8, ptr %1526, i64 3584
   %1562 = load float, ptr %1561, align 4, !tbaa !5
   %1563 = insertelement <16 x float> poison, float %1562, i64 0
   %1564 = shufflevector <16 x float> %1563, <16 x float> poison, <16 x i32> zeroinitializer
-  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1564, <16 x float> %scores_global526.sroa.28.1710.i)
+  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1564, <16 x float> %scores_global522.sroa.28.1709.i)
   %1566 = getelementptr i8, ptr %gep, i64 64
   %1567 = load <16 x float>, ptr %1566, align 4, !tbaa !5
   %1568 = getelementptr inbounds nuw i8, ptr %1526, i64 64
@@ -2905,69 +2905,69 @@ for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.prehe
   %1605 = insertelement <16 x float> poison, float %1604, i64 0
   %1606 = shufflevector <16 x float> %1605, <16 x float> poison, <16 x i32> zeroinitializer
   %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1606, <16 x float> %1565)
-  %indvars.iv.next934.i = add nuw nsw i64 %indvars.iv933.i, 1
-  %exitcond937.not.i = icmp eq i64 %indvars.iv.next934.i, 16
-  br i1 %exitcond937.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
+  %indvars.iv.next952.i = add nuw nsw i64 %indvars.iv951.i, 1
+  %exitcond955.not.i = icmp eq i64 %indvars.iv.next952.i, 16
+  br i1 %exitcond955.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
   %1608 = getelementptr inbounds nuw i8, ptr %1488, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv933.1.i = phi i64 [ %indvars.iv.next934.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global526.sroa.0.1717.1.i = phi <16 x float> [ %1657, %for_begin_d_2.preheader.1.i ], [ %1572, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global526.sroa.4.1716.1.i = phi <16 x float> [ %1662, %for_begin_d_2.preheader.1.i ], [ %1577, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global526.sroa.8.1715.1.i = phi <16 x float> [ %1667, %for_begin_d_2.preheader.1.i ], [ %1582, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global526.sroa.12.1714.1.i = phi <16 x float> [ %1672, %for_begin_d_2.preheader.1.i ], [ %1587, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global526.sroa.16.1713.1.i = phi <16 x float> [ %1677, %for_begin_d_2.preheader.1.i ], [ %1592, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global526.sroa.20.1712.1.i = phi <16 x float> [ %1682, %for_begin_d_2.preheader.1.i ], [ %1597, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global526.sroa.24.1711.1.i = phi <16 x float> [ %1687, %for_begin_d_2.preheader.1.i ], [ %1602, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global526.sroa.28.1710.1.i = phi <16 x float> [ %1692, %for_begin_d_2.preheader.1.i ], [ %1607, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx83 = shl i64 %indvars.iv933.1.i, 7
-  %gep155 = getelementptr i8, ptr %invariant.gep, i64 %.idx83
-  %1609 = getelementptr i8, ptr %gep155, i64 2048
+  %indvars.iv951.1.i = phi i64 [ %indvars.iv.next952.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global522.sroa.0.1716.1.i = phi <16 x float> [ %1657, %for_begin_d_2.preheader.1.i ], [ %1572, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global522.sroa.4.1715.1.i = phi <16 x float> [ %1662, %for_begin_d_2.preheader.1.i ], [ %1577, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global522.sroa.8.1714.1.i = phi <16 x float> [ %1667, %for_begin_d_2.preheader.1.i ], [ %1582, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global522.sroa.12.1713.1.i = phi <16 x float> [ %1672, %for_begin_d_2.preheader.1.i ], [ %1587, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global522.sroa.16.1712.1.i = phi <16 x float> [ %1677, %for_begin_d_2.preheader.1.i ], [ %1592, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global522.sroa.20.1711.1.i = phi <16 x float> [ %1682, %for_begin_d_2.preheader.1.i ], [ %1597, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global522.sroa.24.1710.1.i = phi <16 x float> [ %1687, %for_begin_d_2.preheader.1.i ], [ %1602, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global522.sroa.28.1709.1.i = phi <16 x float> [ %1692, %for_begin_d_2.preheader.1.i ], [ %1607, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx83 = shl i64 %indvars.iv951.1.i, 7
+  %gep158 = getelementptr i8, ptr %invariant.gep, i64 %.idx83
+  %1609 = getelementptr i8, ptr %gep158, i64 2048
   %1610 = load <16 x float>, ptr %1609, align 4, !tbaa !5
-  %1611 = getelementptr inbounds nuw float, ptr %1608, i64 %indvars.iv933.1.i
+  %1611 = getelementptr inbounds nuw float, ptr %1608, i64 %indvars.iv951.1.i
   %1612 = load float, ptr %1611, align 4, !tbaa !5
   %1613 = insertelement <16 x float> poison, float %1612, i64 0
   %1614 = shufflevector <16 x float> %1613, <16 x float> poison, <16 x i32> zeroinitializer
-  %1615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1614, <16 x float> %scores_global526.sroa.0.1717.1.i)
+  %1615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1614, <16 x float> %scores_global522.sroa.0.1716.1.i)
   %1616 = getelementptr inbounds nuw i8, ptr %1611, i64 512
   %1617 = load float, ptr %1616, align 4, !tbaa !5
   %1618 = insertelement <16 x float> poison, float %1617, i64 0
   %1619 = shufflevector <16 x float> %1618, <16 x float> poison, <16 x i32> zeroinitializer
-  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1619, <16 x float> %scores_global526.sroa.4.1716.1.i)
+  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1619, <16 x float> %scores_global522.sroa.4.1715.1.i)
   %1621 = getelementptr inbounds nuw i8, ptr %1611, i64 1024
   %1622 = load float, ptr %1621, align 4, !tbaa !5
   %1623 = insertelement <16 x float> poison, float %1622, i64 0
   %1624 = shufflevector <16 x float> %1623, <16 x float> poison, <16 x i32> zeroinitializer
-  %1625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1624, <16 x float> %scores_global526.sroa.8.1715.1.i)
+  %1625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1624, <16 x float> %scores_global522.sroa.8.1714.1.i)
   %1626 = getelementptr inbounds nuw i8, ptr %1611, i64 1536
   %1627 = load float, ptr %1626, align 4, !tbaa !5
   %1628 = insertelement <16 x float> poison, float %1627, i64 0
   %1629 = shufflevector <16 x float> %1628, <16 x float> poison, <16 x i32> zeroinitializer
-  %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1629, <16 x float> %scores_global526.sroa.12.1714.1.i)
+  %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1629, <16 x float> %scores_global522.sroa.12.1713.1.i)
   %1631 = getelementptr inbounds nuw i8, ptr %1611, i64 2048
   %1632 = load float, ptr %1631, align 4, !tbaa !5
   %1633 = insertelement <16 x float> poison, float %1632, i64 0
   %1634 = shufflevector <16 x float> %1633, <16 x float> poison, <16 x i32> zeroinitializer
-  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1634, <16 x float> %scores_global526.sroa.16.1713.1.i)
+  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1634, <16 x float> %scores_global522.sroa.16.1712.1.i)
   %1636 = getelementptr inbounds nuw i8, ptr %1611, i64 2560
   %1637 = load float, ptr %1636, align 4, !tbaa !5
   %1638 = insertelement <16 x float> poison, float %1637, i64 0
   %1639 = shufflevector <16 x float> %1638, <16 x float> poison, <16 x i32> zeroinitializer
-  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1639, <16 x float> %scores_global526.sroa.20.1712.1.i)
+  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1639, <16 x float> %scores_global522.sroa.20.1711.1.i)
   %1641 = getelementptr inbounds nuw i8, ptr %1611, i64 3072
   %1642 = load float, ptr %1641, align 4, !tbaa !5
   %1643 = insertelement <16 x float> poison, float %1642, i64 0
   %1644 = shufflevector <16 x float> %1643, <16 x float> poison, <16 x i32> zeroinitializer
-  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1644, <16 x float> %scores_global526.sroa.24.1711.1.i)
+  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1644, <16 x float> %scores_global522.sroa.24.1710.1.i)
   %1646 = getelementptr inbounds nuw i8, ptr %1611, i64 3584
   %1647 = load float, ptr %1646, align 4, !tbaa !5
   %1648 = insertelement <16 x float> poison, float %1647, i64 0
   %1649 = shufflevector <16 x float> %1648, <16 x float> poison, <16 x i32> zeroinitializer
-  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1649, <16 x float> %scores_global526.sroa.28.1710.1.i)
-  %1651 = getelementptr i8, ptr %gep155, i64 2112
+  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1649, <16 x float> %scores_global522.sroa.28.1709.1.i)
+  %1651 = getelementptr i8, ptr %gep158, i64 2112
   %1652 = load <16 x float>, ptr %1651, align 4, !tbaa !5
   %1653 = getelementptr inbounds nuw i8, ptr %1611, i64 64
   %1654 = load float, ptr %1653, align 4, !tbaa !5
@@ -3009,69 +3009,69 @@ for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.prehe
   %1690 = insertelement <16 x float> poison, float %1689, i64 0
   %1691 = shufflevector <16 x float> %1690, <16 x float> poison, <16 x i32> zeroinitializer
   %1692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1691, <16 x float> %1650)
-  %indvars.iv.next934.1.i = add nuw nsw i64 %indvars.iv933.1.i, 1
-  %exitcond937.1.not.i = icmp eq i64 %indvars.iv.next934.1.i, 16
-  br i1 %exitcond937.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
+  %indvars.iv.next952.1.i = add nuw nsw i64 %indvars.iv951.1.i, 1
+  %exitcond955.1.not.i = icmp eq i64 %indvars.iv.next952.1.i, 16
+  br i1 %exitcond955.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
   %1693 = getelementptr inbounds nuw i8, ptr %1488, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv933.2.i = phi i64 [ %indvars.iv.next934.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global526.sroa.0.1717.2.i = phi <16 x float> [ %1742, %for_begin_d_2.preheader.2.i ], [ %1657, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global526.sroa.4.1716.2.i = phi <16 x float> [ %1747, %for_begin_d_2.preheader.2.i ], [ %1662, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global526.sroa.8.1715.2.i = phi <16 x float> [ %1752, %for_begin_d_2.preheader.2.i ], [ %1667, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global526.sroa.12.1714.2.i = phi <16 x float> [ %1757, %for_begin_d_2.preheader.2.i ], [ %1672, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global526.sroa.16.1713.2.i = phi <16 x float> [ %1762, %for_begin_d_2.preheader.2.i ], [ %1677, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global526.sroa.20.1712.2.i = phi <16 x float> [ %1767, %for_begin_d_2.preheader.2.i ], [ %1682, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global526.sroa.24.1711.2.i = phi <16 x float> [ %1772, %for_begin_d_2.preheader.2.i ], [ %1687, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global526.sroa.28.1710.2.i = phi <16 x float> [ %1777, %for_begin_d_2.preheader.2.i ], [ %1692, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx84 = shl i64 %indvars.iv933.2.i, 7
-  %gep157 = getelementptr i8, ptr %invariant.gep, i64 %.idx84
-  %1694 = getelementptr i8, ptr %gep157, i64 4096
+  %indvars.iv951.2.i = phi i64 [ %indvars.iv.next952.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global522.sroa.0.1716.2.i = phi <16 x float> [ %1742, %for_begin_d_2.preheader.2.i ], [ %1657, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global522.sroa.4.1715.2.i = phi <16 x float> [ %1747, %for_begin_d_2.preheader.2.i ], [ %1662, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global522.sroa.8.1714.2.i = phi <16 x float> [ %1752, %for_begin_d_2.preheader.2.i ], [ %1667, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global522.sroa.12.1713.2.i = phi <16 x float> [ %1757, %for_begin_d_2.preheader.2.i ], [ %1672, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global522.sroa.16.1712.2.i = phi <16 x float> [ %1762, %for_begin_d_2.preheader.2.i ], [ %1677, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global522.sroa.20.1711.2.i = phi <16 x float> [ %1767, %for_begin_d_2.preheader.2.i ], [ %1682, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global522.sroa.24.1710.2.i = phi <16 x float> [ %1772, %for_begin_d_2.preheader.2.i ], [ %1687, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global522.sroa.28.1709.2.i = phi <16 x float> [ %1777, %for_begin_d_2.preheader.2.i ], [ %1692, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx84 = shl i64 %indvars.iv951.2.i, 7
+  %gep160 = getelementptr i8, ptr %invariant.gep, i64 %.idx84
+  %1694 = getelementptr i8, ptr %gep160, i64 4096
   %1695 = load <16 x float>, ptr %1694, align 4, !tbaa !5
-  %1696 = getelementptr inbounds nuw float, ptr %1693, i64 %indvars.iv933.2.i
+  %1696 = getelementptr inbounds nuw float, ptr %1693, i64 %indvars.iv951.2.i
   %1697 = load float, ptr %1696, align 4, !tbaa !5
   %1698 = insertelement <16 x float> poison, float %1697, i64 0
   %1699 = shufflevector <16 x float> %1698, <16 x float> poison, <16 x i32> zeroinitializer
-  %1700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1699, <16 x float> %scores_global526.sroa.0.1717.2.i)
+  %1700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1699, <16 x float> %scores_global522.sroa.0.1716.2.i)
   %1701 = getelementptr inbounds nuw i8, ptr %1696, i64 512
   %1702 = load float, ptr %1701, align 4, !tbaa !5
   %1703 = insertelement <16 x float> poison, float %1702, i64 0
   %1704 = shufflevector <16 x float> %1703, <16 x float> poison, <16 x i32> zeroinitializer
-  %1705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1704, <16 x float> %scores_global526.sroa.4.1716.2.i)
+  %1705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1704, <16 x float> %scores_global522.sroa.4.1715.2.i)
   %1706 = getelementptr inbounds nuw i8, ptr %1696, i64 1024
   %1707 = load float, ptr %1706, align 4, !tbaa !5
   %1708 = insertelement <16 x float> poison, float %1707, i64 0
   %1709 = shufflevector <16 x float> %1708, <16 x float> poison, <16 x i32> zeroinitializer
-  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1709, <16 x float> %scores_global526.sroa.8.1715.2.i)
+  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1709, <16 x float> %scores_global522.sroa.8.1714.2.i)
   %1711 = getelementptr inbounds nuw i8, ptr %1696, i64 1536
   %1712 = load float, ptr %1711, align 4, !tbaa !5
   %1713 = insertelement <16 x float> poison, float %1712, i64 0
   %1714 = shufflevector <16 x float> %1713, <16 x float> poison, <16 x i32> zeroinitializer
-  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1714, <16 x float> %scores_global526.sroa.12.1714.2.i)
+  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1714, <16 x float> %scores_global522.sroa.12.1713.2.i)
   %1716 = getelementptr inbounds nuw i8, ptr %1696, i64 2048
   %1717 = load float, ptr %1716, align 4, !tbaa !5
   %1718 = insertelement <16 x float> poison, float %1717, i64 0
   %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
-  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1719, <16 x float> %scores_global526.sroa.16.1713.2.i)
+  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1719, <16 x float> %scores_global522.sroa.16.1712.2.i)
   %1721 = getelementptr inbounds nuw i8, ptr %1696, i64 2560
   %1722 = load float, ptr %1721, align 4, !tbaa !5
   %1723 = insertelement <16 x float> poison, float %1722, i64 0
   %1724 = shufflevector <16 x float> %1723, <16 x float> poison, <16 x i32> zeroinitializer
-  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1724, <16 x float> %scores_global526.sroa.20.1712.2.i)
+  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1724, <16 x float> %scores_global522.sroa.20.1711.2.i)
   %1726 = getelementptr inbounds nuw i8, ptr %1696, i64 3072
   %1727 = load float, ptr %1726, align 4, !tbaa !5
   %1728 = insertelement <16 x float> poison, float %1727, i64 0
   %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
-  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1729, <16 x float> %scores_global526.sroa.24.1711.2.i)
+  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1729, <16 x float> %scores_global522.sroa.24.1710.2.i)
   %1731 = getelementptr inbounds nuw i8, ptr %1696, i64 3584
   %1732 = load float, ptr %1731, align 4, !tbaa !5
   %1733 = insertelement <16 x float> poison, float %1732, i64 0
   %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1734, <16 x float> %scores_global526.sroa.28.1710.2.i)
-  %1736 = getelementptr i8, ptr %gep157, i64 4160
+  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1734, <16 x float> %scores_global522.sroa.28.1709.2.i)
+  %1736 = getelementptr i8, ptr %gep160, i64 4160
   %1737 = load <16 x float>, ptr %1736, align 4, !tbaa !5
   %1738 = getelementptr inbounds nuw i8, ptr %1696, i64 64
   %1739 = load float, ptr %1738, align 4, !tbaa !5
@@ -3113,69 +3113,69 @@ for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.prehe
   %1775 = insertelement <16 x float> poison, float %1774, i64 0
   %1776 = shufflevector <16 x float> %1775, <16 x float> poison, <16 x i32> zeroinitializer
   %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1776, <16 x float> %1735)
-  %indvars.iv.next934.2.i = add nuw nsw i64 %indvars.iv933.2.i, 1
-  %exitcond937.2.not.i = icmp eq i64 %indvars.iv.next934.2.i, 16
-  br i1 %exitcond937.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
+  %indvars.iv.next952.2.i = add nuw nsw i64 %indvars.iv951.2.i, 1
+  %exitcond955.2.not.i = icmp eq i64 %indvars.iv.next952.2.i, 16
+  br i1 %exitcond955.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
   %1778 = getelementptr inbounds nuw i8, ptr %1488, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv933.3.i = phi i64 [ %indvars.iv.next934.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global526.sroa.0.1717.3.i = phi <16 x float> [ %1827, %for_begin_d_2.preheader.3.i ], [ %1742, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global526.sroa.4.1716.3.i = phi <16 x float> [ %1832, %for_begin_d_2.preheader.3.i ], [ %1747, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global526.sroa.8.1715.3.i = phi <16 x float> [ %1837, %for_begin_d_2.preheader.3.i ], [ %1752, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global526.sroa.12.1714.3.i = phi <16 x float> [ %1842, %for_begin_d_2.preheader.3.i ], [ %1757, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global526.sroa.16.1713.3.i = phi <16 x float> [ %1847, %for_begin_d_2.preheader.3.i ], [ %1762, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global526.sroa.20.1712.3.i = phi <16 x float> [ %1852, %for_begin_d_2.preheader.3.i ], [ %1767, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global526.sroa.24.1711.3.i = phi <16 x float> [ %1857, %for_begin_d_2.preheader.3.i ], [ %1772, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global526.sroa.28.1710.3.i = phi <16 x float> [ %1862, %for_begin_d_2.preheader.3.i ], [ %1777, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx85 = shl i64 %indvars.iv933.3.i, 7
-  %gep159 = getelementptr i8, ptr %invariant.gep, i64 %.idx85
-  %1779 = getelementptr i8, ptr %gep159, i64 6144
+  %indvars.iv951.3.i = phi i64 [ %indvars.iv.next952.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global522.sroa.0.1716.3.i = phi <16 x float> [ %1827, %for_begin_d_2.preheader.3.i ], [ %1742, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global522.sroa.4.1715.3.i = phi <16 x float> [ %1832, %for_begin_d_2.preheader.3.i ], [ %1747, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global522.sroa.8.1714.3.i = phi <16 x float> [ %1837, %for_begin_d_2.preheader.3.i ], [ %1752, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global522.sroa.12.1713.3.i = phi <16 x float> [ %1842, %for_begin_d_2.preheader.3.i ], [ %1757, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global522.sroa.16.1712.3.i = phi <16 x float> [ %1847, %for_begin_d_2.preheader.3.i ], [ %1762, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global522.sroa.20.1711.3.i = phi <16 x float> [ %1852, %for_begin_d_2.preheader.3.i ], [ %1767, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global522.sroa.24.1710.3.i = phi <16 x float> [ %1857, %for_begin_d_2.preheader.3.i ], [ %1772, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global522.sroa.28.1709.3.i = phi <16 x float> [ %1862, %for_begin_d_2.preheader.3.i ], [ %1777, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx85 = shl i64 %indvars.iv951.3.i, 7
+  %gep162 = getelementptr i8, ptr %invariant.gep, i64 %.idx85
+  %1779 = getelementptr i8, ptr %gep162, i64 6144
   %1780 = load <16 x float>, ptr %1779, align 4, !tbaa !5
-  %1781 = getelementptr inbounds nuw float, ptr %1778, i64 %indvars.iv933.3.i
+  %1781 = getelementptr inbounds nuw float, ptr %1778, i64 %indvars.iv951.3.i
   %1782 = load float, ptr %1781, align 4, !tbaa !5
   %1783 = insertelement <16 x float> poison, float %1782, i64 0
   %1784 = shufflevector <16 x float> %1783, <16 x float> poison, <16 x i32> zeroinitializer
-  %1785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1784, <16 x float> %scores_global526.sroa.0.1717.3.i)
+  %1785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1784, <16 x float> %scores_global522.sroa.0.1716.3.i)
   %1786 = getelementptr inbounds nuw i8, ptr %1781, i64 512
   %1787 = load float, ptr %1786, align 4, !tbaa !5
   %1788 = insertelement <16 x float> poison, float %1787, i64 0
   %1789 = shufflevector <16 x float> %1788, <16 x float> poison, <16 x i32> zeroinitializer
-  %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1789, <16 x float> %scores_global526.sroa.4.1716.3.i)
+  %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1789, <16 x float> %scores_global522.sroa.4.1715.3.i)
   %1791 = getelementptr inbounds nuw i8, ptr %1781, i64 1024
   %1792 = load float, ptr %1791, align 4, !tbaa !5
   %1793 = insertelement <16 x float> poison, float %1792, i64 0
   %1794 = shufflevector <16 x float> %1793, <16 x float> poison, <16 x i32> zeroinitializer
-  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1794, <16 x float> %scores_global526.sroa.8.1715.3.i)
+  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1794, <16 x float> %scores_global522.sroa.8.1714.3.i)
   %1796 = getelementptr inbounds nuw i8, ptr %1781, i64 1536
   %1797 = load float, ptr %1796, align 4, !tbaa !5
   %1798 = insertelement <16 x float> poison, float %1797, i64 0
   %1799 = shufflevector <16 x float> %1798, <16 x float> poison, <16 x i32> zeroinitializer
-  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1799, <16 x float> %scores_global526.sroa.12.1714.3.i)
+  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1799, <16 x float> %scores_global522.sroa.12.1713.3.i)
   %1801 = getelementptr inbounds nuw i8, ptr %1781, i64 2048
   %1802 = load float, ptr %1801, align 4, !tbaa !5
   %1803 = insertelement <16 x float> poison, float %1802, i64 0
   %1804 = shufflevector <16 x float> %1803, <16 x float> poison, <16 x i32> zeroinitializer
-  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1804, <16 x float> %scores_global526.sroa.16.1713.3.i)
+  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1804, <16 x float> %scores_global522.sroa.16.1712.3.i)
   %1806 = getelementptr inbounds nuw i8, ptr %1781, i64 2560
   %1807 = load float, ptr %1806, align 4, !tbaa !5
   %1808 = insertelement <16 x float> poison, float %1807, i64 0
   %1809 = shufflevector <16 x float> %1808, <16 x float> poison, <16 x i32> zeroinitializer
-  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1809, <16 x float> %scores_global526.sroa.20.1712.3.i)
+  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1809, <16 x float> %scores_global522.sroa.20.1711.3.i)
   %1811 = getelementptr inbounds nuw i8, ptr %1781, i64 3072
   %1812 = load float, ptr %1811, align 4, !tbaa !5
   %1813 = insertelement <16 x float> poison, float %1812, i64 0
   %1814 = shufflevector <16 x float> %1813, <16 x float> poison, <16 x i32> zeroinitializer
-  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1814, <16 x float> %scores_global526.sroa.24.1711.3.i)
+  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1814, <16 x float> %scores_global522.sroa.24.1710.3.i)
   %1816 = getelementptr inbounds nuw i8, ptr %1781, i64 3584
   %1817 = load float, ptr %1816, align 4, !tbaa !5
   %1818 = insertelement <16 x float> poison, float %1817, i64 0
   %1819 = shufflevector <16 x float> %1818, <16 x float> poison, <16 x i32> zeroinitializer
-  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1819, <16 x float> %scores_global526.sroa.28.1710.3.i)
-  %1821 = getelementptr i8, ptr %gep159, i64 6208
+  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1819, <16 x float> %scores_global522.sroa.28.1709.3.i)
+  %1821 = getelementptr i8, ptr %gep162, i64 6208
   %1822 = load <16 x float>, ptr %1821, align 4, !tbaa !5
   %1823 = getelementptr inbounds nuw i8, ptr %1781, i64 64
   %1824 = load float, ptr %1823, align 4, !tbaa !5
@@ -3217,13 +3217,13 @@ for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.prehe
   %1860 = insertelement <16 x float> poison, float %1859, i64 0
   %1861 = shufflevector <16 x float> %1860, <16 x float> poison, <16 x i32> zeroinitializer
   %1862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1861, <16 x float> %1820)
-  %indvars.iv.next934.3.i = add nuw nsw i64 %indvars.iv933.3.i, 1
-  %exitcond937.3.not.i = icmp eq i64 %indvars.iv.next934.3.i, 16
-  br i1 %exitcond937.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
+  %indvars.iv.next952.3.i = add nuw nsw i64 %indvars.iv951.3.i, 1
+  %exitcond955.3.not.i = icmp eq i64 %indvars.iv.next952.3.i, 16
+  br i1 %exitcond955.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx1141.i = shl nsw i64 %indvars.iv942.i, 9
-  %1863 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1141.i
+  %.idx1162.i = shl nsw i64 %indvars.iv960.i, 9
+  %1863 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1162.i
   store <16 x float> %1827, ptr %1863, align 4, !tbaa !5
   %1864 = getelementptr inbounds nuw i8, ptr %1863, i64 64
   store <16 x float> %1832, ptr %1864, align 4, !tbaa !5
@@ -3239,14 +3239,14 @@ for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.prehe
   store <16 x float> %1857, ptr %1869, align 4, !tbaa !5
   %1870 = getelementptr inbounds nuw i8, ptr %1863, i64 448
   store <16 x float> %1862, ptr %1870, align 4, !tbaa !5
-  %indvars.iv.next943.i = add nuw nsw i64 %indvars.iv942.i, 1
-  %exitcond946.not.i = icmp eq i64 %indvars.iv.next943.i, %wide.trip.count945.i
-  br i1 %exitcond946.not.i, label %for_begin_to157.preheader.i, label %for_body_to151.i, !prof !13
+  %indvars.iv.next961.i = add nuw nsw i64 %indvars.iv960.i, 1
+  %exitcond964.not.i = icmp eq i64 %indvars.iv.next961.i, %wide.trip.count963.i
+  br i1 %exitcond964.not.i, label %for_begin_to157.preheader.i, label %for_body_to151.i, !prof !13
 
 for_begin_ti162.preheader.i:                      ; preds = %for_begin_ti162.preheader.i, %for_begin_to157.preheader.i
-  %indvars.iv951.i = phi i64 [ 0, %for_begin_to157.preheader.i ], [ %indvars.iv.next952.i, %for_begin_ti162.preheader.i ]
-  %1871 = shl nsw i64 %indvars.iv951.i, 7
-  %1872 = shl nsw i64 %indvars.iv951.i, 3
+  %indvars.iv969.i = phi i64 [ 0, %for_begin_to157.preheader.i ], [ %indvars.iv.next970.i, %for_begin_ti162.preheader.i ]
+  %1871 = shl nsw i64 %indvars.iv969.i, 7
+  %1872 = shl nsw i64 %indvars.iv969.i, 3
   %1873 = add nsw i64 %1872, %754
   %1874 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1871
   %1875 = load <16 x float>, ptr %1874, align 4, !tbaa !5
@@ -3343,9 +3343,9 @@ for_begin_ti162.preheader.i:                      ; preds = %for_begin_ti162.pre
   %1959 = select <16 x i1> %1958, <16 x float> %1953, <16 x float> splat (float 0xFFF0000000000000)
   %1960 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1950
   store <16 x float> %1959, ptr %1960, align 4, !tbaa !5
-  %indvars.iv.next952.i = add nuw nsw i64 %indvars.iv951.i, 1
-  %exitcond955.not.i = icmp eq i64 %indvars.iv.next952.i, %wide.trip.count945.i
-  br i1 %exitcond955.not.i, label %for_end_to159.i, label %for_begin_ti162.preheader.i, !prof !13
+  %indvars.iv.next970.i = add nuw nsw i64 %indvars.iv969.i, 1
+  %exitcond973.not.i = icmp eq i64 %indvars.iv.next970.i, %wide.trip.count963.i
+  br i1 %exitcond973.not.i, label %for_end_to159.i, label %for_begin_ti162.preheader.i, !prof !13
 
 for_end_to159.i:                                  ; preds = %for_begin_ti162.preheader.i, %if_then146.i
   br i1 %143, label %if_then167.i, label %if_end168.i, !prof !8
@@ -3362,1908 +3362,1919 @@ for_body_r170.lr.ph.i:                            ; preds = %if_then167.i
   br i1 %1963, label %for_body_r170.us.preheader.i, label %if_end168.i, !prof !3
 
 for_body_r170.us.preheader.i:                     ; preds = %for_body_r170.lr.ph.i
-  %1966 = add i32 %indvars.iv238, %1469
-  %smin240 = tail call i32 @llvm.smin.i32(i32 %indvars.iv236, i32 %1966)
-  %smin241 = tail call i32 @llvm.smin.i32(i32 %smin240, i32 128)
-  %1967 = sub i32 %smin241, %smax242
+  %1966 = add i32 %indvars.iv244, %1469
+  %smin246 = tail call i32 @llvm.smin.i32(i32 %indvars.iv242, i32 %1966)
+  %smin247 = tail call i32 @llvm.smin.i32(i32 %smin246, i32 128)
+  %1967 = sub i32 %smin247, %smax248
   %1968 = zext i32 %1967 to i64
-  %1969 = sub i32 %valid_len149.i, %smax443
+  %1969 = sub i32 %valid_len149.i, %smax455
   %1970 = zext i32 %1969 to i64
   %1971 = add nsw i64 %1970, -1
-  %1972 = sub i32 %valid_len149.i, %smax454
+  %1972 = sub i32 %valid_len149.i, %smax466
   %1973 = zext i32 %1972 to i64
-  %scevgep456 = getelementptr i8, ptr %scevgep455, i64 %1973
-  %scevgep458 = getelementptr i8, ptr %scaled.i, i64 %731
-  %scevgep459 = getelementptr i8, ptr %scaled.i, i64 -60
-  %scevgep460 = getelementptr i8, ptr %scevgep459, i64 %731
+  %scevgep468 = getelementptr i8, ptr %scevgep467, i64 %1973
+  %scevgep470 = getelementptr i8, ptr %scaled.i, i64 %731
+  %scevgep471 = getelementptr i8, ptr %scaled.i, i64 -60
+  %scevgep472 = getelementptr i8, ptr %scevgep471, i64 %731
   %1974 = shl nuw nsw i64 %1973, 6
-  %1975 = sub i32 %valid_len149.i, %smax467
+  %1975 = sub i32 %valid_len149.i, %smax479
   %1976 = zext i32 %1975 to i64
-  %min.iters.check469 = icmp ult i32 %1975, 24
+  %min.iters.check481 = icmp ult i32 %1975, 24
   %1977 = trunc i64 %1971 to i32
-  %mul.result445 = shl i32 %1977, 4
+  %mul.result457 = shl i32 %1977, 4
   %1978 = icmp ugt i64 %1971, 268435455
-  %mul.result449 = shl nsw i64 %1971, 6
-  %smax461 = tail call i32 @llvm.smax.i32(i32 %1961, i32 1)
-  %1979 = add nsw i32 %smax461, -1
+  %mul.result461 = shl nsw i64 %1971, 6
+  %smax473 = tail call i32 @llvm.smax.i32(i32 %1961, i32 1)
+  %1979 = add nsw i32 %smax473, -1
   %1980 = zext nneg i32 %1979 to i64
   %1981 = shl nuw nsw i64 %1980, 2
-  %1982 = getelementptr i8, ptr %scevgep460, i64 %1974
-  %scevgep462 = getelementptr i8, ptr %1982, i64 %1981
-  %n.vec472 = and i64 %1976, 4294967288
-  %cmp.n485 = icmp eq i64 %n.vec472, %1976
+  %1982 = getelementptr i8, ptr %scevgep472, i64 %1974
+  %scevgep474 = getelementptr i8, ptr %1982, i64 %1981
+  %n.vec484 = and i64 %1976, 4294967288
+  %cmp.n497 = icmp eq i64 %n.vec484, %1976
   %xtraiter = and i64 %1976, 3
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
   br label %for_body_r170.us.i
 
 for_body_r170.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r170.us.preheader.i
   %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r170.us.preheader.i ]
-  %r173732.us.i = phi i32 [ %2047, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r170.us.preheader.i ]
-  %1983 = lshr i32 %r173732.us.i, 2
+  %r173731.us.i = phi i32 [ %2047, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r170.us.preheader.i ]
+  %1983 = lshr i32 %r173731.us.i, 2
   %1984 = zext nneg i32 %1983 to i64
   %1985 = add nuw nsw i64 %1965, %1984
   %1986 = mul nsw i64 %1985, %448
   %1987 = getelementptr i8, ptr %797, i64 %1986
-  br i1 %min.iters.check469, label %for_body_c.us.i.preheader, label %vector.scevcheck441, !prof !16
+  br i1 %min.iters.check481, label %for_body_c.us.i.preheader, label %vector.scevcheck453, !prof !16
 
-vector.scevcheck441:                              ; preds = %for_body_r170.us.i
+vector.scevcheck453:                              ; preds = %for_body_r170.us.i
   %1988 = add i64 %indvar, %736
   %1989 = shl i64 %1988, 2
-  %scevgep447 = getelementptr i8, ptr %scaled.i, i64 %1989
-  %1990 = add i32 %735, %r173732.us.i
-  %1991 = add i32 %1990, %mul.result445
+  %scevgep459 = getelementptr i8, ptr %scaled.i, i64 %1989
+  %1990 = add i32 %735, %r173731.us.i
+  %1991 = add i32 %1990, %mul.result457
   %1992 = icmp slt i32 %1991, %1990
   %1993 = or i1 %1992, %1978
-  %1994 = getelementptr i8, ptr %scevgep447, i64 %mul.result449
-  %1995 = icmp ult ptr %1994, %scevgep447
+  %1994 = getelementptr i8, ptr %scevgep459, i64 %mul.result461
+  %1995 = icmp ult ptr %1994, %scevgep459
   %1996 = or i1 %1995, %1993
-  br i1 %1996, label %for_body_c.us.i.preheader, label %vector.memcheck451, !prof !16
+  br i1 %1996, label %for_body_c.us.i.preheader, label %vector.memcheck463, !prof !16
 
-vector.memcheck451:                               ; preds = %vector.scevcheck441
-  %scevgep457 = getelementptr i8, ptr %scevgep456, i64 %1986
-  %bound0463 = icmp ult ptr %1987, %scevgep462
-  %bound1464 = icmp ult ptr %scevgep458, %scevgep457
-  %found.conflict465 = and i1 %bound0463, %bound1464
-  br i1 %found.conflict465, label %for_body_c.us.i.preheader, label %vector.ph470, !prof !16
+vector.memcheck463:                               ; preds = %vector.scevcheck453
+  %scevgep469 = getelementptr i8, ptr %scevgep468, i64 %1986
+  %bound0475 = icmp ult ptr %1987, %scevgep474
+  %bound1476 = icmp ult ptr %scevgep470, %scevgep469
+  %found.conflict477 = and i1 %bound0475, %bound1476
+  br i1 %found.conflict477, label %for_body_c.us.i.preheader, label %vector.ph482, !prof !16
 
-vector.ph470:                                     ; preds = %vector.memcheck451
-  %broadcast.splatinsert473 = insertelement <8 x i32> poison, i32 %r173732.us.i, i64 0
-  %broadcast.splat474 = shufflevector <8 x i32> %broadcast.splatinsert473, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body477
+vector.ph482:                                     ; preds = %vector.memcheck463
+  %broadcast.splatinsert485 = insertelement <8 x i32> poison, i32 %r173731.us.i, i64 0
+  %broadcast.splat486 = shufflevector <8 x i32> %broadcast.splatinsert485, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body489
 
-vector.body477:                                   ; preds = %vector.body477, %vector.ph470
-  %index478 = phi i64 [ 0, %vector.ph470 ], [ %index.next482, %vector.body477 ]
-  %vec.ind479 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph470 ], [ %vec.ind.next483, %vector.body477 ]
-  %1997 = getelementptr i8, ptr %1987, i64 %index478
-  %wide.load480 = load <8 x i8>, ptr %1997, align 1, !tbaa !5, !alias.scope !47, !noalias !50
-  %1998 = icmp ne <8 x i8> %wide.load480, zeroinitializer
-  %1999 = add <8 x i32> %broadcast.splat476, %vec.ind479
+vector.body489:                                   ; preds = %vector.body489, %vector.ph482
+  %index490 = phi i64 [ 0, %vector.ph482 ], [ %index.next494, %vector.body489 ]
+  %vec.ind491 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph482 ], [ %vec.ind.next495, %vector.body489 ]
+  %1997 = getelementptr i8, ptr %1987, i64 %index490
+  %wide.load492 = load <8 x i8>, ptr %1997, align 1, !tbaa !5, !alias.scope !47, !noalias !50
+  %1998 = icmp ne <8 x i8> %wide.load492, zeroinitializer
+  %1999 = add <8 x i32> %broadcast.splat488, %vec.ind491
   %2000 = shl <8 x i32> %1999, splat (i32 4)
-  %2001 = add nsw <8 x i32> %2000, %broadcast.splat474
+  %2001 = add nsw <8 x i32> %2000, %broadcast.splat486
   %2002 = sext <8 x i32> %2001 to <8 x i64>
   %2003 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2002
-  %wide.masked.gather481 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2003, <8 x i1> %1998, <8 x float> poison), !tbaa !5, !alias.scope !50
-  %predphi = select <8 x i1> %1998, <8 x float> %wide.masked.gather481, <8 x float> splat (float 0xFFF0000000000000)
+  %wide.masked.gather493 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2003, <8 x i1> %1998, <8 x float> poison), !tbaa !5, !alias.scope !50
+  %predphi = select <8 x i1> %1998, <8 x float> %wide.masked.gather493, <8 x float> splat (float 0xFFF0000000000000)
   tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2003, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !50
-  %index.next482 = add nuw i64 %index478, 8
-  %vec.ind.next483 = add <8 x i32> %vec.ind479, splat (i32 8)
-  %2004 = icmp eq i64 %index.next482, %n.vec472
-  br i1 %2004, label %middle.block484, label %vector.body477, !prof !52, !llvm.loop !53
+  %index.next494 = add nuw i64 %index490, 8
+  %vec.ind.next495 = add <8 x i32> %vec.ind491, splat (i32 8)
+  %2004 = icmp eq i64 %index.next494, %n.vec484
+  br i1 %2004, label %middle.block496, label %vector.body489, !prof !52, !llvm.loop !53
 
-middle.block484:                                  ; preds = %vector.body477
-  br i1 %cmp.n485, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
+middle.block496:                                  ; preds = %vector.body489
+  br i1 %cmp.n497, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
 
-for_body_c.us.i.preheader:                        ; preds = %middle.block484, %vector.memcheck451, %vector.scevcheck441, %for_body_r170.us.i
-  %indvars.iv956.i.ph = phi i64 [ 0, %vector.memcheck451 ], [ 0, %vector.scevcheck441 ], [ 0, %for_body_r170.us.i ], [ %n.vec472, %middle.block484 ]
+for_body_c.us.i.preheader:                        ; preds = %middle.block496, %vector.memcheck463, %vector.scevcheck453, %for_body_r170.us.i
+  %indvars.iv974.i.ph = phi i64 [ 0, %vector.memcheck463 ], [ 0, %vector.scevcheck453 ], [ 0, %for_body_r170.us.i ], [ %n.vec484, %middle.block496 ]
   br i1 %lcmp.mod.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
 
 for_body_c.us.i.prol:                             ; preds = %if_end176.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv956.i.prol = phi i64 [ %indvars.iv.next957.i.prol, %if_end176.us.i.prol ], [ %indvars.iv956.i.ph, %for_body_c.us.i.preheader ]
+  %indvars.iv974.i.prol = phi i64 [ %indvars.iv.next975.i.prol, %if_end176.us.i.prol ], [ %indvars.iv974.i.ph, %for_body_c.us.i.preheader ]
   %prol.iter = phi i64 [ %prol.iter.next, %if_end176.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %2005 = getelementptr i8, ptr %1987, i64 %indvars.iv956.i.prol
+  %2005 = getelementptr i8, ptr %1987, i64 %indvars.iv974.i.prol
   %2006 = load i8, ptr %2005, align 1, !tbaa !5
   %2007 = icmp eq i8 %2006, 0
-  %2008 = trunc i64 %indvars.iv956.i.prol to i32
-  %.pre1102.i.prol = add i32 %791, %2008
-  %.pre1104.i.prol = shl i32 %.pre1102.i.prol, 4
-  %.pre1106.i.prol = add nsw i32 %.pre1104.i.prol, %r173732.us.i
-  %.pre1108.i.prol = sext i32 %.pre1106.i.prol to i64
+  %2008 = trunc i64 %indvars.iv974.i.prol to i32
+  %.pre1123.i.prol = add i32 %791, %2008
+  %.pre1125.i.prol = shl i32 %.pre1123.i.prol, 4
+  %.pre1127.i.prol = add nsw i32 %.pre1125.i.prol, %r173731.us.i
+  %.pre1129.i.prol = sext i32 %.pre1127.i.prol to i64
   br i1 %2007, label %if_end176.us.i.prol, label %if_else175.us.i.prol
 
 if_else175.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %2009 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.prol
+  %2009 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.prol
   %2010 = load float, ptr %2009, align 4, !tbaa !5
   br label %if_end176.us.i.prol
 
 if_end176.us.i.prol:                              ; preds = %if_else175.us.i.prol, %for_body_c.us.i.prol
   %2011 = phi float [ %2010, %if_else175.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %2012 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.prol
+  %2012 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.prol
   store float %2011, ptr %2012, align 4, !tbaa !5
-  %indvars.iv.next957.i.prol = add nuw nsw i64 %indvars.iv956.i.prol, 1
+  %indvars.iv.next975.i.prol = add nuw nsw i64 %indvars.iv974.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
   br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !56, !llvm.loop !57
 
 for_body_c.us.i.prol.loopexit:                    ; preds = %if_end176.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv956.i.unr = phi i64 [ %indvars.iv956.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next957.i.prol, %if_end176.us.i.prol ]
-  %2013 = sub nsw i64 %indvars.iv956.i.ph, %1976
+  %indvars.iv974.i.unr = phi i64 [ %indvars.iv974.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next975.i.prol, %if_end176.us.i.prol ]
+  %2013 = sub nsw i64 %indvars.iv974.i.ph, %1976
   %2014 = icmp ugt i64 %2013, -4
   br i1 %2014, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
 
 for_body_c.us.i:                                  ; preds = %if_end176.us.i.3, %for_body_c.us.i.prol.loopexit
-  %indvars.iv956.i = phi i64 [ %indvars.iv.next957.i.3, %if_end176.us.i.3 ], [ %indvars.iv956.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %2015 = getelementptr i8, ptr %1987, i64 %indvars.iv956.i
+  %indvars.iv974.i = phi i64 [ %indvars.iv.next975.i.3, %if_end176.us.i.3 ], [ %indvars.iv974.i.unr, %for_body_c.us.i.prol.loopexit ]
+  %2015 = getelementptr i8, ptr %1987, i64 %indvars.iv974.i
   %2016 = load i8, ptr %2015, align 1, !tbaa !5
   %2017 = icmp eq i8 %2016, 0
-  %2018 = trunc i64 %indvars.iv956.i to i32
-  %.pre1102.i = add i32 %791, %2018
-  %.pre1104.i = shl i32 %.pre1102.i, 4
-  %.pre1106.i = add nsw i32 %.pre1104.i, %r173732.us.i
-  %.pre1108.i = sext i32 %.pre1106.i to i64
+  %2018 = trunc i64 %indvars.iv974.i to i32
+  %.pre1123.i = add i32 %791, %2018
+  %.pre1125.i = shl i32 %.pre1123.i, 4
+  %.pre1127.i = add nsw i32 %.pre1125.i, %r173731.us.i
+  %.pre1129.i = sext i32 %.pre1127.i to i64
   br i1 %2017, label %if_end176.us.i, label %if_else175.us.i
 
 if_else175.us.i:                                  ; preds = %for_body_c.us.i
-  %2019 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i
+  %2019 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i
   %2020 = load float, ptr %2019, align 4, !tbaa !5
   br label %if_end176.us.i
 
 if_end176.us.i:                                   ; preds = %if_else175.us.i, %for_body_c.us.i
   %2021 = phi float [ %2020, %if_else175.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %2022 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i
+  %2022 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i
   store float %2021, ptr %2022, align 4, !tbaa !5
-  %indvars.iv.next957.i = add nuw nsw i64 %indvars.iv956.i, 1
-  %2023 = getelementptr i8, ptr %1987, i64 %indvars.iv.next957.i
+  %indvars.iv.next975.i = add nuw nsw i64 %indvars.iv974.i, 1
+  %2023 = getelementptr i8, ptr %1987, i64 %indvars.iv.next975.i
   %2024 = load i8, ptr %2023, align 1, !tbaa !5
   %2025 = icmp eq i8 %2024, 0
-  %2026 = trunc i64 %indvars.iv.next957.i to i32
-  %.pre1102.i.1 = add i32 %791, %2026
-  %.pre1104.i.1 = shl i32 %.pre1102.i.1, 4
-  %.pre1106.i.1 = add nsw i32 %.pre1104.i.1, %r173732.us.i
-  %.pre1108.i.1 = sext i32 %.pre1106.i.1 to i64
+  %2026 = trunc i64 %indvars.iv.next975.i to i32
+  %.pre1123.i.1 = add i32 %791, %2026
+  %.pre1125.i.1 = shl i32 %.pre1123.i.1, 4
+  %.pre1127.i.1 = add nsw i32 %.pre1125.i.1, %r173731.us.i
+  %.pre1129.i.1 = sext i32 %.pre1127.i.1 to i64
   br i1 %2025, label %if_end176.us.i.1, label %if_else175.us.i.1
 
 if_else175.us.i.1:                                ; preds = %if_end176.us.i
-  %2027 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.1
+  %2027 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.1
   %2028 = load float, ptr %2027, align 4, !tbaa !5
   br label %if_end176.us.i.1
 
 if_end176.us.i.1:                                 ; preds = %if_else175.us.i.1, %if_end176.us.i
   %2029 = phi float [ %2028, %if_else175.us.i.1 ], [ 0xFFF0000000000000, %if_end176.us.i ]
-  %2030 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.1
+  %2030 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.1
   store float %2029, ptr %2030, align 4, !tbaa !5
-  %indvars.iv.next957.i.1 = add nuw nsw i64 %indvars.iv956.i, 2
-  %2031 = getelementptr i8, ptr %1987, i64 %indvars.iv.next957.i.1
+  %indvars.iv.next975.i.1 = add nuw nsw i64 %indvars.iv974.i, 2
+  %2031 = getelementptr i8, ptr %1987, i64 %indvars.iv.next975.i.1
   %2032 = load i8, ptr %2031, align 1, !tbaa !5
   %2033 = icmp eq i8 %2032, 0
-  %2034 = trunc i64 %indvars.iv.next957.i.1 to i32
-  %.pre1102.i.2 = add i32 %791, %2034
-  %.pre1104.i.2 = shl i32 %.pre1102.i.2, 4
-  %.pre1106.i.2 = add nsw i32 %.pre1104.i.2, %r173732.us.i
-  %.pre1108.i.2 = sext i32 %.pre1106.i.2 to i64
+  %2034 = trunc i64 %indvars.iv.next975.i.1 to i32
+  %.pre1123.i.2 = add i32 %791, %2034
+  %.pre1125.i.2 = shl i32 %.pre1123.i.2, 4
+  %.pre1127.i.2 = add nsw i32 %.pre1125.i.2, %r173731.us.i
+  %.pre1129.i.2 = sext i32 %.pre1127.i.2 to i64
   br i1 %2033, label %if_end176.us.i.2, label %if_else175.us.i.2
 
 if_else175.us.i.2:                                ; preds = %if_end176.us.i.1
-  %2035 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.2
+  %2035 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.2
   %2036 = load float, ptr %2035, align 4, !tbaa !5
   br label %if_end176.us.i.2
 
 if_end176.us.i.2:                                 ; preds = %if_else175.us.i.2, %if_end176.us.i.1
   %2037 = phi float [ %2036, %if_else175.us.i.2 ], [ 0xFFF0000000000000, %if_end176.us.i.1 ]
-  %2038 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.2
+  %2038 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.2
   store float %2037, ptr %2038, align 4, !tbaa !5
-  %indvars.iv.next957.i.2 = add nuw nsw i64 %indvars.iv956.i, 3
-  %2039 = getelementptr i8, ptr %1987, i64 %indvars.iv.next957.i.2
+  %indvars.iv.next975.i.2 = add nuw nsw i64 %indvars.iv974.i, 3
+  %2039 = getelementptr i8, ptr %1987, i64 %indvars.iv.next975.i.2
   %2040 = load i8, ptr %2039, align 1, !tbaa !5
   %2041 = icmp eq i8 %2040, 0
-  %2042 = trunc i64 %indvars.iv.next957.i.2 to i32
-  %.pre1102.i.3 = add i32 %791, %2042
-  %.pre1104.i.3 = shl i32 %.pre1102.i.3, 4
-  %.pre1106.i.3 = add nsw i32 %.pre1104.i.3, %r173732.us.i
-  %.pre1108.i.3 = sext i32 %.pre1106.i.3 to i64
+  %2042 = trunc i64 %indvars.iv.next975.i.2 to i32
+  %.pre1123.i.3 = add i32 %791, %2042
+  %.pre1125.i.3 = shl i32 %.pre1123.i.3, 4
+  %.pre1127.i.3 = add nsw i32 %.pre1125.i.3, %r173731.us.i
+  %.pre1129.i.3 = sext i32 %.pre1127.i.3 to i64
   br i1 %2041, label %if_end176.us.i.3, label %if_else175.us.i.3
 
 if_else175.us.i.3:                                ; preds = %if_end176.us.i.2
-  %2043 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.3
+  %2043 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.3
   %2044 = load float, ptr %2043, align 4, !tbaa !5
   br label %if_end176.us.i.3
 
 if_end176.us.i.3:                                 ; preds = %if_else175.us.i.3, %if_end176.us.i.2
   %2045 = phi float [ %2044, %if_else175.us.i.3 ], [ 0xFFF0000000000000, %if_end176.us.i.2 ]
-  %2046 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1108.i.3
+  %2046 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.3
   store float %2045, ptr %2046, align 4, !tbaa !5
-  %indvars.iv.next957.i.3 = add nuw nsw i64 %indvars.iv956.i, 4
-  %exitcond.not.3 = icmp eq i64 %indvars.iv.next957.i.3, %1968
+  %indvars.iv.next975.i.3 = add nuw nsw i64 %indvars.iv974.i, 4
+  %exitcond.not.3 = icmp eq i64 %indvars.iv.next975.i.3, %1968
   br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !59, !llvm.loop !60
 
-for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end176.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block484
-  %2047 = add nuw nsw i32 %r173732.us.i, 1
+for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end176.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block496
+  %2047 = add nuw nsw i32 %r173731.us.i, 1
   %2048 = icmp slt i32 %2047, %1961
   %indvar.next = add i64 %indvar, 1
   br i1 %2048, label %for_body_r170.us.i, label %if_end168.i, !prof !61
 
 if_end168.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r170.lr.ph.i, %if_then167.i, %for_end_to159.i
-  br i1 %1479, label %for_begin_ti182.preheader.preheader.i, label %for_end_to179.i, !prof !3
+  br i1 %1479, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1.preheader.i, !prof !3
 
-for_begin_ti182.preheader.preheader.i:            ; preds = %if_end168.i
-  %wide.trip.count966.i = zext nneg i32 %1478 to i64
-  br label %for_begin_ti182.preheader.i
+for_begin_ti_0.preheader.preheader.i:             ; preds = %if_end168.i
+  %wide.trip.count983.i = zext nneg i32 %1478 to i64
+  br label %for_begin_ti_0.preheader.i
 
-for_begin_ti182.preheader.i:                      ; preds = %for_begin_ti182.preheader.i, %for_begin_ti182.preheader.preheader.i
-  %indvars.iv963.i = phi i64 [ 0, %for_begin_ti182.preheader.preheader.i ], [ %indvars.iv.next964.i, %for_begin_ti182.preheader.i ]
-  %peak525.sroa.0.0735.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti182.preheader.preheader.i ], [ %2080, %for_begin_ti182.preheader.i ]
-  %.idx86 = shl nsw i64 %indvars.iv963.i, 9
-  %2049 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx86
-  %2050 = load <16 x float>, ptr %2049, align 4, !tbaa !5
-  %2051 = fcmp ogt <16 x float> %peak525.sroa.0.0735.i, %2050
-  %2052 = select <16 x i1> %2051, <16 x float> %peak525.sroa.0.0735.i, <16 x float> %2050
-  %2053 = getelementptr inbounds nuw i8, ptr %2049, i64 64
-  %2054 = load <16 x float>, ptr %2053, align 4, !tbaa !5
-  %2055 = fcmp ogt <16 x float> %2052, %2054
-  %2056 = select <16 x i1> %2055, <16 x float> %2052, <16 x float> %2054
-  %2057 = getelementptr inbounds nuw i8, ptr %2049, i64 128
-  %2058 = load <16 x float>, ptr %2057, align 4, !tbaa !5
-  %2059 = fcmp ogt <16 x float> %2056, %2058
-  %2060 = select <16 x i1> %2059, <16 x float> %2056, <16 x float> %2058
-  %2061 = getelementptr inbounds nuw i8, ptr %2049, i64 192
-  %2062 = load <16 x float>, ptr %2061, align 4, !tbaa !5
-  %2063 = fcmp ogt <16 x float> %2060, %2062
-  %2064 = select <16 x i1> %2063, <16 x float> %2060, <16 x float> %2062
-  %2065 = getelementptr inbounds nuw i8, ptr %2049, i64 256
+for_begin_ti_1.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %if_end168.i
+  %.lcssa735742.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end168.i ], [ %2096, %for_begin_ti_0.preheader.i ]
+  %.lcssa734740.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end168.i ], [ %2092, %for_begin_ti_0.preheader.i ]
+  %.lcssa733738.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end168.i ], [ %2088, %for_begin_ti_0.preheader.i ]
+  %.lcssa732737.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end168.i ], [ %2084, %for_begin_ti_0.preheader.i ]
+  %2049 = fcmp olt <16 x float> %.lcssa732737.lcssa.i, splat (float 0xC7EFFFFFE0000000)
+  %2050 = select <16 x i1> %2049, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.lcssa732737.lcssa.i
+  %2051 = fcmp ogt <16 x float> %2050, %.lcssa733738.lcssa.i
+  %2052 = select <16 x i1> %2051, <16 x float> %2050, <16 x float> %.lcssa733738.lcssa.i
+  %2053 = fcmp ogt <16 x float> %2052, %.lcssa734740.lcssa.i
+  %2054 = select <16 x i1> %2053, <16 x float> %2052, <16 x float> %.lcssa734740.lcssa.i
+  %2055 = fcmp ogt <16 x float> %2054, %.lcssa735742.lcssa.i
+  %2056 = select <16 x i1> %2055, <16 x float> %2054, <16 x float> %.lcssa735742.lcssa.i
+  %2057 = icmp sgt i32 %valid_len149.i, 0
+  %2058 = insertelement <16 x i1> poison, i1 %2057, i64 0
+  %2059 = shufflevector <16 x i1> %2058, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2060 = select <16 x i1> %2059, <16 x float> %2056, <16 x float> splat (float 0xC6293E5940000000)
+  br i1 %1479, label %for_begin_ti187.preheader.lr.ph.i, label %for_end_to184.i, !prof !3
+
+for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_begin_ti_0.preheader.preheader.i
+  %indvars.iv980.i = phi i64 [ 0, %for_begin_ti_0.preheader.preheader.i ], [ %indvars.iv.next981.i, %for_begin_ti_0.preheader.i ]
+  %2061 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2084, %for_begin_ti_0.preheader.i ]
+  %2062 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2088, %for_begin_ti_0.preheader.i ]
+  %2063 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2092, %for_begin_ti_0.preheader.i ]
+  %2064 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2096, %for_begin_ti_0.preheader.i ]
+  %.idx86 = shl nsw i64 %indvars.iv980.i, 9
+  %2065 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx86
   %2066 = load <16 x float>, ptr %2065, align 4, !tbaa !5
-  %2067 = fcmp ogt <16 x float> %2064, %2066
-  %2068 = select <16 x i1> %2067, <16 x float> %2064, <16 x float> %2066
-  %2069 = getelementptr inbounds nuw i8, ptr %2049, i64 320
+  %2067 = fcmp ogt <16 x float> %2061, %2066
+  %2068 = select <16 x i1> %2067, <16 x float> %2061, <16 x float> %2066
+  %2069 = getelementptr inbounds nuw i8, ptr %2065, i64 64
   %2070 = load <16 x float>, ptr %2069, align 4, !tbaa !5
-  %2071 = fcmp ogt <16 x float> %2068, %2070
-  %2072 = select <16 x i1> %2071, <16 x float> %2068, <16 x float> %2070
-  %2073 = getelementptr inbounds nuw i8, ptr %2049, i64 384
+  %2071 = fcmp ogt <16 x float> %2062, %2070
+  %2072 = select <16 x i1> %2071, <16 x float> %2062, <16 x float> %2070
+  %2073 = getelementptr inbounds nuw i8, ptr %2065, i64 128
   %2074 = load <16 x float>, ptr %2073, align 4, !tbaa !5
-  %2075 = fcmp ogt <16 x float> %2072, %2074
-  %2076 = select <16 x i1> %2075, <16 x float> %2072, <16 x float> %2074
-  %2077 = getelementptr inbounds nuw i8, ptr %2049, i64 448
+  %2075 = fcmp ogt <16 x float> %2063, %2074
+  %2076 = select <16 x i1> %2075, <16 x float> %2063, <16 x float> %2074
+  %2077 = getelementptr inbounds nuw i8, ptr %2065, i64 192
   %2078 = load <16 x float>, ptr %2077, align 4, !tbaa !5
-  %2079 = fcmp ogt <16 x float> %2076, %2078
-  %2080 = select <16 x i1> %2079, <16 x float> %2076, <16 x float> %2078
-  %indvars.iv.next964.i = add nuw nsw i64 %indvars.iv963.i, 1
-  %exitcond967.not.i = icmp eq i64 %indvars.iv.next964.i, %wide.trip.count966.i
-  br i1 %exitcond967.not.i, label %for_begin_ti192.preheader.lr.ph.i, label %for_begin_ti182.preheader.i, !prof !13
+  %2079 = fcmp ogt <16 x float> %2064, %2078
+  %2080 = select <16 x i1> %2079, <16 x float> %2064, <16 x float> %2078
+  %2081 = getelementptr inbounds nuw i8, ptr %2065, i64 256
+  %2082 = load <16 x float>, ptr %2081, align 4, !tbaa !5
+  %2083 = fcmp ogt <16 x float> %2068, %2082
+  %2084 = select <16 x i1> %2083, <16 x float> %2068, <16 x float> %2082
+  %2085 = getelementptr inbounds nuw i8, ptr %2065, i64 320
+  %2086 = load <16 x float>, ptr %2085, align 4, !tbaa !5
+  %2087 = fcmp ogt <16 x float> %2072, %2086
+  %2088 = select <16 x i1> %2087, <16 x float> %2072, <16 x float> %2086
+  %2089 = getelementptr inbounds nuw i8, ptr %2065, i64 384
+  %2090 = load <16 x float>, ptr %2089, align 4, !tbaa !5
+  %2091 = fcmp ogt <16 x float> %2076, %2090
+  %2092 = select <16 x i1> %2091, <16 x float> %2076, <16 x float> %2090
+  %2093 = getelementptr inbounds nuw i8, ptr %2065, i64 448
+  %2094 = load <16 x float>, ptr %2093, align 4, !tbaa !5
+  %2095 = fcmp ogt <16 x float> %2080, %2094
+  %2096 = select <16 x i1> %2095, <16 x float> %2080, <16 x float> %2094
+  %indvars.iv.next981.i = add nuw nsw i64 %indvars.iv980.i, 1
+  %exitcond984.not.i = icmp eq i64 %indvars.iv.next981.i, %wide.trip.count983.i
+  br i1 %exitcond984.not.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti_0.preheader.i, !prof !13
 
-for_end_to179.i:                                  ; preds = %if_end168.i
-  %2081 = icmp sgt i32 %valid_len149.i, 0
-  %2082 = insertelement <16 x i1> poison, i1 %2081, i64 0
-  %2083 = shufflevector <16 x i1> %2082, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2084 = select <16 x i1> %2083, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  br label %for_end_to189.i
+for_begin_ti187.preheader.lr.ph.i:                ; preds = %for_begin_ti_1.preheader.i
+  %2097 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1161.i
+  %2098 = load <16 x i32>, ptr %2097, align 4, !tbaa !5
+  %2099 = sitofp <16 x i32> %2098 to <16 x float>
+  %2100 = fsub <16 x float> splat (float 0x4168000FE0000000), %2099
+  %2101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2099, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %wide.trip.count1000.i = zext nneg i32 %1478 to i64
+  br label %for_begin_ti187.preheader.i
 
-for_begin_ti192.preheader.lr.ph.i:                ; preds = %for_begin_ti182.preheader.i
-  %2085 = icmp sgt i32 %valid_len149.i, 0
-  %2086 = insertelement <16 x i1> poison, i1 %2085, i64 0
-  %2087 = shufflevector <16 x i1> %2086, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2088 = select <16 x i1> %2087, <16 x float> %2080, <16 x float> splat (float 0xC6293E5940000000)
-  %2089 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1140.i
-  %2090 = load <16 x i32>, ptr %2089, align 4, !tbaa !5
-  %2091 = sitofp <16 x i32> %2090 to <16 x float>
-  %2092 = fsub <16 x float> splat (float 0x4168000FE0000000), %2091
-  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  br label %for_begin_ti192.preheader.i
+for_begin_ti187.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti187.preheader.lr.ph.i
+  %indvars.iv997.i = phi i64 [ 0, %for_begin_ti187.preheader.lr.ph.i ], [ %indvars.iv.next998.i, %for_end_ax0.i ]
+  %tile_sum525.sroa.0.0753.i = phi <16 x float> [ zeroinitializer, %for_begin_ti187.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2102 = shl nsw i64 %indvars.iv997.i, 7
+  %2103 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2102
+  %2104 = load <16 x float>, ptr %2103, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %2104, %2060
+  %2105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
+  %bits.i = bitcast <16 x float> %2105 to <16 x i32>
+  %n.i = fsub <16 x float> %2105, %2100
+  %2106 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %2107 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
+  %2108 = fsub <16 x float> %arg.i, %2107
+  %2109 = fadd <16 x float> %2106, %2108
+  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2109, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2110, <16 x float> %2109, <16 x float> splat (float 0x3FA5558F20000000))
+  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> %2109, <16 x float> splat (float 0x3FC5554920000000))
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %2109, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2114 = fmul <16 x float> %2109, %2109
+  %2115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2114, <16 x float> %2109)
+  %2116 = shl <16 x i32> %bits.i, splat (i32 23)
+  %2117 = bitcast <16 x i32> %2116 to <16 x float>
+  %2118 = fadd <16 x float> %2115, splat (float 1.000000e+00)
+  %2119 = fmul <16 x float> %2118, %2117
+  %2120 = fcmp olt <16 x float> %arg.i, %2101
+  %2121 = select <16 x i1> %2120, <16 x float> zeroinitializer, <16 x float> %2119
+  %2122 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2102
+  store <16 x float> %2121, ptr %2122, align 4, !tbaa !5
+  %2123 = or disjoint i64 %2102, 16
+  %2124 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2123
+  %2125 = load <16 x float>, ptr %2124, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %2125, %2060
+  %2126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
+  %bits.1.i = bitcast <16 x float> %2126 to <16 x i32>
+  %n.1.i = fsub <16 x float> %2126, %2100
+  %2127 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
+  %2128 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
+  %2129 = fsub <16 x float> %arg.1.i, %2128
+  %2130 = fadd <16 x float> %2127, %2129
+  %2131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2130, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2131, <16 x float> %2130, <16 x float> splat (float 0x3FA5558F20000000))
+  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2130, <16 x float> splat (float 0x3FC5554920000000))
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2130, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2135 = fmul <16 x float> %2130, %2130
+  %2136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2134, <16 x float> %2135, <16 x float> %2130)
+  %2137 = shl <16 x i32> %bits.1.i, splat (i32 23)
+  %2138 = bitcast <16 x i32> %2137 to <16 x float>
+  %2139 = fadd <16 x float> %2136, splat (float 1.000000e+00)
+  %2140 = fmul <16 x float> %2139, %2138
+  %2141 = fcmp olt <16 x float> %arg.1.i, %2101
+  %2142 = select <16 x i1> %2141, <16 x float> zeroinitializer, <16 x float> %2140
+  %2143 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2123
+  store <16 x float> %2142, ptr %2143, align 4, !tbaa !5
+  %2144 = or disjoint i64 %2102, 32
+  %2145 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2144
+  %2146 = load <16 x float>, ptr %2145, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %2146, %2060
+  %2147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
+  %bits.2.i = bitcast <16 x float> %2147 to <16 x i32>
+  %n.2.i = fsub <16 x float> %2147, %2100
+  %2148 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
+  %2149 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
+  %2150 = fsub <16 x float> %arg.2.i, %2149
+  %2151 = fadd <16 x float> %2148, %2150
+  %2152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2152, <16 x float> %2151, <16 x float> splat (float 0x3FA5558F20000000))
+  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %2151, <16 x float> splat (float 0x3FC5554920000000))
+  %2155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2154, <16 x float> %2151, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2156 = fmul <16 x float> %2151, %2151
+  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2156, <16 x float> %2151)
+  %2158 = shl <16 x i32> %bits.2.i, splat (i32 23)
+  %2159 = bitcast <16 x i32> %2158 to <16 x float>
+  %2160 = fadd <16 x float> %2157, splat (float 1.000000e+00)
+  %2161 = fmul <16 x float> %2160, %2159
+  %2162 = fcmp olt <16 x float> %arg.2.i, %2101
+  %2163 = select <16 x i1> %2162, <16 x float> zeroinitializer, <16 x float> %2161
+  %2164 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2144
+  store <16 x float> %2163, ptr %2164, align 4, !tbaa !5
+  %2165 = or disjoint i64 %2102, 48
+  %2166 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2165
+  %2167 = load <16 x float>, ptr %2166, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %2167, %2060
+  %2168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
+  %bits.3.i = bitcast <16 x float> %2168 to <16 x i32>
+  %n.3.i = fsub <16 x float> %2168, %2100
+  %2169 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
+  %2170 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
+  %2171 = fsub <16 x float> %arg.3.i, %2170
+  %2172 = fadd <16 x float> %2169, %2171
+  %2173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2172, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2173, <16 x float> %2172, <16 x float> splat (float 0x3FA5558F20000000))
+  %2175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2174, <16 x float> %2172, <16 x float> splat (float 0x3FC5554920000000))
+  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2172, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2177 = fmul <16 x float> %2172, %2172
+  %2178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2176, <16 x float> %2177, <16 x float> %2172)
+  %2179 = shl <16 x i32> %bits.3.i, splat (i32 23)
+  %2180 = bitcast <16 x i32> %2179 to <16 x float>
+  %2181 = fadd <16 x float> %2178, splat (float 1.000000e+00)
+  %2182 = fmul <16 x float> %2181, %2180
+  %2183 = fcmp olt <16 x float> %arg.3.i, %2101
+  %2184 = select <16 x i1> %2183, <16 x float> zeroinitializer, <16 x float> %2182
+  %2185 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2165
+  store <16 x float> %2184, ptr %2185, align 4, !tbaa !5
+  %2186 = or disjoint i64 %2102, 64
+  %2187 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2186
+  %2188 = load <16 x float>, ptr %2187, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %2188, %2060
+  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
+  %bits.4.i = bitcast <16 x float> %2189 to <16 x i32>
+  %n.4.i = fsub <16 x float> %2189, %2100
+  %2190 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
+  %2191 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
+  %2192 = fsub <16 x float> %arg.4.i, %2191
+  %2193 = fadd <16 x float> %2190, %2192
+  %2194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2193, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2194, <16 x float> %2193, <16 x float> splat (float 0x3FA5558F20000000))
+  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> %2193, <16 x float> splat (float 0x3FC5554920000000))
+  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2193, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2198 = fmul <16 x float> %2193, %2193
+  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2198, <16 x float> %2193)
+  %2200 = shl <16 x i32> %bits.4.i, splat (i32 23)
+  %2201 = bitcast <16 x i32> %2200 to <16 x float>
+  %2202 = fadd <16 x float> %2199, splat (float 1.000000e+00)
+  %2203 = fmul <16 x float> %2202, %2201
+  %2204 = fcmp olt <16 x float> %arg.4.i, %2101
+  %2205 = select <16 x i1> %2204, <16 x float> zeroinitializer, <16 x float> %2203
+  %2206 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2186
+  store <16 x float> %2205, ptr %2206, align 4, !tbaa !5
+  %2207 = or disjoint i64 %2102, 80
+  %2208 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2207
+  %2209 = load <16 x float>, ptr %2208, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %2209, %2060
+  %2210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
+  %bits.5.i = bitcast <16 x float> %2210 to <16 x i32>
+  %n.5.i = fsub <16 x float> %2210, %2100
+  %2211 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
+  %2212 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
+  %2213 = fsub <16 x float> %arg.5.i, %2212
+  %2214 = fadd <16 x float> %2211, %2213
+  %2215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2215, <16 x float> %2214, <16 x float> splat (float 0x3FA5558F20000000))
+  %2217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2216, <16 x float> %2214, <16 x float> splat (float 0x3FC5554920000000))
+  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> %2214, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2219 = fmul <16 x float> %2214, %2214
+  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2219, <16 x float> %2214)
+  %2221 = shl <16 x i32> %bits.5.i, splat (i32 23)
+  %2222 = bitcast <16 x i32> %2221 to <16 x float>
+  %2223 = fadd <16 x float> %2220, splat (float 1.000000e+00)
+  %2224 = fmul <16 x float> %2223, %2222
+  %2225 = fcmp olt <16 x float> %arg.5.i, %2101
+  %2226 = select <16 x i1> %2225, <16 x float> zeroinitializer, <16 x float> %2224
+  %2227 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2207
+  store <16 x float> %2226, ptr %2227, align 4, !tbaa !5
+  %2228 = or disjoint i64 %2102, 96
+  %2229 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2228
+  %2230 = load <16 x float>, ptr %2229, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %2230, %2060
+  %2231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
+  %bits.6.i = bitcast <16 x float> %2231 to <16 x i32>
+  %n.6.i = fsub <16 x float> %2231, %2100
+  %2232 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
+  %2233 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
+  %2234 = fsub <16 x float> %arg.6.i, %2233
+  %2235 = fadd <16 x float> %2232, %2234
+  %2236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2235, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2236, <16 x float> %2235, <16 x float> splat (float 0x3FA5558F20000000))
+  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2237, <16 x float> %2235, <16 x float> splat (float 0x3FC5554920000000))
+  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %2235, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2240 = fmul <16 x float> %2235, %2235
+  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2240, <16 x float> %2235)
+  %2242 = shl <16 x i32> %bits.6.i, splat (i32 23)
+  %2243 = bitcast <16 x i32> %2242 to <16 x float>
+  %2244 = fadd <16 x float> %2241, splat (float 1.000000e+00)
+  %2245 = fmul <16 x float> %2244, %2243
+  %2246 = fcmp olt <16 x float> %arg.6.i, %2101
+  %2247 = select <16 x i1> %2246, <16 x float> zeroinitializer, <16 x float> %2245
+  %2248 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2228
+  store <16 x float> %2247, ptr %2248, align 4, !tbaa !5
+  %2249 = or disjoint i64 %2102, 112
+  %2250 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2249
+  %2251 = load <16 x float>, ptr %2250, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %2251, %2060
+  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
+  %bits.7.i = bitcast <16 x float> %2252 to <16 x i32>
+  %n.7.i = fsub <16 x float> %2252, %2100
+  %2253 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
+  %2254 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
+  %2255 = fsub <16 x float> %arg.7.i, %2254
+  %2256 = fadd <16 x float> %2253, %2255
+  %2257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2256, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %2256, <16 x float> splat (float 0x3FA5558F20000000))
+  %2259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2258, <16 x float> %2256, <16 x float> splat (float 0x3FC5554920000000))
+  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2259, <16 x float> %2256, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2261 = fmul <16 x float> %2256, %2256
+  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2261, <16 x float> %2256)
+  %2263 = shl <16 x i32> %bits.7.i, splat (i32 23)
+  %2264 = bitcast <16 x i32> %2263 to <16 x float>
+  %2265 = fadd <16 x float> %2262, splat (float 1.000000e+00)
+  %2266 = fmul <16 x float> %2265, %2264
+  %2267 = fcmp olt <16 x float> %arg.7.i, %2101
+  %2268 = select <16 x i1> %2267, <16 x float> zeroinitializer, <16 x float> %2266
+  %2269 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2249
+  store <16 x float> %2268, ptr %2269, align 4, !tbaa !5
+  %2270 = icmp samesign ult i64 %indvars.iv997.i, 16
+  br i1 %2270, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
 
-for_begin_ti192.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti192.preheader.lr.ph.i
-  %indvars.iv976.i = phi i64 [ 0, %for_begin_ti192.preheader.lr.ph.i ], [ %indvars.iv.next977.i, %for_end_ax0.i ]
-  %tile_sum529.sroa.0.0741.i = phi <16 x float> [ zeroinitializer, %for_begin_ti192.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2094 = shl nsw i64 %indvars.iv976.i, 7
-  %2095 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2094
-  %2096 = load <16 x float>, ptr %2095, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %2096, %2088
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
-  %bits.i = bitcast <16 x float> %2097 to <16 x i32>
-  %n.i = fsub <16 x float> %2097, %2092
-  %2098 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
-  %2099 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
-  %2100 = fsub <16 x float> %arg.i, %2099
-  %2101 = fadd <16 x float> %2098, %2100
-  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2102, <16 x float> %2101, <16 x float> splat (float 0x3FA5558F20000000))
-  %2104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2101, <16 x float> splat (float 0x3FC5554920000000))
-  %2105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2104, <16 x float> %2101, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2106 = fmul <16 x float> %2101, %2101
-  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %2106, <16 x float> %2101)
-  %2108 = shl <16 x i32> %bits.i, splat (i32 23)
-  %2109 = bitcast <16 x i32> %2108 to <16 x float>
-  %2110 = fadd <16 x float> %2107, splat (float 1.000000e+00)
-  %2111 = fmul <16 x float> %2110, %2109
-  %2112 = fcmp olt <16 x float> %arg.i, %2093
-  %2113 = select <16 x i1> %2112, <16 x float> zeroinitializer, <16 x float> %2111
-  %2114 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2094
-  store <16 x float> %2113, ptr %2114, align 4, !tbaa !5
-  %2115 = or disjoint i64 %2094, 16
-  %2116 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2115
-  %2117 = load <16 x float>, ptr %2116, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %2117, %2088
-  %2118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
-  %bits.1.i = bitcast <16 x float> %2118 to <16 x i32>
-  %n.1.i = fsub <16 x float> %2118, %2092
-  %2119 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
-  %2120 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
-  %2121 = fsub <16 x float> %arg.1.i, %2120
-  %2122 = fadd <16 x float> %2119, %2121
-  %2123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2122, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2122, <16 x float> splat (float 0x3FA5558F20000000))
-  %2125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2124, <16 x float> %2122, <16 x float> splat (float 0x3FC5554920000000))
-  %2126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2122, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2127 = fmul <16 x float> %2122, %2122
-  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2127, <16 x float> %2122)
-  %2129 = shl <16 x i32> %bits.1.i, splat (i32 23)
-  %2130 = bitcast <16 x i32> %2129 to <16 x float>
-  %2131 = fadd <16 x float> %2128, splat (float 1.000000e+00)
-  %2132 = fmul <16 x float> %2131, %2130
-  %2133 = fcmp olt <16 x float> %arg.1.i, %2093
-  %2134 = select <16 x i1> %2133, <16 x float> zeroinitializer, <16 x float> %2132
-  %2135 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2115
-  store <16 x float> %2134, ptr %2135, align 4, !tbaa !5
-  %2136 = or disjoint i64 %2094, 32
-  %2137 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2136
-  %2138 = load <16 x float>, ptr %2137, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %2138, %2088
-  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
-  %bits.2.i = bitcast <16 x float> %2139 to <16 x i32>
-  %n.2.i = fsub <16 x float> %2139, %2092
-  %2140 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
-  %2141 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
-  %2142 = fsub <16 x float> %arg.2.i, %2141
-  %2143 = fadd <16 x float> %2140, %2142
-  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2143, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2144, <16 x float> %2143, <16 x float> splat (float 0x3FA5558F20000000))
-  %2146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2143, <16 x float> splat (float 0x3FC5554920000000))
-  %2147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2146, <16 x float> %2143, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2148 = fmul <16 x float> %2143, %2143
-  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2147, <16 x float> %2148, <16 x float> %2143)
-  %2150 = shl <16 x i32> %bits.2.i, splat (i32 23)
-  %2151 = bitcast <16 x i32> %2150 to <16 x float>
-  %2152 = fadd <16 x float> %2149, splat (float 1.000000e+00)
-  %2153 = fmul <16 x float> %2152, %2151
-  %2154 = fcmp olt <16 x float> %arg.2.i, %2093
-  %2155 = select <16 x i1> %2154, <16 x float> zeroinitializer, <16 x float> %2153
-  %2156 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2136
-  store <16 x float> %2155, ptr %2156, align 4, !tbaa !5
-  %2157 = or disjoint i64 %2094, 48
-  %2158 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2157
-  %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %2159, %2088
-  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
-  %bits.3.i = bitcast <16 x float> %2160 to <16 x i32>
-  %n.3.i = fsub <16 x float> %2160, %2092
-  %2161 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
-  %2162 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
-  %2163 = fsub <16 x float> %arg.3.i, %2162
-  %2164 = fadd <16 x float> %2161, %2163
-  %2165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2164, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2164, <16 x float> splat (float 0x3FA5558F20000000))
-  %2167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2164, <16 x float> splat (float 0x3FC5554920000000))
-  %2168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2167, <16 x float> %2164, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2169 = fmul <16 x float> %2164, %2164
-  %2170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2169, <16 x float> %2164)
-  %2171 = shl <16 x i32> %bits.3.i, splat (i32 23)
-  %2172 = bitcast <16 x i32> %2171 to <16 x float>
-  %2173 = fadd <16 x float> %2170, splat (float 1.000000e+00)
-  %2174 = fmul <16 x float> %2173, %2172
-  %2175 = fcmp olt <16 x float> %arg.3.i, %2093
-  %2176 = select <16 x i1> %2175, <16 x float> zeroinitializer, <16 x float> %2174
-  %2177 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2157
-  store <16 x float> %2176, ptr %2177, align 4, !tbaa !5
-  %2178 = or disjoint i64 %2094, 64
-  %2179 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2178
-  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %2180, %2088
-  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
-  %bits.4.i = bitcast <16 x float> %2181 to <16 x i32>
-  %n.4.i = fsub <16 x float> %2181, %2092
-  %2182 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
-  %2183 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
-  %2184 = fsub <16 x float> %arg.4.i, %2183
-  %2185 = fadd <16 x float> %2182, %2184
-  %2186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2185, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2185, <16 x float> splat (float 0x3FA5558F20000000))
-  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2187, <16 x float> %2185, <16 x float> splat (float 0x3FC5554920000000))
-  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2188, <16 x float> %2185, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2190 = fmul <16 x float> %2185, %2185
-  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2189, <16 x float> %2190, <16 x float> %2185)
-  %2192 = shl <16 x i32> %bits.4.i, splat (i32 23)
-  %2193 = bitcast <16 x i32> %2192 to <16 x float>
-  %2194 = fadd <16 x float> %2191, splat (float 1.000000e+00)
-  %2195 = fmul <16 x float> %2194, %2193
-  %2196 = fcmp olt <16 x float> %arg.4.i, %2093
-  %2197 = select <16 x i1> %2196, <16 x float> zeroinitializer, <16 x float> %2195
-  %2198 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2178
-  store <16 x float> %2197, ptr %2198, align 4, !tbaa !5
-  %2199 = or disjoint i64 %2094, 80
-  %2200 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2199
-  %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %2201, %2088
-  %2202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
-  %bits.5.i = bitcast <16 x float> %2202 to <16 x i32>
-  %n.5.i = fsub <16 x float> %2202, %2092
-  %2203 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
-  %2204 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
-  %2205 = fsub <16 x float> %arg.5.i, %2204
-  %2206 = fadd <16 x float> %2203, %2205
-  %2207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2206, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2207, <16 x float> %2206, <16 x float> splat (float 0x3FA5558F20000000))
-  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2206, <16 x float> splat (float 0x3FC5554920000000))
-  %2210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2209, <16 x float> %2206, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2211 = fmul <16 x float> %2206, %2206
-  %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2211, <16 x float> %2206)
-  %2213 = shl <16 x i32> %bits.5.i, splat (i32 23)
-  %2214 = bitcast <16 x i32> %2213 to <16 x float>
-  %2215 = fadd <16 x float> %2212, splat (float 1.000000e+00)
-  %2216 = fmul <16 x float> %2215, %2214
-  %2217 = fcmp olt <16 x float> %arg.5.i, %2093
-  %2218 = select <16 x i1> %2217, <16 x float> zeroinitializer, <16 x float> %2216
-  %2219 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2199
-  store <16 x float> %2218, ptr %2219, align 4, !tbaa !5
-  %2220 = or disjoint i64 %2094, 96
-  %2221 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2220
-  %2222 = load <16 x float>, ptr %2221, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %2222, %2088
-  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
-  %bits.6.i = bitcast <16 x float> %2223 to <16 x i32>
-  %n.6.i = fsub <16 x float> %2223, %2092
-  %2224 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
-  %2225 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
-  %2226 = fsub <16 x float> %arg.6.i, %2225
-  %2227 = fadd <16 x float> %2224, %2226
-  %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2227, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2227, <16 x float> splat (float 0x3FA5558F20000000))
-  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2227, <16 x float> splat (float 0x3FC5554920000000))
-  %2231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2230, <16 x float> %2227, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2232 = fmul <16 x float> %2227, %2227
-  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2231, <16 x float> %2232, <16 x float> %2227)
-  %2234 = shl <16 x i32> %bits.6.i, splat (i32 23)
-  %2235 = bitcast <16 x i32> %2234 to <16 x float>
-  %2236 = fadd <16 x float> %2233, splat (float 1.000000e+00)
-  %2237 = fmul <16 x float> %2236, %2235
-  %2238 = fcmp olt <16 x float> %arg.6.i, %2093
-  %2239 = select <16 x i1> %2238, <16 x float> zeroinitializer, <16 x float> %2237
-  %2240 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2220
-  store <16 x float> %2239, ptr %2240, align 4, !tbaa !5
-  %2241 = or disjoint i64 %2094, 112
-  %2242 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2241
-  %2243 = load <16 x float>, ptr %2242, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %2243, %2088
-  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2092)
-  %bits.7.i = bitcast <16 x float> %2244 to <16 x i32>
-  %n.7.i = fsub <16 x float> %2244, %2092
-  %2245 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
-  %2246 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
-  %2247 = fsub <16 x float> %arg.7.i, %2246
-  %2248 = fadd <16 x float> %2245, %2247
-  %2249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2248, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2249, <16 x float> %2248, <16 x float> splat (float 0x3FA5558F20000000))
-  %2251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2248, <16 x float> splat (float 0x3FC5554920000000))
-  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2251, <16 x float> %2248, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2253 = fmul <16 x float> %2248, %2248
-  %2254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2253, <16 x float> %2248)
-  %2255 = shl <16 x i32> %bits.7.i, splat (i32 23)
-  %2256 = bitcast <16 x i32> %2255 to <16 x float>
-  %2257 = fadd <16 x float> %2254, splat (float 1.000000e+00)
-  %2258 = fmul <16 x float> %2257, %2256
-  %2259 = fcmp olt <16 x float> %arg.7.i, %2093
-  %2260 = select <16 x i1> %2259, <16 x float> zeroinitializer, <16 x float> %2258
-  %2261 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2241
-  store <16 x float> %2260, ptr %2261, align 4, !tbaa !5
-  %2262 = icmp samesign ult i64 %indvars.iv976.i, 16
-  br i1 %2262, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
+for_end_to184.i:                                  ; preds = %for_end_ax0.i, %for_begin_ti_1.preheader.i
+  %tile_sum525.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1.preheader.i ], [ %.us-phi.i, %for_end_ax0.i ]
+  %2271 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1161.i
+  %2272 = load <16 x float>, ptr %2271, align 4, !tbaa !5
+  %old_max.i = select <16 x i1> %795, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2272
+  %2273 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1161.i
+  %2274 = load <16 x float>, ptr %2273, align 4, !tbaa !5
+  %old_sum.i = select <16 x i1> %795, <16 x float> zeroinitializer, <16 x float> %2274
+  %2275 = fcmp ogt <16 x float> %old_max.i, %2060
+  %2276 = fcmp oeq <16 x float> %tile_sum525.sroa.0.0.lcssa.i, zeroinitializer
+  %2277 = select <16 x i1> %2276, <16 x i1> splat (i1 true), <16 x i1> %2275
+  %old_or_both.i = select <16 x i1> %2277, <16 x float> %old_max.i, <16 x float> %2060
+  %2278 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2278, <16 x float> %2060, <16 x float> %old_or_both.i
+  %2279 = fsub <16 x float> %old_max.i, %m.i
+  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2281 = bitcast <16 x float> %2280 to <16 x i32>
+  %2282 = fadd <16 x float> %2280, splat (float 0xC168000FE0000000)
+  %2283 = fmul <16 x float> %2282, splat (float 0x3F2BD01060000000)
+  %2284 = fmul <16 x float> %2282, splat (float 0x3FE6300000000000)
+  %2285 = fsub <16 x float> %2279, %2284
+  %2286 = fadd <16 x float> %2283, %2285
+  %2287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2286, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2287, <16 x float> %2286, <16 x float> splat (float 0x3FA5558F20000000))
+  %2289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2288, <16 x float> %2286, <16 x float> splat (float 0x3FC5554920000000))
+  %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %2286, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2291 = fmul <16 x float> %2286, %2286
+  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2290, <16 x float> %2291, <16 x float> %2286)
+  %2293 = shl <16 x i32> %2281, splat (i32 23)
+  %2294 = bitcast <16 x i32> %2293 to <16 x float>
+  %2295 = fadd <16 x float> %2292, splat (float 1.000000e+00)
+  %2296 = fmul <16 x float> %2295, %2294
+  %2297 = fcmp olt <16 x float> %2279, splat (float -8.700000e+01)
+  %2298 = select <16 x i1> %2297, <16 x float> zeroinitializer, <16 x float> %2296
+  %2299 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2300 = select <16 x i1> %2299, <16 x float> %2298, <16 x float> zeroinitializer
+  %arg211.i = fsub <16 x float> %2060, %m.i
+  %2301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg211.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2302 = bitcast <16 x float> %2301 to <16 x i32>
+  %2303 = fadd <16 x float> %2301, splat (float 0xC168000FE0000000)
+  %2304 = fmul <16 x float> %2303, splat (float 0x3F2BD01060000000)
+  %2305 = fmul <16 x float> %2303, splat (float 0x3FE6300000000000)
+  %2306 = fsub <16 x float> %arg211.i, %2305
+  %2307 = fadd <16 x float> %2304, %2306
+  %2308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2307, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2309 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2308, <16 x float> %2307, <16 x float> splat (float 0x3FA5558F20000000))
+  %2310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2309, <16 x float> %2307, <16 x float> splat (float 0x3FC5554920000000))
+  %2311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2307, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2312 = fmul <16 x float> %2307, %2307
+  %2313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2311, <16 x float> %2312, <16 x float> %2307)
+  %2314 = shl <16 x i32> %2302, splat (i32 23)
+  %2315 = bitcast <16 x i32> %2314 to <16 x float>
+  %2316 = fadd <16 x float> %2313, splat (float 1.000000e+00)
+  %2317 = fmul <16 x float> %2316, %2315
+  %2318 = fcmp olt <16 x float> %arg211.i, splat (float -8.700000e+01)
+  %2319 = select <16 x i1> %2318, <16 x float> zeroinitializer, <16 x float> %2317
+  %2320 = fcmp one <16 x float> %tile_sum525.sroa.0.0.lcssa.i, zeroinitializer
+  %2321 = select <16 x i1> %2320, <16 x float> %2319, <16 x float> zeroinitializer
+  %2322 = fmul <16 x float> %old_sum.i, %2300
+  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_sum525.sroa.0.0.lcssa.i, <16 x float> %2322)
+  store <16 x float> %m.i, ptr %2271, align 4, !tbaa !5
+  store <16 x float> %2323, ptr %2273, align 4, !tbaa !5
+  %2324 = load i32, ptr %1467, align 16, !tbaa !17
+  %2325 = sub nsw i32 %2324, %755
+  %2326 = tail call i32 @llvm.smin.i32(i32 %2325, i32 %valid_len149.i)
+  %2327 = tail call i32 @llvm.smin.i32(i32 %2326, i32 %790)
+  %2328 = select i1 %143, i32 %2327, i32 %2326
+  %2329 = tail call i32 @llvm.smax.i32(i32 %2328, i32 0)
+  %num_full.i = lshr i32 %2329, 3
+  %2330 = sub nsw i32 %1478, %num_full.i
+  %2331 = icmp sgt i32 %2330, 0
+  br i1 %2331, label %for_begin_ti234.preheader.lr.ph.i, label %for_end_to231.i, !prof !3
 
-for_end_to189.i:                                  ; preds = %for_end_ax0.i, %for_end_to179.i
-  %2263 = phi <16 x float> [ %2084, %for_end_to179.i ], [ %2088, %for_end_ax0.i ]
-  %tile_sum529.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_end_to179.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2264 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1140.i
-  %2265 = load <16 x float>, ptr %2264, align 4, !tbaa !5
-  %old_max.i = select <16 x i1> %795, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2265
-  %2266 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1140.i
-  %2267 = load <16 x float>, ptr %2266, align 4, !tbaa !5
-  %old_sum.i = select <16 x i1> %795, <16 x float> zeroinitializer, <16 x float> %2267
-  %2268 = fcmp ogt <16 x float> %old_max.i, %2263
-  %2269 = fcmp oeq <16 x float> %tile_sum529.sroa.0.0.lcssa.i, zeroinitializer
-  %2270 = select <16 x i1> %2269, <16 x i1> splat (i1 true), <16 x i1> %2268
-  %old_or_both.i = select <16 x i1> %2270, <16 x float> %old_max.i, <16 x float> %2263
-  %2271 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2271, <16 x float> %2263, <16 x float> %old_or_both.i
-  %2272 = fsub <16 x float> %old_max.i, %m.i
-  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2272, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2274 = bitcast <16 x float> %2273 to <16 x i32>
-  %2275 = fadd <16 x float> %2273, splat (float 0xC168000FE0000000)
-  %2276 = fmul <16 x float> %2275, splat (float 0x3F2BD01060000000)
-  %2277 = fmul <16 x float> %2275, splat (float 0x3FE6300000000000)
-  %2278 = fsub <16 x float> %2272, %2277
-  %2279 = fadd <16 x float> %2276, %2278
-  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2280, <16 x float> %2279, <16 x float> splat (float 0x3FA5558F20000000))
-  %2282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2281, <16 x float> %2279, <16 x float> splat (float 0x3FC5554920000000))
-  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2279, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2284 = fmul <16 x float> %2279, %2279
-  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2284, <16 x float> %2279)
-  %2286 = shl <16 x i32> %2274, splat (i32 23)
-  %2287 = bitcast <16 x i32> %2286 to <16 x float>
-  %2288 = fadd <16 x float> %2285, splat (float 1.000000e+00)
-  %2289 = fmul <16 x float> %2288, %2287
-  %2290 = fcmp olt <16 x float> %2272, splat (float -8.700000e+01)
-  %2291 = select <16 x i1> %2290, <16 x float> zeroinitializer, <16 x float> %2289
-  %2292 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2293 = select <16 x i1> %2292, <16 x float> %2291, <16 x float> zeroinitializer
-  %arg216.i = fsub <16 x float> %2263, %m.i
-  %2294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg216.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2295 = bitcast <16 x float> %2294 to <16 x i32>
-  %2296 = fadd <16 x float> %2294, splat (float 0xC168000FE0000000)
-  %2297 = fmul <16 x float> %2296, splat (float 0x3F2BD01060000000)
-  %2298 = fmul <16 x float> %2296, splat (float 0x3FE6300000000000)
-  %2299 = fsub <16 x float> %arg216.i, %2298
-  %2300 = fadd <16 x float> %2297, %2299
-  %2301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2300, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2301, <16 x float> %2300, <16 x float> splat (float 0x3FA5558F20000000))
-  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2302, <16 x float> %2300, <16 x float> splat (float 0x3FC5554920000000))
-  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2300, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2305 = fmul <16 x float> %2300, %2300
-  %2306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2304, <16 x float> %2305, <16 x float> %2300)
-  %2307 = shl <16 x i32> %2295, splat (i32 23)
-  %2308 = bitcast <16 x i32> %2307 to <16 x float>
-  %2309 = fadd <16 x float> %2306, splat (float 1.000000e+00)
-  %2310 = fmul <16 x float> %2309, %2308
-  %2311 = fcmp olt <16 x float> %arg216.i, splat (float -8.700000e+01)
-  %2312 = select <16 x i1> %2311, <16 x float> zeroinitializer, <16 x float> %2310
-  %2313 = fcmp one <16 x float> %tile_sum529.sroa.0.0.lcssa.i, zeroinitializer
-  %2314 = select <16 x i1> %2313, <16 x float> %2312, <16 x float> zeroinitializer
-  %2315 = fmul <16 x float> %old_sum.i, %2293
-  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_sum529.sroa.0.0.lcssa.i, <16 x float> %2315)
-  store <16 x float> %m.i, ptr %2264, align 4, !tbaa !5
-  store <16 x float> %2316, ptr %2266, align 4, !tbaa !5
-  %2317 = load i32, ptr %1467, align 16, !tbaa !17
-  %2318 = sub nsw i32 %2317, %755
-  %2319 = tail call i32 @llvm.smin.i32(i32 %2318, i32 %valid_len149.i)
-  %2320 = tail call i32 @llvm.smin.i32(i32 %2319, i32 %790)
-  %2321 = select i1 %143, i32 %2320, i32 %2319
-  %2322 = tail call i32 @llvm.smax.i32(i32 %2321, i32 0)
-  %num_full.i = lshr i32 %2322, 3
-  %2323 = sub nsw i32 %1478, %num_full.i
-  %2324 = icmp sgt i32 %2323, 0
-  br i1 %2324, label %for_begin_ti239.preheader.lr.ph.i, label %for_end_to236.i, !prof !3
-
-for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti192.preheader.i
-  %2325 = fadd <16 x float> %tile_sum529.sroa.0.0741.i, %2113
-  %2326 = fadd <16 x float> %2325, %2134
-  %2327 = fadd <16 x float> %2326, %2155
-  %2328 = fadd <16 x float> %2327, %2176
-  %2329 = fadd <16 x float> %2328, %2197
-  %2330 = fadd <16 x float> %2329, %2218
-  %2331 = fadd <16 x float> %2330, %2239
-  %2332 = fadd <16 x float> %2331, %2260
+for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti187.preheader.i
+  %2332 = fadd <16 x float> %tile_sum525.sroa.0.0753.i, %2121
+  %2333 = fadd <16 x float> %2332, %2142
+  %2334 = fadd <16 x float> %2333, %2163
+  %2335 = fadd <16 x float> %2334, %2184
+  %2336 = fadd <16 x float> %2335, %2205
+  %2337 = fadd <16 x float> %2336, %2226
+  %2338 = fadd <16 x float> %2337, %2247
+  %2339 = fadd <16 x float> %2338, %2268
   br label %for_end_ax0.i
 
-for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti192.preheader.i
-  %.us-phi.i = phi <16 x float> [ %2332, %for_body_ax0.us.preheader.i ], [ %tile_sum529.sroa.0.0741.i, %for_begin_ti192.preheader.i ]
-  %indvars.iv.next977.i = add nuw nsw i64 %indvars.iv976.i, 1
-  %exitcond980.not.i = icmp eq i64 %indvars.iv.next977.i, %wide.trip.count966.i
-  br i1 %exitcond980.not.i, label %for_end_to189.i, label %for_begin_ti192.preheader.i, !prof !13
+for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti187.preheader.i
+  %.us-phi.i = phi <16 x float> [ %2339, %for_body_ax0.us.preheader.i ], [ %tile_sum525.sroa.0.0753.i, %for_begin_ti187.preheader.i ]
+  %indvars.iv.next998.i = add nuw nsw i64 %indvars.iv997.i, 1
+  %exitcond1001.not.i = icmp eq i64 %indvars.iv.next998.i, %wide.trip.count1000.i
+  br i1 %exitcond1001.not.i, label %for_end_to184.i, label %for_begin_ti187.preheader.i, !prof !13
 
-for_begin_ti239.preheader.lr.ph.i:                ; preds = %for_end_to189.i
-  %2333 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1140.i
-  %2334 = and i32 %2322, 2147483640
-  %2335 = add i32 %2334, %755
-  %wide.trip.count988.i = zext nneg i32 %2323 to i64
-  br label %for_begin_ti239.preheader.i
+for_begin_ti234.preheader.lr.ph.i:                ; preds = %for_end_to184.i
+  %2340 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1161.i
+  %2341 = and i32 %2329, 2147483640
+  %2342 = add i32 %2341, %755
+  %wide.trip.count1009.i = zext nneg i32 %2330 to i64
+  br label %for_begin_ti234.preheader.i
 
-for_begin_ti239.preheader.i:                      ; preds = %for_begin_ti239.preheader.i, %for_begin_ti239.preheader.lr.ph.i
-  %indvars.iv985.i = phi i64 [ 0, %for_begin_ti239.preheader.lr.ph.i ], [ %indvars.iv.next986.i, %for_begin_ti239.preheader.i ]
-  %indvars.iv985.tr.i = trunc i64 %indvars.iv985.i to i32
-  %2336 = shl i32 %indvars.iv985.tr.i, 3
-  %2337 = add i32 %2335, %2336
-  %2338 = add i32 %num_full.i, %indvars.iv985.tr.i
-  %2339 = shl i32 %2338, 7
-  %2340 = sext i32 %2339 to i64
-  %2341 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
-  %2342 = insertelement <16 x i32> poison, i32 %2337, i64 0
-  %2343 = shufflevector <16 x i32> %2342, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2344 = icmp slt <16 x i32> %2343, %2341
-  %2345 = sext <16 x i1> %2344 to <16 x i32>
-  %2346 = getelementptr inbounds i32, ptr %edges.i, i64 %2340
-  store <16 x i32> %2345, ptr %2346, align 4, !tbaa !5
-  %2347 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
-  %2348 = add i32 %2337, 1
-  %2349 = insertelement <16 x i32> poison, i32 %2348, i64 0
+for_begin_ti234.preheader.i:                      ; preds = %for_begin_ti234.preheader.i, %for_begin_ti234.preheader.lr.ph.i
+  %indvars.iv1006.i = phi i64 [ 0, %for_begin_ti234.preheader.lr.ph.i ], [ %indvars.iv.next1007.i, %for_begin_ti234.preheader.i ]
+  %indvars.iv1006.tr.i = trunc i64 %indvars.iv1006.i to i32
+  %2343 = shl i32 %indvars.iv1006.tr.i, 3
+  %2344 = add i32 %2342, %2343
+  %2345 = add i32 %num_full.i, %indvars.iv1006.tr.i
+  %2346 = shl i32 %2345, 7
+  %2347 = sext i32 %2346 to i64
+  %2348 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
+  %2349 = insertelement <16 x i32> poison, i32 %2344, i64 0
   %2350 = shufflevector <16 x i32> %2349, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2351 = icmp slt <16 x i32> %2350, %2347
+  %2351 = icmp slt <16 x i32> %2350, %2348
   %2352 = sext <16 x i1> %2351 to <16 x i32>
-  %2353 = getelementptr i8, ptr %2346, i64 64
+  %2353 = getelementptr inbounds i32, ptr %edges.i, i64 %2347
   store <16 x i32> %2352, ptr %2353, align 4, !tbaa !5
-  %2354 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
-  %2355 = add i32 %2337, 2
+  %2354 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
+  %2355 = add i32 %2344, 1
   %2356 = insertelement <16 x i32> poison, i32 %2355, i64 0
   %2357 = shufflevector <16 x i32> %2356, <16 x i32> poison, <16 x i32> zeroinitializer
   %2358 = icmp slt <16 x i32> %2357, %2354
   %2359 = sext <16 x i1> %2358 to <16 x i32>
-  %2360 = getelementptr i8, ptr %2346, i64 128
+  %2360 = getelementptr i8, ptr %2353, i64 64
   store <16 x i32> %2359, ptr %2360, align 4, !tbaa !5
-  %2361 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
-  %2362 = add i32 %2337, 3
+  %2361 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
+  %2362 = add i32 %2344, 2
   %2363 = insertelement <16 x i32> poison, i32 %2362, i64 0
   %2364 = shufflevector <16 x i32> %2363, <16 x i32> poison, <16 x i32> zeroinitializer
   %2365 = icmp slt <16 x i32> %2364, %2361
   %2366 = sext <16 x i1> %2365 to <16 x i32>
-  %2367 = getelementptr i8, ptr %2346, i64 192
+  %2367 = getelementptr i8, ptr %2353, i64 128
   store <16 x i32> %2366, ptr %2367, align 4, !tbaa !5
-  %2368 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
-  %2369 = add i32 %2337, 4
+  %2368 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
+  %2369 = add i32 %2344, 3
   %2370 = insertelement <16 x i32> poison, i32 %2369, i64 0
   %2371 = shufflevector <16 x i32> %2370, <16 x i32> poison, <16 x i32> zeroinitializer
   %2372 = icmp slt <16 x i32> %2371, %2368
   %2373 = sext <16 x i1> %2372 to <16 x i32>
-  %2374 = getelementptr i8, ptr %2346, i64 256
+  %2374 = getelementptr i8, ptr %2353, i64 192
   store <16 x i32> %2373, ptr %2374, align 4, !tbaa !5
-  %2375 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
-  %2376 = add i32 %2337, 5
+  %2375 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
+  %2376 = add i32 %2344, 4
   %2377 = insertelement <16 x i32> poison, i32 %2376, i64 0
   %2378 = shufflevector <16 x i32> %2377, <16 x i32> poison, <16 x i32> zeroinitializer
   %2379 = icmp slt <16 x i32> %2378, %2375
   %2380 = sext <16 x i1> %2379 to <16 x i32>
-  %2381 = getelementptr i8, ptr %2346, i64 320
+  %2381 = getelementptr i8, ptr %2353, i64 256
   store <16 x i32> %2380, ptr %2381, align 4, !tbaa !5
-  %2382 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
-  %2383 = add i32 %2337, 6
+  %2382 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
+  %2383 = add i32 %2344, 5
   %2384 = insertelement <16 x i32> poison, i32 %2383, i64 0
   %2385 = shufflevector <16 x i32> %2384, <16 x i32> poison, <16 x i32> zeroinitializer
   %2386 = icmp slt <16 x i32> %2385, %2382
   %2387 = sext <16 x i1> %2386 to <16 x i32>
-  %2388 = getelementptr i8, ptr %2346, i64 384
+  %2388 = getelementptr i8, ptr %2353, i64 320
   store <16 x i32> %2387, ptr %2388, align 4, !tbaa !5
-  %2389 = load <16 x i32>, ptr %2333, align 4, !tbaa !5
-  %2390 = add i32 %2337, 7
+  %2389 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
+  %2390 = add i32 %2344, 6
   %2391 = insertelement <16 x i32> poison, i32 %2390, i64 0
   %2392 = shufflevector <16 x i32> %2391, <16 x i32> poison, <16 x i32> zeroinitializer
   %2393 = icmp slt <16 x i32> %2392, %2389
   %2394 = sext <16 x i1> %2393 to <16 x i32>
-  %2395 = getelementptr i8, ptr %2346, i64 448
+  %2395 = getelementptr i8, ptr %2353, i64 384
   store <16 x i32> %2394, ptr %2395, align 4, !tbaa !5
-  %indvars.iv.next986.i = add nuw nsw i64 %indvars.iv985.i, 1
-  %exitcond989.not.i = icmp eq i64 %indvars.iv.next986.i, %wide.trip.count988.i
-  br i1 %exitcond989.not.i, label %for_end_to236.i, label %for_begin_ti239.preheader.i, !prof !13
+  %2396 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
+  %2397 = add i32 %2344, 7
+  %2398 = insertelement <16 x i32> poison, i32 %2397, i64 0
+  %2399 = shufflevector <16 x i32> %2398, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2400 = icmp slt <16 x i32> %2399, %2396
+  %2401 = sext <16 x i1> %2400 to <16 x i32>
+  %2402 = getelementptr i8, ptr %2353, i64 448
+  store <16 x i32> %2401, ptr %2402, align 4, !tbaa !5
+  %indvars.iv.next1007.i = add nuw nsw i64 %indvars.iv1006.i, 1
+  %exitcond1010.not.i = icmp eq i64 %indvars.iv.next1007.i, %wide.trip.count1009.i
+  br i1 %exitcond1010.not.i, label %for_end_to231.i, label %for_begin_ti234.preheader.i, !prof !13
 
-for_end_to236.i:                                  ; preds = %for_begin_ti239.preheader.i, %for_end_to189.i
-  br i1 %143, label %if_then244.i, label %if_end245.i, !prof !8
+for_end_to231.i:                                  ; preds = %for_begin_ti234.preheader.i, %for_end_to184.i
+  br i1 %143, label %if_then239.i, label %if_end240.i, !prof !8
 
-if_then244.i:                                     ; preds = %for_end_to236.i
-  %2396 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
-  %2397 = icmp sgt i32 %1476, 0
-  br i1 %2397, label %for_body_r247.lr.ph.i, label %if_end245.i, !prof !3
+if_then239.i:                                     ; preds = %for_end_to231.i
+  %2403 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
+  %2404 = icmp sgt i32 %1476, 0
+  br i1 %2404, label %for_body_r242.lr.ph.i, label %if_end240.i, !prof !3
 
-for_body_r247.lr.ph.i:                            ; preds = %if_then244.i
-  %2398 = icmp sgt i32 %valid_len149.i, %791
-  %2399 = zext nneg i32 %1474 to i64
-  %2400 = shl nuw nsw i64 %2399, 2
-  br i1 %2398, label %for_body_r247.us.preheader.i, label %if_end245.i, !prof !3
+for_body_r242.lr.ph.i:                            ; preds = %if_then239.i
+  %2405 = icmp sgt i32 %valid_len149.i, %791
+  %2406 = zext nneg i32 %1474 to i64
+  %2407 = shl nuw nsw i64 %2406, 2
+  br i1 %2405, label %for_body_r242.us.preheader.i, label %if_end240.i, !prof !3
 
-for_body_r247.us.preheader.i:                     ; preds = %for_body_r247.lr.ph.i
-  %2401 = add i32 %indvars.iv238, %1469
-  %smin243 = tail call i32 @llvm.smin.i32(i32 %indvars.iv236, i32 %2401)
-  %smin244 = tail call i32 @llvm.smin.i32(i32 %smin243, i32 128)
-  %2402 = sub i32 %smin244, %smax242
-  %2403 = zext i32 %2402 to i64
-  %2404 = add nsw i64 %2403, -1
-  %2405 = sub i32 %valid_len149.i, %smax419
-  %2406 = zext i32 %2405 to i64
-  %scevgep421 = getelementptr i8, ptr %scevgep420, i64 %2406
-  %scevgep423 = getelementptr i8, ptr %edges.i, i64 %744
-  %scevgep424 = getelementptr i8, ptr %edges.i, i64 -60
-  %scevgep425 = getelementptr i8, ptr %scevgep424, i64 %744
-  %2407 = shl nuw nsw i64 %2406, 6
-  %min.iters.check428 = icmp ult i32 %2402, 16
-  %2408 = trunc i64 %2404 to i32
-  %2409 = add i32 %smax417, %2408
-  %2410 = shl i32 %2409, 4
-  %2411 = icmp ugt i64 %2404, 268435455
-  %smax426 = tail call i32 @llvm.smax.i32(i32 %2396, i32 1)
-  %2412 = add nsw i32 %smax426, -1
-  %2413 = zext nneg i32 %2412 to i64
-  %2414 = shl nuw nsw i64 %2413, 2
-  %2415 = getelementptr i8, ptr %scevgep425, i64 %2407
-  %scevgep427 = getelementptr i8, ptr %2415, i64 %2414
-  %n.vec431 = and i64 %2403, 536870904
-  %cmp.n = icmp eq i64 %n.vec431, %2403
-  %xtraiter582 = and i64 %2403, 3
-  %lcmp.mod583.not = icmp eq i64 %xtraiter582, 0
-  br label %for_body_r247.us.i
+for_body_r242.us.preheader.i:                     ; preds = %for_body_r242.lr.ph.i
+  %2408 = add i32 %indvars.iv244, %1469
+  %smin249 = tail call i32 @llvm.smin.i32(i32 %indvars.iv242, i32 %2408)
+  %smin250 = tail call i32 @llvm.smin.i32(i32 %smin249, i32 128)
+  %2409 = sub i32 %smin250, %smax248
+  %2410 = zext i32 %2409 to i64
+  %2411 = add nsw i64 %2410, -1
+  %2412 = sub i32 %valid_len149.i, %smax431
+  %2413 = zext i32 %2412 to i64
+  %scevgep433 = getelementptr i8, ptr %scevgep432, i64 %2413
+  %scevgep435 = getelementptr i8, ptr %edges.i, i64 %744
+  %scevgep436 = getelementptr i8, ptr %edges.i, i64 -60
+  %scevgep437 = getelementptr i8, ptr %scevgep436, i64 %744
+  %2414 = shl nuw nsw i64 %2413, 6
+  %min.iters.check440 = icmp ult i32 %2409, 16
+  %2415 = trunc i64 %2411 to i32
+  %2416 = add i32 %smax429, %2415
+  %2417 = shl i32 %2416, 4
+  %2418 = icmp ugt i64 %2411, 268435455
+  %smax438 = tail call i32 @llvm.smax.i32(i32 %2403, i32 1)
+  %2419 = add nsw i32 %smax438, -1
+  %2420 = zext nneg i32 %2419 to i64
+  %2421 = shl nuw nsw i64 %2420, 2
+  %2422 = getelementptr i8, ptr %scevgep437, i64 %2414
+  %scevgep439 = getelementptr i8, ptr %2422, i64 %2421
+  %n.vec443 = and i64 %2410, 536870904
+  %cmp.n = icmp eq i64 %n.vec443, %2410
+  %xtraiter597 = and i64 %2410, 3
+  %lcmp.mod598.not = icmp eq i64 %xtraiter597, 0
+  br label %for_body_r242.us.i
 
-for_body_r247.us.i:                               ; preds = %for_begin_c251.for_end_c253_crit_edge.us.i, %for_body_r247.us.preheader.i
-  %r250747.us.i = phi i32 [ %2486, %for_begin_c251.for_end_c253_crit_edge.us.i ], [ 0, %for_body_r247.us.preheader.i ]
-  %2416 = lshr i32 %r250747.us.i, 2
-  %2417 = zext nneg i32 %2416 to i64
-  %2418 = add nuw nsw i64 %2400, %2417
-  %2419 = mul nsw i64 %2418, %448
-  %2420 = getelementptr i8, ptr %797, i64 %2419
-  br i1 %min.iters.check428, label %for_body_c252.us.i.preheader, label %vector.scevcheck, !prof !16
+for_body_r242.us.i:                               ; preds = %for_begin_c246.for_end_c248_crit_edge.us.i, %for_body_r242.us.preheader.i
+  %r245759.us.i = phi i32 [ %2493, %for_begin_c246.for_end_c248_crit_edge.us.i ], [ 0, %for_body_r242.us.preheader.i ]
+  %2423 = lshr i32 %r245759.us.i, 2
+  %2424 = zext nneg i32 %2423 to i64
+  %2425 = add nuw nsw i64 %2407, %2424
+  %2426 = mul nsw i64 %2425, %448
+  %2427 = getelementptr i8, ptr %797, i64 %2426
+  br i1 %min.iters.check440, label %for_body_c247.us.i.preheader, label %vector.scevcheck, !prof !16
 
-vector.scevcheck:                                 ; preds = %for_body_r247.us.i
-  %2421 = add i32 %748, %r250747.us.i
-  %2422 = add i32 %2410, %r250747.us.i
-  %2423 = icmp slt i32 %2422, %2421
-  %2424 = or i1 %2423, %2411
-  br i1 %2424, label %for_body_c252.us.i.preheader, label %vector.memcheck, !prof !16
+vector.scevcheck:                                 ; preds = %for_body_r242.us.i
+  %2428 = add i32 %748, %r245759.us.i
+  %2429 = add i32 %2417, %r245759.us.i
+  %2430 = icmp slt i32 %2429, %2428
+  %2431 = or i1 %2430, %2418
+  br i1 %2431, label %for_body_c247.us.i.preheader, label %vector.memcheck, !prof !16
 
 vector.memcheck:                                  ; preds = %vector.scevcheck
-  %scevgep422 = getelementptr i8, ptr %scevgep421, i64 %2419
-  %bound0 = icmp ult ptr %2420, %scevgep427
-  %bound1 = icmp ult ptr %scevgep423, %scevgep422
+  %scevgep434 = getelementptr i8, ptr %scevgep433, i64 %2426
+  %bound0 = icmp ult ptr %2427, %scevgep439
+  %bound1 = icmp ult ptr %scevgep435, %scevgep434
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_c252.us.i.preheader, label %vector.ph429, !prof !16
+  br i1 %found.conflict, label %for_body_c247.us.i.preheader, label %vector.ph441, !prof !16
 
-vector.ph429:                                     ; preds = %vector.memcheck
-  %broadcast.splatinsert432 = insertelement <8 x i32> poison, i32 %r250747.us.i, i64 0
-  %broadcast.splat433 = shufflevector <8 x i32> %broadcast.splatinsert432, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body436
+vector.ph441:                                     ; preds = %vector.memcheck
+  %broadcast.splatinsert444 = insertelement <8 x i32> poison, i32 %r245759.us.i, i64 0
+  %broadcast.splat445 = shufflevector <8 x i32> %broadcast.splatinsert444, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body448
 
-vector.body436:                                   ; preds = %vector.body436, %vector.ph429
-  %index437 = phi i64 [ 0, %vector.ph429 ], [ %index.next438, %vector.body436 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph429 ], [ %vec.ind.next, %vector.body436 ]
-  %2425 = getelementptr i8, ptr %2420, i64 %index437
-  %wide.load = load <8 x i8>, ptr %2425, align 1, !tbaa !5, !alias.scope !62, !noalias !65
-  %2426 = icmp eq <8 x i8> %wide.load, zeroinitializer
-  %2427 = add <8 x i32> %broadcast.splat435, %vec.ind
-  %2428 = shl <8 x i32> %2427, splat (i32 4)
-  %2429 = add nsw <8 x i32> %2428, %broadcast.splat433
-  %2430 = sext <8 x i32> %2429 to <8 x i64>
-  %2431 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2430
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2431, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !65
-  %2432 = select <8 x i1> %2426, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2432, <8 x ptr> align 4 %2431, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !65
-  %index.next438 = add nuw i64 %index437, 8
+vector.body448:                                   ; preds = %vector.body448, %vector.ph441
+  %index449 = phi i64 [ 0, %vector.ph441 ], [ %index.next450, %vector.body448 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph441 ], [ %vec.ind.next, %vector.body448 ]
+  %2432 = getelementptr i8, ptr %2427, i64 %index449
+  %wide.load = load <8 x i8>, ptr %2432, align 1, !tbaa !5, !alias.scope !62, !noalias !65
+  %2433 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2434 = add <8 x i32> %broadcast.splat447, %vec.ind
+  %2435 = shl <8 x i32> %2434, splat (i32 4)
+  %2436 = add nsw <8 x i32> %2435, %broadcast.splat445
+  %2437 = sext <8 x i32> %2436 to <8 x i64>
+  %2438 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2437
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2438, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !65
+  %2439 = select <8 x i1> %2433, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2439, <8 x ptr> align 4 %2438, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !65
+  %index.next450 = add nuw i64 %index449, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2433 = icmp eq i64 %index.next438, %n.vec431
-  br i1 %2433, label %middle.block439, label %vector.body436, !prof !52, !llvm.loop !67
+  %2440 = icmp eq i64 %index.next450, %n.vec443
+  br i1 %2440, label %middle.block451, label %vector.body448, !prof !52, !llvm.loop !67
 
-middle.block439:                                  ; preds = %vector.body436
-  br i1 %cmp.n, label %for_begin_c251.for_end_c253_crit_edge.us.i, label %for_body_c252.us.i.preheader, !prof !55
+middle.block451:                                  ; preds = %vector.body448
+  br i1 %cmp.n, label %for_begin_c246.for_end_c248_crit_edge.us.i, label %for_body_c247.us.i.preheader, !prof !55
 
-for_body_c252.us.i.preheader:                     ; preds = %middle.block439, %vector.memcheck, %vector.scevcheck, %for_body_r247.us.i
-  %indvars.iv990.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r247.us.i ], [ %n.vec431, %middle.block439 ]
-  br i1 %lcmp.mod583.not, label %for_body_c252.us.i.prol.loopexit, label %for_body_c252.us.i.prol, !prof !3
+for_body_c247.us.i.preheader:                     ; preds = %middle.block451, %vector.memcheck, %vector.scevcheck, %for_body_r242.us.i
+  %indvars.iv1011.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r242.us.i ], [ %n.vec443, %middle.block451 ]
+  br i1 %lcmp.mod598.not, label %for_body_c247.us.i.prol.loopexit, label %for_body_c247.us.i.prol, !prof !3
 
-for_body_c252.us.i.prol:                          ; preds = %for_body_c252.us.i.prol, %for_body_c252.us.i.preheader
-  %indvars.iv990.i.prol = phi i64 [ %indvars.iv.next991.i.prol, %for_body_c252.us.i.prol ], [ %indvars.iv990.i.ph, %for_body_c252.us.i.preheader ]
-  %prol.iter584 = phi i64 [ %prol.iter584.next, %for_body_c252.us.i.prol ], [ 0, %for_body_c252.us.i.preheader ]
-  %2434 = getelementptr i8, ptr %2420, i64 %indvars.iv990.i.prol
-  %2435 = load i8, ptr %2434, align 1, !tbaa !5
-  %.not560.us.i.prol = icmp eq i8 %2435, 0
-  %2436 = trunc i64 %indvars.iv990.i.prol to i32
-  %2437 = add i32 %791, %2436
-  %2438 = shl i32 %2437, 4
-  %2439 = add nsw i32 %2438, %r250747.us.i
-  %2440 = sext i32 %2439 to i64
-  %2441 = getelementptr inbounds i32, ptr %edges.i, i64 %2440
-  %2442 = load i32, ptr %2441, align 4, !tbaa !5
-  %2443 = select i1 %.not560.us.i.prol, i32 0, i32 %2442
-  store i32 %2443, ptr %2441, align 4, !tbaa !5
-  %indvars.iv.next991.i.prol = add nuw nsw i64 %indvars.iv990.i.prol, 1
-  %prol.iter584.next = add i64 %prol.iter584, 1
-  %prol.iter584.cmp.not = icmp eq i64 %prol.iter584.next, %xtraiter582
-  br i1 %prol.iter584.cmp.not, label %for_body_c252.us.i.prol.loopexit, label %for_body_c252.us.i.prol, !prof !56, !llvm.loop !68
+for_body_c247.us.i.prol:                          ; preds = %for_body_c247.us.i.prol, %for_body_c247.us.i.preheader
+  %indvars.iv1011.i.prol = phi i64 [ %indvars.iv.next1012.i.prol, %for_body_c247.us.i.prol ], [ %indvars.iv1011.i.ph, %for_body_c247.us.i.preheader ]
+  %prol.iter599 = phi i64 [ %prol.iter599.next, %for_body_c247.us.i.prol ], [ 0, %for_body_c247.us.i.preheader ]
+  %2441 = getelementptr i8, ptr %2427, i64 %indvars.iv1011.i.prol
+  %2442 = load i8, ptr %2441, align 1, !tbaa !5
+  %.not556.us.i.prol = icmp eq i8 %2442, 0
+  %2443 = trunc i64 %indvars.iv1011.i.prol to i32
+  %2444 = add i32 %791, %2443
+  %2445 = shl i32 %2444, 4
+  %2446 = add nsw i32 %2445, %r245759.us.i
+  %2447 = sext i32 %2446 to i64
+  %2448 = getelementptr inbounds i32, ptr %edges.i, i64 %2447
+  %2449 = load i32, ptr %2448, align 4, !tbaa !5
+  %2450 = select i1 %.not556.us.i.prol, i32 0, i32 %2449
+  store i32 %2450, ptr %2448, align 4, !tbaa !5
+  %indvars.iv.next1012.i.prol = add nuw nsw i64 %indvars.iv1011.i.prol, 1
+  %prol.iter599.next = add i64 %prol.iter599, 1
+  %prol.iter599.cmp.not = icmp eq i64 %prol.iter599.next, %xtraiter597
+  br i1 %prol.iter599.cmp.not, label %for_body_c247.us.i.prol.loopexit, label %for_body_c247.us.i.prol, !prof !56, !llvm.loop !68
 
-for_body_c252.us.i.prol.loopexit:                 ; preds = %for_body_c252.us.i.prol, %for_body_c252.us.i.preheader
-  %indvars.iv990.i.unr = phi i64 [ %indvars.iv990.i.ph, %for_body_c252.us.i.preheader ], [ %indvars.iv.next991.i.prol, %for_body_c252.us.i.prol ]
-  %2444 = sub nsw i64 %indvars.iv990.i.ph, %2403
-  %2445 = icmp ugt i64 %2444, -4
-  br i1 %2445, label %for_begin_c251.for_end_c253_crit_edge.us.i, label %for_body_c252.us.i, !prof !16
+for_body_c247.us.i.prol.loopexit:                 ; preds = %for_body_c247.us.i.prol, %for_body_c247.us.i.preheader
+  %indvars.iv1011.i.unr = phi i64 [ %indvars.iv1011.i.ph, %for_body_c247.us.i.preheader ], [ %indvars.iv.next1012.i.prol, %for_body_c247.us.i.prol ]
+  %2451 = sub nsw i64 %indvars.iv1011.i.ph, %2410
+  %2452 = icmp ugt i64 %2451, -4
+  br i1 %2452, label %for_begin_c246.for_end_c248_crit_edge.us.i, label %for_body_c247.us.i, !prof !16
 
-for_body_c252.us.i:                               ; preds = %for_body_c252.us.i, %for_body_c252.us.i.prol.loopexit
-  %indvars.iv990.i = phi i64 [ %indvars.iv.next991.i.3, %for_body_c252.us.i ], [ %indvars.iv990.i.unr, %for_body_c252.us.i.prol.loopexit ]
-  %2446 = getelementptr i8, ptr %2420, i64 %indvars.iv990.i
-  %2447 = load i8, ptr %2446, align 1, !tbaa !5
-  %.not560.us.i = icmp eq i8 %2447, 0
-  %2448 = trunc i64 %indvars.iv990.i to i32
-  %2449 = add i32 %791, %2448
-  %2450 = shl i32 %2449, 4
-  %2451 = add nsw i32 %2450, %r250747.us.i
-  %2452 = sext i32 %2451 to i64
-  %2453 = getelementptr inbounds i32, ptr %edges.i, i64 %2452
-  %2454 = load i32, ptr %2453, align 4, !tbaa !5
-  %2455 = select i1 %.not560.us.i, i32 0, i32 %2454
-  store i32 %2455, ptr %2453, align 4, !tbaa !5
-  %indvars.iv.next991.i = add nuw nsw i64 %indvars.iv990.i, 1
-  %2456 = getelementptr i8, ptr %2420, i64 %indvars.iv.next991.i
-  %2457 = load i8, ptr %2456, align 1, !tbaa !5
-  %.not560.us.i.1 = icmp eq i8 %2457, 0
-  %2458 = trunc i64 %indvars.iv.next991.i to i32
-  %2459 = add i32 %791, %2458
-  %2460 = shl i32 %2459, 4
-  %2461 = add nsw i32 %2460, %r250747.us.i
-  %2462 = sext i32 %2461 to i64
-  %2463 = getelementptr inbounds i32, ptr %edges.i, i64 %2462
-  %2464 = load i32, ptr %2463, align 4, !tbaa !5
-  %2465 = select i1 %.not560.us.i.1, i32 0, i32 %2464
-  store i32 %2465, ptr %2463, align 4, !tbaa !5
-  %indvars.iv.next991.i.1 = add nuw nsw i64 %indvars.iv990.i, 2
-  %2466 = getelementptr i8, ptr %2420, i64 %indvars.iv.next991.i.1
-  %2467 = load i8, ptr %2466, align 1, !tbaa !5
-  %.not560.us.i.2 = icmp eq i8 %2467, 0
-  %2468 = trunc i64 %indvars.iv.next991.i.1 to i32
-  %2469 = add i32 %791, %2468
-  %2470 = shl i32 %2469, 4
-  %2471 = add nsw i32 %2470, %r250747.us.i
-  %2472 = sext i32 %2471 to i64
-  %2473 = getelementptr inbounds i32, ptr %edges.i, i64 %2472
-  %2474 = load i32, ptr %2473, align 4, !tbaa !5
-  %2475 = select i1 %.not560.us.i.2, i32 0, i32 %2474
-  store i32 %2475, ptr %2473, align 4, !tbaa !5
-  %indvars.iv.next991.i.2 = add nuw nsw i64 %indvars.iv990.i, 3
-  %2476 = getelementptr i8, ptr %2420, i64 %indvars.iv.next991.i.2
-  %2477 = load i8, ptr %2476, align 1, !tbaa !5
-  %.not560.us.i.3 = icmp eq i8 %2477, 0
-  %2478 = trunc i64 %indvars.iv.next991.i.2 to i32
-  %2479 = add i32 %791, %2478
-  %2480 = shl i32 %2479, 4
-  %2481 = add nsw i32 %2480, %r250747.us.i
-  %2482 = sext i32 %2481 to i64
-  %2483 = getelementptr inbounds i32, ptr %edges.i, i64 %2482
-  %2484 = load i32, ptr %2483, align 4, !tbaa !5
-  %2485 = select i1 %.not560.us.i.3, i32 0, i32 %2484
-  store i32 %2485, ptr %2483, align 4, !tbaa !5
-  %indvars.iv.next991.i.3 = add nuw nsw i64 %indvars.iv990.i, 4
-  %exitcond245.not.3 = icmp eq i64 %indvars.iv.next991.i.3, %2403
-  br i1 %exitcond245.not.3, label %for_begin_c251.for_end_c253_crit_edge.us.i, label %for_body_c252.us.i, !prof !59, !llvm.loop !69
+for_body_c247.us.i:                               ; preds = %for_body_c247.us.i, %for_body_c247.us.i.prol.loopexit
+  %indvars.iv1011.i = phi i64 [ %indvars.iv.next1012.i.3, %for_body_c247.us.i ], [ %indvars.iv1011.i.unr, %for_body_c247.us.i.prol.loopexit ]
+  %2453 = getelementptr i8, ptr %2427, i64 %indvars.iv1011.i
+  %2454 = load i8, ptr %2453, align 1, !tbaa !5
+  %.not556.us.i = icmp eq i8 %2454, 0
+  %2455 = trunc i64 %indvars.iv1011.i to i32
+  %2456 = add i32 %791, %2455
+  %2457 = shl i32 %2456, 4
+  %2458 = add nsw i32 %2457, %r245759.us.i
+  %2459 = sext i32 %2458 to i64
+  %2460 = getelementptr inbounds i32, ptr %edges.i, i64 %2459
+  %2461 = load i32, ptr %2460, align 4, !tbaa !5
+  %2462 = select i1 %.not556.us.i, i32 0, i32 %2461
+  store i32 %2462, ptr %2460, align 4, !tbaa !5
+  %indvars.iv.next1012.i = add nuw nsw i64 %indvars.iv1011.i, 1
+  %2463 = getelementptr i8, ptr %2427, i64 %indvars.iv.next1012.i
+  %2464 = load i8, ptr %2463, align 1, !tbaa !5
+  %.not556.us.i.1 = icmp eq i8 %2464, 0
+  %2465 = trunc i64 %indvars.iv.next1012.i to i32
+  %2466 = add i32 %791, %2465
+  %2467 = shl i32 %2466, 4
+  %2468 = add nsw i32 %2467, %r245759.us.i
+  %2469 = sext i32 %2468 to i64
+  %2470 = getelementptr inbounds i32, ptr %edges.i, i64 %2469
+  %2471 = load i32, ptr %2470, align 4, !tbaa !5
+  %2472 = select i1 %.not556.us.i.1, i32 0, i32 %2471
+  store i32 %2472, ptr %2470, align 4, !tbaa !5
+  %indvars.iv.next1012.i.1 = add nuw nsw i64 %indvars.iv1011.i, 2
+  %2473 = getelementptr i8, ptr %2427, i64 %indvars.iv.next1012.i.1
+  %2474 = load i8, ptr %2473, align 1, !tbaa !5
+  %.not556.us.i.2 = icmp eq i8 %2474, 0
+  %2475 = trunc i64 %indvars.iv.next1012.i.1 to i32
+  %2476 = add i32 %791, %2475
+  %2477 = shl i32 %2476, 4
+  %2478 = add nsw i32 %2477, %r245759.us.i
+  %2479 = sext i32 %2478 to i64
+  %2480 = getelementptr inbounds i32, ptr %edges.i, i64 %2479
+  %2481 = load i32, ptr %2480, align 4, !tbaa !5
+  %2482 = select i1 %.not556.us.i.2, i32 0, i32 %2481
+  store i32 %2482, ptr %2480, align 4, !tbaa !5
+  %indvars.iv.next1012.i.2 = add nuw nsw i64 %indvars.iv1011.i, 3
+  %2483 = getelementptr i8, ptr %2427, i64 %indvars.iv.next1012.i.2
+  %2484 = load i8, ptr %2483, align 1, !tbaa !5
+  %.not556.us.i.3 = icmp eq i8 %2484, 0
+  %2485 = trunc i64 %indvars.iv.next1012.i.2 to i32
+  %2486 = add i32 %791, %2485
+  %2487 = shl i32 %2486, 4
+  %2488 = add nsw i32 %2487, %r245759.us.i
+  %2489 = sext i32 %2488 to i64
+  %2490 = getelementptr inbounds i32, ptr %edges.i, i64 %2489
+  %2491 = load i32, ptr %2490, align 4, !tbaa !5
+  %2492 = select i1 %.not556.us.i.3, i32 0, i32 %2491
+  store i32 %2492, ptr %2490, align 4, !tbaa !5
+  %indvars.iv.next1012.i.3 = add nuw nsw i64 %indvars.iv1011.i, 4
+  %exitcond251.not.3 = icmp eq i64 %indvars.iv.next1012.i.3, %2410
+  br i1 %exitcond251.not.3, label %for_begin_c246.for_end_c248_crit_edge.us.i, label %for_body_c247.us.i, !prof !59, !llvm.loop !69
 
-for_begin_c251.for_end_c253_crit_edge.us.i:       ; preds = %for_body_c252.us.i, %for_body_c252.us.i.prol.loopexit, %middle.block439
-  %2486 = add nuw nsw i32 %r250747.us.i, 1
-  %2487 = icmp slt i32 %2486, %2396
-  br i1 %2487, label %for_body_r247.us.i, label %if_end245.i, !prof !61
+for_begin_c246.for_end_c248_crit_edge.us.i:       ; preds = %for_body_c247.us.i, %for_body_c247.us.i.prol.loopexit, %middle.block451
+  %2493 = add nuw nsw i32 %r245759.us.i, 1
+  %2494 = icmp slt i32 %2493, %2403
+  br i1 %2494, label %for_body_r242.us.i, label %if_end240.i, !prof !61
 
-if_end245.i:                                      ; preds = %for_begin_c251.for_end_c253_crit_edge.us.i, %for_body_r247.lr.ph.i, %if_then244.i, %for_end_to236.i
-  %factor.op.mul.reass.i = mul i32 %factor.op.mul809.i, %num_full.i
-  %.not837.i = icmp eq i32 %num_full.i, 0
-  %2488 = and i32 %2322, 2147483640
-  %2489 = icmp sgt i32 %valid_len149.i, %2488
-  %2490 = and i1 %761, %1465
-  %2491 = shl nuw nsw i32 %num_full.i, 7
-  %2492 = shl nuw nsw i32 %num_full.i, 10
-  %2493 = fmul <16 x float> %2293, zeroinitializer
-  %2494 = zext nneg i32 %2491 to i64
-  %2495 = shl i64 %1466, 11
-  %2496 = and i64 %2495, 4294965248
-  %2497 = zext nneg i32 %num_full.i to i64
-  %2498 = add i32 %indvars.iv238, %1469
-  %2499 = tail call i32 @llvm.smin.i32(i32 %indvars.iv236, i32 %2498)
-  %2500 = tail call i32 @llvm.smin.i32(i32 %2499, i32 128)
-  %smin247 = sext i32 %2500 to i64
-  %2501 = shl nuw nsw i64 %2497, 3
-  %2502 = sub nsw i64 %smin247, %2501
-  %smax248 = tail call i64 @llvm.smax.i64(i64 %2502, i64 1)
-  br label %for_begin_to256.preheader.i
+if_end240.i:                                      ; preds = %for_begin_c246.for_end_c248_crit_edge.us.i, %for_body_r242.lr.ph.i, %if_then239.i, %for_end_to231.i
+  %factor.op.mul.reass.i = mul i32 %factor.op.mul821.i, %num_full.i
+  %.not851.i = icmp eq i32 %num_full.i, 0
+  %2495 = and i32 %2329, 2147483640
+  %2496 = icmp sgt i32 %valid_len149.i, %2495
+  %2497 = and i1 %761, %1465
+  %2498 = shl nuw nsw i32 %num_full.i, 7
+  %2499 = shl nuw nsw i32 %num_full.i, 10
+  %2500 = fmul <16 x float> %2300, zeroinitializer
+  %2501 = zext nneg i32 %2498 to i64
+  %2502 = shl i64 %1466, 11
+  %2503 = and i64 %2502, 4294965248
+  %2504 = zext nneg i32 %num_full.i to i64
+  %2505 = add i32 %indvars.iv244, %1469
+  %2506 = tail call i32 @llvm.smin.i32(i32 %indvars.iv242, i32 %2505)
+  %2507 = tail call i32 @llvm.smin.i32(i32 %2506, i32 128)
+  %smin253 = sext i32 %2507 to i64
+  %2508 = shl nuw nsw i64 %2504, 3
+  %2509 = sub nsw i64 %smin253, %2508
+  %smax254 = tail call i64 @llvm.smax.i64(i64 %2509, i64 1)
+  br label %for_begin_to251.preheader.i
 
-for_begin_to256.preheader.i:                      ; preds = %if_end293.i, %if_end245.i
-  %indvars.iv1011.i = phi i64 [ 0, %if_end245.i ], [ %indvars.iv.next1012.i, %if_end293.i ]
-  br i1 %.not837.i, label %for_end_to258.i, label %for_body_to257.lr.ph.i, !prof !16
+for_begin_to251.preheader.i:                      ; preds = %if_end288.i, %if_end240.i
+  %indvars.iv1032.i = phi i64 [ 0, %if_end240.i ], [ %indvars.iv.next1033.i, %if_end288.i ]
+  br i1 %.not851.i, label %for_end_to253.i, label %for_body_to252.lr.ph.i, !prof !16
 
-for_body_to257.lr.ph.i:                           ; preds = %for_begin_to256.preheader.i
-  %2503 = mul nuw nsw i64 %indvars.iv1011.i, %2497
-  %2504 = shl i64 %indvars.iv1011.i, 2
-  %2505 = and i64 %2504, 12
-  %2506 = shl i64 %indvars.iv1011.i, 3
-  %2507 = and i64 %2506, 96
-  %invariant.gep160 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2507
-  %invariant.gep162 = getelementptr inbounds nuw float, ptr %invariant.gep160, i64 %2505
-  br label %for_body_to257.i
+for_body_to252.lr.ph.i:                           ; preds = %for_begin_to251.preheader.i
+  %2510 = mul nuw nsw i64 %indvars.iv1032.i, %2504
+  %2511 = shl i64 %indvars.iv1032.i, 2
+  %2512 = and i64 %2511, 12
+  %2513 = shl i64 %indvars.iv1032.i, 3
+  %2514 = and i64 %2513, 96
+  %invariant.gep163 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2514
+  %invariant.gep165 = getelementptr inbounds nuw float, ptr %invariant.gep163, i64 %2512
+  br label %for_body_to252.i
 
-for_body_to257.i:                                 ; preds = %if_end262.i, %for_body_to257.lr.ph.i
-  %indvars.iv1001.i = phi i64 [ 0, %for_body_to257.lr.ph.i ], [ %indvars.iv.next1002.i, %if_end262.i ]
-  %full_acc520.sroa.28.0774.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2861, %if_end262.i ]
-  %full_acc520.sroa.24.0773.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2856, %if_end262.i ]
-  %full_acc520.sroa.20.0772.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2851, %if_end262.i ]
-  %full_acc520.sroa.16.0771.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2846, %if_end262.i ]
-  %full_acc520.sroa.12.0770.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2841, %if_end262.i ]
-  %full_acc520.sroa.8.0769.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2836, %if_end262.i ]
-  %full_acc520.sroa.4.0768.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2831, %if_end262.i ]
-  %full_acc520.sroa.0.0767.i = phi <16 x float> [ zeroinitializer, %for_body_to257.lr.ph.i ], [ %2826, %if_end262.i ]
-  br i1 %2490, label %for_begin_line263.preheader.i, label %if_end262.i, !prof !8
+for_body_to252.i:                                 ; preds = %if_end257.i, %for_body_to252.lr.ph.i
+  %indvars.iv1022.i = phi i64 [ 0, %for_body_to252.lr.ph.i ], [ %indvars.iv.next1023.i, %if_end257.i ]
+  %full_acc515.sroa.28.0786.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2868, %if_end257.i ]
+  %full_acc515.sroa.24.0785.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2863, %if_end257.i ]
+  %full_acc515.sroa.20.0784.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2858, %if_end257.i ]
+  %full_acc515.sroa.16.0783.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2853, %if_end257.i ]
+  %full_acc515.sroa.12.0782.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2848, %if_end257.i ]
+  %full_acc515.sroa.8.0781.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2843, %if_end257.i ]
+  %full_acc515.sroa.4.0780.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2838, %if_end257.i ]
+  %full_acc515.sroa.0.0779.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2833, %if_end257.i ]
+  br i1 %2497, label %for_begin_line258.preheader.i, label %if_end257.i, !prof !8
 
-for_begin_line263.preheader.i:                    ; preds = %for_body_to257.i
-  %2508 = add nuw nsw i64 %indvars.iv1001.i, %2503
-  %2509 = trunc nuw nsw i64 %2508 to i32
-  %2510 = lshr i32 %2509, 1
-  %2511 = add nuw nsw i32 %2510, %factor.op.mul.reass.i
-  %2512 = srem i32 %2511, %num_kv_heads
-  %2513 = zext nneg i32 %2512 to i64
-  %2514 = mul nsw i64 %v_head, %2513
-  %2515 = sdiv i32 %2511, %num_kv_heads
-  %2516 = sext i32 %2515 to i64
-  %2517 = getelementptr i64, ptr %value_offsets.i, i64 %2516
-  %2518 = getelementptr i8, ptr %2517, i64 1024
-  %2519 = load i64, ptr %2518, align 8, !tbaa !5
-  %2520 = shl i64 %2508, 5
-  %2521 = and i64 %2520, 32
-  %gep785.i = getelementptr i32, ptr %invariant.gep784.i, i64 %2519
-  %invariant.gep750.i = getelementptr i32, ptr %gep785.i, i64 %2514
-  %gep751.i = getelementptr i32, ptr %invariant.gep750.i, i64 %2521
-  tail call void @llvm.prefetch.p0(ptr readonly %gep751.i, i32 0, i32 2, i32 1)
-  %gep751.1.i = getelementptr i8, ptr %gep751.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep751.1.i, i32 0, i32 2, i32 1)
-  br label %if_end262.i
+for_begin_line258.preheader.i:                    ; preds = %for_body_to252.i
+  %2515 = add nuw nsw i64 %indvars.iv1022.i, %2510
+  %2516 = trunc nuw nsw i64 %2515 to i32
+  %2517 = lshr i32 %2516, 1
+  %2518 = add nuw nsw i32 %2517, %factor.op.mul.reass.i
+  %2519 = srem i32 %2518, %num_kv_heads
+  %2520 = zext nneg i32 %2519 to i64
+  %2521 = mul nsw i64 %v_head, %2520
+  %2522 = sdiv i32 %2518, %num_kv_heads
+  %2523 = sext i32 %2522 to i64
+  %2524 = getelementptr i64, ptr %value_offsets.i, i64 %2523
+  %2525 = getelementptr i8, ptr %2524, i64 1024
+  %2526 = load i64, ptr %2525, align 8, !tbaa !5
+  %2527 = shl i64 %2515, 5
+  %2528 = and i64 %2527, 32
+  %gep797.i = getelementptr i32, ptr %invariant.gep796.i, i64 %2526
+  %invariant.gep762.i = getelementptr i32, ptr %gep797.i, i64 %2521
+  %gep763.i = getelementptr i32, ptr %invariant.gep762.i, i64 %2528
+  tail call void @llvm.prefetch.p0(ptr readonly %gep763.i, i32 0, i32 2, i32 1)
+  %gep763.1.i = getelementptr i8, ptr %gep763.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep763.1.i, i32 0, i32 2, i32 1)
+  br label %if_end257.i
 
-for_end_to258.i:                                  ; preds = %if_end262.i, %for_begin_to256.preheader.i
-  %full_acc520.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2826, %if_end262.i ]
-  %full_acc520.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2831, %if_end262.i ]
-  %full_acc520.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2836, %if_end262.i ]
-  %full_acc520.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2841, %if_end262.i ]
-  %full_acc520.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2846, %if_end262.i ]
-  %full_acc520.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2851, %if_end262.i ]
-  %full_acc520.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2856, %if_end262.i ]
-  %full_acc520.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to256.preheader.i ], [ %2861, %if_end262.i ]
-  br i1 %2489, label %for_body_ti274.lr.ph.i, label %for_end_ti275.i, !prof !3
+for_end_to253.i:                                  ; preds = %if_end257.i, %for_begin_to251.preheader.i
+  %full_acc515.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2833, %if_end257.i ]
+  %full_acc515.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2838, %if_end257.i ]
+  %full_acc515.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2843, %if_end257.i ]
+  %full_acc515.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2848, %if_end257.i ]
+  %full_acc515.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2853, %if_end257.i ]
+  %full_acc515.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2858, %if_end257.i ]
+  %full_acc515.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2863, %if_end257.i ]
+  %full_acc515.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2868, %if_end257.i ]
+  br i1 %2496, label %for_body_ti269.lr.ph.i, label %for_end_ti270.i, !prof !3
 
-for_body_ti274.lr.ph.i:                           ; preds = %for_end_to258.i
-  %indvars.iv1011.tr.i = trunc i64 %indvars.iv1011.i to i32
-  %2522 = shl i32 %indvars.iv1011.tr.i, 2
-  %2523 = and i32 %2522, 12
-  %2524 = shl i32 %indvars.iv1011.tr.i, 3
-  %2525 = and i32 %2524, 96
-  %invariant.op804.i = or disjoint i32 %2525, %2492
-  %invariant.op806.i = or disjoint i32 %invariant.op804.i, %2523
-  %2526 = zext nneg i32 %invariant.op806.i to i64
-  %invariant.gep1215.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2526
-  br label %for_body_ti274.i
+for_body_ti269.lr.ph.i:                           ; preds = %for_end_to253.i
+  %indvars.iv1032.tr.i = trunc i64 %indvars.iv1032.i to i32
+  %2529 = shl i32 %indvars.iv1032.tr.i, 2
+  %2530 = and i32 %2529, 12
+  %2531 = shl i32 %indvars.iv1032.tr.i, 3
+  %2532 = and i32 %2531, 96
+  %invariant.op816.i = or disjoint i32 %2532, %2499
+  %invariant.op818.i = or disjoint i32 %invariant.op816.i, %2530
+  %2533 = zext nneg i32 %invariant.op818.i to i64
+  %invariant.gep1238.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2533
+  br label %for_body_ti269.i
 
-if_end262.i:                                      ; preds = %for_begin_line263.preheader.i, %for_body_to257.i
-  %.idx87 = shl nsw i64 %indvars.iv1001.i, 9
-  %2527 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx87
-  %2528 = load <16 x float>, ptr %2527, align 4, !tbaa !5
-  %.idx88 = shl nsw i64 %indvars.iv1001.i, 12
-  %gep163 = getelementptr inbounds nuw i8, ptr %invariant.gep162, i64 %.idx88
-  %2529 = load float, ptr %gep163, align 4, !tbaa !5
-  %2530 = insertelement <16 x float> poison, float %2529, i64 0
-  %2531 = shufflevector <16 x float> %2530, <16 x float> poison, <16 x i32> zeroinitializer
-  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2531, <16 x float> %full_acc520.sroa.0.0767.i)
-  %2533 = getelementptr inbounds nuw i8, ptr %gep163, i64 64
-  %2534 = load float, ptr %2533, align 4, !tbaa !5
-  %2535 = insertelement <16 x float> poison, float %2534, i64 0
-  %2536 = shufflevector <16 x float> %2535, <16 x float> poison, <16 x i32> zeroinitializer
-  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2536, <16 x float> %full_acc520.sroa.4.0768.i)
-  %2538 = getelementptr inbounds nuw i8, ptr %gep163, i64 4
-  %2539 = load float, ptr %2538, align 4, !tbaa !5
-  %2540 = insertelement <16 x float> poison, float %2539, i64 0
-  %2541 = shufflevector <16 x float> %2540, <16 x float> poison, <16 x i32> zeroinitializer
-  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2541, <16 x float> %full_acc520.sroa.8.0769.i)
-  %2543 = getelementptr inbounds nuw i8, ptr %gep163, i64 68
-  %2544 = load float, ptr %2543, align 4, !tbaa !5
-  %2545 = insertelement <16 x float> poison, float %2544, i64 0
-  %2546 = shufflevector <16 x float> %2545, <16 x float> poison, <16 x i32> zeroinitializer
-  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2546, <16 x float> %full_acc520.sroa.12.0770.i)
-  %2548 = getelementptr inbounds nuw i8, ptr %gep163, i64 8
-  %2549 = load float, ptr %2548, align 4, !tbaa !5
-  %2550 = insertelement <16 x float> poison, float %2549, i64 0
-  %2551 = shufflevector <16 x float> %2550, <16 x float> poison, <16 x i32> zeroinitializer
-  %2552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2551, <16 x float> %full_acc520.sroa.16.0771.i)
-  %2553 = getelementptr inbounds nuw i8, ptr %gep163, i64 72
-  %2554 = load float, ptr %2553, align 4, !tbaa !5
-  %2555 = insertelement <16 x float> poison, float %2554, i64 0
-  %2556 = shufflevector <16 x float> %2555, <16 x float> poison, <16 x i32> zeroinitializer
-  %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2556, <16 x float> %full_acc520.sroa.20.0772.i)
-  %2558 = getelementptr inbounds nuw i8, ptr %gep163, i64 12
-  %2559 = load float, ptr %2558, align 4, !tbaa !5
-  %2560 = insertelement <16 x float> poison, float %2559, i64 0
-  %2561 = shufflevector <16 x float> %2560, <16 x float> poison, <16 x i32> zeroinitializer
-  %2562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2561, <16 x float> %full_acc520.sroa.24.0773.i)
-  %2563 = getelementptr inbounds nuw i8, ptr %gep163, i64 76
-  %2564 = load float, ptr %2563, align 4, !tbaa !5
-  %2565 = insertelement <16 x float> poison, float %2564, i64 0
-  %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
-  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2528, <16 x float> %2566, <16 x float> %full_acc520.sroa.28.0774.i)
-  %2568 = getelementptr inbounds nuw i8, ptr %2527, i64 64
-  %2569 = load <16 x float>, ptr %2568, align 4, !tbaa !5
-  %2570 = getelementptr inbounds nuw i8, ptr %gep163, i64 512
+if_end257.i:                                      ; preds = %for_begin_line258.preheader.i, %for_body_to252.i
+  %.idx87 = shl nsw i64 %indvars.iv1022.i, 9
+  %2534 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx87
+  %2535 = load <16 x float>, ptr %2534, align 4, !tbaa !5
+  %.idx88 = shl nsw i64 %indvars.iv1022.i, 12
+  %gep166 = getelementptr inbounds nuw i8, ptr %invariant.gep165, i64 %.idx88
+  %2536 = load float, ptr %gep166, align 4, !tbaa !5
+  %2537 = insertelement <16 x float> poison, float %2536, i64 0
+  %2538 = shufflevector <16 x float> %2537, <16 x float> poison, <16 x i32> zeroinitializer
+  %2539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2538, <16 x float> %full_acc515.sroa.0.0779.i)
+  %2540 = getelementptr inbounds nuw i8, ptr %gep166, i64 64
+  %2541 = load float, ptr %2540, align 4, !tbaa !5
+  %2542 = insertelement <16 x float> poison, float %2541, i64 0
+  %2543 = shufflevector <16 x float> %2542, <16 x float> poison, <16 x i32> zeroinitializer
+  %2544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2543, <16 x float> %full_acc515.sroa.4.0780.i)
+  %2545 = getelementptr inbounds nuw i8, ptr %gep166, i64 4
+  %2546 = load float, ptr %2545, align 4, !tbaa !5
+  %2547 = insertelement <16 x float> poison, float %2546, i64 0
+  %2548 = shufflevector <16 x float> %2547, <16 x float> poison, <16 x i32> zeroinitializer
+  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2548, <16 x float> %full_acc515.sroa.8.0781.i)
+  %2550 = getelementptr inbounds nuw i8, ptr %gep166, i64 68
+  %2551 = load float, ptr %2550, align 4, !tbaa !5
+  %2552 = insertelement <16 x float> poison, float %2551, i64 0
+  %2553 = shufflevector <16 x float> %2552, <16 x float> poison, <16 x i32> zeroinitializer
+  %2554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2553, <16 x float> %full_acc515.sroa.12.0782.i)
+  %2555 = getelementptr inbounds nuw i8, ptr %gep166, i64 8
+  %2556 = load float, ptr %2555, align 4, !tbaa !5
+  %2557 = insertelement <16 x float> poison, float %2556, i64 0
+  %2558 = shufflevector <16 x float> %2557, <16 x float> poison, <16 x i32> zeroinitializer
+  %2559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2558, <16 x float> %full_acc515.sroa.16.0783.i)
+  %2560 = getelementptr inbounds nuw i8, ptr %gep166, i64 72
+  %2561 = load float, ptr %2560, align 4, !tbaa !5
+  %2562 = insertelement <16 x float> poison, float %2561, i64 0
+  %2563 = shufflevector <16 x float> %2562, <16 x float> poison, <16 x i32> zeroinitializer
+  %2564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2563, <16 x float> %full_acc515.sroa.20.0784.i)
+  %2565 = getelementptr inbounds nuw i8, ptr %gep166, i64 12
+  %2566 = load float, ptr %2565, align 4, !tbaa !5
+  %2567 = insertelement <16 x float> poison, float %2566, i64 0
+  %2568 = shufflevector <16 x float> %2567, <16 x float> poison, <16 x i32> zeroinitializer
+  %2569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2568, <16 x float> %full_acc515.sroa.24.0785.i)
+  %2570 = getelementptr inbounds nuw i8, ptr %gep166, i64 76
   %2571 = load float, ptr %2570, align 4, !tbaa !5
   %2572 = insertelement <16 x float> poison, float %2571, i64 0
   %2573 = shufflevector <16 x float> %2572, <16 x float> poison, <16 x i32> zeroinitializer
-  %2574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2573, <16 x float> %2532)
-  %2575 = getelementptr inbounds nuw i8, ptr %gep163, i64 576
-  %2576 = load float, ptr %2575, align 4, !tbaa !5
-  %2577 = insertelement <16 x float> poison, float %2576, i64 0
-  %2578 = shufflevector <16 x float> %2577, <16 x float> poison, <16 x i32> zeroinitializer
-  %2579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2578, <16 x float> %2537)
-  %2580 = getelementptr inbounds nuw i8, ptr %gep163, i64 516
-  %2581 = load float, ptr %2580, align 4, !tbaa !5
-  %2582 = insertelement <16 x float> poison, float %2581, i64 0
-  %2583 = shufflevector <16 x float> %2582, <16 x float> poison, <16 x i32> zeroinitializer
-  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2583, <16 x float> %2542)
-  %2585 = getelementptr inbounds nuw i8, ptr %gep163, i64 580
-  %2586 = load float, ptr %2585, align 4, !tbaa !5
-  %2587 = insertelement <16 x float> poison, float %2586, i64 0
-  %2588 = shufflevector <16 x float> %2587, <16 x float> poison, <16 x i32> zeroinitializer
-  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2588, <16 x float> %2547)
-  %2590 = getelementptr inbounds nuw i8, ptr %gep163, i64 520
-  %2591 = load float, ptr %2590, align 4, !tbaa !5
-  %2592 = insertelement <16 x float> poison, float %2591, i64 0
-  %2593 = shufflevector <16 x float> %2592, <16 x float> poison, <16 x i32> zeroinitializer
-  %2594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2593, <16 x float> %2552)
-  %2595 = getelementptr inbounds nuw i8, ptr %gep163, i64 584
-  %2596 = load float, ptr %2595, align 4, !tbaa !5
-  %2597 = insertelement <16 x float> poison, float %2596, i64 0
-  %2598 = shufflevector <16 x float> %2597, <16 x float> poison, <16 x i32> zeroinitializer
-  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2598, <16 x float> %2557)
-  %2600 = getelementptr inbounds nuw i8, ptr %gep163, i64 524
-  %2601 = load float, ptr %2600, align 4, !tbaa !5
-  %2602 = insertelement <16 x float> poison, float %2601, i64 0
-  %2603 = shufflevector <16 x float> %2602, <16 x float> poison, <16 x i32> zeroinitializer
-  %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2603, <16 x float> %2562)
-  %2605 = getelementptr inbounds nuw i8, ptr %gep163, i64 588
-  %2606 = load float, ptr %2605, align 4, !tbaa !5
-  %2607 = insertelement <16 x float> poison, float %2606, i64 0
-  %2608 = shufflevector <16 x float> %2607, <16 x float> poison, <16 x i32> zeroinitializer
-  %2609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2569, <16 x float> %2608, <16 x float> %2567)
-  %2610 = getelementptr inbounds nuw i8, ptr %2527, i64 128
-  %2611 = load <16 x float>, ptr %2610, align 4, !tbaa !5
-  %2612 = getelementptr inbounds nuw i8, ptr %gep163, i64 1024
+  %2574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2573, <16 x float> %full_acc515.sroa.28.0786.i)
+  %2575 = getelementptr inbounds nuw i8, ptr %2534, i64 64
+  %2576 = load <16 x float>, ptr %2575, align 4, !tbaa !5
+  %2577 = getelementptr inbounds nuw i8, ptr %gep166, i64 512
+  %2578 = load float, ptr %2577, align 4, !tbaa !5
+  %2579 = insertelement <16 x float> poison, float %2578, i64 0
+  %2580 = shufflevector <16 x float> %2579, <16 x float> poison, <16 x i32> zeroinitializer
+  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2580, <16 x float> %2539)
+  %2582 = getelementptr inbounds nuw i8, ptr %gep166, i64 576
+  %2583 = load float, ptr %2582, align 4, !tbaa !5
+  %2584 = insertelement <16 x float> poison, float %2583, i64 0
+  %2585 = shufflevector <16 x float> %2584, <16 x float> poison, <16 x i32> zeroinitializer
+  %2586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2585, <16 x float> %2544)
+  %2587 = getelementptr inbounds nuw i8, ptr %gep166, i64 516
+  %2588 = load float, ptr %2587, align 4, !tbaa !5
+  %2589 = insertelement <16 x float> poison, float %2588, i64 0
+  %2590 = shufflevector <16 x float> %2589, <16 x float> poison, <16 x i32> zeroinitializer
+  %2591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2590, <16 x float> %2549)
+  %2592 = getelementptr inbounds nuw i8, ptr %gep166, i64 580
+  %2593 = load float, ptr %2592, align 4, !tbaa !5
+  %2594 = insertelement <16 x float> poison, float %2593, i64 0
+  %2595 = shufflevector <16 x float> %2594, <16 x float> poison, <16 x i32> zeroinitializer
+  %2596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2595, <16 x float> %2554)
+  %2597 = getelementptr inbounds nuw i8, ptr %gep166, i64 520
+  %2598 = load float, ptr %2597, align 4, !tbaa !5
+  %2599 = insertelement <16 x float> poison, float %2598, i64 0
+  %2600 = shufflevector <16 x float> %2599, <16 x float> poison, <16 x i32> zeroinitializer
+  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2600, <16 x float> %2559)
+  %2602 = getelementptr inbounds nuw i8, ptr %gep166, i64 584
+  %2603 = load float, ptr %2602, align 4, !tbaa !5
+  %2604 = insertelement <16 x float> poison, float %2603, i64 0
+  %2605 = shufflevector <16 x float> %2604, <16 x float> poison, <16 x i32> zeroinitializer
+  %2606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2605, <16 x float> %2564)
+  %2607 = getelementptr inbounds nuw i8, ptr %gep166, i64 524
+  %2608 = load float, ptr %2607, align 4, !tbaa !5
+  %2609 = insertelement <16 x float> poison, float %2608, i64 0
+  %2610 = shufflevector <16 x float> %2609, <16 x float> poison, <16 x i32> zeroinitializer
+  %2611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2610, <16 x float> %2569)
+  %2612 = getelementptr inbounds nuw i8, ptr %gep166, i64 588
   %2613 = load float, ptr %2612, align 4, !tbaa !5
   %2614 = insertelement <16 x float> poison, float %2613, i64 0
   %2615 = shufflevector <16 x float> %2614, <16 x float> poison, <16 x i32> zeroinitializer
-  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2615, <16 x float> %2574)
-  %2617 = getelementptr inbounds nuw i8, ptr %gep163, i64 1088
-  %2618 = load float, ptr %2617, align 4, !tbaa !5
-  %2619 = insertelement <16 x float> poison, float %2618, i64 0
-  %2620 = shufflevector <16 x float> %2619, <16 x float> poison, <16 x i32> zeroinitializer
-  %2621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2620, <16 x float> %2579)
-  %2622 = getelementptr inbounds nuw i8, ptr %gep163, i64 1028
-  %2623 = load float, ptr %2622, align 4, !tbaa !5
-  %2624 = insertelement <16 x float> poison, float %2623, i64 0
-  %2625 = shufflevector <16 x float> %2624, <16 x float> poison, <16 x i32> zeroinitializer
-  %2626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2625, <16 x float> %2584)
-  %2627 = getelementptr inbounds nuw i8, ptr %gep163, i64 1092
-  %2628 = load float, ptr %2627, align 4, !tbaa !5
-  %2629 = insertelement <16 x float> poison, float %2628, i64 0
-  %2630 = shufflevector <16 x float> %2629, <16 x float> poison, <16 x i32> zeroinitializer
-  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2630, <16 x float> %2589)
-  %2632 = getelementptr inbounds nuw i8, ptr %gep163, i64 1032
-  %2633 = load float, ptr %2632, align 4, !tbaa !5
-  %2634 = insertelement <16 x float> poison, float %2633, i64 0
-  %2635 = shufflevector <16 x float> %2634, <16 x float> poison, <16 x i32> zeroinitializer
-  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2635, <16 x float> %2594)
-  %2637 = getelementptr inbounds nuw i8, ptr %gep163, i64 1096
-  %2638 = load float, ptr %2637, align 4, !tbaa !5
-  %2639 = insertelement <16 x float> poison, float %2638, i64 0
-  %2640 = shufflevector <16 x float> %2639, <16 x float> poison, <16 x i32> zeroinitializer
-  %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2640, <16 x float> %2599)
-  %2642 = getelementptr inbounds nuw i8, ptr %gep163, i64 1036
-  %2643 = load float, ptr %2642, align 4, !tbaa !5
-  %2644 = insertelement <16 x float> poison, float %2643, i64 0
-  %2645 = shufflevector <16 x float> %2644, <16 x float> poison, <16 x i32> zeroinitializer
-  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2645, <16 x float> %2604)
-  %2647 = getelementptr inbounds nuw i8, ptr %gep163, i64 1100
-  %2648 = load float, ptr %2647, align 4, !tbaa !5
-  %2649 = insertelement <16 x float> poison, float %2648, i64 0
-  %2650 = shufflevector <16 x float> %2649, <16 x float> poison, <16 x i32> zeroinitializer
-  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2650, <16 x float> %2609)
-  %2652 = getelementptr inbounds nuw i8, ptr %2527, i64 192
-  %2653 = load <16 x float>, ptr %2652, align 4, !tbaa !5
-  %2654 = getelementptr inbounds nuw i8, ptr %gep163, i64 1536
+  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2615, <16 x float> %2574)
+  %2617 = getelementptr inbounds nuw i8, ptr %2534, i64 128
+  %2618 = load <16 x float>, ptr %2617, align 4, !tbaa !5
+  %2619 = getelementptr inbounds nuw i8, ptr %gep166, i64 1024
+  %2620 = load float, ptr %2619, align 4, !tbaa !5
+  %2621 = insertelement <16 x float> poison, float %2620, i64 0
+  %2622 = shufflevector <16 x float> %2621, <16 x float> poison, <16 x i32> zeroinitializer
+  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2622, <16 x float> %2581)
+  %2624 = getelementptr inbounds nuw i8, ptr %gep166, i64 1088
+  %2625 = load float, ptr %2624, align 4, !tbaa !5
+  %2626 = insertelement <16 x float> poison, float %2625, i64 0
+  %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
+  %2628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2627, <16 x float> %2586)
+  %2629 = getelementptr inbounds nuw i8, ptr %gep166, i64 1028
+  %2630 = load float, ptr %2629, align 4, !tbaa !5
+  %2631 = insertelement <16 x float> poison, float %2630, i64 0
+  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
+  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2632, <16 x float> %2591)
+  %2634 = getelementptr inbounds nuw i8, ptr %gep166, i64 1092
+  %2635 = load float, ptr %2634, align 4, !tbaa !5
+  %2636 = insertelement <16 x float> poison, float %2635, i64 0
+  %2637 = shufflevector <16 x float> %2636, <16 x float> poison, <16 x i32> zeroinitializer
+  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2637, <16 x float> %2596)
+  %2639 = getelementptr inbounds nuw i8, ptr %gep166, i64 1032
+  %2640 = load float, ptr %2639, align 4, !tbaa !5
+  %2641 = insertelement <16 x float> poison, float %2640, i64 0
+  %2642 = shufflevector <16 x float> %2641, <16 x float> poison, <16 x i32> zeroinitializer
+  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2642, <16 x float> %2601)
+  %2644 = getelementptr inbounds nuw i8, ptr %gep166, i64 1096
+  %2645 = load float, ptr %2644, align 4, !tbaa !5
+  %2646 = insertelement <16 x float> poison, float %2645, i64 0
+  %2647 = shufflevector <16 x float> %2646, <16 x float> poison, <16 x i32> zeroinitializer
+  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2647, <16 x float> %2606)
+  %2649 = getelementptr inbounds nuw i8, ptr %gep166, i64 1036
+  %2650 = load float, ptr %2649, align 4, !tbaa !5
+  %2651 = insertelement <16 x float> poison, float %2650, i64 0
+  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
+  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2652, <16 x float> %2611)
+  %2654 = getelementptr inbounds nuw i8, ptr %gep166, i64 1100
   %2655 = load float, ptr %2654, align 4, !tbaa !5
   %2656 = insertelement <16 x float> poison, float %2655, i64 0
   %2657 = shufflevector <16 x float> %2656, <16 x float> poison, <16 x i32> zeroinitializer
-  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2657, <16 x float> %2616)
-  %2659 = getelementptr inbounds nuw i8, ptr %gep163, i64 1600
-  %2660 = load float, ptr %2659, align 4, !tbaa !5
-  %2661 = insertelement <16 x float> poison, float %2660, i64 0
-  %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
-  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2662, <16 x float> %2621)
-  %2664 = getelementptr inbounds nuw i8, ptr %gep163, i64 1540
-  %2665 = load float, ptr %2664, align 4, !tbaa !5
-  %2666 = insertelement <16 x float> poison, float %2665, i64 0
-  %2667 = shufflevector <16 x float> %2666, <16 x float> poison, <16 x i32> zeroinitializer
-  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2667, <16 x float> %2626)
-  %2669 = getelementptr inbounds nuw i8, ptr %gep163, i64 1604
-  %2670 = load float, ptr %2669, align 4, !tbaa !5
-  %2671 = insertelement <16 x float> poison, float %2670, i64 0
-  %2672 = shufflevector <16 x float> %2671, <16 x float> poison, <16 x i32> zeroinitializer
-  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2672, <16 x float> %2631)
-  %2674 = getelementptr inbounds nuw i8, ptr %gep163, i64 1544
-  %2675 = load float, ptr %2674, align 4, !tbaa !5
-  %2676 = insertelement <16 x float> poison, float %2675, i64 0
-  %2677 = shufflevector <16 x float> %2676, <16 x float> poison, <16 x i32> zeroinitializer
-  %2678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2677, <16 x float> %2636)
-  %2679 = getelementptr inbounds nuw i8, ptr %gep163, i64 1608
-  %2680 = load float, ptr %2679, align 4, !tbaa !5
-  %2681 = insertelement <16 x float> poison, float %2680, i64 0
-  %2682 = shufflevector <16 x float> %2681, <16 x float> poison, <16 x i32> zeroinitializer
-  %2683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2682, <16 x float> %2641)
-  %2684 = getelementptr inbounds nuw i8, ptr %gep163, i64 1548
-  %2685 = load float, ptr %2684, align 4, !tbaa !5
-  %2686 = insertelement <16 x float> poison, float %2685, i64 0
-  %2687 = shufflevector <16 x float> %2686, <16 x float> poison, <16 x i32> zeroinitializer
-  %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2687, <16 x float> %2646)
-  %2689 = getelementptr inbounds nuw i8, ptr %gep163, i64 1612
-  %2690 = load float, ptr %2689, align 4, !tbaa !5
-  %2691 = insertelement <16 x float> poison, float %2690, i64 0
-  %2692 = shufflevector <16 x float> %2691, <16 x float> poison, <16 x i32> zeroinitializer
-  %2693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2692, <16 x float> %2651)
-  %2694 = getelementptr inbounds nuw i8, ptr %2527, i64 256
-  %2695 = load <16 x float>, ptr %2694, align 4, !tbaa !5
-  %2696 = getelementptr inbounds nuw i8, ptr %gep163, i64 2048
+  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2657, <16 x float> %2616)
+  %2659 = getelementptr inbounds nuw i8, ptr %2534, i64 192
+  %2660 = load <16 x float>, ptr %2659, align 4, !tbaa !5
+  %2661 = getelementptr inbounds nuw i8, ptr %gep166, i64 1536
+  %2662 = load float, ptr %2661, align 4, !tbaa !5
+  %2663 = insertelement <16 x float> poison, float %2662, i64 0
+  %2664 = shufflevector <16 x float> %2663, <16 x float> poison, <16 x i32> zeroinitializer
+  %2665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2664, <16 x float> %2623)
+  %2666 = getelementptr inbounds nuw i8, ptr %gep166, i64 1600
+  %2667 = load float, ptr %2666, align 4, !tbaa !5
+  %2668 = insertelement <16 x float> poison, float %2667, i64 0
+  %2669 = shufflevector <16 x float> %2668, <16 x float> poison, <16 x i32> zeroinitializer
+  %2670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2669, <16 x float> %2628)
+  %2671 = getelementptr inbounds nuw i8, ptr %gep166, i64 1540
+  %2672 = load float, ptr %2671, align 4, !tbaa !5
+  %2673 = insertelement <16 x float> poison, float %2672, i64 0
+  %2674 = shufflevector <16 x float> %2673, <16 x float> poison, <16 x i32> zeroinitializer
+  %2675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2674, <16 x float> %2633)
+  %2676 = getelementptr inbounds nuw i8, ptr %gep166, i64 1604
+  %2677 = load float, ptr %2676, align 4, !tbaa !5
+  %2678 = insertelement <16 x float> poison, float %2677, i64 0
+  %2679 = shufflevector <16 x float> %2678, <16 x float> poison, <16 x i32> zeroinitializer
+  %2680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2679, <16 x float> %2638)
+  %2681 = getelementptr inbounds nuw i8, ptr %gep166, i64 1544
+  %2682 = load float, ptr %2681, align 4, !tbaa !5
+  %2683 = insertelement <16 x float> poison, float %2682, i64 0
+  %2684 = shufflevector <16 x float> %2683, <16 x float> poison, <16 x i32> zeroinitializer
+  %2685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2684, <16 x float> %2643)
+  %2686 = getelementptr inbounds nuw i8, ptr %gep166, i64 1608
+  %2687 = load float, ptr %2686, align 4, !tbaa !5
+  %2688 = insertelement <16 x float> poison, float %2687, i64 0
+  %2689 = shufflevector <16 x float> %2688, <16 x float> poison, <16 x i32> zeroinitializer
+  %2690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2689, <16 x float> %2648)
+  %2691 = getelementptr inbounds nuw i8, ptr %gep166, i64 1548
+  %2692 = load float, ptr %2691, align 4, !tbaa !5
+  %2693 = insertelement <16 x float> poison, float %2692, i64 0
+  %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
+  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2694, <16 x float> %2653)
+  %2696 = getelementptr inbounds nuw i8, ptr %gep166, i64 1612
   %2697 = load float, ptr %2696, align 4, !tbaa !5
   %2698 = insertelement <16 x float> poison, float %2697, i64 0
   %2699 = shufflevector <16 x float> %2698, <16 x float> poison, <16 x i32> zeroinitializer
-  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2699, <16 x float> %2658)
-  %2701 = getelementptr inbounds nuw i8, ptr %gep163, i64 2112
-  %2702 = load float, ptr %2701, align 4, !tbaa !5
-  %2703 = insertelement <16 x float> poison, float %2702, i64 0
-  %2704 = shufflevector <16 x float> %2703, <16 x float> poison, <16 x i32> zeroinitializer
-  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2704, <16 x float> %2663)
-  %2706 = getelementptr inbounds nuw i8, ptr %gep163, i64 2052
-  %2707 = load float, ptr %2706, align 4, !tbaa !5
-  %2708 = insertelement <16 x float> poison, float %2707, i64 0
-  %2709 = shufflevector <16 x float> %2708, <16 x float> poison, <16 x i32> zeroinitializer
-  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2709, <16 x float> %2668)
-  %2711 = getelementptr inbounds nuw i8, ptr %gep163, i64 2116
-  %2712 = load float, ptr %2711, align 4, !tbaa !5
-  %2713 = insertelement <16 x float> poison, float %2712, i64 0
-  %2714 = shufflevector <16 x float> %2713, <16 x float> poison, <16 x i32> zeroinitializer
-  %2715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2714, <16 x float> %2673)
-  %2716 = getelementptr inbounds nuw i8, ptr %gep163, i64 2056
-  %2717 = load float, ptr %2716, align 4, !tbaa !5
-  %2718 = insertelement <16 x float> poison, float %2717, i64 0
-  %2719 = shufflevector <16 x float> %2718, <16 x float> poison, <16 x i32> zeroinitializer
-  %2720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2719, <16 x float> %2678)
-  %2721 = getelementptr inbounds nuw i8, ptr %gep163, i64 2120
-  %2722 = load float, ptr %2721, align 4, !tbaa !5
-  %2723 = insertelement <16 x float> poison, float %2722, i64 0
-  %2724 = shufflevector <16 x float> %2723, <16 x float> poison, <16 x i32> zeroinitializer
-  %2725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2724, <16 x float> %2683)
-  %2726 = getelementptr inbounds nuw i8, ptr %gep163, i64 2060
-  %2727 = load float, ptr %2726, align 4, !tbaa !5
-  %2728 = insertelement <16 x float> poison, float %2727, i64 0
-  %2729 = shufflevector <16 x float> %2728, <16 x float> poison, <16 x i32> zeroinitializer
-  %2730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2729, <16 x float> %2688)
-  %2731 = getelementptr inbounds nuw i8, ptr %gep163, i64 2124
-  %2732 = load float, ptr %2731, align 4, !tbaa !5
-  %2733 = insertelement <16 x float> poison, float %2732, i64 0
-  %2734 = shufflevector <16 x float> %2733, <16 x float> poison, <16 x i32> zeroinitializer
-  %2735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2734, <16 x float> %2693)
-  %2736 = getelementptr inbounds nuw i8, ptr %2527, i64 320
-  %2737 = load <16 x float>, ptr %2736, align 4, !tbaa !5
-  %2738 = getelementptr inbounds nuw i8, ptr %gep163, i64 2560
+  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2699, <16 x float> %2658)
+  %2701 = getelementptr inbounds nuw i8, ptr %2534, i64 256
+  %2702 = load <16 x float>, ptr %2701, align 4, !tbaa !5
+  %2703 = getelementptr inbounds nuw i8, ptr %gep166, i64 2048
+  %2704 = load float, ptr %2703, align 4, !tbaa !5
+  %2705 = insertelement <16 x float> poison, float %2704, i64 0
+  %2706 = shufflevector <16 x float> %2705, <16 x float> poison, <16 x i32> zeroinitializer
+  %2707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2706, <16 x float> %2665)
+  %2708 = getelementptr inbounds nuw i8, ptr %gep166, i64 2112
+  %2709 = load float, ptr %2708, align 4, !tbaa !5
+  %2710 = insertelement <16 x float> poison, float %2709, i64 0
+  %2711 = shufflevector <16 x float> %2710, <16 x float> poison, <16 x i32> zeroinitializer
+  %2712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2711, <16 x float> %2670)
+  %2713 = getelementptr inbounds nuw i8, ptr %gep166, i64 2052
+  %2714 = load float, ptr %2713, align 4, !tbaa !5
+  %2715 = insertelement <16 x float> poison, float %2714, i64 0
+  %2716 = shufflevector <16 x float> %2715, <16 x float> poison, <16 x i32> zeroinitializer
+  %2717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2716, <16 x float> %2675)
+  %2718 = getelementptr inbounds nuw i8, ptr %gep166, i64 2116
+  %2719 = load float, ptr %2718, align 4, !tbaa !5
+  %2720 = insertelement <16 x float> poison, float %2719, i64 0
+  %2721 = shufflevector <16 x float> %2720, <16 x float> poison, <16 x i32> zeroinitializer
+  %2722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2721, <16 x float> %2680)
+  %2723 = getelementptr inbounds nuw i8, ptr %gep166, i64 2056
+  %2724 = load float, ptr %2723, align 4, !tbaa !5
+  %2725 = insertelement <16 x float> poison, float %2724, i64 0
+  %2726 = shufflevector <16 x float> %2725, <16 x float> poison, <16 x i32> zeroinitializer
+  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2726, <16 x float> %2685)
+  %2728 = getelementptr inbounds nuw i8, ptr %gep166, i64 2120
+  %2729 = load float, ptr %2728, align 4, !tbaa !5
+  %2730 = insertelement <16 x float> poison, float %2729, i64 0
+  %2731 = shufflevector <16 x float> %2730, <16 x float> poison, <16 x i32> zeroinitializer
+  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2731, <16 x float> %2690)
+  %2733 = getelementptr inbounds nuw i8, ptr %gep166, i64 2060
+  %2734 = load float, ptr %2733, align 4, !tbaa !5
+  %2735 = insertelement <16 x float> poison, float %2734, i64 0
+  %2736 = shufflevector <16 x float> %2735, <16 x float> poison, <16 x i32> zeroinitializer
+  %2737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2736, <16 x float> %2695)
+  %2738 = getelementptr inbounds nuw i8, ptr %gep166, i64 2124
   %2739 = load float, ptr %2738, align 4, !tbaa !5
   %2740 = insertelement <16 x float> poison, float %2739, i64 0
   %2741 = shufflevector <16 x float> %2740, <16 x float> poison, <16 x i32> zeroinitializer
-  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2741, <16 x float> %2700)
-  %2743 = getelementptr inbounds nuw i8, ptr %gep163, i64 2624
-  %2744 = load float, ptr %2743, align 4, !tbaa !5
-  %2745 = insertelement <16 x float> poison, float %2744, i64 0
-  %2746 = shufflevector <16 x float> %2745, <16 x float> poison, <16 x i32> zeroinitializer
-  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2746, <16 x float> %2705)
-  %2748 = getelementptr inbounds nuw i8, ptr %gep163, i64 2564
-  %2749 = load float, ptr %2748, align 4, !tbaa !5
-  %2750 = insertelement <16 x float> poison, float %2749, i64 0
-  %2751 = shufflevector <16 x float> %2750, <16 x float> poison, <16 x i32> zeroinitializer
-  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2751, <16 x float> %2710)
-  %2753 = getelementptr inbounds nuw i8, ptr %gep163, i64 2628
-  %2754 = load float, ptr %2753, align 4, !tbaa !5
-  %2755 = insertelement <16 x float> poison, float %2754, i64 0
-  %2756 = shufflevector <16 x float> %2755, <16 x float> poison, <16 x i32> zeroinitializer
-  %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2756, <16 x float> %2715)
-  %2758 = getelementptr inbounds nuw i8, ptr %gep163, i64 2568
-  %2759 = load float, ptr %2758, align 4, !tbaa !5
-  %2760 = insertelement <16 x float> poison, float %2759, i64 0
-  %2761 = shufflevector <16 x float> %2760, <16 x float> poison, <16 x i32> zeroinitializer
-  %2762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2761, <16 x float> %2720)
-  %2763 = getelementptr inbounds nuw i8, ptr %gep163, i64 2632
-  %2764 = load float, ptr %2763, align 4, !tbaa !5
-  %2765 = insertelement <16 x float> poison, float %2764, i64 0
-  %2766 = shufflevector <16 x float> %2765, <16 x float> poison, <16 x i32> zeroinitializer
-  %2767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2766, <16 x float> %2725)
-  %2768 = getelementptr inbounds nuw i8, ptr %gep163, i64 2572
-  %2769 = load float, ptr %2768, align 4, !tbaa !5
-  %2770 = insertelement <16 x float> poison, float %2769, i64 0
-  %2771 = shufflevector <16 x float> %2770, <16 x float> poison, <16 x i32> zeroinitializer
-  %2772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2771, <16 x float> %2730)
-  %2773 = getelementptr inbounds nuw i8, ptr %gep163, i64 2636
-  %2774 = load float, ptr %2773, align 4, !tbaa !5
-  %2775 = insertelement <16 x float> poison, float %2774, i64 0
-  %2776 = shufflevector <16 x float> %2775, <16 x float> poison, <16 x i32> zeroinitializer
-  %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2776, <16 x float> %2735)
-  %2778 = getelementptr inbounds nuw i8, ptr %2527, i64 384
-  %2779 = load <16 x float>, ptr %2778, align 4, !tbaa !5
-  %2780 = getelementptr inbounds nuw i8, ptr %gep163, i64 3072
+  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2741, <16 x float> %2700)
+  %2743 = getelementptr inbounds nuw i8, ptr %2534, i64 320
+  %2744 = load <16 x float>, ptr %2743, align 4, !tbaa !5
+  %2745 = getelementptr inbounds nuw i8, ptr %gep166, i64 2560
+  %2746 = load float, ptr %2745, align 4, !tbaa !5
+  %2747 = insertelement <16 x float> poison, float %2746, i64 0
+  %2748 = shufflevector <16 x float> %2747, <16 x float> poison, <16 x i32> zeroinitializer
+  %2749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2748, <16 x float> %2707)
+  %2750 = getelementptr inbounds nuw i8, ptr %gep166, i64 2624
+  %2751 = load float, ptr %2750, align 4, !tbaa !5
+  %2752 = insertelement <16 x float> poison, float %2751, i64 0
+  %2753 = shufflevector <16 x float> %2752, <16 x float> poison, <16 x i32> zeroinitializer
+  %2754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2753, <16 x float> %2712)
+  %2755 = getelementptr inbounds nuw i8, ptr %gep166, i64 2564
+  %2756 = load float, ptr %2755, align 4, !tbaa !5
+  %2757 = insertelement <16 x float> poison, float %2756, i64 0
+  %2758 = shufflevector <16 x float> %2757, <16 x float> poison, <16 x i32> zeroinitializer
+  %2759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2758, <16 x float> %2717)
+  %2760 = getelementptr inbounds nuw i8, ptr %gep166, i64 2628
+  %2761 = load float, ptr %2760, align 4, !tbaa !5
+  %2762 = insertelement <16 x float> poison, float %2761, i64 0
+  %2763 = shufflevector <16 x float> %2762, <16 x float> poison, <16 x i32> zeroinitializer
+  %2764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2763, <16 x float> %2722)
+  %2765 = getelementptr inbounds nuw i8, ptr %gep166, i64 2568
+  %2766 = load float, ptr %2765, align 4, !tbaa !5
+  %2767 = insertelement <16 x float> poison, float %2766, i64 0
+  %2768 = shufflevector <16 x float> %2767, <16 x float> poison, <16 x i32> zeroinitializer
+  %2769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2768, <16 x float> %2727)
+  %2770 = getelementptr inbounds nuw i8, ptr %gep166, i64 2632
+  %2771 = load float, ptr %2770, align 4, !tbaa !5
+  %2772 = insertelement <16 x float> poison, float %2771, i64 0
+  %2773 = shufflevector <16 x float> %2772, <16 x float> poison, <16 x i32> zeroinitializer
+  %2774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2773, <16 x float> %2732)
+  %2775 = getelementptr inbounds nuw i8, ptr %gep166, i64 2572
+  %2776 = load float, ptr %2775, align 4, !tbaa !5
+  %2777 = insertelement <16 x float> poison, float %2776, i64 0
+  %2778 = shufflevector <16 x float> %2777, <16 x float> poison, <16 x i32> zeroinitializer
+  %2779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2778, <16 x float> %2737)
+  %2780 = getelementptr inbounds nuw i8, ptr %gep166, i64 2636
   %2781 = load float, ptr %2780, align 4, !tbaa !5
   %2782 = insertelement <16 x float> poison, float %2781, i64 0
   %2783 = shufflevector <16 x float> %2782, <16 x float> poison, <16 x i32> zeroinitializer
-  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2783, <16 x float> %2742)
-  %2785 = getelementptr inbounds nuw i8, ptr %gep163, i64 3136
-  %2786 = load float, ptr %2785, align 4, !tbaa !5
-  %2787 = insertelement <16 x float> poison, float %2786, i64 0
-  %2788 = shufflevector <16 x float> %2787, <16 x float> poison, <16 x i32> zeroinitializer
-  %2789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2788, <16 x float> %2747)
-  %2790 = getelementptr inbounds nuw i8, ptr %gep163, i64 3076
-  %2791 = load float, ptr %2790, align 4, !tbaa !5
-  %2792 = insertelement <16 x float> poison, float %2791, i64 0
-  %2793 = shufflevector <16 x float> %2792, <16 x float> poison, <16 x i32> zeroinitializer
-  %2794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2793, <16 x float> %2752)
-  %2795 = getelementptr inbounds nuw i8, ptr %gep163, i64 3140
-  %2796 = load float, ptr %2795, align 4, !tbaa !5
-  %2797 = insertelement <16 x float> poison, float %2796, i64 0
-  %2798 = shufflevector <16 x float> %2797, <16 x float> poison, <16 x i32> zeroinitializer
-  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2798, <16 x float> %2757)
-  %2800 = getelementptr inbounds nuw i8, ptr %gep163, i64 3080
-  %2801 = load float, ptr %2800, align 4, !tbaa !5
-  %2802 = insertelement <16 x float> poison, float %2801, i64 0
-  %2803 = shufflevector <16 x float> %2802, <16 x float> poison, <16 x i32> zeroinitializer
-  %2804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2803, <16 x float> %2762)
-  %2805 = getelementptr inbounds nuw i8, ptr %gep163, i64 3144
-  %2806 = load float, ptr %2805, align 4, !tbaa !5
-  %2807 = insertelement <16 x float> poison, float %2806, i64 0
-  %2808 = shufflevector <16 x float> %2807, <16 x float> poison, <16 x i32> zeroinitializer
-  %2809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2808, <16 x float> %2767)
-  %2810 = getelementptr inbounds nuw i8, ptr %gep163, i64 3084
-  %2811 = load float, ptr %2810, align 4, !tbaa !5
-  %2812 = insertelement <16 x float> poison, float %2811, i64 0
-  %2813 = shufflevector <16 x float> %2812, <16 x float> poison, <16 x i32> zeroinitializer
-  %2814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2813, <16 x float> %2772)
-  %2815 = getelementptr inbounds nuw i8, ptr %gep163, i64 3148
-  %2816 = load float, ptr %2815, align 4, !tbaa !5
-  %2817 = insertelement <16 x float> poison, float %2816, i64 0
-  %2818 = shufflevector <16 x float> %2817, <16 x float> poison, <16 x i32> zeroinitializer
-  %2819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2779, <16 x float> %2818, <16 x float> %2777)
-  %2820 = getelementptr inbounds nuw i8, ptr %2527, i64 448
-  %2821 = load <16 x float>, ptr %2820, align 4, !tbaa !5
-  %2822 = getelementptr inbounds nuw i8, ptr %gep163, i64 3584
+  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2783, <16 x float> %2742)
+  %2785 = getelementptr inbounds nuw i8, ptr %2534, i64 384
+  %2786 = load <16 x float>, ptr %2785, align 4, !tbaa !5
+  %2787 = getelementptr inbounds nuw i8, ptr %gep166, i64 3072
+  %2788 = load float, ptr %2787, align 4, !tbaa !5
+  %2789 = insertelement <16 x float> poison, float %2788, i64 0
+  %2790 = shufflevector <16 x float> %2789, <16 x float> poison, <16 x i32> zeroinitializer
+  %2791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2790, <16 x float> %2749)
+  %2792 = getelementptr inbounds nuw i8, ptr %gep166, i64 3136
+  %2793 = load float, ptr %2792, align 4, !tbaa !5
+  %2794 = insertelement <16 x float> poison, float %2793, i64 0
+  %2795 = shufflevector <16 x float> %2794, <16 x float> poison, <16 x i32> zeroinitializer
+  %2796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2795, <16 x float> %2754)
+  %2797 = getelementptr inbounds nuw i8, ptr %gep166, i64 3076
+  %2798 = load float, ptr %2797, align 4, !tbaa !5
+  %2799 = insertelement <16 x float> poison, float %2798, i64 0
+  %2800 = shufflevector <16 x float> %2799, <16 x float> poison, <16 x i32> zeroinitializer
+  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2800, <16 x float> %2759)
+  %2802 = getelementptr inbounds nuw i8, ptr %gep166, i64 3140
+  %2803 = load float, ptr %2802, align 4, !tbaa !5
+  %2804 = insertelement <16 x float> poison, float %2803, i64 0
+  %2805 = shufflevector <16 x float> %2804, <16 x float> poison, <16 x i32> zeroinitializer
+  %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2805, <16 x float> %2764)
+  %2807 = getelementptr inbounds nuw i8, ptr %gep166, i64 3080
+  %2808 = load float, ptr %2807, align 4, !tbaa !5
+  %2809 = insertelement <16 x float> poison, float %2808, i64 0
+  %2810 = shufflevector <16 x float> %2809, <16 x float> poison, <16 x i32> zeroinitializer
+  %2811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2810, <16 x float> %2769)
+  %2812 = getelementptr inbounds nuw i8, ptr %gep166, i64 3144
+  %2813 = load float, ptr %2812, align 4, !tbaa !5
+  %2814 = insertelement <16 x float> poison, float %2813, i64 0
+  %2815 = shufflevector <16 x float> %2814, <16 x float> poison, <16 x i32> zeroinitializer
+  %2816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2815, <16 x float> %2774)
+  %2817 = getelementptr inbounds nuw i8, ptr %gep166, i64 3084
+  %2818 = load float, ptr %2817, align 4, !tbaa !5
+  %2819 = insertelement <16 x float> poison, float %2818, i64 0
+  %2820 = shufflevector <16 x float> %2819, <16 x float> poison, <16 x i32> zeroinitializer
+  %2821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2820, <16 x float> %2779)
+  %2822 = getelementptr inbounds nuw i8, ptr %gep166, i64 3148
   %2823 = load float, ptr %2822, align 4, !tbaa !5
   %2824 = insertelement <16 x float> poison, float %2823, i64 0
   %2825 = shufflevector <16 x float> %2824, <16 x float> poison, <16 x i32> zeroinitializer
-  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2825, <16 x float> %2784)
-  %2827 = getelementptr inbounds nuw i8, ptr %gep163, i64 3648
-  %2828 = load float, ptr %2827, align 4, !tbaa !5
-  %2829 = insertelement <16 x float> poison, float %2828, i64 0
-  %2830 = shufflevector <16 x float> %2829, <16 x float> poison, <16 x i32> zeroinitializer
-  %2831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2830, <16 x float> %2789)
-  %2832 = getelementptr inbounds nuw i8, ptr %gep163, i64 3588
-  %2833 = load float, ptr %2832, align 4, !tbaa !5
-  %2834 = insertelement <16 x float> poison, float %2833, i64 0
-  %2835 = shufflevector <16 x float> %2834, <16 x float> poison, <16 x i32> zeroinitializer
-  %2836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2835, <16 x float> %2794)
-  %2837 = getelementptr inbounds nuw i8, ptr %gep163, i64 3652
-  %2838 = load float, ptr %2837, align 4, !tbaa !5
-  %2839 = insertelement <16 x float> poison, float %2838, i64 0
-  %2840 = shufflevector <16 x float> %2839, <16 x float> poison, <16 x i32> zeroinitializer
-  %2841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2840, <16 x float> %2799)
-  %2842 = getelementptr inbounds nuw i8, ptr %gep163, i64 3592
-  %2843 = load float, ptr %2842, align 4, !tbaa !5
-  %2844 = insertelement <16 x float> poison, float %2843, i64 0
-  %2845 = shufflevector <16 x float> %2844, <16 x float> poison, <16 x i32> zeroinitializer
-  %2846 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2845, <16 x float> %2804)
-  %2847 = getelementptr inbounds nuw i8, ptr %gep163, i64 3656
-  %2848 = load float, ptr %2847, align 4, !tbaa !5
-  %2849 = insertelement <16 x float> poison, float %2848, i64 0
-  %2850 = shufflevector <16 x float> %2849, <16 x float> poison, <16 x i32> zeroinitializer
-  %2851 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2850, <16 x float> %2809)
-  %2852 = getelementptr inbounds nuw i8, ptr %gep163, i64 3596
-  %2853 = load float, ptr %2852, align 4, !tbaa !5
-  %2854 = insertelement <16 x float> poison, float %2853, i64 0
-  %2855 = shufflevector <16 x float> %2854, <16 x float> poison, <16 x i32> zeroinitializer
-  %2856 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2855, <16 x float> %2814)
-  %2857 = getelementptr inbounds nuw i8, ptr %gep163, i64 3660
-  %2858 = load float, ptr %2857, align 4, !tbaa !5
-  %2859 = insertelement <16 x float> poison, float %2858, i64 0
-  %2860 = shufflevector <16 x float> %2859, <16 x float> poison, <16 x i32> zeroinitializer
-  %2861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2821, <16 x float> %2860, <16 x float> %2819)
-  %indvars.iv.next1002.i = add nuw nsw i64 %indvars.iv1001.i, 1
-  %exitcond1006.not.i = icmp eq i64 %indvars.iv.next1002.i, %2497
-  br i1 %exitcond1006.not.i, label %for_end_to258.i, label %for_body_to257.i, !prof !13
+  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2825, <16 x float> %2784)
+  %2827 = getelementptr inbounds nuw i8, ptr %2534, i64 448
+  %2828 = load <16 x float>, ptr %2827, align 4, !tbaa !5
+  %2829 = getelementptr inbounds nuw i8, ptr %gep166, i64 3584
+  %2830 = load float, ptr %2829, align 4, !tbaa !5
+  %2831 = insertelement <16 x float> poison, float %2830, i64 0
+  %2832 = shufflevector <16 x float> %2831, <16 x float> poison, <16 x i32> zeroinitializer
+  %2833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2832, <16 x float> %2791)
+  %2834 = getelementptr inbounds nuw i8, ptr %gep166, i64 3648
+  %2835 = load float, ptr %2834, align 4, !tbaa !5
+  %2836 = insertelement <16 x float> poison, float %2835, i64 0
+  %2837 = shufflevector <16 x float> %2836, <16 x float> poison, <16 x i32> zeroinitializer
+  %2838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2837, <16 x float> %2796)
+  %2839 = getelementptr inbounds nuw i8, ptr %gep166, i64 3588
+  %2840 = load float, ptr %2839, align 4, !tbaa !5
+  %2841 = insertelement <16 x float> poison, float %2840, i64 0
+  %2842 = shufflevector <16 x float> %2841, <16 x float> poison, <16 x i32> zeroinitializer
+  %2843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2842, <16 x float> %2801)
+  %2844 = getelementptr inbounds nuw i8, ptr %gep166, i64 3652
+  %2845 = load float, ptr %2844, align 4, !tbaa !5
+  %2846 = insertelement <16 x float> poison, float %2845, i64 0
+  %2847 = shufflevector <16 x float> %2846, <16 x float> poison, <16 x i32> zeroinitializer
+  %2848 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2847, <16 x float> %2806)
+  %2849 = getelementptr inbounds nuw i8, ptr %gep166, i64 3592
+  %2850 = load float, ptr %2849, align 4, !tbaa !5
+  %2851 = insertelement <16 x float> poison, float %2850, i64 0
+  %2852 = shufflevector <16 x float> %2851, <16 x float> poison, <16 x i32> zeroinitializer
+  %2853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2852, <16 x float> %2811)
+  %2854 = getelementptr inbounds nuw i8, ptr %gep166, i64 3656
+  %2855 = load float, ptr %2854, align 4, !tbaa !5
+  %2856 = insertelement <16 x float> poison, float %2855, i64 0
+  %2857 = shufflevector <16 x float> %2856, <16 x float> poison, <16 x i32> zeroinitializer
+  %2858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2857, <16 x float> %2816)
+  %2859 = getelementptr inbounds nuw i8, ptr %gep166, i64 3596
+  %2860 = load float, ptr %2859, align 4, !tbaa !5
+  %2861 = insertelement <16 x float> poison, float %2860, i64 0
+  %2862 = shufflevector <16 x float> %2861, <16 x float> poison, <16 x i32> zeroinitializer
+  %2863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2862, <16 x float> %2821)
+  %2864 = getelementptr inbounds nuw i8, ptr %gep166, i64 3660
+  %2865 = load float, ptr %2864, align 4, !tbaa !5
+  %2866 = insertelement <16 x float> poison, float %2865, i64 0
+  %2867 = shufflevector <16 x float> %2866, <16 x float> poison, <16 x i32> zeroinitializer
+  %2868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2867, <16 x float> %2826)
+  %indvars.iv.next1023.i = add nuw nsw i64 %indvars.iv1022.i, 1
+  %exitcond1027.not.i = icmp eq i64 %indvars.iv.next1023.i, %2504
+  br i1 %exitcond1027.not.i, label %for_end_to253.i, label %for_body_to252.i, !prof !13
 
-for_body_ti274.i:                                 ; preds = %for_body_ti274.i, %for_body_ti274.lr.ph.i
-  %indvars.iv1007.i = phi i64 [ 0, %for_body_ti274.lr.ph.i ], [ %indvars.iv.next1008.i, %for_body_ti274.i ]
-  %tile_acc521.sroa.31.0794.i = phi <16 x float> [ %full_acc520.sroa.28.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2922, %for_body_ti274.i ]
-  %tile_acc521.sroa.0.0793.i = phi <16 x float> [ %full_acc520.sroa.0.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2873, %for_body_ti274.i ]
-  %tile_acc521.sroa.4.0792.i = phi <16 x float> [ %full_acc520.sroa.4.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2880, %for_body_ti274.i ]
-  %tile_acc521.sroa.9.0791.i = phi <16 x float> [ %full_acc520.sroa.8.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2887, %for_body_ti274.i ]
-  %tile_acc521.sroa.13.0790.i = phi <16 x float> [ %full_acc520.sroa.12.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2894, %for_body_ti274.i ]
-  %tile_acc521.sroa.18.0789.i = phi <16 x float> [ %full_acc520.sroa.16.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2901, %for_body_ti274.i ]
-  %tile_acc521.sroa.22.0788.i = phi <16 x float> [ %full_acc520.sroa.20.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2908, %for_body_ti274.i ]
-  %tile_acc521.sroa.27.0787.i = phi <16 x float> [ %full_acc520.sroa.24.0.lcssa.i, %for_body_ti274.lr.ph.i ], [ %2915, %for_body_ti274.i ]
-  %2862 = shl nsw i64 %indvars.iv1007.i, 4
-  %2863 = add nuw nsw i64 %2862, %2494
-  %2864 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2863
-  %2865 = load <16 x float>, ptr %2864, align 4, !tbaa !5
-  %2866 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2863
-  %2867 = load <16 x i32>, ptr %2866, align 4, !tbaa !5
-  %.idx1145.i = shl nsw i64 %indvars.iv1007.i, 9
-  %gep1216.i = getelementptr inbounds nuw i8, ptr %invariant.gep1215.i, i64 %.idx1145.i
-  %2868 = load i32, ptr %gep1216.i, align 4, !tbaa !5
-  %2869 = insertelement <16 x i32> poison, i32 %2868, i64 0
-  %2870 = shufflevector <16 x i32> %2869, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2871 = and <16 x i32> %2870, %2867
-  %2872 = bitcast <16 x i32> %2871 to <16 x float>
-  %2873 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2872, <16 x float> %tile_acc521.sroa.0.0793.i)
-  %2874 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 64
-  %2875 = load i32, ptr %2874, align 4, !tbaa !5
+for_body_ti269.i:                                 ; preds = %for_body_ti269.i, %for_body_ti269.lr.ph.i
+  %indvars.iv1028.i = phi i64 [ 0, %for_body_ti269.lr.ph.i ], [ %indvars.iv.next1029.i, %for_body_ti269.i ]
+  %tile_acc516.sroa.31.0806.i = phi <16 x float> [ %full_acc515.sroa.28.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2929, %for_body_ti269.i ]
+  %tile_acc516.sroa.0.0805.i = phi <16 x float> [ %full_acc515.sroa.0.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2880, %for_body_ti269.i ]
+  %tile_acc516.sroa.4.0804.i = phi <16 x float> [ %full_acc515.sroa.4.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2887, %for_body_ti269.i ]
+  %tile_acc516.sroa.9.0803.i = phi <16 x float> [ %full_acc515.sroa.8.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2894, %for_body_ti269.i ]
+  %tile_acc516.sroa.13.0802.i = phi <16 x float> [ %full_acc515.sroa.12.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2901, %for_body_ti269.i ]
+  %tile_acc516.sroa.18.0801.i = phi <16 x float> [ %full_acc515.sroa.16.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2908, %for_body_ti269.i ]
+  %tile_acc516.sroa.22.0800.i = phi <16 x float> [ %full_acc515.sroa.20.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2915, %for_body_ti269.i ]
+  %tile_acc516.sroa.27.0799.i = phi <16 x float> [ %full_acc515.sroa.24.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2922, %for_body_ti269.i ]
+  %2869 = shl nsw i64 %indvars.iv1028.i, 4
+  %2870 = add nuw nsw i64 %2869, %2501
+  %2871 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2870
+  %2872 = load <16 x float>, ptr %2871, align 4, !tbaa !5
+  %2873 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2870
+  %2874 = load <16 x i32>, ptr %2873, align 4, !tbaa !5
+  %.idx1166.i = shl nsw i64 %indvars.iv1028.i, 9
+  %gep1239.i = getelementptr inbounds nuw i8, ptr %invariant.gep1238.i, i64 %.idx1166.i
+  %2875 = load i32, ptr %gep1239.i, align 4, !tbaa !5
   %2876 = insertelement <16 x i32> poison, i32 %2875, i64 0
   %2877 = shufflevector <16 x i32> %2876, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2878 = and <16 x i32> %2877, %2867
+  %2878 = and <16 x i32> %2877, %2874
   %2879 = bitcast <16 x i32> %2878 to <16 x float>
-  %2880 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2879, <16 x float> %tile_acc521.sroa.4.0792.i)
-  %2881 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 4
+  %2880 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2879, <16 x float> %tile_acc516.sroa.0.0805.i)
+  %2881 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 64
   %2882 = load i32, ptr %2881, align 4, !tbaa !5
   %2883 = insertelement <16 x i32> poison, i32 %2882, i64 0
   %2884 = shufflevector <16 x i32> %2883, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2885 = and <16 x i32> %2884, %2867
+  %2885 = and <16 x i32> %2884, %2874
   %2886 = bitcast <16 x i32> %2885 to <16 x float>
-  %2887 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2886, <16 x float> %tile_acc521.sroa.9.0791.i)
-  %2888 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 68
+  %2887 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2886, <16 x float> %tile_acc516.sroa.4.0804.i)
+  %2888 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 4
   %2889 = load i32, ptr %2888, align 4, !tbaa !5
   %2890 = insertelement <16 x i32> poison, i32 %2889, i64 0
   %2891 = shufflevector <16 x i32> %2890, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2892 = and <16 x i32> %2891, %2867
+  %2892 = and <16 x i32> %2891, %2874
   %2893 = bitcast <16 x i32> %2892 to <16 x float>
-  %2894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2893, <16 x float> %tile_acc521.sroa.13.0790.i)
-  %2895 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 8
+  %2894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2893, <16 x float> %tile_acc516.sroa.9.0803.i)
+  %2895 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 68
   %2896 = load i32, ptr %2895, align 4, !tbaa !5
   %2897 = insertelement <16 x i32> poison, i32 %2896, i64 0
   %2898 = shufflevector <16 x i32> %2897, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2899 = and <16 x i32> %2898, %2867
+  %2899 = and <16 x i32> %2898, %2874
   %2900 = bitcast <16 x i32> %2899 to <16 x float>
-  %2901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2900, <16 x float> %tile_acc521.sroa.18.0789.i)
-  %2902 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 72
+  %2901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2900, <16 x float> %tile_acc516.sroa.13.0802.i)
+  %2902 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 8
   %2903 = load i32, ptr %2902, align 4, !tbaa !5
   %2904 = insertelement <16 x i32> poison, i32 %2903, i64 0
   %2905 = shufflevector <16 x i32> %2904, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2906 = and <16 x i32> %2905, %2867
+  %2906 = and <16 x i32> %2905, %2874
   %2907 = bitcast <16 x i32> %2906 to <16 x float>
-  %2908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2907, <16 x float> %tile_acc521.sroa.22.0788.i)
-  %2909 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 12
+  %2908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2907, <16 x float> %tile_acc516.sroa.18.0801.i)
+  %2909 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 72
   %2910 = load i32, ptr %2909, align 4, !tbaa !5
   %2911 = insertelement <16 x i32> poison, i32 %2910, i64 0
   %2912 = shufflevector <16 x i32> %2911, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2913 = and <16 x i32> %2912, %2867
+  %2913 = and <16 x i32> %2912, %2874
   %2914 = bitcast <16 x i32> %2913 to <16 x float>
-  %2915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2914, <16 x float> %tile_acc521.sroa.27.0787.i)
-  %2916 = getelementptr inbounds nuw i8, ptr %gep1216.i, i64 76
+  %2915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2914, <16 x float> %tile_acc516.sroa.22.0800.i)
+  %2916 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 12
   %2917 = load i32, ptr %2916, align 4, !tbaa !5
   %2918 = insertelement <16 x i32> poison, i32 %2917, i64 0
   %2919 = shufflevector <16 x i32> %2918, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2920 = and <16 x i32> %2919, %2867
+  %2920 = and <16 x i32> %2919, %2874
   %2921 = bitcast <16 x i32> %2920 to <16 x float>
-  %2922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2865, <16 x float> %2921, <16 x float> %tile_acc521.sroa.31.0794.i)
-  %indvars.iv.next1008.i = add nuw nsw i64 %indvars.iv1007.i, 1
-  %exitcond249.not = icmp eq i64 %indvars.iv.next1008.i, %smax248
-  br i1 %exitcond249.not, label %for_end_ti275.i, label %for_body_ti274.i, !prof !13
+  %2922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2921, <16 x float> %tile_acc516.sroa.27.0799.i)
+  %2923 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 76
+  %2924 = load i32, ptr %2923, align 4, !tbaa !5
+  %2925 = insertelement <16 x i32> poison, i32 %2924, i64 0
+  %2926 = shufflevector <16 x i32> %2925, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2927 = and <16 x i32> %2926, %2874
+  %2928 = bitcast <16 x i32> %2927 to <16 x float>
+  %2929 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2928, <16 x float> %tile_acc516.sroa.31.0806.i)
+  %indvars.iv.next1029.i = add nuw nsw i64 %indvars.iv1028.i, 1
+  %exitcond255.not = icmp eq i64 %indvars.iv.next1029.i, %smax254
+  br i1 %exitcond255.not, label %for_end_ti270.i, label %for_body_ti269.i, !prof !13
 
-for_end_ti275.i:                                  ; preds = %for_body_ti274.i, %for_end_to258.i
-  %tile_acc521.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.24.0.lcssa.i, %for_end_to258.i ], [ %2915, %for_body_ti274.i ]
-  %tile_acc521.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.20.0.lcssa.i, %for_end_to258.i ], [ %2908, %for_body_ti274.i ]
-  %tile_acc521.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.16.0.lcssa.i, %for_end_to258.i ], [ %2901, %for_body_ti274.i ]
-  %tile_acc521.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.12.0.lcssa.i, %for_end_to258.i ], [ %2894, %for_body_ti274.i ]
-  %tile_acc521.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.8.0.lcssa.i, %for_end_to258.i ], [ %2887, %for_body_ti274.i ]
-  %tile_acc521.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.4.0.lcssa.i, %for_end_to258.i ], [ %2880, %for_body_ti274.i ]
-  %tile_acc521.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.0.0.lcssa.i, %for_end_to258.i ], [ %2873, %for_body_ti274.i ]
-  %tile_acc521.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc520.sroa.28.0.lcssa.i, %for_end_to258.i ], [ %2922, %for_body_ti274.i ]
-  %2923 = shl nuw nsw i64 %indvars.iv1011.i, 7
-  %2924 = add nuw nsw i64 %2923, %2496
-  %2925 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2924
-  br i1 %793, label %if_then292.i, label %if_end291.i, !prof !8
+for_end_ti270.i:                                  ; preds = %for_body_ti269.i, %for_end_to253.i
+  %tile_acc516.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.24.0.lcssa.i, %for_end_to253.i ], [ %2922, %for_body_ti269.i ]
+  %tile_acc516.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.20.0.lcssa.i, %for_end_to253.i ], [ %2915, %for_body_ti269.i ]
+  %tile_acc516.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.16.0.lcssa.i, %for_end_to253.i ], [ %2908, %for_body_ti269.i ]
+  %tile_acc516.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.12.0.lcssa.i, %for_end_to253.i ], [ %2901, %for_body_ti269.i ]
+  %tile_acc516.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.8.0.lcssa.i, %for_end_to253.i ], [ %2894, %for_body_ti269.i ]
+  %tile_acc516.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.4.0.lcssa.i, %for_end_to253.i ], [ %2887, %for_body_ti269.i ]
+  %tile_acc516.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.0.0.lcssa.i, %for_end_to253.i ], [ %2880, %for_body_ti269.i ]
+  %tile_acc516.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.28.0.lcssa.i, %for_end_to253.i ], [ %2929, %for_body_ti269.i ]
+  %2930 = shl nuw nsw i64 %indvars.iv1032.i, 7
+  %2931 = add nuw nsw i64 %2930, %2503
+  %2932 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2931
+  br i1 %793, label %if_then287.i, label %if_end286.i, !prof !8
 
-if_end291.i:                                      ; preds = %for_end_ti275.i
-  %2926 = load <16 x float>, ptr %2925, align 4, !tbaa !5
-  %2927 = fmul <16 x float> %2293, %2926
-  %2928 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.0.0.lcssa.i, <16 x float> %2927)
-  store <16 x float> %2928, ptr %2925, align 4, !tbaa !5
-  %2929 = getelementptr i8, ptr %2925, i64 64
-  %2930 = load <16 x float>, ptr %2929, align 4, !tbaa !5
-  %2931 = fmul <16 x float> %2293, %2930
-  %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.4.0.lcssa.i, <16 x float> %2931)
-  store <16 x float> %2932, ptr %2929, align 4, !tbaa !5
-  %2933 = getelementptr i8, ptr %2925, i64 128
-  %2934 = load <16 x float>, ptr %2933, align 4, !tbaa !5
-  %2935 = fmul <16 x float> %2293, %2934
-  %2936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.9.0.lcssa.i, <16 x float> %2935)
-  store <16 x float> %2936, ptr %2933, align 4, !tbaa !5
-  %2937 = getelementptr i8, ptr %2925, i64 192
-  %2938 = load <16 x float>, ptr %2937, align 4, !tbaa !5
-  %2939 = fmul <16 x float> %2293, %2938
-  %2940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.13.0.lcssa.i, <16 x float> %2939)
-  store <16 x float> %2940, ptr %2937, align 4, !tbaa !5
-  %2941 = getelementptr i8, ptr %2925, i64 256
-  %2942 = load <16 x float>, ptr %2941, align 4, !tbaa !5
-  %2943 = fmul <16 x float> %2293, %2942
-  %2944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.18.0.lcssa.i, <16 x float> %2943)
-  store <16 x float> %2944, ptr %2941, align 4, !tbaa !5
-  %2945 = getelementptr i8, ptr %2925, i64 320
-  %2946 = load <16 x float>, ptr %2945, align 4, !tbaa !5
-  %2947 = fmul <16 x float> %2293, %2946
-  %2948 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.22.0.lcssa.i, <16 x float> %2947)
-  store <16 x float> %2948, ptr %2945, align 4, !tbaa !5
-  %2949 = getelementptr i8, ptr %2925, i64 384
-  %2950 = load <16 x float>, ptr %2949, align 4, !tbaa !5
-  %2951 = fmul <16 x float> %2293, %2950
-  %2952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.27.0.lcssa.i, <16 x float> %2951)
-  store <16 x float> %2952, ptr %2949, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr i8, ptr %2925, i64 448
+if_end286.i:                                      ; preds = %for_end_ti270.i
+  %2933 = load <16 x float>, ptr %2932, align 4, !tbaa !5
+  %2934 = fmul <16 x float> %2300, %2933
+  %2935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.0.0.lcssa.i, <16 x float> %2934)
+  store <16 x float> %2935, ptr %2932, align 4, !tbaa !5
+  %2936 = getelementptr i8, ptr %2932, i64 64
+  %2937 = load <16 x float>, ptr %2936, align 4, !tbaa !5
+  %2938 = fmul <16 x float> %2300, %2937
+  %2939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.4.0.lcssa.i, <16 x float> %2938)
+  store <16 x float> %2939, ptr %2936, align 4, !tbaa !5
+  %2940 = getelementptr i8, ptr %2932, i64 128
+  %2941 = load <16 x float>, ptr %2940, align 4, !tbaa !5
+  %2942 = fmul <16 x float> %2300, %2941
+  %2943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.9.0.lcssa.i, <16 x float> %2942)
+  store <16 x float> %2943, ptr %2940, align 4, !tbaa !5
+  %2944 = getelementptr i8, ptr %2932, i64 192
+  %2945 = load <16 x float>, ptr %2944, align 4, !tbaa !5
+  %2946 = fmul <16 x float> %2300, %2945
+  %2947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.13.0.lcssa.i, <16 x float> %2946)
+  store <16 x float> %2947, ptr %2944, align 4, !tbaa !5
+  %2948 = getelementptr i8, ptr %2932, i64 256
+  %2949 = load <16 x float>, ptr %2948, align 4, !tbaa !5
+  %2950 = fmul <16 x float> %2300, %2949
+  %2951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.18.0.lcssa.i, <16 x float> %2950)
+  store <16 x float> %2951, ptr %2948, align 4, !tbaa !5
+  %2952 = getelementptr i8, ptr %2932, i64 320
+  %2953 = load <16 x float>, ptr %2952, align 4, !tbaa !5
+  %2954 = fmul <16 x float> %2300, %2953
+  %2955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.22.0.lcssa.i, <16 x float> %2954)
+  store <16 x float> %2955, ptr %2952, align 4, !tbaa !5
+  %2956 = getelementptr i8, ptr %2932, i64 384
+  %2957 = load <16 x float>, ptr %2956, align 4, !tbaa !5
+  %2958 = fmul <16 x float> %2300, %2957
+  %2959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.27.0.lcssa.i, <16 x float> %2958)
+  store <16 x float> %2959, ptr %2956, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr i8, ptr %2932, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre1099.i = fmul <16 x float> %2293, %.pre.i
-  br label %if_end293.i
+  %.pre1120.i = fmul <16 x float> %2300, %.pre.i
+  br label %if_end288.i
 
-if_then292.i:                                     ; preds = %for_end_ti275.i
-  %2953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.0.0.lcssa.i, <16 x float> %2493)
-  store <16 x float> %2953, ptr %2925, align 4, !tbaa !5
-  %2954 = getelementptr i8, ptr %2925, i64 64
-  %2955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.4.0.lcssa.i, <16 x float> %2493)
-  store <16 x float> %2955, ptr %2954, align 4, !tbaa !5
-  %2956 = getelementptr i8, ptr %2925, i64 128
-  %2957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.9.0.lcssa.i, <16 x float> %2493)
-  store <16 x float> %2957, ptr %2956, align 4, !tbaa !5
-  %2958 = getelementptr i8, ptr %2925, i64 192
-  %2959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.13.0.lcssa.i, <16 x float> %2493)
-  store <16 x float> %2959, ptr %2958, align 4, !tbaa !5
-  %2960 = getelementptr i8, ptr %2925, i64 256
-  %2961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.18.0.lcssa.i, <16 x float> %2493)
-  store <16 x float> %2961, ptr %2960, align 4, !tbaa !5
-  %2962 = getelementptr i8, ptr %2925, i64 320
-  %2963 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.22.0.lcssa.i, <16 x float> %2493)
-  store <16 x float> %2963, ptr %2962, align 4, !tbaa !5
-  %2964 = getelementptr i8, ptr %2925, i64 384
-  %2965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.27.0.lcssa.i, <16 x float> %2493)
-  store <16 x float> %2965, ptr %2964, align 4, !tbaa !5
-  br label %if_end293.i
-
-if_end293.i:                                      ; preds = %if_then292.i, %if_end291.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1099.i, %if_end291.i ], [ %2493, %if_then292.i ]
-  %2966 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2924
-  %2967 = getelementptr i8, ptr %2966, i64 448
-  %2968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %tile_acc521.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+if_then287.i:                                     ; preds = %for_end_ti270.i
+  %2960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.0.0.lcssa.i, <16 x float> %2500)
+  store <16 x float> %2960, ptr %2932, align 4, !tbaa !5
+  %2961 = getelementptr i8, ptr %2932, i64 64
+  %2962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.4.0.lcssa.i, <16 x float> %2500)
+  store <16 x float> %2962, ptr %2961, align 4, !tbaa !5
+  %2963 = getelementptr i8, ptr %2932, i64 128
+  %2964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.9.0.lcssa.i, <16 x float> %2500)
+  store <16 x float> %2964, ptr %2963, align 4, !tbaa !5
+  %2965 = getelementptr i8, ptr %2932, i64 192
+  %2966 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.13.0.lcssa.i, <16 x float> %2500)
+  store <16 x float> %2966, ptr %2965, align 4, !tbaa !5
+  %2967 = getelementptr i8, ptr %2932, i64 256
+  %2968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.18.0.lcssa.i, <16 x float> %2500)
   store <16 x float> %2968, ptr %2967, align 4, !tbaa !5
-  %indvars.iv.next1012.i = add nuw nsw i64 %indvars.iv1011.i, 1
-  %exitcond1014.not.i = icmp eq i64 %indvars.iv.next1012.i, 16
-  br i1 %exitcond1014.not.i, label %if_end147.i, label %for_begin_to256.preheader.i, !prof !28
+  %2969 = getelementptr i8, ptr %2932, i64 320
+  %2970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.22.0.lcssa.i, <16 x float> %2500)
+  store <16 x float> %2970, ptr %2969, align 4, !tbaa !5
+  %2971 = getelementptr i8, ptr %2932, i64 384
+  %2972 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.27.0.lcssa.i, <16 x float> %2500)
+  store <16 x float> %2972, ptr %2971, align 4, !tbaa !5
+  br label %if_end288.i
 
-if_end295.i:                                      ; preds = %if_end147.i
-  %2969 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2970 = tail call i32 %2969(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not557.i = icmp eq i32 %2970, 0
-  br i1 %.not557.i, label %if_end298.i, label %fused_attend_compute_.exit, !prof !38
+if_end288.i:                                      ; preds = %if_then287.i, %if_end286.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1120.i, %if_end286.i ], [ %2500, %if_then287.i ]
+  %2973 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2931
+  %2974 = getelementptr i8, ptr %2973, i64 448
+  %2975 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2975, ptr %2974, align 4, !tbaa !5
+  %indvars.iv.next1033.i = add nuw nsw i64 %indvars.iv1032.i, 1
+  %exitcond1035.not.i = icmp eq i64 %indvars.iv.next1033.i, 16
+  br i1 %exitcond1035.not.i, label %if_end147.i, label %for_begin_to251.preheader.i, !prof !28
 
-if_end298.i:                                      ; preds = %if_end295.i
-  %2971 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2972 = tail call i32 %2971(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not558.i = icmp eq i32 %2972, 0
-  br i1 %.not558.i, label %if_end301.i, label %fused_attend_compute_.exit, !prof !38
+if_end290.i:                                      ; preds = %if_end147.i
+  %2976 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2977 = tail call i32 %2976(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not553.i = icmp eq i32 %2977, 0
+  br i1 %.not553.i, label %if_end293.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end301.i:                                      ; preds = %if_end298.i
-  %2973 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2974 = tail call i32 %2973(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not559.i = icmp eq i32 %2974, 0
-  br i1 %.not559.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
+if_end293.i:                                      ; preds = %if_end290.i
+  %2978 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2979 = tail call i32 %2978(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not554.i = icmp eq i32 %2979, 0
+  br i1 %.not554.i, label %if_end296.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end307.i:                                      ; preds = %for_end_row_tile.i
-  %2975 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2976 = tail call i32 %2975(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not555.i = icmp eq i32 %2976, 0
-  br i1 %.not555.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
+if_end296.i:                                      ; preds = %if_end293.i
+  %2980 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2981 = tail call i32 %2980(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not555.i = icmp eq i32 %2981, 0
+  br i1 %.not555.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end313.i:                                      ; preds = %for_end_kv_head.i
-  %2977 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2978 = tail call i32 %2977(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not553.i = icmp eq i32 %2978, 0
-  br i1 %.not553.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
+if_end302.i:                                      ; preds = %for_end_row_tile.i
+  %2982 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2983 = tail call i32 %2982(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not551.i = icmp eq i32 %2983, 0
+  br i1 %.not551.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_tile319.i:                               ; preds = %if_end324.i, %for_begin_tile318.preheader.i
-  %indvars.iv1034.i = phi i64 [ %indvars.iv.next1035.i, %if_end324.i ], [ 0, %for_begin_tile318.preheader.i ]
-  %.idx1146.i = shl nsw i64 %indvars.iv1034.i, 4
-  %2979 = getelementptr inbounds nuw i8, ptr %reach533.i, i64 %.idx1146.i
-  %2980 = getelementptr inbounds nuw i8, ptr %2979, i64 4
-  %2981 = load i32, ptr %2980, align 4, !tbaa !17
-  %2982 = icmp slt i32 %709, %2981
-  br i1 %2982, label %if_then323.i, label %if_end324.i, !prof !8
+if_end308.i:                                      ; preds = %for_end_kv_head.i
+  %2984 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2985 = tail call i32 %2984(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not549.i = icmp eq i32 %2985, 0
+  br i1 %.not549.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
 
-for_end_tile320.i:                                ; preds = %if_end324.i, %for_begin_tile318.preheader.i
-  %2983 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2984 = tail call i32 %2983(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not549.i = icmp eq i32 %2984, 0
-  br i1 %.not549.i, label %if_end379.i, label %fused_attend_compute_.exit, !prof !38
+for_body_tile314.i:                               ; preds = %if_end319.i, %for_begin_tile313.preheader.i
+  %indvars.iv1055.i = phi i64 [ %indvars.iv.next1056.i, %if_end319.i ], [ 0, %for_begin_tile313.preheader.i ]
+  %.idx1167.i = shl nsw i64 %indvars.iv1055.i, 4
+  %2986 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %.idx1167.i
+  %2987 = getelementptr inbounds nuw i8, ptr %2986, i64 4
+  %2988 = load i32, ptr %2987, align 4, !tbaa !17
+  %2989 = icmp slt i32 %709, %2988
+  br i1 %2989, label %if_then318.i, label %if_end319.i, !prof !8
 
-if_then323.i:                                     ; preds = %for_body_tile319.i
-  %2985 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1146.i
-  %old_max330.i = load <16 x float>, ptr %2985, align 4, !tbaa !5
-  %2986 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1146.i
-  %old_sum332.i = load <16 x float>, ptr %2986, align 4, !tbaa !5
-  %2987 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1146.i
-  %2988 = load <16 x float>, ptr %2987, align 4, !tbaa !5
-  %2989 = fcmp ogt <16 x float> %old_max330.i, %2988
-  %2990 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1146.i
-  %2991 = load <16 x float>, ptr %2990, align 4, !tbaa !5
-  %2992 = fcmp oeq <16 x float> %2991, zeroinitializer
-  %2993 = select <16 x i1> %2992, <16 x i1> splat (i1 true), <16 x i1> %2989
-  %old_or_both336.i = select <16 x i1> %2993, <16 x float> %old_max330.i, <16 x float> %2988
-  %2994 = fcmp oeq <16 x float> %old_sum332.i, zeroinitializer
-  %m338.i = select <16 x i1> %2994, <16 x float> %2988, <16 x float> %old_or_both336.i
-  %2995 = fsub <16 x float> %old_max330.i, %m338.i
-  %2996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2995, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2997 = bitcast <16 x float> %2996 to <16 x i32>
-  %2998 = fadd <16 x float> %2996, splat (float 0xC168000FE0000000)
-  %2999 = fmul <16 x float> %2998, splat (float 0x3F2BD01060000000)
-  %3000 = fmul <16 x float> %2998, splat (float 0x3FE6300000000000)
-  %3001 = fsub <16 x float> %2995, %3000
-  %3002 = fadd <16 x float> %2999, %3001
-  %3003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3002, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3003, <16 x float> %3002, <16 x float> splat (float 0x3FA5558F20000000))
-  %3005 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3004, <16 x float> %3002, <16 x float> splat (float 0x3FC5554920000000))
-  %3006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3005, <16 x float> %3002, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3007 = fmul <16 x float> %3002, %3002
-  %3008 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3006, <16 x float> %3007, <16 x float> %3002)
-  %3009 = shl <16 x i32> %2997, splat (i32 23)
-  %3010 = bitcast <16 x i32> %3009 to <16 x float>
-  %3011 = fadd <16 x float> %3008, splat (float 1.000000e+00)
-  %3012 = fmul <16 x float> %3011, %3010
-  %3013 = fcmp olt <16 x float> %2995, splat (float -8.700000e+01)
-  %3014 = select <16 x i1> %3013, <16 x float> zeroinitializer, <16 x float> %3012
-  %3015 = fcmp one <16 x float> %old_sum332.i, zeroinitializer
-  %3016 = select <16 x i1> %3015, <16 x float> %3014, <16 x float> zeroinitializer
-  %arg356.i = fsub <16 x float> %2988, %m338.i
-  %3017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg356.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3018 = bitcast <16 x float> %3017 to <16 x i32>
-  %3019 = fadd <16 x float> %3017, splat (float 0xC168000FE0000000)
-  %3020 = fmul <16 x float> %3019, splat (float 0x3F2BD01060000000)
-  %3021 = fmul <16 x float> %3019, splat (float 0x3FE6300000000000)
-  %3022 = fsub <16 x float> %arg356.i, %3021
-  %3023 = fadd <16 x float> %3020, %3022
-  %3024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3023, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3024, <16 x float> %3023, <16 x float> splat (float 0x3FA5558F20000000))
-  %3026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3025, <16 x float> %3023, <16 x float> splat (float 0x3FC5554920000000))
-  %3027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3026, <16 x float> %3023, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3028 = fmul <16 x float> %3023, %3023
-  %3029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3027, <16 x float> %3028, <16 x float> %3023)
-  %3030 = shl <16 x i32> %3018, splat (i32 23)
-  %3031 = bitcast <16 x i32> %3030 to <16 x float>
-  %3032 = fadd <16 x float> %3029, splat (float 1.000000e+00)
-  %3033 = fmul <16 x float> %3032, %3031
-  %3034 = fcmp olt <16 x float> %arg356.i, splat (float -8.700000e+01)
-  %3035 = select <16 x i1> %3034, <16 x float> zeroinitializer, <16 x float> %3033
-  %3036 = fcmp one <16 x float> %2991, zeroinitializer
-  %3037 = select <16 x i1> %3036, <16 x float> %3035, <16 x float> zeroinitializer
-  %3038 = fmul <16 x float> %old_sum332.i, %3016
-  %3039 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3037, <16 x float> %2991, <16 x float> %3038)
-  store <16 x float> %m338.i, ptr %2985, align 4, !tbaa !5
-  store <16 x float> %3039, ptr %2986, align 4, !tbaa !5
-  %3040 = shl i64 %indvars.iv1034.i, 11
-  %3041 = and i64 %3040, 4294965248
-  br label %for_body_d374.i
+for_end_tile315.i:                                ; preds = %if_end319.i, %for_begin_tile313.preheader.i
+  %2990 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2991 = tail call i32 %2990(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not545.i = icmp eq i32 %2991, 0
+  br i1 %.not545.i, label %if_end374.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end324.i:                                      ; preds = %for_body_d374.i, %for_body_tile319.i
-  %indvars.iv.next1035.i = add nuw nsw i64 %indvars.iv1034.i, 1
-  %exitcond1038.not.i = icmp eq i64 %indvars.iv.next1035.i, %wide.trip.count1037.i
-  br i1 %exitcond1038.not.i, label %for_end_tile320.i, label %for_body_tile319.i, !prof !13
+if_then318.i:                                     ; preds = %for_body_tile314.i
+  %2992 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1167.i
+  %old_max325.i = load <16 x float>, ptr %2992, align 4, !tbaa !5
+  %2993 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1167.i
+  %old_sum327.i = load <16 x float>, ptr %2993, align 4, !tbaa !5
+  %2994 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1167.i
+  %2995 = load <16 x float>, ptr %2994, align 4, !tbaa !5
+  %2996 = fcmp ogt <16 x float> %old_max325.i, %2995
+  %2997 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1167.i
+  %2998 = load <16 x float>, ptr %2997, align 4, !tbaa !5
+  %2999 = fcmp oeq <16 x float> %2998, zeroinitializer
+  %3000 = select <16 x i1> %2999, <16 x i1> splat (i1 true), <16 x i1> %2996
+  %old_or_both331.i = select <16 x i1> %3000, <16 x float> %old_max325.i, <16 x float> %2995
+  %3001 = fcmp oeq <16 x float> %old_sum327.i, zeroinitializer
+  %m333.i = select <16 x i1> %3001, <16 x float> %2995, <16 x float> %old_or_both331.i
+  %3002 = fsub <16 x float> %old_max325.i, %m333.i
+  %3003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3002, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3004 = bitcast <16 x float> %3003 to <16 x i32>
+  %3005 = fadd <16 x float> %3003, splat (float 0xC168000FE0000000)
+  %3006 = fmul <16 x float> %3005, splat (float 0x3F2BD01060000000)
+  %3007 = fmul <16 x float> %3005, splat (float 0x3FE6300000000000)
+  %3008 = fsub <16 x float> %3002, %3007
+  %3009 = fadd <16 x float> %3006, %3008
+  %3010 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3009, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3010, <16 x float> %3009, <16 x float> splat (float 0x3FA5558F20000000))
+  %3012 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3011, <16 x float> %3009, <16 x float> splat (float 0x3FC5554920000000))
+  %3013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3012, <16 x float> %3009, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3014 = fmul <16 x float> %3009, %3009
+  %3015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3013, <16 x float> %3014, <16 x float> %3009)
+  %3016 = shl <16 x i32> %3004, splat (i32 23)
+  %3017 = bitcast <16 x i32> %3016 to <16 x float>
+  %3018 = fadd <16 x float> %3015, splat (float 1.000000e+00)
+  %3019 = fmul <16 x float> %3018, %3017
+  %3020 = fcmp olt <16 x float> %3002, splat (float -8.700000e+01)
+  %3021 = select <16 x i1> %3020, <16 x float> zeroinitializer, <16 x float> %3019
+  %3022 = fcmp one <16 x float> %old_sum327.i, zeroinitializer
+  %3023 = select <16 x i1> %3022, <16 x float> %3021, <16 x float> zeroinitializer
+  %arg351.i = fsub <16 x float> %2995, %m333.i
+  %3024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg351.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3025 = bitcast <16 x float> %3024 to <16 x i32>
+  %3026 = fadd <16 x float> %3024, splat (float 0xC168000FE0000000)
+  %3027 = fmul <16 x float> %3026, splat (float 0x3F2BD01060000000)
+  %3028 = fmul <16 x float> %3026, splat (float 0x3FE6300000000000)
+  %3029 = fsub <16 x float> %arg351.i, %3028
+  %3030 = fadd <16 x float> %3027, %3029
+  %3031 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3030, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3031, <16 x float> %3030, <16 x float> splat (float 0x3FA5558F20000000))
+  %3033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3032, <16 x float> %3030, <16 x float> splat (float 0x3FC5554920000000))
+  %3034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3033, <16 x float> %3030, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3035 = fmul <16 x float> %3030, %3030
+  %3036 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3034, <16 x float> %3035, <16 x float> %3030)
+  %3037 = shl <16 x i32> %3025, splat (i32 23)
+  %3038 = bitcast <16 x i32> %3037 to <16 x float>
+  %3039 = fadd <16 x float> %3036, splat (float 1.000000e+00)
+  %3040 = fmul <16 x float> %3039, %3038
+  %3041 = fcmp olt <16 x float> %arg351.i, splat (float -8.700000e+01)
+  %3042 = select <16 x i1> %3041, <16 x float> zeroinitializer, <16 x float> %3040
+  %3043 = fcmp one <16 x float> %2998, zeroinitializer
+  %3044 = select <16 x i1> %3043, <16 x float> %3042, <16 x float> zeroinitializer
+  %3045 = fmul <16 x float> %old_sum327.i, %3023
+  %3046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3044, <16 x float> %2998, <16 x float> %3045)
+  store <16 x float> %m333.i, ptr %2992, align 4, !tbaa !5
+  store <16 x float> %3046, ptr %2993, align 4, !tbaa !5
+  %3047 = shl i64 %indvars.iv1055.i, 11
+  %3048 = and i64 %3047, 4294965248
+  br label %for_body_d369.i
 
-for_body_d374.i:                                  ; preds = %for_body_d374.i, %if_then323.i
-  %indvars.iv1030.i = phi i64 [ 0, %if_then323.i ], [ %indvars.iv.next1031.i.3, %for_body_d374.i ]
-  %3042 = shl nuw nsw i64 %indvars.iv1030.i, 4
-  %3043 = add nuw nsw i64 %3042, %3041
-  %3044 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3043
-  %3045 = load <16 x float>, ptr %3044, align 4, !tbaa !5
-  %3046 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3043
-  %3047 = load <16 x float>, ptr %3046, align 4, !tbaa !5
-  %3048 = fmul <16 x float> %3016, %3047
-  %3049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3037, <16 x float> %3045, <16 x float> %3048)
-  store <16 x float> %3049, ptr %3046, align 4, !tbaa !5
-  %indvars.iv.next1031.i = shl i64 %indvars.iv1030.i, 4
-  %3050 = or disjoint i64 %indvars.iv.next1031.i, 16
-  %3051 = add nuw nsw i64 %3050, %3041
-  %3052 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3051
-  %3053 = load <16 x float>, ptr %3052, align 4, !tbaa !5
-  %3054 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3051
-  %3055 = load <16 x float>, ptr %3054, align 4, !tbaa !5
-  %3056 = fmul <16 x float> %3016, %3055
-  %3057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3037, <16 x float> %3053, <16 x float> %3056)
-  store <16 x float> %3057, ptr %3054, align 4, !tbaa !5
-  %indvars.iv.next1031.i.1 = shl i64 %indvars.iv1030.i, 4
-  %3058 = or disjoint i64 %indvars.iv.next1031.i.1, 32
-  %3059 = add nuw nsw i64 %3058, %3041
-  %3060 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3059
-  %3061 = load <16 x float>, ptr %3060, align 4, !tbaa !5
-  %3062 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3059
-  %3063 = load <16 x float>, ptr %3062, align 4, !tbaa !5
-  %3064 = fmul <16 x float> %3016, %3063
-  %3065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3037, <16 x float> %3061, <16 x float> %3064)
-  store <16 x float> %3065, ptr %3062, align 4, !tbaa !5
-  %indvars.iv.next1031.i.2 = shl i64 %indvars.iv1030.i, 4
-  %3066 = or disjoint i64 %indvars.iv.next1031.i.2, 48
-  %3067 = add nuw nsw i64 %3066, %3041
-  %3068 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3067
-  %3069 = load <16 x float>, ptr %3068, align 4, !tbaa !5
-  %3070 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3067
-  %3071 = load <16 x float>, ptr %3070, align 4, !tbaa !5
-  %3072 = fmul <16 x float> %3016, %3071
-  %3073 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3037, <16 x float> %3069, <16 x float> %3072)
-  store <16 x float> %3073, ptr %3070, align 4, !tbaa !5
-  %indvars.iv.next1031.i.3 = add nuw nsw i64 %indvars.iv1030.i, 4
-  %exitcond1033.not.i.3 = icmp eq i64 %indvars.iv.next1031.i.3, 128
-  br i1 %exitcond1033.not.i.3, label %if_end324.i, label %for_body_d374.i, !prof !28, !llvm.loop !70
-
-if_end379.i:                                      ; preds = %for_end_tile320.i
-  %3074 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3075 = tail call i32 %3074(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not550.i = icmp eq i32 %3075, 0
-  br i1 %.not550.i, label %if_end382.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end382.i:                                      ; preds = %if_end379.i
-  %3076 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3077 = tail call i32 %3076(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not551.i = icmp eq i32 %3077, 0
-  br i1 %.not551.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
-
-for_body_tile388.i:                               ; preds = %if_end393.loopexit.i, %for_body_tile388.i.preheader
-  %indvars.iv1055.i = phi i64 [ %indvars.iv.next1056.i, %if_end393.loopexit.i ], [ 0, %for_body_tile388.i.preheader ]
-  %3078 = shl i64 %indvars.iv1055.i, 13
-  %3079 = and i64 %3078, 17179860992
-  %scevgep494 = getelementptr i8, ptr %total_acc.i, i64 %3079
-  %3080 = trunc nuw nsw i64 %indvars.iv1055.i to i32
-  %rmod461.i = srem i32 %3080, %122
-  %rdiv468.i = sdiv i32 %3080, %122
-  %3081 = icmp ne i32 %rmod461.i, 0
-  %.not541.i = and i1 %474, %3081
-  %3082 = select i1 %.not541.i, i32 %122, i32 0
-  %3083 = add nsw i32 %3082, %rmod461.i
-  %3084 = shl nsw i32 %3083, 4
-  %3085 = sub nsw i32 %120, %3084
-  %3086 = icmp sgt i32 %3085, 0
-  br i1 %3086, label %for_body_r463.lr.ph.i, label %if_end393.loopexit.i, !prof !3
-
-for_end_tile389.i:                                ; preds = %if_end393.loopexit.i, %if_end393.us.i, %for_begin_tile387.preheader.i
-  %3087 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3088 = tail call i32 %3087(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not.i = icmp eq i32 %3088, 0
-  br i1 %.not.i, label %if_end488.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end393.loopexit.i:                             ; preds = %for_end_d481.i, %for_body_tile388.i
+if_end319.i:                                      ; preds = %for_body_d369.i, %for_body_tile314.i
   %indvars.iv.next1056.i = add nuw nsw i64 %indvars.iv1055.i, 1
-  %exitcond1059.not.i = icmp eq i64 %indvars.iv.next1056.i, %wide.trip.count1094.i
-  br i1 %exitcond1059.not.i, label %for_end_tile389.i, label %for_body_tile388.i, !prof !13
+  %exitcond1059.not.i = icmp eq i64 %indvars.iv.next1056.i, %wide.trip.count1058.i
+  br i1 %exitcond1059.not.i, label %for_end_tile315.i, label %for_body_tile314.i, !prof !13
 
-for_body_r463.lr.ph.i:                            ; preds = %for_body_tile388.i
-  %3089 = sext i1 %.not541.i to i32
-  %3090 = add nsw i32 %rdiv468.i, %3089
-  %3091 = sext i32 %3090 to i64
-  %3092 = sext i32 %3083 to i64
-  %3093 = shl nsw i64 %3092, 7
-  %3094 = add nsw i64 %475, %3091
-  %3095 = shl nsw i64 %3094, 2
-  %3096 = add nsw i64 %3093, %477
-  %3097 = shl i64 %indvars.iv1055.i, 4
-  %3098 = and i64 %3097, 4294967280
-  %3099 = tail call i32 @llvm.umin.i32(i32 %3085, i32 16)
-  %wide.trip.count1043.i = zext nneg i32 %3099 to i64
-  %3100 = add nsw i64 %3096, %3095
-  br label %for_body_r463.i
+for_body_d369.i:                                  ; preds = %for_body_d369.i, %if_then318.i
+  %indvars.iv1051.i = phi i64 [ 0, %if_then318.i ], [ %indvars.iv.next1052.i.3, %for_body_d369.i ]
+  %3049 = shl nuw nsw i64 %indvars.iv1051.i, 4
+  %3050 = add nuw nsw i64 %3049, %3048
+  %3051 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3050
+  %3052 = load <16 x float>, ptr %3051, align 4, !tbaa !5
+  %3053 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3050
+  %3054 = load <16 x float>, ptr %3053, align 4, !tbaa !5
+  %3055 = fmul <16 x float> %3023, %3054
+  %3056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3044, <16 x float> %3052, <16 x float> %3055)
+  store <16 x float> %3056, ptr %3053, align 4, !tbaa !5
+  %indvars.iv.next1052.i = shl i64 %indvars.iv1051.i, 4
+  %3057 = or disjoint i64 %indvars.iv.next1052.i, 16
+  %3058 = add nuw nsw i64 %3057, %3048
+  %3059 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3058
+  %3060 = load <16 x float>, ptr %3059, align 4, !tbaa !5
+  %3061 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3058
+  %3062 = load <16 x float>, ptr %3061, align 4, !tbaa !5
+  %3063 = fmul <16 x float> %3023, %3062
+  %3064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3044, <16 x float> %3060, <16 x float> %3063)
+  store <16 x float> %3064, ptr %3061, align 4, !tbaa !5
+  %indvars.iv.next1052.i.1 = shl i64 %indvars.iv1051.i, 4
+  %3065 = or disjoint i64 %indvars.iv.next1052.i.1, 32
+  %3066 = add nuw nsw i64 %3065, %3048
+  %3067 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3066
+  %3068 = load <16 x float>, ptr %3067, align 4, !tbaa !5
+  %3069 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3066
+  %3070 = load <16 x float>, ptr %3069, align 4, !tbaa !5
+  %3071 = fmul <16 x float> %3023, %3070
+  %3072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3044, <16 x float> %3068, <16 x float> %3071)
+  store <16 x float> %3072, ptr %3069, align 4, !tbaa !5
+  %indvars.iv.next1052.i.2 = shl i64 %indvars.iv1051.i, 4
+  %3073 = or disjoint i64 %indvars.iv.next1052.i.2, 48
+  %3074 = add nuw nsw i64 %3073, %3048
+  %3075 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3074
+  %3076 = load <16 x float>, ptr %3075, align 4, !tbaa !5
+  %3077 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3074
+  %3078 = load <16 x float>, ptr %3077, align 4, !tbaa !5
+  %3079 = fmul <16 x float> %3023, %3078
+  %3080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3044, <16 x float> %3076, <16 x float> %3079)
+  store <16 x float> %3080, ptr %3077, align 4, !tbaa !5
+  %indvars.iv.next1052.i.3 = add nuw nsw i64 %indvars.iv1051.i, 4
+  %exitcond1054.not.i.3 = icmp eq i64 %indvars.iv.next1052.i.3, 128
+  br i1 %exitcond1054.not.i.3, label %if_end319.i, label %for_body_d369.i, !prof !28, !llvm.loop !70
 
-for_begin_d479.preheader.lr.ph.i:                 ; preds = %for_body_r463.i
-  %.idx.i = shl nsw i64 %3094, 11
-  %3101 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx542.i = shl nsw i64 %3092, 16
-  %3102 = getelementptr i8, ptr %3101, i64 %.idx542.i
-  %invariant.gep819.i = getelementptr i8, ptr %3102, i64 %.idx543.i
-  %3103 = shl i64 %indvars.iv1055.i, 11
-  %3104 = and i64 %3103, 4294965248
-  %invariant.gep1217.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3104
-  %3105 = add nsw i64 %.idx542.i, %.idx.i
-  %scevgep489 = getelementptr i8, ptr %scevgep488, i64 %3105
-  %scevgep492 = getelementptr i8, ptr %scevgep491, i64 %3105
-  %3106 = shl nuw nsw i64 %wide.trip.count1043.i, 2
-  %3107 = getelementptr i8, ptr %scevgep495, i64 %3079
-  %scevgep496 = getelementptr i8, ptr %3107, i64 %3106
-  br label %for_begin_d479.preheader.i
+if_end374.i:                                      ; preds = %for_end_tile315.i
+  %3081 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3082 = tail call i32 %3081(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not546.i = icmp eq i32 %3082, 0
+  br i1 %.not546.i, label %if_end377.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_r463.i:                                  ; preds = %for_body_r463.i, %for_body_r463.lr.ph.i
-  %indvars.iv1040.i = phi i64 [ 0, %for_body_r463.lr.ph.i ], [ %indvars.iv.next1041.i.1, %for_body_r463.i ]
-  %3108 = add nuw nsw i64 %indvars.iv1040.i, %3098
-  %3109 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3108
-  %3110 = load float, ptr %3109, align 4, !tbaa !5
-  %3111 = and i64 %indvars.iv1040.i, 2
-  %3112 = shl nuw nsw i64 %indvars.iv1040.i, 3
-  %3113 = and i64 %3112, 17179869152
-  %3114 = or disjoint i64 %3100, %3111
-  %3115 = add nsw i64 %3114, %3113
-  %3116 = getelementptr inbounds float, ptr %partial_max, i64 %3115
-  store float %3110, ptr %3116, align 4, !tbaa !5
-  %3117 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3108
-  %3118 = load float, ptr %3117, align 4, !tbaa !5
-  %3119 = getelementptr inbounds float, ptr %partial_sum, i64 %3115
-  store float %3118, ptr %3119, align 4, !tbaa !5
-  %indvars.iv.next1041.i = or disjoint i64 %indvars.iv1040.i, 1
-  %3120 = add nuw nsw i64 %indvars.iv.next1041.i, %3098
-  %3121 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3120
-  %3122 = load float, ptr %3121, align 4, !tbaa !5
-  %3123 = and i64 %indvars.iv.next1041.i, 3
-  %3124 = shl nuw nsw i64 %indvars.iv1040.i, 3
-  %3125 = and i64 %3124, 17179869152
-  %3126 = or disjoint i64 %3100, %3123
-  %3127 = add nsw i64 %3126, %3125
-  %3128 = getelementptr inbounds float, ptr %partial_max, i64 %3127
-  store float %3122, ptr %3128, align 4, !tbaa !5
-  %3129 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3120
-  %3130 = load float, ptr %3129, align 4, !tbaa !5
-  %3131 = getelementptr inbounds float, ptr %partial_sum, i64 %3127
-  store float %3130, ptr %3131, align 4, !tbaa !5
-  %indvars.iv.next1041.i.1 = add nuw nsw i64 %indvars.iv1040.i, 2
-  %exitcond1044.not.i.1 = icmp eq i64 %indvars.iv.next1041.i.1, %wide.trip.count1043.i
-  br i1 %exitcond1044.not.i.1, label %for_begin_d479.preheader.lr.ph.i, label %for_body_r463.i, !prof !13, !llvm.loop !72
+if_end377.i:                                      ; preds = %if_end374.i
+  %3083 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3084 = tail call i32 %3083(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not547.i = icmp eq i32 %3084, 0
+  br i1 %.not547.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
 
-for_begin_d479.preheader.i:                       ; preds = %for_end_d481.i, %for_begin_d479.preheader.lr.ph.i
-  %indvars.iv1049.i = phi i64 [ 0, %for_begin_d479.preheader.lr.ph.i ], [ %indvars.iv.next1050.i, %for_end_d481.i ]
-  %3132 = shl nuw nsw i64 %indvars.iv1049.i, 7
-  %3133 = and i64 %3132, 384
-  %3134 = shl nuw nsw i64 %indvars.iv1049.i, 10
-  %3135 = and i64 %3134, 2199023251456
-  %gep820.i = getelementptr float, ptr %invariant.gep819.i, i64 %3135
-  %3136 = getelementptr float, ptr %gep820.i, i64 %3133
-  %gep1218.i = getelementptr inbounds nuw float, ptr %invariant.gep1217.i, i64 %indvars.iv1049.i
-  %3137 = shl i64 %indvars.iv1049.i, 12
-  %3138 = and i64 %3137, 8796093005824
-  %3139 = shl i64 %indvars.iv1049.i, 9
-  %3140 = and i64 %3139, 1536
-  %3141 = or disjoint i64 %3138, %3140
-  %scevgep493 = getelementptr i8, ptr %scevgep492, i64 %3141
-  %scevgep490 = getelementptr i8, ptr %scevgep489, i64 %3141
-  %bound0497 = icmp ult ptr %scevgep490, %scevgep496
-  %bound1498 = icmp ult ptr %scevgep494, %scevgep493
-  %found.conflict499 = and i1 %bound0497, %bound1498
-  br i1 %found.conflict499, label %for_body_d480.i, label %vector.body502, !prof !16
+for_body_tile383.i:                               ; preds = %if_end388.loopexit.i, %for_body_tile383.i.preheader
+  %indvars.iv1076.i = phi i64 [ %indvars.iv.next1077.i, %if_end388.loopexit.i ], [ 0, %for_body_tile383.i.preheader ]
+  %3085 = shl i64 %indvars.iv1076.i, 13
+  %3086 = and i64 %3085, 17179860992
+  %scevgep506 = getelementptr i8, ptr %total_acc.i, i64 %3086
+  %3087 = trunc nuw nsw i64 %indvars.iv1076.i to i32
+  %rmod456.i = srem i32 %3087, %122
+  %rdiv463.i = sdiv i32 %3087, %122
+  %3088 = icmp ne i32 %rmod456.i, 0
+  %.not537.i = and i1 %474, %3088
+  %3089 = select i1 %.not537.i, i32 %122, i32 0
+  %3090 = add nsw i32 %3089, %rmod456.i
+  %3091 = shl nsw i32 %3090, 4
+  %3092 = sub nsw i32 %120, %3091
+  %3093 = icmp sgt i32 %3092, 0
+  br i1 %3093, label %for_body_r458.lr.ph.i, label %if_end388.loopexit.i, !prof !3
 
-vector.body502:                                   ; preds = %for_begin_d479.preheader.i
-  %3142 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3143 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3144 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3145 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather505 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3142, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather506 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3143, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather507 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather508 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3146 = getelementptr i8, ptr %3136, i64 32
-  %3147 = getelementptr i8, ptr %3136, i64 64
-  %3148 = getelementptr i8, ptr %3136, i64 96
-  store <8 x float> %wide.masked.gather505, ptr %3136, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather506, ptr %3146, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather507, ptr %3147, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather508, ptr %3148, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3149 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3150 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3151 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3152 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather505.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather506.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather507.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather508.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3152, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3153 = getelementptr i8, ptr %3136, i64 128
-  %3154 = getelementptr i8, ptr %3136, i64 160
-  %3155 = getelementptr i8, ptr %3136, i64 192
-  %3156 = getelementptr i8, ptr %3136, i64 224
-  store <8 x float> %wide.masked.gather505.1, ptr %3153, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather506.1, ptr %3154, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather507.1, ptr %3155, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather508.1, ptr %3156, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3157 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3158 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3159 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3160 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather505.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather506.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather507.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather508.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3160, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3161 = getelementptr i8, ptr %3136, i64 256
-  %3162 = getelementptr i8, ptr %3136, i64 288
-  %3163 = getelementptr i8, ptr %3136, i64 320
-  %3164 = getelementptr i8, ptr %3136, i64 352
-  store <8 x float> %wide.masked.gather505.2, ptr %3161, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather506.2, ptr %3162, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather507.2, ptr %3163, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather508.2, ptr %3164, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3165 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3166 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3167 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3168 = getelementptr inbounds nuw i8, ptr %gep1218.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather505.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3165, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather506.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather507.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather508.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3169 = getelementptr i8, ptr %3136, i64 384
-  %3170 = getelementptr i8, ptr %3136, i64 416
-  %3171 = getelementptr i8, ptr %3136, i64 448
-  %3172 = getelementptr i8, ptr %3136, i64 480
-  store <8 x float> %wide.masked.gather505.3, ptr %3169, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather506.3, ptr %3170, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather507.3, ptr %3171, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather508.3, ptr %3172, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  br label %for_end_d481.i
+for_end_tile384.i:                                ; preds = %if_end388.loopexit.i, %if_end388.us.i, %for_begin_tile382.preheader.i
+  %3094 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3095 = tail call i32 %3094(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %3095, 0
+  br i1 %.not.i, label %if_end483.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_d480.i:                                  ; preds = %for_body_d480.i, %for_begin_d479.preheader.i
-  %indvars.iv1045.i = phi i64 [ %indvars.iv.next1046.i.7, %for_body_d480.i ], [ 0, %for_begin_d479.preheader.i ]
-  %.idx1147.i = shl nuw nsw i64 %indvars.iv1045.i, 6
-  %3173 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i
-  %3174 = load float, ptr %3173, align 4, !tbaa !5
-  %3175 = getelementptr float, ptr %3136, i64 %indvars.iv1045.i
-  store float %3174, ptr %3175, align 4, !tbaa !5
-  %indvars.iv.next1046.i = or disjoint i64 %indvars.iv1045.i, 1
-  %.idx1147.i.1 = shl nuw nsw i64 %indvars.iv.next1046.i, 6
-  %3176 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.1
-  %3177 = load float, ptr %3176, align 4, !tbaa !5
-  %3178 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i
-  store float %3177, ptr %3178, align 4, !tbaa !5
-  %indvars.iv.next1046.i.1 = or disjoint i64 %indvars.iv1045.i, 2
-  %.idx1147.i.2 = shl nuw nsw i64 %indvars.iv.next1046.i.1, 6
-  %3179 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.2
-  %3180 = load float, ptr %3179, align 4, !tbaa !5
-  %3181 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i.1
-  store float %3180, ptr %3181, align 4, !tbaa !5
-  %indvars.iv.next1046.i.2 = or disjoint i64 %indvars.iv1045.i, 3
-  %.idx1147.i.3 = shl nuw nsw i64 %indvars.iv.next1046.i.2, 6
-  %3182 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.3
-  %3183 = load float, ptr %3182, align 4, !tbaa !5
-  %3184 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i.2
-  store float %3183, ptr %3184, align 4, !tbaa !5
-  %indvars.iv.next1046.i.3 = or disjoint i64 %indvars.iv1045.i, 4
-  %.idx1147.i.4 = shl nuw nsw i64 %indvars.iv.next1046.i.3, 6
-  %3185 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.4
-  %3186 = load float, ptr %3185, align 4, !tbaa !5
-  %3187 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i.3
-  store float %3186, ptr %3187, align 4, !tbaa !5
-  %indvars.iv.next1046.i.4 = or disjoint i64 %indvars.iv1045.i, 5
-  %.idx1147.i.5 = shl nuw nsw i64 %indvars.iv.next1046.i.4, 6
-  %3188 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.5
-  %3189 = load float, ptr %3188, align 4, !tbaa !5
-  %3190 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i.4
-  store float %3189, ptr %3190, align 4, !tbaa !5
-  %indvars.iv.next1046.i.5 = or disjoint i64 %indvars.iv1045.i, 6
-  %.idx1147.i.6 = shl nuw nsw i64 %indvars.iv.next1046.i.5, 6
-  %3191 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.6
-  %3192 = load float, ptr %3191, align 4, !tbaa !5
-  %3193 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i.5
-  store float %3192, ptr %3193, align 4, !tbaa !5
-  %indvars.iv.next1046.i.6 = or disjoint i64 %indvars.iv1045.i, 7
-  %.idx1147.i.7 = shl nuw nsw i64 %indvars.iv.next1046.i.6, 6
-  %3194 = getelementptr inbounds nuw i8, ptr %gep1218.i, i64 %.idx1147.i.7
-  %3195 = load float, ptr %3194, align 4, !tbaa !5
-  %3196 = getelementptr float, ptr %3136, i64 %indvars.iv.next1046.i.6
-  store float %3195, ptr %3196, align 4, !tbaa !5
-  %indvars.iv.next1046.i.7 = add nuw nsw i64 %indvars.iv1045.i, 8
-  %exitcond1048.not.i.7 = icmp eq i64 %indvars.iv.next1046.i.7, 128
-  br i1 %exitcond1048.not.i.7, label %for_end_d481.i, label %for_body_d480.i, !prof !29, !llvm.loop !78
+if_end388.loopexit.i:                             ; preds = %for_end_d476.i, %for_body_tile383.i
+  %indvars.iv.next1077.i = add nuw nsw i64 %indvars.iv1076.i, 1
+  %exitcond1080.not.i = icmp eq i64 %indvars.iv.next1077.i, %wide.trip.count1115.i
+  br i1 %exitcond1080.not.i, label %for_end_tile384.i, label %for_body_tile383.i, !prof !13
 
-for_end_d481.i:                                   ; preds = %for_body_d480.i, %vector.body502
-  %indvars.iv.next1050.i = add nuw nsw i64 %indvars.iv1049.i, 1
-  %exitcond1054.not.i = icmp eq i64 %indvars.iv.next1050.i, %wide.trip.count1043.i
-  br i1 %exitcond1054.not.i, label %if_end393.loopexit.i, label %for_begin_d479.preheader.i, !prof !13
+for_body_r458.lr.ph.i:                            ; preds = %for_body_tile383.i
+  %3096 = sext i1 %.not537.i to i32
+  %3097 = add nsw i32 %rdiv463.i, %3096
+  %3098 = sext i32 %3097 to i64
+  %3099 = sext i32 %3090 to i64
+  %3100 = shl nsw i64 %3099, 7
+  %3101 = add nsw i64 %475, %3098
+  %3102 = shl nsw i64 %3101, 2
+  %3103 = add nsw i64 %3100, %477
+  %3104 = shl i64 %indvars.iv1076.i, 4
+  %3105 = and i64 %3104, 4294967280
+  %3106 = tail call i32 @llvm.umin.i32(i32 %3092, i32 16)
+  %wide.trip.count1064.i = zext nneg i32 %3106 to i64
+  %3107 = add nsw i64 %3103, %3102
+  br label %for_body_r458.i
 
-if_end488.i:                                      ; preds = %for_end_tile389.i
-  %3197 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3198 = tail call i32 %3197(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not534.i = icmp eq i32 %3198, 0
-  br i1 %.not534.i, label %if_end491.i, label %fused_attend_compute_.exit, !prof !38
+for_begin_d474.preheader.lr.ph.i:                 ; preds = %for_body_r458.i
+  %.idx.i = shl nsw i64 %3101, 11
+  %3108 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx538.i = shl nsw i64 %3099, 16
+  %3109 = getelementptr i8, ptr %3108, i64 %.idx538.i
+  %invariant.gep833.i = getelementptr i8, ptr %3109, i64 %.idx539.i
+  %3110 = shl i64 %indvars.iv1076.i, 11
+  %3111 = and i64 %3110, 4294965248
+  %invariant.gep1240.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3111
+  %3112 = add nsw i64 %.idx538.i, %.idx.i
+  %scevgep501 = getelementptr i8, ptr %scevgep500, i64 %3112
+  %scevgep504 = getelementptr i8, ptr %scevgep503, i64 %3112
+  %3113 = shl nuw nsw i64 %wide.trip.count1064.i, 2
+  %3114 = getelementptr i8, ptr %scevgep507, i64 %3086
+  %scevgep508 = getelementptr i8, ptr %3114, i64 %3113
+  br label %for_begin_d474.preheader.i
 
-if_end491.i:                                      ; preds = %if_end488.i
-  %3199 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3200 = tail call i32 %3199(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not535.i = icmp eq i32 %3200, 0
-  br i1 %.not535.i, label %if_end494.i, label %fused_attend_compute_.exit, !prof !38
+for_body_r458.i:                                  ; preds = %for_body_r458.i, %for_body_r458.lr.ph.i
+  %indvars.iv1061.i = phi i64 [ 0, %for_body_r458.lr.ph.i ], [ %indvars.iv.next1062.i.1, %for_body_r458.i ]
+  %3115 = add nuw nsw i64 %indvars.iv1061.i, %3105
+  %3116 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3115
+  %3117 = load float, ptr %3116, align 4, !tbaa !5
+  %3118 = and i64 %indvars.iv1061.i, 2
+  %3119 = shl nuw nsw i64 %indvars.iv1061.i, 3
+  %3120 = and i64 %3119, 17179869152
+  %3121 = or disjoint i64 %3107, %3118
+  %3122 = add nsw i64 %3121, %3120
+  %3123 = getelementptr inbounds float, ptr %partial_max, i64 %3122
+  store float %3117, ptr %3123, align 4, !tbaa !5
+  %3124 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3115
+  %3125 = load float, ptr %3124, align 4, !tbaa !5
+  %3126 = getelementptr inbounds float, ptr %partial_sum, i64 %3122
+  store float %3125, ptr %3126, align 4, !tbaa !5
+  %indvars.iv.next1062.i = or disjoint i64 %indvars.iv1061.i, 1
+  %3127 = add nuw nsw i64 %indvars.iv.next1062.i, %3105
+  %3128 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3127
+  %3129 = load float, ptr %3128, align 4, !tbaa !5
+  %3130 = and i64 %indvars.iv.next1062.i, 3
+  %3131 = shl nuw nsw i64 %indvars.iv1061.i, 3
+  %3132 = and i64 %3131, 17179869152
+  %3133 = or disjoint i64 %3107, %3130
+  %3134 = add nsw i64 %3133, %3132
+  %3135 = getelementptr inbounds float, ptr %partial_max, i64 %3134
+  store float %3129, ptr %3135, align 4, !tbaa !5
+  %3136 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3127
+  %3137 = load float, ptr %3136, align 4, !tbaa !5
+  %3138 = getelementptr inbounds float, ptr %partial_sum, i64 %3134
+  store float %3137, ptr %3138, align 4, !tbaa !5
+  %indvars.iv.next1062.i.1 = add nuw nsw i64 %indvars.iv1061.i, 2
+  %exitcond1065.not.i.1 = icmp eq i64 %indvars.iv.next1062.i.1, %wide.trip.count1064.i
+  br i1 %exitcond1065.not.i.1, label %for_begin_d474.preheader.lr.ph.i, label %for_body_r458.i, !prof !13, !llvm.loop !72
 
-if_end494.i:                                      ; preds = %if_end491.i
-  %3201 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3202 = tail call i32 %3201(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not536.i = icmp eq i32 %3202, 0
-  br i1 %.not536.i, label %if_end497.i, label %fused_attend_compute_.exit, !prof !38
+for_begin_d474.preheader.i:                       ; preds = %for_end_d476.i, %for_begin_d474.preheader.lr.ph.i
+  %indvars.iv1070.i = phi i64 [ 0, %for_begin_d474.preheader.lr.ph.i ], [ %indvars.iv.next1071.i, %for_end_d476.i ]
+  %3139 = shl nuw nsw i64 %indvars.iv1070.i, 7
+  %3140 = and i64 %3139, 384
+  %3141 = shl nuw nsw i64 %indvars.iv1070.i, 10
+  %3142 = and i64 %3141, 2199023251456
+  %gep834.i = getelementptr float, ptr %invariant.gep833.i, i64 %3142
+  %3143 = getelementptr float, ptr %gep834.i, i64 %3140
+  %gep1241.i = getelementptr inbounds nuw float, ptr %invariant.gep1240.i, i64 %indvars.iv1070.i
+  %3144 = shl i64 %indvars.iv1070.i, 12
+  %3145 = and i64 %3144, 8796093005824
+  %3146 = shl i64 %indvars.iv1070.i, 9
+  %3147 = and i64 %3146, 1536
+  %3148 = or disjoint i64 %3145, %3147
+  %scevgep505 = getelementptr i8, ptr %scevgep504, i64 %3148
+  %scevgep502 = getelementptr i8, ptr %scevgep501, i64 %3148
+  %bound0509 = icmp ult ptr %scevgep502, %scevgep508
+  %bound1510 = icmp ult ptr %scevgep506, %scevgep505
+  %found.conflict511 = and i1 %bound0509, %bound1510
+  br i1 %found.conflict511, label %for_body_d475.i, label %vector.body514, !prof !16
 
-if_end497.i:                                      ; preds = %if_end494.i
-  %3203 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3204 = tail call i32 %3203(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not537.i = icmp eq i32 %3204, 0
-  br i1 %.not537.i, label %if_end500.i, label %fused_attend_compute_.exit, !prof !38
+vector.body514:                                   ; preds = %for_begin_d474.preheader.i
+  %3149 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3150 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3151 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3152 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather517 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3152, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3153 = getelementptr i8, ptr %3143, i64 32
+  %3154 = getelementptr i8, ptr %3143, i64 64
+  %3155 = getelementptr i8, ptr %3143, i64 96
+  store <8 x float> %wide.masked.gather517, ptr %3143, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather518, ptr %3153, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather519, ptr %3154, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather520, ptr %3155, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3156 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3157 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3158 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3159 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather517.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3160 = getelementptr i8, ptr %3143, i64 128
+  %3161 = getelementptr i8, ptr %3143, i64 160
+  %3162 = getelementptr i8, ptr %3143, i64 192
+  %3163 = getelementptr i8, ptr %3143, i64 224
+  store <8 x float> %wide.masked.gather517.1, ptr %3160, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather518.1, ptr %3161, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather519.1, ptr %3162, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather520.1, ptr %3163, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3164 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3165 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3166 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3167 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather517.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3165, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3168 = getelementptr i8, ptr %3143, i64 256
+  %3169 = getelementptr i8, ptr %3143, i64 288
+  %3170 = getelementptr i8, ptr %3143, i64 320
+  %3171 = getelementptr i8, ptr %3143, i64 352
+  store <8 x float> %wide.masked.gather517.2, ptr %3168, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather518.2, ptr %3169, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather519.2, ptr %3170, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather520.2, ptr %3171, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3172 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3173 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3174 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3175 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather517.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3172, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3173, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3174, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3175, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3176 = getelementptr i8, ptr %3143, i64 384
+  %3177 = getelementptr i8, ptr %3143, i64 416
+  %3178 = getelementptr i8, ptr %3143, i64 448
+  %3179 = getelementptr i8, ptr %3143, i64 480
+  store <8 x float> %wide.masked.gather517.3, ptr %3176, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather518.3, ptr %3177, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather519.3, ptr %3178, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather520.3, ptr %3179, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  br label %for_end_d476.i
 
-if_end500.i:                                      ; preds = %if_end497.i
-  %3205 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3206 = tail call i32 %3205(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not538.i = icmp ne i32 %3206, 0
-  %..i = sext i1 %.not538.i to i32
+for_body_d475.i:                                  ; preds = %for_body_d475.i, %for_begin_d474.preheader.i
+  %indvars.iv1066.i = phi i64 [ %indvars.iv.next1067.i.7, %for_body_d475.i ], [ 0, %for_begin_d474.preheader.i ]
+  %.idx1168.i = shl nuw nsw i64 %indvars.iv1066.i, 6
+  %3180 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i
+  %3181 = load float, ptr %3180, align 4, !tbaa !5
+  %3182 = getelementptr float, ptr %3143, i64 %indvars.iv1066.i
+  store float %3181, ptr %3182, align 4, !tbaa !5
+  %indvars.iv.next1067.i = or disjoint i64 %indvars.iv1066.i, 1
+  %.idx1168.i.1 = shl nuw nsw i64 %indvars.iv.next1067.i, 6
+  %3183 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.1
+  %3184 = load float, ptr %3183, align 4, !tbaa !5
+  %3185 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i
+  store float %3184, ptr %3185, align 4, !tbaa !5
+  %indvars.iv.next1067.i.1 = or disjoint i64 %indvars.iv1066.i, 2
+  %.idx1168.i.2 = shl nuw nsw i64 %indvars.iv.next1067.i.1, 6
+  %3186 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.2
+  %3187 = load float, ptr %3186, align 4, !tbaa !5
+  %3188 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i.1
+  store float %3187, ptr %3188, align 4, !tbaa !5
+  %indvars.iv.next1067.i.2 = or disjoint i64 %indvars.iv1066.i, 3
+  %.idx1168.i.3 = shl nuw nsw i64 %indvars.iv.next1067.i.2, 6
+  %3189 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.3
+  %3190 = load float, ptr %3189, align 4, !tbaa !5
+  %3191 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i.2
+  store float %3190, ptr %3191, align 4, !tbaa !5
+  %indvars.iv.next1067.i.3 = or disjoint i64 %indvars.iv1066.i, 4
+  %.idx1168.i.4 = shl nuw nsw i64 %indvars.iv.next1067.i.3, 6
+  %3192 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.4
+  %3193 = load float, ptr %3192, align 4, !tbaa !5
+  %3194 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i.3
+  store float %3193, ptr %3194, align 4, !tbaa !5
+  %indvars.iv.next1067.i.4 = or disjoint i64 %indvars.iv1066.i, 5
+  %.idx1168.i.5 = shl nuw nsw i64 %indvars.iv.next1067.i.4, 6
+  %3195 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.5
+  %3196 = load float, ptr %3195, align 4, !tbaa !5
+  %3197 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i.4
+  store float %3196, ptr %3197, align 4, !tbaa !5
+  %indvars.iv.next1067.i.5 = or disjoint i64 %indvars.iv1066.i, 6
+  %.idx1168.i.6 = shl nuw nsw i64 %indvars.iv.next1067.i.5, 6
+  %3198 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.6
+  %3199 = load float, ptr %3198, align 4, !tbaa !5
+  %3200 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i.5
+  store float %3199, ptr %3200, align 4, !tbaa !5
+  %indvars.iv.next1067.i.6 = or disjoint i64 %indvars.iv1066.i, 7
+  %.idx1168.i.7 = shl nuw nsw i64 %indvars.iv.next1067.i.6, 6
+  %3201 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.7
+  %3202 = load float, ptr %3201, align 4, !tbaa !5
+  %3203 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i.6
+  store float %3202, ptr %3203, align 4, !tbaa !5
+  %indvars.iv.next1067.i.7 = add nuw nsw i64 %indvars.iv1066.i, 8
+  %exitcond1069.not.i.7 = icmp eq i64 %indvars.iv.next1067.i.7, 128
+  br i1 %exitcond1069.not.i.7, label %for_end_d476.i, label %for_body_d475.i, !prof !29, !llvm.loop !78
+
+for_end_d476.i:                                   ; preds = %for_body_d475.i, %vector.body514
+  %indvars.iv.next1071.i = add nuw nsw i64 %indvars.iv1070.i, 1
+  %exitcond1075.not.i = icmp eq i64 %indvars.iv.next1071.i, %wide.trip.count1064.i
+  br i1 %exitcond1075.not.i, label %if_end388.loopexit.i, label %for_begin_d474.preheader.i, !prof !13
+
+if_end483.i:                                      ; preds = %for_end_tile384.i
+  %3204 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3205 = tail call i32 %3204(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not530.i = icmp eq i32 %3205, 0
+  br i1 %.not530.i, label %if_end486.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end486.i:                                      ; preds = %if_end483.i
+  %3206 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3207 = tail call i32 %3206(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not531.i = icmp eq i32 %3207, 0
+  br i1 %.not531.i, label %if_end489.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end489.i:                                      ; preds = %if_end486.i
+  %3208 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3209 = tail call i32 %3208(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not532.i = icmp eq i32 %3209, 0
+  br i1 %.not532.i, label %if_end492.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end492.i:                                      ; preds = %if_end489.i
+  %3210 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3211 = tail call i32 %3210(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not533.i = icmp eq i32 %3211, 0
+  br i1 %.not533.i, label %if_end495.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end495.i:                                      ; preds = %if_end492.i
+  %3212 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3213 = tail call i32 %3212(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not534.i = icmp ne i32 %3213, 0
+  %..i = sext i1 %.not534.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end500.i, %if_end497.i, %if_end494.i, %if_end491.i, %if_end488.i, %for_end_tile389.i, %if_end382.i, %if_end379.i, %for_end_tile320.i, %if_end313.i, %if_end307.i, %if_end301.i, %if_end298.i, %if_end295.i, %if_end147.i, %if_end141.i, %if_end138.i, %if_end135.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end119.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end100.i, %for_body_step.i, %if_end94.i, %if_end91.i, %for_body_number.i, %for_end_r449.us.i, %for_body_tile388.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end57
-  %common.ret.op.i = phi i32 [ -1, %if_end497.i ], [ -1, %if_end57 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end494.i ], [ %..i, %if_end500.i ], [ -1, %for_end_tile389.i ], [ -1, %for_body_tile388.us.i ], [ -1, %if_end488.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end491.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r449.us.i ], [ -1, %if_end301.i ], [ -1, %if_end298.i ], [ -1, %if_end295.i ], [ -1, %if_end147.i ], [ -1, %if_end141.i ], [ -1, %if_end138.i ], [ -1, %if_end135.i ], [ -1, %if_end307.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end119.i ], [ -1, %if_end313.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end100.i ], [ -1, %if_end382.i ], [ -1, %if_end379.i ], [ -1, %for_end_tile320.i ], [ -1, %if_end94.i ], [ -1, %if_end91.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor515.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %reach533.i)
+fused_attend_compute_.exit:                       ; preds = %if_end495.i, %if_end492.i, %if_end489.i, %if_end486.i, %if_end483.i, %for_end_tile384.i, %if_end377.i, %if_end374.i, %for_end_tile315.i, %if_end308.i, %if_end302.i, %if_end296.i, %if_end293.i, %if_end290.i, %if_end147.i, %if_end141.i, %if_end138.i, %if_end135.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end119.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end100.i, %for_body_step.i, %if_end94.i, %if_end91.i, %for_body_number.i, %for_end_r444.us.i, %for_body_tile383.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end57
+  %common.ret.op.i = phi i32 [ -1, %if_end492.i ], [ -1, %if_end57 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end489.i ], [ %..i, %if_end495.i ], [ -1, %for_end_tile384.i ], [ -1, %for_body_tile383.us.i ], [ -1, %if_end483.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end486.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r444.us.i ], [ -1, %if_end296.i ], [ -1, %if_end293.i ], [ -1, %if_end290.i ], [ -1, %if_end147.i ], [ -1, %if_end141.i ], [ -1, %if_end138.i ], [ -1, %if_end135.i ], [ -1, %if_end302.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end119.i ], [ -1, %if_end308.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end100.i ], [ -1, %if_end377.i ], [ -1, %if_end374.i ], [ -1, %for_end_tile315.i ], [ -1, %if_end94.i ], [ -1, %if_end91.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor510.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach529.i)
   ret i32 %common.ret.op.i
 }
 
