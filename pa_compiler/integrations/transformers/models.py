@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pa_compiler.integrations.transformers import private
+from pa_compiler.integrations.transformers import own_attention, private
 from pa_compiler.integrations.transformers.attention import attend, make_mask
 from pa_compiler.integrations.transformers.cache import PagedCache
 from pa_compiler.spec import DTYPES
 
-_before: weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[Any, str]]] = weakref.WeakKeyDictionary()
-"""What each enabled model had, as private.use_own_attention takes it."""
+_before: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+"""What each enabled model had, as private.use_own_attention and own_attention.stop take it."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -40,7 +40,7 @@ def enable(model: PreTrainedModel) -> None:
     _check(model)
     config = model.config.get_text_config(decoder=True)
     private.register(attend, make_mask)
-    _before[model] = private.use_attention(model)
+    _before[model] = private.use_attention(model), own_attention.use(own_attention.find(model), attend)
     private.use_cache(model, lambda columns: PagedCache(config.num_hidden_layers, columns))
 
 
@@ -53,7 +53,9 @@ def disable(model: PreTrainedModel) -> None:
     if model not in _before:
         raise ValueError(f"model: expected one that enable() was called with, got {type(model).__name__}")
     private.use_own_cache(model)
-    private.use_own_attention(_before.pop(model))
+    names, forwards = _before.pop(model)
+    private.use_own_attention(names)
+    own_attention.stop(forwards)
     if not _before:
         private.unregister()
 
@@ -65,7 +67,7 @@ def _check(model: Any) -> None:
         ValueError: they have not.
     """
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
-    if not model._can_set_attn_implementation():
+    if not own_attention.find(model) and not model._can_set_attn_implementation():
         raise ValueError(f"model: expected one that calls transformers' AttentionInterface, got {name}, which does not")
     if model.config.is_encoder_decoder:
         raise ValueError(f"model: expected a decoder, got {name}, an encoder and a decoder")
