@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 
 import pytest
@@ -183,6 +184,31 @@ def not_causal(model):
     model.model.layers[1].self_attn.is_causal = False
 
 
+@pytest.mark.parametrize("family", ["mpt", "bloom"])
+def test_forwards_of_attention_modules_are_put_back(model):
+    ids, mask = prompts()
+    layers = [each for each in model.modules() if type(each).__name__ in ("MptAttention", "BloomAttention")]
+    mine = layers[1].forward = functools.partial(layers[1].forward)  # as libraries do that look at calls
+    before = [dict(vars(each)) for each in layers]
+    expected = generated(model, ids, mask, max_new_tokens=3)
+    enable(model)
+    assert all(vars(each)["forward"] is not mine for each in layers)
+    disable(model)
+    assert [dict(vars(each)) for each in layers] == before
+    assert all(torch.equal(*each) for each in zip(generated(model, ids, mask, max_new_tokens=3), expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ["bloom"])
+def test_sums_in_slices_are_refused(model):
+    attention = model.transformer.h[2].self_attention
+    attention.pretraining_tp, attention.slow_but_exact = 2, True
+    before = dict(vars(model))
+    with pytest.raises(ValueError, match=r"^model: expected slow_but_exact=False, got a BloomAttention with True"):
+        enable(model)
+    assert vars(model) == before
+    assert all("forward" not in vars(each) for each in model.modules())
+
+
 REFUSED = [  # id, what is done to a model before it is enabled, what the message begins with
     ("not_causal", not_causal, "model: expected attention that is causal, got .* model.layers.1.self_attn"),
     ("config", lambda m: setattr(m.config, "is_causal", False), "model: expected attention that is causal, .* config"),
@@ -203,9 +229,13 @@ def test_models_that_are_refused(model, change, begins):
 
 
 def test_families_that_are_refused():
-    mpt = transformers.MptForCausalLM(transformers.MptConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=16))
-    with pytest.raises(ValueError, match=r"^model: expected one that calls transformers' AttentionInterface, got Mpt"):
-        enable(mpt)
+    made = transformers.OpenAIGPTLMHeadModel(
+        transformers.OpenAIGPTConfig(n_embd=32, n_head=4, n_layer=1, vocab_size=16)
+    )
+    with pytest.raises(
+        ValueError, match=r"^model: expected one that calls transformers' AttentionInterface, got OpenAI"
+    ):
+        enable(made)
     with pytest.raises(TypeError, match=r"^model: expected a PreTrainedModel, got Linear"):
         enable(torch.nn.Linear(2, 2))
 
