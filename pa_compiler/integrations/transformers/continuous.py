@@ -28,7 +28,7 @@ def attend_continuous(
     value: torch.Tensor,
     arguments: Mapping[str, Any],
     scale: float | None,
-    of_heads: Mapping[str, torch.Tensor | None],
+    of_heads: Mapping[str, Any],
 ) -> torch.Tensor:
     """The attention of [1, heads, tokens, head_dim], [1, tokens, num_heads, value_dim].
 

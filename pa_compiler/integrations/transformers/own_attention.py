@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import dropout
 
 
-def find(model: torch.nn.Module) -> list[torch.nn.Module]:
+def find(model: torch.nn.Module) -> list[Any]:
     """The attention modules of a model that attend in their own forward, in a way that is known here.
 
     Raises:
@@ -27,21 +27,21 @@ def find(model: torch.nn.Module) -> list[torch.nn.Module]:
     return found
 
 
-def use(layers: list[torch.nn.Module], attend: Callable[..., Any]) -> list[tuple[torch.nn.Module, Any]]:
+def use(layers: list[Any], attend: Callable[..., Any]) -> list[tuple[Any, Any]]:
     """Have attention modules call an attention function of transformers' kind. Returns what stop takes."""
     before = [(layer, vars(layer).get("forward")) for layer in layers]
     for layer in layers:
-        layer.forward = functools.partial(_FORWARDS[_name(layer)], layer, attend)  # type: ignore[method-assign]
+        layer.forward = functools.partial(_FORWARDS[_name(layer)], layer, attend)
     return before
 
 
-def stop(before: list[tuple[torch.nn.Module, Any]]) -> None:
+def stop(before: list[tuple[Any, Any]]) -> None:
     """Undo use."""
     for layer, forward in before:
         if forward is None:
             del layer.forward
         else:
-            layer.forward = forward  # type: ignore[method-assign]
+            layer.forward = forward
 
 
 def _name(layer: torch.nn.Module) -> tuple[str, str]:
@@ -104,7 +104,7 @@ def _bloom_slopes(num_heads: int) -> torch.Tensor:
     return _get_alibi_slopes(num_heads, torch.device("cpu"))
 
 
-_FORWARDS = {
+_FORWARDS: dict[tuple[str, str], Callable[..., Any]] = {
     ("transformers.models.mpt.modeling_mpt", "MptAttention"): _mpt,
     ("transformers.models.bloom.modeling_bloom", "BloomAttention"): _bloom,
 }
