@@ -1,7 +1,7 @@
 """python -m benchmarks.engines: prefill and decode of models in transformers, on these kernels and on stock attention.
 
 Stock attention is SDPA with a DynamicCache, which generate() takes by itself, with a StaticCache, and in continuous
-batching. Contenders take turns. Their caches are filled with the same random numbers, and the logits of each are
+batching. Contenders take turns. Their caches are filled with the same keys and values, and the logits of each are
 compared with those of the first. Rates are written to a file after each case, so that a run can be taken up again:
 --cases decode/smollm2/bfloat16/1/4096/8 measures one case.
 """
@@ -21,7 +21,8 @@ from benchmarks.engines_models import CONTENDERS, MODELS, Seconds, empty_cache, 
 from benchmarks.engines_report import Case, parsed, print_tables, save
 from examples import demo
 
-ROUNDS, STEPS = 5, 2
+ROUNDS, STEPS = {"smollm2": 5, "llama-1b": 3}, 2
+"""Turns of decode, and steps of each."""
 LONG = 2048
 """Tokens of a prompt from which on there is one prefill, and no second one."""
 ERRORS = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.05}
@@ -100,7 +101,8 @@ def _prefill(model: Any, case: Case) -> tuple[int, Turns]:
 def _decode(model: Any, case: Case) -> tuple[int, Turns]:
     """The same of sequences that have a context each; all of them decode the same token."""
     turns: Turns = {each: [] for each in CONTENDERS}
-    columns = case.context + STEPS * (ROUNDS + 1)
+    rounds = ROUNDS[case.model]
+    columns = case.context + STEPS * (rounds + 1)
     caches = {each: filled_cache(each, model, case.batch, case.context, columns) for each in CONTENDERS}
     ids = torch.ones(case.batch, 1, dtype=torch.long)
 
@@ -109,7 +111,7 @@ def _decode(model: Any, case: Case) -> tuple[int, Turns]:
             logits = forward(model, contender, ids, caches[contender])
         return logits
 
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         logits = {}
         for each in CONTENDERS:
             logits[each], seconds = timed(functools.partial(steps, each))

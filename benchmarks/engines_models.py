@@ -1,4 +1,4 @@
-"""The models of benchmarks.engines, their caches, numbers to fill these with, and the time that a call takes."""
+"""The models of benchmarks.engines, their caches, what these are filled with, and the time that a call takes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pa_compiler.integrations.transformers import PagedCache, disable, enable
 
 CONTENDERS = ("DynamicCache", "StaticCache", "pa_compiler")
 MODELS = ("smollm2", "llama-1b")
+PREFIX = 256
+"""Tokens that a model reads to fill a cache. With random numbers there, roundings would decide what is seen."""
 _LLAMA_1B = {
     "vocab_size": 128256,
     "hidden_size": 2048,
@@ -59,23 +61,28 @@ def empty_cache(contender: str, model: Any, columns: int) -> Any:
     return makers[contender]()
 
 
+def prefix(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of PREFIX tokens, [1, num_kv_heads, PREFIX, head_dim], for each layer."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.randint(model.config.vocab_size, (1, PREFIX), generator=torch.Generator().manual_seed(0))
+    forward(model, "DynamicCache", ids, cache)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
 def filled_cache(contender: str, model: Any, batch: int, context: int, columns: int) -> Any:
-    """One that has so many tokens of random numbers, the same in all sequences and for all contenders."""
-    cache, config = empty_cache(contender, model, columns), model.config
-    draw = torch.Generator().manual_seed(0)
+    """One that has so many tokens, in all sequences and for all contenders the same: the prefix again and again."""
+    cache = empty_cache(contender, model, columns)
+    pairs = prefix(model)
     if contender == "pa_compiler":  # its layers have memory when a model has called them
-        enable(model)
-        model(torch.zeros(batch, 1, dtype=torch.long), cache=cache, logits_to_keep=1)
-        disable(model)
-    for index, layer in enumerate(cache.layers):
-        shape = (2, 1, config.num_key_value_heads, context, config.head_dim)
-        pair = torch.randn(shape, generator=draw).to(model.dtype).expand(2, batch, *shape[2:])
+        forward(model, contender, torch.zeros(batch, 1, dtype=torch.long), cache)
+    for index, (layer, pair) in enumerate(zip(cache.layers, pairs, strict=True)):
+        repeated = [each.repeat(1, 1, -(-context // PREFIX), 1)[:, :, :context] for each in pair]
         if contender == "pa_compiler":
-            for into, numbers in zip((layer.keys, layer.values), pair, strict=True):
+            for into, numbers in zip((layer.keys, layer.values), repeated, strict=True):
                 into.view(batch, -1, *into.shape[2:])[:, :context] = numbers.transpose(1, 2)
             layer.columns = context
         else:
-            cache.update(*pair, index)
+            cache.update(*(each.expand(batch, -1, -1, -1) for each in repeated), index)
     return cache
 
 
