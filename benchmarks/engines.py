@@ -17,7 +17,17 @@ from typing import Any
 import torch
 
 from benchmarks import engines_continuous
-from benchmarks.engines_models import CONTENDERS, MODELS, Seconds, empty_cache, filled_cache, forward, load, timed
+from benchmarks.engines_models import (
+    CONTENDERS,
+    MODELS,
+    Seconds,
+    empty_cache,
+    filled_cache,
+    forward,
+    load,
+    running,
+    timed,
+)
 from benchmarks.engines_report import Case, parsed, print_tables, save
 from examples import demo
 
@@ -31,6 +41,7 @@ nonsense. StaticCache had 0.14 in bfloat16. Tests compare in float32."""
 RESULTS = Path(__file__).with_name("engines_results.json")
 
 Turns = dict[str, list[Seconds]]
+Logits = dict[str, list[torch.Tensor]]
 Rates = dict[str, dict[str, list[float]]]
 """Tokens/s by contender and by "wall" or "cpu", for each turn."""
 
@@ -87,14 +98,17 @@ def _prefill(model: Any, case: Case) -> tuple[int, Turns]:
     turns: Turns = {each: [] for each in CONTENDERS}
     ids = torch.randint(model.config.vocab_size, (1, case.context), generator=torch.Generator().manual_seed(0))
     for each in CONTENDERS:  # to compile, and to warm up
-        forward(model, each, ids[:, :64], empty_cache(each, model, 64))
+        with running(model, each):
+            forward(model, ids[:, :64], empty_cache(each, model, 64))
+    logits: Logits = {each: [] for each in CONTENDERS}
     for _ in range(1 if case.context >= LONG else 2):
-        logits = {}
         for each in CONTENDERS:
             cache = empty_cache(each, model, case.context)
-            logits[each], seconds = timed(functools.partial(forward, model, each, ids, cache))
+            with running(model, each):
+                found, seconds = timed(functools.partial(forward, model, ids, cache))
+            logits[each].append(found)
             turns[each].append(seconds)
-        _compare(model, logits)
+    _compare(model, logits)
     return case.context, turns
 
 
@@ -106,43 +120,46 @@ def _decode(model: Any, case: Case) -> tuple[int, Turns]:
     caches = {each: filled_cache(each, model, case.batch, case.context, columns) for each in CONTENDERS}
     ids = torch.ones(case.batch, 1, dtype=torch.long)
 
-    def steps(contender: str) -> torch.Tensor:
+    def steps(cache: Any) -> torch.Tensor:
         for _ in range(STEPS):
-            logits = forward(model, contender, ids, caches[contender])
+            logits = forward(model, ids, cache)
         return logits
 
+    logits: Logits = {each: [] for each in CONTENDERS}
     for turn in range(rounds + 1):
-        logits = {}
         for each in CONTENDERS:
-            logits[each], seconds = timed(functools.partial(steps, each))
+            with running(model, each):
+                found, seconds = timed(functools.partial(steps, caches[each]))
+            logits[each].append(found)
             if turn:  # the first one warms up
                 turns[each].append(seconds)
-        _compare(model, logits)
+    _compare(model, logits)
     return STEPS * case.batch, turns
 
 
 def _continuous(model: Any, case: Case) -> tuple[int, Turns]:
     """The same of steps of generate_batch."""
     turns: Turns = {each: [] for each in engines_continuous.CONTENDERS}
+    logits: Logits = {each: [] for each in turns}
     for _ in range(2):
-        logits = {}
         for each, kept in turns.items():
-            logits[each], found = engines_continuous.decode(model, each, case.batch, case.context, STEPS + 1)
+            first, found = engines_continuous.decode(model, each, case.batch, case.context, STEPS + 1)
+            logits[each].append(first)
             kept.extend(found[1:])  # the first one warms up
-        _compare(model, logits)
+    _compare(model, logits)
     return case.batch, turns
 
 
-def _compare(model: Any, logits: dict[str, torch.Tensor]) -> None:
-    """Check what contenders computed against the first one's.
+def _compare(model: Any, logits: Logits) -> None:
+    """Check what contenders computed in all turns against the first one's.
 
     Raises:
         AssertionError: an rms error is larger than that of ERRORS.
     """
-    first, expected = next(iter(logits.items()))
-    limit = ERRORS[str(model.dtype).removeprefix("torch.")]
-    for contender, each in logits.items():
-        error = ((each.float() - expected.float()).square().mean().sqrt() / expected.float().std()).item()
+    limit, first = ERRORS[str(model.dtype).removeprefix("torch.")], next(iter(logits))
+    stacked = {contender: torch.stack(each).float() for contender, each in logits.items()}
+    for contender, each in stacked.items():
+        error = ((each - stacked[first]).square().mean().sqrt() / stacked[first].std()).item()
         if not error <= limit:
             raise AssertionError(f"{contender}: expected logits within {limit} of {first}'s, got {error:.3g}")
 

@@ -13,8 +13,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from benchmarks.engines_models import PREFIX, Seconds, prefix, timed
-from pa_compiler.integrations.transformers import disable, enable
+from benchmarks.engines_models import PREFIX, Seconds, prefix, running, timed
 
 CONTENDERS = ("continuous batching", "pa_compiler")
 PAGE_SIZE, CHUNK = PREFIX, 512
@@ -51,16 +50,13 @@ def decode(model: Any, contender: str, batch: int, context: int, steps: int) -> 
     blocks = 2 * batch * -(-(context + new) // PAGE_SIZE)  # with fewer, the last prompts wait for some to be answered
     batching = ContinuousBatchingConfig(page_size=PAGE_SIZE, num_blocks=blocks, max_batch_tokens=CHUNK)
     config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    if contender == "pa_compiler":
-        enable(model)
+    prompts = [[1 + index] * context for index in range(batch)]
     model.forward = watched
     try:
-        prompts = [[1 + index] * context for index in range(batch)]
-        model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
+        with running(model, contender):
+            model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
     finally:
         del model.forward
-        if contender == "pa_compiler":
-            disable(model)
     if len(took) < steps:
         raise RuntimeError(f"generate_batch: expected {steps} steps of {batch} sequences, got {len(took)}")
     return logits[0], took

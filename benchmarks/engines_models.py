@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def prefix(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of PREFIX tokens, [1, num_kv_heads, PREFIX, head_dim], for each layer."""
     cache = DynamicCache(config=model.config)
     ids = torch.randint(model.config.vocab_size, (1, PREFIX), generator=torch.Generator().manual_seed(0))
-    forward(model, "DynamicCache", ids, cache)
+    forward(model, ids, cache)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -74,7 +75,8 @@ def filled_cache(contender: str, model: Any, batch: int, context: int, columns: 
     cache = empty_cache(contender, model, columns)
     pairs = prefix(model)
     if contender == "pa_compiler":  # its layers have memory when a model has called them
-        forward(model, contender, torch.zeros(batch, 1, dtype=torch.long), cache)
+        with running(model, contender):
+            forward(model, torch.zeros(batch, 1, dtype=torch.long), cache)
     for index, (layer, pair) in enumerate(zip(cache.layers, pairs, strict=True)):
         repeated = [each.repeat(1, 1, -(-context // PREFIX), 1)[:, :, :context] for each in pair]
         if contender == "pa_compiler":
@@ -86,13 +88,19 @@ def filled_cache(contender: str, model: Any, batch: int, context: int, columns: 
     return cache
 
 
-def forward(model: Any, contender: str, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Logits of the last tokens of a forward pass, on what is named."""
+def forward(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Logits of the last tokens of a forward pass."""
+    logits: torch.Tensor = model(ids, cache=cache, logits_to_keep=1).logits
+    return logits
+
+
+@contextlib.contextmanager
+def running(model: Any, contender: str) -> Iterator[None]:
+    """Have a model run on what is named."""
     if contender == "pa_compiler":
         enable(model)
     try:
-        logits: torch.Tensor = model(ids, cache=cache, logits_to_keep=1).logits
-        return logits
+        yield
     finally:
         if contender == "pa_compiler":
             disable(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import statistics
 from collections.abc import Iterable
@@ -11,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-import pa_compiler
 from benchmarks import machine
 
 
@@ -48,7 +48,7 @@ def save(path: Path, case: Case, rates: dict[str, dict[str, list[float]]]) -> No
     kept["versions"] = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "pa_compiler": pa_compiler.__version__,
+        "pa_compiler": importlib.metadata.version("pa-compiler"),
     }
     kept["rows"][str(case)] = rates
     path.write_text(json.dumps(kept, indent=1) + "\n")

@@ -91,7 +91,7 @@ def _check(layer: torch.nn.Module, dropout: float, others: dict[str, Any]) -> No
             raise ValueError(f"{name}: expected none, got one in {type(layer).__name__}")
 
 
-@functools.cache
+@modules.remembered(torch.get_num_threads)
 def _module(
     num_heads: int,
     num_kv_heads: int,
