@@ -12,7 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch", reason="torch is not installed: transformers' models are not run")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: its models are not run")
 
-from pa_compiler.integrations.transformers import PagedCache, disable, enable  # noqa: E402  (need transformers)
+from pa_compiler import PagedAttentionSpec  # noqa: E402
+from pa_compiler.integrations import modules  # noqa: E402
+from pa_compiler.integrations.transformers import PagedCache, disable, enable  # noqa: E402  (needs transformers)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -58,6 +60,8 @@ FAMILIES = {  # by the name of the model's class and of its configuration's
     "bloom": ("BloomForCausalLM", "BloomConfig", {"hidden_size": 96, "num_attention_heads": 6}),
 }  # fmt: skip
 PADDING = [0, 7, 33, 59]
+MODULE = PagedAttentionSpec(4, 2, 16, 16, "float32")
+"""Of Llama, Qwen3, and others with SHAPE."""
 CLOSE = 1e-4
 """Of the largest logit: what float32 leaves after three layers of sums in another order."""
 
@@ -178,6 +182,51 @@ def test_disabled_it_is_as_it_was(model):
     assert all(torch.equal(*each) for each in zip(generated(model, ids, mask, max_new_tokens=5), expected, strict=True))
     with pytest.raises(ValueError, match=r"^model: expected one that enable"):
         disable(model)
+
+
+@llama
+def test_modules_that_are_handed_over(model, compiled, monkeypatch):
+    """They are called, on the threads that their owner has set; others are on as many as torch."""
+    module, calls = compiled(MODULE, attend=True), []
+    monkeypatch.setattr(module, "num_threads", 2)
+    decode = module.decode
+    monkeypatch.setattr(module, "decode", lambda *each, **options: calls.append(each) or decode(*each, **options))
+    ids, mask = prompts()
+    expected, _ = generated(model, ids, mask, max_new_tokens=3)
+    enable(model)
+    assert torch.equal(generated(model, ids, mask, max_new_tokens=3)[0], expected)
+    assert not calls
+    disable(model)
+    enable(model, module)
+    assert torch.equal(generated(model, ids, mask, max_new_tokens=3)[0], expected)
+    assert len(calls) == 2 * 3  # two steps after the prompt's, three layers
+    assert module.num_threads == 2
+
+
+@llama
+def test_modules_follow_the_threads_of_torch(model, monkeypatch):
+    monkeypatch.setattr(modules, "_MODULES", {})
+    modules.keep()
+    before = torch.get_num_threads()
+    ids, mask = prompts()
+    enable(model)
+    try:
+        for number in (1, 2, 1):
+            torch.set_num_threads(number)
+            generated(model, ids, mask, max_new_tokens=2)
+            (module,) = modules._MODULES.values()
+            assert module.num_threads == min(number, len(module.cpus))
+    finally:
+        torch.set_num_threads(before)
+
+
+@llama
+@pytest.mark.parametrize(("bad", "error"), [("x", TypeError), ("without", ValueError)])
+def test_modules_that_are_refused(model, compiled, bad, error):
+    module = compiled(MODULE) if bad == "without" else bad
+    with pytest.raises(error, match=r"^modules_to_use: expected "):
+        enable(model, compiled(MODULE, attend=True), module)
+    assert model.config._attn_implementation == "eager"
 
 
 def not_causal(model):
