@@ -33,7 +33,7 @@ from examples import demo
 
 ROUNDS, STEPS = {"smollm2": 5, "llama-1b": 3}, 2
 """Turns of decode, and steps of each."""
-LONG = 2048
+LONG = {"smollm2": 2048, "llama-1b": 512}
 """Tokens of a prompt from which on there is one prefill, and no second one."""
 ERRORS = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.05}
 """The rms error of logits against the first contender's that is allowed, over their standard deviation: it finds
@@ -101,7 +101,7 @@ def _prefill(model: Any, case: Case) -> tuple[int, Turns]:
         with running(model, each):
             forward(model, ids[:, :64], empty_cache(each, model, 64))
     logits: Logits = {each: [] for each in CONTENDERS}
-    for _ in range(1 if case.context >= LONG else 2):
+    for _ in range(1 if case.context >= LONG[case.model] else 2):
         for each in CONTENDERS:
             cache = empty_cache(each, model, case.context)
             with running(model, each):

@@ -105,6 +105,15 @@ def generated(model, ids, mask, **options):
     return found.sequences, torch.stack(found.logits)
 
 
+def assert_untouched():
+    """Nothing of ours is in transformers."""
+    from transformers.generation.continuous_batching import initialization
+
+    for table in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        assert "pa_compiler_flash" not in table._global_mapping
+    assert initialization.ensure_decode_fast_path_is_available.__module__ == initialization.__name__
+
+
 def assert_close(found, expected):
     assert (found - expected).abs().max() <= CLOSE * expected.abs().max()
 
@@ -176,6 +185,7 @@ def test_disabled_it_is_as_it_was(model):
     with pytest.raises(ValueError, match=r"^model: expected one that is not enabled, got an enabled LlamaForCausalLM"):
         enable(model)
     disable(model)
+    assert_untouched()
     assert vars(model) == before
     assert model.config.to_dict() == config.to_dict()
     assert model.config._attn_implementation == "eager"
@@ -273,6 +283,7 @@ def test_models_that_are_refused(model, change, begins):
     before = dict(vars(model))
     with pytest.raises(ValueError, match=rf"^{begins}"):
         enable(model)
+    assert_untouched()
     assert vars(model) == before
     assert model.config._attn_implementation == "eager"
 
@@ -311,4 +322,5 @@ def test_an_unknown_version_is_refused(model, monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.99.0")
     with pytest.raises(RuntimeError, match=r"^transformers: expected version 5\.24, of which .* got 5\.99\.0"):
         enable(model)
+    assert_untouched()
     assert model.config._attn_implementation == "eager"
