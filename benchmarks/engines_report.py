@@ -80,6 +80,11 @@ def _table(rows: dict[Case, dict[str, Any]]) -> Iterable[str]:
 
 def _cell(rates: list[float]) -> str:
     if len(rates) == 1:
-        return f"{rates[0]:.3g}"
-    lower, median, upper = statistics.quantiles(rates, n=4, method="inclusive")
-    return f"{median:.3g} ({lower:.3g}-{upper:.3g})"
+        return _number(rates[0])
+    lower, median, upper = map(_number, statistics.quantiles(rates, n=4, method="inclusive"))
+    return f"{median} ({lower}-{upper})"
+
+
+def _number(rate: float) -> str:
+    """Of three digits, and no fewer than are before the point."""
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
