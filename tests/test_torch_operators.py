@@ -32,7 +32,7 @@ torch_ops = torch.ops.pa_compiler
 
 @pytest.fixture
 def operators(compiled, spec):
-    return Operators(compiled(spec, attend=True))
+    return Operators(compiled(spec, attend=True, merge_states=True))
 
 
 def tensors(spec, ragged=False):
@@ -53,6 +53,15 @@ def tensors(spec, ragged=False):
     return arrays, keywords, (key, value, torch.tensor([1, 0, 2]))
 
 
+def parts(spec, count=3, tokens=5):
+    """(outs, lses) of parts, of which one is empty."""
+    dtype = getattr(torch, spec.result_dtype)
+    outs, lses = torch.randn(count, tokens, spec.num_heads, spec.result_dim).to(dtype), torch.randn(count, tokens, 1)
+    lses = lses.repeat(1, 1, spec.num_heads)
+    outs[1, 2], lses[1, 2] = torch.nan, -torch.inf
+    return outs, lses
+
+
 def by_schema(keywords):
     return {name: [*each.values()] if name == "inputs" else each for name, each in keywords.items()}
 
@@ -71,12 +80,23 @@ def test_opcheck(operators, spec, name):
 
 
 @every_spec
+def test_opcheck_of_merge_states(operators, spec):
+    outs, lses = parts(spec)
+    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    new, writing = torch_ops.merge_states.default, torch_ops.merge_states_out.default
+    for options in ({}, {"return_lse": True}):
+        torch.library.opcheck(new, (operators.handle, outs, lses), options)
+    for written in ((out,), (out, lse), (out.flatten(1), lse)):
+        torch.library.opcheck(writing, (operators.handle, outs, lses, *written))
+
+
+@every_spec
 def test_opcheck_of_append_kv(operators, spec):
     arrays, _, (key, value, slots) = tensors(spec)
     torch.library.opcheck(torch_ops.append_kv.default, (operators.handle, key, value, *arrays[1:3], slots))
 
 
-def model(calls, arrays, ragged, keywords, new):
+def model(calls, arrays, ragged, keywords, new, of_parts):
     """A step in the calls of a module or of operators: sums of powers of two, which any backend computes alike."""
     (query, key_cache, value_cache, *indices), (tokens, *_, starts) = arrays, ragged
     key, value, slots = new
@@ -89,7 +109,12 @@ def model(calls, arrays, ragged, keywords, new):
     third = calls.attend(tokens, *ragged[1:5], starts, causal=False, **keywords)
     fourth, fourth_lse = calls.attend(tokens, *ragged[1:5], starts, return_lse=True, **keywords)
     calls.attend(tokens, *ragged[1:5], starts, out=fourth, **keywords)
-    return out * 2, lse, second, written, written_lse * 2, third, fourth, fourth_lse
+    outs, lses = of_parts
+    merged, merged_lse = calls.merge_states(outs * 2, lses, return_lse=True)
+    fifth = calls.merge_states(outs, lses)
+    calls.merge_states(outs, lses, out=merged)
+    results = (out * 2, lse, second, written, written_lse * 2, third, fourth, fourth_lse, merged, merged_lse * 2, fifth)
+    return *results, *calls.merge_states(outs * 4, lses, lse=merged_lse.clone())
 
 
 def copied(arrays):
@@ -104,11 +129,12 @@ def test_whole_graphs_have_the_bits_of_the_module(operators, spec, backend):
     arrays, keywords, new = tensors(spec)
     ragged, _, _ = tensors(spec, ragged=True)
     expected_arrays, found_arrays = copied(arrays), copied(arrays)
-    expected = model(operators.module, expected_arrays, ragged, keywords, new)
+    of_parts = parts(spec)
+    expected = model(operators.module, expected_arrays, ragged, keywords, new, of_parts)
     torch._dynamo.reset()
     graph = torch.compile(model, fullgraph=True, backend=backend)
     with torch._inductor.config.patch({"cpp.cxx": (None, "g++")}):  # and not what warns of the hosts' code
-        found = graph(operators, found_arrays, ragged, keywords, new)
+        found = graph(operators, found_arrays, ragged, keywords, new, of_parts)
     for one, other in zip([*expected, *expected_arrays], [*found, *found_arrays], strict=True):
         assert one is other is None or (one.dtype == other.dtype and torch.equal(one, other))
 
@@ -117,8 +143,9 @@ def test_whole_graphs_have_the_bits_of_the_module(operators, spec, backend):
 def test_eager_calls_have_the_bits_of_the_module(operators, spec):
     arrays, keywords, new = tensors(spec)
     ragged, _, _ = tensors(spec, ragged=True)
-    expected = model(operators.module, copied(arrays), ragged, keywords, new)
-    found = model(operators, copied(arrays), ragged, keywords, new)
+    of_parts = parts(spec)
+    expected = model(operators.module, copied(arrays), ragged, keywords, new, of_parts)
+    found = model(operators, copied(arrays), ragged, keywords, new, of_parts)
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
@@ -150,7 +177,7 @@ def test_writes_are_counted(operators, spec):
 def test_handles(compiled, operators, spec):
     """They are the library's, so that those of a pickle and of another process are the same."""
     again = pickle.loads(pickle.dumps(operators))
-    assert again.handle == operators.handle == compiled(spec, attend=True).checksum
+    assert again.handle == operators.handle == compiled(spec, attend=True, merge_states=True).checksum
     copied_module = copy.copy(operators.module)
     copied_module.num_threads = 1
     named = Operators(copied_module, "one thread")
@@ -201,6 +228,18 @@ def test_a_gradient_is_refused_in_graphs(operators, spec):
     graph = torch.compile(lambda *each: operators.decode(*each), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="query: expected a tensor that needs no gradient"):
         graph(arrays[0].requires_grad_(), *arrays[1:])
+
+
+@pytest.mark.parametrize("spec", [BFLOAT16], ids=["bfloat16"])
+def test_bad_parts(compiled, operators, spec):
+    outs, lses = parts(spec)
+    for bad, options in ((outs[0, 0, 0], {}), (outs[0, 0, 0], {"return_lse": True}), (outs[0], {"lse": lses[0]})):
+        with pytest.raises(ValueError, match=r"^outs: expected "):
+            operators.merge_states(bad, lses, **options)
+    with pytest.raises(TypeError, match=r"^lses: expected "):
+        operators.merge_states(outs, lses.double())
+    with pytest.raises(NotImplementedError, match=r"^merge_states: expected a module compiled with merge_states=True"):
+        Operators(compiled(spec, attend=True)).merge_states(outs, lses)
 
 
 def test_bad_handles(compiled):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 
 import pytest
@@ -11,7 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch", reason="torch is not installed: transformers' models are not run")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: its models are not run")
 
-from pa_compiler.integrations.transformers import PagedCache, disable, enable  # noqa: E402  (need transformers)
+from pa_compiler import PagedAttentionSpec  # noqa: E402
+from pa_compiler.integrations import modules  # noqa: E402
+from pa_compiler.integrations.transformers import PagedCache, disable, enable  # noqa: E402  (needs transformers)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -53,8 +56,12 @@ FAMILIES = {  # by the name of the model's class and of its configuration's
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**WINDOWED, **SCALED}),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", LATENT),
+    "mpt": ("MptForCausalLM", "MptConfig", {"hidden_size": 80, "num_attention_heads": 5, "max_seq_len": 512}),
+    "bloom": ("BloomForCausalLM", "BloomConfig", {"hidden_size": 96, "num_attention_heads": 6}),
 }  # fmt: skip
 PADDING = [0, 7, 33, 59]
+MODULE = PagedAttentionSpec(4, 2, 16, 16, "float32")
+"""Of Llama, Qwen3, and others with SHAPE."""
 CLOSE = 1e-4
 """Of the largest logit: what float32 leaves after three layers of sums in another order."""
 
@@ -98,22 +105,48 @@ def generated(model, ids, mask, **options):
     return found.sequences, torch.stack(found.logits)
 
 
+def assert_untouched():
+    """Nothing of ours is in transformers."""
+    from transformers.generation.continuous_batching import initialization
+
+    for table in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        assert "pa_compiler_flash" not in table._global_mapping
+    assert initialization.ensure_decode_fast_path_is_available.__module__ == initialization.__name__
+
+
 def assert_close(found, expected):
     assert (found - expected).abs().max() <= CLOSE * expected.abs().max()
 
 
-@pytest.mark.parametrize(("family", "new"), [(name, 300 if name == "gemma2" else 40) for name in FAMILIES])
-def test_generate(model, new):
-    """Windows of 20 are shorter than the prompts; one family decodes 300 tokens."""
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate(model):
+    """Windows of 20 are shorter than the prompts."""
     ids, mask = prompts()
-    expected, expected_logits = generated(model, ids, mask, max_new_tokens=new)
+    expected, expected_logits = generated(model, ids, mask, max_new_tokens=40)
     enable(model)
-    found, logits = generated(model, ids, mask, max_new_tokens=new)
+    found, logits = generated(model, ids, mask, max_new_tokens=40)
     assert torch.equal(found, expected)
     assert_close(logits, expected_logits)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_300_decoded_tokens(model):
+    """Of the tokens that stock attention takes, so that a near tie changes nothing."""
+    ids, mask = prompts()
+    expected, expected_logits = generated(model, ids, mask, max_new_tokens=300)
+    mask = torch.cat([mask, torch.ones(len(ids), 300, dtype=torch.long)], 1)
+    enable(model)
+    cache, logits, begin = PagedCache(3, capacity=16), [], 0
+    with torch.no_grad():
+        for end in range(ids.shape[1], expected.shape[1]):
+            step = model(expected[:, begin:end], attention_mask=mask[:, :end], cache=cache, logits_to_keep=1)
+            logits.append(step.logits[:, -1])
+            begin = end
+    assert len(logits) == 300
+    assert_close(torch.stack(logits), expected_logits)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mpt", "bloom"])
 def test_calls_of_the_model(model):
     """Without a cache, with transformers' own, and with ours in chunks; padding's logits mean nothing."""
     ids, mask = prompts()
@@ -152,6 +185,7 @@ def test_disabled_it_is_as_it_was(model):
     with pytest.raises(ValueError, match=r"^model: expected one that is not enabled, got an enabled LlamaForCausalLM"):
         enable(model)
     disable(model)
+    assert_untouched()
     assert vars(model) == before
     assert model.config.to_dict() == config.to_dict()
     assert model.config._attn_implementation == "eager"
@@ -160,8 +194,78 @@ def test_disabled_it_is_as_it_was(model):
         disable(model)
 
 
+@llama
+def test_modules_that_are_handed_over(model, compiled, monkeypatch):
+    """They are called, on the threads that their owner has set; others are on as many as torch."""
+    module, calls = compiled(MODULE, attend=True), []
+    monkeypatch.setattr(module, "num_threads", 2)
+    decode = module.decode
+    monkeypatch.setattr(module, "decode", lambda *each, **options: calls.append(each) or decode(*each, **options))
+    ids, mask = prompts()
+    expected, _ = generated(model, ids, mask, max_new_tokens=3)
+    enable(model)
+    assert torch.equal(generated(model, ids, mask, max_new_tokens=3)[0], expected)
+    assert not calls
+    disable(model)
+    enable(model, module)
+    assert torch.equal(generated(model, ids, mask, max_new_tokens=3)[0], expected)
+    assert len(calls) == 2 * 3  # two steps after the prompt's, three layers
+    assert module.num_threads == 2
+
+
+@llama
+def test_modules_follow_the_threads_of_torch(model, monkeypatch):
+    monkeypatch.setattr(modules, "_MODULES", {})
+    modules.keep()
+    before = torch.get_num_threads()
+    ids, mask = prompts()
+    enable(model)
+    try:
+        for number in (1, 2, 1):
+            torch.set_num_threads(number)
+            generated(model, ids, mask, max_new_tokens=2)
+            (module,) = modules._MODULES.values()
+            assert module.num_threads == min(number, len(module.cpus))
+    finally:
+        torch.set_num_threads(before)
+
+
+@llama
+@pytest.mark.parametrize(("bad", "error"), [("x", TypeError), ("without", ValueError)])
+def test_modules_that_are_refused(model, compiled, bad, error):
+    module = compiled(MODULE) if bad == "without" else bad
+    with pytest.raises(error, match=r"^modules_to_use: expected "):
+        enable(model, compiled(MODULE, attend=True), module)
+    assert model.config._attn_implementation == "eager"
+
+
 def not_causal(model):
     model.model.layers[1].self_attn.is_causal = False
+
+
+@pytest.mark.parametrize("family", ["mpt", "bloom"])
+def test_forwards_of_attention_modules_are_put_back(model):
+    ids, mask = prompts()
+    layers = [each for each in model.modules() if type(each).__name__ in ("MptAttention", "BloomAttention")]
+    mine = layers[1].forward = functools.partial(layers[1].forward)  # as libraries do that look at calls
+    before = [dict(vars(each)) for each in layers]
+    expected = generated(model, ids, mask, max_new_tokens=3)
+    enable(model)
+    assert all(vars(each)["forward"] is not mine for each in layers)
+    disable(model)
+    assert [dict(vars(each)) for each in layers] == before
+    assert all(torch.equal(*each) for each in zip(generated(model, ids, mask, max_new_tokens=3), expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ["bloom"])
+def test_sums_in_slices_are_refused(model):
+    attention = model.transformer.h[2].self_attention
+    attention.pretraining_tp, attention.slow_but_exact = 2, True
+    before = dict(vars(model))
+    with pytest.raises(ValueError, match=r"^model: expected slow_but_exact=False, got a BloomAttention with True"):
+        enable(model)
+    assert vars(model) == before
+    assert all("forward" not in vars(each) for each in model.modules())
 
 
 REFUSED = [  # id, what is done to a model before it is enabled, what the message begins with
@@ -179,14 +283,19 @@ def test_models_that_are_refused(model, change, begins):
     before = dict(vars(model))
     with pytest.raises(ValueError, match=rf"^{begins}"):
         enable(model)
+    assert_untouched()
     assert vars(model) == before
     assert model.config._attn_implementation == "eager"
 
 
 def test_families_that_are_refused():
-    mpt = transformers.MptForCausalLM(transformers.MptConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=16))
-    with pytest.raises(ValueError, match=r"^model: expected one that calls transformers' AttentionInterface, got Mpt"):
-        enable(mpt)
+    made = transformers.OpenAIGPTLMHeadModel(
+        transformers.OpenAIGPTConfig(n_embd=32, n_head=4, n_layer=1, vocab_size=16)
+    )
+    with pytest.raises(
+        ValueError, match=r"^model: expected one that calls transformers' AttentionInterface, got OpenAI"
+    ):
+        enable(made)
     with pytest.raises(TypeError, match=r"^model: expected a PreTrainedModel, got Linear"):
         enable(torch.nn.Linear(2, 2))
 
@@ -213,4 +322,5 @@ def test_an_unknown_version_is_refused(model, monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "5.99.0")
     with pytest.raises(RuntimeError, match=r"^transformers: expected version 5\.24, of which .* got 5\.99\.0"):
         enable(model)
+    assert_untouched()
     assert model.config._attn_implementation == "eager"

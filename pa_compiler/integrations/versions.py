@@ -10,8 +10,8 @@ TORCH_VARLEN = frozenset({(2, 13)})
 results that torch/varlen.py takes and gives. They are private, and defined with a body for CUDA alone."""
 
 TRANSFORMERS = frozenset({(5, 24)})
-"""Of transformers: what integrations/transformers/private.py says of it, and Cache.update, which is handed the
-attention's arguments."""
+"""Of transformers: what integrations/transformers/private.py and own_attention.py say of it, and Cache.update, which is
+handed the attention's arguments."""
 
 
 def check(name: str, version: str, known: Collection[tuple[int, int]], what: str) -> None:

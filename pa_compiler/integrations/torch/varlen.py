@@ -6,7 +6,6 @@ blocks of one token. lse of a query token that sees no key is -inf.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import re
 from typing import Any
@@ -53,14 +52,7 @@ def enable_varlen_attention(*modules_to_use: Module) -> None:
     """
     versions.check("torch", torch.__version__, versions.TORCH_VARLEN, "torch.nn.attention.varlen")
     importlib.import_module("torch.nn.attention.varlen")  # defines the operators
-
-    for module in modules_to_use:
-        if not isinstance(module, Module):
-            raise TypeError(f"modules_to_use: expected Modules, got {type(module).__name__}")
-        if not module.has_attend:
-            raise ValueError(f"modules_to_use: expected modules with attend, got {module}")
-    for module in modules_to_use:
-        modules.keep(module)
+    modules.keep(*modules_to_use)
     if not _enabled:
         library = torch.library.Library("torch_attn", "IMPL")
         library.impl("_varlen_attn", _varlen_attn, "CPU")
@@ -150,7 +142,7 @@ def as_blocks(
     return key.unsqueeze(1), value.unsqueeze(1), table, lens
 
 
-@functools.cache
+@modules.remembered(torch.get_num_threads)
 def _module(
     num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, window: int | None
 ) -> Module:

@@ -29,6 +29,10 @@ class Mask:
         self.padding, self.function = padding, function
         self.first_key, self.first_query = first_key, first_query
 
+    def to(self, *_: Any) -> Mask:
+        """Itself: MPT asks for its mask in another type."""
+        return self
+
 
 def make_mask(
     *, mask_function: Any, attention_mask: torch.Tensor | None, q_offset: int = 0, kv_offset: int = 0, **_: Any
@@ -48,6 +52,7 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     sliding_window: int | None = None,
+    alibi_slopes: torch.Tensor | None = None,
     paged_layer: caches.PagedLayer | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -57,11 +62,12 @@ def attend(
         ValueError: something is asked for that the kernels do not have. It is named.
     """
     _check(layer, dropout, others)
-    shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3], query.dtype, softcap, s_aux is not None)
-    sinks = None if s_aux is None else s_aux.detach().float()
+    heads = {"sinks": None if s_aux is None else s_aux.detach().float(), "alibi_slopes": alibi_slopes}
+    has = (s_aux is not None, alibi_slopes is not None)
+    shape = (query.shape[1], key.shape[1], key.shape[3], value.shape[3], query.dtype, softcap, *has)
     if attention_mask is None and continuous.is_continuous(others):
         find = functools.partial(_module, *shape, sliding_window)
-        return continuous.attend_continuous(find, query, key, value, others, scaling, sinks), None
+        return continuous.attend_continuous(find, query, key, value, others, scaling, heads), None
     if not isinstance(attention_mask, Mask):
         got = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else attention_mask
         raise ValueError(f"attention_mask: expected None or one of [batch, columns], got {got}")
@@ -71,7 +77,7 @@ def attend(
     else:
         step = paged_layer.append(module, key, value, attention_mask.padding)
         keys, values = paged_layer.keys, paged_layer.values
-    return _attend(module, query, keys, values, step, scaling, sinks), None
+    return _attend(module, query, keys, values, step, scaling, heads), None
 
 
 def _check(layer: torch.nn.Module, dropout: float, others: dict[str, Any]) -> None:
@@ -85,7 +91,7 @@ def _check(layer: torch.nn.Module, dropout: float, others: dict[str, Any]) -> No
             raise ValueError(f"{name}: expected none, got one in {type(layer).__name__}")
 
 
-@functools.cache
+@modules.remembered(torch.get_num_threads)
 def _module(
     num_heads: int,
     num_kv_heads: int,
@@ -94,13 +100,13 @@ def _module(
     dtype: torch.dtype,
     softcap: float | None,
     sinks: bool,
+    alibi: bool,
     window: int | None,
     block_size: int,
 ) -> Module:
     shape, name = (num_heads, num_kv_heads, head_dim, block_size), str(dtype).removeprefix("torch.")
-    return modules.of(
-        PagedAttentionSpec(*shape, name, value_dim=value_dim, window=window, softcap=softcap, sinks=sinks)
-    )
+    scores: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks, "alibi": alibi}
+    return modules.of(PagedAttentionSpec(*shape, name, value_dim=value_dim, **scores))
 
 
 def _without_cache(
@@ -123,18 +129,18 @@ def _without_cache(
 
 
 def _attend(
-    module: Module, query: torch.Tensor, keys: Any, values: Any, step: Step, scale: float | None, sinks: Any
+    module: Module, query: torch.Tensor, keys: Any, values: Any, step: Step, scale: float | None, of_heads: Any
 ) -> torch.Tensor:
-    """decode or attend of the query tokens. Padding gets 0."""
+    """decode or attend of the query tokens, with what there is of each head. Padding gets 0."""
     batch, heads, columns, _ = query.shape
     if step.query_start_loc is None:
-        out = module.decode(query[:, :, 0], keys, values, step.block_table, step.context_lens, scale, sinks=sinks)
+        out = module.decode(query[:, :, 0], keys, values, step.block_table, step.context_lens, scale, **of_heads)
         return out[:, None]
     tokens = query.transpose(1, 2).flatten(0, 1)
     if step.rows is not None:
         tokens = tokens[step.rows]
     indices = (step.block_table, step.context_lens, step.query_start_loc)
-    out = module.attend(tokens, keys, values, *indices, scale, sinks=sinks)
+    out = module.attend(tokens, keys, values, *indices, scale, **of_heads)
     if step.rows is not None:
         out = out.new_zeros(batch * columns, *out.shape[1:]).index_copy_(0, step.rows, out)
     return out.view(batch, columns, heads, -1)

@@ -28,7 +28,7 @@ def attend_continuous(
     value: torch.Tensor,
     arguments: Mapping[str, Any],
     scale: float | None,
-    sinks: torch.Tensor | None,
+    of_heads: Mapping[str, Any],
 ) -> torch.Tensor:
     """The attention of [1, heads, tokens, head_dim], [1, tokens, num_heads, value_dim].
 
@@ -39,7 +39,7 @@ def attend_continuous(
         value: Likewise.
         arguments: What transformers calls an attention with.
         scale: Of the module.
-        sinks: Of the module.
+        of_heads: sinks and alibi_slopes of the module.
 
     Raises:
         ValueError: there is a table, and a sequence has not one query token.
@@ -49,7 +49,7 @@ def attend_continuous(
     table, cu_seq_lens_k = arguments.get("block_table"), arguments["cu_seq_lens_k"]
     if table is None:
         call = (*as_blocks(*new, cu_seq_lens_k, None), arguments["cu_seq_lens_q"])
-        return module_for(1).attend(tokens, *call, scale, sinks=sinks)[None]
+        return module_for(1).attend(tokens, *call, scale, **of_heads)[None]
     if len(tokens) != len(table):
         raise ValueError(f"block_table: expected {len(tokens)} rows, as there are query tokens, got {len(table)}")
     pages = arguments["k_cache"], arguments["v_cache"]
@@ -59,4 +59,4 @@ def attend_continuous(
     slots = torch.where(lens > 0, blocks * page_size + last % page_size, -1)
     module = module_for(page_size)
     module.append_kv(*new, *pages, slots)
-    return module.decode(tokens, *pages, table, lens, scale, sinks=sinks)[None]
+    return module.decode(tokens, *pages, table, lens, scale, **of_heads)[None]

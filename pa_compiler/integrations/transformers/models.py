@@ -8,29 +8,37 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pa_compiler.integrations.transformers import private
+from pa_compiler.integrations import modules
+from pa_compiler.integrations.transformers import own_attention, private
 from pa_compiler.integrations.transformers.attention import attend, make_mask
 from pa_compiler.integrations.transformers.cache import PagedCache
+from pa_compiler.runtime.module import Module
 from pa_compiler.spec import DTYPES
 
-_before: weakref.WeakKeyDictionary[PreTrainedModel, list[tuple[Any, str]]] = weakref.WeakKeyDictionary()
-"""What each enabled model had, as private.use_own_attention takes it."""
+_before: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+"""What each enabled model had, as private.use_own_attention and own_attention.stop take it."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def enable(model: PreTrainedModel) -> None:
+def enable(model: PreTrainedModel, *modules_to_use: Module) -> None:
     """Put a model's attention on these kernels: prefill, chunks of it, and decode.
 
     After it generate() needs nothing else, and makes a PagedCache for itself; calls of the model without a cache, and
     with a DynamicCache, run on the kernels too. Each layer gets the module that its call asks for (heads, head_dim,
-    window, soft cap, sinks), compiled when it is first met. RoPE stays the model's. There is no gradient.
+    window, soft cap, sinks, ALiBi), compiled when it is first met. RoPE stays the model's. There is no gradient.
+
+    Args:
+        model: One whose attention is causal.
+        *modules_to_use: Modules with attend to take for their specs from now on, for all models: so nothing is compiled
+            for these, or they are for another target. Their blocks have 16 tokens, and generate_batch's as many as its
+            pages.
 
     Raises:
         RuntimeError: transformers is of a version that is not known.
-        TypeError: model is none of transformers'.
-        ValueError: the model is enabled already, or is one that is not covered. What it has is named, and nothing of it
-            has been changed.
+        TypeError: model is none of transformers', or one of modules_to_use is no Module.
+        ValueError: one of modules_to_use has no attend, or the model is enabled already, or is one that is not covered.
+            What it has is named, and nothing of it has been changed.
     """
     private.check_version()
     if not isinstance(model, PreTrainedModel):
@@ -38,9 +46,10 @@ def enable(model: PreTrainedModel) -> None:
     if model in _before:
         raise ValueError(f"model: expected one that is not enabled, got an enabled {type(model).__name__}")
     _check(model)
+    modules.keep(*modules_to_use)
     config = model.config.get_text_config(decoder=True)
     private.register(attend, make_mask)
-    _before[model] = private.use_attention(model)
+    _before[model] = private.use_attention(model), own_attention.use(own_attention.find(model), attend)
     private.use_cache(model, lambda columns: PagedCache(config.num_hidden_layers, columns))
 
 
@@ -53,7 +62,9 @@ def disable(model: PreTrainedModel) -> None:
     if model not in _before:
         raise ValueError(f"model: expected one that enable() was called with, got {type(model).__name__}")
     private.use_own_cache(model)
-    private.use_own_attention(_before.pop(model))
+    names, forwards = _before.pop(model)
+    private.use_own_attention(names)
+    own_attention.stop(forwards)
     if not _before:
         private.unregister()
 
@@ -65,7 +76,7 @@ def _check(model: Any) -> None:
         ValueError: they have not.
     """
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
-    if not model._can_set_attn_implementation():
+    if not own_attention.find(model) and not model._can_set_attn_implementation():
         raise ValueError(f"model: expected one that calls transformers' AttentionInterface, got {name}, which does not")
     if model.config.is_encoder_decoder:
         raise ValueError(f"model: expected a decoder, got {name}, an encoder and a decoder")

@@ -1,4 +1,6 @@
-"""What of transformers is private, or must be worked around: all of it, for the versions in integrations/versions.py.
+"""What of transformers is private, or must be worked around, for the versions in integrations/versions.py.
+
+It is all here but for the attention modules of MPT and BLOOM, which own_attention.py replaces.
 
 - What a mask shows stands in a function of indices that transformers.masking_utils puts together: window_of takes it
   apart.
