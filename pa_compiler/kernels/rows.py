@@ -204,12 +204,12 @@ def first_read(spec: PagedAttentionSpec, seen: Expr, many_tokens: bool = False) 
 def first_of_range(spec: PagedAttentionSpec, tiling: Tiling, block_begin: Expr, seen: Expr) -> Expr:
     """The same for a range of a sequence's blocks, of which those that are not seen are left out.
 
-    In the steps of attend, tiles begin at multiples of kv_tile from where the ranges of sequences are cut.
+    In the steps of attend, tiles begin at multiples of kv_tile, of which ranges have whole numbers.
     """
     if not tiling.weight_sums:
         return T.max(block_begin * spec.block_size, first_read(spec, seen))
-    begin = T.floordiv(block_begin, tiling.split_blocks) * (tiling.split_blocks * spec.block_size)
-    return T.max(begin, T.floordiv(seen, tiling.kv_tile) * tiling.kv_tile)
+    begin = block_begin * spec.block_size
+    return T.Select(seen < begin, begin, T.floordiv(seen, tiling.kv_tile) * tiling.kv_tile)
 
 
 def masks_first_tile(spec: PagedAttentionSpec, many_tokens: bool = False) -> bool:
