@@ -26,6 +26,7 @@ from pa_compiler.interface import (
     attend_heads,
     attend_range_blocks,
     attend_tiles,
+    decodes_in_step,
     with_inputs,
 )
 from pa_compiler.runtime.cpu_features import INSTRUCTION_SETS
@@ -127,6 +128,7 @@ def render(
         kernels={kernel.name: kernel for kernel in kernels},
         split_blocks=tiling.split_blocks if fused else "INT64_MAX",
         item_tokens=4 * thread_tokens if fused else "INT64_MAX",
+        in_step=decodes_in_step(spec),
         range_blocks=attend_range_blocks(spec),
         attend_rows=ATTEND_ROWS,
         attend_tiles=attend_tiles(spec),

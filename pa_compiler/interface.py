@@ -88,7 +88,13 @@ position is where it begins and value where it ends."""
 
 def split_blocks(spec: PagedAttentionSpec) -> int:
     """Blocks of one range of a long sequence in the fused pipeline, the same for every CPU."""
-    return -(-max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size)
+    if decodes_in_step(spec):
+        return attend_range_blocks(spec)
+    return -(-_split_tokens(spec) // spec.block_size)
+
+
+def _split_tokens(spec: PagedAttentionSpec) -> int:
+    return max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads)
 
 
 ATTEND_ROWS = 16
@@ -121,9 +127,33 @@ def attend_heads(spec: PagedAttentionSpec) -> int:
 
 
 def attend_range_blocks(spec: PagedAttentionSpec) -> int:
-    """Blocks of one range of keys in attend: ranges are cut at multiples of it from the first block on."""
+    """Blocks of one range of keys in attend: ranges are cut at multiples of it from the first block on.
+
+    Where decode has the same ranges they are as short as it needs them, to divide a sequence among threads.
+    """
     unit = math.lcm(spec.block_size, ATTEND_KV_TILE)
-    return -(-ATTEND_RANGE_TOKENS // unit) * unit // spec.block_size
+    units = -(-ATTEND_RANGE_TOKENS // unit)
+    if spec.invariant or decodes_in_step(spec):
+        units = max((_split_tokens(spec) if decodes_in_step(spec) else SPLIT_TOKENS) // unit, 1)
+    return units * unit // spec.block_size
+
+
+def decodes_in_step(spec: PagedAttentionSpec) -> bool:
+    """Whether the fused decode takes a sequence in the steps of attend, so that both give a query token the same bits.
+
+    Of packed keys both add up products one after the other, and it costs nothing but where decode would sweep through
+    float32. What functions compute is contracted differently.
+    """
+    is_free = spec.group > 1 or spec.dtype != "float32"
+    return spec.kv_layout == "packed" and not spec.functions and (spec.invariant or is_free)
+
+
+def decodes_by_attend(spec: PagedAttentionSpec, pipeline: str) -> bool:
+    """Whether a CPU takes single query tokens as attend takes several, in decode too: so all of them get the same bits.
+
+    Where they do not get them in decode itself. Staged, decode and attend have the same stages and steps anyway.
+    """
+    return spec.invariant and pipeline == "fused" and not decodes_in_step(spec)
 
 
 class Parameter(NamedTuple):

@@ -70,6 +70,8 @@ class PagedAttentionSpec:
         mask_mod: A Python function mask_mod(batch, head, query_pos, key_pos): where it is False, the key is not seen.
         inputs: The arrays that these functions take by keyword, {name: (dtype, shape)}, given to decode at each call:
             "batch" in a shape is the call's. Kept as a tuple of Input.
+        invariant: Whether a query token's out and lse are the same in every bit whether it is decoded, or attended to
+            with others of its sequence, however many. Packed, and staged, it mostly is without. For CPUs.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -94,6 +96,7 @@ class PagedAttentionSpec:
     score_mod: Any = dataclasses.field(default=None, kw_only=True)
     mask_mod: Any = dataclasses.field(default=None, kw_only=True)
     inputs: Any = dataclasses.field(default=(), kw_only=True)
+    invariant: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_integers()
@@ -124,7 +127,7 @@ class PagedAttentionSpec:
             object.__setattr__(self, name, choices[choices.index(value)])  # nor a str of another class
 
     def _check_scores(self) -> None:
-        for name in ("shared_kv", "alibi", "sinks"):
+        for name in ("shared_kv", "alibi", "sinks", "invariant"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(f"{name}: expected a bool, got {value!r} of type {type(value).__name__}")

@@ -73,6 +73,8 @@ class Tiling:
             in the fused attend.
         few_rows: Rows of a tile up to which the matmuls take no more of it; 0 where they take a tile whole.
         few_groups: Token groups that qk_matmul takes at a time for few_rows.
+        weight_sums: In how many sums the weights of a tile are added up at first, of every so many tokens: the same in
+            decode and attend where both give the same bits. 0: as a schedule has it, and decode steps as it likes.
     """
 
     strategy: ClassVar[str]
@@ -92,6 +94,12 @@ class Tiling:
     many_tokens: bool = dataclasses.field(default=False, kw_only=True)
     few_rows: int = dataclasses.field(default=0, kw_only=True)
     few_groups: int = dataclasses.field(default=1, kw_only=True)
+    weight_sums: int = dataclasses.field(default=0, kw_only=True)
+
+    @property
+    def pairs_weights(self) -> bool:
+        """Whether weights are made for pairs at once: of bfloat16, with no more digits than these keep."""
+        return self.values.terms == 2 and (self.many_tokens or self.weight_sums > 0)
 
     @property
     def padded_kv_tile(self) -> int:

@@ -64,7 +64,7 @@ def test_same_call_hits(own_cache, builds):
 CHANGES = {
     **{name: {name: 8} for name in ("num_heads", "head_dim", "block_size", "head_tile", "batch_chunk", "value_dim")},
     **{name: {name: 8} for name in ("window", "softcap")},
-    **{name: {name: True} for name in ("shared_kv", "alibi", "sinks")},
+    **{name: {name: True} for name in ("shared_kv", "alibi", "sinks", "invariant")},
     **{name: {name: "float16"} for name in ("dtype", "out_dtype")},
     "num_kv_heads": {"num_kv_heads": 1},
     "kv_layout": {"kv_layout": "HND"},

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 from specs import BASE, SPECS, every_pipeline, every_spec, lengths_around_the_splits, range_tokens
+
+from pa_compiler import interface
 
 BATCHES = {
     "none": [],
@@ -83,7 +86,10 @@ def test_a_sequence_is_cut_by_its_own_length_alone(compiled, lengths):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_sequences_are_cut_into_the_fewest_equal_ranges(compiled, spec):
-    """None longer than range_tokens; the last one may be shorter than the others, and is not empty."""
+    """None longer than range_tokens; the last one may be shorter than the others, and is not empty.
+
+    Where ranges are cut at fixed positions, all others have that length.
+    """
     module = compiled(spec)
     for length in lengths_around_the_splits(spec):
         blocks = blocks_of(spec, length)
@@ -92,7 +98,9 @@ def test_sequences_are_cut_into_the_fewest_equal_ranges(compiled, spec):
         assert [begin for begin, _ in ranges] == [0, *(end for _, end in ranges[:-1])], length
         assert ranges[-1][1] == blocks, length
         sizes = [end - begin for begin, end in ranges]
-        assert sizes[:-1] == [-(-blocks // len(ranges))] * (len(ranges) - 1), length
+        even = -(-blocks // len(ranges))
+        size = range_tokens(spec) // spec.block_size if interface.decodes_in_step(spec) else even
+        assert sizes[:-1] == [size] * (len(ranges) - 1), length
         assert 0 < sizes[-1] <= sizes[0], length
 
 
@@ -131,7 +139,7 @@ def test_a_window(compiled, pipeline, window, lengths):
 
 
 @pytest.mark.parametrize("pipeline", ["fused", "staged"])
-@pytest.mark.parametrize("name", ["float32_MQA", "bfloat16_packed"])
+@pytest.mark.parametrize("name", ["float32_MQA", "bfloat16_HND"])
 def test_a_window_costs_what_a_context_of_its_length_costs(compiled, name, pipeline):
     """Its plan is that of such a context, so many blocks later. One that begins within a block has a block more."""
     spec = SPECS[name]
@@ -147,6 +155,19 @@ def test_a_window_costs_what_a_context_of_its_length_costs(compiled, name, pipel
         assert sum(item.num_tokens for item in items) == window
         assert min(item.block_begin for item in items) == blocks
         assert max(item.block_end for item in items) == blocks + window // spec.block_size + 1
+
+
+def test_packed_sequences_are_cut_at_fixed_positions(compiled):
+    """Where attend cuts them, whatever their lengths and windows."""
+    spec = SPECS["bfloat16_packed"]
+    step = interface.attend_range_blocks(spec)
+    assert step * spec.block_size == interface.SPLIT_TOKENS // spec.num_kv_heads
+    for window, length in itertools.product((None, 3000), (1024, 1025, 5000, 5016, 9999)):
+        items = plan(compiled(dataclasses.replace(spec, window=window)), [length])
+        first, end = max(length - (window or length), 0) // spec.block_size, -(-length // spec.block_size)
+        begins = [first, *range((first // step + 1) * step, end, step)]
+        assert sorted(item.block_begin for item in items) == begins
+        assert sorted(item.block_end for item in items) == [*begins[1:], end]
 
 
 def test_the_smallest_first_block_of_a_chunk_of_the_staged_pipeline(compiled):

@@ -17,8 +17,8 @@ from pa_compiler.verification import cases
 
 SMALL = "--case CaseVarSeq4 --repeat 2".split()
 SMALL_CASE = cases.CASES["CaseVarSeq4"]
-WORDS = "--window 40 --softcap 2.5 --alibi --sinks".split()
-FIELDS = {"window": 40, "softcap": 2.5, "alibi": True, "sinks": True}
+WORDS = "--window 40 --softcap 2.5 --alibi --sinks --invariant".split()
+FIELDS = {"window": 40, "softcap": 2.5, "alibi": True, "sinks": True, "invariant": True}
 
 needs_kernels = pytest.mark.skipif(not DRAWS_SCORES, reason="the targets have no kernels for score functions yet")
 

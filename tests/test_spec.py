@@ -52,6 +52,7 @@ REFUSED = [  # field, bad value, error, what the message says besides the field 
     ("shared_kv", 1, TypeError, "bool"),
     ("alibi", 1, TypeError, "bool"),
     ("sinks", "yes", TypeError, "bool"),
+    ("invariant", 1, TypeError, "bool"),
     ("window", 0, ValueError, "1073741824"),
     ("window", -1, ValueError, "1 to"),
     ("window", 2**30 + 1, ValueError, "1073741824"),
@@ -111,6 +112,7 @@ def test_positional_order():
         "score_mod": None,
         "mask_mod": None,
         "inputs": (),
+        "invariant": False,
     }
 
 

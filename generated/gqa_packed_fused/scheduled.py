@@ -178,14 +178,14 @@ class Module:
                 span[1] = T.Select(vtile == 0, reach[vtile, 1], T.max(span[1], reach[vtile, 1]))
         first_key: T.let[T.int32] = block_begin * 16
         key_end: T.let[T.int32] = T.min(block_end * 16, span[1])
-        num_ranges: T.let[T.int32] = (T.max(key_end - first_key, 0) + 4096 - 1) // 4096
+        num_ranges: T.let[T.int32] = (T.max(key_end - first_key, 0) + 256 - 1) // 256
         for number in range(num_ranges):
             with T.sblock("key_range"):
                 vrange = T.axis.opaque(num_ranges, number)
                 T.reads()
                 T.writes()
-                range_begin: T.let[T.int32] = first_key + vrange * 4096
-                range_end: T.let[T.int32] = T.reinterpret("int32", T.min(range_begin + 4096, key_end))
+                range_begin: T.let[T.int32] = first_key + vrange * 256
+                range_end: T.let[T.int32] = T.reinterpret("int32", T.min(range_begin + 256, key_end))
                 unseen: T.let[T.int32] = T.max(span[0] - range_begin, 0)
                 read_begin: T.let[T.int32] = T.reinterpret("int32", range_begin + unseen - unseen % 128)
                 num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 128 - 1) // 128
@@ -198,10 +198,10 @@ class Module:
                         value_offsets = T.sblock_alloc_buffer((256,), "int64")
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
-                        has_next: T.let[T.bool] = tile_start + 128 < range_end
+                        has_next: T.let[T.bool] = tile_start + 128 < key_end
                         num_read: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
                         num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_read)
-                        last: T.let[T.int32] = range_end - 1
+                        last: T.let[T.int32] = key_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
                             T.writes(key_offsets[0:256])
@@ -360,6 +360,7 @@ class Module:
                                                 peak = T.sblock_alloc_buffer((16,))
                                                 room = T.sblock_alloc_buffer((1, 16), "int32")
                                                 peak_rf = T.sblock_alloc_buffer((4, 16))
+                                                tile_sum_rf = T.sblock_alloc_buffer((1, 4, 16))
                                                 for ti_1_init in T.unroll(4):
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("peak_rf_init"):
@@ -400,12 +401,13 @@ class Module:
                                                         T.reads(places[first, vr])
                                                         T.writes(room[0, vr])
                                                         room[0, vr] = places[first, vr]
-                                                for ax1_init in T.vectorized(16):
-                                                    with T.sblock("tile_sum_init"):
-                                                        vr = T.axis.spatial(16, ax1_init)
-                                                        T.reads()
-                                                        T.writes(tile_sum[0, vr])
-                                                        tile_sum[0, vr] = T.float32(0.0)
+                                                for ax0_init in T.unroll(4):
+                                                    for ax2_init in T.vectorized(16):
+                                                        with T.sblock("tile_sum_rf_init"):
+                                                            vti, vr = T.axis.remap("SS", [ax0_init, ax2_init])
+                                                            T.reads()
+                                                            T.writes(tile_sum_rf[0, vti, vr])
+                                                            tile_sum_rf[0, vti, vr] = T.float32(0.0)
                                                 for to in range((valid_len_1 + 8 - 1) // 8):
                                                     for ti in range(8):
                                                         for r in T.vectorized(16):
@@ -430,15 +432,30 @@ class Module:
                                                                 T.reads(probs[0, vt * 2:vt * 2 + 2, vr])
                                                                 T.writes(prob_pairs[0, vt, vr])
                                                                 prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[0, vt * 2, vr]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[0, vt * 2 + 1, vr]) + 32768 & -65536
-                                                    for ax0 in range(4):
-                                                        for ax1 in T.vectorized(16):
-                                                            with T.sblock("tile_sum_update"):
-                                                                vt = T.axis.reduce(64, to * 4 + ax0)
-                                                                vr = T.axis.spatial(16, ax1)
-                                                                T.where(to < 16)
-                                                                T.reads(tile_sum[0, vr], prob_pairs[0, vt, vr])
-                                                                T.writes(tile_sum[0, vr])
-                                                                tile_sum[0, vr] = tile_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
+                                                    for ax0 in T.unroll(4):
+                                                        for ax1 in range(1):
+                                                            for ax2 in T.vectorized(16):
+                                                                with T.sblock("tile_sum_rf_update"):
+                                                                    vti = T.axis.spatial(4, ax0)
+                                                                    vto = T.axis.reduce((valid_len_1 + 8 - 1) // 8, to + ax1)
+                                                                    vr = T.axis.spatial(16, ax2)
+                                                                    T.where(to <= 15 and to < (valid_len_1 + 7) // 8)
+                                                                    T.reads(tile_sum_rf[0, vti, vr], prob_pairs[0, vto * 4 + vti, vr])
+                                                                    T.writes(tile_sum_rf[0, vti, vr])
+                                                                    tile_sum_rf[0, vti, vr] = tile_sum_rf[0, vti, vr] + (T.reinterpret("float32", prob_pairs[0, vto * 4 + vti, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vto * 4 + vti, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
+                                                for r_init in T.vectorized(16):
+                                                    with T.sblock("tile_sum_init"):
+                                                        vr = T.axis.spatial(16, r_init)
+                                                        T.reads()
+                                                        T.writes(tile_sum[0, vr])
+                                                        tile_sum[0, vr] = T.float32(0.0)
+                                                for ti in T.unroll(4):
+                                                    for r in T.vectorized(16):
+                                                        with T.sblock("tile_sum_update"):
+                                                            vti, vr = T.axis.remap("RS", [ti, r])
+                                                            T.reads(tile_sum[0, vr], tile_sum_rf[0, vti, vr])
+                                                            T.writes(tile_sum[0, vr])
+                                                            tile_sum[0, vr] = tile_sum[0, vr] + tile_sum_rf[0, vti, vr]
                                             with T.sblock("rescale"):
                                                 T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], row_max[first, 0:16], row_sum[first, 0:16])
                                                 T.writes(row_max[first, 0:16], row_sum[first, 0:16], alpha[0, 0:16], beta[0, 0:16])
@@ -919,14 +936,12 @@ class Module:
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
                                                     T.reads(scores[vslot, 0:4, 0:128])
-                                                    T.writes(probs[vslot, 0:4, 0:128], tile_max[vslot, 0:4], tile_sum[vslot, 0:4])
+                                                    T.writes(probs[vslot, 0:4, 0:128], tile_max[vslot, 0:4])
                                                     scaled = T.sblock_alloc_buffer((4, 128))
                                                     peak = T.sblock_alloc_buffer((4,))
                                                     exact = T.sblock_alloc_buffer((4, 128))
                                                     peak_rf = T.sblock_alloc_buffer((4, 32))
                                                     peak_rf_global = T.sblock_alloc_buffer((4, 32))
-                                                    tile_sum_rf = T.sblock_alloc_buffer((1, 4, 32))
-                                                    tile_sum_rf_global = T.sblock_alloc_buffer((1, 4, 32))
                                                     for r, to in T.grid(4, (valid_len + 32 - 1) // 32):
                                                         for ti in T.vectorized(32):
                                                             with T.sblock("scaled"):
@@ -988,13 +1003,11 @@ class Module:
                                                                 T.writes(exact[vr, vt])
                                                                 arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
                                                                 bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places)))
-                                                                n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places))
-                                                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                                high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
-                                                                p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
-                                                                series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                                f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places)))
+                                                                high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
+                                                                series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                exact[vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
+                                                                exact[vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
                                                     for r, to in T.grid(4, (valid_len + 32 - 1) // 32):
                                                         for ti in T.vectorized(32):
                                                             with T.sblock("probs"):
@@ -1002,49 +1015,12 @@ class Module:
                                                                 vr = T.axis.spatial(4, r)
                                                                 T.reads(exact[vr, vt])
                                                                 T.writes(probs[vslot, vr, vt])
-                                                                probs[vslot, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32767 + (T.reinterpret("int32", exact[vr, vt]) >> 16 & 1) & -65536)
-                                                    for r in range(4):
-                                                        for ax0_init in T.vectorized(32):
-                                                            for ax2_init in range(1):
-                                                                with T.sblock("tile_sum_rf_init"):
-                                                                    vti = T.axis.spatial(32, ax0_init)
-                                                                    vr = T.axis.spatial(4, r + ax2_init)
-                                                                    T.reads()
-                                                                    T.writes(tile_sum_rf_global[vslot, vr, vti])
-                                                                    tile_sum_rf_global[vslot, vr, vti] = T.float32(0.0)
-                                                        for ax1 in range((valid_len + 31) // 32):
-                                                            for ax0 in T.vectorized(32):
-                                                                for ax2 in range(1):
-                                                                    with T.sblock("tile_sum_rf_update"):
-                                                                        vti = T.axis.spatial(32, ax0)
-                                                                        vto = T.axis.reduce((valid_len + 32 - 1) // 32, ax1)
-                                                                        vr = T.axis.spatial(4, r + ax2)
-                                                                        T.reads(tile_sum_rf_global[vslot, vr, vti], probs[vslot, vr, vto * 32 + vti])
-                                                                        T.writes(tile_sum_rf_global[vslot, vr, vti])
-                                                                        tile_sum_rf_global[vslot, vr, vti] = tile_sum_rf_global[vslot, vr, vti] + probs[vslot, vr, vto * 32 + vti]
-                                                        for ax0, ax1 in T.grid(1, 1):
-                                                            for ax2 in T.vectorized(32):
-                                                                with T.sblock("tile_sum.rf_global"):
-                                                                    v0 = T.axis.spatial(1, vslot + ax0)
-                                                                    v1 = T.axis.spatial(4, r + ax1)
-                                                                    v2 = T.axis.spatial(32, ax2)
-                                                                    T.reads(tile_sum_rf_global[v0, v1, v2])
-                                                                    T.writes(tile_sum_rf[v0, v1, v2])
-                                                                    tile_sum_rf[v0, v1, v2] = tile_sum_rf_global[v0, v1, v2]
-                                                        with T.sblock("tile_sum_init"):
-                                                            vr = T.axis.spatial(4, r)
-                                                            T.reads()
-                                                            T.writes(tile_sum[vslot, vr])
-                                                            tile_sum[vslot, vr] = T.float32(0.0)
-                                                        for ti in T.unroll(32):
-                                                            with T.sblock("tile_sum_update"):
-                                                                vti, vr = T.axis.remap("RS", [ti, r])
-                                                                T.reads(tile_sum[vslot, vr], tile_sum_rf[vslot, vr, vti])
-                                                                T.writes(tile_sum[vslot, vr])
-                                                                tile_sum[vslot, vr] = tile_sum[vslot, vr] + tile_sum_rf[vslot, vr, vti]
+                                                                probs[vslot, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32768 & -65536)
                                                 with T.sblock("pair_probs"):
                                                     T.reads(probs[vslot, 0:4, 0:128])
-                                                    T.writes(prob_pairs[vslot, 0:4, 0:64])
+                                                    T.writes(prob_pairs[vslot, 0:4, 0:64], tile_sum[vslot, 0:4])
+                                                    tile_sum_rf = T.sblock_alloc_buffer((1, 4, 4))
+                                                    tile_sum_rf_global = T.sblock_alloc_buffer((1, 4, 4))
                                                     for r, to in T.grid(4, (valid_len + 32 - 1) // 32):
                                                         with T.sblock("pairs_o"):
                                                             vt_o, vr_o = T.axis.remap("SS", [to, r])
@@ -1056,6 +1032,46 @@ class Module:
                                                             odds: T.let[T.float32x16] = T.Shuffle([numbers[T.Ramp(0, 1, 32)]], [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31])
                                                             low: T.let[T.int32x16] = T.reinterpret("int32x16", evens) >> T.Broadcast(16, 16) & T.Broadcast(65535, 16)
                                                             pairs[0:16] = low | T.reinterpret("int32x16", odds)
+                                                    for r in range(4):
+                                                        for ax0_init in T.vectorized(4):
+                                                            for ax3_init in range(1):
+                                                                with T.sblock("tile_sum_rf_init"):
+                                                                    vti_1 = T.axis.spatial(4, ax0_init)
+                                                                    vr = T.axis.spatial(4, r + ax3_init)
+                                                                    T.reads()
+                                                                    T.writes(tile_sum_rf_global[vslot, vr, vti_1])
+                                                                    tile_sum_rf_global[vslot, vr, vti_1] = T.float32(0.0)
+                                                        for ax1, ax2 in T.grid((valid_len + 31) // 32, 4):
+                                                            for ax0 in T.vectorized(4):
+                                                                for ax3 in range(1):
+                                                                    with T.sblock("tile_sum_rf_update"):
+                                                                        vti_1 = T.axis.spatial(4, ax0)
+                                                                        vto = T.axis.reduce((valid_len + 32 - 1) // 32, ax1)
+                                                                        vti_0 = T.axis.reduce(4, ax2)
+                                                                        vr = T.axis.spatial(4, r + ax3)
+                                                                        T.reads(tile_sum_rf_global[vslot, vr, vti_1], prob_pairs[vslot, vr, vto * 16 + vti_0 * 4 + vti_1])
+                                                                        T.writes(tile_sum_rf_global[vslot, vr, vti_1])
+                                                                        tile_sum_rf_global[vslot, vr, vti_1] = tile_sum_rf_global[vslot, vr, vti_1] + (T.reinterpret("float32", prob_pairs[vslot, vr, vto * 16 + vti_0 * 4 + vti_1] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[vslot, vr, vto * 16 + vti_0 * 4 + vti_1] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
+                                                        for ax0, ax1 in T.grid(1, 1):
+                                                            for ax2 in T.vectorized(4):
+                                                                with T.sblock("tile_sum.rf_global"):
+                                                                    v0 = T.axis.spatial(1, vslot + ax0)
+                                                                    v1 = T.axis.spatial(4, r + ax1)
+                                                                    v2 = T.axis.spatial(4, ax2)
+                                                                    T.reads(tile_sum_rf_global[v0, v1, v2])
+                                                                    T.writes(tile_sum_rf[v0, v1, v2])
+                                                                    tile_sum_rf[v0, v1, v2] = tile_sum_rf_global[v0, v1, v2]
+                                                        with T.sblock("tile_sum_init"):
+                                                            vr = T.axis.spatial(4, r)
+                                                            T.reads()
+                                                            T.writes(tile_sum[vslot, vr])
+                                                            tile_sum[vslot, vr] = T.float32(0.0)
+                                                        for ti_1 in T.unroll(4):
+                                                            with T.sblock("tile_sum_update"):
+                                                                vti_1, vr = T.axis.remap("RS", [ti_1, r])
+                                                                T.reads(tile_sum[vslot, vr], tile_sum_rf[vslot, vr, vti_1])
+                                                                T.writes(tile_sum[vslot, vr])
+                                                                tile_sum[vslot, vr] = tile_sum[vslot, vr] + tile_sum_rf[vslot, vr, vti_1]
                                                 with T.sblock("rescale"):
                                                     T.reads(tile_max[vslot, 0:4], tile_sum[vslot, 0:4], row_max[first + vslot, 0:4], row_sum[first + vslot, 0:4])
                                                     T.writes(row_max[first + vslot, 0:4], row_sum[first + vslot, 0:4], alpha[vslot, 0:4], beta[vslot, 0:4])

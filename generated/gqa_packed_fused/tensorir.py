@@ -149,14 +149,14 @@ class Module:
                 span[1] = T.Select(vtile == 0, reach[vtile, 1], T.max(span[1], reach[vtile, 1]))
         first_key: T.let[T.int32] = block_begin * 16
         key_end: T.let[T.int32] = T.min(block_end * 16, span[1])
-        num_ranges: T.let[T.int32] = (T.max(key_end - first_key, 0) + 4096 - 1) // 4096
+        num_ranges: T.let[T.int32] = (T.max(key_end - first_key, 0) + 256 - 1) // 256
         for number in range(num_ranges):
             with T.sblock("key_range"):
                 vrange = T.axis.opaque(num_ranges, number)
                 T.reads()
                 T.writes()
-                range_begin: T.let[T.int32] = first_key + vrange * 4096
-                range_end: T.let[T.int32] = T.reinterpret("int32", T.min(range_begin + 4096, key_end))
+                range_begin: T.let[T.int32] = first_key + vrange * 256
+                range_end: T.let[T.int32] = T.reinterpret("int32", T.min(range_begin + 256, key_end))
                 unseen: T.let[T.int32] = T.max(span[0] - range_begin, 0)
                 read_begin: T.let[T.int32] = T.reinterpret("int32", range_begin + unseen - unseen % 128)
                 num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 128 - 1) // 128
@@ -169,10 +169,10 @@ class Module:
                         value_offsets = T.sblock_alloc_buffer((256,), "int64")
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
-                        has_next: T.let[T.bool] = tile_start + 128 < range_end
+                        has_next: T.let[T.bool] = tile_start + 128 < key_end
                         num_read: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
                         num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_read)
-                        last: T.let[T.int32] = range_end - 1
+                        last: T.let[T.int32] = key_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
                             T.writes(key_offsets[0:256])
@@ -714,7 +714,7 @@ class Module:
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
                                                     T.reads(scores[vslot, 0:4, 0:128])
-                                                    T.writes(probs[vslot, 0:4, 0:128], tile_max[vslot, 0:4], tile_sum[vslot, 0:4])
+                                                    T.writes(probs[vslot, 0:4, 0:128], tile_max[vslot, 0:4])
                                                     scaled = T.sblock_alloc_buffer((4, 128))
                                                     peak = T.sblock_alloc_buffer((4,))
                                                     exact = T.sblock_alloc_buffer((4, 128))
@@ -748,32 +748,21 @@ class Module:
                                                             T.writes(exact[vr, vt])
                                                             arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
                                                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places)))
-                                                            n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places))
-                                                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                            high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
-                                                            p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
-                                                            series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
+                                                            f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places)))
+                                                            high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
+                                                            series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                            exact[vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
+                                                            exact[vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
                                                     for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
                                                         with T.sblock("probs"):
                                                             vt = T.axis.spatial(128, to * 32 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(exact[vr, vt])
                                                             T.writes(probs[vslot, vr, vt])
-                                                            probs[vslot, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32767 + (T.reinterpret("int32", exact[vr, vt]) >> 16 & 1) & -65536)
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
-                                                        with T.sblock("tile_sum"):
-                                                            vt = T.axis.reduce(128, to * 32 + ti)
-                                                            vr = T.axis.spatial(4, r)
-                                                            T.reads(probs[vslot, vr, vt])
-                                                            T.writes(tile_sum[vslot, vr])
-                                                            with T.init():
-                                                                tile_sum[vslot, vr] = T.float32(0.0)
-                                                            tile_sum[vslot, vr] = tile_sum[vslot, vr] + probs[vslot, vr, vt]
+                                                            probs[vslot, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32768 & -65536)
                                                 with T.sblock("pair_probs"):
                                                     T.reads(probs[vslot, 0:4, 0:128])
-                                                    T.writes(prob_pairs[vslot, 0:4, 0:64])
+                                                    T.writes(prob_pairs[vslot, 0:4, 0:64], tile_sum[vslot, 0:4])
                                                     for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 16):
                                                         with T.sblock("pairs"):
                                                             vt = T.axis.spatial(64, to * 16 + ti)
@@ -781,6 +770,15 @@ class Module:
                                                             T.reads(probs[vslot, vr, vt * 2:vt * 2 + 2])
                                                             T.writes(prob_pairs[vslot, vr, vt])
                                                             prob_pairs[vslot, vr, vt] = T.reinterpret("int32", probs[vslot, vr, 2 * vt]) >> 16 & 65535 | T.reinterpret("int32", probs[vslot, vr, 2 * vt + 1])
+                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 16):
+                                                        with T.sblock("tile_sum"):
+                                                            vt = T.axis.reduce(64, to * 16 + ti)
+                                                            vr = T.axis.spatial(4, r)
+                                                            T.reads(prob_pairs[vslot, vr, vt])
+                                                            T.writes(tile_sum[vslot, vr])
+                                                            with T.init():
+                                                                tile_sum[vslot, vr] = T.float32(0.0)
+                                                            tile_sum[vslot, vr] = tile_sum[vslot, vr] + (T.reinterpret("float32", prob_pairs[vslot, vr, vt] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[vslot, vr, vt] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
                                                 with T.sblock("rescale"):
                                                     T.reads(tile_max[vslot, 0:4], tile_sum[vslot, 0:4], row_max[first + vslot, 0:4], row_sum[first + vslot, 0:4])
                                                     T.writes(row_max[first + vslot, 0:4], row_sum[first + vslot, 0:4], alpha[vslot, 0:4], beta[vslot, 0:4])

@@ -131,6 +131,7 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
         option("value_dim", "Elements of one value and of one head of out.", int, show_default="head_dim"),
         option("shared_kv", "The value of a token is the first elements of its key: one cache.", is_flag=True),
         *_score_options(option),
+        option("invariant", "A token's bits are the same decoded and prefilled.", is_flag=True),
     ]
     decorators += [option(field, text, click.Choice(choices)) for field, (choices, text) in names.items()]
     decorators += [

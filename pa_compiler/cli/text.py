@@ -54,6 +54,7 @@ def spec_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
         ("spec", f"{heads}{values}, {spec.dtype} in, {spec.result_dtype} out"),
         ("cache", f"{spec.kv_layout}, blocks of {counted(spec.block_size, 'token')}{shared}"),
         ("tiles", f"head_tile {spec.head_tile}, batch_chunk {spec.batch_chunk}"),
+        *([("bits", "the same of a token that is decoded and of one among others")] if spec.invariant else []),
         *_score_rows(spec),
     ]
 

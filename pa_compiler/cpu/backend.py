@@ -15,7 +15,7 @@ from pa_compiler.cpu import instructions, prefetch
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.build import Kernels
-from pa_compiler.interface import CPU_ENTRY_POINTS
+from pa_compiler.interface import CPU_ENTRY_POINTS, decodes_by_attend
 from pa_compiler.score import BATCH, parts
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -69,7 +69,8 @@ def lower(unscheduled: IRModule, spec: PagedAttentionSpec, tiles: Tiling, of_att
     interrupts.check()
     attend, others = kernels.apart(unscheduled)
     sch = scheduled(others, tiles)
-    prefetch.insert(sch, spec, tiles, "fused_decode")
+    if "fused_decode" in {variable.name_hint for variable in others.get_global_vars()}:
+        prefetch.insert(sch, spec, tiles, "fused_decode")
     lowered = sch.mod
     interrupts.check()
     if of_attend is not None:
@@ -104,6 +105,8 @@ def without_prefix(spec: PagedAttentionSpec, pipeline: str) -> str:
     """
     if pipeline != "fused":
         return f"pipeline {pipeline}"
+    if decodes_by_attend(spec, pipeline):
+        return "invariant, where decode is a call of attend"
     terms = {term.op for function in spec.functions if function.result for term in parts(function.result)}
     if "batch" in terms or any(BATCH in each.shape for each in spec.inputs):
         return "functions of scores that go by the sequence"
@@ -112,13 +115,21 @@ def without_prefix(spec: PagedAttentionSpec, pipeline: str) -> str:
     return ""
 
 
+def _tiles_of_attend(
+    spec: PagedAttentionSpec, cpu: _target.CpuTarget, pipeline: str, extras: Extras
+) -> tiling.CpuTiling | None:
+    """The tiles of attend, where a library is to have it or decode takes its kernels."""
+    wanted = extras.attend or decodes_by_attend(spec, pipeline)
+    return tiling.choose_attend(spec, cpu, pipeline) if wanted else None
+
+
 def emit(
     spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extras: Extras, directory: Path
 ) -> dict[str, str]:
     """The text of every stage; directory is for intermediate files."""
     cpu = _target.resolve(config)
     tiles = tiling.choose(spec, cpu, pipeline)
-    of_attend = tiling.choose_attend(spec, cpu, pipeline) if extras.attend else None
+    of_attend = _tiles_of_attend(spec, cpu, pipeline, extras)
     unscheduled = build_kernels(spec, tiles, pipeline, of_attend, extras.merge_states)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled, extras.shared_prefix)
     lowered = lower(unscheduled, spec, tiles, of_attend)
@@ -130,7 +141,7 @@ def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extra
     """Lower, compile and link, with the tiles that the policy chooses."""
     cpu = _target.resolve(config)
     tiles = tiling.choose(spec, cpu, pipeline)
-    of_attend = tiling.choose_attend(spec, cpu, pipeline) if extras.attend else None
+    of_attend = _tiles_of_attend(spec, cpu, pipeline, extras)
     return build_with_tiles(spec, cpu, tiles, pipeline, directory, of_attend, extras)
 
 

@@ -16,6 +16,7 @@ from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.assembly import Counts, Loop, count, inner_loops
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles import CpuTiling
+from pa_compiler.interface import decodes_by_attend
 from pa_compiler.runtime import threads
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.words import counted
@@ -71,9 +72,14 @@ def explain(
     if limits.gpu is not None:
         raise ValueError(f"gpu: expected --target cuda with it, got {config['kind']!r}")
     cpu = _target.resolve(config)
-    tiles = tiling.choose(spec, cpu, pipeline)
     strategy, reason = tiling.choose_strategy(spec, cpu, pipeline)
-    loops = inner_loops(backend.emit(spec, config, pipeline, Extras(), directory)["asm"])
+    extras = Extras(attend=decodes_by_attend(spec, pipeline))
+    if extras.attend:
+        tiles = tiling.choose_attend(spec, cpu, pipeline)
+        strategy, reason = tiles.strategy, "invariant: decode takes a query token as attend takes several."
+    else:
+        tiles = tiling.choose(spec, cpu, pipeline)
+    loops = inner_loops(backend.emit(spec, config, pipeline, extras, directory)["asm"])
     facts = [
         ("vectors", f"{cpu.vector_registers} registers of {cpu.vector_lanes} float32 lanes"),
         ("pipeline", pipeline),

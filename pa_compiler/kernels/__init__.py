@@ -9,6 +9,7 @@ from collections.abc import Callable
 from tvm import IRModule
 from tvm.tirx import PrimFunc
 
+from pa_compiler.interface import decodes_by_attend
 from pa_compiler.kernels import staged
 from pa_compiler.kernels.append_kv import append_key, append_row, append_value
 from pa_compiler.kernels.fused_attend import fused_attend
@@ -40,8 +41,12 @@ own, cpu.tiles.choose_attend. Those of the staged one are decode's with other ti
 
 
 def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str) -> IRModule:
-    """The PrimFuncs of a pipeline and of append_kv, unscheduled, under their own names."""
-    decode = {kernel.__name__: kernel(spec, tiling) for kernel in PIPELINES[pipeline]}
+    """The PrimFuncs of a pipeline and of append_kv, unscheduled, under their own names.
+
+    Without those of decode where attend's kernels are decode's too.
+    """
+    of_decode = () if decodes_by_attend(spec, pipeline) else PIPELINES[pipeline]
+    decode = {kernel.__name__: kernel(spec, tiling) for kernel in of_decode}
     return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in append(spec)})
 
 

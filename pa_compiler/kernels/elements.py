@@ -66,6 +66,11 @@ def pair_rounded(first: Expr, second: Expr) -> Expr:
     return T.bitwise_or(low, T.bitwise_and(T.reinterpret("int32", second) + half, HIGH))
 
 
+def round_up_to_bfloat16(x: Expr) -> Expr:
+    """What pair_rounded makes of one number, as float32."""
+    return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", x) + T.int32(1 << 15), HIGH))
+
+
 def round_to_bfloat16(x: Expr) -> Expr:
     """The number of bfloat16 that is nearest to x, of two the even one, as float32.
 

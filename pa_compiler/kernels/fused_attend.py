@@ -8,7 +8,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
-from pa_compiler.interface import attend_range_blocks, attend_tiles
+from pa_compiler.interface import attend_range_blocks, attend_tiles, decodes_in_step
 from pa_compiler.kernels import ahead, state
 from pa_compiler.kernels.arrays import Arrays, BlockTable, without
 from pa_compiler.kernels.attend_rows import Item, attend_rows, finish_item, rows_of_item
@@ -53,7 +53,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     tiles, depth, dim = attend_tiles(spec), spec.head_dim // tiling.keys.terms, spec.result_dim
     range_tokens, late = attend_range_blocks(spec) * spec.block_size, begins_late(spec, many_tokens=True)
     start, attend, finish = _start(spec, tiling), _attend_range(spec, tiling), finish_item(spec, tiling)
-    runs_stage = find_runs(spec)
+    runs_stage, looks_beyond = find_runs(spec), spec.invariant or decodes_in_step(spec)
     merge_stage = state.merge(rows, dim, "range_")
     functions = ScoreFunctions(spec, many_tokens=True)
 
@@ -172,7 +172,8 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                             )
                             attend(
                                 q_tile, keys, values, table, of_functions, item, running, vstep, num_steps,
-                                read_begin + vstep * kv_tile, range_end, span[0] if late else None, runs, context_len,
+                                read_begin + vstep * kv_tile, range_end, key_end if looks_beyond else range_end,
+                                span[0] if late else None, runs, context_len,
                             )  # fmt: skip
                     for tile in range(num_tiles):
                         with T.sblock("range_state"):
@@ -244,17 +245,17 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
 
     @script.inline
     def stage(
-        q_tile, key_cache, value_cache, table, of_functions, item, running, step, num_steps, start, range_end,
+        q_tile, key_cache, value_cache, table, of_functions, item, running, step, num_steps, start, range_end, key_end,
         first_token, runs, context_len,
     ):  # fmt: skip
         tile_start: T.let = script.opaque(start)
         valid_len: T.let = script.opaque(T.min(range_end - tile_start, tiling.kv_tile))
         tile = T.meta_var(Tile(tiling, tile_start, valid_len))
-        has_next: T.let = tile_start + tiling.kv_tile < range_end
+        has_next: T.let = tile_start + tiling.kv_tile < key_end
         at_once = T.meta_var(tiling.few_groups * tiling.token_group)
         num_read: T.let = T.ceildiv(valid_len, at_once) * at_once
         num_offsets: T.let = T.Select(has_next, tiling.num_offsets, num_read)
-        last: T.let = range_end - 1
+        last: T.let = key_end - 1
         key_offsets_stage(table, key_cache, tile, item.seq, last, num_offsets, first_token, runs)
         if not spec.shared_kv:
             value_offsets_stage(table, value_cache, tile, item.seq, last, num_offsets, first_token, runs)

@@ -16,7 +16,7 @@ from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import qk_matmul
-from pa_compiler.kernels.rows import begins_late, first_read, first_seen, limit, masks_first_tile, rows_of_tiles
+from pa_compiler.kernels.rows import begins_late, first_of_range, first_seen, limit, masks_first_tile, rows_of_tiles
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import Scoring, Sequence
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
@@ -106,7 +106,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 end = T.meta_var(limit(spec, context_lens[seq]))
                 if begins_late(spec):
                     seen: T.let = first_seen(spec, context_lens[seq])
-                    range_begin: T.let = T.max(block_begin * spec.block_size, first_read(spec, seen))
+                    range_begin: T.let = first_of_range(spec, tiling, block_begin, seen)
                 else:
                     range_begin: T.let = block_begin * spec.block_size  # type: ignore[no-redef]
                 range_len: T.let = T.max(T.min(block_end * spec.block_size, end) - range_begin, 0)
@@ -129,7 +129,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         values = T.meta_var(
                             keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
                         )
-                        look_up(table, keys, values, tile, seq, range_begin + range_len - 1, has_next)
+                        first_token = T.meta_var(seen if begins_late(spec) and tiling.weight_sums else None)
+                        look_up(table, keys, values, tile, seq, range_begin + range_len - 1, has_next, first_token)
                         computed = T.meta_var(
                             columns_stage(of_functions, seq, context_lens[seq], tile, tile.num_groups)
                         )
@@ -172,12 +173,12 @@ def _look_up(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     value_offsets_stage = token_offsets(spec, tiling, value_access(spec, tiling))
 
     @script.inline
-    def stage(table, keys, values, tile, seq, last_token, has_next):
+    def stage(table, keys, values, tile, seq, last_token, has_next, first_token):
         num_offsets: T.let = T.Select(has_next, tiling.num_offsets, tile.num_groups * tiling.token_group)
         last: T.let = last_token
-        key_offsets_stage(table, keys, tile, seq, last, num_offsets)
+        key_offsets_stage(table, keys, tile, seq, last, num_offsets, first_token)
         if not spec.shared_kv:
-            value_offsets_stage(table, values, tile, seq, last, num_offsets)
+            value_offsets_stage(table, values, tile, seq, last, num_offsets, first_token)
 
     return stage
 
@@ -264,7 +265,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 visible_stage(computed, of, vslot, tile.num_groups)
                 softmax_stage(scores, probs, added, sequence.scale, sequence.headroom, tile, tile.num_groups, scoring)
                 if in_pairs:
-                    pairs_stage(probs, weights, vslot, tile.num_groups)
+                    pairs_stage(probs, weights, tile_sum, vslot, tile.num_groups)
                 rescale_stage(added, running._replace(slot=first + vslot), Factors(alpha, beta, vslot), step)
         num_full: T.let = tile.num_full
         with T.sblock("pv_update"):

@@ -201,6 +201,17 @@ def first_read(spec: PagedAttentionSpec, seen: Expr, many_tokens: bool = False) 
     return seen - T.floormod(seen, PACKED_TOKENS) if masks_first_tile(spec, many_tokens) else seen
 
 
+def first_of_range(spec: PagedAttentionSpec, tiling: Tiling, block_begin: Expr, seen: Expr) -> Expr:
+    """The same for a range of a sequence's blocks, of which those that are not seen are left out.
+
+    In the steps of attend, tiles begin at multiples of kv_tile, of which ranges have whole numbers.
+    """
+    if not tiling.weight_sums:
+        return T.max(block_begin * spec.block_size, first_read(spec, seen))
+    begin = block_begin * spec.block_size
+    return T.Select(seen < begin, begin, T.floordiv(seen, tiling.kv_tile) * tiling.kv_tile)
+
+
 def masks_first_tile(spec: PagedAttentionSpec, many_tokens: bool = False) -> bool:
     """Whether tiles may begin before the first key that is seen."""
     return begins_late(spec, many_tokens) and spec.kv_layout == "packed"

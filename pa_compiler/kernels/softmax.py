@@ -4,7 +4,14 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.elements import PAIR_OF_ONES, dot_pairs, pair_floats, pair_rounded, round_to_bfloat16
+from pa_compiler.kernels.elements import (
+    PAIR_OF_ONES,
+    dot_pairs,
+    pair_floats,
+    pair_rounded,
+    round_to_bfloat16,
+    round_up_to_bfloat16,
+)
 from pa_compiler.kernels.exp import store_exp, store_weight
 from pa_compiler.kernels.kept import Value
 from pa_compiler.kernels.rows import OfRows, of_row
@@ -34,7 +41,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
 
     of_rows = tiling.many_tokens and spec.wide_range
     in_pairs = tiling.many_tokens and tiling.values.terms == 2
-    pairs_stage = pair_weights(tiling)
+    pairs_stage, in_step = pair_weights(tiling), tiling.weight_sums > 0
+    weigh, rounded = (store_weight, round_up_to_bfloat16) if in_step else (store_exp, round_to_bfloat16)
 
     @inline
     def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring, pairs=None):
@@ -56,7 +64,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
             T.writes(
                 probs[slot, 0:rows, 0:tokens],
                 tile_max[slot, 0:rows],
-                tile_sum[slot, 0:rows],
+                *([tile_sum[slot, 0:rows]] if in_pairs or not tiling.pairs_weights else []),
                 *([pairs[slot, 0:rows, 0 : tokens // 2]] if in_pairs else []),
             )
             if not tiling.many_tokens:
@@ -98,12 +106,15 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.sblock("exact"):
                         vt = T.axis.spatial(tokens, to * group + ti)
                         vr = T.axis.spatial(rows, r)
-                        store_exp(exact, (vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, of_row(headroom, vr))
+                        weigh(
+                            exact, (vr, vt), scaled[vr, vt] - tile_max[slot, vr],
+                            *([] if in_step else [True]), of_row(headroom, vr),
+                        )  # fmt: skip
                 for r, to, ti in T.grid(rows, num_groups, group):
                     with T.sblock("probs"):
                         vt = T.axis.spatial(tokens, to * group + ti)
                         vr = T.axis.spatial(rows, r)
-                        probs[slot, vr, vt] = round_to_bfloat16(exact[vr, vt])
+                        probs[slot, vr, vt] = rounded(exact[vr, vt])
             else:
                 for r, to, ti in T.grid(rows, num_groups, group):
                     with T.sblock("probs"):
@@ -114,7 +125,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                         )
             if in_pairs:
                 pairs_stage(probs, pairs, tile_sum, slot, num_groups)
-            else:
+            elif not tiling.pairs_weights:  # otherwise pair_probs adds up the pairs
                 for r, to, ti in T.grid(rows, num_groups, group):
                     with T.sblock("tile_sum"):
                         vt = T.axis.reduce(tokens, to * group + ti)
@@ -164,6 +175,7 @@ def pair_weights(tiling: Tiling) -> Callable[..., None]:
     In the caller's sblock, for num_groups token groups. tile_sum is the sum of what is in the words.
     """
     rows, half, tokens = tiling.row_tile, tiling.token_group // 2, tiling.padded_kv_tile // 2
+    sum_stage = _sum_pairs(tiling)
 
     @inline
     def stage(probs, pairs, tile_sum, slot, num_groups):
@@ -172,6 +184,17 @@ def pair_weights(tiling: Tiling) -> Callable[..., None]:
                 vt = T.axis.spatial(tokens, to * half + ti)
                 vr = T.axis.spatial(rows, r)
                 pairs[slot, vr, vt] = pair_rounded(probs[slot, vr, 2 * vt], probs[slot, vr, 2 * vt + 1])
+        sum_stage(pairs, tile_sum, slot, num_groups)
+
+    return stage
+
+
+def _sum_pairs(tiling: Tiling) -> Callable[..., None]:
+    """tile_sum of what is in the words of pairs, in the caller's sblock."""
+    rows, half, tokens = tiling.row_tile, tiling.token_group // 2, tiling.padded_kv_tile // 2
+
+    @inline
+    def stage(pairs, tile_sum, slot, num_groups):
         for r, to, ti in T.grid(rows, num_groups, half):
             with T.sblock("tile_sum"):
                 vt = T.axis.reduce(tokens, to * half + ti)
@@ -184,18 +207,25 @@ def pair_weights(tiling: Tiling) -> Callable[..., None]:
 
 
 def pair_probs(tiling: Tiling) -> Callable[..., None]:
-    """pairs[slot, r, t] = the word of probs[slot, r, 2t] and probs[slot, r, 2t + 1], for num_groups token groups."""
+    """pairs[slot, r, t] = the word of probs[slot, r, 2t] and probs[slot, r, 2t + 1], for num_groups token groups.
+
+    With Tiling.pairs_weights also tile_sum, the sum of what is in the words.
+    """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
+    sums, sum_stage = tiling.pairs_weights, _sum_pairs(tiling)
 
     @inline
-    def stage(probs, pairs, slot, num_groups):
+    def stage(probs, pairs, tile_sum, slot, num_groups):
         with T.sblock("pair_probs"):
             T.reads(probs[slot, 0:rows, 0:tokens])
-            T.writes(pairs[slot, 0:rows, 0 : tokens // 2])
+            T.writes(pairs[slot, 0:rows, 0 : tokens // 2], *([tile_sum[slot, 0:rows]] if sums else []))
             for r, to, ti in T.grid(rows, num_groups, group // 2):
                 with T.sblock("pairs"):
                     vt = T.axis.spatial(tokens // 2, to * (group // 2) + ti)
                     vr = T.axis.spatial(rows, r)
                     pairs[slot, vr, vt] = pair_floats(probs[slot, vr, 2 * vt], probs[slot, vr, 2 * vt + 1])
+
+            if sums:
+                sum_stage(pairs, tile_sum, slot, num_groups)
 
     return stage

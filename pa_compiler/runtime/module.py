@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import types
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
 import tvm_ffi
 
-from pa_compiler.interface import AttendItem, PrefixItem, WorkItem
+from pa_compiler.interface import AttendItem, PrefixItem, WorkItem, decodes_by_attend
 from pa_compiler.runtime import files, manifest, memory, threads, torch_tensors
 from pa_compiler.runtime.arguments import NUMPY_DTYPES, whole_number
 from pa_compiler.runtime.calls import Calls
@@ -119,7 +121,8 @@ class Module(Calls):
         With query_start_loc those that attend runs, causal and without a tree, at up to num_threads threads: WorkItems
         of sequences with one query token, and AttendItems of the others. With prefix_len those of attend_shared_prefix:
         PrefixItems, and then what the sequences have of their own. A pure function of these: no kernel runs. Blocks
-        that a window hides are in none of them.
+        that a window hides are in none of them. Where the spec is invariant and decode runs what attend does, all are
+        AttendItems.
 
         Args:
             context_lens: [batch], int32 or int64.
@@ -131,6 +134,8 @@ class Module(Calls):
             NotImplementedError, TypeError, ValueError: as decode, attend and attend_shared_prefix.
         """
         lens = as_tensor("context_lens", context_lens)
+        if query_start_loc is None and prefix_len is None and decodes_by_attend(self.spec, self.pipeline):
+            query_start_loc = np.arange(math.prod(lens.shape) + 1)
         starts = None if query_start_loc is None else as_tensor("query_start_loc", query_start_loc)
         if prefix_len is not None:
             text = self._shared_prefix_plan(lens, starts, prefix_len, prefix_start_loc)

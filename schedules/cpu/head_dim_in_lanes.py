@@ -81,26 +81,37 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
     for name in (*functions.score_steps(sch, tiling), "scaled", *exact, "probs"):
         sch.vectorize(sch.get_loops(name)[-1])
-    for name, axis in (("peak", 1), ("tile_sum", 2)):
-        total = sch.get_sblock(name)
-        parts = sch.rfactor(sch.get_loops(total)[-1], factor_axis=axis)
-        *_, row, _ = around = sch.get_loops(total)
-        sch.compute_at(parts, row, preserve_unit_loops=True)
-        sums = sch.cache_write(parts, 0, "global")
-        lane, group = sch.get_loops(parts)[len(around) - 1 :][:2]
-        sch.reorder(group, lane)
-        sch.vectorize(lane)
-        sch.vectorize(sch.get_loops(sums)[-1])
-        sch.decompose_reduction(parts, group)
-        lane = sch.get_loops(total)[-1]
-        sch.unroll(lane)
-        sch.decompose_reduction(total, lane)
+    _by_lanes(sch, "peak", 1)
+    if tiling.many_tokens or not tiling.pairs_weights:
+        _by_lanes(sch, "tile_sum", 2, tiling.weight_sums)
+
+
+def _by_lanes(sch: Schedule, name: str, axis: int, lanes: int = 0) -> None:
+    """What is made of a row's tokens first lane by lane: of all those of a token group, or of so many lanes."""
+    total = sch.get_sblock(name)
+    lane = sch.get_loops(total)[-1]
+    if lanes:
+        _, lane = sch.split(lane, [None, lanes])
+    parts = sch.rfactor(lane, factor_axis=axis)
+    *_, row, _ = around = sch.get_loops(total)
+    sch.compute_at(parts, row, preserve_unit_loops=True)
+    sums = sch.cache_write(parts, 0, "global")
+    lane, *groups = sch.get_loops(parts)[len(around) - 1 :][: 3 if lanes else 2]
+    sch.reorder(*groups, lane)
+    sch.vectorize(lane)
+    sch.vectorize(sch.get_loops(sums)[-1])
+    sch.decompose_reduction(parts, groups[0])
+    lane = sch.get_loops(total)[-1]
+    sch.unroll(lane)
+    sch.decompose_reduction(total, lane)
 
 
 def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
     """Pairs of tokens in lanes."""
     token = sch.get_loops("pairs")[-1]
     sch.tensorize(token, pair_lanes(int(sch.get(token).extent)))
+    if tiling.pairs_weights:
+        _by_lanes(sch, "tile_sum", 2, tiling.weight_sums // 2)
 
 
 def pv_matmul(sch: Schedule, tiling: VectorTiling) -> None:

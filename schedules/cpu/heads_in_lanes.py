@@ -103,6 +103,9 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     for name in (*steps, "scaled", *exact, "probs", *pairs, "tile_sum"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
         sch.reorder(group, token, row)
+        if name == "tile_sum" and tiling.weight_sums:
+            _sum_by_token(sch)
+            continue
         if name in (*pairs, "tile_sum") and tiling.many_tokens:  # beside the exponentials of the next group
             group = sch.get_loops("probs")[-3]
             sch.reverse_compute_at(name, group, preserve_unit_loops=True)
@@ -128,6 +131,22 @@ def _four_maxima(sch: Schedule) -> None:
     sch.reorder(part, row)
     sch.vectorize(row)
     sch.decompose_reduction(peak, part)
+
+
+def _sum_by_token(sch: Schedule) -> None:
+    """A sum for each token of a group, beside the exponentials of the next one, and at last the sum of these."""
+    total = sch.get_sblock("tile_sum")
+    parts = sch.rfactor(sch.get_loops(total)[-2], factor_axis=2)
+    _rows_last(sch, parts)
+    sch.reverse_compute_at(parts, sch.get_loops("probs")[-3], preserve_unit_loops=True)
+    group, token, *_, row = sch.get_loops(parts)[-4:]
+    sch.unroll(token)
+    sch.vectorize(row)
+    sch.decompose_reduction(parts, group)
+    token, row = sch.get_loops(total)[-2:]
+    sch.unroll(token)
+    sch.vectorize(row)
+    sch.decompose_reduction(total, token)
 
 
 def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:

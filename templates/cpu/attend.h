@@ -118,7 +118,10 @@ void AttendPlanText(const Inputs& in, TVMFFIAny* result) {
   const int64_t batch = given_lens.shape[0], threads = in.Int(Given::kNumThreads);
   const Array given_starts = check.Indices(Given::kQueryStartLoc, kInt32, {batch + 1});
   const Converted<int32_t> lens(given_lens), starts(given_starts);
-  CheckLengths(given_lens, given_starts, [](int64_t) { return kMaxContextLen; }, -1, lens.to(), starts.to());
+  // Decode takes a sequence of no tokens; where these are its items too, so does a plan.
+  CheckLengths(
+      given_lens, given_starts, [](int64_t) { return kMaxContextLen; }, -1, lens.to(), starts.to(),
+      kIsInvariant<Spec> ? 1 : 0);
   const Queries queries = {static_cast<const int32_t*>(lens.array.tensor.data),
                            static_cast<const int32_t*>(starts.array.tensor.data), batch, true, nullptr};
   const AttendPlan<Spec> plan(queries, threads);

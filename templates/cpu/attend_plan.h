@@ -147,7 +147,7 @@ class AttendPlan {
     }
     return queries_.batch;
   }
-  bool IsDecode(int64_t seq) const { return queries_.IsDecode(seq, tree_starts_.data()[seq]); }
+  bool IsDecode(int64_t seq) const { return queries_.template IsDecode<Spec>(seq, tree_starts_.data()[seq]); }
 
   // How many threads the work is worth, and how many items it is then divided into.
   int64_t Measure(int64_t most_threads) {

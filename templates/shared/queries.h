@@ -6,10 +6,17 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "shared/window.h"
 
 namespace pa {
+
+// Whether single query tokens are taken as several of a sequence are: Spec::kInvariant, of a Spec that has it.
+template <typename Spec, typename = void>
+constexpr bool kIsInvariant = false;
+template <typename Spec>
+constexpr bool kIsInvariant<Spec, std::enable_if_t<Spec::kInvariant>> = true;
 
 // The query tokens of a call, of which those of a sequence are the last of its context. Arrays as kernels read them,
 // checked.
@@ -38,9 +45,12 @@ struct Queries {
   bool LeavesPartials(int64_t seq) const { return OfPrefixes() || FirstKey(seq) > 0; }
   // Whether a query token may see keys after its own position.
   bool SeesAhead() const { return !causal || tree_mask != nullptr; }
-  // Whether a sequence has one query token, which sees what that of decode sees; tree_start: of its mask.
+  // Whether a sequence has one query token, which sees what that of decode sees and is taken as there; tree_start: of
+  // its mask.
+  template <typename Spec>
   bool IsDecode(int64_t seq, int64_t tree_start) const {
-    return Count(seq) == 1 && !OfPrefixes() && (tree_mask == nullptr || tree_mask[tree_start] != 0);
+    return !kIsInvariant<Spec> && Count(seq) == 1 && !OfPrefixes() &&
+           (tree_mask == nullptr || tree_mask[tree_start] != 0);
   }
 };
 

@@ -348,6 +348,7 @@ FAULTS = {
     "blocks between what a mask leaves looked up": Fault(
         f"{_KERNELS}tokens.py", "T.Select(is_seen, block, ", "T.Select(0 <= block, block, ", "test_attend_masks.py"
     ),
+    "sums in lanes": Fault("schedules/cpu/head_dim_in_lanes.py", "2, tiling.weight_sums)", "2)", "test_invariant.py"),
     "work items across chunks": Fault("templates/cpu/plan.h", "seq % Spec::kBatchChunk != 0 && ", "", "test_plan.py"),
     "attend missing from the cache key": Fault(
         "pa_compiler/dependencies.py",

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/scratch.h"
 #include "shared/window.h"
@@ -25,9 +26,15 @@ struct WorkItem {
   int64_t num_tokens;     // KV tokens that it reads
 };
 
+// Whether sequences are cut at multiples of kSplitBlocks, as attend cuts them: Spec::kCutsAlike, of a Spec that has it.
+template <typename Spec, typename = void>
+constexpr bool kCutsAlike = false;
+template <typename Spec>
+constexpr bool kCutsAlike<Spec, std::enable_if_t<Spec::kCutsAlike>> = true;
+
 // How the blocks of a sequence that its query sees are cut into ranges: those of each run of blocks into ranges of
-// equal numbers of them. By the sequence's own length alone. Where sequences are not cut, there is one range, from the
-// first such block to the last.
+// equal numbers of them, or, where it cuts alike, at fixed positions. By the sequence's own length alone. Where
+// sequences are not cut, there is one range, from the first such block to the last.
 template <typename Spec>
 struct Cut {
   static constexpr bool kIsCut = Spec::kSplitBlocks < INT64_MAX;
@@ -44,8 +51,8 @@ struct Cut {
     const int num_runs = kIsCut ? seen.count : 1;
     for (int run = 0; run < num_runs; ++run) {
       runs[run] = {seen.blocks[run].begin, seen.blocks[kIsCut ? run : seen.count - 1].end};
-      const int64_t blocks = runs[run].end - runs[run].begin, splits = (blocks - 1) / Spec::kSplitBlocks + 1;
-      steps[run] = (blocks - 1) / splits + 1;
+      const int64_t blocks = runs[run].end - Origin(run), splits = (blocks - 1) / Spec::kSplitBlocks + 1;
+      steps[run] = kCutsAlike<Spec> ? Spec::kSplitBlocks : (blocks - 1) / splits + 1;
       run_ranges[run] = (blocks - 1) / steps[run] + 1;
       num_ranges += run_ranges[run];
     }
@@ -54,8 +61,12 @@ struct Cut {
   Interval Range(int64_t i) const {
     int run = 0;
     for (; i >= run_ranges[run]; ++run) i -= run_ranges[run];
-    const int64_t begin = runs[run].begin + i * steps[run];
-    return {begin, std::min(begin + steps[run], runs[run].end)};
+    const int64_t begin = Origin(run) + i * steps[run];
+    return {std::max(begin, runs[run].begin), std::min(begin + steps[run], runs[run].end)};
+  }
+  // The block that the ranges of a run are counted from.
+  int64_t Origin(int run) const {
+    return kCutsAlike<Spec> ? runs[run].begin / Spec::kSplitBlocks * Spec::kSplitBlocks : runs[run].begin;
   }
   // The tokens that are read of them.
   int64_t Tokens(const Interval& range) const {

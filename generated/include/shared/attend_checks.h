@@ -5,6 +5,7 @@
 // The arguments of attend. For Spec see caches.h; Given has attend's parameters.
 #pragma once
 
+#include <algorithm>
 #include <cinttypes>
 #include <cstdint>
 
@@ -62,11 +63,11 @@ AttendArguments CheckAttend(const Inputs& in) {
   return args;
 }
 
-// Lengths within what there are blocks for, and query tokens that are the last of their sequences. Those that are int64
-// go to lens_to and starts_to.
+// Lengths within what there are blocks for, and query tokens that are the last of their sequences; of a sequence of no
+// tokens up to `of_none`. Those that are int64 go to lens_to and starts_to.
 template <typename CapacityOf>
 void CheckLengths(const Array& context_lens, const Array& query_start_loc, const CapacityOf& capacity_of,
-                  int64_t num_tokens, int32_t* lens_to, int32_t* starts_to) {
+                  int64_t num_tokens, int32_t* lens_to, int32_t* starts_to, int64_t of_none = 0) {
   const int64_t batch = context_lens.shape[0];
   int64_t begin = IndexAt(query_start_loc, 0);
   if (begin != 0) Raise("ValueError", "query_start_loc: expected 0 first, got %" PRId64, begin);
@@ -79,7 +80,7 @@ void CheckLengths(const Array& context_lens, const Array& query_start_loc, const
             "query_start_loc: expected numbers that never fall, got %" PRId64 " after %" PRId64 " at position %" PRId64,
             end, begin, seq + 1);
     }
-    if (end - begin > context_len) {
+    if (end - begin > std::max<int64_t>(context_len, of_none)) {
       Raise("ValueError",
             "query_start_loc: expected up to %" PRId64 " query tokens of sequence %" PRId64
             ", its tokens in context_lens, got %" PRId64,
@@ -108,7 +109,7 @@ void CheckQueries(const AttendArguments& args, const Queries& queries, int32_t* 
   int64_t tree_start = 0;
   for (int64_t seq = 0; seq < queries.batch; ++seq) {
     const int64_t count = queries.Count(seq), context_len = queries.context_lens[seq];
-    if (count > 0 && queries.IsDecode(seq, tree_start)) {
+    if (count > 0 && queries.IsDecode<Spec>(seq, tree_start)) {
       CheckRuns(args.block_table, seq, Seen<Spec>(context_len, queries.FirstKey(seq)), args.num_blocks, table_to);
     } else if (count > 0) {
       const SeenTogether<Spec> seen(queries, seq, 0, count);

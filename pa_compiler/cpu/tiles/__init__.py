@@ -6,14 +6,15 @@ A strategy is a class in a file of its own, which says whether it is for a spec 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles.basis import Basis, CpuTiling, basis, rows
 from pa_compiler.cpu.tiles.head_dim_in_lanes import HeadDimInLanes
 from pa_compiler.cpu.tiles.heads_in_lanes import HeadsInLanes
 from pa_compiler.cpu.tiles.tokens_in_lanes import TokensInLanes
-from pa_compiler.interface import ATTEND_KV_TILE, ATTEND_ROWS
-from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.interface import ATTEND_KV_TILE, ATTEND_ROWS, decodes_in_step
+from pa_compiler.spec import ITEMSIZES, PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiles import divisors
 
 STRATEGIES: tuple[type[CpuTiling], ...] = (TokensInLanes, HeadsInLanes, HeadDimInLanes)
@@ -41,7 +42,21 @@ def check(spec: PagedAttentionSpec, pipeline: str) -> None:
 def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> CpuTiling:
     """Choose the tiles from the spec and the target's features alone."""
     known = basis(spec, target, pipeline)
-    return _strategy(known)[0].choose(known)
+    tiles = _strategy(known)[0].choose(known)
+    if pipeline != "fused" or not decodes_in_step(spec):
+        return tiles
+    of_attend = choose_attend(spec, target)
+    return dataclasses.replace(
+        tiles,
+        kv_tile=of_attend.kv_tile,
+        token_group=min(tiles.token_group, of_attend.kv_tile),
+        qk_tokens=min(tiles.qk_tokens, of_attend.kv_tile),
+        sweep=None,
+        streams=1,
+        group_places=1,
+        prefetches=True,
+        weight_sums=of_attend.weight_sums,
+    )
 
 
 def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "fused") -> CpuTiling:
@@ -59,8 +74,12 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
     most = known.machine.second_level // (elements * (ITEMSIZES[spec.dtype] if known.dot_pairs else 4))
     tiles = strategy.choose(known)
-    kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, tiles.token_group))
+    least = PACKED_TOKENS if decodes_in_step(spec) else tiles.token_group
+    kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, least, tiles.token_group))
     few_rows = ATTEND_ROWS // 2 if strategy is HeadsInLanes and as_they_lie else 0
+    weight_sums = 0
+    if decodes_in_step(spec):  # every schedule takes whole groups of so many tokens
+        weight_sums = math.gcd(tiles.token_group, PACKED_TOKENS)
     return dataclasses.replace(
         tiles,
         kv_tile=kv_tile,
@@ -71,6 +90,7 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
         many_tokens=True,
         few_rows=few_rows,
         few_groups=_few_groups(spec, tiles.token_group, kv_tile) if few_rows else 1,
+        weight_sums=weight_sums,
     )
 
 
