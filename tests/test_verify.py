@@ -95,7 +95,7 @@ class Broken:
     def __init__(self, module, spoil=lambda out, lse, arguments: None):
         self.module, self.spec, self.num_threads, self.spoil = module, module.spec, 1, spoil
 
-    has_attend = False
+    has_attend, most_query_tokens = False, None
 
     def decode(self, *arguments, **options):
         returned = self.module.decode(*arguments, **options)
@@ -109,7 +109,7 @@ class Broken:
 class BrokenWithQueries(Broken):
     """One of which calls of attend are changed."""
 
-    has_attend = True
+    has_attend, most_query_tokens = True, None
 
     def decode(self, *arguments, **options):
         return self.module.decode(*arguments, **options)

@@ -38,7 +38,7 @@ class InFloat32:
     that are left out.
     """
 
-    has_attend = False
+    has_attend, most_query_tokens = False, None
 
     def __init__(self, spec, more=0, roll=0, without=()):
         self.spec, self.num_threads = spec, 1

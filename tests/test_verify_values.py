@@ -24,7 +24,7 @@ SEED, DRAWS = 3, 32
 class InNumPy:
     """A module that calls the reference; first_value is where the values of a shared cache begin."""
 
-    has_attend = False
+    has_attend, most_query_tokens = False, None
 
     def __init__(self, spec, first_value=0):
         self.spec, self.num_threads, self.first_value = spec, 1, first_value

@@ -86,8 +86,13 @@ class Draw:
     rng: np.random.Generator
 
 
-def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False) -> Draw:
-    """The draw of a number from a seed, both 0 or more: a call of decode; with attends, every second one of attend."""
+def draw(
+    spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False, most_query_tokens: int | None = None
+) -> Draw:
+    """The draw of a number from a seed, both 0 or more: a call of decode; with attends, every second one of attend.
+
+    most_query_tokens is Module's.
+    """
     rng = np.random.default_rng((seed, number))
     elements = _ELEMENTS * (_LONG_DRAW if number % _LONG_DRAW >= _LONG_DRAW - 1 - attends else 1)
     context_lens = _context_lens(rng, spec, elements)
@@ -96,7 +101,7 @@ def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False
     queries, rows = None, len(context_lens)
     if attends and number % 2:
         products = _SEVERAL * elements // (spec.num_heads * spec.head_dim)
-        context_lens, queries = draw_queries(rng, spec, context_lens, products)
+        context_lens, queries = draw_queries(rng, spec, context_lens, products, most_query_tokens)
         rows = int(queries.query_start_loc[-1])
     inputs = {"inputs": function_inputs(rng, spec, len(context_lens))} if spec.inputs else {}
     block_table, is_used = _place(rng, spec, context_lens, queries, inputs.get("inputs", {}))

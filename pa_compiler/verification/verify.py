@@ -34,6 +34,8 @@ class Verifiable(Protocol):
     spec: PagedAttentionSpec
     num_threads: int
 
+    most_query_tokens: int | None
+
     @property
     def has_attend(self) -> bool:
         """As Module.has_attend."""
@@ -108,7 +110,7 @@ def verify(
     failures, found = [], [{"out": Errors(0.0, 0.0), "lse": Errors(0.0, 0.0)}]
     start = now = time.monotonic()
     for number in itertools.count(first):
-        errors, wrong = _run(module, draws.draw(module.spec, seed, number, module.has_attend))
+        errors, wrong = _run(module, draws.draw(module.spec, seed, number, module.has_attend, module.most_query_tokens))
         found.append(errors)
         if wrong:
             failures.append(Failure(seed, number, "; ".join(wrong)))
