@@ -82,7 +82,6 @@ class Backend(NamedTuple):
         tools: () -> the programs and variables that a build depends on beside those of the C++ compiler. A RuntimeError
             names a program that is missing.
         attends: (pipeline) -> whether its libraries can have attend.
-        merges: Whether its libraries can have merge_states.
         without_prefix: (spec, pipeline) -> what keeps a library from having attend_shared_prefix; "" where it can.
         emit: (spec, config, pipeline, extras, empty directory) -> the text of every stage.
         emit_portable: As emit, without the stages that programs of the machine make, which differ by their versions.
@@ -97,7 +96,6 @@ class Backend(NamedTuple):
     fingerprint: Callable[[dict[str, Any]], dict[str, Any]]
     tools: Callable[[], dict[str, object]]
     attends: Callable[[str], bool]
-    merges: bool
     without_prefix: Callable[[PagedAttentionSpec, str], str]
     emit: Callable[[PagedAttentionSpec, dict[str, Any], str, Extras, Path], dict[str, str]]
     emit_portable: Callable[[PagedAttentionSpec, dict[str, Any], str, Extras, Path], dict[str, str]]

@@ -43,7 +43,8 @@ def compile(  # noqa: A001  (the public name)
             "cuda" for GPUs from sm_90 on, or {"kind": "cuda", "arch": "sm_80"}.
         pipeline: "fused", one kernel for all stages, or "staged", a kernel for each stage, driven block by block as
             in the seed: slower, easier to follow, and a second opinion.
-        attend: Whether the module has attend(), where its target can: a CPU. Without it less is compiled.
+        attend: Whether the module has attend(), where its target can: not in the staged pipeline for a GPU. Without it
+            less is compiled.
         merge_states: Whether it has merge_states().
         shared_prefix: Whether it has attend_shared_prefix(), as fused ones for a CPU with attend can.
         cache: Whether to look in the cache on disk, and to leave the result there.
@@ -108,8 +109,6 @@ def _checked_extras(extras: Extras, spec: PagedAttentionSpec, config: dict[str, 
     for name, wanted in extras._asdict().items():
         if not isinstance(wanted, bool):
             raise TypeError(f"{name}: expected a bool, got {wanted!r} of type {type(wanted).__name__}")
-    if extras.merge_states and not backends.of(config).merges:
-        raise ValueError(f"merge_states: expected False for target {config['kind']}, got True")
     if extras.shared_prefix and (reason := backends.of(config).without_prefix(spec, pipeline)):
         raise ValueError(f"shared_prefix: expected False for {reason}, got True")
     if extras.shared_prefix and not extras.attend:

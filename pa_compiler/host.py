@@ -16,6 +16,7 @@ from pa_compiler.interface import (
     CHECKS,
     CPU_ENTRY_POINTS,
     CUDA_ENTRY_POINTS,
+    GPU_QUERY_TOKENS,
     REPORT_CODES,
     REPORT_FIELDS,
     THREADING,
@@ -182,6 +183,7 @@ def _interface(place: str) -> str:
             checks=[f"check_{name}" for name in CHECKS],
             report_codes=REPORT_CODES,
             report_fields=REPORT_FIELDS,
+            most_queries=GPU_QUERY_TOKENS,
         )
     )
 

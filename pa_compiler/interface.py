@@ -78,12 +78,16 @@ THREADING = ("auto", "own", "openmp")
 CHECKS = ("host", "device", "none")
 """Who can check the indices of a call of a library for a GPU, in the order of the library's numbers."""
 
-REPORT_CODES = ("nothing", "context_len", "block_id", "slot", "row")
+REPORT_CODES = ("nothing", "context_len", "block_id", "slot", "row", "queries", "tree")
 """What a kernel can report to be wrong with the indices of a call, in the order of the codes."""
 
 REPORT_FIELDS = ("code", "index", "position", "value", "limit")
 """The int64 numbers of such a report. index is of a sequence or a token, position in its row of block_table; of a row,
-position is where it begins and value where it ends."""
+and of a sequence's query tokens, position is where it begins and value where it ends."""
+
+GPU_QUERY_TOKENS = 64
+"""Query tokens of a sequence in attend on a GPU, at most: guesses, and no prompts, since each tile of rows reads all
+keys."""
 
 
 def split_blocks(spec: PagedAttentionSpec) -> int:
@@ -301,7 +305,9 @@ def with_inputs(parameters: tuple[Parameter, ...], spec: PagedAttentionSpec) -> 
 
 CUDA_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
     "decode": (*_DECODE, *_CHECK, *_AS_UINT16),
+    "attend": (*_ATTEND, *_CHECK, *_AS_UINT16),
     "append_kv": (*_APPEND_KV, *_CHECK, *_AS_UINT16),
+    "merge_states": (*_MERGE_STATES, *_AS_UINT16),
     "check_status": (),
 }
-"""The same of a library for a GPU."""
+"""The same of a library for a GPU. Not every one has attend or merge_states."""

@@ -125,8 +125,16 @@ def cuda_decode(emulated):
 
 
 @pytest.fixture(scope="session")
+def cuda_attend(emulated):
+    """cuda_attend(spec, **sizes of the tiling) -> CUDA kernels of attend on the emulator, the same ones each time."""
+    import cuda_kernels  # which imports TVM
+
+    return functools.cache(functools.partial(cuda_kernels.build_attend, emulated))
+
+
+@pytest.fixture(scope="session")
 def gpu_module(emulated, request):
-    """gpu_module(spec, pipeline="fused") -> CudaModule with kernels of the emulator's, for the fake driver.
+    """gpu_module(spec, pipeline="fused", **extras) -> CudaModule with the emulator's kernels, for the fake driver.
 
     They are kept in a cache of their own: to the cache they look like those that nvcc makes. With --gpu nvcc does.
     """
@@ -134,13 +142,18 @@ def gpu_module(emulated, request):
     kept = directory / "modules"
     if request.config.getoption("--gpu"):
         target = {"kind": "cuda", "arch": gpu_memory.arch()}
-        return functools.cache(lambda spec, pipeline="fused": pa_compiler.compile(spec, target, pipeline))
+        return functools.cache(
+            lambda spec, pipeline="fused", **extras: pa_compiler.compile(
+                spec, target, pipeline, **{"attend": False} | extras
+            )
+        )
 
-    def compile_module(spec, pipeline="fused", arch="sm_90"):
+    def compile_module(spec, pipeline="fused", arch="sm_90", attend=False, merge_states=False):
         with pytest.MonkeyPatch.context() as patch:
             cuda_driver.emulate(patch, directory)
             patch.setenv("PA_CACHE_DIR", str(kept))
-            return pa_compiler.compile(spec, {"kind": "cuda", "arch": arch}, pipeline)
+            target = {"kind": "cuda", "arch": arch}
+            return pa_compiler.compile(spec, target, pipeline, attend=attend, merge_states=merge_states)
 
     return compile_module
 

@@ -36,7 +36,7 @@ one_of_each_strategy = pytest.mark.parametrize("spec", [SPECS["group_of_4"], SPE
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 def test_decode(cuda_decode, spec, order):
     inputs = on_device(make_inputs(spec, LENGTHS))
-    out, lse = cuda_decode(spec).decode(inputs, extra=8, order=order)
+    out, lse = cuda_decode(spec).decode(inputs, workers=8, order=order)
     assert_close_to_oracle(spec, inputs, out, lse)
 
 
@@ -48,23 +48,34 @@ def test_poison(cuda_decode, spec, poison):
 
 
 @one_of_each_strategy
-@pytest.mark.parametrize("extra", [1, 2, 3, 5, 100])
-def test_any_number_of_work_items(cuda_decode, spec, extra):
+@pytest.mark.parametrize("workers", [1, 2, 3, 7, 100])
+def test_any_number_of_workers(cuda_decode, spec, workers):
     inputs = on_device(make_inputs(spec, [1000, 3, 0, 513, 256]))
-    assert_close_to_oracle(spec, inputs, *cuda_decode(spec).decode(inputs, extra=extra))
+    assert_close_to_oracle(spec, inputs, *cuda_decode(spec).decode(inputs, workers=workers))
 
 
 @one_of_each_strategy
-@pytest.mark.parametrize("extra", [1, 2, 3, 5, 7, 100])
-def test_sequences_are_cut_as_explain_counts(cuda_decode, spec, extra):
-    """cuda_tiling.ranges and the kernels: an item leaves a partial result where its sequence has several ranges."""
-    kernels, lengths = cuda_decode(spec), [1000, 3, 0, 513, 256, 257, 700]
-    arguments = kernels.arguments(on_device(make_inputs(spec, lengths)), extra)
+def test_sequences_are_cut_as_explain_counts(cuda_decode, spec):
+    """cuda_tiling.ranges and the kernels: a sequence of several ranges leaves a partial result of each."""
+    kernels, lengths = cuda_decode(spec, most_ranges=3), [1000, 3, 0, 513, 256, 257, 700, 1700]
+    arguments = kernels.arguments(on_device(make_inputs(spec, lengths)), workers=5)
     kernels.launch("cuda_decode", arguments)
-    counts = np.array(cuda_tiling.ranges(spec, kernels.tiling, lengths, extra))
-    expected = np.zeros(len(lengths) + extra, bool)
-    expected[: counts.sum()] = np.repeat(counts > 1, counts)
-    np.testing.assert_array_equal(~np.isnan(arguments["partial_max"]).any(axis=1), expected)
+    counts = np.array(cuda_tiling.ranges(spec, kernels.tiling, lengths))
+    assert counts.tolist() == [2, 1, 1, 3, 1, 2, 3, 2]
+    expected = (np.arange(len(arguments["partial_max"]))[:, None] < counts) & (counts > 1)
+    np.testing.assert_array_equal(~np.isnan(arguments["partial_max"]).any(axis=2), expected)
+
+
+@one_of_each_strategy
+@pytest.mark.parametrize("workers", [1, 4, 100])
+def test_a_sequence_in_any_batch(cuda_decode, spec, workers):
+    """Alone, beside long and short ones, in any place, by any number of workers: the same bits."""
+    kernels = cuda_decode(spec, most_ranges=3)  # which the longest exceeds
+    inputs = on_device(make_inputs(spec, [900, 1, 300, 0, 257, 1700]))
+    expected = kernels.decode(inputs, workers=7)
+    for order in ([0], [5], [2, 2, 2], [4, 3, 5, 0], [5, 4, 3, 2, 1, 0], [1] * 40 + [5, 2]):
+        for actual, same in zip(kernels.decode(inputs.take(order), workers=workers), expected, strict=True):
+            assert_same_bits(actual, same[order])
 
 
 @one_of_each_strategy
@@ -73,19 +84,19 @@ def test_batches_around_a_warp(cuda_decode, spec, batch):
     lengths = np.random.default_rng(batch).integers(0, 40, batch)
     lengths[-1] = 600  # in ranges, behind all others
     inputs = on_device(make_inputs(spec, lengths))
-    assert_close_to_oracle(spec, inputs, *cuda_decode(spec).decode(inputs, extra=4))
+    assert_close_to_oracle(spec, inputs, *cuda_decode(spec).decode(inputs, workers=4))
 
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("group_of_4", {"warps": 1, "stages": 3, "tile_tokens": 32, "min_range_steps": 1}),
-        ("float32", {"warps": 2, "stages": 2, "tile_tokens": 16, "min_range_steps": 1}),
+        ("group_of_4", {"warps": 1, "stages": 3, "tile_tokens": 32, "range_tokens": 32}),
+        ("float32", {"warps": 2, "stages": 2, "tile_tokens": 16, "range_tokens": 32, "most_ranges": 2}),
     ],
 )
 def test_other_tilings(cuda_decode, name, sizes):
     inputs = on_device(make_inputs(SPECS[name], [200, 0, 31, 77]))
-    assert_close_to_oracle(SPECS[name], inputs, *cuda_decode(SPECS[name], **sizes).decode(inputs, extra=3))
+    assert_close_to_oracle(SPECS[name], inputs, *cuda_decode(SPECS[name], **sizes).decode(inputs, workers=3))
 
 
 @one_of_each_strategy

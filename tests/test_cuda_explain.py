@@ -38,17 +38,17 @@ def test_residence(arch, registers, shared_bytes, expected):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_ranges_never_need_more_work_items_than_there_are(seed):
+def test_ranges_go_by_a_sequence_alone(seed):
+    """They are as many as partial results have room for, and not cut shorter than the shortest."""
     rng = np.random.default_rng(seed)
     spec = PagedAttentionSpec(8, 2, 64, 16, "bfloat16", window=None if seed % 2 else 10**4)
     tiling = cuda_tiling.choose(spec, "sm_90")
     for _ in range(50):
-        lengths = rng.integers(0, 10 ** rng.integers(1, 6), rng.integers(1, 200)).tolist()
-        extra = int(rng.integers(1, 1000))
-        ranges = cuda_tiling.ranges(spec, tiling, lengths, extra)
-        assert len(ranges) == len(lengths)
-        assert min(ranges) == 1 or min(lengths) > cuda_tiling.MIN_RANGE_TOKENS
-        assert sum(ranges) <= len(lengths) + extra
+        lengths = rng.integers(0, 10 ** rng.integers(1, 8), rng.integers(1, 200)).tolist()
+        ranges = cuda_tiling.ranges(spec, tiling, lengths)
+        assert ranges == [cuda_tiling.ranges(spec, tiling, [length])[0] for length in lengths]
+        for length, count in zip(lengths, ranges, strict=True):
+            assert 1 <= count <= min(max(-(-length // tiling.range_tokens), 1), tiling.most_ranges + 1)
 
 
 def test_explain():
@@ -62,7 +62,9 @@ def test_explain():
     assert "4 warps x 2 stages x 16 tokens of keys and values: 65,536 bytes" in text
     assert "3 thread blocks on an SM: 4 by registers, 3 by shared memory, 16 by threads" in text
     assert "98,304 bytes an SM" in text
-    assert "64 sequences of 4,096 tokens: 2 ranges each, 1,024 thread blocks, 2.6 times" in text
+    assert "ranges of 256 tokens from the first on, longer ones from 16,384 tokens on" in text
+    assert "64 sequences of 4,096 tokens: 16 ranges each, taken by 1,304 thread blocks" in text
+    assert "up to 16 pairs of a query token, of up to 64, and one of the 4 heads" in text
     assert "13,400 GFLOP/s, min(989,400, 3350 x 4): bound by memory" in text
     assert "320.5 us" in text  # 64 * 4096 * 4096 bytes at 3350 GB/s
     if cuda_build.find_tool("nvdisasm"):

@@ -41,7 +41,7 @@ FAULTS = {  # name: (spec, pattern, replacement, what is found)
     "not_rescaled_fma": (FMA, r"row_sum_ptr\[(\d+)\] = \(row_sum_ptr\[\1\] \* alpha\w*\[0\]\);", "", WRONG),
     "nothing_less_nothing": (MMA, r"\(\((\w+\[0\]) == -CUDART_INF_F\) \? \S+ : \1\)", r"(\1)", WRONG),
     "values_where_keys_are": (LONGER, r"keys_ptr\[0\]\) \+ 512\)", "keys_ptr[0]))", WRONG),
-    "other_range": (MMA, r"(found_ptr\[1\] = .*number.*);", r"\1 + 64;", WRONG),
+    "other_range": (MMA, r"(found_ptr\[1\] = .*nth.*);", r"\1 + 64;", WRONG),
 }
 
 

@@ -52,14 +52,14 @@ def test_launches(gpu, gpu_module):
 
 
 @pytest.mark.parametrize("kv_heads", [3, 5, 6, 7, 17])
-def test_a_launch_has_the_work_items_that_explain_counts(gpu, gpu_module, kv_heads):
+def test_a_launch_has_the_workers_that_the_policy_counts(gpu, gpu_module, kv_heads):
     """The host's formula and the policy's, also where the heads do not divide what the GPU runs at once."""
     spec = PagedAttentionSpec(kv_heads, kv_heads, 16, 8, "float32")
     call = OnGpu(gpu, make_inputs(spec, [700, 3]))
     call.decode(gpu_module(spec), check="none")
     gpu.run()
     (grid,) = (int(line.partition("grid=")[2].split()[0]) for line in gpu.log() if "cuda_decode_kernel" in line)
-    assert grid == (2 + cuda_tiling.extra_items(kv_heads, gpu.resident_blocks())) * kv_heads
+    assert grid == (2 + cuda_tiling.extra_workers(kv_heads, gpu.resident_blocks())) * kv_heads
     call.check(spec)
 
 

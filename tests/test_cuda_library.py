@@ -54,7 +54,7 @@ def test_kernels_take_what_the_host_gives(module):
     """Parameter for parameter: nvcc's of each kernel, and the variables whose addresses are passed."""
     text, ptx = module.sources["host"], module.sources["ptx"]
     launches = re.findall(r"values\[\] = \{([^}]*)\};\s*call\.Launch<Spec>\(Spec::k(\w+),", text)
-    assert len(launches) == 5
+    assert len(launches) == 8
     for values, kernel in launches:
         name = re.sub(r"(?<!^)([A-Z])", r"_\1", kernel).lower() + "_kernel"
         function = re.search(r"void Launch(?:(?!^\}).)*" + re.escape(values), text, re.DOTALL | re.MULTILINE)[0]
@@ -76,7 +76,7 @@ def test_what_it_needs(module, tmp_path):
         ["nm", "-D", "--defined-only", tmp_path / "pa.so"], capture_output=True, text=True, check=True
     )
     names = {line.split()[-1] for line in symbols.stdout.splitlines()}
-    assert names == {f"__tvm_ffi_{name}" for name in CUDA_ENTRY_POINTS}
+    assert names == {f"__tvm_ffi_{name}" for name in CUDA_ENTRY_POINTS if name != "merge_states"}
 
 
 CALL = """

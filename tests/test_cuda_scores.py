@@ -47,10 +47,10 @@ def inputs_of(spec, lengths, **more):
     return shared(spec, on_device(make_inputs(spec, lengths, **more)))
 
 
-def check(kernels, spec, lengths, extra=8, scale=4.0, **more):
+def check(kernels, spec, lengths, workers=8, scale=4.0, **more):
     """With a scale that makes some scores larger than the soft cap."""
     inputs = inputs_of(spec, lengths, **more)
-    assert_close_to_oracle(spec, inputs, *kernels.decode(inputs, extra=extra, scale=scale), scale)
+    assert_close_to_oracle(spec, inputs, *kernels.decode(inputs, workers=workers, scale=scale), scale)
 
 
 def assert_same(actual, expected):
@@ -59,10 +59,10 @@ def assert_same(actual, expected):
 
 
 @every_base
-@pytest.mark.parametrize("extra", [1, 8])
-def test_all_together(cuda_decode, base, extra):
+@pytest.mark.parametrize("workers", [1, 8])
+def test_all_together(cuda_decode, base, workers):
     spec = spec_of(base, ALL)
-    check(cuda_decode(spec), spec, LENGTHS, extra)
+    check(cuda_decode(spec), spec, LENGTHS, workers)
 
 
 @one_of_each_strategy
@@ -78,21 +78,20 @@ def test_windows(cuda_decode, base, window):
     """At every offset of a window's end in a block, and where what is left is cut into ranges."""
     spec = spec_of(base, {"window": window})
     near = range(max(1, window - 1), window + 2 * spec.block_size + 2)
-    for extra in (1, 30):
-        check(cuda_decode(spec), spec, [1500, 0, 1, 700, *near], extra)
+    for workers in (1, 30):
+        check(cuda_decode(spec), spec, [1500, 0, 1, 700, *near], workers)
 
 
 @one_of_each_strategy
 def test_sequences_are_cut_as_explain_counts(cuda_decode, base):
     spec = spec_of(base, {"window": 600})
     kernels, lengths = cuda_decode(spec), [1000, 3, 0, 513, 256, 5000, 601]
-    for extra in (1, 3, 7, 100):
-        arguments = kernels.arguments(inputs_of(spec, lengths), extra)
-        kernels.launch("cuda_decode", arguments)
-        counts = np.array(cuda_tiling.ranges(spec, kernels.tiling, lengths, extra))
-        expected = np.zeros(len(lengths) + extra, bool)
-        expected[: counts.sum()] = np.repeat(counts > 1, counts)
-        np.testing.assert_array_equal(~np.isnan(arguments["partial_max"]).any(axis=1), expected)
+    arguments = kernels.arguments(inputs_of(spec, lengths), workers=3)
+    kernels.launch("cuda_decode", arguments)
+    counts = np.array(cuda_tiling.ranges(spec, kernels.tiling, lengths))
+    assert counts.tolist() == [3, 1, 1, 3, 1, 3, 3]
+    expected = (np.arange(len(arguments["partial_max"]))[:, None] < counts) & (counts > 1)
+    np.testing.assert_array_equal(~np.isnan(arguments["partial_max"]).any(axis=2), expected)
 
 
 @pytest.mark.parametrize("base", ["mma", "mma_hnd", "fma", "one_cache"])
@@ -118,11 +117,11 @@ def test_what_changes_nothing_gives_the_bits_of_plain_kernels(cuda_decode, base)
     """A window that is never reached; slopes of 0, which add 0; sinks of -inf, whose weight is 0."""
     plain, lengths = BASES[base], [0, 1, 100, 700]
     inputs = inputs_of(plain, lengths)
-    expected = cuda_decode(plain).decode(inputs, extra=3)
+    expected = cuda_decode(plain).decode(inputs, workers=3)
     heads = {"alibi_slopes": np.zeros(plain.num_heads, np.float32)}
     heads["sinks"] = np.full(plain.num_heads, -np.inf, np.float32)
     more = dataclasses.replace(plain, window=100_000, alibi=True, sinks=True)
-    assert_same(cuda_decode(more).decode(inputs.replace(heads=heads), extra=3), expected)
+    assert_same(cuda_decode(more).decode(inputs.replace(heads=heads), workers=3), expected)
 
 
 @one_of_each_strategy
@@ -149,10 +148,10 @@ SINKS = {"zero": 0.0, "large": 60.0, "very_large": 1e30, "very_small": -1e30, "n
 def test_sinks(cuda_decode, base, sink):
     """Of every head, and of every second one; in whole sequences and in ranges, where they count once."""
     spec = spec_of(base, {"sinks": True})
-    for every, extra in ((1, 1), (2, 8)):
+    for every, workers in ((1, 1), (2, 8)):
         inputs = inputs_of(spec, [0, 1, 17, 300, 1000])
         inputs.heads["sinks"][::every] = sink
-        out, lse = cuda_decode(spec).decode(inputs, extra=extra)
+        out, lse = cuda_decode(spec).decode(inputs, workers=workers)
         assert_close_to_oracle(spec, inputs, out, lse)
         assert not out[0].any()
         np.testing.assert_array_equal(lse[0], inputs.heads["sinks"])

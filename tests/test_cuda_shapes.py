@@ -61,10 +61,10 @@ def check(kernels):
     assert_close_to_oracle(spec, inputs, out, lse)
     for array, expected in zip(kernels.decode(inputs, order="reverse"), (out, lse), strict=True):
         assert_same_bits(array, expected)
-    for seed, (poison, extra) in enumerate(zip(POISONS, (1, 2, 7, 40, 1, 3), strict=True)):
+    for seed, (poison, workers) in enumerate(zip(POISONS, (1, 2, 7, 40, 1, 3), strict=True)):
         lengths = np.random.default_rng(seed).integers(0, 130, 1 + 7 * seed)
         inputs = shared(spec, on_device(make_inputs(spec, lengths, seed=seed, poison=poison)))
-        assert_close_to_oracle(spec, inputs, *kernels.decode(inputs, extra=extra))
+        assert_close_to_oracle(spec, inputs, *kernels.decode(inputs, workers=workers))
     assert bank_conflicts(kernels) == conflicts
 
 

@@ -28,12 +28,20 @@ IN_FLOAT32 = [spec for spec in ONE_HEAD if cuda_tiling.choose_strategy(spec)[0] 
 
 def assert_fits(spec, arch):
     """The chosen tiles go into each other, and their rings into shared memory."""
-    tiling = cuda_tiling.choose(spec, arch)
+    tiling, of_attend = cuda_tiling.choose(spec, arch), cuda_tiling.choose_attend(spec, arch)
+    assert 0 <= tiling.row_tile * tiling.row_tiles(spec) - spec.group < tiling.row_tile
+    for each in (tiling, of_attend):
+        assert_fits_in(spec, arch, each)
+    if tiling.strategy == of_attend.strategy:  # then single tokens of attend have the bits of decode
+        assert (tiling.step_tokens, tiling.range_tokens) == (of_attend.step_tokens, of_attend.range_tokens)
+
+
+def assert_fits_in(spec, arch, tiling):
     keys, values = tiling.key_rows(spec), tiling.value_rows(spec)
     assert tiling.shared_bytes(spec) <= gpus.shared_limit(arch)
-    assert 0 <= tiling.row_tile * tiling.row_tiles(spec) - spec.group < tiling.row_tile
     assert tiling.tile_tokens % (WARP // tiles.copy_lanes(spec)) == 0
-    assert tiling.min_range_steps * tiling.step_tokens >= cuda_tiling.MIN_RANGE_TOKENS
+    assert tiling.range_tokens >= cuda_tiling.MIN_RANGE_TOKENS
+    assert tiling.range_tokens % tiling.step_tokens == 0
     for rows in (keys, values):
         assert rows.chunks <= rows.pitch
         assert rows.chunks % tiles.copy_lanes(spec) == 0
@@ -189,6 +197,6 @@ def test_refuses(spec, message):
     ("tiles", "resident", "extra"),
     [(8, 396, 99), (1, 264, 528), (5, 396, 158), (6, 264, 88), (7, 396, 113), (1000, 264, 1)],
 )
-def test_extra_items_fill_the_gpu_twice_and_no_more(tiles, resident, extra):
-    assert cuda_tiling.extra_items(tiles, resident) == extra
+def test_extra_workers_fill_the_gpu_twice_and_no_more(tiles, resident, extra):
+    assert cuda_tiling.extra_workers(tiles, resident) == extra
     assert extra == 1 or extra * tiles <= 2 * resident < (extra + 1) * tiles

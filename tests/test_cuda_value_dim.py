@@ -57,12 +57,12 @@ def test_what_lies_behind_a_row_is_not_read(cuda_decode, spec):
 
 
 @every_spec
-@pytest.mark.parametrize("extra", [1, 8])
-def test_what_lies_around_out_is_not_written(cuda_decode, spec, extra):
+@pytest.mark.parametrize("workers", [1, 8])
+def test_what_lies_around_out_is_not_written(cuda_decode, spec, workers):
     """By cuda_decode, for sequences of one range, and by cuda_merge for the others."""
     kernels, inputs = cuda_decode(spec), on_device(make_inputs(spec, LENGTHS))
-    expected, _ = kernels.decode(inputs, extra=extra)
-    arguments = kernels.arguments(inputs, extra)
+    expected, _ = kernels.decode(inputs, workers=workers)
+    arguments = kernels.arguments(inputs, workers)
     wide = np.full((len(LENGTHS), spec.num_heads + 1, spec.result_dim + 3), 7, expected.dtype)
     out = wide[:, : spec.num_heads, : spec.result_dim]
     arguments |= {"out": out, **strides(out, out_batch=0, out_head=1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -24,6 +25,23 @@ SPECS = {
 }
 SPEC = SPECS["mqa_float16"]
 STAGED = PagedAttentionSpec(8, 2, 32, 16, "bfloat16")
+
+
+def of_head(batch, head, query_pos, key_pos):
+    return (key_pos < 4) | ((query_pos - key_pos < 60) & ((key_pos + head) % 3 != 0))
+
+
+def falling(score, batch, head, query_pos, key_pos):
+    return score - (head + 1) * 0.01 * (query_pos - key_pos)
+
+
+ATTEND = {
+    "mma": STAGED,
+    "mma_scores": dataclasses.replace(STAGED, window=70, softcap=1.5, alibi=True, sinks=True),
+    "mma_functions": dataclasses.replace(STAGED, mask_mod=of_head, score_mod=falling),
+    "float32": PagedAttentionSpec(6, 2, 32, 8, "float32", kv_layout="HND", mask_mod=of_head, sinks=True),
+    "one_head": PagedAttentionSpec(2, 2, 32, 16, "float16", window=33),
+}
 
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
@@ -81,6 +99,14 @@ def test_verify(memory, gpu_module, pipeline):
         result = verify.verify(cuda_verify.OnGpu(module, memory), seed=1, draw=number)
         assert result.failures == ()
         assert max(result.out.of_tolerance, result.lse.of_tolerance) <= 1
+
+
+@pytest.mark.parametrize("name", ATTEND)
+def test_verify_attend(memory, gpu_module, name):
+    """Random calls of attend: poison in all that is not to be read, infinities in later query tokens, trees."""
+    module = cuda_verify.OnGpu(gpu_module(ATTEND[name], attend=True), memory)
+    for number in (1, 3):
+        assert verify.verify(module, seed=2, draw=number).failures == ()
 
 
 def test_verify_without_torch(gpu_module, monkeypatch):

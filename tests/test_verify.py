@@ -124,6 +124,7 @@ class Broken:
         self.module, self.spec, self.num_threads, self.spoil = module, module.spec, 1, spoil
 
     has_attend = has_attend_shared_prefix = has_merge_states = False
+    most_query_tokens = None
 
     def decode(self, *arguments, **options):
         returned = self.module.decode(*arguments, **options)
@@ -137,7 +138,7 @@ class Broken:
 class BrokenWithQueries(Broken):
     """One of which calls of attend are changed."""
 
-    has_attend = True
+    has_attend, most_query_tokens = True, None
 
     def decode(self, *arguments, **options):
         return self.module.decode(*arguments, **options)

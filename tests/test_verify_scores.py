@@ -38,7 +38,8 @@ class InFloat32:
     that are left out.
     """
 
-    has_attend = False
+    has_attend = has_attend_shared_prefix = has_merge_states = False
+    most_query_tokens = None
 
     def __init__(self, spec, more=0, roll=0, without=()):
         self.spec, self.num_threads = spec, 1

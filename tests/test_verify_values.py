@@ -24,7 +24,8 @@ SEED, DRAWS = 3, 32
 class InNumPy:
     """A module that calls the reference; first_value is where the values of a shared cache begin."""
 
-    has_attend = False
+    has_attend = has_attend_shared_prefix = has_merge_states = False
+    most_query_tokens = None
 
     def __init__(self, spec, first_value=0):
         self.spec, self.num_threads, self.first_value = spec, 1, first_value

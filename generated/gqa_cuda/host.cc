@@ -4,7 +4,7 @@
 // Target: cuda, arch sm_90; pipeline fused
 // Regenerate: pa-compiler generate
 
-// Host orchestration of paged decode attention on CUDA: checks the arguments, and launches the kernels on the caller's
+// Host orchestration of paged attention on CUDA: checks the arguments, and launches the kernels on the caller's
 // stream through NVIDIA's driver. And of append_kv, which fills the cache.
 //   fused pipeline; num_heads=32, num_kv_heads=8, head_dim=128, block_size=16, dtype=bfloat16, out_dtype=bfloat16, kv_layout=NHD, head_tile=16, batch_chunk=16, value_dim=128
 
@@ -16,9 +16,11 @@
 #include "cuda/device.h"
 #include "cuda/driver.h"
 #include "cuda/interface.h"
+#include "cuda/queries.h"
 #include "shared/append_checks.h"
 #include "shared/decode_checks.h"
 #include "shared/indices.h"
+
 
 namespace pa {
 namespace {
@@ -40,31 +42,41 @@ struct Spec {
   static constexpr int kArch = 90;  // compute capability, times ten, of the machine code
   static constexpr char kArchName[] = "sm_90";
   static constexpr bool kExactArch = false;  // whether it is for that alone
-  static constexpr int64_t kHeadTiles = 8;  // thread blocks of one work item
-  static constexpr int64_t kWaves = 2;  // thread blocks that long sequences are cut for, by how many a GPU runs at once
-  enum Kernel { kCudaCheck, kCudaDecode, kCudaMerge, kCudaAppendKv, kCudaCheckSlots, kNumKernels };
+  static constexpr int64_t kHeadTiles = 8;  // thread blocks of one worker of decode
+  static constexpr int64_t kWaves = 2;  // thread blocks of a launch beside one worker for each sequence, by how many a GPU runs at once
+  static constexpr int64_t kRangeTokens = 256, kMostRanges = 64;  // of a sequence's keys; longer ranges rather than more
+  enum Kernel { kCudaCheck, kCudaDecode, kCudaMerge, kCudaCheckQueries, kCudaAttend, kCudaMergeAttend, kCudaAppendKv, kCudaCheckSlots, kNumKernels };
   static constexpr KernelInfo kKernels[] = {
       {"cuda_check_kernel", 128, 0},
       {"cuda_decode_kernel", 128, 65536},
       {"cuda_merge_kernel", 128, 0},
+      {"cuda_check_queries_kernel", 128, 0},
+      {"cuda_attend_kernel", 128, 65536},
+      {"cuda_merge_attend_kernel", 128, 0},
       {"cuda_append_kv_kernel", 256, 128},
       {"cuda_check_slots_kernel", 128, 0},
   };
 };
 
-// Where a kernel checks the indices, that kernel, then decode, whose work items leave partial results of the sequences
-// that they share, and the merge of those. All launches are the same whatever the lengths are, so that a graph can hold
+// Partial results: as many as there may be ranges, of each query token and head.
+struct PartialBytes {
+  int64_t row, acc;
+  PartialBytes(const BlockTable& table, int64_t num_tokens)
+      : row(MostRanges<Spec>(table) * num_tokens * Spec::kNumHeads * int64_t{sizeof(float)}),
+        acc(row * Spec::kValueDim) {}
+  int64_t all() const { return 2 * Workspace::Aligned(row) + Workspace::Aligned(acc); }
+};
+
+// Where a kernel checks the indices, that kernel, then decode, which leaves partial results of the sequences that are
+// cut into ranges, and the merge of those. All launches are the same whatever the lengths are, so that a graph can hold
 // them.
 void LaunchDecode(const Call& call, const DecodeArguments& args, Check check, const Array*) {
-  const int64_t num_items = args.batch + call.device.extra_items;
-  const int64_t row_bytes = num_items * Spec::kNumHeads * int64_t{sizeof(float)};
+  const PartialBytes partial(args.block_table, args.batch);
   const int64_t lse_bytes = args.batch * Spec::kNumHeads * int64_t{sizeof(float)};
-  Workspace workspace(call, 2 * Workspace::Aligned(row_bytes) + Workspace::Aligned(row_bytes * Spec::kValueDim) +
-                                Workspace::Aligned(lse_bytes) + Workspace::Aligned(sizeof(int32_t)));
+  Workspace workspace(call, partial.all() + Workspace::Aligned(lse_bytes) + Workspace::Aligned(sizeof(int32_t)));
   int32_t batch = static_cast<int32_t>(args.batch);
   CUdeviceptr block_table = Address(args.block_table.entries);
   CUdeviceptr context_lens = Address(args.context_lens);
-  int32_t items = static_cast<int32_t>(num_items);
   BlockStride<Keys> k_block = args.key_cache.block_stride;
   HeadStride<Keys> k_head = args.key_cache.head_stride;
   RowStride<Keys> k_row = args.key_cache.row_stride;
@@ -77,9 +89,9 @@ void LaunchDecode(const Call& call, const DecodeArguments& args, Check check, co
   CUdeviceptr out = Address(args.out);
   int64_t out_batch = args.out.strides[0];
   int64_t out_head = args.out.strides[1];
-  CUdeviceptr partial_acc = workspace.Take(row_bytes * Spec::kValueDim);
-  CUdeviceptr partial_max = workspace.Take(row_bytes);
-  CUdeviceptr partial_sum = workspace.Take(row_bytes);
+  CUdeviceptr partial_acc = workspace.Take(partial.acc);
+  CUdeviceptr partial_max = workspace.Take(partial.row);
+  CUdeviceptr partial_sum = workspace.Take(partial.row);
   int64_t q_batch = args.query.strides[0];
   int64_t q_head = args.query.strides[1];
   CUdeviceptr query = Address(args.query);
@@ -94,6 +106,7 @@ void LaunchDecode(const Call& call, const DecodeArguments& args, Check check, co
   HeadStride<Values> v_head = args.value_cache.head_stride;
   RowStride<Values> v_row = args.value_cache.row_stride;
   CUdeviceptr value_cache = Address(args.value_cache.memory);
+  int32_t workers = static_cast<int32_t>(args.batch + call.device.extra_workers);
 
   if (check == kCheckDevice) {
     PA_DRIVER(cuMemsetD32Async, status, 0, 1, call.stream);
@@ -107,16 +120,16 @@ void LaunchDecode(const Call& call, const DecodeArguments& args, Check check, co
   {
     void* values[] = {
         &block_table, &context_lens, &key_cache, &lse, &out, &partial_acc, &partial_max, &partial_sum, &query,
-        &row_starts, &status, &value_cache, &batch, &items, &k_block, &k_head, &k_row, &lse_batch, &out_batch,
+        &row_starts, &status, &value_cache, &batch, &k_block, &k_head, &k_row, &lse_batch, &out_batch,
         &out_head, &q_batch, &q_head, &query_scale, &row_step, &score_scale, &table_seq, &v_block, &v_head,
-        &v_row};
-    call.Launch<Spec>(Spec::kCudaDecode, int64_t{items * 8}, values);
+        &v_row, &workers};
+    call.Launch<Spec>(Spec::kCudaDecode, int64_t{workers * 8}, values);
   }
   {
     void* values[] = {
         &block_table, &context_lens, &lse, &out, &partial_acc, &partial_max, &partial_sum, &report, &row_starts,
-        &status, &batch, &items, &lse_batch, &max_blocks, &num_blocks, &num_entries, &out_batch, &out_head,
-        &row_step, &table_seq};
+        &status, &batch, &lse_batch, &max_blocks, &num_blocks, &num_entries, &out_batch, &out_head, &row_step,
+        &table_seq};
     call.Launch<Spec>(Spec::kCudaMerge, int64_t{batch * 32}, values);
   }
 }
@@ -155,6 +168,108 @@ void Decode(const Inputs& in, TVMFFIAny*) {
   } else {
     LaunchDecode(call, args, check, nullptr);
   }
+}
+
+// As LaunchDecode, for the query tokens of each sequence.
+void LaunchAttend(const Call& call, const AttendArguments& args, Check check) {
+  const PartialBytes partial(args.block_table, args.query.shape[0]);
+  const int64_t lse_bytes = args.query.shape[0] * Spec::kNumHeads * int64_t{sizeof(float)};
+  Workspace workspace(call, partial.all() + Workspace::Aligned(lse_bytes) + Workspace::Aligned(sizeof(int32_t)));
+  int32_t batch = static_cast<int32_t>(args.batch);
+  CUdeviceptr block_table = Address(args.block_table.entries);
+  CUdeviceptr context_lens = Address(args.context_lens);
+  int32_t has_tree = args.has_tree();
+  BlockStride<Keys> k_block = args.key_cache.block_stride;
+  HeadStride<Keys> k_head = args.key_cache.head_stride;
+  RowStride<Keys> k_row = args.key_cache.row_stride;
+  CUdeviceptr key_cache = Address(args.key_cache.memory);
+  CUdeviceptr lse = args.has_lse() ? Address(args.lse) : workspace.Take(lse_bytes);
+  int64_t lse_batch = args.has_lse() ? args.lse.strides[0] : Spec::kNumHeads;
+  int32_t max_blocks = static_cast<int32_t>(args.block_table.is_pair ? 0 : args.block_table.Capacity(0, Spec::kBlockSize) / Spec::kBlockSize);
+  int64_t num_blocks = args.num_blocks;
+  int64_t num_entries = args.block_table.MostBlocks();
+  int32_t num_tokens = static_cast<int32_t>(args.query.shape[0]);
+  CUdeviceptr out = Address(args.out);
+  int64_t out_batch = args.out.strides[0];
+  int64_t out_head = args.out.strides[1];
+  CUdeviceptr partial_acc = workspace.Take(partial.acc);
+  CUdeviceptr partial_max = workspace.Take(partial.row);
+  CUdeviceptr partial_sum = workspace.Take(partial.row);
+  int64_t q_batch = args.query.strides[0];
+  int64_t q_head = args.query.strides[1];
+  CUdeviceptr query = Address(args.query);
+  float query_scale = args.scale.query;
+  CUdeviceptr query_start_loc = Address(args.query_start_loc);
+  CUdeviceptr report = call.report;
+  CUdeviceptr row_starts = args.block_table.is_pair ? Address(args.block_table.row_starts) : call.device.zero;
+  int64_t row_step = args.block_table.row_starts.strides[0];
+  float score_scale = args.scale.scores;
+  int32_t sees_all = args.has_tree() || !args.causal;
+  CUdeviceptr status = check == kCheckDevice ? workspace.Take(sizeof(int32_t)) : call.device.zero;
+  int64_t table_seq = args.block_table.entries.strides[0];
+  int64_t tree_cells = args.has_tree() ? args.tree_mask.shape[0] : -1;
+  CUdeviceptr tree_mask = args.has_tree() ? Address(args.tree_mask) : call.device.zero;
+  BlockStride<Values> v_block = args.value_cache.block_stride;
+  HeadStride<Values> v_head = args.value_cache.head_stride;
+  RowStride<Values> v_row = args.value_cache.row_stride;
+  CUdeviceptr value_cache = Address(args.value_cache.memory);
+  int32_t workers = static_cast<int32_t>(args.batch + call.device.extra_workers);
+
+  if (check == kCheckDevice) {
+    PA_DRIVER(cuMemsetD32Async, status, 0, 1, call.stream);
+    {
+      void* values[] = {
+          &block_table, &context_lens, &query_start_loc, &row_starts, &status, &batch, &max_blocks, &num_blocks,
+          &num_entries, &num_tokens, &row_step, &sees_all, &table_seq, &tree_cells};
+      call.Launch<Spec>(Spec::kCudaCheckQueries, int64_t{batch}, values);
+    }
+  }
+  {
+    void* values[] = {
+        &block_table, &context_lens, &key_cache, &lse, &out, &partial_acc, &partial_max, &partial_sum, &query,
+        &query_start_loc, &row_starts, &status, &tree_mask, &value_cache, &batch, &has_tree, &k_block, &k_head,
+        &k_row, &lse_batch, &num_tokens, &out_batch, &out_head, &q_batch, &q_head, &query_scale, &row_step,
+        &score_scale, &sees_all, &table_seq, &v_block, &v_head, &v_row, &workers};
+    call.Launch<Spec>(Spec::kCudaAttend, int64_t{workers * 8}, values);
+  }
+  {
+    void* values[] = {
+        &block_table, &context_lens, &lse, &out, &partial_acc, &partial_max, &partial_sum, &query_start_loc,
+        &report, &row_starts, &status, &batch, &lse_batch, &max_blocks, &num_blocks, &num_entries, &num_tokens,
+        &out_batch, &out_head, &row_step, &sees_all, &table_seq, &tree_cells};
+    call.Launch<Spec>(Spec::kCudaMergeAttend, int64_t{num_tokens * 32}, values);
+  }
+}
+
+// attend: attention of the last query tokens of each sequence, up to kMostQueries. What is checked when is as in decode.
+void Attend(const Inputs& in, TVMFFIAny*) {
+  const Check check = CheckOf(in, AttendParameters::kCheck);
+  AttendArguments args = CheckAttend<Spec, AttendParameters>(in);
+  const int id = CheckSameDevice({
+      {"query", &args.query},
+      {"key_cache", &args.key_cache.memory},
+      {"value_cache", &args.value_cache.memory},
+      {args.block_table.is_pair ? "block_table[1]" : "block_table", &args.block_table.entries},
+      {"block_table[0]", args.block_table.is_pair ? &args.block_table.row_starts : &args.block_table.entries},
+      {"context_lens", &args.context_lens},
+      {"query_start_loc", &args.query_start_loc},
+      {"tree_mask", args.has_tree() ? &args.tree_mask : &args.out},
+      {"out", &args.out},
+      {"lse", args.has_lse() ? &args.lse : &args.out},
+  });
+  CheckAligned("query", args.query, 4);
+  CheckCount("context_lens", "a batch", args.batch, Spec::kMaxBatch);
+  CheckCount("query", "a number of query tokens", args.query.shape[0], std::min(Spec::kMaxBatch, kMaxQueries));
+  Device& device = DeviceOf<Spec>(id);
+  RaiseReported(device);
+  const BlockTable table = args.block_table;
+  args.block_table.AsRead(args.batch);
+  const Call call(device, id);
+  if (check == kCheckHost) {
+    CheckNotCapturing(call, "'device' or 'none'");
+    CheckQueriesOnHost<Spec>(call, table, args);
+  }
+  if (args.batch > 0 && args.query.shape[0] > 0) LaunchAttend(call, args, check);
 }
 
 // Launch what writes new tokens, and before it, where there is a workspace for its finding, what checks the slots.
@@ -240,5 +355,6 @@ void CheckStatus(const Inputs&, TVMFFIAny*) { RaiseAllReported(); }
 }  // namespace pa
 
 PA_EXPORT(decode, pa::DecodeParameters, pa::Decode)
+PA_EXPORT(attend, pa::AttendParameters, pa::Attend)
 PA_EXPORT(append_kv, pa::AppendKvParameters, pa::AppendKV)
 PA_EXPORT(check_status, pa::CheckStatusParameters, pa::CheckStatus)

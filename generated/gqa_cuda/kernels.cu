@@ -170,12 +170,12 @@ __forceinline__ __device__ int tvm_builtin_ffs_u32(unsigned int value) {
 __forceinline__ __device__ void tvm_builtin_ptx_ld_global_nc_b32(uint32_t& __d, const void* __addr) {
   asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(__d) : "l"(__addr) : "memory");
 }
-__forceinline__ __device__ void tvm_builtin_ptx_movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& __d, uint32_t __a) {
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(__d) : "r"(__a));
-}
 
 __forceinline__ __device__ unsigned int tvm_builtin_reduce_add_sync_u32(unsigned int mask, unsigned int value) {
     return __reduce_add_sync(mask, value);
+}
+__forceinline__ __device__ void tvm_builtin_ptx_movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& __d, uint32_t __a) {
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(__d) : "r"(__a));
 }
 
 __forceinline__ __device__ float tvm_builtin_uint_as_float(unsigned int bits) {
@@ -196,6 +196,10 @@ __forceinline__ __device__ void tvm_builtin_ptx_red_relaxed_gpu_global_max_s32(c
 __forceinline__ __device__ void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_0() {
   asm volatile("cp.async.wait_group 0;" :  :  : "memory");
 }
+
+__forceinline__ __device__ unsigned int tvm_builtin_float_as_uint(float x) {
+    return __float_as_uint(x);
+}
 __forceinline__ __device__ void tvm_builtin_ptx_cp_async_wait_group_async_wait_group_1() {
   asm volatile("cp.async.wait_group 1;" :  :  : "memory");
 }
@@ -212,19 +216,22 @@ __forceinline__ __device__ void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_sh
 __forceinline__ __device__ void tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(float& __d0, float& __d1, float& __d2, float& __d3, uint32_t __a0, uint32_t __a1, uint32_t __a2, uint32_t __a3, uint32_t __b0, uint32_t __b1, float __c0, float __c1, float __c2, float __c3) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" : "=f"(__d0), "=f"(__d1), "=f"(__d2), "=f"(__d3) : "r"(__a0), "r"(__a1), "r"(__a2), "r"(__a3), "r"(__b0), "r"(__b1), "f"(__c0), "f"(__c1), "f"(__c2), "f"(__c3));
 }
-extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int items, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float query_scale, int64_t row_step, float score_scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row);
-extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, int64_t* __restrict__ report_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int items, int64_t lse_batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int64_t out_batch, int64_t out_head, int64_t row_step, int64_t table_seq);
+extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float query_scale, int64_t row_step, float score_scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row, int workers);
+extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, int64_t* __restrict__ report_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int64_t lse_batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int64_t out_batch, int64_t out_head, int64_t row_step, int64_t table_seq);
 extern "C" __global__ void __launch_bounds__(128) cuda_check_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int64_t row_step, int64_t table_seq);
+extern "C" __global__ void __launch_bounds__(128) cuda_attend_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ query_start_loc_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, uchar* __restrict__ tree_mask_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int has_tree, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int num_tokens, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float query_scale, int64_t row_step, float score_scale, int sees_all, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row, int workers);
+extern "C" __global__ void __launch_bounds__(128) cuda_merge_attend_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, int* __restrict__ query_start_loc_ptr, int64_t* __restrict__ report_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int64_t lse_batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int num_tokens, int64_t out_batch, int64_t out_head, int64_t row_step, int sees_all, int64_t table_seq, int64_t tree_cells);
+extern "C" __global__ void __launch_bounds__(128) cuda_check_queries_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, int* __restrict__ query_start_loc_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int num_tokens, int64_t row_step, int sees_all, int64_t table_seq, int64_t tree_cells);
 extern "C" __global__ void __launch_bounds__(256) cuda_append_kv_kernel(ushort* __restrict__ key_ptr, ushort* __restrict__ key_cache_ptr, int64_t* __restrict__ report_ptr, int64_t* __restrict__ slot_mapping_ptr, int* __restrict__ status_ptr, ushort* __restrict__ value_ptr, ushort* __restrict__ value_cache_ptr, int64_t k_block, int64_t k_head, int64_t k_row, int64_t key_head, int64_t key_token, int64_t num_blocks, int num_tokens, int64_t v_block, int64_t v_head, int64_t v_row, int64_t value_head, int64_t value_token);
 extern "C" __global__ void __launch_bounds__(128) cuda_check_slots_kernel(int64_t* __restrict__ slot_mapping_ptr, int* __restrict__ status_ptr, int64_t num_blocks, int num_tokens);
-extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int items, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float query_scale, int64_t row_step, float score_scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row) {
+extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float query_scale, int64_t row_step, float score_scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row, int workers) {
   int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
   int cta = ((int)blockIdx.x);
   int warp_id = warp_id_in_cta;
   int cse_v1 = (((int)threadIdx.x) & 31);
   int lane_id = (((int)threadIdx.x) & 31);
   extern __shared__ __align__(128) uint ring_ptr[];
-  alignas(64) int found_ptr[5];
+  alignas(64) int found_ptr[7];
   alignas(64) uint q_ptr[16];
   alignas(64) float row_max_ptr[2];
   alignas(64) float row_sum_ptr[4];
@@ -235,23 +242,8 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
   lane_ptr[0] = (((int)threadIdx.x) & 31);
   alignas(64) int item_ptr[1];
   item_ptr[0] = (((int)blockIdx.x) / 8);
-  alignas(64) int kv_head_ptr[1];
-  kv_head_ptr[0] = (((int)blockIdx.x) % 8);
-  alignas(64) int first_row_ptr[1];
-  first_row_ptr[0] = 0;
   alignas(64) int stopped_ptr[1];
   stopped_ptr[0] = status_ptr[0];
-  alignas(64) int range_steps_ptr[1];
-  alignas(64) uint steps_ptr[1];
-  steps_ptr[0] = (uint)0;
-  for (int i = 0; i < ((batch + 31) / 32); ++i) {
-    if (((i * 32) + lane_ptr[0]) < batch) {
-      steps_ptr[0] = (steps_ptr[0] + ((uint)((max(context_lens_ptr[((((int64_t)i) * (int64_t)32) + ((int64_t)lane_ptr[0]))], 0) + 63) / 64)));
-    }
-  }
-  uint total = tvm_builtin_reduce_add_sync_u32((uint)4294967295, steps_ptr[0]);
-  int cse_v2 = (items - batch);
-  range_steps_ptr[0] = max(((int)((total + ((uint)((items - batch) - 1))) / ((uint)(items - batch)))), 4);
   found_ptr[0] = -1;
   alignas(64) int before_ptr[1];
   before_ptr[0] = 0;
@@ -260,16 +252,13 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
   #pragma unroll 1
   while (1) {
     if (!(((found_ptr[0] < 0) & (first_ptr[0] < batch)))) { break; }
-    alignas(64) int steps_ptr_1[1];
-    steps_ptr_1[0] = 0;
-    alignas(64) int ranges_ptr[1];
-    ranges_ptr[0] = 0;
+    alignas(64) int count_ptr[1];
+    count_ptr[0] = 0;
     if ((first_ptr[0] + lane_ptr[0]) < batch) {
-      steps_ptr_1[0] = ((max(context_lens_ptr[(((int64_t)first_ptr[0]) + ((int64_t)lane_ptr[0]))], 0) + 63) / 64);
-      ranges_ptr[0] = max((((steps_ptr_1[0] + range_steps_ptr[0]) - 1) / range_steps_ptr[0]), 1);
+      count_ptr[0] = ((0 < context_lens_ptr[(((int64_t)first_ptr[0]) + ((int64_t)lane_ptr[0]))]) ? ((((context_lens_ptr[(((int64_t)first_ptr[0]) + ((int64_t)lane_ptr[0]))] - 1) >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[(((int64_t)first_ptr[0]) + ((int64_t)lane_ptr[0]))] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8)) + 1) - (0 >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[(((int64_t)first_ptr[0]) + ((int64_t)lane_ptr[0]))] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8))) : 1);
     }
     alignas(64) int end_ptr[1];
-    end_ptr[0] = ranges_ptr[0];
+    end_ptr[0] = count_ptr[0];
     int below = __shfl_up_sync((uint)4294967295, end_ptr[0], 1, 32);
     end_ptr[0] = ((1 <= lane_ptr[0]) ? (end_ptr[0] + below) : end_ptr[0]);
     int below_1 = __shfl_up_sync((uint)4294967295, end_ptr[0], 2, 32);
@@ -283,30 +272,40 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
     uint hits = tvm_builtin_ballot_sync((uint)4294967295, ((int)(item_ptr[0] < (before_ptr[0] + end_ptr[0]))));
     if (hits != (uint)0) {
       int owner = (tvm_builtin_ffs_u32(hits) - 1);
-      int number = __shfl_sync((uint)4294967295, (((item_ptr[0] + ranges_ptr[0]) - before_ptr[0]) - end_ptr[0]), owner, 32);
-      int owned = __shfl_sync((uint)4294967295, ranges_ptr[0], owner, 32);
-      int owned_steps = __shfl_sync((uint)4294967295, steps_ptr_1[0], owner, 32);
-      int cse_v14 = (((owned_steps + owned) - 1) / owned);
-      int length = (((owned_steps + owned) - 1) / owned);
+      int number = __shfl_sync((uint)4294967295, (((item_ptr[0] + count_ptr[0]) - before_ptr[0]) - end_ptr[0]), owner, 32);
       found_ptr[0] = (first_ptr[0] + owner);
-      found_ptr[1] = ((number * (((owned_steps + owned) - 1) / owned)) * 64);
-      found_ptr[4] = context_lens_ptr[(((int64_t)first_ptr[0]) + ((int64_t)owner))];
-      found_ptr[2] = min(found_ptr[4], (((number + 1) * (((owned_steps + owned) - 1) / owned)) * 64));
-      found_ptr[3] = owned;
+      found_ptr[5] = number;
+      found_ptr[6] = 0;
+      found_ptr[3] = ((0 < context_lens_ptr[found_ptr[0]]) ? ((((context_lens_ptr[found_ptr[0]] - 1) >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[found_ptr[0]] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8)) + 1) - (0 >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[found_ptr[0]] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8))) : 1);
+      found_ptr[4] = context_lens_ptr[found_ptr[0]];
+      alignas(64) int seen_ptr[1];
+      seen_ptr[0] = 0;
+      alignas(64) int after_ptr[1];
+      after_ptr[0] = context_lens_ptr[found_ptr[0]];
+      alignas(64) int places_ptr[1];
+      places_ptr[0] = (max((((int)(tvm_builtin_float_as_uint(((float)(max(((after_ptr[0] - seen_ptr[0]) - 1), 0) / 16384))) >> (uint)23)) - 126), 0) + 8);
+      alignas(64) int nth_ptr[1];
+      nth_ptr[0] = ((seen_ptr[0] >> places_ptr[0]) + found_ptr[5]);
+      found_ptr[1] = max(seen_ptr[0], (nth_ptr[0] << places_ptr[0]));
+      found_ptr[2] = min(after_ptr[0], ((nth_ptr[0] + 1) << places_ptr[0]));
     }
     before_ptr[0] = (before_ptr[0] + __shfl_sync((uint)4294967295, end_ptr[0], 31, 32));
     first_ptr[0] = (first_ptr[0] + 32);
   }
-  if ((0 <= found_ptr[0]) & (stopped_ptr[0] == 0)) {
+  #pragma unroll 1
+  while (1) {
+    if (!(((0 <= found_ptr[0]) & (stopped_ptr[0] == 0)))) { break; }
     alignas(64) int64_t seq_ptr[1];
     seq_ptr[0] = ((int64_t)found_ptr[0]);
     alignas(64) int64_t row_ptr[1];
     row_ptr[0] = ((seq_ptr[0] * table_seq) + ((int64_t)row_starts_ptr[(seq_ptr[0] * row_step)]));
-    alignas(64) int rows_ptr[1];
-    rows_ptr[0] = (4 - max(first_row_ptr[0], 0));
-    alignas(64) int places_ptr[1];
+    alignas(64) int kv_head_ptr[1];
+    kv_head_ptr[0] = (((int)blockIdx.x) % 8);
+    alignas(64) int first_row_ptr[1];
+    first_row_ptr[0] = 0;
+    alignas(64) int places_ptr_1[1];
       float v_ = (float)(found_ptr[4] - 1);
-    places_ptr[0] = max((((*(int *)(&(v_))) >> 23) - 125), 0);
+    places_ptr_1[0] = max((((*(int *)(&(v_))) >> 23) - 125), 0);
     q_ptr[0] = (uint)0;
     q_ptr[1] = (uint)0;
     q_ptr[2] = (uint)0;
@@ -323,25 +322,26 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
     q_ptr[13] = (uint)0;
     q_ptr[14] = (uint)0;
     q_ptr[15] = (uint)0;
-    int head = (lane_ptr[0] / 4);
-    if (head < rows_ptr[0]) {
-      int64_t cse_v11 = (((int64_t)head) * q_head);
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[0], (&(query_ptr[(((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head))])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[1], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)8)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[2], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)16)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[3], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)24)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[4], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)32)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[5], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)40)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[6], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)48)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[7], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)56)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[8], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)64)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[9], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)72)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[10], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)80)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[11], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)88)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[12], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)96)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[13], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)104)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[14], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)112)])));
-      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[15], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)120)])));
+    int row = (lane_ptr[0] / 4);
+    if ((max(first_row_ptr[0], 0) + row) < 4) {
+      alignas(64) int64_t start_ptr[1];
+      start_ptr[0] = ((((int64_t)found_ptr[0]) * q_batch) + ((((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) + ((int64_t)row)) * q_head));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[0], (&(query_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0])])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[1], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)8)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[2], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)16)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[3], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)24)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[4], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)32)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[5], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)40)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[6], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)48)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[7], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)56)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[8], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)64)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[9], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)72)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[10], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)80)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[11], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)88)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[12], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)96)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[13], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)104)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[14], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)112)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[15], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)120)])));
     }
     alignas(64) uint word_ptr[1];
     word_ptr[0] = q_ptr[0];
@@ -446,7 +446,7 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         alignas(64) int row_ptr_1[1];
         row_ptr_1[0] = (lane_ptr[0] / 8);
         alignas(64) int token_ptr[1];
-        int cse_v3 = (step * 64);
+        int cse_v2 = (step * 64);
         token_ptr[0] = (((step * 64) + own_ptr[0]) + row_ptr_1[0]);
         alignas(64) int number_ptr[1];
         number_ptr[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_1[0], 32);
@@ -456,7 +456,7 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         size_ptr[0] = ((token_ptr[0] < end_ptr_1[0]) ? (uint)16 : (uint)0);
         alignas(64) int64_t source_ptr[1];
         source_ptr[0] = (((((int64_t)number_ptr[0]) * k_block) + (((int64_t)slot_ptr[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
-        int cse_v12 = ((step % 2) * 2048);
+        int cse_v11 = ((step % 2) * 2048);
         tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_1[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr[0])])), size_ptr[0]);
         tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_1[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr[0]) + (int64_t)64)])), size_ptr[0]);
         alignas(64) int64_t source_ptr_1[1];
@@ -616,10 +616,10 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         acc_ptr[27] = (acc_ptr[27] * alpha_ptr_1[0]);
         acc_ptr[29] = (acc_ptr[29] * alpha_ptr_1[0]);
         acc_ptr[31] = (acc_ptr[31] * alpha_ptr_1[0]);
-        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[0], (((scores_ptr[0] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr[0])));
-        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[1], (((scores_ptr[1] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr[0])));
-        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[2], (((scores_ptr[2] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr[0])));
-        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[3], (((scores_ptr[3] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr[0])));
+        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[0], (((scores_ptr[0] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr_1[0])));
+        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[1], (((scores_ptr[1] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr_1[0])));
+        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[2], (((scores_ptr[2] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr_1[0])));
+        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[3], (((scores_ptr[3] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr_1[0])));
         tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(pair_ptr[0], scores_ptr[1], scores_ptr[0]);
         tvm_builtin_ptx_movmatrix_sync_aligned_m8n8_trans_b16(p_frag_ptr[0], pair_ptr[0]);
         tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(pair_ptr[1], scores_ptr[3], scores_ptr[2]);
@@ -647,106 +647,108 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
     }
     tvm_builtin_ptx_cp_async_wait_group_async_wait_group_0();
     tvm_builtin_cuda_cta_sync();
-    int row = ((lane_ptr[0] % 4) * 2);
-    if (row < 4) {
-      if (lane_ptr[0] < 4) {
-        ((float*)ring_ptr)[((warp_ptr[0] * 4) + row)] = row_max_ptr[0];
-        ((float*)ring_ptr)[(((warp_ptr[0] * 4) + row) + 16)] = row_sum_ptr[0];
-      }
-      int cse_v4 = (row * 132);
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 32)] = acc_ptr[0];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 40)] = acc_ptr[2];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 48)] = acc_ptr[4];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 56)] = acc_ptr[6];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 64)] = acc_ptr[8];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 72)] = acc_ptr[10];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 80)] = acc_ptr[12];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 88)] = acc_ptr[14];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 96)] = acc_ptr[16];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 104)] = acc_ptr[18];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 112)] = acc_ptr[20];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 120)] = acc_ptr[22];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 128)] = acc_ptr[24];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 136)] = acc_ptr[26];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 144)] = acc_ptr[28];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row * 132)) + (lane_ptr[0] / 4)) + 152)] = acc_ptr[30];
-    }
-    int row_1 = (((lane_ptr[0] % 4) * 2) + 1);
+    int row_1 = ((lane_ptr[0] % 4) * 2);
     if (row_1 < 4) {
       if (lane_ptr[0] < 4) {
-        ((float*)ring_ptr)[((warp_ptr[0] * 4) + row_1)] = row_max_ptr[1];
-        ((float*)ring_ptr)[(((warp_ptr[0] * 4) + row_1) + 16)] = row_sum_ptr[1];
+        ((float*)ring_ptr)[((warp_ptr[0] * 4) + row_1)] = row_max_ptr[0];
+        ((float*)ring_ptr)[(((warp_ptr[0] * 4) + row_1) + 16)] = row_sum_ptr[0];
       }
-      int cse_v5 = (row_1 * 132);
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 32)] = acc_ptr[1];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 40)] = acc_ptr[3];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 48)] = acc_ptr[5];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 56)] = acc_ptr[7];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 64)] = acc_ptr[9];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 72)] = acc_ptr[11];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 80)] = acc_ptr[13];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 88)] = acc_ptr[15];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 96)] = acc_ptr[17];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 104)] = acc_ptr[19];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 112)] = acc_ptr[21];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 120)] = acc_ptr[23];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 128)] = acc_ptr[25];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 136)] = acc_ptr[27];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 144)] = acc_ptr[29];
-      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 152)] = acc_ptr[31];
+      int cse_v3 = (row_1 * 132);
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 32)] = acc_ptr[0];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 40)] = acc_ptr[2];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 48)] = acc_ptr[4];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 56)] = acc_ptr[6];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 64)] = acc_ptr[8];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 72)] = acc_ptr[10];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 80)] = acc_ptr[12];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 88)] = acc_ptr[14];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 96)] = acc_ptr[16];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 104)] = acc_ptr[18];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 112)] = acc_ptr[20];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 120)] = acc_ptr[22];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 128)] = acc_ptr[24];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 136)] = acc_ptr[26];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 144)] = acc_ptr[28];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 152)] = acc_ptr[30];
+    }
+    int row_2 = (((lane_ptr[0] % 4) * 2) + 1);
+    if (row_2 < 4) {
+      if (lane_ptr[0] < 4) {
+        ((float*)ring_ptr)[((warp_ptr[0] * 4) + row_2)] = row_max_ptr[1];
+        ((float*)ring_ptr)[(((warp_ptr[0] * 4) + row_2) + 16)] = row_sum_ptr[1];
+      }
+      int cse_v4 = (row_2 * 132);
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 32)] = acc_ptr[1];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 40)] = acc_ptr[3];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 48)] = acc_ptr[5];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 56)] = acc_ptr[7];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 64)] = acc_ptr[9];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 72)] = acc_ptr[11];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 80)] = acc_ptr[13];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 88)] = acc_ptr[15];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 96)] = acc_ptr[17];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 104)] = acc_ptr[19];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 112)] = acc_ptr[21];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 120)] = acc_ptr[23];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 128)] = acc_ptr[25];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 136)] = acc_ptr[27];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 144)] = acc_ptr[29];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 152)] = acc_ptr[31];
     }
     tvm_builtin_cuda_cta_sync();
-    for (int step_1 = 0; step_1 < (((rows_ptr[0] * 128) + 127) / 128); ++step_1) {
-      int cse_v6 = (step_1 * 128);
-      int row_2 = ((((step_1 * 128) + (warp_ptr[0] * 32)) + lane_ptr[0]) / 128);
+    for (int step_1 = 0; step_1 < ((639 - (max(first_row_ptr[0], 0) * 128)) / 128); ++step_1) {
+      int cse_v5 = (step_1 * 128);
+      int row_3 = ((((step_1 * 128) + (warp_ptr[0] * 32)) + lane_ptr[0]) / 128);
       int d = ((((step_1 * 128) + (warp_ptr[0] * 32)) + lane_ptr[0]) % 128);
-      if (row_2 < rows_ptr[0]) {
+      if ((max(first_row_ptr[0], 0) + row_3) < 4) {
         alignas(64) float highest_ptr_2[1];
         highest_ptr_2[0] = -CUDART_INF_F;
         alignas(64) float total_ptr[1];
         total_ptr[0] = 0x0p+0f/*0.000000e+00*/;
         alignas(64) float value_ptr[1];
         value_ptr[0] = 0x0p+0f/*0.000000e+00*/;
-        highest_ptr_2[0] = max(highest_ptr_2[0], ((float*)ring_ptr)[row_2]);
-        int cse_v7 = (row_2 + 4);
-        highest_ptr_2[0] = max(highest_ptr_2[0], ((float*)ring_ptr)[(row_2 + 4)]);
-        int cse_v8 = (row_2 + 8);
-        highest_ptr_2[0] = max(highest_ptr_2[0], ((float*)ring_ptr)[(row_2 + 8)]);
-        int cse_v9 = (row_2 + 12);
-        highest_ptr_2[0] = max(highest_ptr_2[0], ((float*)ring_ptr)[(row_2 + 12)]);
+        highest_ptr_2[0] = max(highest_ptr_2[0], ((float*)ring_ptr)[row_3]);
+        int cse_v6 = (row_3 + 4);
+        highest_ptr_2[0] = max(highest_ptr_2[0], ((float*)ring_ptr)[(row_3 + 4)]);
+        int cse_v7 = (row_3 + 8);
+        highest_ptr_2[0] = max(highest_ptr_2[0], ((float*)ring_ptr)[(row_3 + 8)]);
+        int cse_v8 = (row_3 + 12);
+        highest_ptr_2[0] = max(highest_ptr_2[0], ((float*)ring_ptr)[(row_3 + 12)]);
         alignas(64) float shift_ptr_1[1];
         shift_ptr_1[0] = ((highest_ptr_2[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr_2[0]);
         alignas(64) float weight_ptr[1];
         weight_ptr[0] = 0x0p+0f/*0.000000e+00*/;
-        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[0], ((((float*)ring_ptr)[row_2] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
-        total_ptr[0] = (total_ptr[0] + (weight_ptr[0] * ((float*)ring_ptr)[(row_2 + 16)]));
-        int cse_v13 = ((row_2 * 132) + d);
-        value_ptr[0] = (value_ptr[0] + (weight_ptr[0] * ((float*)ring_ptr)[(((row_2 * 132) + d) + 32)]));
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[0], ((((float*)ring_ptr)[row_3] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr[0] * ((float*)ring_ptr)[(row_3 + 16)]));
+        int cse_v12 = ((row_3 * 132) + d);
+        value_ptr[0] = (value_ptr[0] + (weight_ptr[0] * ((float*)ring_ptr)[(((row_3 * 132) + d) + 32)]));
         alignas(64) float weight_ptr_1[1];
         weight_ptr_1[0] = 0x0p+0f/*0.000000e+00*/;
-        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr_1[0], ((((float*)ring_ptr)[(row_2 + 4)] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
-        total_ptr[0] = (total_ptr[0] + (weight_ptr_1[0] * ((float*)ring_ptr)[(row_2 + 20)]));
-        value_ptr[0] = (value_ptr[0] + (weight_ptr_1[0] * ((float*)ring_ptr)[(((row_2 * 132) + d) + 560)]));
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr_1[0], ((((float*)ring_ptr)[(row_3 + 4)] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr_1[0] * ((float*)ring_ptr)[(row_3 + 20)]));
+        value_ptr[0] = (value_ptr[0] + (weight_ptr_1[0] * ((float*)ring_ptr)[(((row_3 * 132) + d) + 560)]));
         alignas(64) float weight_ptr_2[1];
         weight_ptr_2[0] = 0x0p+0f/*0.000000e+00*/;
-        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr_2[0], ((((float*)ring_ptr)[(row_2 + 8)] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
-        total_ptr[0] = (total_ptr[0] + (weight_ptr_2[0] * ((float*)ring_ptr)[(row_2 + 24)]));
-        value_ptr[0] = (value_ptr[0] + (weight_ptr_2[0] * ((float*)ring_ptr)[(((row_2 * 132) + d) + 1088)]));
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr_2[0], ((((float*)ring_ptr)[(row_3 + 8)] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr_2[0] * ((float*)ring_ptr)[(row_3 + 24)]));
+        value_ptr[0] = (value_ptr[0] + (weight_ptr_2[0] * ((float*)ring_ptr)[(((row_3 * 132) + d) + 1088)]));
         alignas(64) float weight_ptr_3[1];
         weight_ptr_3[0] = 0x0p+0f/*0.000000e+00*/;
-        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr_3[0], ((((float*)ring_ptr)[(row_2 + 12)] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
-        total_ptr[0] = (total_ptr[0] + (weight_ptr_3[0] * ((float*)ring_ptr)[(row_2 + 28)]));
-        value_ptr[0] = (value_ptr[0] + (weight_ptr_3[0] * ((float*)ring_ptr)[(((row_2 * 132) + d) + 1616)]));
-        int64_t head_1 = (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) + ((int64_t)row_2));
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr_3[0], ((((float*)ring_ptr)[(row_3 + 12)] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr_3[0] * ((float*)ring_ptr)[(row_3 + 28)]));
+        value_ptr[0] = (value_ptr[0] + (weight_ptr_3[0] * ((float*)ring_ptr)[(((row_3 * 132) + d) + 1616)]));
+        int token = found_ptr[0];
+        int64_t head = (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) + ((int64_t)row_3));
+        int64_t cse_v9 = ((int64_t)token);
         int64_t cse_v10 = ((int64_t)d);
         if (found_ptr[3] == 1) {
-          out_ptr[(((seq_ptr[0] * out_batch) + (head_1 * out_head)) + ((int64_t)d))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? value_ptr[0] : (value_ptr[0] / total_ptr[0])));
+          out_ptr[(((((int64_t)token) * out_batch) + (head * out_head)) + ((int64_t)d))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? value_ptr[0] : (value_ptr[0] / total_ptr[0])));
           if (d == 0) {
-              int v__1 = (places_ptr[0] + 127) << 23;
-            lse_ptr[((seq_ptr[0] * lse_batch) + head_1)] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (highest_ptr_2[0] + logf((total_ptr[0] * (*(float *)(&(v__1)))))));
+              int v__1 = (places_ptr_1[0] + 127) << 23;
+            lse_ptr[((((int64_t)token) * lse_batch) + head)] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (highest_ptr_2[0] + logf((total_ptr[0] * (*(float *)(&(v__1)))))));
           }
         } else {
-          int64_t slot = ((((int64_t)item_ptr[0]) * (int64_t)32) + head_1);
+          int64_t slot = ((((((int64_t)found_ptr[5]) * ((int64_t)batch)) * (int64_t)32) + (((int64_t)token) * (int64_t)32)) + head);
           partial_acc_ptr[((slot * (int64_t)128) + ((int64_t)d))] = value_ptr[0];
           if (d == 0) {
             partial_max_ptr[slot] = highest_ptr_2[0];
@@ -755,49 +757,99 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         }
       }
     }
+    item_ptr[0] = (item_ptr[0] + workers);
+    found_ptr[0] = -1;
+    alignas(64) int before_ptr_1[1];
+    before_ptr_1[0] = 0;
+    alignas(64) int first_ptr_1[1];
+    first_ptr_1[0] = 0;
+    #pragma unroll 1
+    while (1) {
+      if (!(((found_ptr[0] < 0) & (first_ptr_1[0] < batch)))) { break; }
+      alignas(64) int count_ptr_1[1];
+      count_ptr_1[0] = 0;
+      if ((first_ptr_1[0] + lane_ptr[0]) < batch) {
+        count_ptr_1[0] = ((0 < context_lens_ptr[(((int64_t)first_ptr_1[0]) + ((int64_t)lane_ptr[0]))]) ? ((((context_lens_ptr[(((int64_t)first_ptr_1[0]) + ((int64_t)lane_ptr[0]))] - 1) >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[(((int64_t)first_ptr_1[0]) + ((int64_t)lane_ptr[0]))] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8)) + 1) - (0 >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[(((int64_t)first_ptr_1[0]) + ((int64_t)lane_ptr[0]))] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8))) : 1);
+      }
+      alignas(64) int end_ptr_2[1];
+      end_ptr_2[0] = count_ptr_1[0];
+      int below_5 = __shfl_up_sync((uint)4294967295, end_ptr_2[0], 1, 32);
+      end_ptr_2[0] = ((1 <= lane_ptr[0]) ? (end_ptr_2[0] + below_5) : end_ptr_2[0]);
+      int below_6 = __shfl_up_sync((uint)4294967295, end_ptr_2[0], 2, 32);
+      end_ptr_2[0] = ((2 <= lane_ptr[0]) ? (end_ptr_2[0] + below_6) : end_ptr_2[0]);
+      int below_7 = __shfl_up_sync((uint)4294967295, end_ptr_2[0], 4, 32);
+      end_ptr_2[0] = ((4 <= lane_ptr[0]) ? (end_ptr_2[0] + below_7) : end_ptr_2[0]);
+      int below_8 = __shfl_up_sync((uint)4294967295, end_ptr_2[0], 8, 32);
+      end_ptr_2[0] = ((8 <= lane_ptr[0]) ? (end_ptr_2[0] + below_8) : end_ptr_2[0]);
+      int below_9 = __shfl_up_sync((uint)4294967295, end_ptr_2[0], 16, 32);
+      end_ptr_2[0] = ((16 <= lane_ptr[0]) ? (end_ptr_2[0] + below_9) : end_ptr_2[0]);
+      uint hits_1 = tvm_builtin_ballot_sync((uint)4294967295, ((int)(item_ptr[0] < (before_ptr_1[0] + end_ptr_2[0]))));
+      if (hits_1 != (uint)0) {
+        int owner_1 = (tvm_builtin_ffs_u32(hits_1) - 1);
+        int number_1 = __shfl_sync((uint)4294967295, (((item_ptr[0] + count_ptr_1[0]) - before_ptr_1[0]) - end_ptr_2[0]), owner_1, 32);
+        found_ptr[0] = (first_ptr_1[0] + owner_1);
+        found_ptr[5] = number_1;
+        found_ptr[6] = 0;
+        found_ptr[3] = ((0 < context_lens_ptr[found_ptr[0]]) ? ((((context_lens_ptr[found_ptr[0]] - 1) >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[found_ptr[0]] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8)) + 1) - (0 >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[found_ptr[0]] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8))) : 1);
+        found_ptr[4] = context_lens_ptr[found_ptr[0]];
+        alignas(64) int seen_ptr_1[1];
+        seen_ptr_1[0] = 0;
+        alignas(64) int after_ptr_1[1];
+        after_ptr_1[0] = context_lens_ptr[found_ptr[0]];
+        alignas(64) int places_ptr_2[1];
+        places_ptr_2[0] = (max((((int)(tvm_builtin_float_as_uint(((float)(max(((after_ptr_1[0] - seen_ptr_1[0]) - 1), 0) / 16384))) >> (uint)23)) - 126), 0) + 8);
+        alignas(64) int nth_ptr_1[1];
+        nth_ptr_1[0] = ((seen_ptr_1[0] >> places_ptr_2[0]) + found_ptr[5]);
+        found_ptr[1] = max(seen_ptr_1[0], (nth_ptr_1[0] << places_ptr_2[0]));
+        found_ptr[2] = min(after_ptr_1[0], ((nth_ptr_1[0] + 1) << places_ptr_2[0]));
+      }
+      before_ptr_1[0] = (before_ptr_1[0] + __shfl_sync((uint)4294967295, end_ptr_2[0], 31, 32));
+      first_ptr_1[0] = (first_ptr_1[0] + 32);
+    }
+    tvm_builtin_cuda_cta_sync();
   }
 }
 
-extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, int64_t* __restrict__ report_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int items, int64_t lse_batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int64_t out_batch, int64_t out_head, int64_t row_step, int64_t table_seq) {
+extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, int64_t* __restrict__ report_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int64_t lse_batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int64_t out_batch, int64_t out_head, int64_t row_step, int64_t table_seq) {
   int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
   int cta = ((int)blockIdx.x);
   int warp_id = warp_id_in_cta;
   int cse_v1 = (((int)threadIdx.x) & 31);
   int lane_id = (((int)threadIdx.x) & 31);
-  alignas(64) int found_ptr[2];
+  alignas(64) int found_ptr[1];
   alignas(64) int lane_ptr[1];
   lane_ptr[0] = (((int)threadIdx.x) & 31);
   alignas(64) int thread_ptr[1];
   thread_ptr[0] = ((warp_id_in_cta * 32) + lane_ptr[0]);
-  alignas(64) int seq_ptr[1];
-  seq_ptr[0] = (((int)blockIdx.x) / 32);
+  alignas(64) int token_ptr[1];
+  token_ptr[0] = (((int)blockIdx.x) / 32);
   alignas(64) int head_ptr[1];
   head_ptr[0] = (((int)blockIdx.x) % 32);
   if (((status_ptr[0] != 0) & (((int)blockIdx.x) == 0)) & (thread_ptr[0] == 0)) {
     alignas(64) int found_ptr_1[1];
     found_ptr_1[0] = (2147483647 - status_ptr[0]);
-    alignas(64) int64_t seq_ptr_1[1];
-    seq_ptr_1[0] = (((int64_t)found_ptr_1[0]) / (int64_t)2);
+    alignas(64) int64_t seq_ptr[1];
+    seq_ptr[0] = (((int64_t)found_ptr_1[0]) / (int64_t)2);
     alignas(64) int64_t length_ptr[1];
-    length_ptr[0] = ((int64_t)context_lens_ptr[seq_ptr_1[0]]);
+    length_ptr[0] = ((int64_t)context_lens_ptr[seq_ptr[0]]);
     alignas(64) int64_t code_ptr[1];
     code_ptr[0] = (int64_t)1;
-    report_ptr[1] = seq_ptr_1[0];
-    if (((((seq_ptr_1[0] == (int64_t)0) && (row_starts_ptr[(seq_ptr_1[0] * row_step)] != 0)) || (row_starts_ptr[(seq_ptr_1[0] * row_step)] < 0)) || (row_starts_ptr[((seq_ptr_1[0] + (int64_t)1) * row_step)] < row_starts_ptr[(seq_ptr_1[0] * row_step)])) || (num_entries < ((int64_t)row_starts_ptr[((seq_ptr_1[0] + (int64_t)1) * row_step)]))) {
+    report_ptr[1] = seq_ptr[0];
+    if (((((seq_ptr[0] == (int64_t)0) && (row_starts_ptr[(seq_ptr[0] * row_step)] != 0)) || (row_starts_ptr[(seq_ptr[0] * row_step)] < 0)) || (row_starts_ptr[((seq_ptr[0] + (int64_t)1) * row_step)] < row_starts_ptr[(seq_ptr[0] * row_step)])) || (num_entries < ((int64_t)row_starts_ptr[((seq_ptr[0] + (int64_t)1) * row_step)]))) {
       code_ptr[0] = (int64_t)4;
-      report_ptr[2] = ((int64_t)row_starts_ptr[(seq_ptr_1[0] * row_step)]);
-      report_ptr[3] = ((int64_t)row_starts_ptr[((seq_ptr_1[0] + (int64_t)1) * row_step)]);
+      report_ptr[2] = ((int64_t)row_starts_ptr[(seq_ptr[0] * row_step)]);
+      report_ptr[3] = ((int64_t)row_starts_ptr[((seq_ptr[0] + (int64_t)1) * row_step)]);
       report_ptr[4] = num_entries;
     } else {
       if ((found_ptr_1[0] % 2) == 0) {
         report_ptr[3] = length_ptr[0];
-        report_ptr[4] = (min(((((int64_t)max_blocks) + ((int64_t)row_starts_ptr[((seq_ptr_1[0] + (int64_t)1) * row_step)])) - ((int64_t)row_starts_ptr[(seq_ptr_1[0] * row_step)])), (int64_t)67108864) * (int64_t)16);
+        report_ptr[4] = (min(((((int64_t)max_blocks) + ((int64_t)row_starts_ptr[((seq_ptr[0] + (int64_t)1) * row_step)])) - ((int64_t)row_starts_ptr[(seq_ptr[0] * row_step)])), (int64_t)67108864) * (int64_t)16);
       } else {
         code_ptr[0] = (int64_t)2;
         alignas(64) int64_t i_ptr[1];
         i_ptr[0] = (int64_t)0;
         alignas(64) int64_t row_ptr[1];
-        row_ptr[0] = ((seq_ptr_1[0] * table_seq) + ((int64_t)row_starts_ptr[(seq_ptr_1[0] * row_step)]));
+        row_ptr[0] = ((seq_ptr[0] * table_seq) + ((int64_t)row_starts_ptr[(seq_ptr[0] * row_step)]));
         alignas(64) int64_t block_ptr[1];
         block_ptr[0] = ((int64_t)block_table_ptr[row_ptr[0]]);
         #pragma unroll 1
@@ -813,56 +865,42 @@ extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restr
     }
     tvm_builtin_ptx_st_release_sys_global_b64_s64((&(report_ptr[0])), code_ptr[0]);
   }
-  alignas(64) int range_steps_ptr[1];
-  alignas(64) uint steps_ptr[1];
-  steps_ptr[0] = (uint)0;
-  for (int i = 0; i < ((batch + 31) / 32); ++i) {
-    if (((i * 32) + lane_ptr[0]) < batch) {
-      steps_ptr[0] = (steps_ptr[0] + ((uint)((max(context_lens_ptr[((((int64_t)i) * (int64_t)32) + ((int64_t)lane_ptr[0]))], 0) + 63) / 64)));
-    }
-  }
-  uint total = tvm_builtin_reduce_add_sync_u32((uint)4294967295, steps_ptr[0]);
-  int cse_v2 = (items - batch);
-  range_steps_ptr[0] = max(((int)((total + ((uint)((items - batch) - 1))) / ((uint)(items - batch)))), 4);
-  alignas(64) uint before_ptr[1];
-  before_ptr[0] = (uint)0;
-  for (int i_1 = 0; i_1 < ((seq_ptr[0] + 31) / 32); ++i_1) {
-    if (((i_1 * 32) + lane_ptr[0]) < seq_ptr[0]) {
-      before_ptr[0] = (before_ptr[0] + ((uint)max((((((max(context_lens_ptr[((((int64_t)i_1) * (int64_t)32) + ((int64_t)lane_ptr[0]))], 0) + 63) / 64) + range_steps_ptr[0]) - 1) / range_steps_ptr[0]), 1)));
-    }
-  }
-  found_ptr[0] = ((int)tvm_builtin_reduce_add_sync_u32((uint)4294967295, before_ptr[0]));
-  found_ptr[1] = max((((((max(context_lens_ptr[seq_ptr[0]], 0) + 63) / 64) + range_steps_ptr[0]) - 1) / range_steps_ptr[0]), 1);
-  if (((1 < found_ptr[1]) & (status_ptr[0] == 0)) & (thread_ptr[0] < 128)) {
-    alignas(64) int64_t first_ptr[1];
-    first_ptr[0] = ((((int64_t)found_ptr[0]) * (int64_t)32) + ((int64_t)head_ptr[0]));
-    alignas(64) float highest_ptr[1];
-    highest_ptr[0] = -CUDART_INF_F;
-    alignas(64) float total_ptr[1];
-    total_ptr[0] = 0x0p+0f/*0.000000e+00*/;
-    alignas(64) float value_ptr[1];
-    value_ptr[0] = 0x0p+0f/*0.000000e+00*/;
-    for (int i_2 = 0; i_2 < found_ptr[1]; ++i_2) {
-      highest_ptr[0] = max(highest_ptr[0], partial_max_ptr[((((int64_t)i_2) * (int64_t)32) + first_ptr[0])]);
-    }
-    alignas(64) float shift_ptr[1];
-    shift_ptr[0] = ((highest_ptr[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr[0]);
-    for (int i_3 = 0; i_3 < found_ptr[1]; ++i_3) {
-      alignas(64) float weight_ptr[1];
-      weight_ptr[0] = 0x0p+0f/*0.000000e+00*/;
-      int64_t cse_v3 = ((int64_t)i_3);
-      int64_t cse_v4 = (((int64_t)i_3) * (int64_t)32);
-      tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[0], ((partial_max_ptr[((((int64_t)i_3) * (int64_t)32) + first_ptr[0])] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/));
-      total_ptr[0] = (total_ptr[0] + (weight_ptr[0] * partial_sum_ptr[((((int64_t)i_3) * (int64_t)32) + first_ptr[0])]));
-      value_ptr[0] = (value_ptr[0] + (weight_ptr[0] * partial_acc_ptr[(((((int64_t)i_3) * (int64_t)4096) + (first_ptr[0] * (int64_t)128)) + ((int64_t)thread_ptr[0]))]));
-    }
-    alignas(64) int64_t where_ptr[1];
-    where_ptr[0] = ((((int64_t)seq_ptr[0]) * out_batch) + (((int64_t)head_ptr[0]) * out_head));
-    out_ptr[(where_ptr[0] + ((int64_t)thread_ptr[0]))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? value_ptr[0] : (value_ptr[0] / total_ptr[0])));
-    if (thread_ptr[0] == 0) {
-          float v_ = (float)(context_lens_ptr[seq_ptr[0]] - 1);
-        int v__1 = (max((((*(int *)(&(v_))) >> 23) - 125), 0) + 127) << 23;
-      lse_ptr[((((int64_t)seq_ptr[0]) * lse_batch) + ((int64_t)head_ptr[0]))] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (highest_ptr[0] + logf((total_ptr[0] * (*(float *)(&(v__1)))))));
+  if (status_ptr[0] == 0) {
+    found_ptr[0] = token_ptr[0];
+    alignas(64) int ranges_ptr[1];
+    ranges_ptr[0] = ((0 < context_lens_ptr[found_ptr[0]]) ? ((((context_lens_ptr[found_ptr[0]] - 1) >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[found_ptr[0]] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8)) + 1) - (0 >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[found_ptr[0]] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8))) : 1);
+    if ((1 < ranges_ptr[0]) & (thread_ptr[0] < 128)) {
+      alignas(64) int64_t first_ptr[1];
+      first_ptr[0] = ((((int64_t)token_ptr[0]) * (int64_t)32) + ((int64_t)head_ptr[0]));
+      alignas(64) int64_t slots_ptr[1];
+      slots_ptr[0] = (((int64_t)batch) * (int64_t)32);
+      alignas(64) float highest_ptr[1];
+      highest_ptr[0] = -CUDART_INF_F;
+      alignas(64) float total_ptr[1];
+      total_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+      alignas(64) float value_ptr[1];
+      value_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+      for (int i = 0; i < ranges_ptr[0]; ++i) {
+        highest_ptr[0] = max(highest_ptr[0], partial_max_ptr[(first_ptr[0] + (((int64_t)i) * slots_ptr[0]))]);
+      }
+      alignas(64) float shift_ptr[1];
+      shift_ptr[0] = ((highest_ptr[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr[0]);
+      for (int i_1 = 0; i_1 < ranges_ptr[0]; ++i_1) {
+        alignas(64) float weight_ptr[1];
+        weight_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+        int64_t cse_v2 = ((int64_t)i_1);
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[0], ((partial_max_ptr[(first_ptr[0] + (((int64_t)i_1) * slots_ptr[0]))] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr[0] * partial_sum_ptr[(first_ptr[0] + (((int64_t)i_1) * slots_ptr[0]))]));
+        value_ptr[0] = (value_ptr[0] + (weight_ptr[0] * partial_acc_ptr[(((first_ptr[0] * (int64_t)128) + ((((int64_t)i_1) * slots_ptr[0]) * (int64_t)128)) + ((int64_t)thread_ptr[0]))]));
+      }
+      alignas(64) int64_t where_ptr[1];
+      where_ptr[0] = ((((int64_t)token_ptr[0]) * out_batch) + (((int64_t)head_ptr[0]) * out_head));
+      out_ptr[(where_ptr[0] + ((int64_t)thread_ptr[0]))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? value_ptr[0] : (value_ptr[0] / total_ptr[0])));
+      if (thread_ptr[0] == 0) {
+            float v_ = (float)(context_lens_ptr[found_ptr[0]] - 1);
+          int v__1 = (max((((*(int *)(&(v_))) >> 23) - 125), 0) + 127) << 23;
+        lse_ptr[((((int64_t)token_ptr[0]) * lse_batch) + ((int64_t)head_ptr[0]))] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (highest_ptr[0] + logf((total_ptr[0] * (*(float *)(&(v__1)))))));
+      }
     }
   }
 }
@@ -893,6 +931,1650 @@ extern "C" __global__ void __launch_bounds__(128) cuda_check_kernel(int* __restr
     for (int step = 0; step < ((used_ptr[0] + 127) / 128); ++step) {
       alignas(64) int i_ptr[1];
       i_ptr[0] = ((step * 128) + thread_ptr[0]);
+      if (i_ptr[0] < used_ptr[0]) {
+        alignas(64) int block_ptr[1];
+        block_ptr[0] = block_table_ptr[(row_ptr[0] + ((int64_t)i_ptr[0]))];
+        if ((block_ptr[0] < 0) | (num_blocks <= ((int64_t)block_ptr[0]))) {
+          tvm_builtin_ptx_red_relaxed_gpu_global_max_s32((&(status_ptr[0])), (2147483646 - (seq_ptr[0] * 2)));
+        }
+      }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(128) cuda_attend_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ query_start_loc_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, uchar* __restrict__ tree_mask_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int has_tree, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int num_tokens, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float query_scale, int64_t row_step, float score_scale, int sees_all, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row, int workers) {
+  int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
+  int cta = ((int)blockIdx.x);
+  int warp_id = warp_id_in_cta;
+  int cse_v1 = (((int)threadIdx.x) & 31);
+  int lane_id = (((int)threadIdx.x) & 31);
+  extern __shared__ __align__(128) uint ring_ptr[];
+  alignas(64) int found_ptr[7];
+  alignas(64) uint q_ptr[32];
+  alignas(64) float row_max_ptr[4];
+  alignas(64) float row_sum_ptr[8];
+  alignas(64) float acc_ptr[64];
+  alignas(64) int tree_start_ptr[1];
+  alignas(64) int warp_ptr[1];
+  warp_ptr[0] = warp_id_in_cta;
+  alignas(64) int lane_ptr[1];
+  lane_ptr[0] = (((int)threadIdx.x) & 31);
+  alignas(64) int item_ptr[1];
+  item_ptr[0] = (((int)blockIdx.x) / 8);
+  alignas(64) int stopped_ptr[1];
+  stopped_ptr[0] = status_ptr[0];
+  found_ptr[0] = -1;
+  alignas(64) int before_ptr[1];
+  before_ptr[0] = 0;
+  alignas(64) int first_ptr[1];
+  first_ptr[0] = 0;
+  #pragma unroll 1
+  while (1) {
+    if (!(((found_ptr[0] < 0) & (first_ptr[0] < batch)))) { break; }
+    alignas(64) int count_ptr[1];
+    count_ptr[0] = 0;
+    if ((first_ptr[0] + lane_ptr[0]) < batch) {
+      count_ptr[0] = (((0 < context_lens_ptr[(((int64_t)first_ptr[0]) + ((int64_t)lane_ptr[0]))]) ? ((((context_lens_ptr[(((int64_t)first_ptr[0]) + ((int64_t)lane_ptr[0]))] - 1) >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[(((int64_t)first_ptr[0]) + ((int64_t)lane_ptr[0]))] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8)) + 1) - (0 >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[(((int64_t)first_ptr[0]) + ((int64_t)lane_ptr[0]))] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8))) : 1) * ((((query_start_loc_ptr[((((int64_t)first_ptr[0]) + ((int64_t)lane_ptr[0])) + (int64_t)1)] * 4) + 15) - (query_start_loc_ptr[(((int64_t)first_ptr[0]) + ((int64_t)lane_ptr[0]))] * 4)) / 16));
+    }
+    alignas(64) int end_ptr[1];
+    end_ptr[0] = count_ptr[0];
+    int below = __shfl_up_sync((uint)4294967295, end_ptr[0], 1, 32);
+    end_ptr[0] = ((1 <= lane_ptr[0]) ? (end_ptr[0] + below) : end_ptr[0]);
+    int below_1 = __shfl_up_sync((uint)4294967295, end_ptr[0], 2, 32);
+    end_ptr[0] = ((2 <= lane_ptr[0]) ? (end_ptr[0] + below_1) : end_ptr[0]);
+    int below_2 = __shfl_up_sync((uint)4294967295, end_ptr[0], 4, 32);
+    end_ptr[0] = ((4 <= lane_ptr[0]) ? (end_ptr[0] + below_2) : end_ptr[0]);
+    int below_3 = __shfl_up_sync((uint)4294967295, end_ptr[0], 8, 32);
+    end_ptr[0] = ((8 <= lane_ptr[0]) ? (end_ptr[0] + below_3) : end_ptr[0]);
+    int below_4 = __shfl_up_sync((uint)4294967295, end_ptr[0], 16, 32);
+    end_ptr[0] = ((16 <= lane_ptr[0]) ? (end_ptr[0] + below_4) : end_ptr[0]);
+    uint hits = tvm_builtin_ballot_sync((uint)4294967295, ((int)(item_ptr[0] < (before_ptr[0] + end_ptr[0]))));
+    if (hits != (uint)0) {
+      int owner = (tvm_builtin_ffs_u32(hits) - 1);
+      int number = __shfl_sync((uint)4294967295, (((item_ptr[0] + count_ptr[0]) - before_ptr[0]) - end_ptr[0]), owner, 32);
+      found_ptr[0] = (first_ptr[0] + owner);
+      found_ptr[5] = (number / ((((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) + 15) - (query_start_loc_ptr[found_ptr[0]] * 4)) / 16));
+      found_ptr[6] = (number % ((((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) + 15) - (query_start_loc_ptr[found_ptr[0]] * 4)) / 16));
+      found_ptr[3] = ((0 < context_lens_ptr[found_ptr[0]]) ? ((((context_lens_ptr[found_ptr[0]] - 1) >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[found_ptr[0]] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8)) + 1) - (0 >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[found_ptr[0]] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8))) : 1);
+      found_ptr[4] = context_lens_ptr[found_ptr[0]];
+      alignas(64) int seen_ptr[1];
+      seen_ptr[0] = 0;
+      alignas(64) int after_ptr[1];
+      after_ptr[0] = context_lens_ptr[found_ptr[0]];
+      alignas(64) int places_ptr[1];
+      places_ptr[0] = (max((((int)(tvm_builtin_float_as_uint(((float)(max(((after_ptr[0] - seen_ptr[0]) - 1), 0) / 16384))) >> (uint)23)) - 126), 0) + 8);
+      alignas(64) int nth_ptr[1];
+      nth_ptr[0] = ((seen_ptr[0] >> places_ptr[0]) + found_ptr[5]);
+      found_ptr[1] = max(seen_ptr[0], (nth_ptr[0] << places_ptr[0]));
+      found_ptr[2] = min(after_ptr[0], ((nth_ptr[0] + 1) << places_ptr[0]));
+    }
+    before_ptr[0] = (before_ptr[0] + __shfl_sync((uint)4294967295, end_ptr[0], 31, 32));
+    first_ptr[0] = (first_ptr[0] + 32);
+  }
+  #pragma unroll 1
+  while (1) {
+    if (!(((0 <= found_ptr[0]) & (stopped_ptr[0] == 0)))) { break; }
+    alignas(64) int64_t seq_ptr[1];
+    seq_ptr[0] = ((int64_t)found_ptr[0]);
+    alignas(64) int64_t row_ptr[1];
+    row_ptr[0] = ((seq_ptr[0] * table_seq) + ((int64_t)row_starts_ptr[(seq_ptr[0] * row_step)]));
+    alignas(64) int kv_head_ptr[1];
+    kv_head_ptr[0] = (((int)blockIdx.x) % 8);
+    alignas(64) int first_row_ptr[1];
+    first_row_ptr[0] = 0;
+    alignas(64) int places_ptr_1[1];
+      float v_ = (float)(found_ptr[4] - 1);
+    places_ptr_1[0] = max((((*(int *)(&(v_))) >> 23) - 125), 0);
+    q_ptr[0] = (uint)0;
+    q_ptr[1] = (uint)0;
+    q_ptr[2] = (uint)0;
+    q_ptr[3] = (uint)0;
+    q_ptr[4] = (uint)0;
+    q_ptr[5] = (uint)0;
+    q_ptr[6] = (uint)0;
+    q_ptr[7] = (uint)0;
+    q_ptr[8] = (uint)0;
+    q_ptr[9] = (uint)0;
+    q_ptr[10] = (uint)0;
+    q_ptr[11] = (uint)0;
+    q_ptr[12] = (uint)0;
+    q_ptr[13] = (uint)0;
+    q_ptr[14] = (uint)0;
+    q_ptr[15] = (uint)0;
+    q_ptr[16] = (uint)0;
+    q_ptr[17] = (uint)0;
+    q_ptr[18] = (uint)0;
+    q_ptr[19] = (uint)0;
+    q_ptr[20] = (uint)0;
+    q_ptr[21] = (uint)0;
+    q_ptr[22] = (uint)0;
+    q_ptr[23] = (uint)0;
+    q_ptr[24] = (uint)0;
+    q_ptr[25] = (uint)0;
+    q_ptr[26] = (uint)0;
+    q_ptr[27] = (uint)0;
+    q_ptr[28] = (uint)0;
+    q_ptr[29] = (uint)0;
+    q_ptr[30] = (uint)0;
+    q_ptr[31] = (uint)0;
+    int row = (lane_ptr[0] / 4);
+    if ((row < (((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) - (query_start_loc_ptr[found_ptr[0]] * 4)) - (found_ptr[6] * 16))) && (row < 16)) {
+      alignas(64) int64_t start_ptr[1];
+      int64_t cse_v2 = ((int64_t)row);
+      start_ptr[0] = (((((((int64_t)found_ptr[6]) * (int64_t)4) + (((int64_t)row) >> (int64_t)2)) + ((int64_t)query_start_loc_ptr[found_ptr[0]])) * q_batch) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + (((int64_t)row) & (int64_t)3)) * q_head));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[0], (&(query_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0])])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[1], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)8)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[2], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)16)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[3], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)24)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[4], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)32)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[5], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)40)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[6], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)48)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[7], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)56)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[8], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)64)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[9], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)72)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[10], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)80)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[11], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)88)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[12], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)96)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[13], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)104)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[14], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)112)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[15], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr[0]) + (int64_t)120)])));
+    }
+    int row_1 = ((lane_ptr[0] / 4) + 8);
+    if ((row_1 < (((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) - (query_start_loc_ptr[found_ptr[0]] * 4)) - (found_ptr[6] * 16))) && (row_1 < 16)) {
+      alignas(64) int64_t start_ptr_1[1];
+      int64_t cse_v3 = ((int64_t)row_1);
+      start_ptr_1[0] = (((((((int64_t)found_ptr[6]) * (int64_t)4) + (((int64_t)row_1) >> (int64_t)2)) + ((int64_t)query_start_loc_ptr[found_ptr[0]])) * q_batch) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + (((int64_t)row_1) & (int64_t)3)) * q_head));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[16], (&(query_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0])])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[17], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)8)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[18], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)16)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[19], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)24)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[20], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)32)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[21], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)40)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[22], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)48)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[23], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)56)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[24], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)64)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[25], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)72)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[26], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)80)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[27], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)88)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[28], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)96)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[29], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)104)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[30], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)112)])));
+      tvm_builtin_ptx_ld_global_nc_b32(q_ptr[31], (&(query_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + start_ptr_1[0]) + (int64_t)120)])));
+    }
+    alignas(64) uint word_ptr[1];
+    word_ptr[0] = q_ptr[0];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[0], (tvm_builtin_uint_as_float((word_ptr[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_1[1];
+    word_ptr_1[0] = q_ptr[1];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[1], (tvm_builtin_uint_as_float((word_ptr_1[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_1[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_2[1];
+    word_ptr_2[0] = q_ptr[2];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[2], (tvm_builtin_uint_as_float((word_ptr_2[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_2[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_3[1];
+    word_ptr_3[0] = q_ptr[3];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[3], (tvm_builtin_uint_as_float((word_ptr_3[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_3[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_4[1];
+    word_ptr_4[0] = q_ptr[4];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[4], (tvm_builtin_uint_as_float((word_ptr_4[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_4[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_5[1];
+    word_ptr_5[0] = q_ptr[5];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[5], (tvm_builtin_uint_as_float((word_ptr_5[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_5[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_6[1];
+    word_ptr_6[0] = q_ptr[6];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[6], (tvm_builtin_uint_as_float((word_ptr_6[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_6[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_7[1];
+    word_ptr_7[0] = q_ptr[7];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[7], (tvm_builtin_uint_as_float((word_ptr_7[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_7[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_8[1];
+    word_ptr_8[0] = q_ptr[8];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[8], (tvm_builtin_uint_as_float((word_ptr_8[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_8[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_9[1];
+    word_ptr_9[0] = q_ptr[9];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[9], (tvm_builtin_uint_as_float((word_ptr_9[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_9[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_10[1];
+    word_ptr_10[0] = q_ptr[10];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[10], (tvm_builtin_uint_as_float((word_ptr_10[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_10[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_11[1];
+    word_ptr_11[0] = q_ptr[11];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[11], (tvm_builtin_uint_as_float((word_ptr_11[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_11[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_12[1];
+    word_ptr_12[0] = q_ptr[12];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[12], (tvm_builtin_uint_as_float((word_ptr_12[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_12[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_13[1];
+    word_ptr_13[0] = q_ptr[13];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[13], (tvm_builtin_uint_as_float((word_ptr_13[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_13[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_14[1];
+    word_ptr_14[0] = q_ptr[14];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[14], (tvm_builtin_uint_as_float((word_ptr_14[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_14[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_15[1];
+    word_ptr_15[0] = q_ptr[15];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[15], (tvm_builtin_uint_as_float((word_ptr_15[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_15[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_16[1];
+    word_ptr_16[0] = q_ptr[16];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[16], (tvm_builtin_uint_as_float((word_ptr_16[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_16[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_17[1];
+    word_ptr_17[0] = q_ptr[17];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[17], (tvm_builtin_uint_as_float((word_ptr_17[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_17[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_18[1];
+    word_ptr_18[0] = q_ptr[18];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[18], (tvm_builtin_uint_as_float((word_ptr_18[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_18[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_19[1];
+    word_ptr_19[0] = q_ptr[19];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[19], (tvm_builtin_uint_as_float((word_ptr_19[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_19[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_20[1];
+    word_ptr_20[0] = q_ptr[20];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[20], (tvm_builtin_uint_as_float((word_ptr_20[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_20[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_21[1];
+    word_ptr_21[0] = q_ptr[21];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[21], (tvm_builtin_uint_as_float((word_ptr_21[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_21[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_22[1];
+    word_ptr_22[0] = q_ptr[22];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[22], (tvm_builtin_uint_as_float((word_ptr_22[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_22[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_23[1];
+    word_ptr_23[0] = q_ptr[23];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[23], (tvm_builtin_uint_as_float((word_ptr_23[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_23[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_24[1];
+    word_ptr_24[0] = q_ptr[24];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[24], (tvm_builtin_uint_as_float((word_ptr_24[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_24[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_25[1];
+    word_ptr_25[0] = q_ptr[25];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[25], (tvm_builtin_uint_as_float((word_ptr_25[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_25[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_26[1];
+    word_ptr_26[0] = q_ptr[26];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[26], (tvm_builtin_uint_as_float((word_ptr_26[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_26[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_27[1];
+    word_ptr_27[0] = q_ptr[27];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[27], (tvm_builtin_uint_as_float((word_ptr_27[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_27[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_28[1];
+    word_ptr_28[0] = q_ptr[28];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[28], (tvm_builtin_uint_as_float((word_ptr_28[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_28[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_29[1];
+    word_ptr_29[0] = q_ptr[29];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[29], (tvm_builtin_uint_as_float((word_ptr_29[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_29[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_30[1];
+    word_ptr_30[0] = q_ptr[30];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[30], (tvm_builtin_uint_as_float((word_ptr_30[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_30[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_31[1];
+    word_ptr_31[0] = q_ptr[31];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[31], (tvm_builtin_uint_as_float((word_ptr_31[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_31[0] << (uint)16)) * query_scale));
+    alignas(64) int first_pos_ptr[1];
+    first_pos_ptr[0] = ((context_lens_ptr[found_ptr[0]] + query_start_loc_ptr[found_ptr[0]]) - query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)]);
+    if (has_tree != 0) {
+      alignas(64) uint cells_ptr[1];
+      cells_ptr[0] = (uint)0;
+      for (int i = 0; i < ((found_ptr[0] + 31) / 32); ++i) {
+        if (((i * 32) + lane_ptr[0]) < found_ptr[0]) {
+          int64_t cse_v15 = (((int64_t)i) * (int64_t)32);
+          uint count = ((uint)(query_start_loc_ptr[(((((int64_t)i) * (int64_t)32) + ((int64_t)lane_ptr[0])) + (int64_t)1)] - query_start_loc_ptr[((((int64_t)i) * (int64_t)32) + ((int64_t)lane_ptr[0]))]));
+          cells_ptr[0] = (cells_ptr[0] + (count * count));
+        }
+      }
+      tree_start_ptr[0] = ((int)tvm_builtin_reduce_add_sync_u32((uint)4294967295, cells_ptr[0]));
+    }
+    alignas(64) int positions_ptr[4];
+    alignas(64) int limits_ptr[4];
+    alignas(64) int reach_ptr[6];
+    reach_ptr[0] = 1073741824;
+    reach_ptr[1] = 0;
+    reach_ptr[2] = 1073741824;
+    reach_ptr[3] = 0;
+    reach_ptr[4] = 1073741824;
+    reach_ptr[5] = 0;
+    for (int nth = 0; nth < (((min((((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) - (query_start_loc_ptr[found_ptr[0]] * 4)) - (found_ptr[6] * 16)), 16) - 1) >> 2) + 1); ++nth) {
+      alignas(64) int query_end_ptr[1];
+      query_end_ptr[0] = ((((found_ptr[6] * 4) + first_pos_ptr[0]) + nth) + 1);
+      alignas(64) int shown_ptr[1];
+      shown_ptr[0] = ((sees_all != 0) ? found_ptr[4] : query_end_ptr[0]);
+      alignas(64) int begin_ptr[1];
+      begin_ptr[0] = 0;
+      alignas(64) int end_ptr_1[1];
+      end_ptr_1[0] = min(shown_ptr[0], found_ptr[2]);
+      reach_ptr[0] = min(reach_ptr[0], begin_ptr[0]);
+      reach_ptr[1] = max(reach_ptr[1], end_ptr_1[0]);
+      reach_ptr[2] = min(reach_ptr[2], end_ptr_1[0]);
+      reach_ptr[3] = max(reach_ptr[3], begin_ptr[0]);
+      reach_ptr[4] = min(reach_ptr[4], ((0 < shown_ptr[0]) ? 0 : 1073741824));
+      reach_ptr[5] = max(reach_ptr[5], ((0 < shown_ptr[0]) ? shown_ptr[0] : 0));
+    }
+    alignas(64) int position_ptr[1];
+    position_ptr[0] = (((found_ptr[6] * 4) + (min(((lane_ptr[0] % 4) * 2), (min((((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) - (query_start_loc_ptr[found_ptr[0]] * 4)) - (found_ptr[6] * 16)), 16) - 1)) >> 2)) + first_pos_ptr[0]);
+    alignas(64) int seen_ptr_1[1];
+    seen_ptr_1[0] = ((sees_all != 0) ? found_ptr[4] : (position_ptr[0] + 1));
+    positions_ptr[0] = position_ptr[0];
+    limits_ptr[0] = min(seen_ptr_1[0], found_ptr[2]);
+    alignas(64) int position_ptr_1[1];
+    position_ptr_1[0] = (((found_ptr[6] * 4) + (min((((lane_ptr[0] % 4) * 2) + 1), (min((((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) - (query_start_loc_ptr[found_ptr[0]] * 4)) - (found_ptr[6] * 16)), 16) - 1)) >> 2)) + first_pos_ptr[0]);
+    alignas(64) int seen_ptr_2[1];
+    seen_ptr_2[0] = ((sees_all != 0) ? found_ptr[4] : (position_ptr_1[0] + 1));
+    positions_ptr[1] = position_ptr_1[0];
+    limits_ptr[1] = min(seen_ptr_2[0], found_ptr[2]);
+    alignas(64) int position_ptr_2[1];
+    position_ptr_2[0] = (((found_ptr[6] * 4) + (min((((lane_ptr[0] % 4) * 2) + 8), (min((((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) - (query_start_loc_ptr[found_ptr[0]] * 4)) - (found_ptr[6] * 16)), 16) - 1)) >> 2)) + first_pos_ptr[0]);
+    alignas(64) int seen_ptr_3[1];
+    seen_ptr_3[0] = ((sees_all != 0) ? found_ptr[4] : (position_ptr_2[0] + 1));
+    positions_ptr[2] = position_ptr_2[0];
+    limits_ptr[2] = min(seen_ptr_3[0], found_ptr[2]);
+    alignas(64) int position_ptr_3[1];
+    position_ptr_3[0] = (((found_ptr[6] * 4) + (min((((lane_ptr[0] % 4) * 2) + 9), (min((((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) - (query_start_loc_ptr[found_ptr[0]] * 4)) - (found_ptr[6] * 16)), 16) - 1)) >> 2)) + first_pos_ptr[0]);
+    alignas(64) int seen_ptr_4[1];
+    seen_ptr_4[0] = ((sees_all != 0) ? found_ptr[4] : (position_ptr_3[0] + 1));
+    positions_ptr[3] = position_ptr_3[0];
+    limits_ptr[3] = min(seen_ptr_4[0], found_ptr[2]);
+    found_ptr[2] = min(found_ptr[2], reach_ptr[1]);
+    row_max_ptr[0] = -CUDART_INF_F;
+    row_max_ptr[1] = -CUDART_INF_F;
+    row_max_ptr[2] = -CUDART_INF_F;
+    row_max_ptr[3] = -CUDART_INF_F;
+    row_sum_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+    row_sum_ptr[1] = 0x0p+0f/*0.000000e+00*/;
+    row_sum_ptr[2] = 0x0p+0f/*0.000000e+00*/;
+    row_sum_ptr[3] = 0x0p+0f/*0.000000e+00*/;
+    row_sum_ptr[4] = 0x0p+0f/*0.000000e+00*/;
+    row_sum_ptr[5] = 0x0p+0f/*0.000000e+00*/;
+    row_sum_ptr[6] = 0x0p+0f/*0.000000e+00*/;
+    row_sum_ptr[7] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[1] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[2] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[3] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[4] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[5] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[6] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[7] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[8] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[9] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[10] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[11] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[12] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[13] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[14] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[15] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[16] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[17] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[18] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[19] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[20] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[21] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[22] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[23] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[24] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[25] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[26] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[27] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[28] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[29] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[30] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[31] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[32] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[33] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[34] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[35] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[36] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[37] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[38] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[39] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[40] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[41] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[42] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[43] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[44] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[45] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[46] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[47] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[48] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[49] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[50] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[51] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[52] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[53] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[54] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[55] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[56] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[57] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[58] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[59] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[60] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[61] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[62] = 0x0p+0f/*0.000000e+00*/;
+    acc_ptr[63] = 0x0p+0f/*0.000000e+00*/;
+    alignas(64) int block_ptr[1];
+    alignas(64) int end_ptr_2[1];
+    end_ptr_2[0] = found_ptr[2];
+    alignas(64) int own_ptr[1];
+    own_ptr[0] = ((warp_ptr[0] * 16) + found_ptr[1]);
+    alignas(64) int num_tiles_ptr[1];
+    num_tiles_ptr[0] = ((max((end_ptr_2[0] - own_ptr[0]), 0) + 63) / 64);
+    if (0 < num_tiles_ptr[0]) {
+      alignas(64) int entry_ptr[1];
+      entry_ptr[0] = (min((own_ptr[0] + (lane_ptr[0] % 16)), (end_ptr_2[0] - 1)) / 16);
+      block_ptr[0] = block_table_ptr[(row_ptr[0] + ((int64_t)entry_ptr[0]))];
+    }
+    for (int step = 0; step < (num_tiles_ptr[0] + 1); ++step) {
+      if (step < num_tiles_ptr[0]) {
+        int cse_v4 = (step * 64);
+        if ((reach_ptr[0] < (((step * 64) + own_ptr[0]) + 16)) && (((step * 64) + own_ptr[0]) < reach_ptr[1])) {
+          alignas(64) int row_ptr_1[1];
+          row_ptr_1[0] = (lane_ptr[0] / 8);
+          alignas(64) int token_ptr[1];
+          token_ptr[0] = (((step * 64) + own_ptr[0]) + row_ptr_1[0]);
+          alignas(64) int number_ptr[1];
+          number_ptr[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_1[0], 32);
+          alignas(64) int slot_ptr[1];
+          slot_ptr[0] = (token_ptr[0] % 16);
+          alignas(64) uint size_ptr[1];
+          size_ptr[0] = ((token_ptr[0] < end_ptr_2[0]) ? (uint)16 : (uint)0);
+          alignas(64) int64_t source_ptr[1];
+          source_ptr[0] = (((((int64_t)number_ptr[0]) * k_block) + (((int64_t)slot_ptr[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
+          int cse_v16 = ((step % 2) * 2048);
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_1[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr[0])])), size_ptr[0]);
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_1[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr[0]) + (int64_t)64)])), size_ptr[0]);
+          alignas(64) int64_t source_ptr_1[1];
+          source_ptr_1[0] = (((((int64_t)number_ptr[0]) * v_block) + (((int64_t)slot_ptr[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_1[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_1[0])])), size_ptr[0]);
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_1[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_1[0]) + (int64_t)64)])), size_ptr[0]);
+          alignas(64) int row_ptr_2[1];
+          row_ptr_2[0] = ((lane_ptr[0] / 8) + 4);
+          alignas(64) int token_ptr_1[1];
+          token_ptr_1[0] = (((step * 64) + own_ptr[0]) + row_ptr_2[0]);
+          alignas(64) int number_ptr_1[1];
+          number_ptr_1[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_2[0], 32);
+          alignas(64) int slot_ptr_1[1];
+          slot_ptr_1[0] = (token_ptr_1[0] % 16);
+          alignas(64) uint size_ptr_1[1];
+          size_ptr_1[0] = ((token_ptr_1[0] < end_ptr_2[0]) ? (uint)16 : (uint)0);
+          alignas(64) int64_t source_ptr_2[1];
+          source_ptr_2[0] = (((((int64_t)number_ptr_1[0]) * k_block) + (((int64_t)slot_ptr_1[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_2[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_2[0])])), size_ptr_1[0]);
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_2[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_2[0]) + (int64_t)64)])), size_ptr_1[0]);
+          alignas(64) int64_t source_ptr_3[1];
+          source_ptr_3[0] = (((((int64_t)number_ptr_1[0]) * v_block) + (((int64_t)slot_ptr_1[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_2[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_3[0])])), size_ptr_1[0]);
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_2[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_3[0]) + (int64_t)64)])), size_ptr_1[0]);
+          alignas(64) int row_ptr_3[1];
+          row_ptr_3[0] = ((lane_ptr[0] / 8) + 8);
+          alignas(64) int token_ptr_2[1];
+          token_ptr_2[0] = (((step * 64) + own_ptr[0]) + row_ptr_3[0]);
+          alignas(64) int number_ptr_2[1];
+          number_ptr_2[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_3[0], 32);
+          alignas(64) int slot_ptr_2[1];
+          slot_ptr_2[0] = (token_ptr_2[0] % 16);
+          alignas(64) uint size_ptr_2[1];
+          size_ptr_2[0] = ((token_ptr_2[0] < end_ptr_2[0]) ? (uint)16 : (uint)0);
+          alignas(64) int64_t source_ptr_4[1];
+          source_ptr_4[0] = (((((int64_t)number_ptr_2[0]) * k_block) + (((int64_t)slot_ptr_2[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_3[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_4[0])])), size_ptr_2[0]);
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_3[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_4[0]) + (int64_t)64)])), size_ptr_2[0]);
+          alignas(64) int64_t source_ptr_5[1];
+          source_ptr_5[0] = (((((int64_t)number_ptr_2[0]) * v_block) + (((int64_t)slot_ptr_2[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_3[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_5[0])])), size_ptr_2[0]);
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_3[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_5[0]) + (int64_t)64)])), size_ptr_2[0]);
+          alignas(64) int row_ptr_4[1];
+          row_ptr_4[0] = ((lane_ptr[0] / 8) + 12);
+          alignas(64) int token_ptr_3[1];
+          token_ptr_3[0] = (((step * 64) + own_ptr[0]) + row_ptr_4[0]);
+          alignas(64) int number_ptr_3[1];
+          number_ptr_3[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_4[0], 32);
+          alignas(64) int slot_ptr_3[1];
+          slot_ptr_3[0] = (token_ptr_3[0] % 16);
+          alignas(64) uint size_ptr_3[1];
+          size_ptr_3[0] = ((token_ptr_3[0] < end_ptr_2[0]) ? (uint)16 : (uint)0);
+          alignas(64) int64_t source_ptr_6[1];
+          source_ptr_6[0] = (((((int64_t)number_ptr_3[0]) * k_block) + (((int64_t)slot_ptr_3[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_4[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_4[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_6[0])])), size_ptr_3[0]);
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_4[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_4[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_6[0]) + (int64_t)64)])), size_ptr_3[0]);
+          alignas(64) int64_t source_ptr_7[1];
+          source_ptr_7[0] = (((((int64_t)number_ptr_3[0]) * v_block) + (((int64_t)slot_ptr_3[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_4[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_4[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_7[0])])), size_ptr_3[0]);
+          tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_4[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_4[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_7[0]) + (int64_t)64)])), size_ptr_3[0]);
+        }
+        alignas(64) int entry_ptr_1[1];
+        entry_ptr_1[0] = (min(((((step * 64) + own_ptr[0]) + (lane_ptr[0] % 16)) + 64), (end_ptr_2[0] - 1)) / 16);
+        block_ptr[0] = block_table_ptr[(row_ptr[0] + ((int64_t)entry_ptr_1[0]))];
+      }
+      tvm_builtin_ptx_cp_async_commit_group_async_commit_group();
+      if (1 <= step) {
+        tvm_builtin_ptx_cp_async_wait_group_async_wait_group_1();
+        tvm_builtin_cuda_warp_sync();
+        alignas(64) int ready_ptr[1];
+        ready_ptr[0] = (step - 1);
+        alignas(64) int keys_ptr[1];
+        keys_ptr[0] = ((warp_ptr[0] * 4096) + ((ready_ptr[0] % 2) * 2048));
+        if ((reach_ptr[0] < (((ready_ptr[0] * 64) + own_ptr[0]) + 16)) && (((ready_ptr[0] * 64) + own_ptr[0]) < reach_ptr[1])) {
+          alignas(64) float scores_ptr[8];
+          alignas(64) uint p_frag_ptr[4];
+          alignas(64) uint k_frag_ptr[4];
+          scores_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+          scores_ptr[1] = 0x0p+0f/*0.000000e+00*/;
+          scores_ptr[2] = 0x0p+0f/*0.000000e+00*/;
+          scores_ptr[3] = 0x0p+0f/*0.000000e+00*/;
+          scores_ptr[4] = 0x0p+0f/*0.000000e+00*/;
+          scores_ptr[5] = 0x0p+0f/*0.000000e+00*/;
+          scores_ptr[6] = 0x0p+0f/*0.000000e+00*/;
+          scores_ptr[7] = 0x0p+0f/*0.000000e+00*/;
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((lane_ptr[0] % 16) * 64) + (((lane_ptr[0] / 16) ^ (lane_ptr[0] % 8)) * 4)) + keys_ptr[0])]))));
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[0], q_ptr[1], scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[16], q_ptr[17], scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((lane_ptr[0] % 16) * 64) + ((((lane_ptr[0] / 16) + 2) ^ (lane_ptr[0] % 8)) * 4)) + keys_ptr[0])]))));
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[2], q_ptr[3], scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[18], q_ptr[19], scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((lane_ptr[0] % 16) * 64) + ((((lane_ptr[0] / 16) + 4) ^ (lane_ptr[0] % 8)) * 4)) + keys_ptr[0])]))));
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[4], q_ptr[5], scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[20], q_ptr[21], scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((lane_ptr[0] % 16) * 64) + ((((lane_ptr[0] / 16) + 6) ^ (lane_ptr[0] % 8)) * 4)) + keys_ptr[0])]))));
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[6], q_ptr[7], scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[22], q_ptr[23], scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((lane_ptr[0] % 16) * 64) + ((((lane_ptr[0] / 16) + 8) ^ (lane_ptr[0] % 8)) * 4)) + keys_ptr[0])]))));
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[8], q_ptr[9], scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[24], q_ptr[25], scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((lane_ptr[0] % 16) * 64) + ((((lane_ptr[0] / 16) + 10) ^ (lane_ptr[0] % 8)) * 4)) + keys_ptr[0])]))));
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[10], q_ptr[11], scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[26], q_ptr[27], scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((lane_ptr[0] % 16) * 64) + ((((lane_ptr[0] / 16) + 12) ^ (lane_ptr[0] % 8)) * 4)) + keys_ptr[0])]))));
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[12], q_ptr[13], scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[28], q_ptr[29], scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((lane_ptr[0] % 16) * 64) + ((((lane_ptr[0] / 16) + 14) ^ (lane_ptr[0] % 8)) * 4)) + keys_ptr[0])]))));
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[14], q_ptr[15], scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[30], q_ptr[31], scores_ptr[4], scores_ptr[5], scores_ptr[6], scores_ptr[7]);
+          alignas(64) float shift_ptr[2];
+          alignas(64) uint pair_ptr[2];
+          scores_ptr[0] = (((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) < limits_ptr[0]) ? (scores_ptr[0] * score_scale) : -CUDART_INF_F);
+          scores_ptr[1] = (((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) < limits_ptr[1]) ? (scores_ptr[1] * score_scale) : -CUDART_INF_F);
+          scores_ptr[2] = ((((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) + 8) < limits_ptr[0]) ? (scores_ptr[2] * score_scale) : -CUDART_INF_F);
+          scores_ptr[3] = ((((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) + 8) < limits_ptr[1]) ? (scores_ptr[3] * score_scale) : -CUDART_INF_F);
+          scores_ptr[4] = (((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) < limits_ptr[2]) ? (scores_ptr[4] * score_scale) : -CUDART_INF_F);
+          scores_ptr[5] = (((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) < limits_ptr[3]) ? (scores_ptr[5] * score_scale) : -CUDART_INF_F);
+          scores_ptr[6] = ((((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) + 8) < limits_ptr[2]) ? (scores_ptr[6] * score_scale) : -CUDART_INF_F);
+          scores_ptr[7] = ((((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) + 8) < limits_ptr[3]) ? (scores_ptr[7] * score_scale) : -CUDART_INF_F);
+          if (((has_tree != 0) ? first_pos_ptr[0] : 1073741824) < (((ready_ptr[0] * 64) + own_ptr[0]) + 16)) {
+            if (((((has_tree != 0) ? first_pos_ptr[0] : 1073741824) <= (((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0])) && ((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) < limits_ptr[0])) && (tree_mask_ptr[((((((((int64_t)ready_ptr[0]) * (int64_t)64) + (((int64_t)lane_ptr[0]) / (int64_t)4)) + ((int64_t)tree_start_ptr[0])) + ((((int64_t)positions_ptr[0]) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824))) * (((int64_t)query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[found_ptr[0]])))) + ((int64_t)own_ptr[0])) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824)))] == (uchar)0)) {
+              scores_ptr[0] = -CUDART_INF_F;
+            }
+            if (((((has_tree != 0) ? first_pos_ptr[0] : 1073741824) <= (((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0])) && ((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) < limits_ptr[1])) && (tree_mask_ptr[((((((((int64_t)ready_ptr[0]) * (int64_t)64) + (((int64_t)lane_ptr[0]) / (int64_t)4)) + ((int64_t)tree_start_ptr[0])) + ((((int64_t)positions_ptr[1]) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824))) * (((int64_t)query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[found_ptr[0]])))) + ((int64_t)own_ptr[0])) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824)))] == (uchar)0)) {
+              scores_ptr[1] = -CUDART_INF_F;
+            }
+            if (((((has_tree != 0) ? first_pos_ptr[0] : 1073741824) <= ((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) + 8)) && (((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) + 8) < limits_ptr[0])) && (tree_mask_ptr[(((((((((int64_t)ready_ptr[0]) * (int64_t)64) + (((int64_t)lane_ptr[0]) / (int64_t)4)) + ((int64_t)tree_start_ptr[0])) + ((((int64_t)positions_ptr[0]) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824))) * (((int64_t)query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[found_ptr[0]])))) + ((int64_t)own_ptr[0])) + (int64_t)8) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824)))] == (uchar)0)) {
+              scores_ptr[2] = -CUDART_INF_F;
+            }
+            if (((((has_tree != 0) ? first_pos_ptr[0] : 1073741824) <= ((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) + 8)) && (((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) + 8) < limits_ptr[1])) && (tree_mask_ptr[(((((((((int64_t)ready_ptr[0]) * (int64_t)64) + (((int64_t)lane_ptr[0]) / (int64_t)4)) + ((int64_t)tree_start_ptr[0])) + ((((int64_t)positions_ptr[1]) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824))) * (((int64_t)query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[found_ptr[0]])))) + ((int64_t)own_ptr[0])) + (int64_t)8) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824)))] == (uchar)0)) {
+              scores_ptr[3] = -CUDART_INF_F;
+            }
+            if (((((has_tree != 0) ? first_pos_ptr[0] : 1073741824) <= (((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0])) && ((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) < limits_ptr[2])) && (tree_mask_ptr[((((((((int64_t)ready_ptr[0]) * (int64_t)64) + (((int64_t)lane_ptr[0]) / (int64_t)4)) + ((int64_t)tree_start_ptr[0])) + ((((int64_t)positions_ptr[2]) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824))) * (((int64_t)query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[found_ptr[0]])))) + ((int64_t)own_ptr[0])) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824)))] == (uchar)0)) {
+              scores_ptr[4] = -CUDART_INF_F;
+            }
+            if (((((has_tree != 0) ? first_pos_ptr[0] : 1073741824) <= (((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0])) && ((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) < limits_ptr[3])) && (tree_mask_ptr[((((((((int64_t)ready_ptr[0]) * (int64_t)64) + (((int64_t)lane_ptr[0]) / (int64_t)4)) + ((int64_t)tree_start_ptr[0])) + ((((int64_t)positions_ptr[3]) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824))) * (((int64_t)query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[found_ptr[0]])))) + ((int64_t)own_ptr[0])) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824)))] == (uchar)0)) {
+              scores_ptr[5] = -CUDART_INF_F;
+            }
+            if (((((has_tree != 0) ? first_pos_ptr[0] : 1073741824) <= ((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) + 8)) && (((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) + 8) < limits_ptr[2])) && (tree_mask_ptr[(((((((((int64_t)ready_ptr[0]) * (int64_t)64) + (((int64_t)lane_ptr[0]) / (int64_t)4)) + ((int64_t)tree_start_ptr[0])) + ((((int64_t)positions_ptr[2]) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824))) * (((int64_t)query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[found_ptr[0]])))) + ((int64_t)own_ptr[0])) + (int64_t)8) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824)))] == (uchar)0)) {
+              scores_ptr[6] = -CUDART_INF_F;
+            }
+            if (((((has_tree != 0) ? first_pos_ptr[0] : 1073741824) <= ((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) + 8)) && (((((ready_ptr[0] * 64) + (lane_ptr[0] / 4)) + own_ptr[0]) + 8) < limits_ptr[3])) && (tree_mask_ptr[(((((((((int64_t)ready_ptr[0]) * (int64_t)64) + (((int64_t)lane_ptr[0]) / (int64_t)4)) + ((int64_t)tree_start_ptr[0])) + ((((int64_t)positions_ptr[3]) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824))) * (((int64_t)query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[found_ptr[0]])))) + ((int64_t)own_ptr[0])) + (int64_t)8) - ((int64_t)((has_tree != 0) ? first_pos_ptr[0] : 1073741824)))] == (uchar)0)) {
+              scores_ptr[7] = -CUDART_INF_F;
+            }
+          }
+          alignas(64) float highest_ptr[1];
+          highest_ptr[0] = row_max_ptr[0];
+          highest_ptr[0] = max(highest_ptr[0], scores_ptr[0]);
+          highest_ptr[0] = max(highest_ptr[0], scores_ptr[2]);
+          highest_ptr[0] = max(highest_ptr[0], __shfl_xor_sync((uint)4294967295, highest_ptr[0], 4, 32));
+          highest_ptr[0] = max(highest_ptr[0], __shfl_xor_sync((uint)4294967295, highest_ptr[0], 8, 32));
+          highest_ptr[0] = max(highest_ptr[0], __shfl_xor_sync((uint)4294967295, highest_ptr[0], 16, 32));
+          shift_ptr[0] = ((highest_ptr[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr[0]);
+          alignas(64) float alpha_ptr[1];
+          alpha_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+          tvm_builtin_ptx_ex2_approx_ftz_f32(alpha_ptr[0], ((row_max_ptr[0] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+          row_max_ptr[0] = highest_ptr[0];
+          row_sum_ptr[0] = (row_sum_ptr[0] * alpha_ptr[0]);
+          acc_ptr[0] = (acc_ptr[0] * alpha_ptr[0]);
+          acc_ptr[2] = (acc_ptr[2] * alpha_ptr[0]);
+          acc_ptr[4] = (acc_ptr[4] * alpha_ptr[0]);
+          acc_ptr[6] = (acc_ptr[6] * alpha_ptr[0]);
+          acc_ptr[8] = (acc_ptr[8] * alpha_ptr[0]);
+          acc_ptr[10] = (acc_ptr[10] * alpha_ptr[0]);
+          acc_ptr[12] = (acc_ptr[12] * alpha_ptr[0]);
+          acc_ptr[14] = (acc_ptr[14] * alpha_ptr[0]);
+          acc_ptr[16] = (acc_ptr[16] * alpha_ptr[0]);
+          acc_ptr[18] = (acc_ptr[18] * alpha_ptr[0]);
+          acc_ptr[20] = (acc_ptr[20] * alpha_ptr[0]);
+          acc_ptr[22] = (acc_ptr[22] * alpha_ptr[0]);
+          acc_ptr[24] = (acc_ptr[24] * alpha_ptr[0]);
+          acc_ptr[26] = (acc_ptr[26] * alpha_ptr[0]);
+          acc_ptr[28] = (acc_ptr[28] * alpha_ptr[0]);
+          acc_ptr[30] = (acc_ptr[30] * alpha_ptr[0]);
+          alignas(64) float highest_ptr_1[1];
+          highest_ptr_1[0] = row_max_ptr[1];
+          highest_ptr_1[0] = max(highest_ptr_1[0], scores_ptr[1]);
+          highest_ptr_1[0] = max(highest_ptr_1[0], scores_ptr[3]);
+          highest_ptr_1[0] = max(highest_ptr_1[0], __shfl_xor_sync((uint)4294967295, highest_ptr_1[0], 4, 32));
+          highest_ptr_1[0] = max(highest_ptr_1[0], __shfl_xor_sync((uint)4294967295, highest_ptr_1[0], 8, 32));
+          highest_ptr_1[0] = max(highest_ptr_1[0], __shfl_xor_sync((uint)4294967295, highest_ptr_1[0], 16, 32));
+          shift_ptr[1] = ((highest_ptr_1[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr_1[0]);
+          alignas(64) float alpha_ptr_1[1];
+          alpha_ptr_1[0] = 0x0p+0f/*0.000000e+00*/;
+          tvm_builtin_ptx_ex2_approx_ftz_f32(alpha_ptr_1[0], ((row_max_ptr[1] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/));
+          row_max_ptr[1] = highest_ptr_1[0];
+          row_sum_ptr[1] = (row_sum_ptr[1] * alpha_ptr_1[0]);
+          acc_ptr[1] = (acc_ptr[1] * alpha_ptr_1[0]);
+          acc_ptr[3] = (acc_ptr[3] * alpha_ptr_1[0]);
+          acc_ptr[5] = (acc_ptr[5] * alpha_ptr_1[0]);
+          acc_ptr[7] = (acc_ptr[7] * alpha_ptr_1[0]);
+          acc_ptr[9] = (acc_ptr[9] * alpha_ptr_1[0]);
+          acc_ptr[11] = (acc_ptr[11] * alpha_ptr_1[0]);
+          acc_ptr[13] = (acc_ptr[13] * alpha_ptr_1[0]);
+          acc_ptr[15] = (acc_ptr[15] * alpha_ptr_1[0]);
+          acc_ptr[17] = (acc_ptr[17] * alpha_ptr_1[0]);
+          acc_ptr[19] = (acc_ptr[19] * alpha_ptr_1[0]);
+          acc_ptr[21] = (acc_ptr[21] * alpha_ptr_1[0]);
+          acc_ptr[23] = (acc_ptr[23] * alpha_ptr_1[0]);
+          acc_ptr[25] = (acc_ptr[25] * alpha_ptr_1[0]);
+          acc_ptr[27] = (acc_ptr[27] * alpha_ptr_1[0]);
+          acc_ptr[29] = (acc_ptr[29] * alpha_ptr_1[0]);
+          acc_ptr[31] = (acc_ptr[31] * alpha_ptr_1[0]);
+          tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[0], (((scores_ptr[0] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr_1[0])));
+          tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[1], (((scores_ptr[1] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr_1[0])));
+          tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[2], (((scores_ptr[2] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr_1[0])));
+          tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[3], (((scores_ptr[3] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr_1[0])));
+          tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(pair_ptr[0], scores_ptr[1], scores_ptr[0]);
+          tvm_builtin_ptx_movmatrix_sync_aligned_m8n8_trans_b16(p_frag_ptr[0], pair_ptr[0]);
+          tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(pair_ptr[1], scores_ptr[3], scores_ptr[2]);
+          tvm_builtin_ptx_movmatrix_sync_aligned_m8n8_trans_b16(p_frag_ptr[1], pair_ptr[1]);
+          alignas(64) float highest_ptr_2[1];
+          highest_ptr_2[0] = row_max_ptr[2];
+          highest_ptr_2[0] = max(highest_ptr_2[0], scores_ptr[4]);
+          highest_ptr_2[0] = max(highest_ptr_2[0], scores_ptr[6]);
+          highest_ptr_2[0] = max(highest_ptr_2[0], __shfl_xor_sync((uint)4294967295, highest_ptr_2[0], 4, 32));
+          highest_ptr_2[0] = max(highest_ptr_2[0], __shfl_xor_sync((uint)4294967295, highest_ptr_2[0], 8, 32));
+          highest_ptr_2[0] = max(highest_ptr_2[0], __shfl_xor_sync((uint)4294967295, highest_ptr_2[0], 16, 32));
+          shift_ptr[0] = ((highest_ptr_2[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr_2[0]);
+          alignas(64) float alpha_ptr_2[1];
+          alpha_ptr_2[0] = 0x0p+0f/*0.000000e+00*/;
+          tvm_builtin_ptx_ex2_approx_ftz_f32(alpha_ptr_2[0], ((row_max_ptr[2] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+          row_max_ptr[2] = highest_ptr_2[0];
+          row_sum_ptr[4] = (row_sum_ptr[4] * alpha_ptr_2[0]);
+          acc_ptr[32] = (acc_ptr[32] * alpha_ptr_2[0]);
+          acc_ptr[34] = (acc_ptr[34] * alpha_ptr_2[0]);
+          acc_ptr[36] = (acc_ptr[36] * alpha_ptr_2[0]);
+          acc_ptr[38] = (acc_ptr[38] * alpha_ptr_2[0]);
+          acc_ptr[40] = (acc_ptr[40] * alpha_ptr_2[0]);
+          acc_ptr[42] = (acc_ptr[42] * alpha_ptr_2[0]);
+          acc_ptr[44] = (acc_ptr[44] * alpha_ptr_2[0]);
+          acc_ptr[46] = (acc_ptr[46] * alpha_ptr_2[0]);
+          acc_ptr[48] = (acc_ptr[48] * alpha_ptr_2[0]);
+          acc_ptr[50] = (acc_ptr[50] * alpha_ptr_2[0]);
+          acc_ptr[52] = (acc_ptr[52] * alpha_ptr_2[0]);
+          acc_ptr[54] = (acc_ptr[54] * alpha_ptr_2[0]);
+          acc_ptr[56] = (acc_ptr[56] * alpha_ptr_2[0]);
+          acc_ptr[58] = (acc_ptr[58] * alpha_ptr_2[0]);
+          acc_ptr[60] = (acc_ptr[60] * alpha_ptr_2[0]);
+          acc_ptr[62] = (acc_ptr[62] * alpha_ptr_2[0]);
+          alignas(64) float highest_ptr_3[1];
+          highest_ptr_3[0] = row_max_ptr[3];
+          highest_ptr_3[0] = max(highest_ptr_3[0], scores_ptr[5]);
+          highest_ptr_3[0] = max(highest_ptr_3[0], scores_ptr[7]);
+          highest_ptr_3[0] = max(highest_ptr_3[0], __shfl_xor_sync((uint)4294967295, highest_ptr_3[0], 4, 32));
+          highest_ptr_3[0] = max(highest_ptr_3[0], __shfl_xor_sync((uint)4294967295, highest_ptr_3[0], 8, 32));
+          highest_ptr_3[0] = max(highest_ptr_3[0], __shfl_xor_sync((uint)4294967295, highest_ptr_3[0], 16, 32));
+          shift_ptr[1] = ((highest_ptr_3[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr_3[0]);
+          alignas(64) float alpha_ptr_3[1];
+          alpha_ptr_3[0] = 0x0p+0f/*0.000000e+00*/;
+          tvm_builtin_ptx_ex2_approx_ftz_f32(alpha_ptr_3[0], ((row_max_ptr[3] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/));
+          row_max_ptr[3] = highest_ptr_3[0];
+          row_sum_ptr[5] = (row_sum_ptr[5] * alpha_ptr_3[0]);
+          acc_ptr[33] = (acc_ptr[33] * alpha_ptr_3[0]);
+          acc_ptr[35] = (acc_ptr[35] * alpha_ptr_3[0]);
+          acc_ptr[37] = (acc_ptr[37] * alpha_ptr_3[0]);
+          acc_ptr[39] = (acc_ptr[39] * alpha_ptr_3[0]);
+          acc_ptr[41] = (acc_ptr[41] * alpha_ptr_3[0]);
+          acc_ptr[43] = (acc_ptr[43] * alpha_ptr_3[0]);
+          acc_ptr[45] = (acc_ptr[45] * alpha_ptr_3[0]);
+          acc_ptr[47] = (acc_ptr[47] * alpha_ptr_3[0]);
+          acc_ptr[49] = (acc_ptr[49] * alpha_ptr_3[0]);
+          acc_ptr[51] = (acc_ptr[51] * alpha_ptr_3[0]);
+          acc_ptr[53] = (acc_ptr[53] * alpha_ptr_3[0]);
+          acc_ptr[55] = (acc_ptr[55] * alpha_ptr_3[0]);
+          acc_ptr[57] = (acc_ptr[57] * alpha_ptr_3[0]);
+          acc_ptr[59] = (acc_ptr[59] * alpha_ptr_3[0]);
+          acc_ptr[61] = (acc_ptr[61] * alpha_ptr_3[0]);
+          acc_ptr[63] = (acc_ptr[63] * alpha_ptr_3[0]);
+          tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[4], (((scores_ptr[4] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr_1[0])));
+          tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[5], (((scores_ptr[5] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr_1[0])));
+          tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[6], (((scores_ptr[6] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr_1[0])));
+          tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[7], (((scores_ptr[7] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr_1[0])));
+          tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(pair_ptr[0], scores_ptr[5], scores_ptr[4]);
+          tvm_builtin_ptx_movmatrix_sync_aligned_m8n8_trans_b16(p_frag_ptr[2], pair_ptr[0]);
+          tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(pair_ptr[1], scores_ptr[7], scores_ptr[6]);
+          tvm_builtin_ptx_movmatrix_sync_aligned_m8n8_trans_b16(p_frag_ptr[3], pair_ptr[1]);
+          alignas(64) uint v_frag_ptr[4];
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(row_sum_ptr[0], row_sum_ptr[1], row_sum_ptr[2], row_sum_ptr[3], (uint)1065369472, (uint)0, (uint)1065369472, (uint)0, p_frag_ptr[0], p_frag_ptr[1], row_sum_ptr[0], row_sum_ptr[1], row_sum_ptr[2], row_sum_ptr[3]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(row_sum_ptr[4], row_sum_ptr[5], row_sum_ptr[6], row_sum_ptr[7], (uint)1065369472, (uint)0, (uint)1065369472, (uint)0, p_frag_ptr[2], p_frag_ptr[3], row_sum_ptr[4], row_sum_ptr[5], row_sum_ptr[6], row_sum_ptr[7]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((((lane_ptr[0] / 16) * 512) + ((lane_ptr[0] % 8) * 64)) + ((((lane_ptr[0] % 16) / 8) ^ ((((lane_ptr[0] / 16) * 8) + (lane_ptr[0] % 8)) % 8)) * 4)) + keys_ptr[0]) + 1024)]))));
+          if (((((ready_ptr[0] * 64) + own_ptr[0]) < reach_ptr[3]) || (reach_ptr[2] < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) || (((has_tree != 0) ? first_pos_ptr[0] : 1073741824) < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) {
+            alignas(64) uint cleaned_ptr[4];
+            cleaned_ptr[0] = (((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] & (uint)65535) : (uint)0) | (((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr[1] = (((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] & (uint)65535) : (uint)0) | (((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr[2] = (((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] & (uint)65535) : (uint)0) | (((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr[3] = (((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] & (uint)65535) : (uint)0) | (((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] >> (uint)16) : (uint)0) << (uint)16));
+            alignas(64) bool differs_ptr[1];
+            differs_ptr[0] = ((((cleaned_ptr[0] != v_frag_ptr[0]) || (cleaned_ptr[1] != v_frag_ptr[1])) || (cleaned_ptr[2] != v_frag_ptr[2])) || (cleaned_ptr[3] != v_frag_ptr[3]));
+            uint anywhere = tvm_builtin_ballot_sync((uint)4294967295, ((int)differs_ptr[0]));
+            if (anywhere != (uint)0) {
+              alignas(64) uint marks_ptr[4];
+              alignas(64) float seen_ptr_5[4];
+              marks_ptr[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_5[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_5[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_5[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_5[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_5[0], seen_ptr_5[1], seen_ptr_5[2], seen_ptr_5[3], marks_ptr[0], marks_ptr[1], marks_ptr[2], marks_ptr[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_5[0], seen_ptr_5[1], seen_ptr_5[2], seen_ptr_5[3]);
+              acc_ptr[0] = (acc_ptr[0] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[1] = (acc_ptr[1] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[2] = (acc_ptr[2] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[3] = (acc_ptr[3] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_5[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_5[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_5[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_5[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_5[0], seen_ptr_5[1], seen_ptr_5[2], seen_ptr_5[3], marks_ptr[0], marks_ptr[1], marks_ptr[2], marks_ptr[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_5[0], seen_ptr_5[1], seen_ptr_5[2], seen_ptr_5[3]);
+              acc_ptr[32] = (acc_ptr[32] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[33] = (acc_ptr[33] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[34] = (acc_ptr[34] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[35] = (acc_ptr[35] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              marks_ptr[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_5[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_5[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_5[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_5[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_5[0], seen_ptr_5[1], seen_ptr_5[2], seen_ptr_5[3], marks_ptr[0], marks_ptr[1], marks_ptr[2], marks_ptr[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_5[0], seen_ptr_5[1], seen_ptr_5[2], seen_ptr_5[3]);
+              acc_ptr[0] = (acc_ptr[0] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[1] = (acc_ptr[1] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[2] = (acc_ptr[2] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[3] = (acc_ptr[3] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_5[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_5[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_5[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_5[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_5[0], seen_ptr_5[1], seen_ptr_5[2], seen_ptr_5[3], marks_ptr[0], marks_ptr[1], marks_ptr[2], marks_ptr[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_5[0], seen_ptr_5[1], seen_ptr_5[2], seen_ptr_5[3]);
+              acc_ptr[32] = (acc_ptr[32] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[33] = (acc_ptr[33] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[34] = (acc_ptr[34] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[35] = (acc_ptr[35] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_5[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              v_frag_ptr[0] = cleaned_ptr[0];
+              v_frag_ptr[1] = cleaned_ptr[1];
+              v_frag_ptr[2] = cleaned_ptr[2];
+              v_frag_ptr[3] = cleaned_ptr[3];
+            }
+          }
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[0], acc_ptr[1], acc_ptr[2], acc_ptr[3], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[0], p_frag_ptr[1], acc_ptr[0], acc_ptr[1], acc_ptr[2], acc_ptr[3]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[32], acc_ptr[33], acc_ptr[34], acc_ptr[35], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[2], p_frag_ptr[3], acc_ptr[32], acc_ptr[33], acc_ptr[34], acc_ptr[35]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((((lane_ptr[0] / 16) * 512) + ((lane_ptr[0] % 8) * 64)) + (((((lane_ptr[0] % 16) / 8) + 2) ^ ((((lane_ptr[0] / 16) * 8) + (lane_ptr[0] % 8)) % 8)) * 4)) + keys_ptr[0]) + 1024)]))));
+          if (((((ready_ptr[0] * 64) + own_ptr[0]) < reach_ptr[3]) || (reach_ptr[2] < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) || (((has_tree != 0) ? first_pos_ptr[0] : 1073741824) < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) {
+            alignas(64) uint cleaned_ptr_1[4];
+            cleaned_ptr_1[0] = (((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] & (uint)65535) : (uint)0) | (((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_1[1] = (((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] & (uint)65535) : (uint)0) | (((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_1[2] = (((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] & (uint)65535) : (uint)0) | (((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_1[3] = (((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] & (uint)65535) : (uint)0) | (((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] >> (uint)16) : (uint)0) << (uint)16));
+            alignas(64) bool differs_ptr_1[1];
+            differs_ptr_1[0] = ((((cleaned_ptr_1[0] != v_frag_ptr[0]) || (cleaned_ptr_1[1] != v_frag_ptr[1])) || (cleaned_ptr_1[2] != v_frag_ptr[2])) || (cleaned_ptr_1[3] != v_frag_ptr[3]));
+            uint anywhere_1 = tvm_builtin_ballot_sync((uint)4294967295, ((int)differs_ptr_1[0]));
+            if (anywhere_1 != (uint)0) {
+              alignas(64) uint marks_ptr_1[4];
+              alignas(64) float seen_ptr_6[4];
+              marks_ptr_1[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_1[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_1[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_1[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_6[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_6[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_6[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_6[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_6[0], seen_ptr_6[1], seen_ptr_6[2], seen_ptr_6[3], marks_ptr_1[0], marks_ptr_1[1], marks_ptr_1[2], marks_ptr_1[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_6[0], seen_ptr_6[1], seen_ptr_6[2], seen_ptr_6[3]);
+              acc_ptr[4] = (acc_ptr[4] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[5] = (acc_ptr[5] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[6] = (acc_ptr[6] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[7] = (acc_ptr[7] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_6[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_6[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_6[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_6[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_6[0], seen_ptr_6[1], seen_ptr_6[2], seen_ptr_6[3], marks_ptr_1[0], marks_ptr_1[1], marks_ptr_1[2], marks_ptr_1[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_6[0], seen_ptr_6[1], seen_ptr_6[2], seen_ptr_6[3]);
+              acc_ptr[36] = (acc_ptr[36] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[37] = (acc_ptr[37] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[38] = (acc_ptr[38] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[39] = (acc_ptr[39] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              marks_ptr_1[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_1[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_1[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_1[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_6[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_6[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_6[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_6[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_6[0], seen_ptr_6[1], seen_ptr_6[2], seen_ptr_6[3], marks_ptr_1[0], marks_ptr_1[1], marks_ptr_1[2], marks_ptr_1[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_6[0], seen_ptr_6[1], seen_ptr_6[2], seen_ptr_6[3]);
+              acc_ptr[4] = (acc_ptr[4] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[5] = (acc_ptr[5] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[6] = (acc_ptr[6] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[7] = (acc_ptr[7] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_6[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_6[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_6[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_6[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_6[0], seen_ptr_6[1], seen_ptr_6[2], seen_ptr_6[3], marks_ptr_1[0], marks_ptr_1[1], marks_ptr_1[2], marks_ptr_1[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_6[0], seen_ptr_6[1], seen_ptr_6[2], seen_ptr_6[3]);
+              acc_ptr[36] = (acc_ptr[36] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[37] = (acc_ptr[37] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[38] = (acc_ptr[38] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[39] = (acc_ptr[39] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_6[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              v_frag_ptr[0] = cleaned_ptr_1[0];
+              v_frag_ptr[1] = cleaned_ptr_1[1];
+              v_frag_ptr[2] = cleaned_ptr_1[2];
+              v_frag_ptr[3] = cleaned_ptr_1[3];
+            }
+          }
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[4], acc_ptr[5], acc_ptr[6], acc_ptr[7], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[0], p_frag_ptr[1], acc_ptr[4], acc_ptr[5], acc_ptr[6], acc_ptr[7]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[36], acc_ptr[37], acc_ptr[38], acc_ptr[39], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[2], p_frag_ptr[3], acc_ptr[36], acc_ptr[37], acc_ptr[38], acc_ptr[39]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((((lane_ptr[0] / 16) * 512) + ((lane_ptr[0] % 8) * 64)) + (((((lane_ptr[0] % 16) / 8) + 4) ^ ((((lane_ptr[0] / 16) * 8) + (lane_ptr[0] % 8)) % 8)) * 4)) + keys_ptr[0]) + 1024)]))));
+          if (((((ready_ptr[0] * 64) + own_ptr[0]) < reach_ptr[3]) || (reach_ptr[2] < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) || (((has_tree != 0) ? first_pos_ptr[0] : 1073741824) < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) {
+            alignas(64) uint cleaned_ptr_2[4];
+            cleaned_ptr_2[0] = (((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] & (uint)65535) : (uint)0) | (((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_2[1] = (((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] & (uint)65535) : (uint)0) | (((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_2[2] = (((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] & (uint)65535) : (uint)0) | (((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_2[3] = (((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] & (uint)65535) : (uint)0) | (((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] >> (uint)16) : (uint)0) << (uint)16));
+            alignas(64) bool differs_ptr_2[1];
+            differs_ptr_2[0] = ((((cleaned_ptr_2[0] != v_frag_ptr[0]) || (cleaned_ptr_2[1] != v_frag_ptr[1])) || (cleaned_ptr_2[2] != v_frag_ptr[2])) || (cleaned_ptr_2[3] != v_frag_ptr[3]));
+            uint anywhere_2 = tvm_builtin_ballot_sync((uint)4294967295, ((int)differs_ptr_2[0]));
+            if (anywhere_2 != (uint)0) {
+              alignas(64) uint marks_ptr_2[4];
+              alignas(64) float seen_ptr_7[4];
+              marks_ptr_2[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_2[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_2[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_2[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_7[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_7[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_7[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_7[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_7[0], seen_ptr_7[1], seen_ptr_7[2], seen_ptr_7[3], marks_ptr_2[0], marks_ptr_2[1], marks_ptr_2[2], marks_ptr_2[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_7[0], seen_ptr_7[1], seen_ptr_7[2], seen_ptr_7[3]);
+              acc_ptr[8] = (acc_ptr[8] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[9] = (acc_ptr[9] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[10] = (acc_ptr[10] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[11] = (acc_ptr[11] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_7[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_7[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_7[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_7[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_7[0], seen_ptr_7[1], seen_ptr_7[2], seen_ptr_7[3], marks_ptr_2[0], marks_ptr_2[1], marks_ptr_2[2], marks_ptr_2[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_7[0], seen_ptr_7[1], seen_ptr_7[2], seen_ptr_7[3]);
+              acc_ptr[40] = (acc_ptr[40] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[41] = (acc_ptr[41] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[42] = (acc_ptr[42] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[43] = (acc_ptr[43] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              marks_ptr_2[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_2[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_2[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_2[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_7[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_7[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_7[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_7[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_7[0], seen_ptr_7[1], seen_ptr_7[2], seen_ptr_7[3], marks_ptr_2[0], marks_ptr_2[1], marks_ptr_2[2], marks_ptr_2[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_7[0], seen_ptr_7[1], seen_ptr_7[2], seen_ptr_7[3]);
+              acc_ptr[8] = (acc_ptr[8] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[9] = (acc_ptr[9] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[10] = (acc_ptr[10] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[11] = (acc_ptr[11] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_7[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_7[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_7[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_7[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_7[0], seen_ptr_7[1], seen_ptr_7[2], seen_ptr_7[3], marks_ptr_2[0], marks_ptr_2[1], marks_ptr_2[2], marks_ptr_2[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_7[0], seen_ptr_7[1], seen_ptr_7[2], seen_ptr_7[3]);
+              acc_ptr[40] = (acc_ptr[40] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[41] = (acc_ptr[41] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[42] = (acc_ptr[42] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[43] = (acc_ptr[43] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_7[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              v_frag_ptr[0] = cleaned_ptr_2[0];
+              v_frag_ptr[1] = cleaned_ptr_2[1];
+              v_frag_ptr[2] = cleaned_ptr_2[2];
+              v_frag_ptr[3] = cleaned_ptr_2[3];
+            }
+          }
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[8], acc_ptr[9], acc_ptr[10], acc_ptr[11], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[0], p_frag_ptr[1], acc_ptr[8], acc_ptr[9], acc_ptr[10], acc_ptr[11]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[40], acc_ptr[41], acc_ptr[42], acc_ptr[43], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[2], p_frag_ptr[3], acc_ptr[40], acc_ptr[41], acc_ptr[42], acc_ptr[43]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((((lane_ptr[0] / 16) * 512) + ((lane_ptr[0] % 8) * 64)) + (((((lane_ptr[0] % 16) / 8) + 6) ^ ((((lane_ptr[0] / 16) * 8) + (lane_ptr[0] % 8)) % 8)) * 4)) + keys_ptr[0]) + 1024)]))));
+          if (((((ready_ptr[0] * 64) + own_ptr[0]) < reach_ptr[3]) || (reach_ptr[2] < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) || (((has_tree != 0) ? first_pos_ptr[0] : 1073741824) < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) {
+            alignas(64) uint cleaned_ptr_3[4];
+            cleaned_ptr_3[0] = (((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] & (uint)65535) : (uint)0) | (((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_3[1] = (((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] & (uint)65535) : (uint)0) | (((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_3[2] = (((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] & (uint)65535) : (uint)0) | (((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_3[3] = (((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] & (uint)65535) : (uint)0) | (((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] >> (uint)16) : (uint)0) << (uint)16));
+            alignas(64) bool differs_ptr_3[1];
+            differs_ptr_3[0] = ((((cleaned_ptr_3[0] != v_frag_ptr[0]) || (cleaned_ptr_3[1] != v_frag_ptr[1])) || (cleaned_ptr_3[2] != v_frag_ptr[2])) || (cleaned_ptr_3[3] != v_frag_ptr[3]));
+            uint anywhere_3 = tvm_builtin_ballot_sync((uint)4294967295, ((int)differs_ptr_3[0]));
+            if (anywhere_3 != (uint)0) {
+              alignas(64) uint marks_ptr_3[4];
+              alignas(64) float seen_ptr_8[4];
+              marks_ptr_3[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_3[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_3[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_3[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_8[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_8[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_8[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_8[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_8[0], seen_ptr_8[1], seen_ptr_8[2], seen_ptr_8[3], marks_ptr_3[0], marks_ptr_3[1], marks_ptr_3[2], marks_ptr_3[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_8[0], seen_ptr_8[1], seen_ptr_8[2], seen_ptr_8[3]);
+              acc_ptr[12] = (acc_ptr[12] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[13] = (acc_ptr[13] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[14] = (acc_ptr[14] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[15] = (acc_ptr[15] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_8[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_8[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_8[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_8[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_8[0], seen_ptr_8[1], seen_ptr_8[2], seen_ptr_8[3], marks_ptr_3[0], marks_ptr_3[1], marks_ptr_3[2], marks_ptr_3[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_8[0], seen_ptr_8[1], seen_ptr_8[2], seen_ptr_8[3]);
+              acc_ptr[44] = (acc_ptr[44] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[45] = (acc_ptr[45] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[46] = (acc_ptr[46] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[47] = (acc_ptr[47] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              marks_ptr_3[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_3[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_3[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_3[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_8[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_8[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_8[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_8[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_8[0], seen_ptr_8[1], seen_ptr_8[2], seen_ptr_8[3], marks_ptr_3[0], marks_ptr_3[1], marks_ptr_3[2], marks_ptr_3[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_8[0], seen_ptr_8[1], seen_ptr_8[2], seen_ptr_8[3]);
+              acc_ptr[12] = (acc_ptr[12] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[13] = (acc_ptr[13] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[14] = (acc_ptr[14] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[15] = (acc_ptr[15] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_8[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_8[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_8[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_8[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_8[0], seen_ptr_8[1], seen_ptr_8[2], seen_ptr_8[3], marks_ptr_3[0], marks_ptr_3[1], marks_ptr_3[2], marks_ptr_3[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_8[0], seen_ptr_8[1], seen_ptr_8[2], seen_ptr_8[3]);
+              acc_ptr[44] = (acc_ptr[44] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[45] = (acc_ptr[45] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[46] = (acc_ptr[46] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[47] = (acc_ptr[47] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_8[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              v_frag_ptr[0] = cleaned_ptr_3[0];
+              v_frag_ptr[1] = cleaned_ptr_3[1];
+              v_frag_ptr[2] = cleaned_ptr_3[2];
+              v_frag_ptr[3] = cleaned_ptr_3[3];
+            }
+          }
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[12], acc_ptr[13], acc_ptr[14], acc_ptr[15], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[0], p_frag_ptr[1], acc_ptr[12], acc_ptr[13], acc_ptr[14], acc_ptr[15]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[44], acc_ptr[45], acc_ptr[46], acc_ptr[47], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[2], p_frag_ptr[3], acc_ptr[44], acc_ptr[45], acc_ptr[46], acc_ptr[47]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((((lane_ptr[0] / 16) * 512) + ((lane_ptr[0] % 8) * 64)) + (((((lane_ptr[0] % 16) / 8) + 8) ^ ((((lane_ptr[0] / 16) * 8) + (lane_ptr[0] % 8)) % 8)) * 4)) + keys_ptr[0]) + 1024)]))));
+          if (((((ready_ptr[0] * 64) + own_ptr[0]) < reach_ptr[3]) || (reach_ptr[2] < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) || (((has_tree != 0) ? first_pos_ptr[0] : 1073741824) < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) {
+            alignas(64) uint cleaned_ptr_4[4];
+            cleaned_ptr_4[0] = (((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] & (uint)65535) : (uint)0) | (((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_4[1] = (((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] & (uint)65535) : (uint)0) | (((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_4[2] = (((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] & (uint)65535) : (uint)0) | (((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_4[3] = (((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] & (uint)65535) : (uint)0) | (((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] >> (uint)16) : (uint)0) << (uint)16));
+            alignas(64) bool differs_ptr_4[1];
+            differs_ptr_4[0] = ((((cleaned_ptr_4[0] != v_frag_ptr[0]) || (cleaned_ptr_4[1] != v_frag_ptr[1])) || (cleaned_ptr_4[2] != v_frag_ptr[2])) || (cleaned_ptr_4[3] != v_frag_ptr[3]));
+            uint anywhere_4 = tvm_builtin_ballot_sync((uint)4294967295, ((int)differs_ptr_4[0]));
+            if (anywhere_4 != (uint)0) {
+              alignas(64) uint marks_ptr_4[4];
+              alignas(64) float seen_ptr_9[4];
+              marks_ptr_4[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_4[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_4[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_4[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_9[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_9[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_9[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_9[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_9[0], seen_ptr_9[1], seen_ptr_9[2], seen_ptr_9[3], marks_ptr_4[0], marks_ptr_4[1], marks_ptr_4[2], marks_ptr_4[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_9[0], seen_ptr_9[1], seen_ptr_9[2], seen_ptr_9[3]);
+              acc_ptr[16] = (acc_ptr[16] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[17] = (acc_ptr[17] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[18] = (acc_ptr[18] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[19] = (acc_ptr[19] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_9[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_9[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_9[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_9[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_9[0], seen_ptr_9[1], seen_ptr_9[2], seen_ptr_9[3], marks_ptr_4[0], marks_ptr_4[1], marks_ptr_4[2], marks_ptr_4[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_9[0], seen_ptr_9[1], seen_ptr_9[2], seen_ptr_9[3]);
+              acc_ptr[48] = (acc_ptr[48] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[49] = (acc_ptr[49] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[50] = (acc_ptr[50] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[51] = (acc_ptr[51] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              marks_ptr_4[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_4[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_4[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_4[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_9[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_9[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_9[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_9[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_9[0], seen_ptr_9[1], seen_ptr_9[2], seen_ptr_9[3], marks_ptr_4[0], marks_ptr_4[1], marks_ptr_4[2], marks_ptr_4[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_9[0], seen_ptr_9[1], seen_ptr_9[2], seen_ptr_9[3]);
+              acc_ptr[16] = (acc_ptr[16] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[17] = (acc_ptr[17] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[18] = (acc_ptr[18] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[19] = (acc_ptr[19] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_9[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_9[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_9[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_9[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_9[0], seen_ptr_9[1], seen_ptr_9[2], seen_ptr_9[3], marks_ptr_4[0], marks_ptr_4[1], marks_ptr_4[2], marks_ptr_4[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_9[0], seen_ptr_9[1], seen_ptr_9[2], seen_ptr_9[3]);
+              acc_ptr[48] = (acc_ptr[48] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[49] = (acc_ptr[49] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[50] = (acc_ptr[50] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[51] = (acc_ptr[51] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_9[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              v_frag_ptr[0] = cleaned_ptr_4[0];
+              v_frag_ptr[1] = cleaned_ptr_4[1];
+              v_frag_ptr[2] = cleaned_ptr_4[2];
+              v_frag_ptr[3] = cleaned_ptr_4[3];
+            }
+          }
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[16], acc_ptr[17], acc_ptr[18], acc_ptr[19], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[0], p_frag_ptr[1], acc_ptr[16], acc_ptr[17], acc_ptr[18], acc_ptr[19]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[48], acc_ptr[49], acc_ptr[50], acc_ptr[51], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[2], p_frag_ptr[3], acc_ptr[48], acc_ptr[49], acc_ptr[50], acc_ptr[51]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((((lane_ptr[0] / 16) * 512) + ((lane_ptr[0] % 8) * 64)) + (((((lane_ptr[0] % 16) / 8) + 10) ^ ((((lane_ptr[0] / 16) * 8) + (lane_ptr[0] % 8)) % 8)) * 4)) + keys_ptr[0]) + 1024)]))));
+          if (((((ready_ptr[0] * 64) + own_ptr[0]) < reach_ptr[3]) || (reach_ptr[2] < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) || (((has_tree != 0) ? first_pos_ptr[0] : 1073741824) < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) {
+            alignas(64) uint cleaned_ptr_5[4];
+            cleaned_ptr_5[0] = (((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] & (uint)65535) : (uint)0) | (((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_5[1] = (((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] & (uint)65535) : (uint)0) | (((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_5[2] = (((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] & (uint)65535) : (uint)0) | (((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_5[3] = (((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] & (uint)65535) : (uint)0) | (((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] >> (uint)16) : (uint)0) << (uint)16));
+            alignas(64) bool differs_ptr_5[1];
+            differs_ptr_5[0] = ((((cleaned_ptr_5[0] != v_frag_ptr[0]) || (cleaned_ptr_5[1] != v_frag_ptr[1])) || (cleaned_ptr_5[2] != v_frag_ptr[2])) || (cleaned_ptr_5[3] != v_frag_ptr[3]));
+            uint anywhere_5 = tvm_builtin_ballot_sync((uint)4294967295, ((int)differs_ptr_5[0]));
+            if (anywhere_5 != (uint)0) {
+              alignas(64) uint marks_ptr_5[4];
+              alignas(64) float seen_ptr_10[4];
+              marks_ptr_5[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_5[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_5[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_5[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_10[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_10[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_10[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_10[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_10[0], seen_ptr_10[1], seen_ptr_10[2], seen_ptr_10[3], marks_ptr_5[0], marks_ptr_5[1], marks_ptr_5[2], marks_ptr_5[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_10[0], seen_ptr_10[1], seen_ptr_10[2], seen_ptr_10[3]);
+              acc_ptr[20] = (acc_ptr[20] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[21] = (acc_ptr[21] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[22] = (acc_ptr[22] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[23] = (acc_ptr[23] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_10[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_10[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_10[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_10[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_10[0], seen_ptr_10[1], seen_ptr_10[2], seen_ptr_10[3], marks_ptr_5[0], marks_ptr_5[1], marks_ptr_5[2], marks_ptr_5[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_10[0], seen_ptr_10[1], seen_ptr_10[2], seen_ptr_10[3]);
+              acc_ptr[52] = (acc_ptr[52] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[53] = (acc_ptr[53] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[54] = (acc_ptr[54] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[55] = (acc_ptr[55] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              marks_ptr_5[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_5[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_5[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_5[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_10[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_10[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_10[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_10[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_10[0], seen_ptr_10[1], seen_ptr_10[2], seen_ptr_10[3], marks_ptr_5[0], marks_ptr_5[1], marks_ptr_5[2], marks_ptr_5[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_10[0], seen_ptr_10[1], seen_ptr_10[2], seen_ptr_10[3]);
+              acc_ptr[20] = (acc_ptr[20] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[21] = (acc_ptr[21] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[22] = (acc_ptr[22] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[23] = (acc_ptr[23] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_10[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_10[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_10[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_10[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_10[0], seen_ptr_10[1], seen_ptr_10[2], seen_ptr_10[3], marks_ptr_5[0], marks_ptr_5[1], marks_ptr_5[2], marks_ptr_5[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_10[0], seen_ptr_10[1], seen_ptr_10[2], seen_ptr_10[3]);
+              acc_ptr[52] = (acc_ptr[52] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[53] = (acc_ptr[53] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[54] = (acc_ptr[54] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[55] = (acc_ptr[55] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_10[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              v_frag_ptr[0] = cleaned_ptr_5[0];
+              v_frag_ptr[1] = cleaned_ptr_5[1];
+              v_frag_ptr[2] = cleaned_ptr_5[2];
+              v_frag_ptr[3] = cleaned_ptr_5[3];
+            }
+          }
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[20], acc_ptr[21], acc_ptr[22], acc_ptr[23], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[0], p_frag_ptr[1], acc_ptr[20], acc_ptr[21], acc_ptr[22], acc_ptr[23]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[52], acc_ptr[53], acc_ptr[54], acc_ptr[55], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[2], p_frag_ptr[3], acc_ptr[52], acc_ptr[53], acc_ptr[54], acc_ptr[55]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((((lane_ptr[0] / 16) * 512) + ((lane_ptr[0] % 8) * 64)) + (((((lane_ptr[0] % 16) / 8) + 12) ^ ((((lane_ptr[0] / 16) * 8) + (lane_ptr[0] % 8)) % 8)) * 4)) + keys_ptr[0]) + 1024)]))));
+          if (((((ready_ptr[0] * 64) + own_ptr[0]) < reach_ptr[3]) || (reach_ptr[2] < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) || (((has_tree != 0) ? first_pos_ptr[0] : 1073741824) < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) {
+            alignas(64) uint cleaned_ptr_6[4];
+            cleaned_ptr_6[0] = (((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] & (uint)65535) : (uint)0) | (((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_6[1] = (((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] & (uint)65535) : (uint)0) | (((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_6[2] = (((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] & (uint)65535) : (uint)0) | (((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_6[3] = (((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] & (uint)65535) : (uint)0) | (((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] >> (uint)16) : (uint)0) << (uint)16));
+            alignas(64) bool differs_ptr_6[1];
+            differs_ptr_6[0] = ((((cleaned_ptr_6[0] != v_frag_ptr[0]) || (cleaned_ptr_6[1] != v_frag_ptr[1])) || (cleaned_ptr_6[2] != v_frag_ptr[2])) || (cleaned_ptr_6[3] != v_frag_ptr[3]));
+            uint anywhere_6 = tvm_builtin_ballot_sync((uint)4294967295, ((int)differs_ptr_6[0]));
+            if (anywhere_6 != (uint)0) {
+              alignas(64) uint marks_ptr_6[4];
+              alignas(64) float seen_ptr_11[4];
+              marks_ptr_6[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_6[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_6[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_6[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_11[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_11[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_11[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_11[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_11[0], seen_ptr_11[1], seen_ptr_11[2], seen_ptr_11[3], marks_ptr_6[0], marks_ptr_6[1], marks_ptr_6[2], marks_ptr_6[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_11[0], seen_ptr_11[1], seen_ptr_11[2], seen_ptr_11[3]);
+              acc_ptr[24] = (acc_ptr[24] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[25] = (acc_ptr[25] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[26] = (acc_ptr[26] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[27] = (acc_ptr[27] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_11[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_11[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_11[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_11[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_11[0], seen_ptr_11[1], seen_ptr_11[2], seen_ptr_11[3], marks_ptr_6[0], marks_ptr_6[1], marks_ptr_6[2], marks_ptr_6[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_11[0], seen_ptr_11[1], seen_ptr_11[2], seen_ptr_11[3]);
+              acc_ptr[56] = (acc_ptr[56] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[57] = (acc_ptr[57] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[58] = (acc_ptr[58] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[59] = (acc_ptr[59] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              marks_ptr_6[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_6[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_6[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_6[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_11[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_11[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_11[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_11[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_11[0], seen_ptr_11[1], seen_ptr_11[2], seen_ptr_11[3], marks_ptr_6[0], marks_ptr_6[1], marks_ptr_6[2], marks_ptr_6[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_11[0], seen_ptr_11[1], seen_ptr_11[2], seen_ptr_11[3]);
+              acc_ptr[24] = (acc_ptr[24] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[25] = (acc_ptr[25] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[26] = (acc_ptr[26] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[27] = (acc_ptr[27] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_11[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_11[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_11[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_11[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_11[0], seen_ptr_11[1], seen_ptr_11[2], seen_ptr_11[3], marks_ptr_6[0], marks_ptr_6[1], marks_ptr_6[2], marks_ptr_6[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_11[0], seen_ptr_11[1], seen_ptr_11[2], seen_ptr_11[3]);
+              acc_ptr[56] = (acc_ptr[56] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[57] = (acc_ptr[57] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[58] = (acc_ptr[58] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[59] = (acc_ptr[59] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_11[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              v_frag_ptr[0] = cleaned_ptr_6[0];
+              v_frag_ptr[1] = cleaned_ptr_6[1];
+              v_frag_ptr[2] = cleaned_ptr_6[2];
+              v_frag_ptr[3] = cleaned_ptr_6[3];
+            }
+          }
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[24], acc_ptr[25], acc_ptr[26], acc_ptr[27], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[0], p_frag_ptr[1], acc_ptr[24], acc_ptr[25], acc_ptr[26], acc_ptr[27]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[56], acc_ptr[57], acc_ptr[58], acc_ptr[59], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[2], p_frag_ptr[3], acc_ptr[56], acc_ptr[57], acc_ptr[58], acc_ptr[59]);
+          tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((((lane_ptr[0] / 16) * 512) + ((lane_ptr[0] % 8) * 64)) + (((((lane_ptr[0] % 16) / 8) + 14) ^ ((((lane_ptr[0] / 16) * 8) + (lane_ptr[0] % 8)) % 8)) * 4)) + keys_ptr[0]) + 1024)]))));
+          if (((((ready_ptr[0] * 64) + own_ptr[0]) < reach_ptr[3]) || (reach_ptr[2] < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) || (((has_tree != 0) ? first_pos_ptr[0] : 1073741824) < (((ready_ptr[0] * 64) + own_ptr[0]) + 16))) {
+            alignas(64) uint cleaned_ptr_7[4];
+            cleaned_ptr_7[0] = (((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] & (uint)65535) : (uint)0) | (((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[0] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_7[1] = (((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] & (uint)65535) : (uint)0) | (((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[1] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_7[2] = (((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] & (uint)65535) : (uint)0) | (((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[2] >> (uint)16) : (uint)0) << (uint)16));
+            cleaned_ptr_7[3] = (((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] & (uint)65535) : (uint)0) | (((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) ? (v_frag_ptr[3] >> (uint)16) : (uint)0) << (uint)16));
+            alignas(64) bool differs_ptr_7[1];
+            differs_ptr_7[0] = ((((cleaned_ptr_7[0] != v_frag_ptr[0]) || (cleaned_ptr_7[1] != v_frag_ptr[1])) || (cleaned_ptr_7[2] != v_frag_ptr[2])) || (cleaned_ptr_7[3] != v_frag_ptr[3]));
+            uint anywhere_7 = tvm_builtin_ballot_sync((uint)4294967295, ((int)differs_ptr_7[0]));
+            if (anywhere_7 != (uint)0) {
+              alignas(64) uint marks_ptr_7[4];
+              alignas(64) float seen_ptr_12[4];
+              marks_ptr_7[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_7[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_7[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_7[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)65408)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)65408)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_12[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_12[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_12[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_12[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_12[0], seen_ptr_12[1], seen_ptr_12[2], seen_ptr_12[3], marks_ptr_7[0], marks_ptr_7[1], marks_ptr_7[2], marks_ptr_7[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_12[0], seen_ptr_12[1], seen_ptr_12[2], seen_ptr_12[3]);
+              acc_ptr[28] = (acc_ptr[28] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[29] = (acc_ptr[29] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[30] = (acc_ptr[30] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[31] = (acc_ptr[31] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_12[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_12[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_12[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_12[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_12[0], seen_ptr_12[1], seen_ptr_12[2], seen_ptr_12[3], marks_ptr_7[0], marks_ptr_7[1], marks_ptr_7[2], marks_ptr_7[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_12[0], seen_ptr_12[1], seen_ptr_12[2], seen_ptr_12[3]);
+              acc_ptr[60] = (acc_ptr[60] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[0]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[61] = (acc_ptr[61] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[1]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[62] = (acc_ptr[62] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[2]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[63] = (acc_ptr[63] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[3]) ? CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              marks_ptr_7[0] = ((((((v_frag_ptr[0] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[0] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[0] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_7[1] = ((((((v_frag_ptr[1] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[1] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[1] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_7[2] = ((((((v_frag_ptr[2] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[2] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[2] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              marks_ptr_7[3] = ((((((v_frag_ptr[3] & (uint)65535) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] & (uint)65535) == (uint)32640)) ? (uint)0 : (uint)16256) | ((((((v_frag_ptr[3] >> (uint)16) & (uint)32640) != (uint)32640) || ((v_frag_ptr[3] >> (uint)16) == (uint)32640)) ? (uint)0 : (uint)16256) << (uint)16));
+              seen_ptr_12[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_12[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_12[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_12[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_12[0], seen_ptr_12[1], seen_ptr_12[2], seen_ptr_12[3], marks_ptr_7[0], marks_ptr_7[1], marks_ptr_7[2], marks_ptr_7[3], p_frag_ptr[0], p_frag_ptr[1], seen_ptr_12[0], seen_ptr_12[1], seen_ptr_12[2], seen_ptr_12[3]);
+              acc_ptr[28] = (acc_ptr[28] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[29] = (acc_ptr[29] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[30] = (acc_ptr[30] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[31] = (acc_ptr[31] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              seen_ptr_12[0] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_12[1] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_12[2] = 0x0p+0f/*0.000000e+00*/;
+              seen_ptr_12[3] = 0x0p+0f/*0.000000e+00*/;
+              tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(seen_ptr_12[0], seen_ptr_12[1], seen_ptr_12[2], seen_ptr_12[3], marks_ptr_7[0], marks_ptr_7[1], marks_ptr_7[2], marks_ptr_7[3], p_frag_ptr[2], p_frag_ptr[3], seen_ptr_12[0], seen_ptr_12[1], seen_ptr_12[2], seen_ptr_12[3]);
+              acc_ptr[60] = (acc_ptr[60] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[0]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[61] = (acc_ptr[61] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[1]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[62] = (acc_ptr[62] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[2]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              acc_ptr[63] = (acc_ptr[63] + ((0x0p+0f/*0.000000e+00*/ < seen_ptr_12[3]) ? -CUDART_INF_F : 0x0p+0f/*0.000000e+00*/));
+              v_frag_ptr[0] = cleaned_ptr_7[0];
+              v_frag_ptr[1] = cleaned_ptr_7[1];
+              v_frag_ptr[2] = cleaned_ptr_7[2];
+              v_frag_ptr[3] = cleaned_ptr_7[3];
+            }
+          }
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[28], acc_ptr[29], acc_ptr[30], acc_ptr[31], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[0], p_frag_ptr[1], acc_ptr[28], acc_ptr[29], acc_ptr[30], acc_ptr[31]);
+          tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(acc_ptr[60], acc_ptr[61], acc_ptr[62], acc_ptr[63], v_frag_ptr[0], v_frag_ptr[1], v_frag_ptr[2], v_frag_ptr[3], p_frag_ptr[2], p_frag_ptr[3], acc_ptr[60], acc_ptr[61], acc_ptr[62], acc_ptr[63]);
+        }
+        tvm_builtin_cuda_warp_sync();
+      }
+    }
+    tvm_builtin_ptx_cp_async_wait_group_async_wait_group_0();
+    tvm_builtin_cuda_cta_sync();
+    int row_2 = ((lane_ptr[0] % 4) * 2);
+    if (row_2 < 16) {
+      if (lane_ptr[0] < 4) {
+        ((float*)ring_ptr)[((warp_ptr[0] * 16) + row_2)] = row_max_ptr[0];
+        ((float*)ring_ptr)[(((warp_ptr[0] * 16) + row_2) + 64)] = row_sum_ptr[0];
+      }
+      int cse_v5 = (row_2 * 132);
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 128)] = acc_ptr[0];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 136)] = acc_ptr[2];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 144)] = acc_ptr[4];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 152)] = acc_ptr[6];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 160)] = acc_ptr[8];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 168)] = acc_ptr[10];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 176)] = acc_ptr[12];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 184)] = acc_ptr[14];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 192)] = acc_ptr[16];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 200)] = acc_ptr[18];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 208)] = acc_ptr[20];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 216)] = acc_ptr[22];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 224)] = acc_ptr[24];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 232)] = acc_ptr[26];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 240)] = acc_ptr[28];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_2 * 132)) + (lane_ptr[0] / 4)) + 248)] = acc_ptr[30];
+    }
+    int row_3 = (((lane_ptr[0] % 4) * 2) + 1);
+    if (row_3 < 16) {
+      if (lane_ptr[0] < 4) {
+        ((float*)ring_ptr)[((warp_ptr[0] * 16) + row_3)] = row_max_ptr[1];
+        ((float*)ring_ptr)[(((warp_ptr[0] * 16) + row_3) + 64)] = row_sum_ptr[1];
+      }
+      int cse_v6 = (row_3 * 132);
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 128)] = acc_ptr[1];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 136)] = acc_ptr[3];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 144)] = acc_ptr[5];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 152)] = acc_ptr[7];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 160)] = acc_ptr[9];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 168)] = acc_ptr[11];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 176)] = acc_ptr[13];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 184)] = acc_ptr[15];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 192)] = acc_ptr[17];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 200)] = acc_ptr[19];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 208)] = acc_ptr[21];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 216)] = acc_ptr[23];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 224)] = acc_ptr[25];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 232)] = acc_ptr[27];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 240)] = acc_ptr[29];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_3 * 132)) + (lane_ptr[0] / 4)) + 248)] = acc_ptr[31];
+    }
+    int row_4 = (((lane_ptr[0] % 4) * 2) + 8);
+    if (row_4 < 16) {
+      if (lane_ptr[0] < 4) {
+        ((float*)ring_ptr)[((warp_ptr[0] * 16) + row_4)] = row_max_ptr[2];
+        ((float*)ring_ptr)[(((warp_ptr[0] * 16) + row_4) + 64)] = row_sum_ptr[4];
+      }
+      int cse_v7 = (row_4 * 132);
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 128)] = acc_ptr[32];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 136)] = acc_ptr[34];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 144)] = acc_ptr[36];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 152)] = acc_ptr[38];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 160)] = acc_ptr[40];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 168)] = acc_ptr[42];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 176)] = acc_ptr[44];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 184)] = acc_ptr[46];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 192)] = acc_ptr[48];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 200)] = acc_ptr[50];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 208)] = acc_ptr[52];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 216)] = acc_ptr[54];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 224)] = acc_ptr[56];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 232)] = acc_ptr[58];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 240)] = acc_ptr[60];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_4 * 132)) + (lane_ptr[0] / 4)) + 248)] = acc_ptr[62];
+    }
+    int row_5 = (((lane_ptr[0] % 4) * 2) + 9);
+    if (row_5 < 16) {
+      if (lane_ptr[0] < 4) {
+        ((float*)ring_ptr)[((warp_ptr[0] * 16) + row_5)] = row_max_ptr[3];
+        ((float*)ring_ptr)[(((warp_ptr[0] * 16) + row_5) + 64)] = row_sum_ptr[5];
+      }
+      int cse_v8 = (row_5 * 132);
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 128)] = acc_ptr[33];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 136)] = acc_ptr[35];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 144)] = acc_ptr[37];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 152)] = acc_ptr[39];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 160)] = acc_ptr[41];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 168)] = acc_ptr[43];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 176)] = acc_ptr[45];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 184)] = acc_ptr[47];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 192)] = acc_ptr[49];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 200)] = acc_ptr[51];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 208)] = acc_ptr[53];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 216)] = acc_ptr[55];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 224)] = acc_ptr[57];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 232)] = acc_ptr[59];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 240)] = acc_ptr[61];
+      ((float*)ring_ptr)[((((warp_ptr[0] * 2112) + (row_5 * 132)) + (lane_ptr[0] / 4)) + 248)] = acc_ptr[63];
+    }
+    tvm_builtin_cuda_cta_sync();
+    for (int step_1 = 0; step_1 < (((min((((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) - (query_start_loc_ptr[found_ptr[0]] * 4)) - (found_ptr[6] * 16)), 16) * 128) + 127) / 128); ++step_1) {
+      int cse_v9 = (step_1 * 128);
+      int row_6 = ((((step_1 * 128) + (warp_ptr[0] * 32)) + lane_ptr[0]) / 128);
+      int d = ((((step_1 * 128) + (warp_ptr[0] * 32)) + lane_ptr[0]) % 128);
+      if ((row_6 < (((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) - (query_start_loc_ptr[found_ptr[0]] * 4)) - (found_ptr[6] * 16))) && (row_6 < 16)) {
+        alignas(64) float highest_ptr_4[1];
+        highest_ptr_4[0] = -CUDART_INF_F;
+        alignas(64) float total_ptr[1];
+        total_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+        alignas(64) float value_ptr[1];
+        value_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+        highest_ptr_4[0] = max(highest_ptr_4[0], ((float*)ring_ptr)[row_6]);
+        int cse_v10 = (row_6 + 16);
+        highest_ptr_4[0] = max(highest_ptr_4[0], ((float*)ring_ptr)[(row_6 + 16)]);
+        int cse_v11 = (row_6 + 32);
+        highest_ptr_4[0] = max(highest_ptr_4[0], ((float*)ring_ptr)[(row_6 + 32)]);
+        int cse_v12 = (row_6 + 48);
+        highest_ptr_4[0] = max(highest_ptr_4[0], ((float*)ring_ptr)[(row_6 + 48)]);
+        alignas(64) float shift_ptr_1[1];
+        shift_ptr_1[0] = ((highest_ptr_4[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr_4[0]);
+        alignas(64) float weight_ptr[1];
+        weight_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[0], ((((float*)ring_ptr)[row_6] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr[0] * ((float*)ring_ptr)[(row_6 + 64)]));
+        int cse_v17 = ((row_6 * 132) + d);
+        value_ptr[0] = (value_ptr[0] + (weight_ptr[0] * ((float*)ring_ptr)[(((row_6 * 132) + d) + 128)]));
+        alignas(64) float weight_ptr_1[1];
+        weight_ptr_1[0] = 0x0p+0f/*0.000000e+00*/;
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr_1[0], ((((float*)ring_ptr)[(row_6 + 16)] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr_1[0] * ((float*)ring_ptr)[(row_6 + 80)]));
+        value_ptr[0] = (value_ptr[0] + (weight_ptr_1[0] * ((float*)ring_ptr)[(((row_6 * 132) + d) + 2240)]));
+        alignas(64) float weight_ptr_2[1];
+        weight_ptr_2[0] = 0x0p+0f/*0.000000e+00*/;
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr_2[0], ((((float*)ring_ptr)[(row_6 + 32)] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr_2[0] * ((float*)ring_ptr)[(row_6 + 96)]));
+        value_ptr[0] = (value_ptr[0] + (weight_ptr_2[0] * ((float*)ring_ptr)[(((row_6 * 132) + d) + 4352)]));
+        alignas(64) float weight_ptr_3[1];
+        weight_ptr_3[0] = 0x0p+0f/*0.000000e+00*/;
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr_3[0], ((((float*)ring_ptr)[(row_6 + 48)] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr_3[0] * ((float*)ring_ptr)[(row_6 + 112)]));
+        value_ptr[0] = (value_ptr[0] + (weight_ptr_3[0] * ((float*)ring_ptr)[(((row_6 * 132) + d) + 6464)]));
+        int64_t cse_v13 = ((int64_t)row_6);
+        int64_t token = (((((int64_t)found_ptr[6]) * (int64_t)4) + (((int64_t)row_6) >> (int64_t)2)) + ((int64_t)query_start_loc_ptr[found_ptr[0]]));
+        int64_t head = ((((int64_t)kv_head_ptr[0]) * (int64_t)4) + (((int64_t)row_6) & (int64_t)3));
+        int64_t cse_v14 = ((int64_t)d);
+        if (found_ptr[3] == 1) {
+          out_ptr[(((token * out_batch) + (head * out_head)) + ((int64_t)d))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? value_ptr[0] : (value_ptr[0] / total_ptr[0])));
+          if (d == 0) {
+              int v__1 = (places_ptr_1[0] + 127) << 23;
+            lse_ptr[((token * lse_batch) + head)] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (highest_ptr_4[0] + logf((total_ptr[0] * (*(float *)(&(v__1)))))));
+          }
+        } else {
+          int64_t slot = ((((((int64_t)found_ptr[5]) * ((int64_t)num_tokens)) * (int64_t)32) + (token * (int64_t)32)) + head);
+          partial_acc_ptr[((slot * (int64_t)128) + ((int64_t)d))] = value_ptr[0];
+          if (d == 0) {
+            partial_max_ptr[slot] = highest_ptr_4[0];
+            partial_sum_ptr[slot] = total_ptr[0];
+          }
+        }
+      }
+    }
+    item_ptr[0] = (item_ptr[0] + workers);
+    found_ptr[0] = -1;
+    alignas(64) int before_ptr_1[1];
+    before_ptr_1[0] = 0;
+    alignas(64) int first_ptr_1[1];
+    first_ptr_1[0] = 0;
+    #pragma unroll 1
+    while (1) {
+      if (!(((found_ptr[0] < 0) & (first_ptr_1[0] < batch)))) { break; }
+      alignas(64) int count_ptr_1[1];
+      count_ptr_1[0] = 0;
+      if ((first_ptr_1[0] + lane_ptr[0]) < batch) {
+        count_ptr_1[0] = (((0 < context_lens_ptr[(((int64_t)first_ptr_1[0]) + ((int64_t)lane_ptr[0]))]) ? ((((context_lens_ptr[(((int64_t)first_ptr_1[0]) + ((int64_t)lane_ptr[0]))] - 1) >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[(((int64_t)first_ptr_1[0]) + ((int64_t)lane_ptr[0]))] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8)) + 1) - (0 >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[(((int64_t)first_ptr_1[0]) + ((int64_t)lane_ptr[0]))] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8))) : 1) * ((((query_start_loc_ptr[((((int64_t)first_ptr_1[0]) + ((int64_t)lane_ptr[0])) + (int64_t)1)] * 4) + 15) - (query_start_loc_ptr[(((int64_t)first_ptr_1[0]) + ((int64_t)lane_ptr[0]))] * 4)) / 16));
+      }
+      alignas(64) int end_ptr_3[1];
+      end_ptr_3[0] = count_ptr_1[0];
+      int below_5 = __shfl_up_sync((uint)4294967295, end_ptr_3[0], 1, 32);
+      end_ptr_3[0] = ((1 <= lane_ptr[0]) ? (end_ptr_3[0] + below_5) : end_ptr_3[0]);
+      int below_6 = __shfl_up_sync((uint)4294967295, end_ptr_3[0], 2, 32);
+      end_ptr_3[0] = ((2 <= lane_ptr[0]) ? (end_ptr_3[0] + below_6) : end_ptr_3[0]);
+      int below_7 = __shfl_up_sync((uint)4294967295, end_ptr_3[0], 4, 32);
+      end_ptr_3[0] = ((4 <= lane_ptr[0]) ? (end_ptr_3[0] + below_7) : end_ptr_3[0]);
+      int below_8 = __shfl_up_sync((uint)4294967295, end_ptr_3[0], 8, 32);
+      end_ptr_3[0] = ((8 <= lane_ptr[0]) ? (end_ptr_3[0] + below_8) : end_ptr_3[0]);
+      int below_9 = __shfl_up_sync((uint)4294967295, end_ptr_3[0], 16, 32);
+      end_ptr_3[0] = ((16 <= lane_ptr[0]) ? (end_ptr_3[0] + below_9) : end_ptr_3[0]);
+      uint hits_1 = tvm_builtin_ballot_sync((uint)4294967295, ((int)(item_ptr[0] < (before_ptr_1[0] + end_ptr_3[0]))));
+      if (hits_1 != (uint)0) {
+        int owner_1 = (tvm_builtin_ffs_u32(hits_1) - 1);
+        int number_1 = __shfl_sync((uint)4294967295, (((item_ptr[0] + count_ptr_1[0]) - before_ptr_1[0]) - end_ptr_3[0]), owner_1, 32);
+        found_ptr[0] = (first_ptr_1[0] + owner_1);
+        found_ptr[5] = (number_1 / ((((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) + 15) - (query_start_loc_ptr[found_ptr[0]] * 4)) / 16));
+        found_ptr[6] = (number_1 % ((((query_start_loc_ptr[(((int64_t)found_ptr[0]) + (int64_t)1)] * 4) + 15) - (query_start_loc_ptr[found_ptr[0]] * 4)) / 16));
+        found_ptr[3] = ((0 < context_lens_ptr[found_ptr[0]]) ? ((((context_lens_ptr[found_ptr[0]] - 1) >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[found_ptr[0]] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8)) + 1) - (0 >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[found_ptr[0]] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8))) : 1);
+        found_ptr[4] = context_lens_ptr[found_ptr[0]];
+        alignas(64) int seen_ptr_13[1];
+        seen_ptr_13[0] = 0;
+        alignas(64) int after_ptr_1[1];
+        after_ptr_1[0] = context_lens_ptr[found_ptr[0]];
+        alignas(64) int places_ptr_2[1];
+        places_ptr_2[0] = (max((((int)(tvm_builtin_float_as_uint(((float)(max(((after_ptr_1[0] - seen_ptr_13[0]) - 1), 0) / 16384))) >> (uint)23)) - 126), 0) + 8);
+        alignas(64) int nth_ptr_1[1];
+        nth_ptr_1[0] = ((seen_ptr_13[0] >> places_ptr_2[0]) + found_ptr[5]);
+        found_ptr[1] = max(seen_ptr_13[0], (nth_ptr_1[0] << places_ptr_2[0]));
+        found_ptr[2] = min(after_ptr_1[0], ((nth_ptr_1[0] + 1) << places_ptr_2[0]));
+      }
+      before_ptr_1[0] = (before_ptr_1[0] + __shfl_sync((uint)4294967295, end_ptr_3[0], 31, 32));
+      first_ptr_1[0] = (first_ptr_1[0] + 32);
+    }
+    tvm_builtin_cuda_cta_sync();
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(128) cuda_merge_attend_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, int* __restrict__ query_start_loc_ptr, int64_t* __restrict__ report_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int64_t lse_batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int num_tokens, int64_t out_batch, int64_t out_head, int64_t row_step, int sees_all, int64_t table_seq, int64_t tree_cells) {
+  int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
+  int cta = ((int)blockIdx.x);
+  int warp_id = warp_id_in_cta;
+  int cse_v1 = (((int)threadIdx.x) & 31);
+  int lane_id = (((int)threadIdx.x) & 31);
+  alignas(64) int found_ptr[1];
+  alignas(64) int lane_ptr[1];
+  lane_ptr[0] = (((int)threadIdx.x) & 31);
+  alignas(64) int thread_ptr[1];
+  thread_ptr[0] = ((warp_id_in_cta * 32) + lane_ptr[0]);
+  alignas(64) int token_ptr[1];
+  token_ptr[0] = (((int)blockIdx.x) / 32);
+  alignas(64) int head_ptr[1];
+  head_ptr[0] = (((int)blockIdx.x) % 32);
+  if (((status_ptr[0] != 0) & (((int)blockIdx.x) == 0)) & (thread_ptr[0] == 0)) {
+    alignas(64) int found_ptr_1[1];
+    found_ptr_1[0] = (2147483647 - status_ptr[0]);
+    alignas(64) int seq_ptr[1];
+    seq_ptr[0] = (found_ptr_1[0] / 2);
+    alignas(64) int64_t wide_ptr[1];
+    wide_ptr[0] = ((int64_t)seq_ptr[0]);
+    report_ptr[1] = wide_ptr[0];
+    alignas(64) int64_t code_ptr[1];
+    code_ptr[0] = (int64_t)5;
+    if (seq_ptr[0] == batch) {
+      code_ptr[0] = (int64_t)6;
+      alignas(64) int64_t cells_ptr[1];
+      cells_ptr[0] = (int64_t)0;
+      for (int i = 0; i < batch; ++i) {
+        int64_t count = (((int64_t)query_start_loc_ptr[(i + 1)]) - ((int64_t)query_start_loc_ptr[i]));
+        cells_ptr[0] = (cells_ptr[0] + (count * count));
+      }
+      report_ptr[3] = tree_cells;
+      report_ptr[4] = cells_ptr[0];
+    } else {
+      if (((((wide_ptr[0] == (int64_t)0) && (row_starts_ptr[(wide_ptr[0] * row_step)] != 0)) || (row_starts_ptr[(wide_ptr[0] * row_step)] < 0)) || (row_starts_ptr[((wide_ptr[0] + (int64_t)1) * row_step)] < row_starts_ptr[(wide_ptr[0] * row_step)])) || (num_entries < ((int64_t)row_starts_ptr[((wide_ptr[0] + (int64_t)1) * row_step)]))) {
+        code_ptr[0] = (int64_t)4;
+        report_ptr[2] = ((int64_t)row_starts_ptr[(wide_ptr[0] * row_step)]);
+        report_ptr[3] = ((int64_t)row_starts_ptr[((wide_ptr[0] + (int64_t)1) * row_step)]);
+        report_ptr[4] = num_entries;
+      } else {
+        int64_t cse_v2 = ((int64_t)max_blocks);
+        if (((context_lens_ptr[seq_ptr[0]] < 0) || ((((((int64_t)max_blocks) * (int64_t)16) + (((int64_t)row_starts_ptr[((((int64_t)seq_ptr[0]) + (int64_t)1) * row_step)]) * (int64_t)16)) - (((int64_t)row_starts_ptr[(((int64_t)seq_ptr[0]) * row_step)]) * (int64_t)16)) < ((int64_t)context_lens_ptr[seq_ptr[0]]))) || (1073741824 < context_lens_ptr[seq_ptr[0]])) {
+          code_ptr[0] = (int64_t)1;
+          report_ptr[3] = ((int64_t)context_lens_ptr[seq_ptr[0]]);
+          report_ptr[4] = (min(((((int64_t)max_blocks) + ((int64_t)row_starts_ptr[((wide_ptr[0] + (int64_t)1) * row_step)])) - ((int64_t)row_starts_ptr[(wide_ptr[0] * row_step)])), (int64_t)67108864) * (int64_t)16);
+        } else {
+          if (((((((seq_ptr[0] == 0) && (query_start_loc_ptr[seq_ptr[0]] != 0)) || ((seq_ptr[0] == (batch - 1)) && (query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)] != num_tokens))) || (query_start_loc_ptr[seq_ptr[0]] < 0)) || ((((int64_t)query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[seq_ptr[0]])) < (int64_t)0)) || (((int64_t)context_lens_ptr[seq_ptr[0]]) < (((int64_t)query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[seq_ptr[0]])))) || ((int64_t)64 < (((int64_t)query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[seq_ptr[0]])))) {
+            report_ptr[2] = ((int64_t)query_start_loc_ptr[seq_ptr[0]]);
+            report_ptr[3] = ((int64_t)query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)]);
+            report_ptr[4] = ((int64_t)min(context_lens_ptr[seq_ptr[0]], 64));
+          } else {
+            code_ptr[0] = (int64_t)2;
+            report_ptr[4] = num_blocks;
+            alignas(64) int runs_ptr[2];
+            runs_ptr[0] = 1073741824;
+            runs_ptr[1] = 0;
+            for (int nth = 0; nth < (query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)] - query_start_loc_ptr[seq_ptr[0]]); ++nth) {
+              alignas(64) int query_end_ptr[1];
+              query_end_ptr[0] = ((((context_lens_ptr[seq_ptr[0]] + query_start_loc_ptr[seq_ptr[0]]) + nth) + 1) - query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)]);
+              alignas(64) int seen_ptr[1];
+              seen_ptr[0] = ((sees_all != 0) ? context_lens_ptr[seq_ptr[0]] : query_end_ptr[0]);
+              runs_ptr[0] = min(runs_ptr[0], ((0 < seen_ptr[0]) ? 0 : 1073741824));
+              runs_ptr[1] = max(runs_ptr[1], ((0 < seen_ptr[0]) ? seen_ptr[0] : 0));
+            }
+            alignas(64) int64_t row_ptr[1];
+            row_ptr[0] = ((wide_ptr[0] * table_seq) + ((int64_t)row_starts_ptr[(wide_ptr[0] * row_step)]));
+            alignas(64) int past_ptr[1];
+            past_ptr[0] = ((runs_ptr[1] + 15) / 16);
+            alignas(64) int at_ptr[1];
+            at_ptr[0] = (past_ptr[0] - 1);
+            #pragma unroll 1
+            while (1) {
+              if (!(((runs_ptr[0] / 16) <= at_ptr[0]))) { break; }
+              int block = block_table_ptr[(row_ptr[0] + ((int64_t)at_ptr[0]))];
+              int64_t cse_v3 = ((int64_t)block);
+              if ((block < 0) | (num_blocks <= ((int64_t)block))) {
+                report_ptr[2] = ((int64_t)at_ptr[0]);
+                report_ptr[3] = ((int64_t)block);
+              }
+              at_ptr[0] = (at_ptr[0] - 1);
+            }
+          }
+        }
+      }
+    }
+    tvm_builtin_ptx_st_release_sys_global_b64_s64((&(report_ptr[0])), code_ptr[0]);
+  }
+  if (status_ptr[0] == 0) {
+    found_ptr[0] = token_ptr[0];
+    alignas(64) uint before_ptr[1];
+    before_ptr[0] = (uint)0;
+    for (int i_1 = 0; i_1 < ((batch + 31) / 32); ++i_1) {
+      if (((i_1 * 32) + lane_ptr[0]) < batch) {
+        before_ptr[0] = (before_ptr[0] + ((query_start_loc_ptr[(((((int64_t)i_1) * (int64_t)32) + ((int64_t)lane_ptr[0])) + (int64_t)1)] <= token_ptr[0]) ? (uint)1 : (uint)0));
+      }
+    }
+    found_ptr[0] = ((int)tvm_builtin_reduce_add_sync_u32((uint)4294967295, before_ptr[0]));
+    alignas(64) int ranges_ptr[1];
+    ranges_ptr[0] = ((0 < context_lens_ptr[found_ptr[0]]) ? ((((context_lens_ptr[found_ptr[0]] - 1) >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[found_ptr[0]] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8)) + 1) - (0 >> (max((((int)(tvm_builtin_float_as_uint(((float)((context_lens_ptr[found_ptr[0]] - 1) / 16384))) >> (uint)23)) - 126), 0) + 8))) : 1);
+    if ((1 < ranges_ptr[0]) & (thread_ptr[0] < 128)) {
+      alignas(64) int64_t first_ptr[1];
+      first_ptr[0] = ((((int64_t)token_ptr[0]) * (int64_t)32) + ((int64_t)head_ptr[0]));
+      alignas(64) int64_t slots_ptr[1];
+      slots_ptr[0] = (((int64_t)num_tokens) * (int64_t)32);
+      alignas(64) float highest_ptr[1];
+      highest_ptr[0] = -CUDART_INF_F;
+      alignas(64) float total_ptr[1];
+      total_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+      alignas(64) float value_ptr[1];
+      value_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+      for (int i_2 = 0; i_2 < ranges_ptr[0]; ++i_2) {
+        highest_ptr[0] = max(highest_ptr[0], partial_max_ptr[(first_ptr[0] + (((int64_t)i_2) * slots_ptr[0]))]);
+      }
+      alignas(64) float shift_ptr[1];
+      shift_ptr[0] = ((highest_ptr[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr[0]);
+      for (int i_3 = 0; i_3 < ranges_ptr[0]; ++i_3) {
+        alignas(64) float weight_ptr[1];
+        weight_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+        int64_t cse_v4 = ((int64_t)i_3);
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[0], ((partial_max_ptr[(first_ptr[0] + (((int64_t)i_3) * slots_ptr[0]))] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr[0] * partial_sum_ptr[(first_ptr[0] + (((int64_t)i_3) * slots_ptr[0]))]));
+        value_ptr[0] = (value_ptr[0] + (weight_ptr[0] * partial_acc_ptr[(((first_ptr[0] * (int64_t)128) + ((((int64_t)i_3) * slots_ptr[0]) * (int64_t)128)) + ((int64_t)thread_ptr[0]))]));
+      }
+      alignas(64) int64_t where_ptr[1];
+      where_ptr[0] = ((((int64_t)token_ptr[0]) * out_batch) + (((int64_t)head_ptr[0]) * out_head));
+      out_ptr[(where_ptr[0] + ((int64_t)thread_ptr[0]))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? value_ptr[0] : (value_ptr[0] / total_ptr[0])));
+      if (thread_ptr[0] == 0) {
+            float v_ = (float)(context_lens_ptr[found_ptr[0]] - 1);
+          int v__1 = (max((((*(int *)(&(v_))) >> 23) - 125), 0) + 127) << 23;
+        lse_ptr[((((int64_t)token_ptr[0]) * lse_batch) + ((int64_t)head_ptr[0]))] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (highest_ptr[0] + logf((total_ptr[0] * (*(float *)(&(v__1)))))));
+      }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(128) cuda_check_queries_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, int* __restrict__ query_start_loc_ptr, int* __restrict__ row_starts_ptr, int* __restrict__ status_ptr, int batch, int max_blocks, int64_t num_blocks, int64_t num_entries, int num_tokens, int64_t row_step, int sees_all, int64_t table_seq, int64_t tree_cells) {
+  int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
+  int cta = ((int)blockIdx.x);
+  int warp_id = warp_id_in_cta;
+  int cse_v1 = (((int)threadIdx.x) & 31);
+  int lane_id = (((int)threadIdx.x) & 31);
+  alignas(64) int lane_ptr[1];
+  lane_ptr[0] = (((int)threadIdx.x) & 31);
+  alignas(64) int thread_ptr[1];
+  thread_ptr[0] = ((warp_id_in_cta * 32) + lane_ptr[0]);
+  alignas(64) int seq_ptr[1];
+  seq_ptr[0] = ((int)blockIdx.x);
+  alignas(64) int runs_ptr[2];
+  alignas(64) int cells_ptr[1];
+  if ((((int)blockIdx.x) == 0) & ((int64_t)0 <= tree_cells)) {
+    alignas(64) uint cells_ptr_1[1];
+    cells_ptr_1[0] = (uint)0;
+    for (int i = 0; i < ((batch + 31) / 32); ++i) {
+      if (((i * 32) + lane_ptr[0]) < batch) {
+        int64_t cse_v2 = (((int64_t)i) * (int64_t)32);
+        uint count = ((uint)(query_start_loc_ptr[(((((int64_t)i) * (int64_t)32) + ((int64_t)lane_ptr[0])) + (int64_t)1)] - query_start_loc_ptr[((((int64_t)i) * (int64_t)32) + ((int64_t)lane_ptr[0]))]));
+        cells_ptr_1[0] = (cells_ptr_1[0] + (count * count));
+      }
+    }
+    cells_ptr[0] = ((int)tvm_builtin_reduce_add_sync_u32((uint)4294967295, cells_ptr_1[0]));
+    if ((thread_ptr[0] == 0) & (((int64_t)cells_ptr[0]) != tree_cells)) {
+      tvm_builtin_ptx_red_relaxed_gpu_global_max_s32((&(status_ptr[0])), (2147483647 - (batch * 2)));
+    }
+  }
+  alignas(64) bool wrong_ptr[1];
+  wrong_ptr[0] = (((((((((context_lens_ptr[seq_ptr[0]] < 0) || ((((((int64_t)max_blocks) * (int64_t)16) + (((int64_t)row_starts_ptr[((((int64_t)seq_ptr[0]) + (int64_t)1) * row_step)]) * (int64_t)16)) - (((int64_t)row_starts_ptr[(((int64_t)seq_ptr[0]) * row_step)]) * (int64_t)16)) < ((int64_t)context_lens_ptr[seq_ptr[0]]))) || (1073741824 < context_lens_ptr[seq_ptr[0]])) || ((seq_ptr[0] == 0) && (query_start_loc_ptr[seq_ptr[0]] != 0))) || ((seq_ptr[0] == (batch - 1)) && (query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)] != num_tokens))) || (query_start_loc_ptr[seq_ptr[0]] < 0)) || ((((int64_t)query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[seq_ptr[0]])) < (int64_t)0)) || (((int64_t)context_lens_ptr[seq_ptr[0]]) < (((int64_t)query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[seq_ptr[0]])))) || ((int64_t)64 < (((int64_t)query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)]) - ((int64_t)query_start_loc_ptr[seq_ptr[0]]))));
+  if ((((((seq_ptr[0] == 0) && (row_starts_ptr[(((int64_t)seq_ptr[0]) * row_step)] != 0)) || (row_starts_ptr[(((int64_t)seq_ptr[0]) * row_step)] < 0)) || (row_starts_ptr[((((int64_t)seq_ptr[0]) + (int64_t)1) * row_step)] < row_starts_ptr[(((int64_t)seq_ptr[0]) * row_step)])) || (num_entries < ((int64_t)row_starts_ptr[((((int64_t)seq_ptr[0]) + (int64_t)1) * row_step)]))) | wrong_ptr[0]) {
+    if (thread_ptr[0] == 0) {
+      tvm_builtin_ptx_red_relaxed_gpu_global_max_s32((&(status_ptr[0])), (2147483647 - (seq_ptr[0] * 2)));
+    }
+  } else {
+    runs_ptr[0] = 1073741824;
+    runs_ptr[1] = 0;
+    for (int nth = 0; nth < (query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)] - query_start_loc_ptr[seq_ptr[0]]); ++nth) {
+      alignas(64) int query_end_ptr[1];
+      query_end_ptr[0] = ((((context_lens_ptr[seq_ptr[0]] + query_start_loc_ptr[seq_ptr[0]]) + nth) + 1) - query_start_loc_ptr[(((int64_t)seq_ptr[0]) + (int64_t)1)]);
+      alignas(64) int seen_ptr[1];
+      seen_ptr[0] = ((sees_all != 0) ? context_lens_ptr[seq_ptr[0]] : query_end_ptr[0]);
+      runs_ptr[0] = min(runs_ptr[0], ((0 < seen_ptr[0]) ? 0 : 1073741824));
+      runs_ptr[1] = max(runs_ptr[1], ((0 < seen_ptr[0]) ? seen_ptr[0] : 0));
+    }
+    alignas(64) int64_t row_ptr[1];
+    row_ptr[0] = ((((int64_t)seq_ptr[0]) * table_seq) + ((int64_t)row_starts_ptr[(((int64_t)seq_ptr[0]) * row_step)]));
+    alignas(64) int first_ptr[1];
+    first_ptr[0] = (runs_ptr[0] / 16);
+    alignas(64) int used_ptr[1];
+    used_ptr[0] = ((runs_ptr[1] + 15) / 16);
+    for (int step = 0; step < ((max((used_ptr[0] - first_ptr[0]), 0) + 127) / 128); ++step) {
+      alignas(64) int i_ptr[1];
+      i_ptr[0] = (((step * 128) + first_ptr[0]) + thread_ptr[0]);
       if (i_ptr[0] < used_ptr[0]) {
         alignas(64) int block_ptr[1];
         block_ptr[0] = block_table_ptr[(row_ptr[0] + ((int64_t)i_ptr[0]))];

@@ -18,13 +18,15 @@ value_cache_span = TypeVar("value_cache_span")
 value_span = TypeVar("value_span")
 block_table_span = TypeVar("block_table_span")
 context_lens_span = TypeVar("context_lens_span")
-row_starts_span = TypeVar("row_starts_span")
 lse_span = TypeVar("lse_span")
 out_span = TypeVar("out_span")
 partial_acc_span = TypeVar("partial_acc_span")
 partial_max_span = TypeVar("partial_max_span")
 partial_sum_span = TypeVar("partial_sum_span")
 query_span = TypeVar("query_span")
+query_start_loc_span = TypeVar("query_start_loc_span")
+row_starts_span = TypeVar("row_starts_span")
+tree_mask_span = TypeVar("tree_mask_span")
 @I.ir_module
 class Module:
     @T.prim_func
@@ -85,6 +87,284 @@ class Module:
                     T.ptx.st(T.address_of(value_cache[block * v_block + slot * v_row + head * v_head + d]), words[4], words[5], words[6], words[7], "", "", "global", "", "", "", "v4", "b32", "")
 
     @T.prim_func
+    def cuda_attend(query: T.Buffer((query_span,), "bfloat16"), key_cache: T.Buffer((key_cache_span,), "bfloat16"), value_cache: T.Buffer((value_cache_span,), "bfloat16"), block_table: T.Buffer((block_table_span,), "int32"), row_starts: T.Buffer((row_starts_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), query_start_loc: T.Buffer((query_start_loc_span,), "int32"), tree_mask: T.Buffer((tree_mask_span,), "uint8"), status: T.Buffer((status_span,), "int32"), partial_max: T.Buffer((partial_max_span,), "float32"), partial_sum: T.Buffer((partial_sum_span,), "float32"), partial_acc: T.Buffer((partial_acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), q_batch: T.int64, q_head: T.int64, k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, table_seq: T.int64, row_step: T.int64, out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, batch: T.int32, num_tokens: T.int32, workers: T.int32, sees_all: T.int32, has_tree: T.int32, query_scale: T.float32, score_scale: T.float32):
+        T.attr({"tirx.device_entry": T.bool(True)})
+        cta = T.cta_id([workers * 8])
+        warp_id = T.warp_id([4])
+        lane_id = T.lane_id([32])
+        ring = T.alloc_buffer((16384,), "uint32", scope="shared.dyn", align=128)
+        warp_max = T.decl_buffer((64,), data=ring.data, scope="shared.dyn")
+        warp_sum = T.decl_buffer((64,), data=ring.data, elem_offset=64, scope="shared.dyn")
+        warp_acc = T.decl_buffer((8448,), data=ring.data, elem_offset=128, scope="shared.dyn")
+        found = T.alloc_local((7,), "int32")
+        q = T.alloc_local((32,), "uint32")
+        row_max = T.alloc_local((4,))
+        row_sum = T.alloc_local((8,))
+        acc = T.alloc_local((64,))
+        tree_start: T.int32
+        warp: T.int32 = warp_id
+        lane: T.int32 = lane_id
+        item: T.int32 = T.Div(cta, 8)
+        stopped: T.int32 = status[0]
+        found[0] = -1
+        before: T.int32 = 0
+        first: T.int32 = 0
+        while (found[0] < 0) & (first < batch):
+            count: T.int32 = 0
+            if first + lane < batch:
+                count = T.Select(0 < context_lens[first + lane], (context_lens[first + lane] - 1 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[first + lane] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) - (0 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[first + lane] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) + 1, 1) * T.Div((query_start_loc[first + lane + 1] - query_start_loc[first + lane]) * 4 + 16 - 1, 16)
+            end: T.int32 = count
+            for level in T.unroll(5):
+                below: T.let[T.int32] = T.cuda.__shfl_up_sync(T.uint32(4294967295), end, 1 << level, 32)
+                end = T.Select(lane >= 1 << level, end + below, end)
+            hits: T.let[T.uint32] = T.cuda.ballot_sync(T.uint32(4294967295), T.Cast("int32", before + end > item))
+            if hits != T.uint32(0):
+                owner: T.let[T.int32] = T.cuda.ffs_u32(hits) - 1
+                number: T.let[T.int32] = T.cuda.__shfl_sync(T.uint32(4294967295), item - before - end + count, owner, 32)
+                found[0] = first + owner
+                found[5] = T.Div(number, T.Div((query_start_loc[found[0] + 1] - query_start_loc[found[0]]) * 4 + 16 - 1, 16))
+                found[6] = T.truncmod(number, T.Div((query_start_loc[found[0] + 1] - query_start_loc[found[0]]) * 4 + 16 - 1, 16))
+                found[3] = T.Select(0 < context_lens[found[0]], (context_lens[found[0]] - 1 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[found[0]] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) - (0 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[found[0]] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) + 1, 1)
+                found[4] = context_lens[found[0]]
+                seen: T.int32 = 0
+                after: T.int32 = context_lens[found[0]]
+                places: T.int32 = 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(after - seen - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)
+                nth: T.int32 = (seen >> places) + found[5]
+                found[1] = T.max(seen, nth << places)
+                found[2] = T.min(after, nth + 1 << places)
+            before = before + T.cuda.__shfl_sync(T.uint32(4294967295), end, 31, 32)
+            first = first + 32
+        while (found[0] >= 0) & (stopped == 0):
+            seq: T.int64 = T.Cast("int64", found[0])
+            row: T.int64 = seq * table_seq + T.Cast("int64", row_starts[seq * row_step])
+            kv_head: T.int32 = T.truncmod(cta, 8)
+            first_row: T.int32 = 0
+            places: T.int32 = T.max((T.reinterpret("int32", T.Cast("float32", found[4] - 1)) >> 23) - 125, 0)
+            for i in T.unroll(32):
+                q[i] = T.uint32(0)
+            for n in T.unroll(2):
+                row_1: T.let[T.int32] = n * 8 + T.Div(lane, 4)
+                if row_1 < T.min((query_start_loc[found[0] + 1] - query_start_loc[found[0]]) * 4 - found[6] * 16, 16):
+                    start: T.int64 = T.Cast("int64", query_start_loc[found[0]] + (found[6] * 16 + row_1) // 4) * q_batch + T.Cast("int64", kv_head * 4 + (found[6] * 16 + row_1) % 4) * q_head
+                    for k in T.unroll(8):
+                        for half in T.unroll(2):
+                            T.ptx.ld(q[(n * 8 + k) * 2 + half], T.address_of(query[start + T.Cast("int64", k * 16 + half * 8 + T.truncmod(lane, 4) * 2)]), "", "", "", "global", "", "nc", "", "", "", "b32", "")
+            for i in T.unroll(32):
+                word: T.uint32 = q[i]
+                T.ptx.cvt(q[i], T.cuda.uint_as_float(word & T.uint32(4294901760)) * query_scale, T.cuda.uint_as_float(word << T.uint32(16)) * query_scale, "rn", "", "", "bf16x2", "f32", "")
+            first_pos: T.int32 = context_lens[found[0]] - (query_start_loc[found[0] + 1] - query_start_loc[found[0]])
+            if has_tree != 0:
+                cells: T.uint32 = T.uint32(0)
+                for i in range(T.Div(found[0] + 31, 32)):
+                    if i * 32 + lane < found[0]:
+                        count: T.let[T.uint32] = T.Cast("uint32", query_start_loc[i * 32 + lane + 1] - query_start_loc[i * 32 + lane])
+                        cells = cells + count * count
+                tree_start = T.Cast("int32", T.cuda.reduce_add_sync_u32(T.uint32(4294967295), cells))
+            positions = T.alloc_local((4,), "int32")
+            limits = T.alloc_local((4,), "int32")
+            reach = T.alloc_local((6,), "int32")
+            reach[0] = 1073741824
+            reach[1] = 0
+            reach[2] = 1073741824
+            reach[3] = 0
+            reach[4] = 1073741824
+            reach[5] = 0
+            for nth in range((T.min(query_start_loc[found[0] + 1] * 4 - query_start_loc[found[0]] * 4 - found[6] * 16, 16) - 1) // 4 + 1):
+                query_end: T.int32 = first_pos + found[6] * 16 // 4 + nth + 1
+                shown: T.int32 = T.Select(sees_all != 0, found[4], query_end)
+                begin: T.int32 = 0
+                end: T.int32 = T.min(shown, found[2])
+                reach[0] = T.min(reach[0], begin)
+                reach[1] = T.max(reach[1], end)
+                reach[2] = T.min(reach[2], end)
+                reach[3] = T.max(reach[3], begin)
+                reach[4] = T.min(reach[4], T.Select(0 < shown, 0, 1073741824))
+                reach[5] = T.max(reach[5], T.Select(0 < shown, shown, 0))
+            for i in T.unroll(4):
+                position: T.int32 = first_pos + (found[6] * 16 + T.min(i // 2 * 8 + T.truncmod(lane, 4) * 2 + i % 2, T.min((query_start_loc[found[0] + 1] - query_start_loc[found[0]]) * 4 - found[6] * 16, 16) - 1)) // 4
+                seen: T.int32 = T.Select(sees_all != 0, found[4], position + 1)
+                positions[i] = position
+                limits[i] = T.min(seen, found[2])
+            found[2] = T.min(found[2], reach[1])
+            for i in T.unroll(4):
+                row_max[i] = T.float32("-inf")
+            for i in T.unroll(8):
+                row_sum[i] = T.float32(0.0)
+            for i in T.unroll(64):
+                acc[i] = T.float32(0.0)
+            block: T.int32
+            end: T.int32 = found[2]
+            own: T.int32 = found[1] + warp * 16
+            num_tiles: T.int32 = T.Div(T.max(end - own, 0) + 63, 64)
+            if num_tiles > 0:
+                entry: T.int32 = T.Div(T.min(own + T.truncmod(lane, 16), end - 1), 16)
+                block = block_table[row + T.Cast("int64", entry)]
+            for step in range(num_tiles + 1):
+                if step < num_tiles:
+                    if reach[0] < own + step * 64 + 16 and own + step * 64 < reach[1]:
+                        for i in T.unroll(4):
+                            row_1: T.int32 = i * 4 + T.Div(lane, 8)
+                            token: T.int32 = own + step * 64 + row_1
+                            number: T.int32 = T.cuda.__shfl_sync(T.uint32(4294967295), block, row_1, 32)
+                            slot: T.int32 = T.truncmod(token, 16)
+                            size: T.uint32 = T.Select(token < end, T.uint32(16), T.uint32(0))
+                            source: T.int64 = T.Cast("int64", number) * k_block + T.Cast("int64", slot) * k_row + T.Cast("int64", kv_head) * k_head
+                            for c in T.unroll(2):
+                                T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2048 + (row_1 * 16 + (c * 8 + T.truncmod(lane, 8) ^ T.truncmod(row_1, 8))) * 4])), T.address_of(key_cache[source + T.Cast("int64", (c * 8 + T.truncmod(lane, 8)) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
+                            source_1: T.int64 = T.Cast("int64", number) * v_block + T.Cast("int64", slot) * v_row + T.Cast("int64", kv_head) * v_head
+                            for c in T.unroll(2):
+                                T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2048 + 1024 + (row_1 * 16 + (c * 8 + T.truncmod(lane, 8) ^ T.truncmod(row_1, 8))) * 4])), T.address_of(value_cache[source_1 + T.Cast("int64", (c * 8 + T.truncmod(lane, 8)) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
+                    entry: T.int32 = T.Div(T.min(own + (step + 1) * 64 + T.truncmod(lane, 16), end - 1), 16)
+                    block = block_table[row + T.Cast("int64", entry)]
+                T.ptx.cp("async", "commit_group", "")
+                if step >= 1:
+                    T.ptx.cp(1, "async", "wait_group", "")
+                    T.cuda.warp_sync()
+                    ready: T.int32 = step - 1
+                    keys: T.int32 = (warp * 2 + T.truncmod(ready, 2)) * 2048
+                    if reach[0] < own + ready * 64 + 16 and own + ready * 64 < reach[1]:
+                        scores = T.alloc_local((8,))
+                        p_frag = T.alloc_local((4,), "uint32")
+                        k_frag = T.alloc_local((4,), "uint32")
+                        for i in T.unroll(8):
+                            scores[i] = T.float32(0.0)
+                        for m in T.unroll(1):
+                            for k in T.unroll(8):
+                                T.ptx.ldmatrix(k_frag[0], k_frag[1], k_frag[2], k_frag[3], T.cuda.cvta_generic_to_shared(T.address_of(ring[keys + ((m * 16 + T.truncmod(lane, 16)) * 16 + (2 * k + T.Div(lane, 16) ^ T.truncmod(m * 16 + T.truncmod(lane, 16), 8))) * 4])), "sync", "aligned", "m8n8", "x4", "", "shared", "b16", "")
+                                for n in T.unroll(2):
+                                    T.ptx.mma(scores[(m * 2 + n) * 4], scores[(m * 2 + n) * 4 + 1], scores[(m * 2 + n) * 4 + 2], scores[(m * 2 + n) * 4 + 3], k_frag[0], k_frag[1], k_frag[2], k_frag[3], q[(n * 8 + k) * 2], q[(n * 8 + k) * 2 + 1], scores[(m * 2 + n) * 4], scores[(m * 2 + n) * 4 + 1], scores[(m * 2 + n) * 4 + 2], scores[(m * 2 + n) * 4 + 3], "sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32", "")
+                        shift = T.alloc_local((2,))
+                        pair = T.alloc_local((2,), "uint32")
+                        for m in T.unroll(1):
+                            for n in T.unroll(2):
+                                for i in T.unroll(4):
+                                    scores[(m * 2 + n) * 4 + i] = T.Select(own + ready * 64 + (m * 16 + i // 2 * 8 + T.Div(lane, 4)) < limits[n * 2 + i % 2], scores[(m * 2 + n) * 4 + i] * score_scale, T.float32("-inf"))
+                        if own + ready * 64 + 16 > T.Select(has_tree != 0, first_pos, 1073741824):
+                            for i in T.unroll(8):
+                                if own + ready * 64 + (i // 8 * 16 + i % 4 // 2 * 8 + T.Div(lane, 4)) >= T.Select(has_tree != 0, first_pos, 1073741824) and own + ready * 64 + (i // 8 * 16 + i % 4 // 2 * 8 + T.Div(lane, 4)) < limits[i // 4 % 2 * 2 + i % 2] and tree_mask[T.Cast("int64", tree_start) + T.Cast("int64", positions[i // 4 % 2 * 2 + i % 2] - T.Select(has_tree != 0, first_pos, 1073741824)) * T.Cast("int64", query_start_loc[found[0] + 1] - query_start_loc[found[0]]) + T.Cast("int64", own + ready * 64 + (i // 8 * 16 + i % 4 // 2 * 8 + T.Div(lane, 4)) - T.Select(has_tree != 0, first_pos, 1073741824))] == T.uint8(0):
+                                    scores[i] = T.float32("-inf")
+                        for n in T.unroll(2):
+                            for h in T.unroll(2):
+                                highest: T.float32 = row_max[n * 2 + h]
+                                for m in T.unroll(1):
+                                    for i in T.unroll(2):
+                                        highest = T.max(highest, scores[(m * 2 + n) * 4 + 2 * i + h])
+                                for level in T.unroll(3):
+                                    highest = T.max(highest, T.cuda.__shfl_xor_sync(T.uint32(4294967295), highest, 4 << level, 32))
+                                shift[h] = T.Select(highest == T.float32("-inf"), T.float32(0.0), highest)
+                                alpha: T.float32 = T.float32(0.0)
+                                T.ptx.ex2(alpha, (row_max[n * 2 + h] - shift[h]) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
+                                row_max[n * 2 + h] = highest
+                                row_sum[n * 4 + h] = row_sum[n * 4 + h] * alpha
+                                for i in T.unroll(16):
+                                    acc[(n * 8 + i // 2) * 4 + i % 2 * 2 + h] = acc[(n * 8 + i // 2) * 4 + i % 2 * 2 + h] * alpha
+                            for m in T.unroll(1):
+                                for i in T.unroll(4):
+                                    T.ptx.ex2(scores[(m * 2 + n) * 4 + i], (scores[(m * 2 + n) * 4 + i] - shift[i % 2]) * T.float32(1.4426950216293335) - T.Cast("float32", places), "approx", "ftz", "f32", "")
+                                for i in T.unroll(2):
+                                    T.ptx.cvt(pair[i], scores[(m * 2 + n) * 4 + 2 * i + 1], scores[(m * 2 + n) * 4 + 2 * i], "rn", "", "", "bf16x2", "f32", "")
+                                    T.ptx.movmatrix(p_frag[(m * 2 + n) * 2 + i], pair[i], "sync", "aligned", "m8n8", "trans", "b16", "")
+                        v_frag = T.alloc_local((4,), "uint32")
+                        for m in T.unroll(1):
+                            for n in T.unroll(2):
+                                T.ptx.mma(row_sum[n * 4], row_sum[n * 4 + 1], row_sum[n * 4 + 2], row_sum[n * 4 + 3], T.uint32(1065369472), T.uint32(0), T.uint32(1065369472), T.uint32(0), p_frag[(m * 2 + n) * 2], p_frag[(m * 2 + n) * 2 + 1], row_sum[n * 4], row_sum[n * 4 + 1], row_sum[n * 4 + 2], row_sum[n * 4 + 3], "sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32", "")
+                            for k in T.unroll(8):
+                                T.ptx.ldmatrix(v_frag[0], v_frag[1], v_frag[2], v_frag[3], T.cuda.cvta_generic_to_shared(T.address_of(ring[keys + 1024 + ((m * 16 + T.Div(lane, 16) * 8 + T.truncmod(lane, 8)) * 16 + (2 * k + T.truncmod(T.Div(lane, 8), 2) ^ T.truncmod(m * 16 + T.Div(lane, 16) * 8 + T.truncmod(lane, 8), 8))) * 4])), "sync", "aligned", "m8n8", "x4", "trans", "shared", "b16", "")
+                                if not (reach[3] <= own + ready * 64 and own + ready * 64 + 16 <= reach[2] and own + ready * 64 + 16 <= T.Select(has_tree != 0, first_pos, 1073741824)):
+                                    cleaned = T.alloc_local((4,), "uint32")
+                                    for i in T.unroll(4):
+                                        cleaned[i] = T.Select(v_frag[i] & T.uint32(65535) & T.uint32(32640) != T.uint32(32640), v_frag[i] & T.uint32(65535), T.uint32(0)) | T.Select(v_frag[i] >> T.uint32(16) & T.uint32(32640) != T.uint32(32640), v_frag[i] >> T.uint32(16), T.uint32(0)) << T.uint32(16)
+                                    differs: T.bool = cleaned[0] != v_frag[0] or cleaned[1] != v_frag[1] or (cleaned[2] != v_frag[2] or cleaned[3] != v_frag[3])
+                                    anywhere: T.let[T.uint32] = T.cuda.ballot_sync(T.uint32(4294967295), T.Cast("int32", differs))
+                                    if anywhere != T.uint32(0):
+                                        marks = T.alloc_local((4,), "uint32")
+                                        seen = T.alloc_local((4,))
+                                        for way in T.unroll(2):
+                                            for i in T.unroll(4):
+                                                marks[i] = T.Select(way == 0, T.Select(v_frag[i] & T.uint32(65535) & T.uint32(32640) != T.uint32(32640) or v_frag[i] & T.uint32(65535) == T.uint32(65408), T.uint32(0), T.uint32(16256)) | T.Select(v_frag[i] >> T.uint32(16) & T.uint32(32640) != T.uint32(32640) or v_frag[i] >> T.uint32(16) == T.uint32(65408), T.uint32(0), T.uint32(16256)) << T.uint32(16), T.Select(v_frag[i] & T.uint32(65535) & T.uint32(32640) != T.uint32(32640) or v_frag[i] & T.uint32(65535) == T.uint32(32640), T.uint32(0), T.uint32(16256)) | T.Select(v_frag[i] >> T.uint32(16) & T.uint32(32640) != T.uint32(32640) or v_frag[i] >> T.uint32(16) == T.uint32(32640), T.uint32(0), T.uint32(16256)) << T.uint32(16))
+                                            for n in T.unroll(2):
+                                                for i in T.unroll(4):
+                                                    seen[i] = T.float32(0.0)
+                                                T.ptx.mma(seen[0], seen[1], seen[2], seen[3], marks[0], marks[1], marks[2], marks[3], p_frag[m * 2 * 2 + n * 2], p_frag[m * 2 * 2 + n * 2 + 1], seen[0], seen[1], seen[2], seen[3], "sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32", "")
+                                                for i in T.unroll(4):
+                                                    acc[(n * 8 + k) * 4 + i] = acc[(n * 8 + k) * 4 + i] + T.Select(seen[i] > T.float32(0.0), T.Select(way == 0, T.float32("inf"), T.float32("-inf")), T.float32(0.0))
+                                        for i in T.unroll(4):
+                                            v_frag[i] = cleaned[i]
+                                for n in T.unroll(2):
+                                    T.ptx.mma(acc[(n * 8 + k) * 4], acc[(n * 8 + k) * 4 + 1], acc[(n * 8 + k) * 4 + 2], acc[(n * 8 + k) * 4 + 3], v_frag[0], v_frag[1], v_frag[2], v_frag[3], p_frag[(m * 2 + n) * 2], p_frag[(m * 2 + n) * 2 + 1], acc[(n * 8 + k) * 4], acc[(n * 8 + k) * 4 + 1], acc[(n * 8 + k) * 4 + 2], acc[(n * 8 + k) * 4 + 3], "sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32", "")
+                    T.cuda.warp_sync()
+            T.ptx.cp(0, "async", "wait_group", "")
+            T.cuda.cta_sync()
+            for n in T.unroll(2):
+                for h in T.unroll(2):
+                    row_1: T.let[T.int32] = n * 8 + T.truncmod(lane, 4) * 2 + h
+                    if row_1 < 16:
+                        if lane < 4:
+                            warp_max[warp * 16 + row_1] = row_max[n * 2 + h]
+                            warp_sum[warp * 16 + row_1] = row_sum[n * 4 + h]
+                        for k in T.unroll(8):
+                            for i in T.unroll(2):
+                                warp_acc[(warp * 16 + row_1) * 132 + (k * 16 + i * 8 + T.Div(lane, 4))] = acc[(n * 8 + k) * 4 + 2 * i + h]
+            T.cuda.cta_sync()
+            for step in range(T.Div(T.min(query_start_loc[found[0] + 1] * 4 - query_start_loc[found[0]] * 4 - found[6] * 16, 16) * 128 + 127, 128)):
+                row_1: T.let[T.int32] = T.Div(step * 128 + (warp * 32 + lane), 128)
+                d: T.let[T.int32] = T.truncmod(step * 128 + (warp * 32 + lane), 128)
+                if row_1 < T.min((query_start_loc[found[0] + 1] - query_start_loc[found[0]]) * 4 - found[6] * 16, 16):
+                    highest: T.float32 = T.float32("-inf")
+                    total: T.float32 = T.float32(0.0)
+                    value: T.float32 = T.float32(0.0)
+                    for i in T.unroll(4):
+                        highest = T.max(highest, warp_max[row_1 + i * 16])
+                    shift: T.float32 = T.Select(highest == T.float32("-inf"), T.float32(0.0), highest)
+                    for i in T.unroll(4):
+                        weight: T.float32 = T.float32(0.0)
+                        T.ptx.ex2(weight, (warp_max[row_1 + i * 16] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
+                        total = total + weight * warp_sum[row_1 + i * 16]
+                        value = value + weight * warp_acc[(row_1 + i * 16) * 132 + d]
+                    token: T.let[T.int64] = T.Cast("int64", query_start_loc[found[0]] + (found[6] * 16 + row_1) // 4)
+                    head: T.let[T.int64] = T.Cast("int64", kv_head * 4 + (found[6] * 16 + row_1) % 4)
+                    if found[3] == 1:
+                        out[token * out_batch + head * out_head + T.Cast("int64", d)] = T.Cast("bfloat16", T.Select(total == T.float32(0.0), value, value / total))
+                        if d == 0:
+                            lse[token * lse_batch + head] = T.Select(total == T.float32(0.0), T.float32("-inf"), highest + T.log(total * T.reinterpret("float32", places + 127 << 23)))
+                    else:
+                        slot: T.let[T.int64] = (T.Cast("int64", found[5]) * T.Cast("int64", num_tokens) + token) * T.int64(32) + head
+                        partial_acc[slot * T.int64(128) + T.Cast("int64", d)] = value
+                        if d == 0:
+                            partial_max[slot] = highest
+                            partial_sum[slot] = total
+            item = item + workers
+            found[0] = -1
+            before_1: T.int32 = 0
+            first_1: T.int32 = 0
+            while (found[0] < 0) & (first_1 < batch):
+                count: T.int32 = 0
+                if first_1 + lane < batch:
+                    count = T.Select(0 < context_lens[first_1 + lane], (context_lens[first_1 + lane] - 1 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[first_1 + lane] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) - (0 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[first_1 + lane] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) + 1, 1) * T.Div((query_start_loc[first_1 + lane + 1] - query_start_loc[first_1 + lane]) * 4 + 16 - 1, 16)
+                end_1: T.int32 = count
+                for level in T.unroll(5):
+                    below: T.let[T.int32] = T.cuda.__shfl_up_sync(T.uint32(4294967295), end_1, 1 << level, 32)
+                    end_1 = T.Select(lane >= 1 << level, end_1 + below, end_1)
+                hits: T.let[T.uint32] = T.cuda.ballot_sync(T.uint32(4294967295), T.Cast("int32", before_1 + end_1 > item))
+                if hits != T.uint32(0):
+                    owner: T.let[T.int32] = T.cuda.ffs_u32(hits) - 1
+                    number: T.let[T.int32] = T.cuda.__shfl_sync(T.uint32(4294967295), item - before_1 - end_1 + count, owner, 32)
+                    found[0] = first_1 + owner
+                    found[5] = T.Div(number, T.Div((query_start_loc[found[0] + 1] - query_start_loc[found[0]]) * 4 + 16 - 1, 16))
+                    found[6] = T.truncmod(number, T.Div((query_start_loc[found[0] + 1] - query_start_loc[found[0]]) * 4 + 16 - 1, 16))
+                    found[3] = T.Select(0 < context_lens[found[0]], (context_lens[found[0]] - 1 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[found[0]] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) - (0 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[found[0]] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) + 1, 1)
+                    found[4] = context_lens[found[0]]
+                    seen: T.int32 = 0
+                    after: T.int32 = context_lens[found[0]]
+                    places_1: T.int32 = 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(after - seen - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)
+                    nth: T.int32 = (seen >> places_1) + found[5]
+                    found[1] = T.max(seen, nth << places_1)
+                    found[2] = T.min(after, nth + 1 << places_1)
+                before_1 = before_1 + T.cuda.__shfl_sync(T.uint32(4294967295), end_1, 31, 32)
+                first_1 = first_1 + 32
+            T.cuda.cta_sync()
+
+    @T.prim_func
     def cuda_check(block_table: T.Buffer((block_table_span,), "int32"), row_starts: T.Buffer((row_starts_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), table_seq: T.int64, row_step: T.int64, num_entries: T.int64, batch: T.int32, max_blocks: T.int32, num_blocks: T.int64):
         T.attr({"tirx.device_entry": T.bool(True)})
         cta = T.cta_id([batch])
@@ -108,6 +388,49 @@ class Module:
                         T.ptx.red(T.address_of(status[0]), 2147483647 - (2 * seq + 1), "relaxed", "gpu", "global", "max", "", "s32", "")
 
     @T.prim_func
+    def cuda_check_queries(block_table: T.Buffer((block_table_span,), "int32"), row_starts: T.Buffer((row_starts_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), query_start_loc: T.Buffer((query_start_loc_span,), "int32"), status: T.Buffer((status_span,), "int32"), table_seq: T.int64, row_step: T.int64, num_entries: T.int64, num_blocks: T.int64, tree_cells: T.int64, batch: T.int32, num_tokens: T.int32, max_blocks: T.int32, sees_all: T.int32):
+        T.attr({"tirx.device_entry": T.bool(True)})
+        cta = T.cta_id([batch])
+        warp_id = T.warp_id([4])
+        lane_id = T.lane_id([32])
+        lane: T.int32 = lane_id
+        thread: T.int32 = warp_id * 32 + lane
+        seq: T.int32 = cta
+        runs = T.alloc_local((2,), "int32")
+        cells: T.int32
+        if (cta == 0) & (tree_cells >= T.int64(0)):
+            cells_1: T.uint32 = T.uint32(0)
+            for i in range(T.Div(batch + 31, 32)):
+                if i * 32 + lane < batch:
+                    count: T.let[T.uint32] = T.Cast("uint32", query_start_loc[i * 32 + lane + 1] - query_start_loc[i * 32 + lane])
+                    cells_1 = cells_1 + count * count
+            cells = T.Cast("int32", T.cuda.reduce_add_sync_u32(T.uint32(4294967295), cells_1))
+            if (thread == 0) & (T.Cast("int64", cells) != tree_cells):
+                T.ptx.red(T.address_of(status[0]), 2147483647 - 2 * batch, "relaxed", "gpu", "global", "max", "", "s32", "")
+        wrong: T.bool = T.Cast("int64", context_lens[seq]) < T.int64(0) or T.Cast("int64", context_lens[seq]) > T.min((T.Cast("int64", max_blocks) + T.Cast("int64", row_starts[(T.Cast("int64", seq) + T.int64(1)) * row_step]) - T.Cast("int64", row_starts[T.Cast("int64", seq) * row_step])) * T.int64(16), T.int64(1073741824)) or (seq == 0 and query_start_loc[seq] != 0 or seq == batch - 1 and query_start_loc[seq + 1] != num_tokens or (query_start_loc[seq] < 0 or T.Cast("int64", query_start_loc[seq + 1]) - T.Cast("int64", query_start_loc[seq]) < T.int64(0)) or T.Cast("int64", query_start_loc[seq + 1]) - T.Cast("int64", query_start_loc[seq]) > T.min(T.Cast("int64", context_lens[seq]), T.int64(64)))
+        if (T.Cast("int64", seq) == T.int64(0) and T.Cast("int64", row_starts[T.Cast("int64", seq) * row_step]) != T.int64(0) or T.Cast("int64", row_starts[T.Cast("int64", seq) * row_step]) < T.int64(0) or (T.Cast("int64", row_starts[(T.Cast("int64", seq) + T.int64(1)) * row_step]) < T.Cast("int64", row_starts[T.Cast("int64", seq) * row_step]) or T.Cast("int64", row_starts[(T.Cast("int64", seq) + T.int64(1)) * row_step]) > num_entries)) | wrong:
+            if thread == 0:
+                T.ptx.red(T.address_of(status[0]), 2147483647 - 2 * seq, "relaxed", "gpu", "global", "max", "", "s32", "")
+        else:
+            runs[0] = 1073741824
+            runs[1] = 0
+            for nth in range(query_start_loc[seq + 1] - query_start_loc[seq]):
+                query_end: T.int32 = context_lens[seq] - (query_start_loc[seq + 1] - query_start_loc[seq]) + nth + 1
+                seen: T.int32 = T.Select(sees_all != 0, context_lens[seq], query_end)
+                runs[0] = T.min(runs[0], T.Select(0 < seen, 0, 1073741824))
+                runs[1] = T.max(runs[1], T.Select(0 < seen, seen, 0))
+            row: T.int64 = T.Cast("int64", seq) * table_seq + T.Cast("int64", row_starts[T.Cast("int64", seq) * row_step])
+            for run in T.unroll(1):
+                first: T.int32 = T.Div(runs[2 * run], 16)
+                used: T.int32 = T.Div(runs[2 * run + 1] + 15, 16)
+                for step in range(T.Div(T.max(used - first, 0) + 127, 128)):
+                    i: T.int32 = first + step * 128 + thread
+                    if i < used:
+                        block: T.int32 = block_table[row + T.Cast("int64", i)]
+                        if (block < 0) | (T.Cast("int64", block) >= num_blocks):
+                            T.ptx.red(T.address_of(status[0]), 2147483647 - (2 * seq + 1), "relaxed", "gpu", "global", "max", "", "s32", "")
+
+    @T.prim_func
     def cuda_check_slots(slot_mapping: T.Buffer((slot_mapping_span,), "int64"), status: T.Buffer((status_span,), "int32"), num_tokens: T.int32, num_blocks: T.int64):
         T.attr({"tirx.device_entry": T.bool(True)})
         cta = T.cta_id([T.Div(num_tokens + 127, 128)])
@@ -120,16 +443,16 @@ class Module:
                 T.ptx.red(T.address_of(status[0]), 2147483647 - 2 * token, "relaxed", "gpu", "global", "max", "", "s32", "")
 
     @T.prim_func
-    def cuda_decode(query: T.Buffer((query_span,), "bfloat16"), key_cache: T.Buffer((key_cache_span,), "bfloat16"), value_cache: T.Buffer((value_cache_span,), "bfloat16"), block_table: T.Buffer((block_table_span,), "int32"), row_starts: T.Buffer((row_starts_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), partial_max: T.Buffer((partial_max_span,), "float32"), partial_sum: T.Buffer((partial_sum_span,), "float32"), partial_acc: T.Buffer((partial_acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), q_batch: T.int64, q_head: T.int64, k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, table_seq: T.int64, row_step: T.int64, out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, batch: T.int32, items: T.int32, query_scale: T.float32, score_scale: T.float32):
+    def cuda_decode(query: T.Buffer((query_span,), "bfloat16"), key_cache: T.Buffer((key_cache_span,), "bfloat16"), value_cache: T.Buffer((value_cache_span,), "bfloat16"), block_table: T.Buffer((block_table_span,), "int32"), row_starts: T.Buffer((row_starts_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), partial_max: T.Buffer((partial_max_span,), "float32"), partial_sum: T.Buffer((partial_sum_span,), "float32"), partial_acc: T.Buffer((partial_acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), q_batch: T.int64, q_head: T.int64, k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, table_seq: T.int64, row_step: T.int64, out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, batch: T.int32, workers: T.int32, query_scale: T.float32, score_scale: T.float32):
         T.attr({"tirx.device_entry": T.bool(True)})
-        cta = T.cta_id([items * 8])
+        cta = T.cta_id([workers * 8])
         warp_id = T.warp_id([4])
         lane_id = T.lane_id([32])
         ring = T.alloc_buffer((16384,), "uint32", scope="shared.dyn", align=128)
         warp_max = T.decl_buffer((16,), data=ring.data, scope="shared.dyn")
         warp_sum = T.decl_buffer((16,), data=ring.data, elem_offset=16, scope="shared.dyn")
         warp_acc = T.decl_buffer((2112,), data=ring.data, elem_offset=32, scope="shared.dyn")
-        found = T.alloc_local((5,), "int32")
+        found = T.alloc_local((7,), "int32")
         q = T.alloc_local((16,), "uint32")
         row_max = T.alloc_local((2,))
         row_sum = T.alloc_local((4,))
@@ -137,56 +460,50 @@ class Module:
         warp: T.int32 = warp_id
         lane: T.int32 = lane_id
         item: T.int32 = T.Div(cta, 8)
-        kv_head: T.int32 = T.truncmod(cta, 8)
-        first_row: T.int32 = 0
         stopped: T.int32 = status[0]
-        range_steps: T.int32
-        steps: T.uint32 = T.uint32(0)
-        for i in range(T.Div(batch + 31, 32)):
-            if i * 32 + lane < batch:
-                steps = steps + T.Cast("uint32", T.Div(T.max(context_lens[i * 32 + lane], 0) + 63, 64))
-        total: T.let[T.uint32] = T.cuda.reduce_add_sync_u32(T.uint32(4294967295), steps)
-        range_steps = T.max(T.Cast("int32", T.Div(total + T.Cast("uint32", items - batch - 1), T.Cast("uint32", items - batch))), 4)
         found[0] = -1
         before: T.int32 = 0
         first: T.int32 = 0
         while (found[0] < 0) & (first < batch):
-            steps_1: T.int32 = 0
-            ranges: T.int32 = 0
+            count: T.int32 = 0
             if first + lane < batch:
-                steps_1 = T.Div(T.max(context_lens[first + lane], 0) + 63, 64)
-                ranges = T.max(T.Div(steps_1 + range_steps - 1, range_steps), 1)
-            end: T.int32 = ranges
+                count = T.Select(0 < context_lens[first + lane], (context_lens[first + lane] - 1 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[first + lane] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) - (0 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[first + lane] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) + 1, 1)
+            end: T.int32 = count
             for level in T.unroll(5):
                 below: T.let[T.int32] = T.cuda.__shfl_up_sync(T.uint32(4294967295), end, 1 << level, 32)
                 end = T.Select(lane >= 1 << level, end + below, end)
             hits: T.let[T.uint32] = T.cuda.ballot_sync(T.uint32(4294967295), T.Cast("int32", before + end > item))
             if hits != T.uint32(0):
                 owner: T.let[T.int32] = T.cuda.ffs_u32(hits) - 1
-                number: T.let[T.int32] = T.cuda.__shfl_sync(T.uint32(4294967295), item - before - end + ranges, owner, 32)
-                owned: T.let[T.int32] = T.cuda.__shfl_sync(T.uint32(4294967295), ranges, owner, 32)
-                owned_steps: T.let[T.int32] = T.cuda.__shfl_sync(T.uint32(4294967295), steps_1, owner, 32)
-                length: T.let[T.int32] = T.Div(owned_steps + owned - 1, owned)
+                number: T.let[T.int32] = T.cuda.__shfl_sync(T.uint32(4294967295), item - before - end + count, owner, 32)
                 found[0] = first + owner
-                found[1] = number * length * 64
-                found[4] = context_lens[first + owner]
-                found[2] = T.min(found[4], (number + 1) * length * 64)
-                found[3] = owned
+                found[5] = number
+                found[6] = 0
+                found[3] = T.Select(0 < context_lens[found[0]], (context_lens[found[0]] - 1 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[found[0]] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) - (0 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[found[0]] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) + 1, 1)
+                found[4] = context_lens[found[0]]
+                seen: T.int32 = 0
+                after: T.int32 = context_lens[found[0]]
+                places: T.int32 = 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(after - seen - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)
+                nth: T.int32 = (seen >> places) + found[5]
+                found[1] = T.max(seen, nth << places)
+                found[2] = T.min(after, nth + 1 << places)
             before = before + T.cuda.__shfl_sync(T.uint32(4294967295), end, 31, 32)
             first = first + 32
-        if (found[0] >= 0) & (stopped == 0):
+        while (found[0] >= 0) & (stopped == 0):
             seq: T.int64 = T.Cast("int64", found[0])
             row: T.int64 = seq * table_seq + T.Cast("int64", row_starts[seq * row_step])
-            rows: T.int32 = T.min(4 - first_row, 4)
+            kv_head: T.int32 = T.truncmod(cta, 8)
+            first_row: T.int32 = 0
             places: T.int32 = T.max((T.reinterpret("int32", T.Cast("float32", found[4] - 1)) >> 23) - 125, 0)
             for i in T.unroll(16):
                 q[i] = T.uint32(0)
             for n in T.unroll(1):
-                head: T.let[T.int32] = n * 8 + T.Div(lane, 4)
-                if head < rows:
+                row_1: T.let[T.int32] = n * 8 + T.Div(lane, 4)
+                if row_1 < T.min(4 - first_row, 4):
+                    start: T.int64 = T.Cast("int64", found[0]) * q_batch + T.Cast("int64", kv_head * 4 + first_row + row_1) * q_head
                     for k in T.unroll(8):
                         for half in T.unroll(2):
-                            T.ptx.ld(q[(n * 8 + k) * 2 + half], T.address_of(query[seq * q_batch + T.Cast("int64", kv_head * 4 + first_row) * q_head + T.Cast("int64", head) * q_head + T.Cast("int64", k * 16 + half * 8 + T.truncmod(lane, 4) * 2)]), "", "", "", "global", "", "nc", "", "", "", "b32", "")
+                            T.ptx.ld(q[(n * 8 + k) * 2 + half], T.address_of(query[start + T.Cast("int64", k * 16 + half * 8 + T.truncmod(lane, 4) * 2)]), "", "", "", "global", "", "nc", "", "", "", "b32", "")
             for i in T.unroll(16):
                 word: T.uint32 = q[i]
                 T.ptx.cvt(q[i], T.cuda.uint_as_float(word & T.uint32(4294901760)) * query_scale, T.cuda.uint_as_float(word << T.uint32(16)) * query_scale, "rn", "", "", "bf16x2", "f32", "")
@@ -284,12 +601,12 @@ class Module:
                             for i in T.unroll(2):
                                 warp_acc[(warp * 4 + row_1) * 132 + (k * 16 + i * 8 + T.Div(lane, 4))] = acc[(n * 8 + k) * 4 + 2 * i + h]
             T.cuda.cta_sync()
-            for step in range(T.Div(rows * 128 + 127, 128)):
+            for step in range(T.Div(639 - T.max(first_row, 0) * 128, 128)):
                 row_1: T.let[T.int32] = T.Div(step * 128 + (warp * 32 + lane), 128)
                 d: T.let[T.int32] = T.truncmod(step * 128 + (warp * 32 + lane), 128)
-                if row_1 < rows:
+                if row_1 < T.min(4 - first_row, 4):
                     highest: T.float32 = T.float32("-inf")
-                    total_1: T.float32 = T.float32(0.0)
+                    total: T.float32 = T.float32(0.0)
                     value: T.float32 = T.float32(0.0)
                     for i in T.unroll(4):
                         highest = T.max(highest, warp_max[row_1 + i * 4])
@@ -297,50 +614,81 @@ class Module:
                     for i in T.unroll(4):
                         weight: T.float32 = T.float32(0.0)
                         T.ptx.ex2(weight, (warp_max[row_1 + i * 4] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
-                        total_1 = total_1 + weight * warp_sum[row_1 + i * 4]
+                        total = total + weight * warp_sum[row_1 + i * 4]
                         value = value + weight * warp_acc[(row_1 + i * 4) * 132 + d]
+                    token: T.let[T.int64] = T.Cast("int64", found[0])
                     head: T.let[T.int64] = T.Cast("int64", kv_head * 4 + first_row + row_1)
                     if found[3] == 1:
-                        out[seq * out_batch + head * out_head + T.Cast("int64", d)] = T.Cast("bfloat16", T.Select(total_1 == T.float32(0.0), value, value / total_1))
+                        out[token * out_batch + head * out_head + T.Cast("int64", d)] = T.Cast("bfloat16", T.Select(total == T.float32(0.0), value, value / total))
                         if d == 0:
-                            lse[seq * lse_batch + head] = T.Select(total_1 == T.float32(0.0), T.float32("-inf"), highest + T.log(total_1 * T.reinterpret("float32", places + 127 << 23)))
+                            lse[token * lse_batch + head] = T.Select(total == T.float32(0.0), T.float32("-inf"), highest + T.log(total * T.reinterpret("float32", places + 127 << 23)))
                     else:
-                        slot: T.let[T.int64] = T.Cast("int64", item) * T.int64(32) + head
+                        slot: T.let[T.int64] = (T.Cast("int64", found[5]) * T.Cast("int64", batch) + token) * T.int64(32) + head
                         partial_acc[slot * T.int64(128) + T.Cast("int64", d)] = value
                         if d == 0:
                             partial_max[slot] = highest
-                            partial_sum[slot] = total_1
+                            partial_sum[slot] = total
+            item = item + workers
+            found[0] = -1
+            before_1: T.int32 = 0
+            first_1: T.int32 = 0
+            while (found[0] < 0) & (first_1 < batch):
+                count: T.int32 = 0
+                if first_1 + lane < batch:
+                    count = T.Select(0 < context_lens[first_1 + lane], (context_lens[first_1 + lane] - 1 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[first_1 + lane] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) - (0 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[first_1 + lane] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) + 1, 1)
+                end_1: T.int32 = count
+                for level in T.unroll(5):
+                    below: T.let[T.int32] = T.cuda.__shfl_up_sync(T.uint32(4294967295), end_1, 1 << level, 32)
+                    end_1 = T.Select(lane >= 1 << level, end_1 + below, end_1)
+                hits: T.let[T.uint32] = T.cuda.ballot_sync(T.uint32(4294967295), T.Cast("int32", before_1 + end_1 > item))
+                if hits != T.uint32(0):
+                    owner: T.let[T.int32] = T.cuda.ffs_u32(hits) - 1
+                    number: T.let[T.int32] = T.cuda.__shfl_sync(T.uint32(4294967295), item - before_1 - end_1 + count, owner, 32)
+                    found[0] = first_1 + owner
+                    found[5] = number
+                    found[6] = 0
+                    found[3] = T.Select(0 < context_lens[found[0]], (context_lens[found[0]] - 1 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[found[0]] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) - (0 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[found[0]] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) + 1, 1)
+                    found[4] = context_lens[found[0]]
+                    seen: T.int32 = 0
+                    after: T.int32 = context_lens[found[0]]
+                    places_1: T.int32 = 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(after - seen - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)
+                    nth: T.int32 = (seen >> places_1) + found[5]
+                    found[1] = T.max(seen, nth << places_1)
+                    found[2] = T.min(after, nth + 1 << places_1)
+                before_1 = before_1 + T.cuda.__shfl_sync(T.uint32(4294967295), end_1, 31, 32)
+                first_1 = first_1 + 32
+            T.cuda.cta_sync()
 
     @T.prim_func
-    def cuda_merge(block_table: T.Buffer((block_table_span,), "int32"), row_starts: T.Buffer((row_starts_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), report: T.Buffer((report_span,), "int64"), partial_max: T.Buffer((partial_max_span,), "float32"), partial_sum: T.Buffer((partial_sum_span,), "float32"), partial_acc: T.Buffer((partial_acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, table_seq: T.int64, row_step: T.int64, num_entries: T.int64, num_blocks: T.int64, max_blocks: T.int32, batch: T.int32, items: T.int32):
+    def cuda_merge(block_table: T.Buffer((block_table_span,), "int32"), row_starts: T.Buffer((row_starts_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), report: T.Buffer((report_span,), "int64"), partial_max: T.Buffer((partial_max_span,), "float32"), partial_sum: T.Buffer((partial_sum_span,), "float32"), partial_acc: T.Buffer((partial_acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, table_seq: T.int64, row_step: T.int64, num_entries: T.int64, num_blocks: T.int64, max_blocks: T.int32, batch: T.int32):
         T.attr({"tirx.device_entry": T.bool(True)})
         cta = T.cta_id([batch * 32])
         warp_id = T.warp_id([4])
         lane_id = T.lane_id([32])
-        found = T.alloc_local((2,), "int32")
+        found: T.int32
         lane: T.int32 = lane_id
         thread: T.int32 = warp_id * 32 + lane
-        seq: T.int32 = T.Div(cta, 32)
+        token: T.int32 = T.Div(cta, 32)
         head: T.int32 = T.truncmod(cta, 32)
         if (status[0] != 0) & (cta == 0) & (thread == 0):
             found_1: T.int32 = 2147483647 - status[0]
-            seq_1: T.int64 = T.Cast("int64", T.Div(found_1, 2))
-            length: T.int64 = T.Cast("int64", context_lens[seq_1])
+            seq: T.int64 = T.Cast("int64", T.Div(found_1, 2))
+            length: T.int64 = T.Cast("int64", context_lens[seq])
             code: T.int64 = T.int64(1)
-            report[1] = seq_1
-            if seq_1 == T.int64(0) and T.Cast("int64", row_starts[seq_1 * row_step]) != T.int64(0) or T.Cast("int64", row_starts[seq_1 * row_step]) < T.int64(0) or (T.Cast("int64", row_starts[(seq_1 + T.int64(1)) * row_step]) < T.Cast("int64", row_starts[seq_1 * row_step]) or T.Cast("int64", row_starts[(seq_1 + T.int64(1)) * row_step]) > num_entries):
+            report[1] = seq
+            if seq == T.int64(0) and T.Cast("int64", row_starts[seq * row_step]) != T.int64(0) or T.Cast("int64", row_starts[seq * row_step]) < T.int64(0) or (T.Cast("int64", row_starts[(seq + T.int64(1)) * row_step]) < T.Cast("int64", row_starts[seq * row_step]) or T.Cast("int64", row_starts[(seq + T.int64(1)) * row_step]) > num_entries):
                 code = T.int64(4)
-                report[2] = T.Cast("int64", row_starts[seq_1 * row_step])
-                report[3] = T.Cast("int64", row_starts[(seq_1 + T.int64(1)) * row_step])
+                report[2] = T.Cast("int64", row_starts[seq * row_step])
+                report[3] = T.Cast("int64", row_starts[(seq + T.int64(1)) * row_step])
                 report[4] = num_entries
             else:
                 if T.truncmod(found_1, 2) == 0:
                     report[3] = length
-                    report[4] = T.min((T.Cast("int64", max_blocks) + T.Cast("int64", row_starts[(seq_1 + T.int64(1)) * row_step]) - T.Cast("int64", row_starts[seq_1 * row_step])) * T.int64(16), T.int64(1073741824))
+                    report[4] = T.min((T.Cast("int64", max_blocks) + T.Cast("int64", row_starts[(seq + T.int64(1)) * row_step]) - T.Cast("int64", row_starts[seq * row_step])) * T.int64(16), T.int64(1073741824))
                 else:
                     code = T.int64(2)
                     i: T.int64 = T.int64(0)
-                    row: T.int64 = seq_1 * table_seq + T.Cast("int64", row_starts[seq_1 * row_step])
+                    row: T.int64 = seq * table_seq + T.Cast("int64", row_starts[seq * row_step])
                     block: T.int64 = T.Cast("int64", block_table[row])
                     while (block >= T.int64(0)) & (block < num_blocks) & ((i + T.int64(1)) * T.int64(16) < length):
                         i = i + T.int64(1)
@@ -349,33 +697,114 @@ class Module:
                     report[3] = block
                     report[4] = num_blocks
             T.ptx.st(T.address_of(report[0]), code, "", "release", "sys", "global", "", "", "", "b64", "")
-        range_steps: T.int32
-        steps: T.uint32 = T.uint32(0)
-        for i in range(T.Div(batch + 31, 32)):
-            if i * 32 + lane < batch:
-                steps = steps + T.Cast("uint32", T.Div(T.max(context_lens[i * 32 + lane], 0) + 63, 64))
-        total: T.let[T.uint32] = T.cuda.reduce_add_sync_u32(T.uint32(4294967295), steps)
-        range_steps = T.max(T.Cast("int32", T.Div(total + T.Cast("uint32", items - batch - 1), T.Cast("uint32", items - batch))), 4)
-        before: T.uint32 = T.uint32(0)
-        for i in range(T.Div(seq + 31, 32)):
-            if i * 32 + lane < seq:
-                before = before + T.Cast("uint32", T.max(T.Div(T.Div(T.max(context_lens[i * 32 + lane], 0) + 63, 64) + range_steps - 1, range_steps), 1))
-        found[0] = T.Cast("int32", T.cuda.reduce_add_sync_u32(T.uint32(4294967295), before))
-        found[1] = T.max(T.Div(T.Div(T.max(context_lens[seq], 0) + 63, 64) + range_steps - 1, range_steps), 1)
-        if (found[1] > 1) & (status[0] == 0) & (thread < 128):
-            first: T.int64 = T.Cast("int64", found[0]) * T.int64(32) + T.Cast("int64", head)
-            highest: T.float32 = T.float32("-inf")
-            total_1: T.float32 = T.float32(0.0)
-            value: T.float32 = T.float32(0.0)
-            for i in range(found[1]):
-                highest = T.max(highest, partial_max[first + T.Cast("int64", i * 32)])
-            shift: T.float32 = T.Select(highest == T.float32("-inf"), T.float32(0.0), highest)
-            for i in range(found[1]):
-                weight: T.float32 = T.float32(0.0)
-                T.ptx.ex2(weight, (partial_max[first + T.Cast("int64", i * 32)] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
-                total_1 = total_1 + weight * partial_sum[first + T.Cast("int64", i * 32)]
-                value = value + weight * partial_acc[(first + T.Cast("int64", i * 32)) * T.int64(128) + T.Cast("int64", thread)]
-            where: T.int64 = T.Cast("int64", seq) * out_batch + T.Cast("int64", head) * out_head
-            out[where + T.Cast("int64", thread)] = T.Cast("bfloat16", T.Select(total_1 == T.float32(0.0), value, value / total_1))
-            if thread == 0:
-                lse[T.Cast("int64", seq) * lse_batch + T.Cast("int64", head)] = T.Select(total_1 == T.float32(0.0), T.float32("-inf"), highest + T.log(total_1 * T.reinterpret("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0) + 127 << 23)))
+        if status[0] == 0:
+            found = token
+            ranges: T.int32 = T.Select(0 < context_lens[found], (context_lens[found] - 1 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[found] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) - (0 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[found] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) + 1, 1)
+            if (ranges > 1) & (thread < 128):
+                first: T.int64 = T.Cast("int64", token) * T.int64(32) + T.Cast("int64", head)
+                slots: T.int64 = T.Cast("int64", batch) * T.int64(32)
+                highest: T.float32 = T.float32("-inf")
+                total: T.float32 = T.float32(0.0)
+                value: T.float32 = T.float32(0.0)
+                for i in range(ranges):
+                    highest = T.max(highest, partial_max[first + T.Cast("int64", i) * slots])
+                shift: T.float32 = T.Select(highest == T.float32("-inf"), T.float32(0.0), highest)
+                for i in range(ranges):
+                    weight: T.float32 = T.float32(0.0)
+                    T.ptx.ex2(weight, (partial_max[first + T.Cast("int64", i) * slots] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
+                    total = total + weight * partial_sum[first + T.Cast("int64", i) * slots]
+                    value = value + weight * partial_acc[(first + T.Cast("int64", i) * slots) * T.int64(128) + T.Cast("int64", thread)]
+                where: T.int64 = T.Cast("int64", token) * out_batch + T.Cast("int64", head) * out_head
+                out[where + T.Cast("int64", thread)] = T.Cast("bfloat16", T.Select(total == T.float32(0.0), value, value / total))
+                if thread == 0:
+                    lse[T.Cast("int64", token) * lse_batch + T.Cast("int64", head)] = T.Select(total == T.float32(0.0), T.float32("-inf"), highest + T.log(total * T.reinterpret("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_lens[found] - 1)) >> 23) - 125, 0) + 127 << 23)))
+
+    @T.prim_func
+    def cuda_merge_attend(block_table: T.Buffer((block_table_span,), "int32"), row_starts: T.Buffer((row_starts_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), query_start_loc: T.Buffer((query_start_loc_span,), "int32"), status: T.Buffer((status_span,), "int32"), report: T.Buffer((report_span,), "int64"), partial_max: T.Buffer((partial_max_span,), "float32"), partial_sum: T.Buffer((partial_sum_span,), "float32"), partial_acc: T.Buffer((partial_acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, table_seq: T.int64, row_step: T.int64, num_entries: T.int64, num_blocks: T.int64, max_blocks: T.int32, batch: T.int32, num_tokens: T.int32, sees_all: T.int32, tree_cells: T.int64):
+        T.attr({"tirx.device_entry": T.bool(True)})
+        cta = T.cta_id([num_tokens * 32])
+        warp_id = T.warp_id([4])
+        lane_id = T.lane_id([32])
+        found: T.int32
+        lane: T.int32 = lane_id
+        thread: T.int32 = warp_id * 32 + lane
+        token: T.int32 = T.Div(cta, 32)
+        head: T.int32 = T.truncmod(cta, 32)
+        if (status[0] != 0) & (cta == 0) & (thread == 0):
+            found_1: T.int32 = 2147483647 - status[0]
+            seq: T.int32 = T.Div(found_1, 2)
+            wide: T.int64 = T.Cast("int64", seq)
+            report[1] = wide
+            code: T.int64 = T.int64(5)
+            if seq == batch:
+                code = T.int64(6)
+                cells: T.int64 = T.int64(0)
+                for i in range(batch):
+                    count: T.let[T.int64] = T.Cast("int64", query_start_loc[i + 1] - query_start_loc[i])
+                    cells = cells + count * count
+                report[3] = tree_cells
+                report[4] = cells
+            else:
+                if wide == T.int64(0) and T.Cast("int64", row_starts[wide * row_step]) != T.int64(0) or T.Cast("int64", row_starts[wide * row_step]) < T.int64(0) or (T.Cast("int64", row_starts[(wide + T.int64(1)) * row_step]) < T.Cast("int64", row_starts[wide * row_step]) or T.Cast("int64", row_starts[(wide + T.int64(1)) * row_step]) > num_entries):
+                    code = T.int64(4)
+                    report[2] = T.Cast("int64", row_starts[wide * row_step])
+                    report[3] = T.Cast("int64", row_starts[(wide + T.int64(1)) * row_step])
+                    report[4] = num_entries
+                else:
+                    if T.Cast("int64", context_lens[seq]) < T.int64(0) or T.Cast("int64", context_lens[seq]) > T.min((T.Cast("int64", max_blocks) + T.Cast("int64", row_starts[(T.Cast("int64", seq) + T.int64(1)) * row_step]) - T.Cast("int64", row_starts[T.Cast("int64", seq) * row_step])) * T.int64(16), T.int64(1073741824)):
+                        code = T.int64(1)
+                        report[3] = T.Cast("int64", context_lens[seq])
+                        report[4] = T.min((T.Cast("int64", max_blocks) + T.Cast("int64", row_starts[(wide + T.int64(1)) * row_step]) - T.Cast("int64", row_starts[wide * row_step])) * T.int64(16), T.int64(1073741824))
+                    else:
+                        if seq == 0 and query_start_loc[seq] != 0 or seq == batch - 1 and query_start_loc[seq + 1] != num_tokens or (query_start_loc[seq] < 0 or T.Cast("int64", query_start_loc[seq + 1]) - T.Cast("int64", query_start_loc[seq]) < T.int64(0)) or T.Cast("int64", query_start_loc[seq + 1]) - T.Cast("int64", query_start_loc[seq]) > T.min(T.Cast("int64", context_lens[seq]), T.int64(64)):
+                            report[2] = T.Cast("int64", query_start_loc[seq])
+                            report[3] = T.Cast("int64", query_start_loc[seq + 1])
+                            report[4] = T.min(T.Cast("int64", context_lens[seq]), T.int64(64))
+                        else:
+                            code = T.int64(2)
+                            report[4] = num_blocks
+                            runs = T.alloc_local((2,), "int32")
+                            runs[0] = 1073741824
+                            runs[1] = 0
+                            for nth in range(query_start_loc[seq + 1] - query_start_loc[seq]):
+                                query_end: T.int32 = context_lens[seq] - (query_start_loc[seq + 1] - query_start_loc[seq]) + nth + 1
+                                seen: T.int32 = T.Select(sees_all != 0, context_lens[seq], query_end)
+                                runs[0] = T.min(runs[0], T.Select(0 < seen, 0, 1073741824))
+                                runs[1] = T.max(runs[1], T.Select(0 < seen, seen, 0))
+                            row: T.int64 = wide * table_seq + T.Cast("int64", row_starts[wide * row_step])
+                            for run in T.unroll(1):
+                                past: T.int32 = T.Div(runs[2 * run + 1] + 15, 16)
+                                at: T.int32 = past - 1
+                                while at >= T.Div(runs[2 * run], 16):
+                                    block: T.let[T.int64] = T.Cast("int64", block_table[row + T.Cast("int64", at)])
+                                    if (block < T.int64(0)) | (block >= num_blocks):
+                                        report[2] = T.Cast("int64", at)
+                                        report[3] = block
+                                    at = at - 1
+            T.ptx.st(T.address_of(report[0]), code, "", "release", "sys", "global", "", "", "", "b64", "")
+        if status[0] == 0:
+            found = token
+            before: T.uint32 = T.uint32(0)
+            for i in range(T.Div(batch + 31, 32)):
+                if i * 32 + lane < batch:
+                    before = before + T.Select(query_start_loc[i * 32 + lane + 1] <= token, T.uint32(1), T.uint32(0))
+            found = T.Cast("int32", T.cuda.reduce_add_sync_u32(T.uint32(4294967295), before))
+            ranges: T.int32 = T.Select(0 < context_lens[found], (context_lens[found] - 1 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[found] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) - (0 >> 8 + T.max(T.Cast("int32", T.cuda.float_as_uint(T.Cast("float32", T.Div(T.max(context_lens[found] - 1, 0), 16384))) >> T.uint32(23)) - 126, 0)) + 1, 1)
+            if (ranges > 1) & (thread < 128):
+                first: T.int64 = T.Cast("int64", token) * T.int64(32) + T.Cast("int64", head)
+                slots: T.int64 = T.Cast("int64", num_tokens) * T.int64(32)
+                highest: T.float32 = T.float32("-inf")
+                total: T.float32 = T.float32(0.0)
+                value: T.float32 = T.float32(0.0)
+                for i in range(ranges):
+                    highest = T.max(highest, partial_max[first + T.Cast("int64", i) * slots])
+                shift: T.float32 = T.Select(highest == T.float32("-inf"), T.float32(0.0), highest)
+                for i in range(ranges):
+                    weight: T.float32 = T.float32(0.0)
+                    T.ptx.ex2(weight, (partial_max[first + T.Cast("int64", i) * slots] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
+                    total = total + weight * partial_sum[first + T.Cast("int64", i) * slots]
+                    value = value + weight * partial_acc[(first + T.Cast("int64", i) * slots) * T.int64(128) + T.Cast("int64", thread)]
+                where: T.int64 = T.Cast("int64", token) * out_batch + T.Cast("int64", head) * out_head
+                out[where + T.Cast("int64", thread)] = T.Cast("bfloat16", T.Select(total == T.float32(0.0), value, value / total))
+                if thread == 0:
+                    lse[T.Cast("int64", token) * lse_batch + T.Cast("int64", head)] = T.Select(total == T.float32(0.0), T.float32("-inf"), highest + T.log(total * T.reinterpret("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_lens[found] - 1)) >> 23) - 125, 0) + 127 << 23)))

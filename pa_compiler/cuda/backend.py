@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pa_compiler import commands, interrupts, native
-from pa_compiler.backend import Built, Extras
+from pa_compiler.backend import NO_EXTRAS, Built, Extras
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import host as cuda_host
 from pa_compiler.cuda import tiling as cuda_tiling
@@ -49,7 +49,7 @@ class Lowered:
         return self.texts["host"]
 
 
-def lower(spec: PagedAttentionSpec, target: CudaTarget, pipeline: str = "fused") -> Lowered:
+def lower(spec: PagedAttentionSpec, target: CudaTarget, pipeline: str = "fused", extras: Extras = NO_EXTRAS) -> Lowered:
     """spec -> kernels -> CUDA C -> host; in the staged pipeline, with schedules before the CUDA C.
 
     Raises:
@@ -61,16 +61,19 @@ def lower(spec: PagedAttentionSpec, target: CudaTarget, pipeline: str = "fused")
     from pa_compiler.cuda.kernels import launches as cuda
 
     if pipeline == "staged":
-        return _lower_staged(spec, target)
+        return _lower_staged(spec, target, extras)
     tiles = cuda_tiling.choose(spec, target.arch)
-    mod = cuda.build(spec, tiles)
+    of_attend = cuda_tiling.choose_attend(spec, target.arch) if extras.attend else None
+    mod = cuda.build(spec, tiles, of_attend, extras.merge_states)
     texts = {"tensorir": tvmscript.text(mod)}  # now: what follows may change the PrimFuncs that it is given
     texts["cuda"] = cuda_build.emit(mod, target.arch)
-    texts["host"] = cuda_host.render_fused(spec, tiles, target, texts["cuda"], cuda.launches(spec, tiles))
+    texts["host"] = cuda_host.render_fused(
+        spec, tiles, target, texts["cuda"], cuda.launches(spec, tiles, of_attend, extras.merge_states)
+    )
     return Lowered(texts)
 
 
-def _lower_staged(spec: PagedAttentionSpec, target: CudaTarget) -> Lowered:
+def _lower_staged(spec: PagedAttentionSpec, target: CudaTarget, extras: Extras) -> Lowered:
     from tvm import IRModule
 
     from pa_compiler import tvmscript
@@ -78,26 +81,28 @@ def _lower_staged(spec: PagedAttentionSpec, target: CudaTarget) -> Lowered:
     from pa_compiler.schedules import schedule
 
     tiles = cuda_tiling.staged(spec)
-    stages, others = cuda.build_staged(spec, tiles)
+    stages, others = cuda.build_staged(spec, tiles, extras.merge_states)
     mod = IRModule({**stages.functions, **others.functions})
     texts = {"tensorir": tvmscript.text(mod)}
     mod = IRModule({**schedule(stages, tiles).functions, **others.functions})
     texts["scheduled"] = tvmscript.text(mod)
     texts["cuda"] = cuda_build.emit(mod, target.arch)
-    texts["host"] = cuda_host.render_staged(spec, tiles, target, texts["cuda"], cuda.staged_launches())
+    texts["host"] = cuda_host.render_staged(
+        spec, tiles, target, texts["cuda"], cuda.staged_launches(spec, extras.merge_states)
+    )
     return Lowered(texts)
 
 
 def attends(pipeline: str) -> bool:
-    """Whether libraries of a pipeline can have attend: none for a GPU can."""
-    return False
+    """Whether libraries of a pipeline can have attend."""
+    return pipeline == "fused"
 
 
 def emit_portable(
     spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extras: Extras, directory: Path
 ) -> dict[str, str]:
     """As emit, without what nvcc makes: it needs none."""
-    return lower(spec, CudaTarget(config["arch"]), pipeline).texts
+    return lower(spec, CudaTarget(config["arch"]), pipeline, extras).texts
 
 
 def emit(
@@ -105,7 +110,7 @@ def emit(
 ) -> dict[str, str]:
     """The text of every stage; directory is for intermediate files."""
     target = CudaTarget(config["arch"])
-    lowered = lower(spec, target, pipeline)
+    lowered = lower(spec, target, pipeline, extras)
     return lowered.texts | _machine_texts(cuda_build.assemble(lowered.cuda, target.arch, directory), directory)
 
 
@@ -116,13 +121,14 @@ def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extra
         RuntimeError: there is no C++ compiler or no nvcc, or one of them refuses the code.
     """
     target = CudaTarget(config["arch"])
-    lowered = lower(spec, target, pipeline)
+    lowered = lower(spec, target, pipeline, extras)
     interrupts.check()
     with native.compiling_host(lowered.host, directory, headers(lowered.host)) as compiling:  # while nvcc works
         cubin = cuda_build.assemble(lowered.cuda, target.arch, directory)
         image = cuda_build.fatbin(cubin, target.arch, directory)
         tables = {"pa_kernels_image": image} | {constant.name: constant.data for constant in spec.constants}
-        library = native.link(compiling, "", directory, tuple(CUDA_ENTRY_POINTS), tables)
+        entry_points = [name for name in CUDA_ENTRY_POINTS if getattr(extras, name, True)]
+        library = native.link(compiling, "", directory, entry_points, tables)
     texts = lowered.texts | _machine_texts(cubin, directory)
     return Built(library, texts, target.config, (), texts["ptx"])
 

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pa_compiler.backend import Explanation, Limits
+from pa_compiler.backend import Explanation, Extras, Limits
 from pa_compiler.cuda import backend, gpus
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.cuda.tiles import CudaTiling, FmaTiling
+from pa_compiler.interface import GPU_QUERY_TOKENS
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.words import counted
 
@@ -62,7 +63,7 @@ def explain(
     if gpu is not None and gpus.GPUS[gpu].arch != chip.arch:
         alike = [name for name, other in gpus.GPUS.items() if other.arch == chip.arch]
         raise ValueError(f"gpu: expected one of {chip.arch}, {', '.join(alike) or 'of which none is named'}, got {gpu}")
-    cubin = cuda_build.assemble(backend.lower(spec, chip).cuda, chip.arch, directory)
+    cubin = cuda_build.assemble(backend.lower(spec, chip, extras=Extras(attend=True)).cuda, chip.arch, directory)
     instructions = None
     if cuda_build.find_tool("nvdisasm"):
         sass = cuda_build.disassemble(cubin, directory)
@@ -85,6 +86,7 @@ def explained(
     facts = [
         ("strategy", f"{strategy}. {reason}"),
         *_tile_rows(spec, tiles, fits),
+        ("attend", _attend_words(spec, cuda_tiling.choose_attend(spec, chip.arch))),
         *_work_rows(spec, tiles, fits.blocks, gpu),
     ]
     heads = ["regs", "spill", *(["all", *_COLUMNS] if instructions else [])]
@@ -116,14 +118,25 @@ def _tile_rows(spec: PagedAttentionSpec, tiles: CudaTiling, fits: gpus.Residence
     ]
 
 
+def _attend_words(spec: PagedAttentionSpec, tiles: CudaTiling) -> str:
+    """The rows of attend's tiles."""
+    which = f"{tiles.strategy}, {tiles.warps} warps x {tiles.stages} stages"
+    return (
+        f"up to {tiles.row_tile} pairs of a query token, of up to {GPU_QUERY_TOKENS}, and one of the "
+        f"{counted(spec.group, 'head')} of a kv head: {which}"
+    )
+
+
 def _work_rows(
     spec: PagedAttentionSpec, tiles: CudaTiling, blocks_of_sm: int, gpu: str | None
 ) -> list[tuple[str, str]]:
     """The work for a token of context, how it is shared out, and how long it takes at the least."""
     intensity = spec.token_flops / spec.token_bytes
     work = f"{spec.token_flops:,} FLOPs and {spec.token_bytes:,} bytes"
+    longest = tiles.range_tokens * tiles.most_ranges
+    cut = f"ranges of {tiles.range_tokens} tokens from the first on, longer ones from {longest:,} tokens on"
     of = "of context" if spec.window is None else "in the window"
-    rows = [("work", f"{work} a token {of}: {intensity:g} FLOPs a byte")]
+    rows = [("work", f"{work} a token {of}: {intensity:g} FLOPs a byte"), ("ranges", cut)]
     if gpu is None:
         return [*rows, ("roofline", "--gpu gives the time that is predicted")]
     chip = gpus.GPUS[gpu]
@@ -131,9 +144,9 @@ def _work_rows(
     limit = min(flops, chip.bandwidth * intensity)
     bound = "arithmetic" if flops <= chip.bandwidth * intensity else "memory"
     resident = chip.multiprocessors * blocks_of_sm
-    extra = cuda_tiling.extra_items(tiles.head_tiles(spec), resident)
-    ranges, seen = cuda_tiling.ranges(spec, tiles, [TOKENS] * BATCH, extra), min(TOKENS, spec.window or TOKENS)
-    blocks = sum(ranges) * tiles.head_tiles(spec)
+    workers = BATCH + cuda_tiling.extra_workers(tiles.head_tiles(spec), resident)
+    ranges, seen = cuda_tiling.ranges(spec, tiles, [TOKENS] * BATCH), min(TOKENS, spec.window or TOKENS)
+    blocks = min(workers, sum(ranges)) * tiles.head_tiles(spec)
     kv_bytes = BATCH * seen * spec.token_bytes
     partial_bytes = 2 * sum(count for count in ranges if count > 1) * spec.num_heads * (spec.result_dim + 2) * 4
     microseconds = max(BATCH * seen * spec.token_flops / flops, kv_bytes / chip.bandwidth) / 1e3
@@ -141,7 +154,7 @@ def _work_rows(
         *rows,
         (
             "plan",
-            f"{BATCH} sequences of {TOKENS:,} tokens: {counted(ranges[0], 'range')} each, {blocks:,} thread "
+            f"{BATCH} sequences of {TOKENS:,} tokens: {counted(ranges[0], 'range')} each, taken by {blocks:,} thread "
             f"blocks, {blocks / resident:.1f} times what the {gpu} runs at once",
         ),
         ("partials", f"{partial_bytes:,} bytes written and read, {partial_bytes / kv_bytes:.1%} of the caches'"),

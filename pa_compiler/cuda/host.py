@@ -24,6 +24,8 @@ _TYPES = {"int": "int32_t", "int64_t": "int64_t", "float": "float"}
 """What the host passes for a parameter that is no pointer."""
 
 APPEND_KERNELS = ("cuda_check_slots", "cuda_append_kv")
+MERGE_KERNELS = ("cuda_merge_parts", "cuda_merge_float32_parts")
+ATTEND_KERNELS = ("cuda_check_queries", "cuda_attend", "cuda_merge_attend")
 
 
 class _Kernel(NamedTuple):
@@ -54,6 +56,8 @@ def render_fused(
         target,
         _kernels(source, launches),
         head_tiles=tiling.head_tiles(spec),
+        range_tokens=tiling.range_tokens,
+        most_ranges=tiling.most_ranges,
         max_batch=_MAX_BLOCKS // spec.num_heads,
         waves=WAVES,
     )
@@ -77,7 +81,9 @@ def _render(
     spec: PagedAttentionSpec, pipeline: str, target: CudaTarget, kernels: dict[str, _Kernel], **values: object
 ) -> str:
     append = [kernel for name, kernel in kernels.items() if name in APPEND_KERNELS]
-    decode = [kernel for name, kernel in kernels.items() if name not in APPEND_KERNELS]
+    attend = [kernel for name, kernel in kernels.items() if name in ATTEND_KERNELS]
+    merge = [kernel for name, kernel in kernels.items() if name in MERGE_KERNELS]
+    decode = [kernel for kernel in kernels.values() if kernel not in append + attend + merge]
     arrays = {f"input_{each.name}": f"Address(args.input_{each.name})" for each in spec.inputs}
     arrays |= {each.name: f"args.{each.name}" for each in spec.constants}
     return host.render_template(
@@ -89,10 +95,14 @@ def _render(
         capability=target.capability,
         exact_arch=not target.portable,
         kernels=kernels,
+        attends=bool(attend),
         decode_inputs=with_inputs(CUDA_ENTRY_POINTS["decode"], spec),
+        attend_inputs=with_inputs(CUDA_ENTRY_POINTS["attend"], spec),
         function_arrays=arrays,
         decode_parameters=_together(decode),
+        attend_kernel_parameters=_together(attend),
         append_parameters=_together(append),
+        merge_parameters=_together(merge),
         cache_alignment=CHUNK_BYTES,
         **values,
     )

@@ -34,6 +34,11 @@ def fence(value: Any) -> Any:
     return T.cuda.uint_as_float(T.cuda.float_as_uint(value))
 
 
+def merge_threads(spec: PagedAttentionSpec) -> int:
+    """Threads of a block that merges: one for each element of a value, in whole warps."""
+    return -(-spec.result_dim // WARP) * WARP
+
+
 @dataclasses.dataclass(frozen=True)
 class RingRows:
     """How the keys, or the values, of a tile lie in shared memory: a row for each token, of 16-byte chunks.
@@ -63,7 +68,9 @@ class CudaTiling:
         warps: Of a thread block.
         stages: Tiles of a warp's ring: one is computed while the others are fetched.
         tile_tokens: Tokens of such a tile.
-        min_range_steps: The shortest range that a sequence is cut into, in steps.
+        range_tokens: Tokens of a range that a sequence is cut into, a power of two; a long one into ranges of twice as
+            many, or four times, and so on.
+        most_ranges: Ranges of that number of keys, at most.
     """
 
     strategy: ClassVar[str]
@@ -72,7 +79,8 @@ class CudaTiling:
     warps: int
     stages: int
     tile_tokens: int
-    min_range_steps: int
+    range_tokens: int
+    most_ranges: int
 
     @property
     def threads(self) -> int:
@@ -81,12 +89,8 @@ class CudaTiling:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens that the warps of a block take together, each one tile: the unit in which sequences are cut."""
+        """Tokens that the warps of a block take together, each one tile."""
         return self.warps * self.tile_tokens
-
-    def merge_threads(self, spec: PagedAttentionSpec) -> int:
-        """Threads of a block of the merge: one for each element of a value, in whole warps."""
-        return -(-spec.result_dim // WARP) * WARP
 
     def row_tiles(self, spec: PagedAttentionSpec) -> int:
         """Tiles of query heads that cover one group."""

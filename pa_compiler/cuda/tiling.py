@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 from pa_compiler import score
 from pa_compiler.bounds import residual_mask
 from pa_compiler.cuda import gpus
 from pa_compiler.cuda.tiles import (
+    MMA_HEADS,
     MMA_TOKENS,
     WARP,
     CudaTiling,
@@ -36,6 +37,12 @@ FMA_REGISTERS = 144
 """float32 numbers that a lane keeps where float32 is multiplied, at most: its parts of the query and of acc, and the
 scores of a tile. ptxas takes some 80 registers more."""
 
+ACC_REGISTERS = 150
+"""Registers of a lane for its parts of the query and of acc, at most, where tensor cores multiply 16 rows of attend."""
+
+SIGHT_REGISTERS = 14
+"""Registers of a lane, about, for what each row of attend sees (kernels/sight.py)."""
+
 RING_BYTES = 1 << 16
 """The rings of a thread block, where more than two stages fit: three such blocks share an SM of sm_90, two one of
 sm_80, with more in flight than the 25 to 40 KB that cover its latency."""
@@ -51,37 +58,83 @@ CHECK_THREADS = 128
 """Threads of a block that checks indices."""
 
 MIN_RANGE_TOKENS = 256
-"""Below this a range would not be worth the merge of its result."""
+"""Tokens of a range, at least: below this it would not be worth the merge of its result."""
+
+RANGE_BLOCKS = 128
+"""Thread blocks that a sequence of 4096 tokens has where it is cut into ranges longer than that: one for each SM of a
+large GPU, about. Longer ranges cost fewer partial results."""
+
+SEQUENCE_BLOCKS = 512
+"""Thread blocks that a sequence has, about, however long it is: as many as a large GPU runs at once."""
+
+MIN_RANGES = 32
+"""Ranges that a long sequence has nevertheless."""
 
 WAVES = 2
-"""How often the blocks of a launch fill the GPU: more even out sequences of different lengths, and merge more."""
+"""How often the workers of a launch fill the GPU: more even out sequences of different lengths."""
 
 STAGED_BLOCK_SIZE = 2048
 """Tokens of a block, at most, in the staged pipeline: their places and the query share 48 KB of shared memory."""
 
 
 def choose(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
-    """Choose the tiles for one spec on an architecture such as "sm_90".
+    """Choose the tiles of decode for one spec on an architecture such as "sm_90".
 
     Raises:
         ValueError: CUDA has no kernel for the spec.
     """
     check(spec)
-    first: CudaTiling
-    rows, tokens = equal_tile(spec.group, MAX_ROW_TILE), _tile_tokens(spec)
     if choose_strategy(spec)[0] == FmaTiling.strategy:
-        rows, lanes = fma_tiles(spec)[0]
-        first = FmaTiling(row_tile=rows, warps=4, stages=2, tile_tokens=tokens, min_range_steps=1, lanes=lanes)
-    else:
-        first = TensorCoreTiling(row_tile=rows, warps=4, stages=2, tile_tokens=tokens, min_range_steps=1)
+        return _fma(spec, arch, *fma_tiles(spec)[0])
+    return _tensor_cores(spec, arch, equal_tile(spec.group, MAX_ROW_TILE))
+
+
+def choose_attend(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
+    """Choose the tiles of attend, whose rows are pairs of a query token and a head: as many as a tile can have.
+
+    16-bit types are multiplied by tensor cores, whatever the group.
+
+    Raises:
+        ValueError: CUDA has no kernel for the spec.
+    """
+    check(spec)
+    if spec.dtype != "float32":
+        registers = MAX_ROW_TILE // MMA_HEADS * (spec.head_dim // 16 * 2 + spec.result_dim // 16 * 4)
+        return _tensor_cores(spec, arch, MAX_ROW_TILE if registers <= ACC_REGISTERS else MMA_HEADS)
+    return _fma(spec, arch, *next(_fitting(spec, range(MAX_ROW_TILE, 0, -1), SIGHT_REGISTERS)))
+
+
+def _tensor_cores(spec: PagedAttentionSpec, arch: str, rows: int) -> CudaTiling:
+    tiling = TensorCoreTiling(row_tile=rows, warps=4, stages=2, tile_tokens=_tile_tokens(spec), **range_sizes(spec))
+    return _with_rings(spec, arch, tiling)
+
+
+def _fma(spec: PagedAttentionSpec, arch: str, rows: int, lanes: int) -> CudaTiling:
+    tiling = FmaTiling(
+        row_tile=rows, warps=4, stages=2, tile_tokens=_tile_tokens(spec), **range_sizes(spec), lanes=lanes
+    )
+    return _with_rings(spec, arch, tiling)
+
+
+def _with_rings(spec: PagedAttentionSpec, arch: str, first: CudaTiling) -> CudaTiling:
+    """As many warps, and then stages, as shared memory has room for."""
     candidates = (
         dataclasses.replace(first, warps=warps, stages=stages)
         for warps in (4, 2, 1)
         for stages in (4, 3, 2)
         if stages == 2 or dataclasses.replace(first, warps=warps, stages=stages).ring_bytes(spec) <= RING_BYTES
     )
-    tiling = next(tiling for tiling in candidates if tiling.shared_bytes(spec) <= gpus.shared_limit(arch))
-    return dataclasses.replace(tiling, min_range_steps=-(-MIN_RANGE_TOKENS // tiling.step_tokens))
+    return next(tiling for tiling in candidates if tiling.shared_bytes(spec) <= gpus.shared_limit(arch))
+
+
+def range_sizes(spec: PagedAttentionSpec) -> dict[str, int]:
+    """range_tokens and most_ranges of a CudaTiling, which go by the spec alone, so that its results do."""
+    head_tiles = spec.num_kv_heads * -(-spec.group // MAX_ROW_TILE)
+    enough = 1 << (4096 * head_tiles // RANGE_BLOCKS).bit_length() - 1
+    return {
+        "range_tokens": max(MIN_RANGE_TOKENS, min(enough, 4096)),
+        "most_ranges": max(MIN_RANGES, SEQUENCE_BLOCKS // head_tiles),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,27 +217,35 @@ def mask_by_head(spec: PagedAttentionSpec) -> bool:
 def fma_tiles(spec: PagedAttentionSpec) -> list[tuple[int, int]]:
     """Tiles (row_tile, lanes) for strategy "fma" whose registers suffice; the most rows first, then the fewest lanes.
 
-    Fewer lanes take fewer shuffles for a score. 16-bit types take a group as a whole or not at all: in tiles, they
-    are read for each, unless tensor cores cannot take them.
+    16-bit types take a group as a whole or not at all: in tiles, they are read for each, unless tensor cores cannot
+    take them.
+    """
+    in_tiles = spec.dtype == "float32" or mask_by_head(spec)
+    limits = range(MAX_ROW_TILE, 0, -1) if in_tiles else (FMA_GROUP,)
+    return list(_fitting(spec, dict.fromkeys(equal_tile(spec.group, limit) for limit in limits)))
+
+
+def _fitting(spec: PagedAttentionSpec, numbers: Iterable[int], of_row: int = 0) -> Iterator[tuple[int, int]]:
+    """(rows, lanes) whose registers suffice, of these numbers of rows; of each, the fewest lanes first.
+
+    Fewer lanes take fewer shuffles for a score. of_row: registers that a row takes besides.
     """
     dims, tokens = (spec.head_dim, spec.result_dim), _tile_tokens(spec)
     common = math.gcd(*(chunks(spec, dim) for dim in dims))
-    in_tiles = spec.dtype == "float32" or mask_by_head(spec)
-    limits = range(MAX_ROW_TILE, 0, -1) if in_tiles else (FMA_GROUP,)
-    return [
+    return (
         (rows, lanes)
-        for rows in dict.fromkeys(equal_tile(spec.group, limit) for limit in limits)
+        for rows in numbers
         for lanes in (copy_lanes(spec), 16, 32)
-        if common % lanes == 0 and rows * (sum(dims) + tokens * lanes * lanes // WARP) <= FMA_REGISTERS * lanes
-    ]
+        if common % lanes == 0
+        and rows * (sum(dims) + tokens * lanes * lanes // WARP + of_row * lanes) <= FMA_REGISTERS * lanes
+    )
 
 
-def extra_items(head_tiles: int, resident_blocks: int) -> int:
-    """Work items more than sequences: as many as have their thread blocks within WAVES times what the GPU runs at once.
+def extra_workers(head_tiles: int, resident_blocks: int) -> int:
+    """Workers more than sequences: as many as have their thread blocks within WAVES times what the GPU runs at once.
 
-    Rounded down, but to one at least: a long sequence then takes WAVES rounds of the GPU, where the few blocks of one
-    item more would take a round of their own. The host computes the same when it sees a GPU (ExtraItems in
-    templates/cuda/device.h).
+    Rounded down, but to one at least: the few blocks of one worker more would take a round of the GPU of their own. The
+    host computes the same when it sees a GPU (ExtraWorkers in templates/cuda/device.h).
 
     Args:
         head_tiles: CudaTiling.head_tiles.
@@ -193,11 +254,15 @@ def extra_items(head_tiles: int, resident_blocks: int) -> int:
     return max(1, WAVES * resident_blocks // head_tiles)
 
 
-def ranges(spec: PagedAttentionSpec, tiling: CudaTiling, context_lens: Sequence[int], extra: int) -> list[int]:
-    """How many ranges each sequence is cut into, as the kernels find it (kernels/plan.py)."""
-    steps = [-(-min(length, spec.window or length) // tiling.step_tokens) for length in context_lens]
-    longest = max(-(-sum(steps) // extra), tiling.min_range_steps)
-    return [max(1, -(-count // longest)) for count in steps]
+def ranges(spec: PagedAttentionSpec, tiling: CudaTiling, context_lens: Sequence[int]) -> list[int]:
+    """How many ranges each sequence is cut into, as the kernels find it (kernels/plan.py), but for a mask's bounds."""
+    counts = []
+    for length in context_lens:
+        first = max(length - spec.window, 0) if spec.window else 0
+        doublings = (max(length - first - 1, 0) // (tiling.range_tokens * tiling.most_ranges)).bit_length()
+        tokens = tiling.range_tokens << doublings
+        counts.append((length - 1) // tokens - first // tokens + 1 if length else 1)
+    return counts
 
 
 def _tile_tokens(spec: PagedAttentionSpec) -> int:

@@ -154,7 +154,7 @@ class Calls(SharedPrefix):
             lse -inf, or with sinks the sink.
 
         Raises:
-            NotImplementedError: the library has no attend: one for a GPU, or compiled with attend=False.
+            NotImplementedError: the library has no attend: one compiled with attend=False, or staged for a GPU.
             TypeError: as decode.
             ValueError: as decode; or query_start_loc falls, does not begin at 0 or end at num_tokens, or gives a
                 sequence more query tokens than it has tokens; or tree_mask has another size, or causal is not set.
@@ -177,14 +177,18 @@ class Calls(SharedPrefix):
         self._attend.call(arrays, (scale, int(bool(causal)), *self._manner(check, "attend")))
         return out if lse is None else (out, lse)
 
+    most_query_tokens: int | None = None
+    """Query tokens that a sequence may have in attend; None where any number."""
+
     @property
     def has_attend(self) -> bool:
-        """Whether the library has attend: those for a CPU that are compiled with it."""
+        """Whether the library has attend: those that are compiled with it, but for the staged pipeline on a GPU."""
         return self._attend is not None
 
     def _lacks_attend(self) -> str:
-        which = "for a GPU" if self._on_gpu else "compiled with attend=False"
-        return f"attend: expected a module for a CPU, compiled with attend=True, got one {which}"
+        is_staged = self._on_gpu and self.pipeline == "staged"
+        which = "of the staged pipeline for a GPU" if is_staged else "compiled with attend=False"
+        return f"attend: expected a module compiled with attend=True, got one {which}"
 
     def append_kv(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pa_compiler.interface import CHECKS, CUDA_ENTRY_POINTS
+from pa_compiler.interface import CHECKS, CUDA_ENTRY_POINTS, GPU_QUERY_TOKENS
 from pa_compiler.runtime import torch_tensors
 from pa_compiler.runtime.arguments import whole_number
 from pa_compiler.runtime.module import Module
@@ -29,16 +29,22 @@ def _not_of_a_gpu(name: str) -> Any:
 class CudaModule(Module):
     """A Module for GPUs.
 
-    decode and append_kv take CUDA tensors, of torch or anything with DLPack, all on one device, and return when their
-    kernels have been launched on the caller's stream (torch's current one). Beyond what Module says of them:
+    Its calls take CUDA tensors, of torch or anything with DLPack, all on one device, and return when their kernels have
+    been launched on the caller's stream (torch's current one). Beyond what Module says of them:
 
     - Keys, values and caches start at multiples of 16 bytes and have strides of such multiples, queries of 4 bytes.
     - out and lse are made for torch tensors; for others they have to be given.
-    - block_table and context_lens are int32, slot_mapping int64.
+    - block_table, context_lens and query_start_loc are int32, slot_mapping int64.
+    - attend is for guesses: a sequence has up to 64 query tokens (most_query_tokens). The staged pipeline has none.
+    - Results have the same bits in any batch and on any GPU that runs a library: a sequence is cut into ranges at
+      fixed positions. A query token of attend gets the same ones beside any others of its sequence where the spec has
+      no window and no mask_mod, and a single one those of decode where num_heads is more than 3 * num_kv_heads and the
+      type has 16 bits.
     - Caches that have blocks in common are told apart by their slots with check "host", not with "device".
-    - check says who looks at context_lens, block_table and slot_mapping, whose contents are on the GPU:
+    - check says who looks at context_lens, block_table, query_start_loc, tree_mask and slot_mapping, whose contents are
+      on the GPU:
       "device", the default: a kernel does, before the others. After a finding those write nothing; the error is raised
-      by the next call of decode or append_kv on that device, which does nothing itself, or by check_status.
+      by the next call on that device, which does nothing itself, or by check_status.
       "host": this process does, before anything is launched. It waits for the stream and for copies of them.
       "none": nobody does. An index that is out of range reads or writes anywhere.
       decode of the staged pipeline has no "device". Its default is "host", where it takes as many steps as the longest
@@ -50,6 +56,7 @@ class CudaModule(Module):
     Errors of the driver are RuntimeErrors, among them that there is none.
     """
 
+    most_query_tokens = GPU_QUERY_TOKENS
     _entry_points = CUDA_ENTRY_POINTS
     _on_gpu = True
 
@@ -130,10 +137,12 @@ class CudaModule(Module):
         return verify.verify(on_gpu, seconds, seed=seed, draw=draw, advance=advance)
 
     def checks(self, of: str) -> tuple[str, ...]:
-        """What "decode" or "append_kv" takes for check."""
+        """What "decode", "attend" or "append_kv" takes for check."""
         return ("host", "none") if (self.pipeline, of) == ("staged", "decode") else CHECKS
 
     def _manner(self, check: str | None, of: str) -> tuple[int, ...]:
+        if of == "merge_states":  # which has no indices
+            return ()
         choices = self.checks(of)
         if check is None:
             check = "device" if "device" in choices else "host"

@@ -82,10 +82,18 @@ class Draw:
     rng: np.random.Generator
 
 
-def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False, shares: bool = False) -> Draw:
+def draw(
+    spec: PagedAttentionSpec,
+    seed: int,
+    number: int,
+    attends: bool = False,
+    shares: bool = False,
+    most_query_tokens: int | None = None,
+) -> Draw:
     """The draw of a number from a seed, both 0 or more: a call of decode; with attends, every second one of attend.
 
-    With shares, those of attend that are causal and have no tree are of attend_shared_prefix.
+    With shares, those of attend that are causal and have no tree are of attend_shared_prefix. most_query_tokens is
+    Module's.
     """
     rng = np.random.default_rng((seed, number))
     elements = _ELEMENTS * (_LONG_DRAW if number % _LONG_DRAW >= _LONG_DRAW - 1 - attends else 1)
@@ -95,7 +103,7 @@ def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False
     queries, groups, rows = None, None, len(context_lens)
     if attends and number % 2:
         products = _SEVERAL * elements // (spec.num_heads * spec.head_dim)
-        context_lens, queries = draw_queries(rng, spec, context_lens, products)
+        context_lens, queries = draw_queries(rng, spec, context_lens, products, most_query_tokens)
         if shares and queries.causal and queries.tree_mask is None:
             context_lens, groups = draw_groups(rng, spec, context_lens, queries, products)
         rows = int(queries.query_start_loc[-1])

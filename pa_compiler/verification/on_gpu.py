@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
-from pa_compiler.interface import INPUT_PREFIX
+from pa_compiler.interface import GPU_QUERY_TOKENS, INPUT_PREFIX
 from pa_compiler.runtime.arguments import NUMPY_DTYPES
 
 ROW_BYTES = 16
@@ -69,17 +68,17 @@ class TorchMemory:
 class OnGpu:
     """A CudaModule behind verify.Verifiable. A call is made with every way to check indices, for the same bits."""
 
+    most_query_tokens: int | None = GPU_QUERY_TOKENS
+    has_attend_shared_prefix = False
+
     def __init__(self, module: Any, memory: Memory) -> None:
         self.spec, self.num_threads = module.spec, 1
+        self.has_attend, self.has_merge_states = module.has_attend, module.has_merge_states
         self._module, self._memory = module, memory
 
-    has_attend = has_attend_shared_prefix = has_merge_states = False
-
-    def attend(self, *arguments: Any, **options: Any) -> Any:
+    def attend_shared_prefix(self, *arguments: Any, **options: Any) -> Any:
         """A module for a GPU has none."""
-        return self._module.attend(*arguments, **options)
-
-    attend_shared_prefix = merge_states = attend
+        return self._module.attend_shared_prefix(*arguments, **options)
 
     def decode(
         self,
@@ -90,25 +89,56 @@ class OnGpu:
         context_lens: np.ndarray,
         scale: float | None = None,
         out: np.ndarray | None = None,
-        *,
-        lse: np.ndarray | None = None,
-        return_lse: bool = False,
-        inputs: Mapping[str, np.ndarray] | None = None,
-        **heads: np.ndarray,
+        **options: Any,
     ) -> Any:
-        """As Module.decode, with NumPy arrays; heads are alibi_slopes and sinks, as the spec has them."""
+        """As Module.decode, with NumPy arrays."""
+        caches = {"key_cache": key_cache, "value_cache": value_cache}
+        lens = {"context_lens": context_lens}
+        return self._attention("decode", query, caches, block_table, lens, scale, out, options)
+
+    def attend(
+        self,
+        query: np.ndarray,
+        key_cache: np.ndarray,
+        value_cache: np.ndarray | None,
+        block_table: np.ndarray | tuple[np.ndarray, np.ndarray],
+        context_lens: np.ndarray,
+        query_start_loc: np.ndarray,
+        scale: float | None = None,
+        out: np.ndarray | None = None,
+        **options: Any,
+    ) -> Any:
+        """As Module.attend, with NumPy arrays."""
+        caches = {"key_cache": key_cache, "value_cache": value_cache}
+        lens = {"context_lens": context_lens, "query_start_loc": query_start_loc}
+        return self._attention("attend", query, caches, block_table, lens, scale, out, options)
+
+    def _attention(
+        self,
+        function: str,
+        query: np.ndarray,
+        caches: dict[str, np.ndarray | None],
+        block_table: np.ndarray | tuple[np.ndarray, np.ndarray],
+        lens: dict[str, np.ndarray],
+        scale: float | None,
+        out: np.ndarray | None,
+        options: dict[str, Any],
+    ) -> Any:
+        """out, or (out, lse). options are the keywords of decode and attend: arrays, numbers and what is None."""
+        lse, return_lse = options.pop("lse", None), options.pop("return_lse", False)
         pair = block_table if isinstance(block_table, tuple) else (block_table,)
-        arrays = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
-        arrays |= dict(zip(_PAIR if len(pair) > 1 else ("block_table",), pair, strict=True))
-        arrays |= {"context_lens": context_lens, **heads}
-        arrays |= {f"{INPUT_PREFIX}{name}": array for name, array in (inputs or {}).items()}
+        tables = dict(zip(_PAIR if len(pair) > 1 else ("block_table",), pair, strict=True))
+        arrays = {"query": query, **caches, **tables, **lens}
+        arrays |= {f"{INPUT_PREFIX}{name}": array for name, array in (options.pop("inputs", None) or {}).items()}
+        arrays |= {name: each for name, each in options.items() if isinstance(each, np.ndarray)}
         shape = (*query.shape[:2], self.spec.result_dim)
         arrays["out"] = np.full(shape, np.nan, NUMPY_DTYPES[self.spec.result_dtype]) if out is None else out
         if return_lse and lse is None:
             lse = np.full(query.shape[:2], np.nan, np.float32)
         if lse is not None:
             arrays["lse"] = lse
-        self._call("decode", arrays, scale=scale)
+        others = {name: each for name, each in options.items() if name not in arrays}
+        self._call(function, arrays, scale=scale, **others)
         return arrays["out"] if lse is None else (arrays["out"], lse)
 
     def append_kv(
@@ -122,6 +152,17 @@ class OnGpu:
         """As Module.append_kv, with NumPy arrays."""
         arrays = {"key": key, "value": value, "key_cache": key_cache, "value_cache": value_cache}
         self._call("append_kv", arrays | {"slot_mapping": slot_mapping})
+
+    def merge_states(self, outs: np.ndarray, lses: np.ndarray, *, return_lse: bool) -> Any:
+        """As Module.merge_states, with NumPy arrays and with lse."""
+        shape = (*outs.shape[1:3], self.spec.result_dim)
+        out = np.full(shape, np.nan, NUMPY_DTYPES[self.spec.result_dtype])
+        arrays = {"outs": outs, "lses": lses, "out": out, "lse": np.full(shape[:2], np.nan, np.float32)}
+        tensors = {name: self._memory.put(array, 0) for name, array in arrays.items()}
+        self._module.merge_states(**tensors)
+        self._memory.synchronize()
+        self._module.check_status()
+        return tuple(self._memory.get(tensors[name]) for name in ("out", "lse"))
 
     def _call(self, function: str, given: dict[str, np.ndarray | None], **others: Any) -> None:
         """Leave in the arrays what is on the GPU afterwards."""

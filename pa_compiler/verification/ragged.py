@@ -45,15 +45,18 @@ class Queries:
 
 
 def draw_queries(
-    rng: np.random.Generator, spec: PagedAttentionSpec, context_lens: np.ndarray, products: int
+    rng: np.random.Generator, spec: PagedAttentionSpec, context_lens: np.ndarray, products: int, most: int | None
 ) -> tuple[np.ndarray, Queries]:
-    """Lengths, some of which end with a range of keys, and query tokens that see up to so many keys, all together."""
+    """Lengths, some of which end with a range of keys, and query tokens that see up to so many keys, all together.
+
+    A sequence has up to `most` of them, if that is a number.
+    """
     lens, counts = context_lens.copy(), np.zeros(len(context_lens), np.int64)
     edge = attend_range_blocks(spec) * spec.block_size * int(rng.integers(1, 3))
     if len(lens) and edge < min(products, 1 << 15) and rng.random() < 0.5:
         lens[rng.integers(len(lens))] = edge + rng.integers(-1, 3)
     for sequence, length in enumerate(lens.tolist()):
-        count = min(int(rng.choice([*_COUNTS, length])), length)
+        count = min(int(rng.choice([*_COUNTS, length])), length, length if most is None else most)
         counts[sequence] = count if count * length <= products else min(2, length)
         products -= int(counts[sequence]) * length
         if products < 0:

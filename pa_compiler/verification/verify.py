@@ -35,6 +35,8 @@ class Verifiable(Protocol):
     spec: PagedAttentionSpec
     num_threads: int
 
+    most_query_tokens: int | None
+
     @property
     def has_attend(self) -> bool:
         """As Module.has_attend."""
@@ -123,7 +125,8 @@ def verify(
     failures, found = [], [{"out": Errors(0.0, 0.0), "lse": Errors(0.0, 0.0)}]
     start = now = time.monotonic()
     for number in itertools.count(first):
-        call = draws.draw(module.spec, seed, number, module.has_attend, module.has_attend_shared_prefix)
+        attends = (module.has_attend, module.has_attend_shared_prefix, module.most_query_tokens)
+        call = draws.draw(module.spec, seed, number, *attends)
         errors, wrong = _run(module, call)
         found.append(errors)
         if module.has_merge_states:

@@ -3,6 +3,7 @@
 
 #include <tvm/ffi/extra/c_env_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -10,6 +11,7 @@
 #include "cuda/device.h"
 #include "cuda/driver.h"
 #include "shared/arrays.h"
+#include "shared/block_table.h"
 #include "shared/errors.h"
 #include "shared/overlap.h"
 
@@ -38,6 +40,13 @@ struct Call {
               info.shared_bytes, stream, values, nullptr);
   }
 };
+
+// Ranges that a sequence may have, at most, whatever its length is: kernels/plan.py cuts.
+template <typename Spec>
+int64_t MostRanges(const BlockTable& table) {
+  const int64_t tokens = BlockTable::Tokens(table.MostBlocks(), Spec::kBlockSize);
+  return std::min((tokens + Spec::kRangeTokens - 1) / Spec::kRangeTokens, Spec::kMostRanges + 1);
+}
 
 // Device memory from now until what has been launched by the end of the scope is done.
 class Workspace {

@@ -5,6 +5,7 @@
 #include "cuda/device.h"
 #include "cuda/driver.h"
 #include "cuda/interface.h"
+#include "cuda/queries.h"
 #include "expect.h"
 #include "shared/append_checks.h"
 #include "shared/decode_checks.h"
@@ -58,6 +59,29 @@ void TestWorkspace() {
   EXPECT(sizeof(Report) == 64);
 }
 
+struct Cut {
+  static constexpr int64_t kBlockSize = 16, kRangeTokens = 256, kMostRanges = 64;
+};
+
+void TestRanges() {
+  BlockTable table{};
+  const auto ranges = [&](int64_t blocks) {
+    table.entries.shape[1] = blocks;
+    return MostRanges<Cut>(table);
+  };
+  EXPECT(ranges(0) == 0 && ranges(1) == 1 && ranges(16) == 1 && ranges(17) == 2);
+  EXPECT(ranges(64 * 16) == 64 && ranges(64 * 16 + 1) == 65 && ranges(int64_t{1} << 40) == 65);
+}
+
+void TestQueryErrors() {
+  EXPECT_RAISES(
+      "ValueError: query_start_loc: expected numbers from 0 to num_tokens that never fall, of sequence 3 up to 5 query "
+      "tokens (at most its tokens, and 64 on a GPU), got 7 and then 13 somewhere",
+      RaiseQueries(3, 7, 13, 5, " somewhere"));
+  EXPECT_RAISES("ValueError: tree_mask: expected shape [9], n * n for each sequence of n query tokens, got [4]",
+                RaiseTree(4, 9));
+}
+
 }  // namespace
 
 int main() {
@@ -65,5 +89,7 @@ int main() {
   TestAlignment();
   TestChecks();
   TestWorkspace();
+  TestRanges();
+  TestQueryErrors();
   return failures;
 }

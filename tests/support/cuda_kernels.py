@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import cuda_emulator
 import numpy as np
 from inputs import Inputs
+from ragged_inputs import Ragged
 from tvm import IRModule
 
 from pa_compiler.cuda import build as cuda_build
@@ -37,37 +38,71 @@ class CudaKernels:
 
     def launch(self, name: str, arguments: dict[str, object], order: str = "forward") -> None:
         """Launch a kernel with arguments by the names of its parameters, which may be fewer."""
-        launch = cuda.launches(self.spec, self.tiling)[name]
+        launch = cuda.launches(self.spec, self.tiling, self.tiling)[name]
         numbers = {key: value for key, value in arguments.items() if isinstance(value, int)}
         blocks = eval(launch.blocks.replace("/", "//"), {}, numbers)
         values = [arguments[parameter.name] for parameter in cuda_build.parameters(self.source, name)]
         self.kernels[f"{name}_kernel"].launch(blocks, launch.threads, launch.shared_bytes, *values, order=order)
 
-    def decode(self, inputs: Inputs, *, extra=8, scale=None, status=0, order="forward"):
-        """(out, lse) of cuda_decode and cuda_merge, with extra work items more than sequences."""
-        arguments = self.arguments(inputs, extra, scale, status)
+    def decode(self, inputs: Inputs, *, workers=8, scale=None, status=0, order="forward"):
+        """(out, lse) of cuda_decode and cuda_merge, with so many workers."""
+        arguments = self.arguments(inputs, workers, scale, status)
         self.launch("cuda_decode", arguments, order)
         self.launch("cuda_merge", arguments, order)
         return arguments["out"], arguments["lse"]
 
-    def arguments(self, inputs: Inputs, extra: int, scale=None, status=0) -> dict[str, object]:
-        """What cuda_decode and cuda_merge take, by name; NaN in all partial results, of which an item has one."""
+    def arguments(self, inputs: Inputs, workers: int, scale=None, status=0) -> dict[str, object]:
+        """What cuda_decode and cuda_merge take, by name; NaN in all partial results."""
         spec, batch = self.spec, len(inputs.context_lens)
-        items = batch + extra
         out, lse = np.full((batch, spec.num_heads, spec.result_dim), np.nan, inputs.out_dtype), inputs.lse
         return {
             **_decode_arguments(spec, inputs, out, lse, scale),
+            **self._of_call(inputs, batch, workers, status),
+        }
+
+    def attend(self, call: Ragged, *, workers=8, scale=None, status=0, order="forward"):
+        """(out, lse) of cuda_attend and cuda_merge_attend."""
+        arguments = self.attend_arguments(call, workers, scale, status)
+        self.launch("cuda_attend", arguments, order)
+        self.launch("cuda_merge_attend", arguments, order)
+        return arguments["out"], arguments["lse"]
+
+    def attend_arguments(self, call: Ragged, workers: int, scale=None, status=0) -> dict[str, object]:
+        """As arguments, of a call of attend."""
+        spec, inputs, num_tokens = self.spec, call.inputs, len(call.query)
+        out = np.full((num_tokens, spec.num_heads, spec.result_dim), np.nan, inputs.out_dtype)
+        lse = np.full((num_tokens, spec.num_heads), np.nan, np.float32)
+        tree = call.options.get("tree_mask")
+        return {
+            **_decode_arguments(spec, inputs.replace(query=call.query), out, lse, scale),
+            **self._of_call(inputs, num_tokens, workers, status),
+            "query_start_loc": read_only(call.query_start_loc),
+            "tree_mask": np.zeros(0, np.uint8) if tree is None else read_only(tree.view(np.uint8)),
+            "tree_cells": -1 if tree is None else len(tree),
+            "has_tree": int(tree is not None),
+            "sees_all": int(tree is not None or not call.options.get("causal", True)),
+            "num_tokens": num_tokens,
+        }
+
+    def _of_call(self, inputs: Inputs, num_tokens: int, workers: int, status: int) -> dict[str, object]:
+        """What has to do with a call as a whole, and with its partial results."""
+        spec, most = self.spec, self.most_ranges(inputs.block_table.shape[1] * self.spec.block_size)
+        return {
             "status": np.array([status], np.int32),
             "report": np.zeros(5, np.int64),
-            "partial_max": np.full((items, spec.num_heads), np.nan, np.float32),
-            "partial_sum": np.full((items, spec.num_heads), np.nan, np.float32),
-            "partial_acc": np.full((items, spec.num_heads, spec.result_dim), np.nan, np.float32),
+            "partial_max": np.full((most, num_tokens, spec.num_heads), np.nan, np.float32),
+            "partial_sum": np.full((most, num_tokens, spec.num_heads), np.nan, np.float32),
+            "partial_acc": np.full((most, num_tokens, spec.num_heads, spec.result_dim), np.nan, np.float32),
             "max_blocks": inputs.block_table.shape[1],
             "num_entries": 0,
             "num_blocks": len(inputs.key_cache),
-            "batch": batch,
-            "items": items,
+            "batch": len(inputs.context_lens),
+            "workers": workers,
         }
+
+    def most_ranges(self, tokens: int) -> int:
+        """Ranges that a sequence of so many tokens, at most, may have: as the host counts them."""
+        return min(-(-tokens // self.tiling.range_tokens), self.tiling.most_ranges + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +139,7 @@ class StagedKernels:
 
     def _launch(self, name: str, arguments: dict[str, object]) -> None:
         values = [arguments[parameter.name] for parameter in cuda_build.parameters(self.source, name)]
-        launch = cuda.staged_launches()[name]
+        launch = cuda.staged_launches(self.spec)[name]
         assert launch.blocks == "num_seqs"
         self.kernels[f"{name}_kernel"].launch(arguments["num_seqs"], launch.threads, launch.shared_bytes, *values)
 
@@ -197,6 +232,12 @@ def build_decode(load, spec: PagedAttentionSpec, **sizes: int) -> CudaKernels:
     return _loaded(load, spec, tiling, {kernel.__name__: kernel(spec, tiling) for kernel in cuda.DECODE})
 
 
+def build_attend(load, spec: PagedAttentionSpec, **sizes: int) -> CudaKernels:
+    """The kernels of attend, of the chosen tiling or with other sizes."""
+    tiling = dataclasses.replace(cuda_tiling.choose_attend(spec, ARCH), **sizes)
+    return _loaded(load, spec, tiling, {kernel.__name__: kernel(spec, tiling) for kernel in cuda.ATTEND})
+
+
 def build_staged(load, spec: PagedAttentionSpec) -> StagedKernels:
     """The kernels of the staged pipeline's decode, scheduled."""
     tiling = cuda_tiling.staged(spec)
@@ -208,7 +249,8 @@ def build_staged(load, spec: PagedAttentionSpec) -> StagedKernels:
 def build_others(load, spec: PagedAttentionSpec) -> CudaKernels:
     """The kernels of append_kv and of checks."""
     tiling = cuda_tiling.choose(spec, ARCH)
-    return _loaded(load, spec, tiling, {kernel.__name__: kernel(spec) for kernel in (cuda.cuda_check, *cuda.APPEND)})
+    kernels = (cuda.cuda_check, cuda.cuda_check_queries, *cuda.APPEND)
+    return _loaded(load, spec, tiling, {kernel.__name__: kernel(spec) for kernel in kernels})
 
 
 def _loaded(load, spec: PagedAttentionSpec, tiling: CudaTiling, kernels: dict) -> CudaKernels:

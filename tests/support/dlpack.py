@@ -7,8 +7,16 @@ import ctypes
 import numpy as np
 
 CPU, CUDA = 1, 2
-FLOAT, BFLOAT, INT = 2, 4, 0
-CODES = {"float32": FLOAT, "float16": FLOAT, "bfloat16": BFLOAT, "int32": INT, "int64": INT}
+FLOAT, BFLOAT, INT, UINT, BOOL = 2, 4, 0, 1, 6
+CODES = {
+    "float32": FLOAT,
+    "float16": FLOAT,
+    "bfloat16": BFLOAT,
+    "int32": INT,
+    "int64": INT,
+    "uint8": UINT,
+    "bool": BOOL,
+}
 READ_ONLY, COPIED = 1, 2
 
 

@@ -5,15 +5,16 @@
 // GPUs: what a library makes of each and keeps. A Spec has
 //   kKernels, kNumKernels           the KernelInfo of each of its kernels,
 //   kArch, kArchName, kExactArch    what machine code is for: compute capability times ten, "sm_90", and whether that
-//   alone, kWaves, kHeadTiles, kCudaDecode thread blocks that long sequences are cut for, by how many a GPU runs at
-//   once, where they
-//                                   are cut (else kWaves is 0); those of one work item; and the kernel.
+//                                   alone,
+//   kWaves, kHeadTiles, kCudaDecode where sequences are cut into ranges (else kWaves is 0), thread blocks of a launch
+//                                   by how many a GPU runs at once; those of one worker; and the kernel.
 #pragma once
 
 #include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cinttypes>
 #include <cstdint>
 #include <limits>
 
@@ -33,7 +34,7 @@ struct KernelInfo {
   int threads, shared_bytes;  // of a thread block
 };
 
-constexpr int kMaxKernels = 8;
+constexpr int kMaxKernels = 16;
 
 constexpr int kNumReports = 16;
 
@@ -47,7 +48,7 @@ struct Device {
   CUdeviceptr zero;          // the status of calls that no kernel checks
   Report* reports;           // calls take them in turn
   CUdeviceptr reports_seen;  // the same by the device's address
-  int64_t extra_items;       // work items of decode more than sequences, where long ones are cut
+  int64_t extra_workers;     // of decode and attend, more than sequences, where these are cut
   std::atomic<uint32_t> calls{0};
 };
 
@@ -111,9 +112,9 @@ void LoadKernels(Device* device) {
   }
 }
 
-// Work items of decode more than sequences, so that its thread blocks fill the GPU about kWaves times.
+// Workers of decode more than sequences, so that its thread blocks fill the GPU about kWaves times.
 template <typename Spec>
-int64_t ExtraItems(const Device& device) {
+int64_t ExtraWorkers(const Device& device) {
   const KernelInfo& info = Spec::kKernels[Spec::kCudaDecode];
   int sms = 0, blocks = 0;  // blocks: that an SM runs at once
   PA_DRIVER(cuDeviceGetAttribute, &sms, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device.device);
@@ -155,7 +156,7 @@ void MakeDevice(Device* device, int id) {
   const Current current(device->context);
   const RelaxedCapture relaxed;
   LoadKernels<Spec>(device);
-  if constexpr (Spec::kWaves > 0) device->extra_items = ExtraItems<Spec>(*device);
+  if constexpr (Spec::kWaves > 0) device->extra_workers = ExtraWorkers<Spec>(*device);
   MakePool(device);
   MakeStatus(device);
 }
@@ -180,6 +181,20 @@ Device& DeviceOf(int id) {
   return device;
 }
 
+// Errors about the query tokens of attend, found in the call that `where` names; "" for this one.
+[[noreturn]] inline void RaiseQueries(int64_t seq, int64_t begin, int64_t end, int64_t most, const char* where = "") {
+  Raise("ValueError",
+        "query_start_loc: expected numbers from 0 to num_tokens that never fall, of sequence %" PRId64 " up to %" PRId64
+        " query tokens (at most its tokens, and %" PRId64 " on a GPU), got %" PRId64 " and then %" PRId64 "%s",
+        seq, most, kMostQueries, begin, end, where);
+}
+
+[[noreturn]] inline void RaiseTree(int64_t cells, int64_t expected, const char* where = "") {
+  Raise("ValueError",
+        "tree_mask: expected shape [%" PRId64 "], n * n for each sequence of n query tokens, got [%" PRId64 "]%s",
+        expected, cells, where);
+}
+
 // Raise what a kernel has reported of an earlier call, once.
 inline void RaiseReported(const Device& device) {
   constexpr char kWhere[] = " in an earlier call, which wrote nothing";
@@ -194,6 +209,10 @@ inline void RaiseReported(const Device& device) {
         RaiseBlockId(seen.index, seen.position, seen.value, seen.limit, kWhere);
       case Report::kRow:
         RaiseRow(seen.index, seen.position, seen.value, seen.limit, kWhere);
+      case Report::kQueries:
+        RaiseQueries(seen.index, seen.position, seen.value, seen.limit, kWhere);
+      case Report::kTree:
+        RaiseTree(seen.value, seen.limit, kWhere);
       case Report::kSlot:
         RaiseSlot(seen.index, seen.value, seen.limit, kWhere);
     }

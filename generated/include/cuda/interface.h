@@ -20,12 +20,29 @@ struct DecodeParameters {
   static constexpr int kCount = 14;
 };
 
+// What attend takes, in this order.
+struct AttendParameters {
+  static constexpr Parameter kQuery{0, "query"}, kKeyCache{1, "key_cache"}, kValueCache{2, "value_cache"},
+      kBlockTable{3, "block_table"}, kBlockIndptr{4, "block_table[0]"}, kBlockIndices{5, "block_table[1]"},
+      kContextLens{6, "context_lens"}, kQueryStartLoc{7, "query_start_loc"}, kOut{8, "out"}, kLse{9, "lse"},
+      kAlibiSlopes{10, "alibi_slopes"}, kSinks{11, "sinks"}, kTreeMask{12, "tree_mask"}, kScale{13, "scale"},
+      kCausal{14, "causal"}, kCheck{15, "check"}, kAsUint16{16, "as_uint16"};
+  static constexpr int kCount = 17;
+};
+
 // What append_kv takes, in this order.
 struct AppendKvParameters {
   static constexpr Parameter kKey{0, "key"}, kValue{1, "value"}, kKeyCache{2, "key_cache"},
       kValueCache{3, "value_cache"}, kSlotMapping{4, "slot_mapping"}, kCheck{5, "check"},
       kAsUint16{6, "as_uint16"};
   static constexpr int kCount = 7;
+};
+
+// What merge_states takes, in this order.
+struct MergeStatesParameters {
+  static constexpr Parameter kOuts{0, "outs"}, kLses{1, "lses"}, kOut{2, "out"}, kLse{3, "lse"},
+      kAsUint16{4, "as_uint16"};
+  static constexpr int kCount = 5;
 };
 
 // What check_status takes, in this order.
@@ -37,10 +54,12 @@ struct CheckStatusParameters {
 enum Check : int64_t { kCheckHost, kCheckDevice, kCheckNone };
 constexpr int kNumChecks = 3;
 
+constexpr int64_t kMostQueries = 64;  // query tokens of a sequence in attend
+
 // What a kernel found wrong with the indices of a call, in memory of the host that the device sees. The device writes
 // code last.
 struct alignas(64) Report {
-  enum Code : int64_t { kNothing, kContextLen, kBlockId, kSlot, kRow };
+  enum Code : int64_t { kNothing, kContextLen, kBlockId, kSlot, kRow, kQueries, kTree };
   int64_t code, index, position, value, limit;  // index: of a sequence or a token
 };
 

@@ -43,7 +43,10 @@ class Arrays:
         self._spec = spec
 
     def query(self, handle: Var) -> Buffer:
-        """[batch, num_heads, head_dim], dtype; strides q_batch, q_head. Rows are aligned to 4 bytes."""
+        """[num_tokens, num_heads, head_dim], dtype; strides q_batch, q_head. Rows are aligned to 4 bytes.
+
+        In decode a token for each sequence: num_tokens is batch.
+        """
         return _span("query", handle, self._spec.dtype)
 
     def key_cache(self, handle: Var) -> Buffer:
@@ -75,18 +78,38 @@ class Arrays:
         """[batch], int32: tokens of each sequence."""
         return _span("context_lens", handle, "int32")
 
+    def query_start_loc(self, handle: Var) -> Buffer:
+        """[batch + 1], int32: where each sequence's query tokens begin, and those of the next."""
+        return _span("query_start_loc", handle, "int32")
+
+    def tree_mask(self, handle: Var) -> Buffer:
+        """[sum of n * n], uint8: of each sequence's n query tokens, which of them each one sees."""
+        return _span("tree_mask", handle, "uint8")
+
     def partials(self, max_handle: Var, sum_handle: Var, acc_handle: Var) -> State:
-        """Of work items: row_max and row_sum [items, num_heads], acc [items, num_heads, value_dim]; contiguous."""
+        """row_max and row_sum [ranges, num_tokens, num_heads], acc [ranges, num_tokens, num_heads, value_dim].
+
+        Contiguous. Of each range of a query token's sequence, where it has several; num_tokens are those of the call,
+        in decode batch.
+        """
         handles = {"partial_max": max_handle, "partial_sum": sum_handle, "partial_acc": acc_handle}
         return State(*(_span(name, handle, "float32") for name, handle in handles.items()))
 
     def out(self, handle: Var) -> Buffer:
-        """[batch, num_heads, value_dim], result_dtype; strides out_batch, out_head."""
+        """[num_tokens, num_heads, value_dim], result_dtype; strides out_batch, out_head."""
         return _span("out", handle, self._spec.result_dtype)
 
     def lse(self, handle: Var) -> Buffer:
-        """[batch, num_heads], float32; stride lse_batch."""
+        """[num_tokens, num_heads], float32; stride lse_batch."""
         return _span("lse", handle, "float32")
+
+    def outs(self, handle: Var, dtype: str) -> Buffer:
+        """[parts, num_tokens, num_heads, value_dim], dtype; strides outs_part, outs_token, outs_head."""
+        return _span("outs", handle, dtype)
+
+    def lses(self, handle: Var) -> Buffer:
+        """[parts, num_tokens, num_heads], float32; strides lses_part, lses_token."""
+        return _span("lses", handle, "float32")
 
     def alibi_slopes(self, handle: Var) -> Buffer:
         """[num_heads], float32; stride slope_head."""

@@ -38,8 +38,8 @@ LENGTH_CODE, BLOCK_CODE, SLOT_CODE, ROW_CODE = map(REPORT_CODES.index, ("context
 CODE, INDEX, POSITION, VALUE, LIMIT = map(REPORT_FIELDS.index, ("code", "index", "position", "value", "limit"))
 """Where its fields are."""
 
-_RAISE = "red.relaxed.gpu.global.max.s32"
-_PUBLISH = "st.release.sys.global.b64"
+RAISE = "red.relaxed.gpu.global.max.s32"
+PUBLISH = "st.release.sys.global.b64"
 
 
 class Rows(NamedTuple):
@@ -115,7 +115,7 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
         most: T.int64 = rows.most_tokens(T.Cast("int64", seq), block_size)
         if (length < T.int64(0)) | (length > most) | rows.is_wrong(T.Cast("int64", seq)):
             if thread == 0:
-                T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_LENGTH))
+                T.ptx[RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_LENGTH))
         else:
             end = T.meta_var(_end(spec, context_lens[seq], length))
             used: T.int32 = T.Cast("int32", T.truncdiv(end + T.int64(block_size - 1), T.int64(block_size)))
@@ -125,7 +125,7 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
                 if _is_seen(spec, i < used, context_lens[seq], i):
                     block: T.int32 = block_table[row + T.Cast("int64", i)]
                     if (block < 0) | (T.Cast("int64", block) >= num_blocks):
-                        T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_BLOCK))
+                        T.ptx[RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_BLOCK))
 
     return cuda_check
 
@@ -151,7 +151,7 @@ def cuda_check_slots(spec: PagedAttentionSpec) -> PrimFunc:
         if token < num_tokens:
             slot: T.int64 = slot_mapping[token]
             if (slot < T.int64(-1)) | (slot >= num_blocks * T.int64(block_size)):
-                T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * token + BAD_SLOT))
+                T.ptx[RAISE](status.ptr_to([0]), VIOLATION - (2 * token + BAD_SLOT))
 
     return cuda_check_slots
 
@@ -189,7 +189,7 @@ def report_indices(spec: PagedAttentionSpec) -> Callable[..., None]:
             report[POSITION] = i
             report[VALUE] = block
             report[LIMIT] = num_blocks
-        T.ptx[_PUBLISH](report.ptr_to([CODE]), code)
+        T.ptx[PUBLISH](report.ptr_to([CODE]), code)
 
     return stage
 
@@ -228,6 +228,6 @@ def report_slots(spec: PagedAttentionSpec) -> Callable[..., None]:
         report[INDEX] = token
         report[VALUE] = slot_mapping[token]
         report[LIMIT] = num_blocks * T.int64(block_size)
-        T.ptx[_PUBLISH](report.ptr_to([CODE]), code)
+        T.ptx[PUBLISH](report.ptr_to([CODE]), code)
 
     return stage

@@ -1,21 +1,28 @@
-"""Decode on CUDA: split-KV, a thread block for a range of a sequence and a tile of the query heads of one kv head."""
+"""decode and attend on CUDA: split-KV, a thread block for a range of a sequence and a tile of rows of one kv head.
+
+The rows of decode are query heads of the sequence's query token, those of attend pairs of a query token and a head.
+"""
 
 from collections.abc import Callable
 
+from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import PrimFunc
+from tvm.tirx import Buffer, PrimFunc
 
-from pa_compiler.cuda.kernels import fma, tensor_core
+from pa_compiler.cuda.kernels import fma, plan, tensor_core
 from pa_compiler.cuda.kernels.arrays import Arrays, Cache
 from pa_compiler.cuda.kernels.join import join_warps, warp_results
-from pa_compiler.cuda.kernels.plan import find_item
+from pa_compiler.cuda.kernels.plan import BEGIN, END, LENGTH, RANGE, RANGES, SEQ, TILE, Sequences, find_item, find_tree
 from pa_compiler.cuda.kernels.ring import copy_tile, look_up
 from pa_compiler.cuda.kernels.scores import Functions, Scoring, Tile, load_slopes
+from pa_compiler.cuda.kernels.sight import AFTER, allocate_sight, find_sight
 from pa_compiler.cuda.kernels.state import allocate, start
 from pa_compiler.cuda.kernels.strategy import Strategy
 from pa_compiler.cuda.tiles import WARP, CudaTiling, FmaTiling, TensorCoreTiling
 from pa_compiler.kernels.arrays import without
 from pa_compiler.kernels.headroom import headroom
+from pa_compiler.kernels.rows import BEYOND, AnyRows, Rows, TokenRows
+from pa_compiler.kernels.sight import Tree
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
@@ -27,25 +34,46 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 
 
 def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
-    """Blocks [items * head_tiles] of tiling.threads threads: each a work item and a tile of query heads.
+    """Blocks [workers * head_tiles] of tiling.threads threads: each a worker, and a tile of query heads.
 
-    items is batch + extra (plan.py). Writes out and lse of a sequence of one range, and partial results of the others.
-    Shapes, lengths and block ids are trusted unless status[0] is not 0: then nothing is read or written.
+    A worker takes the work items (plan.py) that are `workers` apart, from its own number on. Writes out and lse of a
+    sequence of one range, and partial results of the others. Shapes, lengths and block ids are trusted unless status[0]
+    is not 0: then nothing is read or written.
     """
-    arrays, strategy = Arrays(spec), STRATEGIES[tiling.strategy](spec, tiling)
-    registers, row_tiles, head_tiles = strategy.registers, tiling.row_tiles(spec), tiling.head_tiles(spec)
-    find_item_stage, start_stage, load_slopes_stage = find_item(spec, tiling), start(registers), load_slopes(registers)
-    functions = Functions(spec)
-    attend_range_stage, join_stage = attend_range(spec, tiling, strategy), join_warps(spec, tiling)
+    return attention(spec, tiling, many_tokens=False).with_attr("global_symbol", "cuda_decode")
+
+
+def cuda_attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
+    """Blocks [workers * num_kv_heads]: as cuda_decode, for any number of query tokens of each sequence.
+
+    A work item is a range of a sequence and a tile of its rows in a kv head, pairs of a query token and a head. A query
+    token sees what comes before it and itself; with sees_all the whole sequence, and with has_tree of its sequence's
+    query tokens those that tree_mask says.
+    """
+    return attention(spec, tiling, many_tokens=True).with_attr("global_symbol", "cuda_attend")
+
+
+def attention(spec: PagedAttentionSpec, tiling: CudaTiling, many_tokens: bool) -> PrimFunc:
+    """cuda_decode, or cuda_attend."""
+    arrays, functions = Arrays(spec), Functions(spec, many_tokens)
+    strategy = STRATEGIES[tiling.strategy](spec, tiling, functions)
+    row_tiles = 1 if many_tokens else tiling.row_tiles(spec)  # of a kv head, in the thread blocks of one worker
+    head_tiles = spec.num_kv_heads * row_tiles
+    registers, rows_of = strategy.registers, rows_of_item(spec, tiling, many_tokens)
+    find_item_stage, find_tree_stage, find_sight_stage = find_item(tiling), find_tree(), find_sight(spec, registers)
+    start_stage, load_slopes_stage = start(registers), load_slopes(registers)
+    attend_range_stage, join_stage = attend_range(spec, tiling, strategy, functions), join_warps(spec, tiling)
 
     @T.prim_func
-    def cuda_decode(
+    def cuda_attention(
         query_handle: T.handle,
         key_cache_handle: T.handle,
         value_cache_handle: T.handle,
         block_table_handle: T.handle,
         row_starts_handle: T.handle,
         context_lens_handle: T.handle,
+        query_start_loc_handle: T.handle,
+        tree_mask_handle: T.handle,
         status_handle: T.handle,
         partial_max_handle: T.handle,
         partial_sum_handle: T.handle,
@@ -70,7 +98,10 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         slope_head: T.int64,
         sink_head: T.int64,
         batch: T.int32,
-        items: T.int32,
+        num_tokens: T.int32,
+        workers: T.int32,
+        sees_all: T.int32,
+        has_tree: T.int32,
         query_scale: T.float32,
         score_scale: T.float32,
     ):
@@ -80,6 +111,9 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         block_table = arrays.block_table(block_table_handle)
         row_starts = arrays.row_starts(row_starts_handle)
         context_lens = arrays.context_lens(context_lens_handle)
+        if many_tokens:
+            query_start_loc = arrays.query_start_loc(query_start_loc_handle)
+            tree_mask = arrays.tree_mask(tree_mask_handle)
         status = arrays.status(status_handle)
         partials = T.meta_var(arrays.partials(partial_max_handle, partial_sum_handle, partial_acc_handle))
         out = arrays.out(out_handle)
@@ -90,69 +124,96 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
             sinks = arrays.sinks(sinks_handle)
         of_functions = T.meta_var(arrays.of_functions(functions.arrays, batch))
         T.device_entry()
-        cta = T.cta_id([items * head_tiles])
+        cta = T.cta_id([workers * head_tiles])
         warp_id = T.warp_id([tiling.warps])
         lane_id = T.lane_id([WARP])
         ring = T.alloc_buffer((tiling.shared_bytes(spec) // 4,), "uint32", scope="shared.dyn", align=128)
         results = T.meta_var(warp_results(spec, tiling, ring))
-        found = T.alloc_buffer((5,), "int32", scope="local")
+        found = T.alloc_buffer((plan.TILE + 1,), "int32", scope="local")
         q = T.alloc_buffer((strategy.query[0],), strategy.query[1], scope="local")
         state = T.meta_var(allocate(registers))
         if spec.alibi:
             slopes = T.alloc_buffer((registers.rows,), "float32", scope="local")
+        if many_tokens:
+            tree_start = T.alloc_buffer((1,), "int32", scope="local")
         warp: T.int32 = warp_id
         lane: T.int32 = lane_id
         item: T.int32 = T.truncdiv(cta, head_tiles)
-        kv_head: T.int32 = T.truncdiv(T.truncmod(cta, head_tiles), row_tiles)
-        first_row: T.int32 = T.truncmod(cta, row_tiles) * tiling.row_tile
         stopped: T.int32 = status[0]  # on its way while the item is found
-        find_item_stage(context_lens, batch, items - batch, item, lane, found)
-        if (found[0] >= 0) & (stopped == 0):
-            seq: T.int64 = T.Cast("int64", found[0])
+        sequences = T.meta_var(Sequences(spec, batch, context_lens, query_start_loc if many_tokens else None))
+        find_item_stage(sequences, item, lane, found)
+        while (found[SEQ] >= 0) & (stopped == 0):
+            seq: T.int64 = T.Cast("int64", found[SEQ])
             row: T.int64 = seq * table_seq + T.Cast("int64", row_starts[seq * row_step])
-            rows: T.int32 = T.min(spec.group - first_row, tiling.row_tile)
-            places: T.int32 = headroom(spec, found[4])
+            kv_head: T.int32 = T.truncdiv(T.truncmod(cta, head_tiles), row_tiles)
+            first_row: T.int32 = T.truncmod(cta, row_tiles) * tiling.row_tile
+            rows = T.meta_var(rows_of(sequences, found, kv_head, first_row))
+            places: T.int32 = headroom(spec, found[LENGTH])
             keys = T.meta_var(Cache(key_cache, k_block, k_row, T.Cast("int64", kv_head) * k_head))
             values = T.meta_var(Cache(value_cache, v_block, v_row, T.Cast("int64", kv_head) * v_head))
-            strategy.load_query(
-                query, seq * q_batch + T.Cast("int64", kv_head * spec.group + first_row) * q_head, q_head, rows,
-                query_scale, lane, q,
-            )  # fmt: skip
+            strategy.load_query(query, q_batch, q_head, rows, query_scale, lane, q)
             if spec.alibi:
-                load_slopes_stage(alibi_slopes, slope_head, kv_head * spec.group + first_row, rows, lane, slopes)
-            start_stage(state)
-            scoring = T.meta_var(
-                Scoring(
-                    found[0],
-                    found[4],
-                    batch,
-                    kv_head * spec.group + first_row,
-                    slopes if spec.alibi else None,
-                    of_functions,
+                load_slopes_stage(alibi_slopes, slope_head, rows, lane, slopes)
+            if many_tokens:
+                first_pos: T.int32 = sequences.first_pos(found[SEQ])
+                if has_tree != 0:
+                    find_tree_stage(sequences, found[SEQ], lane, tree_start)
+                tree = T.meta_var(
+                    Tree(
+                        tree_mask,
+                        T.Cast("int64", tree_start[0]),
+                        sequences.num_tokens(found[SEQ]),
+                        T.Select(has_tree != 0, first_pos, T.int32(BEYOND)),
+                    )
                 )
-            )
+                sight = T.meta_var(allocate_sight(spec, registers, tree))
+                find_sight_stage(sight, rows, lane, first_pos, found[LENGTH], sees_all != 0, found[END])
+                found[END] = T.min(found[END], sight.reach[AFTER])
+            start_stage(state)
+            of_rows = T.meta_var((rows, slopes if spec.alibi else None, of_functions, sight if many_tokens else None))
+            scoring = T.meta_var(Scoring(found[SEQ], found[LENGTH], batch, *of_rows))
             attend_range_stage(
-                keys, values, block_table, row, ring, found[1], found[2], warp, lane, q,
+                keys, values, block_table, row, ring, found[BEGIN], found[END], warp, lane, q,
                 score_scale, T.Cast("float32", places), scoring, state,
             )  # fmt: skip
             T.cuda.cta_sync()  # the results take the place of the rings
             strategy.store_warp(state, warp, lane, results)
             T.cuda.cta_sync()
+            slots = T.meta_var(T.Cast("int64", num_tokens if many_tokens else batch))  # of a range
             join_stage(
-                results, warp * WARP + lane, found[3] == 1, item, kv_head * spec.group + first_row, rows, places,
-                partials, out, seq * out_batch, out_head, lse, seq * lse_batch,
-                sinks if spec.sinks else None, sink_head,
+                results, warp * WARP + lane, found[RANGES] == 1, T.Cast("int64", found[RANGE]) * slots, rows, places,
+                partials, out, out_batch, out_head, lse, lse_batch, sinks if spec.sinks else None, sink_head,
             )  # fmt: skip
+            item = item + workers
+            find_item_stage(sequences, item, lane, found)
+            T.cuda.cta_sync()  # the next item's keys and values take the place of the results
 
-    unused = [name for name, has in (("slope_head", spec.alibi), ("sink_head", spec.sinks)) if not has]
-    return without(cuda_decode, *unused)
+    has = {"slope_head": spec.alibi, "sink_head": spec.sinks}
+    has |= dict.fromkeys(("num_tokens", "sees_all", "has_tree"), many_tokens)
+    return without(cuda_attention, *(name for name, is_there in has.items() if not is_there))
 
 
-def attend_range(spec: PagedAttentionSpec, tiling: CudaTiling, strategy: Strategy) -> Callable[..., None]:
+def rows_of_item(spec: PagedAttentionSpec, tiling: CudaTiling, many_tokens: bool) -> Callable[..., AnyRows]:
+    """(sequences, found, kv head, first row of decode's tile) -> the rows of a work item."""
+
+    def rows_of(sequences: Sequences, found: Buffer, kv_head: Expr, first_row: Expr) -> AnyRows:
+        first_head = kv_head * spec.group
+        if not many_tokens:
+            return Rows(found[SEQ], first_head + first_row, T.min(spec.group - first_row, tiling.row_tile))
+        first_pair, num_tokens = found[TILE] * tiling.row_tile, sequences.num_tokens(found[SEQ])
+        num = T.min(num_tokens * spec.group - first_pair, tiling.row_tile)
+        return TokenRows(sequences.start(found[SEQ]), num_tokens, first_head, spec.group, first_pair, num)
+
+    return rows_of
+
+
+def attend_range(
+    spec: PagedAttentionSpec, tiling: CudaTiling, strategy: Strategy, functions: Functions
+) -> Callable[..., None]:
     """A warp's tiles of the tokens [range_start, range_end), each on its way while those before it are computed."""
     tokens, stages, step_tokens = tiling.tile_tokens, tiling.stages, tiling.step_tokens
     stage_words = tiling.stage_words(spec)
-    look_up_stage, copy_tile_stage, functions = look_up(spec, tiling), copy_tile(spec, tiling), Functions(spec)
+    look_up_stage, copy_tile_stage = look_up(spec, tiling), copy_tile(spec, tiling, functions)
 
     @inline
     def stage(key_cache, value_cache, block_table, table_offset, ring, range_start, range_end, warp, lane, q,

@@ -25,7 +25,7 @@ from pa_compiler.cuda.kernels.state import (
     rescale,
     shift_of,
 )
-from pa_compiler.cuda.kernels.strategy import Strategy
+from pa_compiler.cuda.kernels.strategy import Strategy, place
 from pa_compiler.cuda.tiles import CHUNK_WORDS, WARP, FmaTiling
 from pa_compiler.kernels.headroom import scaled
 from pa_compiler.spec import PagedAttentionSpec
@@ -34,13 +34,13 @@ from pa_compiler.tvmscript import inline
 LOAD = "ld.shared.v4.b32"
 
 
-def strategy(spec: PagedAttentionSpec, tiling: FmaTiling) -> Strategy:
+def strategy(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) -> Strategy:
     """The stages and the registers that they keep."""
     return Strategy(
         query=(tiling.row_tile * spec.head_dim // tiling.lanes, "float32"),
         registers=registers(spec, tiling),
         load_query=load_query(spec, tiling),
-        attend=attend(spec, tiling),
+        attend=attend(spec, tiling, functions),
         store_warp=store_warp(spec, tiling),
     )
 
@@ -52,7 +52,7 @@ def registers(spec: PagedAttentionSpec, tiling: FmaTiling) -> Registers:
         rows=rows,
         sums=rows,
         elements=elements,
-        head_of=lambda i, lane: i,
+        row_of=lambda i, lane: i,
         max_of=lambda row: row,
         sum_of=lambda row: row,
         element_of=lambda row, i: row * elements + i,
@@ -60,37 +60,38 @@ def registers(spec: PagedAttentionSpec, tiling: FmaTiling) -> Registers:
 
 
 def load_query(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
-    """q[row, elements of this lane] as float32, times query_scale; rows past `rows` are 0."""
+    """q[row, elements of this lane] as float32, times query_scale; rows that pad the tile are 0."""
     width, lanes = tiling.chunk_elements(spec), tiling.lanes
     elements = spec.head_dim // lanes
 
     @inline
-    def stage(query, query_offset, head_stride, rows, query_scale, lane, q):
+    def stage(query, token_stride, head_stride, rows, query_scale, lane, q):
         for r in T.unroll(tiling.row_tile):
             for i in T.unroll(elements):
                 q[r * elements + i] = T.float32(0)
-            if r < rows:
+            if r < rows.num:
+                start: T.int64 = place(rows, r, token_stride, head_stride)
                 for i in T.unroll(elements):
                     d = T.meta_var((i // width * lanes + T.truncmod(lane, lanes)) * width + i % width)
-                    element = T.meta_var(query[query_offset + T.int64(r) * head_stride + T.Cast("int64", d)])
+                    element = T.meta_var(query[start + T.Cast("int64", d)])
                     q[r * elements + i] = scaled(spec, T.Cast("float32", element), query_scale)
 
     return stage
 
 
-def attend(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
+def attend(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) -> Callable[..., None]:
     """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens past its end weigh nothing."""
     scores_of_lane, values_at = tiling.tile_tokens * tiling.lanes // WARP * tiling.row_tile, tiling.values_at(spec)
-    qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax(spec, tiling), pv_matmul(spec, tiling)
-    functions, rows = Functions(spec), tiling.row_tile
+    qk_stage, softmax_stage = qk_matmul(spec, tiling), softmax(spec, tiling, functions)
+    pv_stage, rows = pv_matmul(spec, tiling), tiling.row_tile
 
     @inline
     def stage(ring, keys, score_scale, headroom, tile, scoring, lane, q, state):
         words = T.alloc_buffer((CHUNK_WORDS,), "uint32", scope="local")
         scores = T.alloc_buffer((scores_of_lane,), "float32", scope="local")
-        if functions.by_head:
+        if functions.by_row:
             seen = T.alloc_buffer((rows,), "uint32", scope="local")
-        shown = T.meta_var(seen if functions.by_head else None)
+        shown = T.meta_var(seen if functions.by_row else None)
         qk_stage(ring, keys, q, lane, words, scores)
         softmax_stage(scores, score_scale, headroom, tile, scoring, lane, state, shown)
         pv_stage(ring, keys + values_at, scores, lane, words, state, shown)
@@ -121,19 +122,19 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None
     return stage
 
 
-def softmax(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
+def softmax(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) -> Callable[..., None]:
     """scores -> the weights of a team's tokens; the state is rescaled for them, and has them in row_sum.
 
-    With a mask that goes by the head bit t of shown[r], uint32, says whether row r sees token t of the team's.
+    Where rows see different keys, bit t of shown[r], uint32, says whether row r sees token t of the team's.
     """
     lanes, rows = tiling.lanes, tiling.row_tile
     teams, levels = WARP // lanes, lanes.bit_length() - 1
-    tokens, rescale_stage, functions = tiling.tile_tokens // teams, rescale(registers(spec, tiling)), Functions(spec)
+    tokens, rescale_stage = tiling.tile_tokens // teams, rescale(registers(spec, tiling))
 
     @inline
     def stage(scores, score_scale, headroom, tile, scoring, lane, state, shown):
         for r in T.unroll(rows):
-            if functions.by_head:
+            if functions.by_row:
                 shown[r] = T.uint32(0)
             highest: T.float32 = state.row_max[r]
             for t in T.unroll(tokens):
@@ -141,12 +142,14 @@ def softmax(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
                     scores[t * rows + r] = scores[t * rows + r] + exchange(scores[t * rows + r], 1 << level)
                 token = T.meta_var(t * teams + T.truncdiv(lane, lanes))
                 score = T.meta_var(functions.scored(scores[t * rows + r] * score_scale, scoring, r, r, tile, token))
-                if functions.by_head:
-                    is_seen: T.bool = functions.sees(scoring, r, tile, token)
+                if functions.by_row:
+                    is_seen: T.bool = functions.sees(scoring, r, r, tile, token)
+                    if functions.in_tree(scoring, tile.start, tiling.tile_tokens):
+                        is_seen = T.And(is_seen, T.Not(functions.hidden(scoring, r, tile, token)))
                     shown[r] = T.bitwise_or(
                         shown[r], T.Select(is_seen, T.shift_left(T.uint32(1), T.Cast("uint32", t)), T.uint32(0))
                     )
-                sees = T.meta_var(is_seen if functions.by_head else functions.sees(scoring, r, tile, token))
+                sees = T.meta_var(is_seen if functions.by_row else functions.sees(scoring, r, r, tile, token))
                 scores[t * rows + r] = T.Select(sees, score, T.float32(NEGATIVE_INFINITY))
                 highest = T.max(highest, scores[t * rows + r])
             shift: T.float32 = shift_of(highest)

@@ -31,31 +31,33 @@ def warp_results(spec: PagedAttentionSpec, tiling: CudaTiling, ring: Buffer) -> 
 def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     """The results of all warps as one: the last of a work item, by all threads of its block.
 
-    Where the sequence has one range, writes out[seq] and lse[seq]; otherwise the partial result of the item, at
-    [item, head]. Each thread takes an element of a row at a time.
+    Where the sequence has one range, writes out and lse of the rows; otherwise their partial results, those of
+    Arrays.partials for a range of num_tokens query tokens. Each thread takes an element of a row at a time.
     """
     value_dim, threads = spec.result_dim, tiling.threads
     merge_stage, normalize_stage = merge(T.unroll, tiling.acc_pitch(spec)), normalize(spec)
 
     @inline
-    def stage(results, thread, whole, item, first_head, num_rows, headroom, partials, out, out_offset, out_head, lse,
-              lse_offset, sinks, sink_head):  # fmt: skip
-        for step in range(T.truncdiv(num_rows * value_dim + (threads - 1), threads)):
+    def stage(results, thread, whole, first_slot, rows, headroom, partials, out, out_batch, out_head, lse, lse_batch,
+              sinks, sink_head):  # fmt: skip
+        for step in range(T.truncdiv(rows.num * value_dim + (threads - 1), threads)):
             row: T.let = T.truncdiv(step * threads + thread, value_dim)
             d: T.let = T.truncmod(step * threads + thread, value_dim)
-            if row < num_rows:
+            if row < rows.num:
                 highest: T.float32 = T.float32(NEGATIVE_INFINITY)
                 total: T.float32 = T.float32(0)
                 value: T.float32 = T.float32(0)
                 merge_stage(results, row, tiling.row_tile, tiling.warps, d, highest, total, value)
-                head: T.let = T.Cast("int64", first_head + row)
+                token: T.let = T.Cast("int64", rows.at(row)[0])
+                head: T.let = T.Cast("int64", rows.at(row)[1])
                 if whole:
                     normalize_stage(
-                        highest, total, value, d, headroom, out, out_offset + head * out_head + T.Cast("int64", d),
-                        lse, lse_offset + head, sinks[head * sink_head] if spec.sinks else None,
+                        highest, total, value, d, headroom, out,
+                        token * out_batch + head * out_head + T.Cast("int64", d), lse, token * lse_batch + head,
+                        sinks[head * sink_head] if spec.sinks else None,
                     )  # fmt: skip
                 else:
-                    slot: T.let = T.Cast("int64", item) * T.int64(spec.num_heads) + head
+                    slot: T.let = (first_slot + token) * T.int64(spec.num_heads) + head
                     partials.acc[slot * T.int64(value_dim) + T.Cast("int64", d)] = value
                     if d == 0:
                         partials.row_max[slot] = highest

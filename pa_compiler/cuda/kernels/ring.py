@@ -44,17 +44,17 @@ def look_up(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
     return stage
 
 
-def copy_tile(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def copy_tile(spec: PagedAttentionSpec, tiling: CudaTiling, functions: Functions) -> Callable[..., None]:
     """Start to copy the keys and values of tokens [start, start + tile_tokens) to the ring, from word `tile` on.
 
     block[0] is what look_up left for the same start. key_cache and value_cache are of arrays.Cache. Of a token that no
-    head sees nothing is read, whatever block_table names for it: its rows are zeros, as those past the end.
+    row sees nothing is read, whatever block_table names for it: its rows are zeros, as those past the end. (Of a mask
+    that goes by the row its bounds alone say so.)
     """
     side, values_at = copy_lanes(spec), tiling.values_at(spec)
     rows = WARP // side  # that the lanes of a warp copy at once
     copy_key = copy_row(spec, tiling, tiling.key_rows(spec))
     copy_value = copy_row(spec, tiling, tiling.value_rows(spec))
-    functions = Functions(spec)
 
     @inline
     def stage(key_cache, value_cache, ring, tile, block, start, range_end, lane, scoring):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -9,10 +10,12 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, Let, Var
 
+from pa_compiler.bounds import bounds
+from pa_compiler.cuda.kernels.sight import AFTER, FIRST, LAST_BEGIN, LEAST_LIMIT, RUNS, Sight
 from pa_compiler.cuda.kernels.state import Registers
 from pa_compiler.cuda.tiles import fence
 from pa_compiler.kernels.functions import tanh
-from pa_compiler.kernels.rows import sees_any
+from pa_compiler.kernels.rows import AnyRows, begins_late, sees_any
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import capped
 from pa_compiler.kernels.terms import lowered
@@ -44,29 +47,35 @@ class Scoring(NamedTuple):
         seq: The sequence's number in the batch, int32.
         context_len: Its tokens.
         batch: Sequences of the call.
-        first_head: The query head of the row tile's first row.
+        rows: The rows of the tile.
         slopes: Of the rows that a lane has, by their registers of row_max, float32; None where the spec has no ALiBi.
         arrays: Inputs and constants of functions, by name.
+        sight: What rows of several query tokens see; None in decode, where all see the range's keys.
     """
 
     seq: Expr
     context_len: Expr
     batch: Expr
-    first_head: Expr
+    rows: AnyRows
     slopes: Buffer | None
     arrays: Mapping[str, Buffer]
+    sight: Sight | None
+
+    def query_pos(self, register: Expr | None) -> Expr:
+        """The position of the query token of a row; in decode, where there is one, of none in particular."""
+        return self.context_len - 1 if self.sight is None else self.sight.positions[register]
 
 
 def load_slopes(registers: Registers) -> Callable[..., None]:
-    """slopes[i] = the slope of a lane's row i; 0 of a row that pads the tile, past `rows`."""
+    """slopes[i] = the slope of a lane's row i; 0 of a row that pads the tile."""
 
     @inline
-    def stage(alibi_slopes, slope_head, first_head, rows, lane, slopes):
+    def stage(alibi_slopes, slope_head, rows, lane, slopes):
         for i in T.unroll(registers.rows):
-            head = T.meta_var(registers.head_of(i, lane))
+            row = T.meta_var(registers.row_of(i, lane))
             slopes[i] = T.float32(0)
-            if head < rows:
-                slopes[i] = alibi_slopes[T.Cast("int64", first_head + head) * slope_head]
+            if row < rows.num:
+                slopes[i] = alibi_slopes[T.Cast("int64", rows.at(row)[1]) * slope_head]
 
     return stage
 
@@ -74,66 +83,98 @@ def load_slopes(registers: Registers) -> Callable[..., None]:
 class Functions:
     """The score functions of a spec, of which a score is one expression, and whether its key is seen another.
 
-    A mask that does not go by the head is applied twice: what it hides is not copied, so that nothing of it enters, and
-    its zeros are no scores. What one that goes by the head hides is read for other heads, and fma.py keeps it out.
+    In decode a mask that does not go by the head is applied twice: what it hides is not copied, so that nothing of it
+    enters, and its zeros are no scores. What some rows see and others do not is read, and the strategies keep it out.
 
     Attributes:
+        many_tokens: Whether the rows of a tile are those of several query tokens.
         arrays: The names of the arrays that they read.
-        hides_tokens: Whether some tokens between the first that is seen and the last are seen by no head.
-        by_head: Whether the mask goes by the head.
+        hides_tokens: Whether some tokens between the first of a range and the last are seen by no row.
+        by_row: Whether rows see different keys.
     """
 
-    def __init__(self, spec: PagedAttentionSpec) -> None:
-        self._spec, self._functions = spec, ScoreFunctions(spec)
-        self.arrays, self.by_head = self._functions.arrays, self._functions.by_row
-        self._has_gaps = sees_any(spec, T.int32(0), T.int32(0), T.int32(0)) is not None
-        self.hides_tokens = self._has_gaps or (self._functions.mask is not None and not self.by_head)
+    def __init__(self, spec: PagedAttentionSpec, many_tokens: bool = False) -> None:
+        self._spec, self._functions = spec, ScoreFunctions(spec, many_tokens=many_tokens)
+        self.many_tokens, self.arrays = many_tokens, self._functions.arrays
+        self.by_row = many_tokens or self._functions.by_row
+        self._intervals = len(bounds(spec, many_tokens).intervals)
+        of_mask = self._functions.mask is not None and not self.by_row
+        of_tokens = many_tokens and begins_late(spec, many_tokens)
+        self.hides_tokens = self._intervals > 1 or of_mask or of_tokens
 
     def tile_is_seen(self, scoring: Scoring, start: Expr, tokens: int) -> Expr | bool:
-        """Whether a token of [start, start + tokens) is in the bounds of what is seen."""
-        if not self._has_gaps:
-            return True
-        return sees_any(self._spec, scoring.context_len, start, start + tokens)
+        """Whether a token of [start, start + tokens), in the range, is in the bounds of what is seen."""
+        return self._in_bounds(scoring, start, start + tokens) if self._intervals > 1 or self.many_tokens else True
 
     def shows(self, scoring: Scoring, position: Expr) -> Expr:
-        """Whether some head sees the token at a position; of a mask by the head, as far as its bounds say."""
+        """Whether some row sees the token at a position of the range; of a mask by row, as far as its bounds say."""
         conditions = []
-        if self._has_gaps:
-            conditions.append(sees_any(self._spec, scoring.context_len, position, position + 1))
-        if self._functions.mask is not None and not self.by_head:
-            conditions.append(self._value(self._functions.mask, scoring, position))
+        if self._intervals > 1 or self.many_tokens:
+            conditions.append(self._in_bounds(scoring, position, position + 1))
+        if self._functions.mask is not None and not self.by_row:
+            conditions.append(self._value(self._functions.mask, scoring, position, None))
         return conditions[0] if len(conditions) == 1 else T.And(*conditions)
 
-    def sees(self, scoring: Scoring, head: Expr, tile: Tile, row: Expr) -> Expr:
-        """Whether a head, counted from the row tile's first, sees the token in a row, if there is one."""
-        holds = row < tile.valid_len
-        if self._functions.mask is None:
-            return holds
-        return T.And(
-            holds, self._value(self._functions.mask, scoring, tile.position(row), head=self._head(scoring, head))
-        )
+    def all_see(self, scoring: Scoring, start: Expr, tokens: int) -> Expr | bool:
+        """Whether all rows, of several query tokens, see all tokens of [start, start + tokens)."""
+        if self._functions.mask is not None or scoring.sight is None:
+            return False
+        reach, after = scoring.sight.reach, start + tokens
+        return T.And(T.And(reach[LAST_BEGIN] <= start, after <= reach[LEAST_LIMIT]), after <= scoring.sight.tree.first)
 
-    def scored(self, score: Expr, scoring: Scoring, register: Expr, head: Expr, tile: Tile, row: Expr) -> Expr:
-        """A scaled score with the soft cap, score_mod and ALiBi. register is that of its row's row_max."""
-        spec, function = self._spec, self._functions.score
+    def sees(self, scoring: Scoring, register: Expr, row: Expr, tile: Tile, token: Expr) -> Expr:
+        """Whether a row sees the token in a row of the ring, if there is one. register is that of its row_max.
+
+        But for what a tree hides: in_tree and hidden.
+        """
+        position, sight = tile.position(token), scoring.sight
+        sees = token < tile.valid_len if sight is None else sight.sees(register, position)
+        if self._functions.mask is None:
+            return sees
+        mask = self._value(self._functions.mask, scoring, position, register, head=self._head(scoring, row))
+        return T.And(sees, mask)
+
+    def in_tree(self, scoring: Scoring, start: Expr, tokens: int) -> Expr | bool:
+        """Whether one of the tokens from start on may be hidden by a tree."""
+        return False if scoring.sight is None else start + tokens > scoring.sight.tree.first
+
+    def hidden(self, scoring: Scoring, register: Expr, tile: Tile, token: Expr) -> Expr:
+        """Whether a tree hides a token from a row."""
+        assert scoring.sight is not None
+        return scoring.sight.hides(register, tile.position(token))
+
+    def scored(self, score: Expr, scoring: Scoring, register: Expr, row: Expr, tile: Tile, token: Expr) -> Expr:
+        """A scaled score with the soft cap, score_mod and ALiBi."""
+        spec, function, position = self._spec, self._functions.score, tile.position(token)
         score = capped(spec, score, lambda x: tanh(x, _quotient))
         if function is not None:
             value = Var("score", "float32")
-            of_head = self._head(scoring, head)
-            score = Let(value, score, self._value(function, scoring, tile.position(row), head=of_head, score=value))
+            of_head = self._head(scoring, row)
+            score = Let(value, score, self._value(function, scoring, position, register, head=of_head, score=value))
         if scoring.slopes is not None:
-            distance = tile.position(row) - (scoring.context_len - 1)
+            distance = position - scoring.query_pos(register)
             score = score + scoring.slopes[register] * T.Cast("float32", distance)
         return score
 
-    def _head(self, scoring: Scoring, head: Expr) -> Expr:
-        """The query head; of a row that pads the tile one that there is, so that arrays are read within."""
-        return T.min(scoring.first_head + head, self._spec.num_heads - 1)
+    def _in_bounds(self, scoring: Scoring, first: Expr, after: Expr) -> Expr:
+        """Whether one of the tokens from first to after - 1 is in an interval of what is seen."""
+        if scoring.sight is None:
+            return sees_any(self._spec, scoring.context_len, first, after)
+        reach = scoring.sight.reach
+        if self._intervals == 1:
+            return T.And(reach[FIRST] < after, first < reach[AFTER])
+        runs = [(reach[RUNS + 2 * i], reach[RUNS + 2 * i + 1]) for i in range(self._intervals)]
+        return functools.reduce(T.Or, (T.max(begin, first) < T.min(end, after) for begin, end in runs))
 
-    def _value(self, term: Term, scoring: Scoring, position: Expr, **arguments: Expr) -> Expr:
+    def _head(self, scoring: Scoring, row: Expr) -> Expr:
+        """The query head; of a row that pads the tile one that there is, so that arrays are read within."""
+        return T.min(scoring.rows.at(row)[1], self._spec.num_heads - 1)
+
+    def _value(self, term: Term, scoring: Scoring, position: Expr, register: Expr | None, **arguments: Expr) -> Expr:
         """A term for the key at a position; past the sequence's end as for its last."""
-        last = T.max(scoring.context_len - 1, 0)
-        known = {"batch": scoring.seq, "query_pos": last, "key_pos": T.min(position, last), "batch_size": scoring.batch}
+        last, query_pos = T.max(scoring.context_len - 1, 0), T.max(scoring.query_pos(register), 0)
+        known = {"batch": scoring.seq, "query_pos": query_pos, "key_pos": T.min(position, last)}
+        known["batch_size"] = scoring.batch
         return lowered(term, known | arguments, scoring.arrays, {}, fence).expression
 
 

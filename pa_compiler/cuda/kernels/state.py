@@ -51,7 +51,7 @@ class Registers(NamedTuple):
         rows: Of which the lane has something.
         sums: Registers of row_sum.
         elements: Of acc, that the lane has of a row.
-        head_of: (number of a register of row_max, lane) -> the head of its row, counted from the row tile's first.
+        row_of: (number of a register of row_max, lane) -> which row of the row tile it is of.
         max_of: A row, as a strategy names it, -> its register of row_max.
         sum_of: Row -> its register of row_sum.
         element_of: (row, number of an element) -> its register of acc.
@@ -60,7 +60,7 @@ class Registers(NamedTuple):
     rows: int
     sums: int
     elements: int
-    head_of: Callable[[Expr, Expr], Expr]
+    row_of: Callable[[Expr, Expr], Expr]
     max_of: Callable[[Row], Expr]
     sum_of: Callable[[Row], Expr]
     element_of: Callable[[Row, Expr], Expr]

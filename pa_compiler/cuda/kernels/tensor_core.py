@@ -8,6 +8,9 @@ are where its scores and its sums are. (PTX ISA, matrix fragments for mma.m16n8k
 
 The sum of a row is a product with a row of ones: the denominator adds up the rounded probabilities that the numerator
 is made of.
+
+A product multiplies each value for all rows. Where some rows do not see it, and it is no finite number, 0 is multiplied
+in its place, and who sees it is found by a product of its own (isolate.py).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Callable
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from pa_compiler.cuda.kernels.isolate import isolate
 from pa_compiler.cuda.kernels.ring import chunk_offset
 from pa_compiler.cuda.kernels.scores import Functions
 from pa_compiler.cuda.kernels.state import (
@@ -29,7 +33,7 @@ from pa_compiler.cuda.kernels.state import (
     rescale,
     shift_of,
 )
-from pa_compiler.cuda.kernels.strategy import Strategy
+from pa_compiler.cuda.kernels.strategy import Strategy, place
 from pa_compiler.cuda.tiles import MMA_HEADS, MMA_TOKENS, TensorCoreTiling
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
@@ -38,13 +42,13 @@ _PTX = {"bfloat16": "bf16", "float16": "f16"}
 _ONES = {"bfloat16": 0x3F803F80, "float16": 0x3C003C00}
 
 
-def strategy(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Strategy:
+def strategy(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Functions) -> Strategy:
     """The stages and the registers that they keep."""
     return Strategy(
         query=(tiling.mma_tiles * spec.head_dim // 16 * 2, "uint32"),
         registers=registers(spec, tiling),
         load_query=load_query(spec, tiling),
-        attend=attend(spec, tiling),
+        attend=attend(spec, tiling, functions),
         store_warp=store_warp(spec, tiling),
     )
 
@@ -59,14 +63,14 @@ def registers(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Registers:
     def element_of(row: Row, i: Expr) -> Expr:
         return (row[0] * depth + i // 2) * 4 + i % 2 * 2 + row[1]
 
-    def head_of(i: Expr, lane: Expr) -> Expr:
+    def row_of(i: Expr, lane: Expr) -> Expr:
         return i // 2 * MMA_HEADS + T.truncmod(lane, 4) * 2 + i % 2
 
     return Registers(
         rows=tiles * 2,
         sums=tiles * 4,
         elements=depth * 2,
-        head_of=head_of,
+        row_of=row_of,
         max_of=lambda row: row[0] * 2 + row[1],
         sum_of=lambda row: row[0] * 4 + row[1],
         element_of=element_of,
@@ -74,25 +78,26 @@ def registers(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Registers:
 
 
 def load_query(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
-    """q_frag[tile, k, 2] = the query heads of a row tile as the second operands of QK; heads past `rows` are 0.
+    """q_frag[tile, k, 2] = the rows of a tile as the second operands of QK; those that pad it are 0.
 
     Times query_scale, as in headroom.scaled.
     """
     depth = spec.head_dim // 16
 
     @inline
-    def stage(query, query_offset, head_stride, rows, query_scale, lane, q_frag):
+    def stage(query, token_stride, head_stride, rows, query_scale, lane, q_frag):
         for i in T.unroll(tiling.mma_tiles * depth * 2):
             q_frag[i] = T.uint32(0)
         for n in T.unroll(tiling.mma_tiles):
-            head: T.let = n * MMA_HEADS + T.truncdiv(lane, 4)
-            if head < rows:
+            row: T.let = n * MMA_HEADS + T.truncdiv(lane, 4)
+            if row < rows.num:
+                start: T.int64 = place(rows, row, token_stride, head_stride)
                 for k in T.unroll(depth):
                     for half in T.unroll(2):
                         d = T.meta_var(k * 16 + half * 8 + T.truncmod(lane, 4) * 2)
                         T.ptx["ld.global.nc.b32"](
                             q_frag[(n * depth + k) * 2 + half],
-                            query.ptr_to([query_offset + T.Cast("int64", head) * head_stride + T.Cast("int64", d)]),
+                            query.ptr_to([start + T.Cast("int64", d)]),
                         )
         if spec.wide_range:  # once all loads are on their way
             for i in T.unroll(tiling.mma_tiles * depth * 2):
@@ -106,10 +111,11 @@ def load_query(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[.
     return stage
 
 
-def attend(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
+def attend(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Functions) -> Callable[..., None]:
     """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens past its end weigh nothing."""
     operands, values_at = tiling.tile_tokens // MMA_TOKENS * tiling.mma_tiles, tiling.values_at(spec)
-    qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax(spec, tiling), pv_matmul(spec, tiling)
+    qk_stage, softmax_stage = qk_matmul(spec, tiling), softmax(spec, tiling, functions)
+    pv_stage = pv_matmul(spec, tiling, functions.by_row)
 
     @inline
     def stage(ring, keys, score_scale, headroom, tile, scoring, lane, q_frag, state):
@@ -117,7 +123,8 @@ def attend(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., 
         p_frag = T.alloc_buffer((operands * 2,), "uint32", scope="local")
         qk_stage(ring, keys, q_frag, lane, scores)
         softmax_stage(scores, score_scale, headroom, tile, scoring, lane, state, p_frag)
-        pv_stage(ring, keys + values_at, p_frag, lane, state)
+        whole = T.meta_var(functions.all_see(scoring, tile.start, tiling.tile_tokens))
+        pv_stage(ring, keys + values_at, p_frag, lane, whole, state)
 
     return stage
 
@@ -152,14 +159,14 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..
     return stage
 
 
-def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
+def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Functions) -> Callable[..., None]:
     """scores -> p_frag[m, tile, 2], the probabilities as second operands of PV; the state is rescaled for them.
 
     A score is scored in the register of its product. Tokens past the end of the tile weigh nothing.
     """
     tiles, blocks = tiling.mma_tiles, tiling.tile_tokens // MMA_TOKENS
     max_of_tokens, rescale_stage = over_lanes(T.max, first=4), rescale(registers(spec, tiling))
-    functions, head_of = Functions(spec), registers(spec, tiling).head_of
+    row_of = registers(spec, tiling).row_of
     pack = f"cvt.rn.{_PTX[spec.dtype]}x2.f32"
 
     @inline
@@ -171,13 +178,17 @@ def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[...,
                 for i in T.unroll(4):
                     token = T.meta_var(m * MMA_TOKENS + i // 2 * 8 + T.truncdiv(lane, 4))
                     s = T.meta_var((m * tiles + n) * 4 + i)
-                    head = T.meta_var(head_of(n * 2 + i % 2, lane))
-                    score = T.meta_var(
-                        functions.scored(scores[s] * score_scale, scoring, n * 2 + i % 2, head, tile, token)
-                    )
+                    register = T.meta_var(n * 2 + i % 2)
+                    row = T.meta_var(row_of(register, lane))
+                    score = T.meta_var(functions.scored(scores[s] * score_scale, scoring, register, row, tile, token))
                     scores[s] = T.Select(
-                        functions.sees(scoring, head, tile, token), score, T.float32(NEGATIVE_INFINITY)
+                        functions.sees(scoring, register, row, tile, token), score, T.float32(NEGATIVE_INFINITY)
                     )
+        if functions.in_tree(scoring, tile.start, tiling.tile_tokens):
+            for i in T.unroll(blocks * tiles * 4):
+                token = T.meta_var(i // (tiles * 4) * MMA_TOKENS + i % 4 // 2 * 8 + T.truncdiv(lane, 4))
+                if functions.hidden(scoring, i // 4 % tiles * 2 + i % 2, tile, token):
+                    scores[i] = T.float32(NEGATIVE_INFINITY)
         for n in T.unroll(tiles):
             for h in T.unroll(2):
                 highest: T.float32 = state.row_max[n * 2 + h]
@@ -199,15 +210,22 @@ def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[...,
     return stage
 
 
-def pv_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
-    """acc[tile, k, 4] += values^T x probs^T of a tile of the ring, and row_sum[tile, 4] += the sums of probs."""
+def pv_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling, by_row: bool) -> Callable[..., None]:
+    """acc[tile, k, 4] += values^T x probs^T of a tile of the ring, and row_sum[tile, 4] += the sums of probs.
+
+    by_row says whether rows may see different keys; then `whole`, whether all of them see all of the tile.
+    """
     depth, tiles, rows = spec.result_dim // 16, tiling.mma_tiles, tiling.value_rows(spec)
     load = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{_PTX[spec.dtype]}.{_PTX[spec.dtype]}.f32"
     one, zero = T.uint32(_ONES[spec.dtype]), T.uint32(0)
+    isolate_stage = isolate(spec, tiling, mma)
+
+    def isolates(whole: Expr | bool) -> Expr | bool:
+        return T.Not(whole) if by_row else False
 
     @inline
-    def stage(ring, values, p_frag, lane, state):
+    def stage(ring, values, p_frag, lane, whole, state):
         row_sum = T.meta_var(state.row_sum)
         acc = T.meta_var(state.acc)
         v_frag = T.alloc_buffer((4,), "uint32", scope="local")
@@ -226,6 +244,8 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..
                     v_frag[0], v_frag[1], v_frag[2], v_frag[3],
                     ring.ptr_to([values + chunk_offset(rows, row, chunk)]),
                 )  # fmt: skip
+                if isolates(whole):
+                    isolate_stage(v_frag, p_frag, m * tiles * 2, k, state)
                 for n in T.unroll(tiles):
                     a = T.meta_var((n * depth + k) * 4)
                     p = T.meta_var((m * tiles + n) * 2)
