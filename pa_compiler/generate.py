@@ -48,7 +48,7 @@ ENTRIES = {
     "gqa_packed_fused": _Entry(_PACKED, "fused", "sapphirerapids", Extras(attend=True)),  # with AVX512_BF16
     "mla_fused": _Entry(_MLA, "fused", "sapphirerapids"),
     "local_fused": _Entry(_LOCAL, "fused", "x86-64-v4"),
-    "gqa_cuda": _Entry(_GQA, "fused", "sm_90", attend=True),
+    "gqa_cuda": _Entry(_GQA, "fused", "sm_90", Extras(attend=True)),
 }
 """Folder under generated/ -> what is emitted there."""
 
