@@ -86,6 +86,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         valid_len: T.let = script.opaque(T.min(whole.valid_len, sight.reach(LIMIT) - whole.start))
         tile = T.meta_var(whole._replace(valid_len=valid_len, sight=sight))
         num_rows: T.let = script.opaque(of.num)
+        num_full: T.let = script.opaque(full_groups(tile))
         qk_stage(num_rows, q_tile, first, keys, key_head, tile, scores, 0)
         if in_pairs:
             prob_pairs = T.sblock_alloc_buffer((1, rows, tokens // 2), "int32")
@@ -97,10 +98,9 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         visible_stage(computed, of, 0, tile.num_groups)
         softmax_stage(
             scores, probs, added, item.scale, item.bounds.headroom(first), tile, tile.num_groups, scoring,
-            weights if in_pairs else None,
+            weights if in_pairs else None, num_full,
         )  # fmt: skip
         rescale_stage(added, running, Factors(alpha, beta, 0), step)
-        num_full: T.let = script.opaque(full_groups(tile))
         edges_stage(edges, tile, num_full)
         update_stage(
             num_rows, weights, values, value_head, tile, num_full, computed, edges, Factors(alpha, beta, 0),

@@ -147,6 +147,11 @@ class Scores:
         return computed.value(term, known, row, score=modified, head=head)
 
 
+def are_products(spec: PagedAttentionSpec) -> bool:
+    """Whether scores are products with the scale, whose bounds alone say which keys are seen."""
+    return spec.softcap is None and not spec.alibi and not spec.functions
+
+
 def sees(scoring: Scoring, tile: Tile, group: Expr, lane: Expr, place: tuple[Expr, Expr, Expr]) -> Value:
     """Whether lane `lane` of token group `group` has a token that is seen; place is its slot, row and column."""
     if tile.sight is None:

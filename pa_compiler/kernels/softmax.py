@@ -15,7 +15,7 @@ from pa_compiler.kernels.elements import (
 from pa_compiler.kernels.exp import store_exp, store_weight
 from pa_compiler.kernels.kept import Value
 from pa_compiler.kernels.rows import OfRows, of_row
-from pa_compiler.kernels.scores import Scores, sees, slope_of
+from pa_compiler.kernels.scores import Scores, are_products, sees, slope_of
 from pa_compiler.kernels.sight import hide_scores
 from pa_compiler.kernels.state import EMPTY_ROW_MAX
 from pa_compiler.spec import PagedAttentionSpec
@@ -34,33 +34,39 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     of +inf or NaN row_sum is NaN. The sum is over what pv_matmul multiplies: float32 as it is, or, where that takes
     pairs, rounded to bfloat16.
 
-    scoring is what scores.py has besides the product; None where the spec has no function of scores.
+    scoring is what scores.py has besides the product; None where the spec has no function of scores. All rows of a tile
+    with a sight see the first num_full token groups.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
-    scale_stage, hide_stage = _scale(spec, tiling), hide_scores()
+    scale_stage, full_stage, hide_stage = _scale(spec, tiling), _scale_full(tiling), hide_scores()
 
-    of_rows = tiling.many_tokens and spec.wide_range
+    # keys that all rows see have a form of their own; beside functions of scores the comparison weighs little
+    in_two, of_rows = tiling.many_tokens and are_products(spec), tiling.many_tokens and spec.wide_range
     in_pairs = tiling.many_tokens and tiling.values.terms == 2
     pairs_stage, in_step = pair_weights(tiling), tiling.weight_sums > 0
     weigh, rounded = (store_weight, round_up_to_bfloat16) if in_step else (store_exp, round_to_bfloat16)
 
     @inline
-    def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring, pairs=None):
+    def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring, pairs=None, num_full=0):
         slot = T.meta_var(state.slot)
         tile_max = T.meta_var(state.row_max)
         tile_sum = T.meta_var(state.row_sum)
+        num_done = T.meta_var(num_full if in_two else 0)
         if tiling.many_tokens:
             scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
+            if in_two:
+                full_peak = T.sblock_alloc_buffer((rows,), "float32")
+                full_stage(scores, scaled, full_peak, slot, scale, num_full)
             with T.sblock("seen_scores"):
                 T.reads(scores[slot, 0:rows, 0:tokens], *scoring.regions)
                 T.writes(scaled[0:rows, 0:tokens])
-                scale_stage(scores, scaled, slot, scale, tile, num_groups, scoring)
+                scale_stage(scores, scaled, slot, scale, tile, num_done, num_groups, scoring)
                 hide_stage(scaled, tile)
         read = T.meta_var(
             [scaled[0:rows, 0:tokens]] if tiling.many_tokens else [scores[slot, 0:rows, 0:tokens], *scoring.regions]
         )
         with T.sblock("softmax_prepare"):
-            T.reads(*read)
+            T.reads(*read, *([full_peak[0:rows]] if in_two else []))
             T.writes(
                 probs[slot, 0:rows, 0:tokens],
                 tile_max[slot, 0:rows],
@@ -71,10 +77,10 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                 scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
             peak = T.sblock_alloc_buffer((rows,), "float32")
             if not tiling.many_tokens:
-                scale_stage(scores, scaled, slot, scale, tile, num_groups, scoring)
-            for r, to, ti in T.grid(rows, num_groups, group):
+                scale_stage(scores, scaled, slot, scale, tile, 0, num_groups, scoring)
+            for r, to, ti in T.grid(rows, num_groups - num_done, group):
                 with T.sblock("peak"):
-                    vt = T.axis.reduce(tokens, to * group + ti)
+                    vt = T.axis.reduce(tokens, (num_done + to) * group + ti)
                     vr = T.axis.spatial(rows, r)
                     with T.init():
                         peak[vr] = T.min_value("float32")
@@ -82,7 +88,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
             for r in range(rows):
                 with T.sblock("tile_max"):
                     vr = T.axis.spatial(rows, r)
-                    tile_max[slot, vr] = T.Select(0 < tile.valid_len, peak[vr], T.float32(EMPTY_ROW_MAX))
+                    most = T.meta_var(T.max(full_peak[vr], peak[vr]) if in_two else peak[vr])
+                    tile_max[slot, vr] = T.Select(0 < tile.valid_len, most, T.float32(EMPTY_ROW_MAX))
             if tiling.many_tokens:
                 if of_rows:
                     room = T.sblock_alloc_buffer((1, rows), "int32")
@@ -137,13 +144,41 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     return stage
 
 
+def _scale_full(tiling: Tiling) -> Callable[..., None]:
+    """scaled = scale * scores of the first num_full token groups, which all rows see, and full_peak, their maximum."""
+    rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
+
+    @inline
+    def stage(scores, scaled, full_peak, slot, scale, num_full):
+        with T.sblock("full_scores"):
+            T.reads(scores[slot, 0:rows, 0:tokens])
+            T.writes(scaled[0:rows, 0:tokens], full_peak[0:rows])
+            for r, to, ti in T.grid(rows, num_full, group):
+                with T.sblock("full_scaled"):
+                    vt = T.axis.spatial(tokens, to * group + ti)
+                    vr = T.axis.spatial(rows, r)
+                    scaled[vr, vt] = scores[slot, vr, vt] * scale
+            for r, to, ti in T.grid(rows, num_full, group):
+                with T.sblock("full_peak"):
+                    vt = T.axis.reduce(tokens, to * group + ti)
+                    vr = T.axis.spatial(rows, r)
+                    with T.init():
+                        full_peak[vr] = T.min_value("float32")
+                    full_peak[vr] = T.max(full_peak[vr], scaled[vr, vt])
+
+    return stage
+
+
 def _scale(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """scaled = scored(scale * scores), or -inf where a row does not see the key; in the caller's sblock."""
+    """scaled = scored(scale * scores), or -inf where a row does not see the key; in the caller's sblock.
+
+    Of the token groups from begin to end; begin is 0 where there are functions of scores.
+    """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
     functions = Scores(spec, tiling)
 
     @inline
-    def stage(scores, scaled, slot, scale, tile, num_groups, scoring):
+    def stage(scores, scaled, slot, scale, tile, begin, end, scoring):
         if spec.alibi:
             slope = T.sblock_alloc_buffer((rows,), "float32")
             for r in range(rows):
@@ -151,10 +186,10 @@ def _scale(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     vr = T.axis.spatial(rows, r)
                     slope[vr] = slope_of(scoring, vr)
         product = T.meta_var(lambda r, t: Value(scores[slot, r, t] * scale, [scores[slot, r, t]]))
-        kept = T.meta_var(functions.keep(product, scoring, num_groups))
-        for r, to, ti in T.grid(rows, num_groups, group):
+        kept = T.meta_var(functions.keep(product, scoring, end))
+        for r, to, ti in T.grid(rows, end - begin, group):
             with T.sblock("scaled"):
-                vo = T.axis.spatial(tokens // group, to)
+                vo = T.axis.spatial(tokens // group, begin + to)
                 vi = T.axis.spatial(group, ti)
                 vr = T.axis.spatial(rows, r)
                 column = T.meta_var(vo * group + vi)

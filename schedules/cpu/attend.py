@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tvm.s_tir import Schedule
 
-from pa_compiler.schedules.cpu.head_dim_in_lanes import vectorize_in_order, vectorize_rows
+from pa_compiler.schedules.cpu.head_dim_in_lanes import by_lanes, vectorize_in_order, vectorize_rows
 from pa_compiler.tiles import VectorTiling
 
 
@@ -17,6 +17,12 @@ def empty_state(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of acc as vectors."""
     vectorize_rows(sch, "empty_row")
     vectorize_in_order(sch, tiling, "empty_acc")
+
+
+def full_scores(sch: Schedule, tiling: VectorTiling) -> None:
+    """Tokens in lanes."""
+    sch.vectorize(sch.get_loops("full_scaled")[-1])
+    by_lanes(sch, "full_peak", 1)
 
 
 def edges(sch: Schedule, tiling: VectorTiling) -> None:
@@ -38,6 +44,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "bounds": bounds,
     "empty_state": empty_state,
     "edges": edges,
+    "full_scores": full_scores,
     "range_rescale": range_rescale,
     "range_fold": range_fold,
 }

@@ -81,12 +81,12 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
     for name in (*functions.score_steps(sch, tiling), "scaled", *exact, "probs"):
         sch.vectorize(sch.get_loops(name)[-1])
-    _by_lanes(sch, "peak", 1)
+    by_lanes(sch, "peak", 1)
     if tiling.many_tokens or not tiling.pairs_weights:
-        _by_lanes(sch, "tile_sum", 2, tiling.weight_sums)
+        by_lanes(sch, "tile_sum", 2, tiling.weight_sums)
 
 
-def _by_lanes(sch: Schedule, name: str, axis: int, lanes: int = 0) -> None:
+def by_lanes(sch: Schedule, name: str, axis: int, lanes: int = 0) -> None:
     """What is made of a row's tokens first lane by lane: of all those of a token group, or of so many lanes."""
     total = sch.get_sblock(name)
     lane = sch.get_loops(total)[-1]
@@ -111,7 +111,7 @@ def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
     token = sch.get_loops("pairs")[-1]
     sch.tensorize(token, pair_lanes(int(sch.get(token).extent)))
     if tiling.pairs_weights:
-        _by_lanes(sch, "tile_sum", 2, tiling.weight_sums // 2)
+        by_lanes(sch, "tile_sum", 2, tiling.weight_sums // 2)
 
 
 def pv_matmul(sch: Schedule, tiling: VectorTiling) -> None:

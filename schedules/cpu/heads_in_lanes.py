@@ -99,7 +99,7 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     steps = functions.score_steps(sch, tiling)
     pairs = ("pairs",) if tiling.values.terms == 2 and tiling.many_tokens else ()
     _rows_last(sch, *steps, "scaled", *exact, "probs", *pairs)
-    _four_maxima(sch)
+    _four_maxima(sch, "peak")
     for name in (*steps, "scaled", *exact, "probs", *pairs, "tile_sum"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
         sch.reorder(group, token, row)
@@ -116,17 +116,33 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     vectorize_rows(sch, "tile_max", *(("room",) if "room" in _names(sch) else ()))
 
 
-def _four_maxima(sch: Schedule) -> None:
-    """The maximum as that of four, of which none waits for another: a maximum takes two cycles or more."""
-    peak = sch.get_sblock("peak")
+def full_scores(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical, with the maximum while a vector is stored; softmax_prepare has laid out what is written."""
+    row, group, token = sch.get_loops("full_scaled")[-3:]
+    sch.reorder(group, token, row)
+    sch.vectorize(row)
+    _four_maxima(sch, "full_peak", group)
+
+
+def _four_maxima(sch: Schedule, name: str, beside: LoopRV | None = None) -> None:
+    """The maximum as that of four, of which none waits for another: a maximum takes two cycles or more.
+
+    beside: The loop over token groups in whose body it is taken; None: one of its own.
+    """
+    peak = sch.get_sblock(name)
     token = sch.get_loops(peak)[-1]
     _, part = sch.split(token, [None, math.gcd(int(sch.get(token).extent), 4)])
     parts = sch.rfactor(part, factor_axis=0)
-    row, group, token, part = sch.get_loops(parts)[-4:]
-    sch.reorder(group, token, part, row)
+    if beside is not None:
+        sch.reverse_compute_at(parts, beside, preserve_unit_loops=True)
+        part, _, token, row = sch.get_loops(parts)[-4:]
+        sch.reorder(token, part)
+    else:
+        row, beside, token, part = sch.get_loops(parts)[-4:]
+        sch.reorder(beside, token, part, row)
     sch.unroll(part)
     sch.vectorize(row)
-    sch.decompose_reduction(parts, group)
+    sch.decompose_reduction(parts, beside)
     row, part = sch.get_loops(peak)[-2:]
     sch.reorder(part, row)
     sch.vectorize(row)
@@ -235,6 +251,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "few_qk_matmul": few_qk_matmul,
     "visible_rows": visible_rows,
     "softmax_prepare": softmax_prepare,
+    "full_scores": full_scores,
     "pair_probs": pair_probs,
     "rescale": head_dim_in_lanes.rescale,
     "pv_update": pv_update,
