@@ -252,11 +252,13 @@ class Module:
                                         edges = T.sblock_alloc_buffer((64, 16), "int32")
                                         prob_pairs = T.sblock_alloc_buffer((1, 64, 16), "int32")
                                         scaled = T.sblock_alloc_buffer((128, 16))
+                                        full_peak = T.sblock_alloc_buffer((16,))
                                         first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
                                         wanted: T.let[T.bool] = vrt == head_tiles - 1 and (has_next or not is_last)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
                                             num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))
+                                            num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8)
                                             if num_rows <= 8:
                                                 with T.sblock("few_qk_matmul"):
                                                     T.reads(q_tile[first, 0:64, 0:8], key_cache[0:k_span], key_offsets[0:256])
@@ -335,13 +337,57 @@ class Module:
                                                                         T.reads(scores_global[v0, v1, v2])
                                                                         T.writes(scores[v0, v1, v2])
                                                                         scores[v0, v1, v2] = scores_global[v0, v1, v2]
+                                            with T.sblock("full_scores"):
+                                                T.reads(scores[0, 0:num_full * 8, 0:16])
+                                                T.writes(scaled[0:num_full * 8, 0:16], full_peak[0:16])
+                                                full_peak_rf = T.sblock_alloc_buffer((4, 16))
+                                                for ax0_init in T.unroll(4):
+                                                    for ax3_init in T.vectorized(16):
+                                                        with T.sblock("full_peak_rf_init"):
+                                                            vti_1, vr = T.axis.remap("SS", [ax0_init, ax3_init])
+                                                            T.reads()
+                                                            T.writes(full_peak_rf[vti_1, vr])
+                                                            full_peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                for to in range(num_full):
+                                                    for ti in range(8):
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("full_scaled"):
+                                                                vt = T.axis.spatial(128, to * 8 + ti)
+                                                                vr = T.axis.spatial(16, r)
+                                                                T.reads(scores[0, vt, vr])
+                                                                T.writes(scaled[vt, vr])
+                                                                scaled[vt, vr] = scores[0, vt, vr] * score_scale
+                                                    for ax2, ax1 in T.grid(2, 1):
+                                                        for ax0 in T.unroll(4):
+                                                            for ax3 in T.vectorized(16):
+                                                                with T.sblock("full_peak_rf_update"):
+                                                                    vti_1 = T.axis.spatial(4, ax0)
+                                                                    vto = T.axis.reduce(num_full, to + ax1)
+                                                                    vti_0, vr = T.axis.remap("RS", [ax2, ax3])
+                                                                    T.where(to <= 15)
+                                                                    T.reads(full_peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1, vr])
+                                                                    T.writes(full_peak_rf[vti_1, vr])
+                                                                    full_peak_rf[vti_1, vr] = T.max(full_peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1, vr])
+                                                for r_init in T.vectorized(16):
+                                                    with T.sblock("full_peak_init"):
+                                                        vr = T.axis.spatial(16, r_init)
+                                                        T.reads()
+                                                        T.writes(full_peak[vr])
+                                                        full_peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                for ti_1 in range(4):
+                                                    for r in T.vectorized(16):
+                                                        with T.sblock("full_peak_update"):
+                                                            vti_1, vr = T.axis.remap("RS", [ti_1, r])
+                                                            T.reads(full_peak[vr], full_peak_rf[vti_1, vr])
+                                                            T.writes(full_peak[vr])
+                                                            full_peak[vr] = T.max(full_peak[vr], full_peak_rf[vti_1, vr])
                                             with T.sblock("seen_scores"):
-                                                T.reads(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
-                                                T.writes(scaled[0:T.max((valid_len_1 + 7) // 8 * 8, T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0))), 0:16])
-                                                for to, ti in T.grid((valid_len_1 + 8 - 1) // 8, 8):
+                                                T.reads(scores[0, num_full * 8:num_full * 8 + ((valid_len_1 + 7) // 8 * 8 - num_full * 8), 0:16])
+                                                T.writes(scaled[T.min(num_full * 8, T.max(context_len - tree_size - tile_start, 0)):T.min(num_full * 8, T.max(context_len - tree_size - tile_start, 0)) + (T.max((valid_len_1 + 7) // 8 * 8, T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0))) - T.min(num_full * 8, T.max(context_len - tree_size - tile_start, 0))), 0:16])
+                                                for to, ti in T.grid((valid_len_1 + 8 - 1) // 8 - num_full, 8):
                                                     for r in T.vectorized(16):
                                                         with T.sblock("scaled"):
-                                                            vo = T.axis.spatial(16, to)
+                                                            vo = T.axis.spatial(16, num_full + to)
                                                             vi, vr = T.axis.remap("SS", [ti, r])
                                                             T.reads(limits[first, vr], scores[0, vo * 8 + vi, vr])
                                                             T.writes(scaled[vo * 8 + vi, vr])
@@ -355,7 +401,7 @@ class Module:
                                                             T.writes(scaled[vc, vr])
                                                             scaled[vc, vr] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vc, vr])
                                             with T.sblock("softmax_prepare"):
-                                                T.reads(scaled[0:(valid_len_1 + 7) // 8 * 8, 0:16])
+                                                T.reads(scaled[T.min(num_full, 0) * 8:T.min(num_full, 0) * 8 + ((valid_len_1 + 7) // 8 * 8 - T.min(num_full, 0) * 8), 0:16], full_peak[0:16])
                                                 T.writes(probs[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16], prob_pairs[0, 0:(valid_len_1 + 7) // 8 * 4, 0:16])
                                                 peak = T.sblock_alloc_buffer((16,))
                                                 room = T.sblock_alloc_buffer((1, 16), "int32")
@@ -368,14 +414,14 @@ class Module:
                                                             T.reads()
                                                             T.writes(peak_rf[vti_1, vr])
                                                             peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                for to, ti_0 in T.grid((valid_len_1 + 8 - 1) // 8, 2):
+                                                for to, ti_0 in T.grid((valid_len_1 + 8 - 1) // 8 - num_full, 2):
                                                     for ti_1 in T.unroll(4):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("peak_rf_update"):
                                                                 vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
-                                                                T.reads(peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1, vr])
+                                                                T.reads(peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1 + num_full * 8, vr])
                                                                 T.writes(peak_rf[vti_1, vr])
-                                                                peak_rf[vti_1, vr] = T.max(peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1, vr])
+                                                                peak_rf[vti_1, vr] = T.max(peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1 + num_full * 8, vr])
                                                 for r_init in T.vectorized(16):
                                                     with T.sblock("peak_init"):
                                                         vr = T.axis.spatial(16, r_init)
@@ -392,9 +438,9 @@ class Module:
                                                 for r in T.vectorized(16):
                                                     with T.sblock("tile_max"):
                                                         vr = T.axis.spatial(16, r)
-                                                        T.reads(peak[vr])
+                                                        T.reads(full_peak[vr], peak[vr])
                                                         T.writes(tile_max[0, vr])
-                                                        tile_max[0, vr] = T.Select(0 < valid_len_1, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                        tile_max[0, vr] = T.Select(0 < valid_len_1, T.max(full_peak[vr], peak[vr]), T.float32(-1000000000000000019884624838656.0))
                                                 for r in T.vectorized(16):
                                                     with T.sblock("room"):
                                                         vr = T.axis.spatial(16, r)
@@ -504,7 +550,6 @@ class Module:
                                                         T.writes(row_max[first, vr], row_sum[first, vr])
                                                         row_max[first, vr] = new_max[vr]
                                                         row_sum[first, vr] = new_sum[vr]
-                                            num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8)
                                             with T.sblock("edges"):
                                                 T.reads()
                                                 T.writes(edges[T.min(num_full * 4, T.max(context_len - tree_size - tile_start, 0) // 2):T.min(num_full * 4, T.max(context_len - tree_size - tile_start, 0) // 2) + (T.max((valid_len_1 + 7) // 8 * 4, (T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0)) - 1) // 2 + 1) - T.min(num_full * 4, T.max(context_len - tree_size - tile_start, 0) // 2)), 0:16])

@@ -223,6 +223,7 @@ class Module:
                                         edges = T.sblock_alloc_buffer((16, 64), "int32")
                                         prob_pairs = T.sblock_alloc_buffer((1, 16, 64), "int32")
                                         scaled = T.sblock_alloc_buffer((16, 128))
+                                        full_peak = T.sblock_alloc_buffer((16,))
                                         first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
                                         wanted: T.let[T.bool] = vrt == head_tiles - 1 and (has_next or not is_last)
                                         with T.sblock("next_keys"):
@@ -236,6 +237,7 @@ class Module:
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
                                             num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))
+                                            num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8)
                                             if num_rows <= 8:
                                                 with T.sblock("few_qk_matmul"):
                                                     T.reads(q_tile[first, 0:8, 0:64], key_cache[0:k_span], key_offsets[0:256])
@@ -262,12 +264,31 @@ class Module:
                                                             with T.init():
                                                                 scores[0, vr, vt] = T.float32(0.0)
                                                             scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
+                                            with T.sblock("full_scores"):
+                                                T.reads(scores[0, 0:16, 0:128])
+                                                T.writes(scaled[0:16, 0:128], full_peak[0:16])
+                                                for r, to, ti in T.grid(16, num_full, 8):
+                                                    with T.sblock("full_scaled"):
+                                                        vt = T.axis.spatial(128, to * 8 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(scores[0, vr, vt])
+                                                        T.writes(scaled[vr, vt])
+                                                        scaled[vr, vt] = scores[0, vr, vt] * score_scale
+                                                for r, to, ti in T.grid(16, num_full, 8):
+                                                    with T.sblock("full_peak"):
+                                                        vt = T.axis.reduce(128, to * 8 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(scaled[vr, vt])
+                                                        T.writes(full_peak[vr])
+                                                        with T.init():
+                                                            full_peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                        full_peak[vr] = T.max(full_peak[vr], scaled[vr, vt])
                                             with T.sblock("seen_scores"):
                                                 T.reads(scores[0, 0:16, 0:128])
                                                 T.writes(scaled[0:16, 0:128])
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8 - num_full, 8):
                                                     with T.sblock("scaled"):
-                                                        vo = T.axis.spatial(16, to)
+                                                        vo = T.axis.spatial(16, num_full + to)
                                                         vi, vr = T.axis.remap("SS", [ti, r])
                                                         T.reads(limits[first, vr], scores[0, vr, vo * 8 + vi])
                                                         T.writes(scaled[vr, vo * 8 + vi])
@@ -281,13 +302,13 @@ class Module:
                                                             T.writes(scaled[vr, vc])
                                                             scaled[vr, vc] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vr, vc])
                                             with T.sblock("softmax_prepare"):
-                                                T.reads(scaled[0:16, 0:128])
+                                                T.reads(scaled[0:16, 0:128], full_peak[0:16])
                                                 T.writes(probs[0, 0:16, 0:128], tile_max[0, 0:16], tile_sum[0, 0:16], prob_pairs[0, 0:16, 0:64])
                                                 peak = T.sblock_alloc_buffer((16,))
                                                 room = T.sblock_alloc_buffer((1, 16), "int32")
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8 - num_full, 8):
                                                     with T.sblock("peak"):
-                                                        vt = T.axis.reduce(128, to * 8 + ti)
+                                                        vt = T.axis.reduce(128, (num_full + to) * 8 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(scaled[vr, vt])
                                                         T.writes(peak[vr])
@@ -297,9 +318,9 @@ class Module:
                                                 for r in range(16):
                                                     with T.sblock("tile_max"):
                                                         vr = T.axis.spatial(16, r)
-                                                        T.reads(peak[vr])
+                                                        T.reads(full_peak[vr], peak[vr])
                                                         T.writes(tile_max[0, vr])
-                                                        tile_max[0, vr] = T.Select(0 < valid_len_1, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                        tile_max[0, vr] = T.Select(0 < valid_len_1, T.max(full_peak[vr], peak[vr]), T.float32(-1000000000000000019884624838656.0))
                                                 for r in range(16):
                                                     with T.sblock("room"):
                                                         vr = T.axis.spatial(16, r)
@@ -383,7 +404,6 @@ class Module:
                                                         T.writes(row_max[first, vr], row_sum[first, vr])
                                                         row_max[first, vr] = new_max[vr]
                                                         row_sum[first, vr] = new_sum[vr]
-                                            num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8)
                                             with T.sblock("edges"):
                                                 T.reads()
                                                 T.writes(edges[0:16, 0:64])

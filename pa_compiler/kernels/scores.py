@@ -148,7 +148,7 @@ class Scores:
 
 
 def are_products(spec: PagedAttentionSpec) -> bool:
-    """Whether scores are products with the scale, whose bounds alone say which keys are seen."""
+    """Whether scores are products with the scale and nothing else, and no function hides keys."""
     return spec.softcap is None and not spec.alibi and not spec.functions
 
 
