@@ -34,12 +34,18 @@ FAULTS = {
         f"{_KERNELS}scores.py", "Value(tile.holds(group, lane), ())", "Value(lane < 1 << 20, ())", _DECODE
     ),
     "maximum starts at 0": Fault(
-        f"{_KERNELS}softmax.py", 'peak[vr] = T.min_value("float32")', "peak[vr] = T.float32(0)", _DECODE
+        f"{_KERNELS}softmax.py", ' peak[vr] = T.min_value("float32")', " peak[vr] = T.float32(0)", _DECODE
+    ),
+    "the maximum of keys that all rows see is lost": Fault(
+        f"{_KERNELS}softmax.py", "T.max(full_peak[vr], peak[vr])", "peak[vr]", "test_attend_kernels.py"
+    ),
+    "all rows see what one of them sees": Fault(
+        f"{_KERNELS}attend_rows.py", "sight.reach(LEAST_LIMIT)", "sight.reach(LIMIT)", "test_attend_kernels.py"
     ),
     "an empty tile has a maximum": Fault(
         f"{_KERNELS}softmax.py",
-        "T.Select(0 < tile.valid_len, peak[vr]",
-        "T.Select(0 <= tile.valid_len, peak[vr]",
+        "T.Select(0 < tile.valid_len, most",
+        "T.Select(0 <= tile.valid_len, most",
         "test_kernels.py test_decode.py",
     ),
     "exp loses the low part of ln 2": Fault(
