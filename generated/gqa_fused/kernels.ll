@@ -251,8 +251,8 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor510.i = alloca [16 x float], align 16
-  %reach529.i = alloca [128 x i32], align 16
+  %factor534.i = alloca [16 x float], align 16
+  %reach555.i = alloca [128 x i32], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -496,8 +496,8 @@ if_end57:                                         ; preds = %if_then55, %if_end5
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor510.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %reach529.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor534.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach555.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -587,36 +587,36 @@ for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end14.i
   br label %for_begin_ax1_0.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
-  %indvars.iv908.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next909.i, %for_body_r.peel.next.i ]
-  %160 = trunc nuw nsw i64 %indvars.iv908.i to i32
+  %indvars.iv981.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next982.i, %for_body_r.peel.next.i ]
+  %160 = trunc nuw nsw i64 %indvars.iv981.i to i32
   %rmod.i = srem i32 %160, %122
   %rdiv39.i = sdiv i32 %160, %122
   %161 = icmp ne i32 %rmod.i, 0
-  %.not559.i = and i1 %147, %161
-  %162 = select i1 %.not559.i, i32 %122, i32 0
+  %.not585.i = and i1 %147, %161
+  %162 = select i1 %.not585.i, i32 %122, i32 0
   %163 = add nsw i32 %162, %rmod.i
   %164 = shl nsw i32 %163, 2
   %165 = shl nsw i32 %163, 4
   %166 = sub nsw i32 %120, %165
   %167 = shl nsw i32 %163, 3
-  %invariant.op637.i = sub i32 %167, %159
-  %168 = sext i1 %.not559.i to i32
+  %invariant.op668.i = sub i32 %167, %159
+  %168 = sext i1 %.not585.i to i32
   %169 = sext i32 %163 to i64
   %170 = shl nsw i64 %169, 2
-  %invariant.op639.i = add nsw i64 %170, %152
+  %invariant.op670.i = add nsw i64 %170, %152
   %171 = sext i32 %166 to i64
-  %172 = shl i64 %indvars.iv908.i, 11
+  %172 = shl i64 %indvars.iv981.i, 11
   %173 = and i64 %172, 4294965248
-  %invariant.gep1230.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
+  %invariant.gep1323.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
   br label %for_begin_ax2_0.preheader.i
 
 for_begin_tile79.preheader.i:                     ; preds = %for_body_r.peel.next.i
-  %174 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 4
+  %174 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 4
   %175 = load <2 x i32>, ptr %174, align 4
-  %exitcond916.peel.not.i = icmp eq i32 %123, 1
+  %exitcond989.peel.not.i = icmp eq i32 %123, 1
   %176 = extractelement <2 x i32> %175, i64 0
   %177 = extractelement <2 x i32> %175, i64 1
-  br i1 %exitcond916.peel.not.i, label %for_end_tile81.i, label %iter.check, !prof !13
+  br i1 %exitcond989.peel.not.i, label %for_end_tile81.i, label %iter.check, !prof !13
 
 iter.check:                                       ; preds = %for_begin_tile79.preheader.i
   %178 = add nsw i64 %wide.trip.count.i, -1
@@ -624,8 +624,8 @@ iter.check:                                       ; preds = %for_begin_tile79.pr
   br i1 %min.iters.check, label %if_end89.i.preheader, label %vector.main.loop.iter.check, !prof !16
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check387 = icmp ult i32 %123, 34
-  br i1 %min.iters.check387, label %vec.epilog.ph, label %vector.ph, !prof !16
+  %min.iters.check402 = icmp ult i32 %123, 34
+  br i1 %min.iters.check402, label %vec.epilog.ph, label %vector.ph, !prof !16
 
 vector.ph:                                        ; preds = %vector.main.loop.iter.check
   %n.mod.vf = and i64 %178, 31
@@ -633,64 +633,64 @@ vector.ph:                                        ; preds = %vector.main.loop.it
   %180 = select i1 %179, i64 32, i64 %n.mod.vf
   %n.vec = sub nsw i64 %178, %180
   %broadcast.splat = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat389 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splat404 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body
 
 vector.body:                                      ; preds = %vector.body, %vector.ph
   %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
   %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %193, %vector.body ]
-  %vec.phi390 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
-  %vec.phi391 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
-  %vec.phi392 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
-  %vec.phi393 = phi <8 x i32> [ %broadcast.splat389, %vector.ph ], [ %197, %vector.body ]
-  %vec.phi394 = phi <8 x i32> [ %broadcast.splat389, %vector.ph ], [ %198, %vector.body ]
-  %vec.phi395 = phi <8 x i32> [ %broadcast.splat389, %vector.ph ], [ %199, %vector.body ]
-  %vec.phi396 = phi <8 x i32> [ %broadcast.splat389, %vector.ph ], [ %200, %vector.body ]
+  %vec.phi405 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
+  %vec.phi406 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
+  %vec.phi407 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
+  %vec.phi408 = phi <8 x i32> [ %broadcast.splat404, %vector.ph ], [ %197, %vector.body ]
+  %vec.phi409 = phi <8 x i32> [ %broadcast.splat404, %vector.ph ], [ %198, %vector.body ]
+  %vec.phi410 = phi <8 x i32> [ %broadcast.splat404, %vector.ph ], [ %199, %vector.body ]
+  %vec.phi411 = phi <8 x i32> [ %broadcast.splat404, %vector.ph ], [ %200, %vector.body ]
   %181 = shl i64 %index, 4
   %182 = shl i64 %index, 4
   %183 = shl i64 %index, 4
   %184 = shl i64 %index, 4
-  %185 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %181
-  %186 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %182
-  %187 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %183
-  %188 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %184
+  %185 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %181
+  %186 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %182
+  %187 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %183
+  %188 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %184
   %189 = getelementptr inbounds nuw i8, ptr %185, i64 20
   %190 = getelementptr inbounds nuw i8, ptr %186, i64 148
   %191 = getelementptr inbounds nuw i8, ptr %187, i64 276
   %192 = getelementptr inbounds nuw i8, ptr %188, i64 404
   %wide.vec = load <32 x i32>, ptr %189, align 4, !tbaa !17
   %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec397 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec398 = load <32 x i32>, ptr %190, align 4, !tbaa !17
-  %strided.vec399 = shufflevector <32 x i32> %wide.vec398, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec400 = shufflevector <32 x i32> %wide.vec398, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec401 = load <32 x i32>, ptr %191, align 4, !tbaa !17
-  %strided.vec402 = shufflevector <32 x i32> %wide.vec401, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec403 = shufflevector <32 x i32> %wide.vec401, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec404 = load <32 x i32>, ptr %192, align 4, !tbaa !17
-  %strided.vec405 = shufflevector <32 x i32> %wide.vec404, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec406 = shufflevector <32 x i32> %wide.vec404, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec397)
-  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi390, <8 x i32> %strided.vec400)
-  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi391, <8 x i32> %strided.vec403)
-  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi392, <8 x i32> %strided.vec406)
-  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi393, <8 x i32> %strided.vec)
-  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi394, <8 x i32> %strided.vec399)
-  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi395, <8 x i32> %strided.vec402)
-  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi396, <8 x i32> %strided.vec405)
+  %strided.vec412 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec413 = load <32 x i32>, ptr %190, align 4, !tbaa !17
+  %strided.vec414 = shufflevector <32 x i32> %wide.vec413, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec415 = shufflevector <32 x i32> %wide.vec413, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec416 = load <32 x i32>, ptr %191, align 4, !tbaa !17
+  %strided.vec417 = shufflevector <32 x i32> %wide.vec416, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec418 = shufflevector <32 x i32> %wide.vec416, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec419 = load <32 x i32>, ptr %192, align 4, !tbaa !17
+  %strided.vec420 = shufflevector <32 x i32> %wide.vec419, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec421 = shufflevector <32 x i32> %wide.vec419, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec412)
+  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi405, <8 x i32> %strided.vec415)
+  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi406, <8 x i32> %strided.vec418)
+  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi407, <8 x i32> %strided.vec421)
+  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi408, <8 x i32> %strided.vec)
+  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi409, <8 x i32> %strided.vec414)
+  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi410, <8 x i32> %strided.vec417)
+  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi411, <8 x i32> %strided.vec420)
   %index.next = add nuw i64 %index, 32
   %201 = icmp eq i64 %index.next, %n.vec
   br i1 %201, label %vec.epilog.iter.check, label %vector.body, !prof !19, !llvm.loop !20
 
 vec.epilog.iter.check:                            ; preds = %vector.body
-  %rdx.minmax409 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
-  %rdx.minmax410 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax409, <8 x i32> %199)
-  %rdx.minmax411 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax410, <8 x i32> %200)
-  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax411)
+  %rdx.minmax424 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
+  %rdx.minmax425 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax424, <8 x i32> %199)
+  %rdx.minmax426 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax425, <8 x i32> %200)
+  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax426)
   %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %193, <8 x i32> %194)
-  %rdx.minmax407 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
-  %rdx.minmax408 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax407, <8 x i32> %196)
-  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax408)
+  %rdx.minmax422 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
+  %rdx.minmax423 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax422, <8 x i32> %196)
+  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax423)
   %ind.end = add nsw i64 %n.vec, 1
   %min.epilog.iters.check = icmp samesign ult i64 %180, 5
   %204 = insertelement <2 x i32> poison, i32 %202, i64 0
@@ -700,29 +700,29 @@ vec.epilog.iter.check:                            ; preds = %vector.body
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
   %206 = phi <2 x i32> [ %205, %vec.epilog.iter.check ], [ %175, %vector.main.loop.iter.check ]
-  %n.mod.vf413 = and i64 %178, 3
-  %207 = icmp eq i64 %n.mod.vf413, 0
-  %208 = select i1 %207, i64 4, i64 %n.mod.vf413
-  %n.vec414 = sub nsw i64 %178, %208
-  %209 = add nsw i64 %n.vec414, 1
-  %broadcast.splat416 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat418 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
+  %n.mod.vf428 = and i64 %178, 3
+  %207 = icmp eq i64 %n.mod.vf428, 0
+  %208 = select i1 %207, i64 4, i64 %n.mod.vf428
+  %n.vec429 = sub nsw i64 %178, %208
+  %209 = add nsw i64 %n.vec429, 1
+  %broadcast.splat431 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat433 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index419 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next425, %vec.epilog.vector.body ]
-  %vec.phi420 = phi <4 x i32> [ %broadcast.splat416, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
-  %vec.phi421 = phi <4 x i32> [ %broadcast.splat418, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index419, 4
-  %210 = getelementptr i8, ptr %reach529.i, i64 %offset.idx
+  %index434 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next440, %vec.epilog.vector.body ]
+  %vec.phi435 = phi <4 x i32> [ %broadcast.splat431, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
+  %vec.phi436 = phi <4 x i32> [ %broadcast.splat433, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index434, 4
+  %210 = getelementptr i8, ptr %reach555.i, i64 %offset.idx
   %211 = getelementptr i8, ptr %210, i64 20
-  %wide.vec422 = load <16 x i32>, ptr %211, align 4, !tbaa !17
-  %strided.vec423 = shufflevector <16 x i32> %wide.vec422, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec424 = shufflevector <16 x i32> %wide.vec422, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi420, <4 x i32> %strided.vec424)
-  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi421, <4 x i32> %strided.vec423)
-  %index.next425 = add nuw i64 %index419, 4
-  %214 = icmp eq i64 %index.next425, %n.vec414
+  %wide.vec437 = load <16 x i32>, ptr %211, align 4, !tbaa !17
+  %strided.vec438 = shufflevector <16 x i32> %wide.vec437, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec439 = shufflevector <16 x i32> %wide.vec437, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi435, <4 x i32> %strided.vec439)
+  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi436, <4 x i32> %strided.vec438)
+  %index.next440 = add nuw i64 %index434, 4
+  %214 = icmp eq i64 %index.next440, %n.vec429
   br i1 %214, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !26
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
@@ -731,28 +731,28 @@ vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.b
   br label %if_end89.i.preheader
 
 if_end89.i.preheader:                             ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv912.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
-  %span528.sroa.0.0652.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
-  %span528.sroa.3.0651.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
+  %indvars.iv985.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
+  %span554.sroa.0.0683.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
+  %span554.sroa.3.0682.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
   br label %if_end89.i
 
 for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv895.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next896.i, %for_end_ax2_0.i ]
-  %217 = trunc i64 %indvars.iv895.i to i32
+  %indvars.iv968.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next969.i, %for_end_ax2_0.i ]
+  %217 = trunc i64 %indvars.iv968.i to i32
   %218 = add i32 %164, %217
   %219 = icmp slt i32 %218, %num_query
-  %220 = shl nuw nsw i64 %indvars.iv895.i, 2
+  %220 = shl nuw nsw i64 %indvars.iv968.i, 2
   %221 = or disjoint i64 %220, 1
   %222 = icmp slt i64 %221, %171
   %223 = shl i32 %217, 1
-  %.reass638.i = add i32 %invariant.op637.i, %223
-  %224 = icmp slt i32 %.reass638.i, -1
+  %.reass669.i = add i32 %invariant.op668.i, %223
+  %224 = icmp slt i32 %.reass669.i, -1
   %225 = or disjoint i64 %220, 3
   %226 = icmp slt i64 %225, %171
-  %.reass640.i = add nsw i64 %invariant.op639.i, %indvars.iv895.i
-  %227 = mul nsw i64 %.reass640.i, %q_batch
+  %.reass671.i = add nsw i64 %invariant.op670.i, %indvars.iv968.i
+  %227 = mul nsw i64 %.reass671.i, %q_batch
   %228 = getelementptr i16, ptr %query, i64 %227
-  %invariant.gep1232.i = getelementptr inbounds nuw float, ptr %invariant.gep1230.i, i64 %220
+  %invariant.gep1325.i = getelementptr inbounds nuw float, ptr %invariant.gep1323.i, i64 %220
   br label %for_body_ax2_0.i
 
 for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
@@ -842,7 +842,7 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %310 = add nsw <16 x i32> %position.i, splat (i32 1)
   %311 = select <16 x i1> %158, <16 x i32> %155, <16 x i32> %310
   %312 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %311, <16 x i32> %155)
-  %313 = shl nsw i64 %indvars.iv908.i, 4
+  %313 = shl nsw i64 %indvars.iv981.i, 4
   %314 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %313
   store <16 x i32> %312, ptr %314, align 4, !tbaa !5
   %315 = add nsw <16 x i32> %311, splat (i32 -1)
@@ -853,74 +853,74 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %320 = add nsw <16 x i32> %319, splat (i32 -125)
   %321 = getelementptr inbounds nuw i32, ptr %places.i, i64 %313
   store <16 x i32> %320, ptr %321, align 4, !tbaa !5
-  %322 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %313
+  %322 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %313
   %323 = getelementptr inbounds nuw i8, ptr %322, i64 4
   %324 = getelementptr inbounds nuw i8, ptr %322, i64 8
   %325 = getelementptr inbounds nuw i8, ptr %322, i64 12
   %326 = and i64 %313, 4294967280
   %327 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %326
   %own.peel.i = load i32, ptr %327, align 4, !tbaa !5
-  %gep1235.i = getelementptr inbounds nuw i8, ptr %327, i64 4
-  %own.i = load i32, ptr %gep1235.i, align 4, !tbaa !5
+  %gep1328.i = getelementptr inbounds nuw i8, ptr %327, i64 4
+  %own.i = load i32, ptr %gep1328.i, align 4, !tbaa !5
   %328 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
   %329 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1235.i.1 = getelementptr inbounds nuw i8, ptr %327, i64 8
-  %own.i.1 = load i32, ptr %gep1235.i.1, align 4, !tbaa !5
+  %gep1328.i.1 = getelementptr inbounds nuw i8, ptr %327, i64 8
+  %own.i.1 = load i32, ptr %gep1328.i.1, align 4, !tbaa !5
   %330 = tail call i32 @llvm.smin.i32(i32 %328, i32 %own.i.1)
   %331 = tail call i32 @llvm.smax.i32(i32 %329, i32 %own.i.1)
-  %gep1235.i.2 = getelementptr inbounds nuw i8, ptr %327, i64 12
-  %own.i.2 = load i32, ptr %gep1235.i.2, align 4, !tbaa !5
+  %gep1328.i.2 = getelementptr inbounds nuw i8, ptr %327, i64 12
+  %own.i.2 = load i32, ptr %gep1328.i.2, align 4, !tbaa !5
   %332 = tail call i32 @llvm.smin.i32(i32 %330, i32 %own.i.2)
   %333 = tail call i32 @llvm.smax.i32(i32 %331, i32 %own.i.2)
-  %gep1235.i.3 = getelementptr inbounds nuw i8, ptr %327, i64 16
-  %own.i.3 = load i32, ptr %gep1235.i.3, align 4, !tbaa !5
+  %gep1328.i.3 = getelementptr inbounds nuw i8, ptr %327, i64 16
+  %own.i.3 = load i32, ptr %gep1328.i.3, align 4, !tbaa !5
   %334 = tail call i32 @llvm.smin.i32(i32 %332, i32 %own.i.3)
   %335 = tail call i32 @llvm.smax.i32(i32 %333, i32 %own.i.3)
-  %gep1235.i.4 = getelementptr inbounds nuw i8, ptr %327, i64 20
-  %own.i.4 = load i32, ptr %gep1235.i.4, align 4, !tbaa !5
+  %gep1328.i.4 = getelementptr inbounds nuw i8, ptr %327, i64 20
+  %own.i.4 = load i32, ptr %gep1328.i.4, align 4, !tbaa !5
   %336 = tail call i32 @llvm.smin.i32(i32 %334, i32 %own.i.4)
   %337 = tail call i32 @llvm.smax.i32(i32 %335, i32 %own.i.4)
-  %gep1235.i.5 = getelementptr inbounds nuw i8, ptr %327, i64 24
-  %own.i.5 = load i32, ptr %gep1235.i.5, align 4, !tbaa !5
+  %gep1328.i.5 = getelementptr inbounds nuw i8, ptr %327, i64 24
+  %own.i.5 = load i32, ptr %gep1328.i.5, align 4, !tbaa !5
   %338 = tail call i32 @llvm.smin.i32(i32 %336, i32 %own.i.5)
   %339 = tail call i32 @llvm.smax.i32(i32 %337, i32 %own.i.5)
-  %gep1235.i.6 = getelementptr inbounds nuw i8, ptr %327, i64 28
-  %own.i.6 = load i32, ptr %gep1235.i.6, align 4, !tbaa !5
+  %gep1328.i.6 = getelementptr inbounds nuw i8, ptr %327, i64 28
+  %own.i.6 = load i32, ptr %gep1328.i.6, align 4, !tbaa !5
   %340 = tail call i32 @llvm.smin.i32(i32 %338, i32 %own.i.6)
   %341 = tail call i32 @llvm.smax.i32(i32 %339, i32 %own.i.6)
-  %gep1235.i.7 = getelementptr inbounds nuw i8, ptr %327, i64 32
-  %own.i.7 = load i32, ptr %gep1235.i.7, align 4, !tbaa !5
+  %gep1328.i.7 = getelementptr inbounds nuw i8, ptr %327, i64 32
+  %own.i.7 = load i32, ptr %gep1328.i.7, align 4, !tbaa !5
   %342 = tail call i32 @llvm.smin.i32(i32 %340, i32 %own.i.7)
   %343 = tail call i32 @llvm.smax.i32(i32 %341, i32 %own.i.7)
-  %gep1235.i.8 = getelementptr inbounds nuw i8, ptr %327, i64 36
-  %own.i.8 = load i32, ptr %gep1235.i.8, align 4, !tbaa !5
+  %gep1328.i.8 = getelementptr inbounds nuw i8, ptr %327, i64 36
+  %own.i.8 = load i32, ptr %gep1328.i.8, align 4, !tbaa !5
   %344 = tail call i32 @llvm.smin.i32(i32 %342, i32 %own.i.8)
   %345 = tail call i32 @llvm.smax.i32(i32 %343, i32 %own.i.8)
-  %gep1235.i.9 = getelementptr inbounds nuw i8, ptr %327, i64 40
-  %own.i.9 = load i32, ptr %gep1235.i.9, align 4, !tbaa !5
+  %gep1328.i.9 = getelementptr inbounds nuw i8, ptr %327, i64 40
+  %own.i.9 = load i32, ptr %gep1328.i.9, align 4, !tbaa !5
   %346 = tail call i32 @llvm.smin.i32(i32 %344, i32 %own.i.9)
   %347 = tail call i32 @llvm.smax.i32(i32 %345, i32 %own.i.9)
-  %gep1235.i.10 = getelementptr inbounds nuw i8, ptr %327, i64 44
-  %own.i.10 = load i32, ptr %gep1235.i.10, align 4, !tbaa !5
+  %gep1328.i.10 = getelementptr inbounds nuw i8, ptr %327, i64 44
+  %own.i.10 = load i32, ptr %gep1328.i.10, align 4, !tbaa !5
   %348 = tail call i32 @llvm.smin.i32(i32 %346, i32 %own.i.10)
   %349 = tail call i32 @llvm.smax.i32(i32 %347, i32 %own.i.10)
-  %gep1235.i.11 = getelementptr inbounds nuw i8, ptr %327, i64 48
-  %own.i.11 = load i32, ptr %gep1235.i.11, align 4, !tbaa !5
+  %gep1328.i.11 = getelementptr inbounds nuw i8, ptr %327, i64 48
+  %own.i.11 = load i32, ptr %gep1328.i.11, align 4, !tbaa !5
   %350 = tail call i32 @llvm.smin.i32(i32 %348, i32 %own.i.11)
   %351 = tail call i32 @llvm.smax.i32(i32 %349, i32 %own.i.11)
-  %gep1235.i.12 = getelementptr inbounds nuw i8, ptr %327, i64 52
-  %own.i.12 = load i32, ptr %gep1235.i.12, align 4, !tbaa !5
+  %gep1328.i.12 = getelementptr inbounds nuw i8, ptr %327, i64 52
+  %own.i.12 = load i32, ptr %gep1328.i.12, align 4, !tbaa !5
   %352 = tail call i32 @llvm.smin.i32(i32 %350, i32 %own.i.12)
   %353 = tail call i32 @llvm.smax.i32(i32 %351, i32 %own.i.12)
-  %gep1235.i.13 = getelementptr inbounds nuw i8, ptr %327, i64 56
-  %own.i.13 = load i32, ptr %gep1235.i.13, align 4, !tbaa !5
+  %gep1328.i.13 = getelementptr inbounds nuw i8, ptr %327, i64 56
+  %own.i.13 = load i32, ptr %gep1328.i.13, align 4, !tbaa !5
   %354 = tail call i32 @llvm.smin.i32(i32 %352, i32 %own.i.13)
   %355 = tail call i32 @llvm.smax.i32(i32 %353, i32 %own.i.13)
-  %gep1235.i.14 = getelementptr inbounds nuw i8, ptr %327, i64 60
-  %own.i.14 = load i32, ptr %gep1235.i.14, align 4, !tbaa !5
+  %gep1328.i.14 = getelementptr inbounds nuw i8, ptr %327, i64 60
+  %own.i.14 = load i32, ptr %gep1328.i.14, align 4, !tbaa !5
   %356 = tail call i32 @llvm.smin.i32(i32 %354, i32 %own.i.14)
   %357 = tail call i32 @llvm.smax.i32(i32 %355, i32 %own.i.14)
-  %358 = shl i64 %indvars.iv908.i, 13
+  %358 = shl i64 %indvars.iv981.i, 13
   %359 = and i64 %358, 17179860992
   %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %359
   store i32 %356, ptr %322, align 16, !tbaa !17
@@ -932,18 +932,18 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %361 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %313
   store <16 x float> zeroinitializer, ptr %361, align 4, !tbaa !5
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
-  %indvars.iv.next909.i = add nuw nsw i64 %indvars.iv908.i, 1
-  %exitcond911.not.i = icmp eq i64 %indvars.iv.next909.i, %wide.trip.count.i
-  br i1 %exitcond911.not.i, label %for_begin_tile79.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+  %indvars.iv.next982.i = add nuw nsw i64 %indvars.iv981.i, 1
+  %exitcond984.not.i = icmp eq i64 %indvars.iv.next982.i, %wide.trip.count.i
+  br i1 %exitcond984.not.i, label %for_begin_tile79.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
 
 for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_begin_ax2_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end36.i ]
   br i1 %219, label %if_then16.i, label %if_end17.i
 
 for_end_ax2_0.i:                                  ; preds = %if_end36.i
-  %indvars.iv.next896.i = add nuw nsw i64 %indvars.iv895.i, 1
-  %exitcond899.not.i = icmp eq i64 %indvars.iv.next896.i, 4
-  br i1 %exitcond899.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
+  %indvars.iv.next969.i = add nuw nsw i64 %indvars.iv968.i, 1
+  %exitcond972.not.i = icmp eq i64 %indvars.iv.next969.i, 4
+  br i1 %exitcond972.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
 
 if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %rdiv.i = sdiv i32 %160, %122
@@ -951,8 +951,8 @@ if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %363 = sext i32 %362 to i64
   %364 = add nsw i64 %150, %363
   %365 = mul i64 %151, %364
-  %.idx1154.i = shl i64 %indvars.iv.i, 3
-  %366 = getelementptr i8, ptr %228, i64 %.idx1154.i
+  %.idx1243.i = shl i64 %indvars.iv.i, 3
+  %366 = getelementptr i8, ptr %228, i64 %.idx1243.i
   %367 = getelementptr i16, ptr %366, i64 %365
   %368 = load <4 x i16>, ptr %367, align 2, !tbaa !5
   %369 = zext <4 x i16> %368 to <4 x i32>
@@ -973,8 +973,8 @@ if_then20.i:                                      ; preds = %if_end17.i
   %377 = shl nsw i64 %376, 2
   %378 = or disjoint i64 %377, 1
   %379 = mul nsw i64 %378, %q_head
-  %.idx1155.i = shl i64 %indvars.iv.i, 3
-  %380 = getelementptr i8, ptr %228, i64 %.idx1155.i
+  %.idx1244.i = shl i64 %indvars.iv.i, 3
+  %380 = getelementptr i8, ptr %228, i64 %.idx1244.i
   %381 = getelementptr i16, ptr %380, i64 %379
   %382 = load <4 x i16>, ptr %381, align 2, !tbaa !5
   %383 = zext <4 x i16> %382 to <4 x i32>
@@ -995,8 +995,8 @@ if_then27.i:                                      ; preds = %if_end22.i
   %391 = shl nsw i64 %390, 2
   %392 = or disjoint i64 %391, 2
   %393 = mul nsw i64 %392, %q_head
-  %.idx1156.i = shl i64 %indvars.iv.i, 3
-  %394 = getelementptr i8, ptr %228, i64 %.idx1156.i
+  %.idx1245.i = shl i64 %indvars.iv.i, 3
+  %394 = getelementptr i8, ptr %228, i64 %.idx1245.i
   %395 = getelementptr i16, ptr %394, i64 %393
   %396 = load <4 x i16>, ptr %395, align 2, !tbaa !5
   %397 = zext <4 x i16> %396 to <4 x i32>
@@ -1016,8 +1016,8 @@ if_then34.i:                                      ; preds = %if_end29.i
   %405 = shl nsw i64 %404, 2
   %406 = or disjoint i64 %405, 3
   %407 = mul nsw i64 %406, %q_head
-  %.idx1157.i = shl i64 %indvars.iv.i, 3
-  %408 = getelementptr i8, ptr %228, i64 %.idx1157.i
+  %.idx1246.i = shl i64 %indvars.iv.i, 3
+  %408 = getelementptr i8, ptr %228, i64 %.idx1246.i
   %409 = getelementptr i16, ptr %408, i64 %407
   %410 = load <4 x i16>, ptr %409, align 2, !tbaa !5
   %411 = zext <4 x i16> %410 to <4 x i32>
@@ -1033,34 +1033,34 @@ if_end36.i:                                       ; preds = %if_then34.i, %if_en
   %418 = shufflevector <4 x float> %373, <4 x float> %401, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %419 = shufflevector <4 x float> %387, <4 x float> %415, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %420 = shufflevector <4 x float> %416, <4 x float> %417, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1158.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %gep1233.i = getelementptr inbounds nuw i8, ptr %invariant.gep1232.i, i64 %.idx1158.i
-  store <4 x float> %420, ptr %gep1233.i, align 4, !tbaa !5
+  %.idx1247.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep1326.i = getelementptr inbounds nuw i8, ptr %invariant.gep1325.i, i64 %.idx1247.i
+  store <4 x float> %420, ptr %gep1326.i, align 4, !tbaa !5
   %421 = shufflevector <4 x float> %416, <4 x float> %417, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %422 = getelementptr inbounds nuw i8, ptr %gep1233.i, i64 64
+  %422 = getelementptr inbounds nuw i8, ptr %gep1326.i, i64 64
   store <4 x float> %421, ptr %422, align 4, !tbaa !5
   %423 = shufflevector <4 x float> %418, <4 x float> %419, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %424 = getelementptr inbounds nuw i8, ptr %gep1233.i, i64 128
+  %424 = getelementptr inbounds nuw i8, ptr %gep1326.i, i64 128
   store <4 x float> %423, ptr %424, align 4, !tbaa !5
   %425 = shufflevector <4 x float> %418, <4 x float> %419, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %426 = getelementptr inbounds nuw i8, ptr %gep1233.i, i64 192
+  %426 = getelementptr inbounds nuw i8, ptr %gep1326.i, i64 192
   store <4 x float> %425, ptr %426, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !28
 
 for_end_tile81.i:                                 ; preds = %if_end89.i, %for_begin_tile79.preheader.i, %if_end14.i
-  %span528.sroa.3.0.lcssa.i = phi i32 [ %176, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %471, %if_end89.i ]
-  %span528.sroa.0.0.lcssa.i = phi i32 [ %177, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %468, %if_end89.i ]
+  %span554.sroa.3.0.lcssa.i = phi i32 [ %176, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %471, %if_end89.i ]
+  %span554.sroa.0.0.lcssa.i = phi i32 [ %177, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %468, %if_end89.i ]
   %427 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %427, i32 %span528.sroa.3.0.lcssa.i)
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %427, i32 %span554.sroa.3.0.lcssa.i)
   %428 = shl nsw i32 %block_begin, 4
   %429 = sub nsw i32 %key_end.i, %428
   %430 = tail call i32 @llvm.smax.i32(i32 %429, i32 0)
   %431 = add nuw nsw i32 %430, 4095
   %432 = lshr i32 %431, 12
-  %.not849.i = icmp eq i32 %432, 0
-  br i1 %.not849.i, label %for_begin_tile382.preheader.i, label %for_body_number.lr.ph.i, !prof !16
+  %.not915.i = icmp eq i32 %432, 0
+  br i1 %.not915.i, label %for_begin_tile405.preheader.i, label %for_body_number.lr.ph.i, !prof !16
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
   %433 = mul nsw i64 %row_step, %141
@@ -1085,16 +1085,16 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
   %449 = add i64 %448, %tree_start
   %450 = sub i64 %449, %447
   %451 = mul nsw i64 %437, %v_head
-  %invariant.gep796.i = getelementptr i32, ptr %value_cache, i64 %451
+  %invariant.gep861.i = getelementptr i32, ptr %value_cache, i64 %451
   %452 = zext i32 %443 to i64
   %453 = sext i32 %122 to i64
-  %wide.trip.count1044.i = and i64 %62, 4294967295
-  %wide.trip.count1039.i = zext nneg i32 %122 to i64
+  %wide.trip.count1133.i = and i64 %62, 4294967295
+  %wide.trip.count1128.i = zext nneg i32 %122 to i64
   %454 = getelementptr i8, ptr %tree_mask, i64 %450
-  %wide.trip.count1058.i = zext nneg i32 %123 to i64
+  %wide.trip.count1147.i = zext nneg i32 %123 to i64
   %455 = add i32 %428, %tree_size
   %456 = sub i32 %context_len.i, %455
-  %457 = sub i32 %span528.sroa.0.0.lcssa.i, %428
+  %457 = sub i32 %span554.sroa.0.0.lcssa.i, %428
   %458 = mul i32 %block_begin, -16
   %459 = add i64 %tree_start, %448
   %460 = sub i64 %459, %447
@@ -1105,106 +1105,106 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
   br label %for_body_number.i
 
 if_end89.i:                                       ; preds = %if_end89.i, %if_end89.i.preheader
-  %indvars.iv912.i = phi i64 [ %indvars.iv.next913.i, %if_end89.i ], [ %indvars.iv912.i.ph, %if_end89.i.preheader ]
-  %span528.sroa.0.0652.i = phi i32 [ %468, %if_end89.i ], [ %span528.sroa.0.0652.i.ph, %if_end89.i.preheader ]
-  %span528.sroa.3.0651.i = phi i32 [ %471, %if_end89.i ], [ %span528.sroa.3.0651.i.ph, %if_end89.i.preheader ]
-  %.idx1160.i = shl nsw i64 %indvars.iv912.i, 4
-  %465 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %.idx1160.i
+  %indvars.iv985.i = phi i64 [ %indvars.iv.next986.i, %if_end89.i ], [ %indvars.iv985.i.ph, %if_end89.i.preheader ]
+  %span554.sroa.0.0683.i = phi i32 [ %468, %if_end89.i ], [ %span554.sroa.0.0683.i.ph, %if_end89.i.preheader ]
+  %span554.sroa.3.0682.i = phi i32 [ %471, %if_end89.i ], [ %span554.sroa.3.0682.i.ph, %if_end89.i.preheader ]
+  %.idx1249.i = shl nsw i64 %indvars.iv985.i, 4
+  %465 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %.idx1249.i
   %466 = getelementptr inbounds nuw i8, ptr %465, i64 8
   %467 = load i32, ptr %466, align 8, !tbaa !17
-  %468 = tail call i32 @llvm.smin.i32(i32 %span528.sroa.0.0652.i, i32 %467)
+  %468 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.0.0683.i, i32 %467)
   %469 = getelementptr inbounds nuw i8, ptr %465, i64 4
   %470 = load i32, ptr %469, align 4, !tbaa !17
-  %471 = tail call i32 @llvm.smax.i32(i32 %span528.sroa.3.0651.i, i32 %470)
-  %indvars.iv.next913.i = add nuw nsw i64 %indvars.iv912.i, 1
-  %exitcond916.not.i = icmp eq i64 %indvars.iv.next913.i, %wide.trip.count.i
-  br i1 %exitcond916.not.i, label %for_end_tile81.i, label %if_end89.i, !prof !29, !llvm.loop !30
+  %471 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.3.0682.i, i32 %470)
+  %indvars.iv.next986.i = add nuw nsw i64 %indvars.iv985.i, 1
+  %exitcond989.not.i = icmp eq i64 %indvars.iv.next986.i, %wide.trip.count.i
+  br i1 %exitcond989.not.i, label %for_end_tile81.i, label %if_end89.i, !prof !29, !llvm.loop !30
 
-for_begin_number.i:                               ; preds = %if_end377.i
-  %472 = add nuw nsw i32 %number829.i, 1
-  %exitcond1060.not.i = icmp eq i32 %472, %432
+for_begin_number.i:                               ; preds = %if_end400.i
+  %472 = add nuw nsw i32 %number895.i, 1
+  %exitcond1149.not.i = icmp eq i32 %472, %432
   %indvars.iv.next = add i32 %indvars.iv, -4096
-  %indvars.iv.next233 = add i32 %indvars.iv232, -4096
-  %indvars.iv.next241 = add i32 %indvars.iv240, -4096
-  br i1 %exitcond1060.not.i, label %for_begin_tile382.preheader.i, label %for_body_number.i, !prof !13
+  %indvars.iv.next240 = add i32 %indvars.iv239, -4096
+  %indvars.iv.next248 = add i32 %indvars.iv247, -4096
+  br i1 %exitcond1149.not.i, label %for_begin_tile405.preheader.i, label %for_body_number.i, !prof !13
 
-for_begin_tile382.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile81.i
-  br i1 %144, label %for_end_tile384.i, label %for_body_tile383.lr.ph.i, !prof !16
+for_begin_tile405.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile81.i
+  br i1 %144, label %for_end_tile407.i, label %for_body_tile406.lr.ph.i, !prof !16
 
-for_body_tile383.lr.ph.i:                         ; preds = %for_begin_tile382.preheader.i
+for_body_tile406.lr.ph.i:                         ; preds = %for_begin_tile405.preheader.i
   %473 = and i64 %68, 2147483648
   %.not = icmp eq i64 %473, 0
   %474 = icmp slt i32 %122, 0
-  %sext89 = shl i64 %60, 32
-  %475 = ashr exact i64 %sext89, 32
+  %sext88 = shl i64 %60, 32
+  %475 = ashr exact i64 %sext88, 32
   %476 = and i64 %68, 4294967295
   %477 = shl nuw nsw i64 %476, 5
-  %.idx539.i = shl nuw nsw i64 %476, 14
-  %sext90 = shl i64 %56, 32
-  %478 = ashr exact i64 %sext90, 32
-  %wide.trip.count1115.i = zext nneg i32 %123 to i64
-  br i1 %.not, label %for_body_tile383.i.preheader, label %for_body_tile383.us.i
+  %.idx565.i = shl nuw nsw i64 %476, 14
+  %sext89 = shl i64 %56, 32
+  %478 = ashr exact i64 %sext89, 32
+  %wide.trip.count1204.i = zext nneg i32 %123 to i64
+  br i1 %.not, label %for_body_tile406.i.preheader, label %for_body_tile406.us.i
 
-for_body_tile383.i.preheader:                     ; preds = %for_body_tile383.lr.ph.i
-  %scevgep500 = getelementptr i8, ptr %partial_acc, i64 %.idx539.i
-  %479 = getelementptr i8, ptr %partial_acc, i64 %.idx539.i
-  %scevgep503 = getelementptr i8, ptr %479, i64 512
-  %scevgep507 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile383.i
+for_body_tile406.i.preheader:                     ; preds = %for_body_tile406.lr.ph.i
+  %scevgep515 = getelementptr i8, ptr %partial_acc, i64 %.idx565.i
+  %479 = getelementptr i8, ptr %partial_acc, i64 %.idx565.i
+  %scevgep518 = getelementptr i8, ptr %479, i64 512
+  %scevgep522 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile406.i
 
-for_body_tile383.us.i:                            ; preds = %if_end388.us.i, %for_body_tile383.lr.ph.i
-  %indvars.iv1112.i = phi i64 [ %indvars.iv.next1113.i, %if_end388.us.i ], [ 0, %for_body_tile383.lr.ph.i ]
+for_body_tile406.us.i:                            ; preds = %if_end411.us.i, %for_body_tile406.lr.ph.i
+  %indvars.iv1201.i = phi i64 [ %indvars.iv.next1202.i, %if_end411.us.i ], [ 0, %for_body_tile406.lr.ph.i ]
   %480 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %ordered.us.i = tail call ptr %480(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %481 = icmp eq ptr %ordered.us.i, null
-  br i1 %481, label %fused_attend_compute_.exit, label %if_end391.us.i, !prof !8
+  br i1 %481, label %fused_attend_compute_.exit, label %if_end414.us.i, !prof !8
 
-if_end391.us.i:                                   ; preds = %for_body_tile383.us.i
-  %482 = shl nsw i64 %indvars.iv1112.i, 4
+if_end414.us.i:                                   ; preds = %for_body_tile406.us.i
+  %482 = shl nsw i64 %indvars.iv1201.i, 4
   %483 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %482
   %total.us.i = load <16 x float>, ptr %483, align 4, !tbaa !5
   %484 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
   %485 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
   %486 = select <16 x i1> %485, <16 x float> zeroinitializer, <16 x float> %484
-  store <16 x float> %486, ptr %factor510.i, align 16, !tbaa !31
-  %487 = shl i64 %indvars.iv1112.i, 11
+  store <16 x float> %486, ptr %factor534.i, align 16, !tbaa !31
+  %487 = shl i64 %indvars.iv1201.i, 11
   %488 = and i64 %487, 4294965248
-  %invariant.gep167 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %488
-  br label %for_begin_d_0393.preheader.us.i
+  %invariant.gep170 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %488
+  br label %for_begin_d_0416.preheader.us.i
 
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0395.us.i
-  %489 = trunc nuw nsw i64 %indvars.iv1112.i to i32
-  %rmod427.us.i = srem i32 %489, %122
-  %rdiv439.us.i = sdiv i32 %489, %122
-  %490 = icmp ne i32 %rmod427.us.i, 0
-  %.not543.us.i = and i1 %474, %490
-  %491 = select i1 %.not543.us.i, i32 %122, i32 0
-  %492 = add nsw i32 %491, %rmod427.us.i
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0418.us.i
+  %489 = trunc nuw nsw i64 %indvars.iv1201.i to i32
+  %rmod450.us.i = srem i32 %489, %122
+  %rdiv462.us.i = sdiv i32 %489, %122
+  %490 = icmp ne i32 %rmod450.us.i, 0
+  %.not569.us.i = and i1 %474, %490
+  %491 = select i1 %.not569.us.i, i32 %122, i32 0
+  %492 = add nsw i32 %491, %rmod450.us.i
   %493 = shl nsw i32 %492, 4
   %494 = sub nsw i32 %120, %493
   %495 = icmp sgt i32 %494, 0
-  br i1 %495, label %for_begin_d_0433.preheader.lr.ph.us.i, label %for_end_r444.us.i, !prof !3
+  br i1 %495, label %for_begin_d_0456.preheader.lr.ph.us.i, label %for_end_r467.us.i, !prof !3
 
-for_end_r444.us.i:                                ; preds = %if_end449.us.i.1, %for_end_r_0.us.i
+for_end_r467.us.i:                                ; preds = %if_end472.us.i.1, %for_end_r_0.us.i
   %496 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %497 = tail call i32 %496(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not540.us.i = icmp eq i32 %497, 0
-  br i1 %.not540.us.i, label %if_end388.us.i, label %fused_attend_compute_.exit, !prof !38
+  %.not566.us.i = icmp eq i32 %497, 0
+  br i1 %.not566.us.i, label %if_end411.us.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end388.us.i:                                   ; preds = %for_end_r444.us.i
-  %indvars.iv.next1113.i = add nuw nsw i64 %indvars.iv1112.i, 1
-  %exitcond1116.not.i = icmp eq i64 %indvars.iv.next1113.i, %wide.trip.count1115.i
-  br i1 %exitcond1116.not.i, label %for_end_tile384.i, label %for_body_tile383.us.i, !prof !13
+if_end411.us.i:                                   ; preds = %for_end_r467.us.i
+  %indvars.iv.next1202.i = add nuw nsw i64 %indvars.iv1201.i, 1
+  %exitcond1205.not.i = icmp eq i64 %indvars.iv.next1202.i, %wide.trip.count1204.i
+  br i1 %exitcond1205.not.i, label %for_end_tile407.i, label %for_body_tile406.us.i, !prof !13
 
-for_body_r443.us.i:                               ; preds = %for_body_r443.lr.ph.us.i, %if_end449.us.i.1
-  %indvars.iv1106.i = phi i64 [ 0, %for_body_r443.lr.ph.us.i ], [ %indvars.iv.next1107.i.1, %if_end449.us.i.1 ]
-  %498 = add nuw nsw i64 %indvars.iv1106.i, %672
+for_body_r466.us.i:                               ; preds = %for_body_r466.lr.ph.us.i, %if_end472.us.i.1
+  %indvars.iv1195.i = phi i64 [ 0, %for_body_r466.lr.ph.us.i ], [ %indvars.iv.next1196.i.1, %if_end472.us.i.1 ]
+  %498 = add nuw nsw i64 %indvars.iv1195.i, %672
   %499 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %498
   %500 = load float, ptr %499, align 4, !tbaa !5
   %501 = fcmp oeq float %500, 0.000000e+00
-  br i1 %501, label %if_end449.us.i, label %if_else448.us.i
+  br i1 %501, label %if_end472.us.i, label %if_else471.us.i
 
-if_else448.us.i:                                  ; preds = %for_body_r443.us.i
+if_else471.us.i:                                  ; preds = %for_body_r466.us.i
   %502 = getelementptr inbounds nuw i32, ptr %places.i, i64 %498
   %503 = load i32, ptr %502, align 4, !tbaa !5
   %504 = shl i32 %503, 23
@@ -1215,25 +1215,25 @@ if_else448.us.i:                                  ; preds = %for_body_r443.us.i
   %509 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %498
   %510 = load float, ptr %509, align 4, !tbaa !5
   %511 = fadd float %510, %508
-  br label %if_end449.us.i
+  br label %if_end472.us.i
 
-if_end449.us.i:                                   ; preds = %if_else448.us.i, %for_body_r443.us.i
-  %512 = phi float [ %511, %if_else448.us.i ], [ 0xFFF0000000000000, %for_body_r443.us.i ]
-  %513 = and i64 %indvars.iv1106.i, 2
-  %514 = lshr i64 %indvars.iv1106.i, 2
+if_end472.us.i:                                   ; preds = %if_else471.us.i, %for_body_r466.us.i
+  %512 = phi float [ %511, %if_else471.us.i ], [ 0xFFF0000000000000, %for_body_r466.us.i ]
+  %513 = and i64 %indvars.iv1195.i, 2
+  %514 = lshr i64 %indvars.iv1195.i, 2
   %515 = add nsw i64 %514, %669
   %516 = mul nsw i64 %515, %lse_batch
   %517 = getelementptr float, ptr %671, i64 %516
   %518 = getelementptr float, ptr %517, i64 %513
   store float %512, ptr %518, align 4, !tbaa !5
-  %indvars.iv.next1107.i = or disjoint i64 %indvars.iv1106.i, 1
-  %519 = add nuw nsw i64 %indvars.iv.next1107.i, %672
+  %indvars.iv.next1196.i = or disjoint i64 %indvars.iv1195.i, 1
+  %519 = add nuw nsw i64 %indvars.iv.next1196.i, %672
   %520 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %519
   %521 = load float, ptr %520, align 4, !tbaa !5
   %522 = fcmp oeq float %521, 0.000000e+00
-  br i1 %522, label %if_end449.us.i.1, label %if_else448.us.i.1
+  br i1 %522, label %if_end472.us.i.1, label %if_else471.us.i.1
 
-if_else448.us.i.1:                                ; preds = %if_end449.us.i
+if_else471.us.i.1:                                ; preds = %if_end472.us.i
   %523 = getelementptr inbounds nuw i32, ptr %places.i, i64 %519
   %524 = load i32, ptr %523, align 4, !tbaa !5
   %525 = shl i32 %524, 23
@@ -1244,89 +1244,89 @@ if_else448.us.i.1:                                ; preds = %if_end449.us.i
   %530 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %519
   %531 = load float, ptr %530, align 4, !tbaa !5
   %532 = fadd float %531, %529
-  br label %if_end449.us.i.1
+  br label %if_end472.us.i.1
 
-if_end449.us.i.1:                                 ; preds = %if_else448.us.i.1, %if_end449.us.i
-  %533 = phi float [ %532, %if_else448.us.i.1 ], [ 0xFFF0000000000000, %if_end449.us.i ]
-  %534 = and i64 %indvars.iv.next1107.i, 3
-  %535 = lshr i64 %indvars.iv1106.i, 2
+if_end472.us.i.1:                                 ; preds = %if_else471.us.i.1, %if_end472.us.i
+  %533 = phi float [ %532, %if_else471.us.i.1 ], [ 0xFFF0000000000000, %if_end472.us.i ]
+  %534 = and i64 %indvars.iv.next1196.i, 3
+  %535 = lshr i64 %indvars.iv1195.i, 2
   %536 = add nsw i64 %535, %669
   %537 = mul nsw i64 %536, %lse_batch
   %538 = getelementptr float, ptr %671, i64 %537
   %539 = getelementptr float, ptr %538, i64 %534
   store float %533, ptr %539, align 4, !tbaa !5
-  %indvars.iv.next1107.i.1 = add nuw nsw i64 %indvars.iv1106.i, 2
-  %exitcond1111.not.i.1 = icmp eq i64 %indvars.iv.next1107.i.1, %wide.trip.count1104.i
-  br i1 %exitcond1111.not.i.1, label %for_end_r444.us.i, label %for_body_r443.us.i, !prof !13, !llvm.loop !39
+  %indvars.iv.next1196.i.1 = add nuw nsw i64 %indvars.iv1195.i, 2
+  %exitcond1200.not.i.1 = icmp eq i64 %indvars.iv.next1196.i.1, %wide.trip.count1193.i
+  br i1 %exitcond1200.not.i.1, label %for_end_r467.us.i, label %for_body_r466.us.i, !prof !13, !llvm.loop !39
 
-for_end_d_0395.us.i:                              ; preds = %for_begin_ax1_0398.preheader.us.i
-  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
-  %exitcond1095.not.i = icmp eq i64 %indvars.iv.next1092.i, 4
-  br i1 %exitcond1095.not.i, label %for_end_r_0.us.i, label %for_begin_d_0393.preheader.us.i, !prof !28
+for_end_d_0418.us.i:                              ; preds = %for_begin_ax1_0421.preheader.us.i
+  %indvars.iv.next1181.i = add nuw nsw i64 %indvars.iv1180.i, 1
+  %exitcond1184.not.i = icmp eq i64 %indvars.iv.next1181.i, 4
+  br i1 %exitcond1184.not.i, label %for_end_r_0.us.i, label %for_begin_d_0416.preheader.us.i, !prof !28
 
-for_begin_ax1_0398.preheader.us.i:                ; preds = %for_begin_d_0393.preheader.us.i, %for_begin_ax1_0398.preheader.us.i
-  %indvars.iv1086.i = phi i64 [ 0, %for_begin_d_0393.preheader.us.i ], [ %indvars.iv.next1087.i, %for_begin_ax1_0398.preheader.us.i ]
-  %.idx91 = shl nuw nsw i64 %indvars.iv1086.i, 10
-  %gep170 = getelementptr inbounds nuw i8, ptr %invariant.gep169, i64 %.idx91
-  %v404.us.i = load <4 x float>, ptr %gep170, align 4, !tbaa !5
-  %540 = getelementptr inbounds nuw i8, ptr %gep170, i64 64
-  %v406.us.i = load <4 x float>, ptr %540, align 4, !tbaa !5
-  %541 = getelementptr inbounds nuw i8, ptr %gep170, i64 128
-  %v408.us.i = load <4 x float>, ptr %541, align 4, !tbaa !5
-  %542 = getelementptr inbounds nuw i8, ptr %gep170, i64 192
-  %v410.us.i = load <4 x float>, ptr %542, align 4, !tbaa !5
-  %543 = shufflevector <4 x float> %v404.us.i, <4 x float> %v408.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %544 = shufflevector <4 x float> %v406.us.i, <4 x float> %v410.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %545 = shufflevector <4 x float> %v404.us.i, <4 x float> %v408.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %546 = shufflevector <4 x float> %v406.us.i, <4 x float> %v410.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+for_begin_ax1_0421.preheader.us.i:                ; preds = %for_begin_d_0416.preheader.us.i, %for_begin_ax1_0421.preheader.us.i
+  %indvars.iv1175.i = phi i64 [ 0, %for_begin_d_0416.preheader.us.i ], [ %indvars.iv.next1176.i, %for_begin_ax1_0421.preheader.us.i ]
+  %.idx90 = shl nuw nsw i64 %indvars.iv1175.i, 10
+  %gep173 = getelementptr inbounds nuw i8, ptr %invariant.gep172, i64 %.idx90
+  %v427.us.i = load <4 x float>, ptr %gep173, align 4, !tbaa !5
+  %540 = getelementptr inbounds nuw i8, ptr %gep173, i64 64
+  %v429.us.i = load <4 x float>, ptr %540, align 4, !tbaa !5
+  %541 = getelementptr inbounds nuw i8, ptr %gep173, i64 128
+  %v431.us.i = load <4 x float>, ptr %541, align 4, !tbaa !5
+  %542 = getelementptr inbounds nuw i8, ptr %gep173, i64 192
+  %v433.us.i = load <4 x float>, ptr %542, align 4, !tbaa !5
+  %543 = shufflevector <4 x float> %v427.us.i, <4 x float> %v431.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %544 = shufflevector <4 x float> %v429.us.i, <4 x float> %v433.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %545 = shufflevector <4 x float> %v427.us.i, <4 x float> %v431.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %546 = shufflevector <4 x float> %v429.us.i, <4 x float> %v433.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %547 = shufflevector <4 x float> %543, <4 x float> %544, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %548 = shufflevector <4 x float> %543, <4 x float> %544, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %549 = shufflevector <4 x float> %545, <4 x float> %546, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %550 = shufflevector <4 x float> %545, <4 x float> %546, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %551 = getelementptr inbounds nuw i8, ptr %gep170, i64 256
-  %v404.us.1.i = load <4 x float>, ptr %551, align 4, !tbaa !5
-  %552 = getelementptr inbounds nuw i8, ptr %gep170, i64 320
-  %v406.us.1.i = load <4 x float>, ptr %552, align 4, !tbaa !5
-  %553 = getelementptr inbounds nuw i8, ptr %gep170, i64 384
-  %v408.us.1.i = load <4 x float>, ptr %553, align 4, !tbaa !5
-  %554 = getelementptr inbounds nuw i8, ptr %gep170, i64 448
-  %v410.us.1.i = load <4 x float>, ptr %554, align 4, !tbaa !5
-  %555 = shufflevector <4 x float> %v404.us.1.i, <4 x float> %v408.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %556 = shufflevector <4 x float> %v406.us.1.i, <4 x float> %v410.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %557 = shufflevector <4 x float> %v404.us.1.i, <4 x float> %v408.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %558 = shufflevector <4 x float> %v406.us.1.i, <4 x float> %v410.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %551 = getelementptr inbounds nuw i8, ptr %gep173, i64 256
+  %v427.us.1.i = load <4 x float>, ptr %551, align 4, !tbaa !5
+  %552 = getelementptr inbounds nuw i8, ptr %gep173, i64 320
+  %v429.us.1.i = load <4 x float>, ptr %552, align 4, !tbaa !5
+  %553 = getelementptr inbounds nuw i8, ptr %gep173, i64 384
+  %v431.us.1.i = load <4 x float>, ptr %553, align 4, !tbaa !5
+  %554 = getelementptr inbounds nuw i8, ptr %gep173, i64 448
+  %v433.us.1.i = load <4 x float>, ptr %554, align 4, !tbaa !5
+  %555 = shufflevector <4 x float> %v427.us.1.i, <4 x float> %v431.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %556 = shufflevector <4 x float> %v429.us.1.i, <4 x float> %v433.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %557 = shufflevector <4 x float> %v427.us.1.i, <4 x float> %v431.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %558 = shufflevector <4 x float> %v429.us.1.i, <4 x float> %v433.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %559 = shufflevector <4 x float> %555, <4 x float> %556, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %560 = shufflevector <4 x float> %555, <4 x float> %556, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %561 = shufflevector <4 x float> %557, <4 x float> %558, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %562 = shufflevector <4 x float> %557, <4 x float> %558, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %563 = getelementptr inbounds nuw i8, ptr %gep170, i64 512
-  %v404.us.2.i = load <4 x float>, ptr %563, align 4, !tbaa !5
-  %564 = getelementptr inbounds nuw i8, ptr %gep170, i64 576
-  %v406.us.2.i = load <4 x float>, ptr %564, align 4, !tbaa !5
-  %565 = getelementptr inbounds nuw i8, ptr %gep170, i64 640
-  %v408.us.2.i = load <4 x float>, ptr %565, align 4, !tbaa !5
-  %566 = getelementptr inbounds nuw i8, ptr %gep170, i64 704
-  %v410.us.2.i = load <4 x float>, ptr %566, align 4, !tbaa !5
-  %567 = shufflevector <4 x float> %v404.us.2.i, <4 x float> %v408.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %568 = shufflevector <4 x float> %v406.us.2.i, <4 x float> %v410.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %569 = shufflevector <4 x float> %v404.us.2.i, <4 x float> %v408.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %570 = shufflevector <4 x float> %v406.us.2.i, <4 x float> %v410.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %563 = getelementptr inbounds nuw i8, ptr %gep173, i64 512
+  %v427.us.2.i = load <4 x float>, ptr %563, align 4, !tbaa !5
+  %564 = getelementptr inbounds nuw i8, ptr %gep173, i64 576
+  %v429.us.2.i = load <4 x float>, ptr %564, align 4, !tbaa !5
+  %565 = getelementptr inbounds nuw i8, ptr %gep173, i64 640
+  %v431.us.2.i = load <4 x float>, ptr %565, align 4, !tbaa !5
+  %566 = getelementptr inbounds nuw i8, ptr %gep173, i64 704
+  %v433.us.2.i = load <4 x float>, ptr %566, align 4, !tbaa !5
+  %567 = shufflevector <4 x float> %v427.us.2.i, <4 x float> %v431.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %568 = shufflevector <4 x float> %v429.us.2.i, <4 x float> %v433.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %569 = shufflevector <4 x float> %v427.us.2.i, <4 x float> %v431.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %570 = shufflevector <4 x float> %v429.us.2.i, <4 x float> %v433.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %571 = shufflevector <4 x float> %567, <4 x float> %568, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %572 = shufflevector <4 x float> %567, <4 x float> %568, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %573 = shufflevector <4 x float> %569, <4 x float> %570, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %574 = shufflevector <4 x float> %569, <4 x float> %570, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %575 = getelementptr inbounds nuw i8, ptr %gep170, i64 768
-  %v404.us.3.i = load <4 x float>, ptr %575, align 4, !tbaa !5
-  %576 = getelementptr inbounds nuw i8, ptr %gep170, i64 832
-  %v406.us.3.i = load <4 x float>, ptr %576, align 4, !tbaa !5
-  %577 = getelementptr inbounds nuw i8, ptr %gep170, i64 896
-  %v408.us.3.i = load <4 x float>, ptr %577, align 4, !tbaa !5
-  %578 = getelementptr inbounds nuw i8, ptr %gep170, i64 960
-  %v410.us.3.i = load <4 x float>, ptr %578, align 4, !tbaa !5
-  %579 = shufflevector <4 x float> %v404.us.3.i, <4 x float> %v408.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %580 = shufflevector <4 x float> %v406.us.3.i, <4 x float> %v410.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %581 = shufflevector <4 x float> %v404.us.3.i, <4 x float> %v408.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %582 = shufflevector <4 x float> %v406.us.3.i, <4 x float> %v410.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %575 = getelementptr inbounds nuw i8, ptr %gep173, i64 768
+  %v427.us.3.i = load <4 x float>, ptr %575, align 4, !tbaa !5
+  %576 = getelementptr inbounds nuw i8, ptr %gep173, i64 832
+  %v429.us.3.i = load <4 x float>, ptr %576, align 4, !tbaa !5
+  %577 = getelementptr inbounds nuw i8, ptr %gep173, i64 896
+  %v431.us.3.i = load <4 x float>, ptr %577, align 4, !tbaa !5
+  %578 = getelementptr inbounds nuw i8, ptr %gep173, i64 960
+  %v433.us.3.i = load <4 x float>, ptr %578, align 4, !tbaa !5
+  %579 = shufflevector <4 x float> %v427.us.3.i, <4 x float> %v431.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %580 = shufflevector <4 x float> %v429.us.3.i, <4 x float> %v433.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %581 = shufflevector <4 x float> %v427.us.3.i, <4 x float> %v431.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %582 = shufflevector <4 x float> %v429.us.3.i, <4 x float> %v433.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %583 = shufflevector <4 x float> %579, <4 x float> %580, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %584 = shufflevector <4 x float> %547, <4 x float> %559, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %585 = shufflevector <4 x float> %571, <4 x float> %583, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
@@ -1344,34 +1344,34 @@ for_begin_ax1_0398.preheader.us.i:                ; preds = %for_begin_d_0393.pr
   %597 = shufflevector <4 x float> %574, <4 x float> %595, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %598 = shufflevector <8 x float> %596, <8 x float> %597, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %599 = fmul <16 x float> %649, %586
-  %.idx1169.i = shl nuw nsw i64 %indvars.iv1086.i, 6
-  %gep1243.i = getelementptr inbounds nuw i8, ptr %invariant.gep1242.i, i64 %.idx1169.i
-  store <16 x float> %599, ptr %gep1243.i, align 4, !tbaa !5
+  %.idx1258.i = shl nuw nsw i64 %indvars.iv1175.i, 6
+  %gep1336.i = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1258.i
+  store <16 x float> %599, ptr %gep1336.i, align 4, !tbaa !5
   %600 = fmul <16 x float> %653, %590
-  %601 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 512
+  %601 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 512
   store <16 x float> %600, ptr %601, align 4, !tbaa !5
   %602 = fmul <16 x float> %657, %594
-  %603 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 1024
+  %603 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 1024
   store <16 x float> %602, ptr %603, align 4, !tbaa !5
   %604 = fmul <16 x float> %661, %598
-  %605 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 1536
+  %605 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 1536
   store <16 x float> %604, ptr %605, align 4, !tbaa !5
-  %indvars.iv.next1087.i = add nuw nsw i64 %indvars.iv1086.i, 1
-  %exitcond1090.not.i = icmp eq i64 %indvars.iv.next1087.i, 8
-  br i1 %exitcond1090.not.i, label %for_end_d_0395.us.i, label %for_begin_ax1_0398.preheader.us.i, !prof !28
+  %indvars.iv.next1176.i = add nuw nsw i64 %indvars.iv1175.i, 1
+  %exitcond1179.not.i = icmp eq i64 %indvars.iv.next1176.i, 8
+  br i1 %exitcond1179.not.i, label %for_end_d_0418.us.i, label %for_begin_ax1_0421.preheader.us.i, !prof !28
 
-for_begin_d_0433.preheader.us.i:                  ; preds = %for_begin_d_0433.preheader.lr.ph.us.i, %for_begin_d_0433.preheader.us.i
-  %indvars.iv1100.i = phi i64 [ 0, %for_begin_d_0433.preheader.lr.ph.us.i ], [ %indvars.iv.next1101.i, %for_begin_d_0433.preheader.us.i ]
-  %606 = and i64 %indvars.iv1100.i, 3
+for_begin_d_0456.preheader.us.i:                  ; preds = %for_begin_d_0456.preheader.lr.ph.us.i, %for_begin_d_0456.preheader.us.i
+  %indvars.iv1189.i = phi i64 [ 0, %for_begin_d_0456.preheader.lr.ph.us.i ], [ %indvars.iv.next1190.i, %for_begin_d_0456.preheader.us.i ]
+  %606 = and i64 %indvars.iv1189.i, 3
   %607 = or disjoint i64 %606, %666
   %608 = mul nsw i64 %607, %out_head
-  %609 = lshr i64 %indvars.iv1100.i, 2
+  %609 = lshr i64 %indvars.iv1189.i, 2
   %610 = add nsw i64 %609, %669
   %611 = mul nsw i64 %610, %out_batch
   %612 = getelementptr i16, ptr %out, i64 %611
-  %invariant.gep841.us.i = getelementptr i16, ptr %612, i64 %608
-  %.idx92 = shl nsw i64 %indvars.iv1100.i, 9
-  %613 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx92
+  %invariant.gep907.us.i = getelementptr i16, ptr %612, i64 %608
+  %.idx91 = shl nsw i64 %indvars.iv1189.i, 9
+  %613 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx91
   %614 = load <32 x i32>, ptr %613, align 4, !tbaa !5
   %615 = lshr <32 x i32> %614, splat (i32 16)
   %616 = and <32 x i32> %615, splat (i32 1)
@@ -1379,7 +1379,7 @@ for_begin_d_0433.preheader.us.i:                  ; preds = %for_begin_d_0433.pr
   %618 = add nuw <32 x i32> %617, %616
   %619 = lshr <32 x i32> %618, splat (i32 16)
   %620 = trunc nuw <32 x i32> %619 to <32 x i16>
-  store <32 x i16> %620, ptr %invariant.gep841.us.i, align 2, !tbaa !5
+  store <32 x i16> %620, ptr %invariant.gep907.us.i, align 2, !tbaa !5
   %621 = getelementptr inbounds nuw i8, ptr %613, i64 128
   %622 = load <32 x i32>, ptr %621, align 4, !tbaa !5
   %623 = lshr <32 x i32> %622, splat (i32 16)
@@ -1388,8 +1388,8 @@ for_begin_d_0433.preheader.us.i:                  ; preds = %for_begin_d_0433.pr
   %626 = add nuw <32 x i32> %625, %624
   %627 = lshr <32 x i32> %626, splat (i32 16)
   %628 = trunc nuw <32 x i32> %627 to <32 x i16>
-  %gep842.us.1.i = getelementptr i8, ptr %invariant.gep841.us.i, i64 64
-  store <32 x i16> %628, ptr %gep842.us.1.i, align 2, !tbaa !5
+  %gep908.us.1.i = getelementptr i8, ptr %invariant.gep907.us.i, i64 64
+  store <32 x i16> %628, ptr %gep908.us.1.i, align 2, !tbaa !5
   %629 = getelementptr inbounds nuw i8, ptr %613, i64 256
   %630 = load <32 x i32>, ptr %629, align 4, !tbaa !5
   %631 = lshr <32 x i32> %630, splat (i32 16)
@@ -1398,8 +1398,8 @@ for_begin_d_0433.preheader.us.i:                  ; preds = %for_begin_d_0433.pr
   %634 = add nuw <32 x i32> %633, %632
   %635 = lshr <32 x i32> %634, splat (i32 16)
   %636 = trunc nuw <32 x i32> %635 to <32 x i16>
-  %gep842.us.2.i = getelementptr i8, ptr %invariant.gep841.us.i, i64 128
-  store <32 x i16> %636, ptr %gep842.us.2.i, align 2, !tbaa !5
+  %gep908.us.2.i = getelementptr i8, ptr %invariant.gep907.us.i, i64 128
+  store <32 x i16> %636, ptr %gep908.us.2.i, align 2, !tbaa !5
   %637 = getelementptr inbounds nuw i8, ptr %613, i64 384
   %638 = load <32 x i32>, ptr %637, align 4, !tbaa !5
   %639 = lshr <32 x i32> %638, splat (i32 16)
@@ -1408,16 +1408,16 @@ for_begin_d_0433.preheader.us.i:                  ; preds = %for_begin_d_0433.pr
   %642 = add nuw <32 x i32> %641, %640
   %643 = lshr <32 x i32> %642, splat (i32 16)
   %644 = trunc nuw <32 x i32> %643 to <32 x i16>
-  %gep842.us.3.i = getelementptr i8, ptr %invariant.gep841.us.i, i64 192
-  store <32 x i16> %644, ptr %gep842.us.3.i, align 2, !tbaa !5
-  %indvars.iv.next1101.i = add nuw nsw i64 %indvars.iv1100.i, 1
-  %exitcond1105.not.i = icmp eq i64 %indvars.iv.next1101.i, %wide.trip.count1104.i
-  br i1 %exitcond1105.not.i, label %for_body_r443.lr.ph.us.i, label %for_begin_d_0433.preheader.us.i, !prof !13
+  %gep908.us.3.i = getelementptr i8, ptr %invariant.gep907.us.i, i64 192
+  store <32 x i16> %644, ptr %gep908.us.3.i, align 2, !tbaa !5
+  %indvars.iv.next1190.i = add nuw nsw i64 %indvars.iv1189.i, 1
+  %exitcond1194.not.i = icmp eq i64 %indvars.iv.next1190.i, %wide.trip.count1193.i
+  br i1 %exitcond1194.not.i, label %for_body_r466.lr.ph.us.i, label %for_begin_d_0456.preheader.us.i, !prof !13
 
-for_begin_d_0393.preheader.us.i:                  ; preds = %for_end_d_0395.us.i, %if_end391.us.i
-  %indvars.iv1091.i = phi i64 [ %indvars.iv.next1092.i, %for_end_d_0395.us.i ], [ 0, %if_end391.us.i ]
-  %645 = shl nuw nsw i64 %indvars.iv1091.i, 2
-  %646 = getelementptr inbounds nuw float, ptr %factor510.i, i64 %645
+for_begin_d_0416.preheader.us.i:                  ; preds = %for_end_d_0418.us.i, %if_end414.us.i
+  %indvars.iv1180.i = phi i64 [ %indvars.iv.next1181.i, %for_end_d_0418.us.i ], [ 0, %if_end414.us.i ]
+  %645 = shl nuw nsw i64 %indvars.iv1180.i, 2
+  %646 = getelementptr inbounds nuw float, ptr %factor534.i, i64 %645
   %647 = load float, ptr %646, align 16, !tbaa !41
   %648 = insertelement <16 x float> poison, float %647, i64 0
   %649 = shufflevector <16 x float> %648, <16 x float> poison, <16 x i32> zeroinitializer
@@ -1433,14 +1433,14 @@ for_begin_d_0393.preheader.us.i:                  ; preds = %for_end_d_0395.us.i
   %659 = load float, ptr %658, align 4, !tbaa !41
   %660 = insertelement <16 x float> poison, float %659, i64 0
   %661 = shufflevector <16 x float> %660, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1170.i = shl nuw nsw i64 %indvars.iv1091.i, 11
-  %invariant.gep1242.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1170.i
-  %invariant.gep169 = getelementptr inbounds nuw float, ptr %invariant.gep167, i64 %645
-  br label %for_begin_ax1_0398.preheader.us.i
+  %.idx1259.i = shl nuw nsw i64 %indvars.iv1180.i, 11
+  %invariant.gep1335.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1259.i
+  %invariant.gep172 = getelementptr inbounds nuw float, ptr %invariant.gep170, i64 %645
+  br label %for_begin_ax1_0421.preheader.us.i
 
-for_begin_d_0433.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %662 = sext i1 %.not543.us.i to i32
-  %663 = add nsw i32 %rdiv439.us.i, %662
+for_begin_d_0456.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %662 = sext i1 %.not569.us.i to i32
+  %663 = add nsw i32 %rdiv462.us.i, %662
   %664 = sext i32 %663 to i64
   %665 = add nsw i64 %475, %664
   %666 = shl nsw i64 %665, 2
@@ -1448,53 +1448,53 @@ for_begin_d_0433.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
   %668 = shl nsw i64 %667, 2
   %669 = add nsw i64 %668, %478
   %670 = tail call i32 @llvm.umin.i32(i32 %494, i32 16)
-  %wide.trip.count1104.i = zext nneg i32 %670 to i64
-  br label %for_begin_d_0433.preheader.us.i
+  %wide.trip.count1193.i = zext nneg i32 %670 to i64
+  br label %for_begin_d_0456.preheader.us.i
 
-for_body_r443.lr.ph.us.i:                         ; preds = %for_begin_d_0433.preheader.us.i
-  %.idx544.us.i = shl nsw i64 %665, 4
-  %671 = getelementptr i8, ptr %lse, i64 %.idx544.us.i
+for_body_r466.lr.ph.us.i:                         ; preds = %for_begin_d_0456.preheader.us.i
+  %.idx570.us.i = shl nsw i64 %665, 4
+  %671 = getelementptr i8, ptr %lse, i64 %.idx570.us.i
   %672 = and i64 %482, 4294967280
-  br label %for_body_r443.us.i
+  br label %for_body_r466.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv240 = phi i32 [ %indvars.iv.next241, %for_begin_number.i ], [ %458, %for_body_number.lr.ph.i ]
-  %indvars.iv237.in = phi i32 [ %indvars.iv237, %for_begin_number.i ], [ %428, %for_body_number.lr.ph.i ]
-  %indvars.iv232 = phi i32 [ %indvars.iv.next233, %for_begin_number.i ], [ %457, %for_body_number.lr.ph.i ]
+  %indvars.iv247 = phi i32 [ %indvars.iv.next248, %for_begin_number.i ], [ %458, %for_body_number.lr.ph.i ]
+  %indvars.iv244.in = phi i32 [ %indvars.iv244, %for_begin_number.i ], [ %428, %for_body_number.lr.ph.i ]
+  %indvars.iv239 = phi i32 [ %indvars.iv.next240, %for_begin_number.i ], [ %457, %for_body_number.lr.ph.i ]
   %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %456, %for_body_number.lr.ph.i ]
-  %number829.i = phi i32 [ %472, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %smax478 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
-  %673 = and i32 %smax478, 127
+  %number895.i = phi i32 [ %472, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %smax493 = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
+  %673 = and i32 %smax493, 127
   %674 = add i32 %indvars.iv, %673
-  %smax464 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
-  %675 = add i32 %smax464, %indvars.iv237.in
-  %676 = and i32 %smax464, 127
+  %smax479 = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
+  %675 = add i32 %smax479, %indvars.iv244.in
+  %676 = and i32 %smax479, 127
   %677 = sub i32 %675, %676
   %678 = sext i32 %677 to i64
   %679 = add i32 %indvars.iv, %676
-  %smax454 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
-  %680 = and i32 %smax454, 127
+  %smax469 = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
+  %680 = and i32 %smax469, 127
   %681 = add i32 %indvars.iv, %680
-  %smax430 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
-  %682 = add i32 %smax430, %indvars.iv237.in
-  %683 = and i32 %smax430, 127
+  %smax445 = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
+  %682 = add i32 %smax445, %indvars.iv244.in
+  %683 = and i32 %smax445, 127
   %684 = sub i32 %682, %683
   %685 = sext i32 %684 to i64
   %686 = add i32 %indvars.iv, %683
-  %smax428 = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
-  %687 = and i32 %smax428, 127
+  %smax443 = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
+  %687 = and i32 %smax443, 127
   %688 = add i32 %indvars.iv, %687
-  %indvars.iv237 = add i32 %indvars.iv237.in, 4096
-  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv232, i32 0)
+  %indvars.iv244 = add i32 %indvars.iv244.in, 4096
+  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
   %689 = and i32 %smax, 127
   %690 = add i32 %indvars.iv, %689
   %691 = sub i32 %690, %smax
-  %smin = tail call i32 @llvm.smin.i32(i32 %span528.sroa.3.0.lcssa.i, i32 %indvars.iv237)
-  %smin239 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %427)
-  %692 = add i32 %smin239, %indvars.iv240
+  %smin = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %indvars.iv244)
+  %smin246 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %427)
+  %692 = add i32 %smin246, %indvars.iv247
   %693 = add i32 %692, %689
   %694 = sub i32 %693, %smax
-  %695 = add i32 %indvars.iv240, %689
+  %695 = add i32 %indvars.iv247, %689
   %696 = sub i32 %695, %smax
   %697 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %row_max.i = tail call ptr %697(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
@@ -1514,92 +1514,92 @@ if_end94.i:                                       ; preds = %if_end91.i
   br i1 %702, label %fused_attend_compute_.exit, label %if_end97.i, !prof !8
 
 if_end97.i:                                       ; preds = %if_end94.i
-  %703 = shl nsw i32 %number829.i, 12
+  %703 = shl nsw i32 %number895.i, 12
   %704 = add nsw i32 %703, %428
   %705 = add nsw i32 %704, 4096
-  %706 = sub i32 %span528.sroa.0.0.lcssa.i, %704
+  %706 = sub i32 %span554.sroa.0.0.lcssa.i, %704
   %unseen.i = tail call i32 @llvm.smax.i32(i32 %706, i32 0)
   %707 = and i32 %unseen.i, 127
   %708 = add nsw i32 %unseen.i, %704
   %709 = sub i32 %708, %707
   %710 = tail call i32 @llvm.smin.i32(i32 %705, i32 %key_end.i)
   %711 = sub nsw i32 %710, %709
-  %.fr852.i = freeze i32 %711
-  %712 = icmp slt i32 %.fr852.i, 1
-  %713 = tail call i32 @llvm.smax.i32(i32 %.fr852.i, i32 0)
+  %.fr919.i = freeze i32 %711
+  %712 = icmp slt i32 %.fr919.i, 1
+  %713 = tail call i32 @llvm.smax.i32(i32 %.fr919.i, i32 0)
   %714 = add nuw nsw i32 %713, 127
   %715 = lshr i32 %714, 7
-  %.not850.i = icmp eq i32 %715, 0
-  br i1 %.not850.i, label %for_begin_tile313.preheader.i, label %for_body_step.lr.ph.i, !prof !16
+  %.not916.i = icmp eq i32 %715, 0
+  br i1 %.not916.i, label %for_begin_tile336.preheader.i, label %for_body_step.lr.ph.i, !prof !16
 
 for_body_step.lr.ph.i:                            ; preds = %if_end97.i
   %716 = add nsw i32 %710, -1
   %717 = sext i32 %709 to i64
   %718 = sext i32 %710 to i64
-  %wide.trip.count1049.i = zext nneg i32 %715 to i64
+  %wide.trip.count1138.i = zext nneg i32 %715 to i64
   %invariant.op.i = add nsw i64 %718, -128
   %719 = getelementptr i8, ptr %463, i64 %678
   %720 = getelementptr i8, ptr %464, i64 %685
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end308.i
-  %indvars.iv.next1047.i = add nuw nsw i64 %indvars.iv1046.i, 1
-  %exitcond1050.not.i = icmp eq i64 %indvars.iv.next1047.i, %wide.trip.count1049.i
-  %indvars.iv.next235 = add i32 %indvars.iv234, -128
-  %indvars.iv.next243 = add i32 %indvars.iv242, -128
-  %indvars.iv.next245 = add i32 %indvars.iv244, -128
-  br i1 %exitcond1050.not.i, label %for_begin_tile313.preheader.i, label %for_body_step.i, !prof !13
+for_begin_step.i:                                 ; preds = %if_end331.i
+  %indvars.iv.next1136.i = add nuw nsw i64 %indvars.iv1135.i, 1
+  %exitcond1139.not.i = icmp eq i64 %indvars.iv.next1136.i, %wide.trip.count1138.i
+  %indvars.iv.next242 = add i32 %indvars.iv241, -128
+  %indvars.iv.next250 = add i32 %indvars.iv249, -128
+  %indvars.iv.next252 = add i32 %indvars.iv251, -128
+  br i1 %exitcond1139.not.i, label %for_begin_tile336.preheader.i, label %for_body_step.i, !prof !13
 
-for_begin_tile313.preheader.i:                    ; preds = %for_begin_step.i, %if_end97.i
+for_begin_tile336.preheader.i:                    ; preds = %for_begin_step.i, %if_end97.i
   %brmerge.i = or i1 %144, %712
-  br i1 %brmerge.i, label %for_end_tile315.i, label %for_body_tile314.i, !prof !42
+  br i1 %brmerge.i, label %for_end_tile338.i, label %for_body_tile337.i, !prof !42
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv244 = phi i32 [ %indvars.iv.next245, %for_begin_step.i ], [ %696, %for_body_step.lr.ph.i ]
-  %indvars.iv242 = phi i32 [ %indvars.iv.next243, %for_begin_step.i ], [ %694, %for_body_step.lr.ph.i ]
-  %indvars.iv234 = phi i32 [ %indvars.iv.next235, %for_begin_step.i ], [ %691, %for_body_step.lr.ph.i ]
-  %indvars.iv1046.i = phi i64 [ %indvars.iv.next1047.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %indvars.iv1046.i.tr = trunc i64 %indvars.iv1046.i to i32
-  %721 = shl i32 %indvars.iv1046.i.tr, 7
-  %722 = add i32 %smax478, %721
+  %indvars.iv251 = phi i32 [ %indvars.iv.next252, %for_begin_step.i ], [ %696, %for_body_step.lr.ph.i ]
+  %indvars.iv249 = phi i32 [ %indvars.iv.next250, %for_begin_step.i ], [ %694, %for_body_step.lr.ph.i ]
+  %indvars.iv241 = phi i32 [ %indvars.iv.next242, %for_begin_step.i ], [ %691, %for_body_step.lr.ph.i ]
+  %indvars.iv1135.i = phi i64 [ %indvars.iv.next1136.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %indvars.iv1135.i.tr = trunc i64 %indvars.iv1135.i to i32
+  %721 = shl i32 %indvars.iv1135.i.tr, 7
+  %722 = add i32 %smax493, %721
   %723 = sub i32 %674, %722
-  %smax479 = tail call i32 @llvm.smax.i32(i32 %723, i32 0)
-  %724 = shl nuw nsw i64 %indvars.iv1046.i, 7
-  %scevgep465 = getelementptr i8, ptr %719, i64 %724
-  %indvars.iv1046.i.tr524 = trunc i64 %indvars.iv1046.i to i32
-  %725 = shl i32 %indvars.iv1046.i.tr524, 7
-  %726 = add i32 %smax464, %725
+  %smax494 = tail call i32 @llvm.smax.i32(i32 %723, i32 0)
+  %724 = shl nuw nsw i64 %indvars.iv1135.i, 7
+  %scevgep480 = getelementptr i8, ptr %719, i64 %724
+  %indvars.iv1135.i.tr539 = trunc i64 %indvars.iv1135.i to i32
+  %725 = shl i32 %indvars.iv1135.i.tr539, 7
+  %726 = add i32 %smax479, %725
   %727 = sub i32 %679, %726
-  %smax466 = tail call i32 @llvm.smax.i32(i32 %727, i32 0)
-  %728 = zext nneg i32 %smax466 to i64
-  %729 = shl i32 %smax466, 4
+  %smax481 = tail call i32 @llvm.smax.i32(i32 %727, i32 0)
+  %728 = zext nneg i32 %smax481 to i64
+  %729 = shl i32 %smax481, 4
   %730 = sext i32 %729 to i64
   %731 = shl nsw i64 %730, 2
-  %indvars.iv1046.i.tr525 = trunc i64 %indvars.iv1046.i to i32
-  %732 = shl i32 %indvars.iv1046.i.tr525, 7
-  %733 = add i32 %smax454, %732
+  %indvars.iv1135.i.tr540 = trunc i64 %indvars.iv1135.i to i32
+  %732 = shl i32 %indvars.iv1135.i.tr540, 7
+  %733 = add i32 %smax469, %732
   %734 = sub i32 %681, %733
-  %smax455 = tail call i32 @llvm.smax.i32(i32 %734, i32 0)
-  %735 = shl i32 %smax455, 4
+  %smax470 = tail call i32 @llvm.smax.i32(i32 %734, i32 0)
+  %735 = shl i32 %smax470, 4
   %736 = sext i32 %735 to i64
-  %737 = shl nuw nsw i64 %indvars.iv1046.i, 7
+  %737 = shl nuw nsw i64 %indvars.iv1135.i, 7
   %scevgep = getelementptr i8, ptr %720, i64 %737
-  %indvars.iv1046.i.tr526 = trunc i64 %indvars.iv1046.i to i32
-  %738 = shl i32 %indvars.iv1046.i.tr526, 7
-  %739 = add i32 %smax430, %738
+  %indvars.iv1135.i.tr541 = trunc i64 %indvars.iv1135.i to i32
+  %738 = shl i32 %indvars.iv1135.i.tr541, 7
+  %739 = add i32 %smax445, %738
   %740 = sub i32 %686, %739
-  %smax431 = tail call i32 @llvm.smax.i32(i32 %740, i32 0)
-  %741 = zext nneg i32 %smax431 to i64
-  %742 = shl i32 %smax431, 4
+  %smax446 = tail call i32 @llvm.smax.i32(i32 %740, i32 0)
+  %741 = zext nneg i32 %smax446 to i64
+  %742 = shl i32 %smax446, 4
   %743 = sext i32 %742 to i64
   %744 = shl nsw i64 %743, 2
-  %indvars.iv1046.i.tr527 = trunc i64 %indvars.iv1046.i to i32
-  %745 = shl i32 %indvars.iv1046.i.tr527, 7
-  %746 = add i32 %smax428, %745
+  %indvars.iv1135.i.tr542 = trunc i64 %indvars.iv1135.i to i32
+  %745 = shl i32 %indvars.iv1135.i.tr542, 7
+  %746 = add i32 %smax443, %745
   %747 = sub i32 %688, %746
-  %smax429 = tail call i32 @llvm.smax.i32(i32 %747, i32 0)
-  %748 = shl i32 %smax429, 4
-  %smax248 = tail call i32 @llvm.smax.i32(i32 %indvars.iv234, i32 0)
+  %smax444 = tail call i32 @llvm.smax.i32(i32 %747, i32 0)
+  %748 = shl i32 %smax444, 4
+  %smax255 = tail call i32 @llvm.smax.i32(i32 %indvars.iv241, i32 0)
   %749 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %key_offsets.i = tail call ptr %749(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %750 = icmp eq ptr %key_offsets.i, null
@@ -1612,7 +1612,7 @@ if_end100.i:                                      ; preds = %for_body_step.i
   br i1 %752, label %fused_attend_compute_.exit, label %if_end103.i, !prof !8
 
 if_end103.i:                                      ; preds = %if_end100.i
-  %753 = shl nsw i64 %indvars.iv1046.i, 7
+  %753 = shl nsw i64 %indvars.iv1135.i, 7
   %754 = add nsw i64 %753, %717
   %755 = trunc i64 %754 to i32
   %756 = sub i32 %710, %755
@@ -1628,49 +1628,49 @@ if_end103.i:                                      ; preds = %if_end100.i
 for_body_t.lr.ph.i:                               ; preds = %if_end103.i
   %row_start.i = load i32, ptr %434, align 4, !tbaa !5
   %764 = sext i32 %row_start.i to i64
-  %invariant.gep656.i = getelementptr i32, ptr %invariant.gep.i, i64 %764
-  %wide.trip.count921.i = zext nneg i32 %762 to i64
+  %invariant.gep687.i = getelementptr i32, ptr %invariant.gep.i, i64 %764
+  %wide.trip.count994.i = zext nneg i32 %762 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv918.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next919.i.1, %for_body_t.i ]
-  %765 = add nsw i64 %indvars.iv918.i, %754
+  %indvars.iv991.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next992.i.1, %for_body_t.i ]
+  %765 = add nsw i64 %indvars.iv991.i, %754
   %766 = trunc nsw i64 %765 to i32
   %767 = tail call i32 @llvm.smin.i32(i32 %766, i32 %716)
   %768 = sext i32 %767 to i64
   %769 = ashr i64 %768, 4
-  %gep657.i = getelementptr i32, ptr %invariant.gep656.i, i64 %769
-  %770 = load i32, ptr %gep657.i, align 4, !tbaa !5
+  %gep688.i = getelementptr i32, ptr %invariant.gep687.i, i64 %769
+  %770 = load i32, ptr %gep688.i, align 4, !tbaa !5
   %block.i = sext i32 %770 to i64
   %771 = and i64 %768, 15
   %772 = mul nsw i64 %771, %k_row
   %773 = mul nsw i64 %k_block, %block.i
   %774 = add nsw i64 %772, %773
-  %775 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv918.i
+  %775 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv991.i
   store i64 %774, ptr %775, align 8, !tbaa !5
-  %indvars.iv.next919.i = or disjoint i64 %indvars.iv918.i, 1
-  %776 = add nsw i64 %indvars.iv.next919.i, %754
+  %indvars.iv.next992.i = or disjoint i64 %indvars.iv991.i, 1
+  %776 = add nsw i64 %indvars.iv.next992.i, %754
   %777 = trunc nsw i64 %776 to i32
   %778 = tail call i32 @llvm.smin.i32(i32 %777, i32 %716)
   %779 = sext i32 %778 to i64
   %780 = ashr i64 %779, 4
-  %gep657.i.1 = getelementptr i32, ptr %invariant.gep656.i, i64 %780
-  %781 = load i32, ptr %gep657.i.1, align 4, !tbaa !5
+  %gep688.i.1 = getelementptr i32, ptr %invariant.gep687.i, i64 %780
+  %781 = load i32, ptr %gep688.i.1, align 4, !tbaa !5
   %block.i.1 = sext i32 %781 to i64
   %782 = and i64 %779, 15
   %783 = mul nsw i64 %782, %k_row
   %784 = mul nsw i64 %k_block, %block.i.1
   %785 = add nsw i64 %783, %784
-  %786 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next919.i
+  %786 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next992.i
   store i64 %785, ptr %786, align 8, !tbaa !5
-  %indvars.iv.next919.i.1 = add nuw nsw i64 %indvars.iv918.i, 2
-  %exitcond922.not.i.1 = icmp eq i64 %indvars.iv.next919.i.1, %wide.trip.count921.i
-  br i1 %exitcond922.not.i.1, label %for_body_t108.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !43
+  %indvars.iv.next992.i.1 = add nuw nsw i64 %indvars.iv991.i, 2
+  %exitcond995.not.i.1 = icmp eq i64 %indvars.iv.next992.i.1, %wide.trip.count994.i
+  br i1 %exitcond995.not.i.1, label %for_body_t108.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !43
 
 for_body_t108.lr.ph.i:                            ; preds = %for_body_t.i
   %row_start106.i = load i32, ptr %434, align 4, !tbaa !5
   %787 = sext i32 %row_start106.i to i64
-  %invariant.gep660.i = getelementptr i32, ptr %invariant.gep.i, i64 %787
+  %invariant.gep691.i = getelementptr i32, ptr %invariant.gep.i, i64 %787
   br label %for_body_t108.i
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t108.i, %if_end103.i
@@ -1682,62 +1682,62 @@ for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.p
   %790 = sub i32 %context_len.i, %789
   %791 = tail call i32 @llvm.smax.i32(i32 %790, i32 0)
   %792 = zext nneg i32 %791 to i64
-  %793 = icmp eq i64 %indvars.iv1046.i, 0
+  %793 = icmp eq i64 %indvars.iv1135.i, 0
   %794 = insertelement <16 x i1> poison, i1 %793, i64 0
   %795 = shufflevector <16 x i1> %794, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count935.i = zext nneg i32 %759 to i64
+  %wide.trip.count1008.i = zext nneg i32 %759 to i64
   %796 = getelementptr i8, ptr %454, i64 %754
   %797 = getelementptr i8, ptr %796, i64 %792
-  %scevgep432 = getelementptr i8, ptr %scevgep, i64 %741
-  %scevgep467 = getelementptr i8, ptr %scevgep465, i64 %728
-  %broadcast.splatinsert487 = insertelement <8 x i32> poison, i32 %791, i64 0
-  %broadcast.splat488 = shufflevector <8 x i32> %broadcast.splatinsert487, <8 x i32> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert446 = insertelement <8 x i32> poison, i32 %791, i64 0
-  %broadcast.splat447 = shufflevector <8 x i32> %broadcast.splatinsert446, <8 x i32> poison, <8 x i32> zeroinitializer
+  %scevgep447 = getelementptr i8, ptr %scevgep, i64 %741
+  %scevgep482 = getelementptr i8, ptr %scevgep480, i64 %728
+  %broadcast.splatinsert502 = insertelement <8 x i32> poison, i32 %791, i64 0
+  %broadcast.splat503 = shufflevector <8 x i32> %broadcast.splatinsert502, <8 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splatinsert461 = insertelement <8 x i32> poison, i32 %791, i64 0
+  %broadcast.splat462 = shufflevector <8 x i32> %broadcast.splatinsert461, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %for_body_kv_head.i
 
 for_body_t108.i:                                  ; preds = %for_body_t108.i, %for_body_t108.lr.ph.i
-  %indvars.iv923.i = phi i64 [ 0, %for_body_t108.lr.ph.i ], [ %indvars.iv.next924.i.1, %for_body_t108.i ]
-  %798 = add nsw i64 %indvars.iv923.i, %754
+  %indvars.iv996.i = phi i64 [ 0, %for_body_t108.lr.ph.i ], [ %indvars.iv.next997.i.1, %for_body_t108.i ]
+  %798 = add nsw i64 %indvars.iv996.i, %754
   %799 = trunc nsw i64 %798 to i32
   %800 = tail call i32 @llvm.smin.i32(i32 %799, i32 %716)
   %801 = sext i32 %800 to i64
   %802 = ashr i64 %801, 4
-  %gep661.i = getelementptr i32, ptr %invariant.gep660.i, i64 %802
-  %803 = load i32, ptr %gep661.i, align 4, !tbaa !5
+  %gep692.i = getelementptr i32, ptr %invariant.gep691.i, i64 %802
+  %803 = load i32, ptr %gep692.i, align 4, !tbaa !5
   %block115.i = sext i32 %803 to i64
   %804 = and i64 %801, 15
   %805 = mul nsw i64 %804, %v_row
   %806 = mul nsw i64 %v_block, %block115.i
   %807 = add nsw i64 %805, %806
-  %808 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv923.i
+  %808 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv996.i
   store i64 %807, ptr %808, align 8, !tbaa !5
-  %indvars.iv.next924.i = or disjoint i64 %indvars.iv923.i, 1
-  %809 = add nsw i64 %indvars.iv.next924.i, %754
+  %indvars.iv.next997.i = or disjoint i64 %indvars.iv996.i, 1
+  %809 = add nsw i64 %indvars.iv.next997.i, %754
   %810 = trunc nsw i64 %809 to i32
   %811 = tail call i32 @llvm.smin.i32(i32 %810, i32 %716)
   %812 = sext i32 %811 to i64
   %813 = ashr i64 %812, 4
-  %gep661.i.1 = getelementptr i32, ptr %invariant.gep660.i, i64 %813
-  %814 = load i32, ptr %gep661.i.1, align 4, !tbaa !5
+  %gep692.i.1 = getelementptr i32, ptr %invariant.gep691.i, i64 %813
+  %814 = load i32, ptr %gep692.i.1, align 4, !tbaa !5
   %block115.i.1 = sext i32 %814 to i64
   %815 = and i64 %812, 15
   %816 = mul nsw i64 %815, %v_row
   %817 = mul nsw i64 %v_block, %block115.i.1
   %818 = add nsw i64 %816, %817
-  %819 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next924.i
+  %819 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next997.i
   store i64 %818, ptr %819, align 8, !tbaa !5
-  %indvars.iv.next924.i.1 = add nuw nsw i64 %indvars.iv923.i, 2
-  %exitcond927.not.i.1 = icmp eq i64 %indvars.iv.next924.i.1, %wide.trip.count921.i
-  br i1 %exitcond927.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t108.i, !prof !13, !llvm.loop !44
+  %indvars.iv.next997.i.1 = add nuw nsw i64 %indvars.iv996.i, 2
+  %exitcond1000.not.i.1 = icmp eq i64 %indvars.iv.next997.i.1, %wide.trip.count994.i
+  br i1 %exitcond1000.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t108.i, !prof !13, !llvm.loop !44
 
-for_begin_kv_head.i:                              ; preds = %if_end302.i
-  %indvars.iv.next1042.i = add nuw nsw i64 %indvars.iv1041.i, 1
-  %exitcond1045.not.i = icmp eq i64 %indvars.iv.next1042.i, %wide.trip.count1044.i
-  br i1 %exitcond1045.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+for_begin_kv_head.i:                              ; preds = %if_end325.i
+  %indvars.iv.next1131.i = add nuw nsw i64 %indvars.iv1130.i, 1
+  %exitcond1134.not.i = icmp eq i64 %indvars.iv.next1131.i, %wide.trip.count1133.i
+  br i1 %exitcond1134.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
-  %indvars.iv1041.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1042.i, %for_begin_kv_head.i ]
+  %indvars.iv1130.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1131.i, %for_begin_kv_head.i ]
   %820 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %k_tile.i = tail call ptr %820(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
   %821 = icmp eq ptr %k_tile.i, null
@@ -1746,8 +1746,8 @@ for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
   %822 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %823 = tail call i32 %822(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not548.i = icmp eq i32 %823, 0
-  br i1 %.not548.i, label %if_end308.i, label %fused_attend_compute_.exit, !prof !38
+  %.not574.i = icmp eq i32 %823, 0
+  br i1 %.not574.i, label %if_end331.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end119.i:                                      ; preds = %for_body_kv_head.i
   %824 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1756,931 +1756,931 @@ if_end119.i:                                      ; preds = %for_body_kv_head.i
   br i1 %825, label %fused_attend_compute_.exit, label %if_end122.i, !prof !8
 
 if_end122.i:                                      ; preds = %if_end119.i
-  %826 = add nsw i64 %indvars.iv1041.i, %437
+  %826 = add nsw i64 %indvars.iv1130.i, %437
   br i1 %788, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
 
 for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end122.i
   %827 = mul nsw i64 %826, %k_head
-  %invariant.gep662.i = getelementptr i32, ptr %key_cache, i64 %827
+  %invariant.gep693.i = getelementptr i32, ptr %key_cache, i64 %827
   br label %for_begin_ti.preheader.i
 
 for_begin_ti129.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
   %828 = mul nsw i64 %826, %v_head
-  %invariant.gep679.i = getelementptr i32, ptr %value_cache, i64 %828
+  %invariant.gep710.i = getelementptr i32, ptr %value_cache, i64 %828
   br label %for_begin_ti129.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
-  %indvars.iv932.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next933.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv932.i, 6
+  %indvars.iv1005.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next1006.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv1005.i, 6
   %829 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
   %830 = load i64, ptr %829, align 8, !tbaa !5
-  %gep.i = getelementptr i32, ptr %invariant.gep662.i, i64 %830
+  %gep.i = getelementptr i32, ptr %invariant.gep693.i, i64 %830
   %831 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !5
   %832 = shl <16 x i32> %831, splat (i32 16)
-  %.idx79 = shl nsw i64 %indvars.iv932.i, 12
+  %.idx79 = shl nsw i64 %indvars.iv1005.i, 12
   %833 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx79
   store <16 x i32> %832, ptr %833, align 4, !tbaa !5
   %834 = load i64, ptr %829, align 8, !tbaa !5
-  %gep664.i = getelementptr i32, ptr %invariant.gep662.i, i64 %834
-  %835 = load <16 x i32>, ptr %gep664.i, align 4, !tbaa !5
+  %gep695.i = getelementptr i32, ptr %invariant.gep693.i, i64 %834
+  %835 = load <16 x i32>, ptr %gep695.i, align 4, !tbaa !5
   %836 = and <16 x i32> %835, %441
   %837 = getelementptr inbounds nuw i8, ptr %833, i64 64
   store <16 x i32> %836, ptr %837, align 4, !tbaa !5
   %838 = load i64, ptr %829, align 8, !tbaa !5
-  %gep666.i = getelementptr i32, ptr %invariant.gep662.i, i64 %838
-  %839 = getelementptr i8, ptr %gep666.i, i64 64
+  %gep697.i = getelementptr i32, ptr %invariant.gep693.i, i64 %838
+  %839 = getelementptr i8, ptr %gep697.i, i64 64
   %840 = load <16 x i32>, ptr %839, align 4, !tbaa !5
   %841 = shl <16 x i32> %840, splat (i32 16)
   %842 = getelementptr inbounds nuw i8, ptr %833, i64 128
   store <16 x i32> %841, ptr %842, align 4, !tbaa !5
   %843 = load i64, ptr %829, align 8, !tbaa !5
-  %gep668.i = getelementptr i32, ptr %invariant.gep662.i, i64 %843
-  %844 = getelementptr i8, ptr %gep668.i, i64 64
+  %gep699.i = getelementptr i32, ptr %invariant.gep693.i, i64 %843
+  %844 = getelementptr i8, ptr %gep699.i, i64 64
   %845 = load <16 x i32>, ptr %844, align 4, !tbaa !5
   %846 = and <16 x i32> %845, %441
   %847 = getelementptr inbounds nuw i8, ptr %833, i64 192
   store <16 x i32> %846, ptr %847, align 4, !tbaa !5
   %848 = load i64, ptr %829, align 8, !tbaa !5
-  %gep670.i = getelementptr i32, ptr %invariant.gep662.i, i64 %848
-  %849 = getelementptr i8, ptr %gep670.i, i64 128
+  %gep701.i = getelementptr i32, ptr %invariant.gep693.i, i64 %848
+  %849 = getelementptr i8, ptr %gep701.i, i64 128
   %850 = load <16 x i32>, ptr %849, align 4, !tbaa !5
   %851 = shl <16 x i32> %850, splat (i32 16)
   %852 = getelementptr inbounds nuw i8, ptr %833, i64 256
   store <16 x i32> %851, ptr %852, align 4, !tbaa !5
   %853 = load i64, ptr %829, align 8, !tbaa !5
-  %gep672.i = getelementptr i32, ptr %invariant.gep662.i, i64 %853
-  %854 = getelementptr i8, ptr %gep672.i, i64 128
+  %gep703.i = getelementptr i32, ptr %invariant.gep693.i, i64 %853
+  %854 = getelementptr i8, ptr %gep703.i, i64 128
   %855 = load <16 x i32>, ptr %854, align 4, !tbaa !5
   %856 = and <16 x i32> %855, %441
   %857 = getelementptr inbounds nuw i8, ptr %833, i64 320
   store <16 x i32> %856, ptr %857, align 4, !tbaa !5
   %858 = load i64, ptr %829, align 8, !tbaa !5
-  %gep674.i = getelementptr i32, ptr %invariant.gep662.i, i64 %858
-  %859 = getelementptr i8, ptr %gep674.i, i64 192
+  %gep705.i = getelementptr i32, ptr %invariant.gep693.i, i64 %858
+  %859 = getelementptr i8, ptr %gep705.i, i64 192
   %860 = load <16 x i32>, ptr %859, align 4, !tbaa !5
   %861 = shl <16 x i32> %860, splat (i32 16)
   %862 = getelementptr inbounds nuw i8, ptr %833, i64 384
   store <16 x i32> %861, ptr %862, align 4, !tbaa !5
   %863 = load i64, ptr %829, align 8, !tbaa !5
-  %gep676.i = getelementptr i32, ptr %invariant.gep662.i, i64 %863
-  %864 = getelementptr i8, ptr %gep676.i, i64 192
+  %gep707.i = getelementptr i32, ptr %invariant.gep693.i, i64 %863
+  %864 = getelementptr i8, ptr %gep707.i, i64 192
   %865 = load <16 x i32>, ptr %864, align 4, !tbaa !5
   %866 = and <16 x i32> %865, %441
   %867 = getelementptr inbounds nuw i8, ptr %833, i64 448
   store <16 x i32> %866, ptr %867, align 4, !tbaa !5
   %868 = getelementptr inbounds nuw i8, ptr %829, i64 8
   %869 = load i64, ptr %868, align 8, !tbaa !5
-  %gep.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %869
+  %gep.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %869
   %870 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !5
   %871 = shl <16 x i32> %870, splat (i32 16)
   %872 = getelementptr inbounds nuw i8, ptr %833, i64 512
   store <16 x i32> %871, ptr %872, align 4, !tbaa !5
   %873 = load i64, ptr %868, align 8, !tbaa !5
-  %gep664.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %873
-  %874 = load <16 x i32>, ptr %gep664.1.i, align 4, !tbaa !5
+  %gep695.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %873
+  %874 = load <16 x i32>, ptr %gep695.1.i, align 4, !tbaa !5
   %875 = and <16 x i32> %874, %441
   %876 = getelementptr inbounds nuw i8, ptr %833, i64 576
   store <16 x i32> %875, ptr %876, align 4, !tbaa !5
   %877 = load i64, ptr %868, align 8, !tbaa !5
-  %gep666.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %877
-  %878 = getelementptr i8, ptr %gep666.1.i, i64 64
+  %gep697.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %877
+  %878 = getelementptr i8, ptr %gep697.1.i, i64 64
   %879 = load <16 x i32>, ptr %878, align 4, !tbaa !5
   %880 = shl <16 x i32> %879, splat (i32 16)
   %881 = getelementptr inbounds nuw i8, ptr %833, i64 640
   store <16 x i32> %880, ptr %881, align 4, !tbaa !5
   %882 = load i64, ptr %868, align 8, !tbaa !5
-  %gep668.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %882
-  %883 = getelementptr i8, ptr %gep668.1.i, i64 64
+  %gep699.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %882
+  %883 = getelementptr i8, ptr %gep699.1.i, i64 64
   %884 = load <16 x i32>, ptr %883, align 4, !tbaa !5
   %885 = and <16 x i32> %884, %441
   %886 = getelementptr inbounds nuw i8, ptr %833, i64 704
   store <16 x i32> %885, ptr %886, align 4, !tbaa !5
   %887 = load i64, ptr %868, align 8, !tbaa !5
-  %gep670.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %887
-  %888 = getelementptr i8, ptr %gep670.1.i, i64 128
+  %gep701.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %887
+  %888 = getelementptr i8, ptr %gep701.1.i, i64 128
   %889 = load <16 x i32>, ptr %888, align 4, !tbaa !5
   %890 = shl <16 x i32> %889, splat (i32 16)
   %891 = getelementptr inbounds nuw i8, ptr %833, i64 768
   store <16 x i32> %890, ptr %891, align 4, !tbaa !5
   %892 = load i64, ptr %868, align 8, !tbaa !5
-  %gep672.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %892
-  %893 = getelementptr i8, ptr %gep672.1.i, i64 128
+  %gep703.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %892
+  %893 = getelementptr i8, ptr %gep703.1.i, i64 128
   %894 = load <16 x i32>, ptr %893, align 4, !tbaa !5
   %895 = and <16 x i32> %894, %441
   %896 = getelementptr inbounds nuw i8, ptr %833, i64 832
   store <16 x i32> %895, ptr %896, align 4, !tbaa !5
   %897 = load i64, ptr %868, align 8, !tbaa !5
-  %gep674.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %897
-  %898 = getelementptr i8, ptr %gep674.1.i, i64 192
+  %gep705.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %897
+  %898 = getelementptr i8, ptr %gep705.1.i, i64 192
   %899 = load <16 x i32>, ptr %898, align 4, !tbaa !5
   %900 = shl <16 x i32> %899, splat (i32 16)
   %901 = getelementptr inbounds nuw i8, ptr %833, i64 896
   store <16 x i32> %900, ptr %901, align 4, !tbaa !5
   %902 = load i64, ptr %868, align 8, !tbaa !5
-  %gep676.1.i = getelementptr i32, ptr %invariant.gep662.i, i64 %902
-  %903 = getelementptr i8, ptr %gep676.1.i, i64 192
+  %gep707.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %902
+  %903 = getelementptr i8, ptr %gep707.1.i, i64 192
   %904 = load <16 x i32>, ptr %903, align 4, !tbaa !5
   %905 = and <16 x i32> %904, %441
   %906 = getelementptr inbounds nuw i8, ptr %833, i64 960
   store <16 x i32> %905, ptr %906, align 4, !tbaa !5
   %907 = getelementptr inbounds nuw i8, ptr %829, i64 16
   %908 = load i64, ptr %907, align 8, !tbaa !5
-  %gep.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %908
+  %gep.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %908
   %909 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !5
   %910 = shl <16 x i32> %909, splat (i32 16)
   %911 = getelementptr inbounds nuw i8, ptr %833, i64 1024
   store <16 x i32> %910, ptr %911, align 4, !tbaa !5
   %912 = load i64, ptr %907, align 8, !tbaa !5
-  %gep664.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %912
-  %913 = load <16 x i32>, ptr %gep664.2.i, align 4, !tbaa !5
+  %gep695.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %912
+  %913 = load <16 x i32>, ptr %gep695.2.i, align 4, !tbaa !5
   %914 = and <16 x i32> %913, %441
   %915 = getelementptr inbounds nuw i8, ptr %833, i64 1088
   store <16 x i32> %914, ptr %915, align 4, !tbaa !5
   %916 = load i64, ptr %907, align 8, !tbaa !5
-  %gep666.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %916
-  %917 = getelementptr i8, ptr %gep666.2.i, i64 64
+  %gep697.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %916
+  %917 = getelementptr i8, ptr %gep697.2.i, i64 64
   %918 = load <16 x i32>, ptr %917, align 4, !tbaa !5
   %919 = shl <16 x i32> %918, splat (i32 16)
   %920 = getelementptr inbounds nuw i8, ptr %833, i64 1152
   store <16 x i32> %919, ptr %920, align 4, !tbaa !5
   %921 = load i64, ptr %907, align 8, !tbaa !5
-  %gep668.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %921
-  %922 = getelementptr i8, ptr %gep668.2.i, i64 64
+  %gep699.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %921
+  %922 = getelementptr i8, ptr %gep699.2.i, i64 64
   %923 = load <16 x i32>, ptr %922, align 4, !tbaa !5
   %924 = and <16 x i32> %923, %441
   %925 = getelementptr inbounds nuw i8, ptr %833, i64 1216
   store <16 x i32> %924, ptr %925, align 4, !tbaa !5
   %926 = load i64, ptr %907, align 8, !tbaa !5
-  %gep670.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %926
-  %927 = getelementptr i8, ptr %gep670.2.i, i64 128
+  %gep701.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %926
+  %927 = getelementptr i8, ptr %gep701.2.i, i64 128
   %928 = load <16 x i32>, ptr %927, align 4, !tbaa !5
   %929 = shl <16 x i32> %928, splat (i32 16)
   %930 = getelementptr inbounds nuw i8, ptr %833, i64 1280
   store <16 x i32> %929, ptr %930, align 4, !tbaa !5
   %931 = load i64, ptr %907, align 8, !tbaa !5
-  %gep672.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %931
-  %932 = getelementptr i8, ptr %gep672.2.i, i64 128
+  %gep703.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %931
+  %932 = getelementptr i8, ptr %gep703.2.i, i64 128
   %933 = load <16 x i32>, ptr %932, align 4, !tbaa !5
   %934 = and <16 x i32> %933, %441
   %935 = getelementptr inbounds nuw i8, ptr %833, i64 1344
   store <16 x i32> %934, ptr %935, align 4, !tbaa !5
   %936 = load i64, ptr %907, align 8, !tbaa !5
-  %gep674.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %936
-  %937 = getelementptr i8, ptr %gep674.2.i, i64 192
+  %gep705.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %936
+  %937 = getelementptr i8, ptr %gep705.2.i, i64 192
   %938 = load <16 x i32>, ptr %937, align 4, !tbaa !5
   %939 = shl <16 x i32> %938, splat (i32 16)
   %940 = getelementptr inbounds nuw i8, ptr %833, i64 1408
   store <16 x i32> %939, ptr %940, align 4, !tbaa !5
   %941 = load i64, ptr %907, align 8, !tbaa !5
-  %gep676.2.i = getelementptr i32, ptr %invariant.gep662.i, i64 %941
-  %942 = getelementptr i8, ptr %gep676.2.i, i64 192
+  %gep707.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %941
+  %942 = getelementptr i8, ptr %gep707.2.i, i64 192
   %943 = load <16 x i32>, ptr %942, align 4, !tbaa !5
   %944 = and <16 x i32> %943, %441
   %945 = getelementptr inbounds nuw i8, ptr %833, i64 1472
   store <16 x i32> %944, ptr %945, align 4, !tbaa !5
   %946 = getelementptr inbounds nuw i8, ptr %829, i64 24
   %947 = load i64, ptr %946, align 8, !tbaa !5
-  %gep.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %947
+  %gep.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %947
   %948 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !5
   %949 = shl <16 x i32> %948, splat (i32 16)
   %950 = getelementptr inbounds nuw i8, ptr %833, i64 1536
   store <16 x i32> %949, ptr %950, align 4, !tbaa !5
   %951 = load i64, ptr %946, align 8, !tbaa !5
-  %gep664.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %951
-  %952 = load <16 x i32>, ptr %gep664.3.i, align 4, !tbaa !5
+  %gep695.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %951
+  %952 = load <16 x i32>, ptr %gep695.3.i, align 4, !tbaa !5
   %953 = and <16 x i32> %952, %441
   %954 = getelementptr inbounds nuw i8, ptr %833, i64 1600
   store <16 x i32> %953, ptr %954, align 4, !tbaa !5
   %955 = load i64, ptr %946, align 8, !tbaa !5
-  %gep666.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %955
-  %956 = getelementptr i8, ptr %gep666.3.i, i64 64
+  %gep697.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %955
+  %956 = getelementptr i8, ptr %gep697.3.i, i64 64
   %957 = load <16 x i32>, ptr %956, align 4, !tbaa !5
   %958 = shl <16 x i32> %957, splat (i32 16)
   %959 = getelementptr inbounds nuw i8, ptr %833, i64 1664
   store <16 x i32> %958, ptr %959, align 4, !tbaa !5
   %960 = load i64, ptr %946, align 8, !tbaa !5
-  %gep668.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %960
-  %961 = getelementptr i8, ptr %gep668.3.i, i64 64
+  %gep699.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %960
+  %961 = getelementptr i8, ptr %gep699.3.i, i64 64
   %962 = load <16 x i32>, ptr %961, align 4, !tbaa !5
   %963 = and <16 x i32> %962, %441
   %964 = getelementptr inbounds nuw i8, ptr %833, i64 1728
   store <16 x i32> %963, ptr %964, align 4, !tbaa !5
   %965 = load i64, ptr %946, align 8, !tbaa !5
-  %gep670.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %965
-  %966 = getelementptr i8, ptr %gep670.3.i, i64 128
+  %gep701.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %965
+  %966 = getelementptr i8, ptr %gep701.3.i, i64 128
   %967 = load <16 x i32>, ptr %966, align 4, !tbaa !5
   %968 = shl <16 x i32> %967, splat (i32 16)
   %969 = getelementptr inbounds nuw i8, ptr %833, i64 1792
   store <16 x i32> %968, ptr %969, align 4, !tbaa !5
   %970 = load i64, ptr %946, align 8, !tbaa !5
-  %gep672.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %970
-  %971 = getelementptr i8, ptr %gep672.3.i, i64 128
+  %gep703.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %970
+  %971 = getelementptr i8, ptr %gep703.3.i, i64 128
   %972 = load <16 x i32>, ptr %971, align 4, !tbaa !5
   %973 = and <16 x i32> %972, %441
   %974 = getelementptr inbounds nuw i8, ptr %833, i64 1856
   store <16 x i32> %973, ptr %974, align 4, !tbaa !5
   %975 = load i64, ptr %946, align 8, !tbaa !5
-  %gep674.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %975
-  %976 = getelementptr i8, ptr %gep674.3.i, i64 192
+  %gep705.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %975
+  %976 = getelementptr i8, ptr %gep705.3.i, i64 192
   %977 = load <16 x i32>, ptr %976, align 4, !tbaa !5
   %978 = shl <16 x i32> %977, splat (i32 16)
   %979 = getelementptr inbounds nuw i8, ptr %833, i64 1920
   store <16 x i32> %978, ptr %979, align 4, !tbaa !5
   %980 = load i64, ptr %946, align 8, !tbaa !5
-  %gep676.3.i = getelementptr i32, ptr %invariant.gep662.i, i64 %980
-  %981 = getelementptr i8, ptr %gep676.3.i, i64 192
+  %gep707.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %980
+  %981 = getelementptr i8, ptr %gep707.3.i, i64 192
   %982 = load <16 x i32>, ptr %981, align 4, !tbaa !5
   %983 = and <16 x i32> %982, %441
   %984 = getelementptr inbounds nuw i8, ptr %833, i64 1984
   store <16 x i32> %983, ptr %984, align 4, !tbaa !5
   %985 = getelementptr inbounds nuw i8, ptr %829, i64 32
   %986 = load i64, ptr %985, align 8, !tbaa !5
-  %gep.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %986
+  %gep.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %986
   %987 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !5
   %988 = shl <16 x i32> %987, splat (i32 16)
   %989 = getelementptr inbounds nuw i8, ptr %833, i64 2048
   store <16 x i32> %988, ptr %989, align 4, !tbaa !5
   %990 = load i64, ptr %985, align 8, !tbaa !5
-  %gep664.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %990
-  %991 = load <16 x i32>, ptr %gep664.4.i, align 4, !tbaa !5
+  %gep695.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %990
+  %991 = load <16 x i32>, ptr %gep695.4.i, align 4, !tbaa !5
   %992 = and <16 x i32> %991, %441
   %993 = getelementptr inbounds nuw i8, ptr %833, i64 2112
   store <16 x i32> %992, ptr %993, align 4, !tbaa !5
   %994 = load i64, ptr %985, align 8, !tbaa !5
-  %gep666.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %994
-  %995 = getelementptr i8, ptr %gep666.4.i, i64 64
+  %gep697.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %994
+  %995 = getelementptr i8, ptr %gep697.4.i, i64 64
   %996 = load <16 x i32>, ptr %995, align 4, !tbaa !5
   %997 = shl <16 x i32> %996, splat (i32 16)
   %998 = getelementptr inbounds nuw i8, ptr %833, i64 2176
   store <16 x i32> %997, ptr %998, align 4, !tbaa !5
   %999 = load i64, ptr %985, align 8, !tbaa !5
-  %gep668.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %999
-  %1000 = getelementptr i8, ptr %gep668.4.i, i64 64
+  %gep699.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %999
+  %1000 = getelementptr i8, ptr %gep699.4.i, i64 64
   %1001 = load <16 x i32>, ptr %1000, align 4, !tbaa !5
   %1002 = and <16 x i32> %1001, %441
   %1003 = getelementptr inbounds nuw i8, ptr %833, i64 2240
   store <16 x i32> %1002, ptr %1003, align 4, !tbaa !5
   %1004 = load i64, ptr %985, align 8, !tbaa !5
-  %gep670.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1004
-  %1005 = getelementptr i8, ptr %gep670.4.i, i64 128
+  %gep701.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1004
+  %1005 = getelementptr i8, ptr %gep701.4.i, i64 128
   %1006 = load <16 x i32>, ptr %1005, align 4, !tbaa !5
   %1007 = shl <16 x i32> %1006, splat (i32 16)
   %1008 = getelementptr inbounds nuw i8, ptr %833, i64 2304
   store <16 x i32> %1007, ptr %1008, align 4, !tbaa !5
   %1009 = load i64, ptr %985, align 8, !tbaa !5
-  %gep672.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1009
-  %1010 = getelementptr i8, ptr %gep672.4.i, i64 128
+  %gep703.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1009
+  %1010 = getelementptr i8, ptr %gep703.4.i, i64 128
   %1011 = load <16 x i32>, ptr %1010, align 4, !tbaa !5
   %1012 = and <16 x i32> %1011, %441
   %1013 = getelementptr inbounds nuw i8, ptr %833, i64 2368
   store <16 x i32> %1012, ptr %1013, align 4, !tbaa !5
   %1014 = load i64, ptr %985, align 8, !tbaa !5
-  %gep674.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1014
-  %1015 = getelementptr i8, ptr %gep674.4.i, i64 192
+  %gep705.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1014
+  %1015 = getelementptr i8, ptr %gep705.4.i, i64 192
   %1016 = load <16 x i32>, ptr %1015, align 4, !tbaa !5
   %1017 = shl <16 x i32> %1016, splat (i32 16)
   %1018 = getelementptr inbounds nuw i8, ptr %833, i64 2432
   store <16 x i32> %1017, ptr %1018, align 4, !tbaa !5
   %1019 = load i64, ptr %985, align 8, !tbaa !5
-  %gep676.4.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1019
-  %1020 = getelementptr i8, ptr %gep676.4.i, i64 192
+  %gep707.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1019
+  %1020 = getelementptr i8, ptr %gep707.4.i, i64 192
   %1021 = load <16 x i32>, ptr %1020, align 4, !tbaa !5
   %1022 = and <16 x i32> %1021, %441
   %1023 = getelementptr inbounds nuw i8, ptr %833, i64 2496
   store <16 x i32> %1022, ptr %1023, align 4, !tbaa !5
   %1024 = getelementptr inbounds nuw i8, ptr %829, i64 40
   %1025 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1025
+  %gep.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1025
   %1026 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !5
   %1027 = shl <16 x i32> %1026, splat (i32 16)
   %1028 = getelementptr inbounds nuw i8, ptr %833, i64 2560
   store <16 x i32> %1027, ptr %1028, align 4, !tbaa !5
   %1029 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep664.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1029
-  %1030 = load <16 x i32>, ptr %gep664.5.i, align 4, !tbaa !5
+  %gep695.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1029
+  %1030 = load <16 x i32>, ptr %gep695.5.i, align 4, !tbaa !5
   %1031 = and <16 x i32> %1030, %441
   %1032 = getelementptr inbounds nuw i8, ptr %833, i64 2624
   store <16 x i32> %1031, ptr %1032, align 4, !tbaa !5
   %1033 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep666.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1033
-  %1034 = getelementptr i8, ptr %gep666.5.i, i64 64
+  %gep697.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1033
+  %1034 = getelementptr i8, ptr %gep697.5.i, i64 64
   %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !5
   %1036 = shl <16 x i32> %1035, splat (i32 16)
   %1037 = getelementptr inbounds nuw i8, ptr %833, i64 2688
   store <16 x i32> %1036, ptr %1037, align 4, !tbaa !5
   %1038 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep668.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1038
-  %1039 = getelementptr i8, ptr %gep668.5.i, i64 64
+  %gep699.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1038
+  %1039 = getelementptr i8, ptr %gep699.5.i, i64 64
   %1040 = load <16 x i32>, ptr %1039, align 4, !tbaa !5
   %1041 = and <16 x i32> %1040, %441
   %1042 = getelementptr inbounds nuw i8, ptr %833, i64 2752
   store <16 x i32> %1041, ptr %1042, align 4, !tbaa !5
   %1043 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep670.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1043
-  %1044 = getelementptr i8, ptr %gep670.5.i, i64 128
+  %gep701.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1043
+  %1044 = getelementptr i8, ptr %gep701.5.i, i64 128
   %1045 = load <16 x i32>, ptr %1044, align 4, !tbaa !5
   %1046 = shl <16 x i32> %1045, splat (i32 16)
   %1047 = getelementptr inbounds nuw i8, ptr %833, i64 2816
   store <16 x i32> %1046, ptr %1047, align 4, !tbaa !5
   %1048 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep672.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1048
-  %1049 = getelementptr i8, ptr %gep672.5.i, i64 128
+  %gep703.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1048
+  %1049 = getelementptr i8, ptr %gep703.5.i, i64 128
   %1050 = load <16 x i32>, ptr %1049, align 4, !tbaa !5
   %1051 = and <16 x i32> %1050, %441
   %1052 = getelementptr inbounds nuw i8, ptr %833, i64 2880
   store <16 x i32> %1051, ptr %1052, align 4, !tbaa !5
   %1053 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep674.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1053
-  %1054 = getelementptr i8, ptr %gep674.5.i, i64 192
+  %gep705.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1053
+  %1054 = getelementptr i8, ptr %gep705.5.i, i64 192
   %1055 = load <16 x i32>, ptr %1054, align 4, !tbaa !5
   %1056 = shl <16 x i32> %1055, splat (i32 16)
   %1057 = getelementptr inbounds nuw i8, ptr %833, i64 2944
   store <16 x i32> %1056, ptr %1057, align 4, !tbaa !5
   %1058 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep676.5.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1058
-  %1059 = getelementptr i8, ptr %gep676.5.i, i64 192
+  %gep707.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1058
+  %1059 = getelementptr i8, ptr %gep707.5.i, i64 192
   %1060 = load <16 x i32>, ptr %1059, align 4, !tbaa !5
   %1061 = and <16 x i32> %1060, %441
   %1062 = getelementptr inbounds nuw i8, ptr %833, i64 3008
   store <16 x i32> %1061, ptr %1062, align 4, !tbaa !5
   %1063 = getelementptr inbounds nuw i8, ptr %829, i64 48
   %1064 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1064
+  %gep.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1064
   %1065 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !5
   %1066 = shl <16 x i32> %1065, splat (i32 16)
   %1067 = getelementptr inbounds nuw i8, ptr %833, i64 3072
   store <16 x i32> %1066, ptr %1067, align 4, !tbaa !5
   %1068 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep664.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1068
-  %1069 = load <16 x i32>, ptr %gep664.6.i, align 4, !tbaa !5
+  %gep695.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1068
+  %1069 = load <16 x i32>, ptr %gep695.6.i, align 4, !tbaa !5
   %1070 = and <16 x i32> %1069, %441
   %1071 = getelementptr inbounds nuw i8, ptr %833, i64 3136
   store <16 x i32> %1070, ptr %1071, align 4, !tbaa !5
   %1072 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep666.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1072
-  %1073 = getelementptr i8, ptr %gep666.6.i, i64 64
+  %gep697.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1072
+  %1073 = getelementptr i8, ptr %gep697.6.i, i64 64
   %1074 = load <16 x i32>, ptr %1073, align 4, !tbaa !5
   %1075 = shl <16 x i32> %1074, splat (i32 16)
   %1076 = getelementptr inbounds nuw i8, ptr %833, i64 3200
   store <16 x i32> %1075, ptr %1076, align 4, !tbaa !5
   %1077 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep668.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1077
-  %1078 = getelementptr i8, ptr %gep668.6.i, i64 64
+  %gep699.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1077
+  %1078 = getelementptr i8, ptr %gep699.6.i, i64 64
   %1079 = load <16 x i32>, ptr %1078, align 4, !tbaa !5
   %1080 = and <16 x i32> %1079, %441
   %1081 = getelementptr inbounds nuw i8, ptr %833, i64 3264
   store <16 x i32> %1080, ptr %1081, align 4, !tbaa !5
   %1082 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep670.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1082
-  %1083 = getelementptr i8, ptr %gep670.6.i, i64 128
+  %gep701.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1082
+  %1083 = getelementptr i8, ptr %gep701.6.i, i64 128
   %1084 = load <16 x i32>, ptr %1083, align 4, !tbaa !5
   %1085 = shl <16 x i32> %1084, splat (i32 16)
   %1086 = getelementptr inbounds nuw i8, ptr %833, i64 3328
   store <16 x i32> %1085, ptr %1086, align 4, !tbaa !5
   %1087 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep672.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1087
-  %1088 = getelementptr i8, ptr %gep672.6.i, i64 128
+  %gep703.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1087
+  %1088 = getelementptr i8, ptr %gep703.6.i, i64 128
   %1089 = load <16 x i32>, ptr %1088, align 4, !tbaa !5
   %1090 = and <16 x i32> %1089, %441
   %1091 = getelementptr inbounds nuw i8, ptr %833, i64 3392
   store <16 x i32> %1090, ptr %1091, align 4, !tbaa !5
   %1092 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep674.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1092
-  %1093 = getelementptr i8, ptr %gep674.6.i, i64 192
+  %gep705.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1092
+  %1093 = getelementptr i8, ptr %gep705.6.i, i64 192
   %1094 = load <16 x i32>, ptr %1093, align 4, !tbaa !5
   %1095 = shl <16 x i32> %1094, splat (i32 16)
   %1096 = getelementptr inbounds nuw i8, ptr %833, i64 3456
   store <16 x i32> %1095, ptr %1096, align 4, !tbaa !5
   %1097 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep676.6.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1097
-  %1098 = getelementptr i8, ptr %gep676.6.i, i64 192
+  %gep707.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1097
+  %1098 = getelementptr i8, ptr %gep707.6.i, i64 192
   %1099 = load <16 x i32>, ptr %1098, align 4, !tbaa !5
   %1100 = and <16 x i32> %1099, %441
   %1101 = getelementptr inbounds nuw i8, ptr %833, i64 3520
   store <16 x i32> %1100, ptr %1101, align 4, !tbaa !5
   %1102 = getelementptr inbounds nuw i8, ptr %829, i64 56
   %1103 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1103
+  %gep.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1103
   %1104 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !5
   %1105 = shl <16 x i32> %1104, splat (i32 16)
   %1106 = getelementptr inbounds nuw i8, ptr %833, i64 3584
   store <16 x i32> %1105, ptr %1106, align 4, !tbaa !5
   %1107 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep664.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1107
-  %1108 = load <16 x i32>, ptr %gep664.7.i, align 4, !tbaa !5
+  %gep695.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1107
+  %1108 = load <16 x i32>, ptr %gep695.7.i, align 4, !tbaa !5
   %1109 = and <16 x i32> %1108, %441
   %1110 = getelementptr inbounds nuw i8, ptr %833, i64 3648
   store <16 x i32> %1109, ptr %1110, align 4, !tbaa !5
   %1111 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep666.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1111
-  %1112 = getelementptr i8, ptr %gep666.7.i, i64 64
+  %gep697.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1111
+  %1112 = getelementptr i8, ptr %gep697.7.i, i64 64
   %1113 = load <16 x i32>, ptr %1112, align 4, !tbaa !5
   %1114 = shl <16 x i32> %1113, splat (i32 16)
   %1115 = getelementptr inbounds nuw i8, ptr %833, i64 3712
   store <16 x i32> %1114, ptr %1115, align 4, !tbaa !5
   %1116 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep668.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1116
-  %1117 = getelementptr i8, ptr %gep668.7.i, i64 64
+  %gep699.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1116
+  %1117 = getelementptr i8, ptr %gep699.7.i, i64 64
   %1118 = load <16 x i32>, ptr %1117, align 4, !tbaa !5
   %1119 = and <16 x i32> %1118, %441
   %1120 = getelementptr inbounds nuw i8, ptr %833, i64 3776
   store <16 x i32> %1119, ptr %1120, align 4, !tbaa !5
   %1121 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep670.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1121
-  %1122 = getelementptr i8, ptr %gep670.7.i, i64 128
+  %gep701.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1121
+  %1122 = getelementptr i8, ptr %gep701.7.i, i64 128
   %1123 = load <16 x i32>, ptr %1122, align 4, !tbaa !5
   %1124 = shl <16 x i32> %1123, splat (i32 16)
   %1125 = getelementptr inbounds nuw i8, ptr %833, i64 3840
   store <16 x i32> %1124, ptr %1125, align 4, !tbaa !5
   %1126 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep672.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1126
-  %1127 = getelementptr i8, ptr %gep672.7.i, i64 128
+  %gep703.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1126
+  %1127 = getelementptr i8, ptr %gep703.7.i, i64 128
   %1128 = load <16 x i32>, ptr %1127, align 4, !tbaa !5
   %1129 = and <16 x i32> %1128, %441
   %1130 = getelementptr inbounds nuw i8, ptr %833, i64 3904
   store <16 x i32> %1129, ptr %1130, align 4, !tbaa !5
   %1131 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep674.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1131
-  %1132 = getelementptr i8, ptr %gep674.7.i, i64 192
+  %gep705.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1131
+  %1132 = getelementptr i8, ptr %gep705.7.i, i64 192
   %1133 = load <16 x i32>, ptr %1132, align 4, !tbaa !5
   %1134 = shl <16 x i32> %1133, splat (i32 16)
   %1135 = getelementptr inbounds nuw i8, ptr %833, i64 3968
   store <16 x i32> %1134, ptr %1135, align 4, !tbaa !5
   %1136 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep676.7.i = getelementptr i32, ptr %invariant.gep662.i, i64 %1136
-  %1137 = getelementptr i8, ptr %gep676.7.i, i64 192
+  %gep707.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1136
+  %1137 = getelementptr i8, ptr %gep707.7.i, i64 192
   %1138 = load <16 x i32>, ptr %1137, align 4, !tbaa !5
   %1139 = and <16 x i32> %1138, %441
   %1140 = getelementptr inbounds nuw i8, ptr %833, i64 4032
   store <16 x i32> %1139, ptr %1140, align 4, !tbaa !5
-  %indvars.iv.next933.i = add nuw nsw i64 %indvars.iv932.i, 1
-  %exitcond936.not.i = icmp eq i64 %indvars.iv.next933.i, %wide.trip.count935.i
-  br i1 %exitcond936.not.i, label %for_begin_ti129.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+  %indvars.iv.next1006.i = add nuw nsw i64 %indvars.iv1005.i, 1
+  %exitcond1009.not.i = icmp eq i64 %indvars.iv.next1006.i, %wide.trip.count1008.i
+  br i1 %exitcond1009.not.i, label %for_begin_ti129.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
 
 for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti129.preheader.i, %if_end122.i
-  %1141 = trunc nuw nsw i64 %indvars.iv1041.i to i32
-  %factor.op.mul821.i = shl i32 %1141, 3
+  %1141 = trunc nuw nsw i64 %indvars.iv1130.i to i32
+  %factor.op.mul886.i = shl i32 %1141, 3
   br i1 %442, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
 
 for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %1142 = mul nuw nsw i64 %indvars.iv1041.i, %453
+  %1142 = mul nuw nsw i64 %indvars.iv1130.i, %453
   br label %for_body_row_tile.i
 
 for_begin_ti129.preheader.i:                      ; preds = %for_begin_ti129.preheader.i, %for_begin_ti129.preheader.lr.ph.i
-  %indvars.iv941.i = phi i64 [ 0, %for_begin_ti129.preheader.lr.ph.i ], [ %indvars.iv.next942.i, %for_begin_ti129.preheader.i ]
-  %.idx80 = shl nsw i64 %indvars.iv941.i, 6
+  %indvars.iv1014.i = phi i64 [ 0, %for_begin_ti129.preheader.lr.ph.i ], [ %indvars.iv.next1015.i, %for_begin_ti129.preheader.i ]
+  %.idx80 = shl nsw i64 %indvars.iv1014.i, 6
   %1143 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx80
   %1144 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep680.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1144
-  %1145 = load <16 x i32>, ptr %gep680.i, align 4, !tbaa !5
+  %gep711.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1144
+  %1145 = load <16 x i32>, ptr %gep711.i, align 4, !tbaa !5
   %1146 = shl <16 x i32> %1145, splat (i32 16)
-  %.idx81 = shl nsw i64 %indvars.iv941.i, 12
+  %.idx81 = shl nsw i64 %indvars.iv1014.i, 12
   %1147 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx81
   store <16 x i32> %1146, ptr %1147, align 4, !tbaa !5
   %1148 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep682.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1148
-  %1149 = load <16 x i32>, ptr %gep682.i, align 4, !tbaa !5
+  %gep713.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1148
+  %1149 = load <16 x i32>, ptr %gep713.i, align 4, !tbaa !5
   %1150 = and <16 x i32> %1149, %441
   %1151 = getelementptr inbounds nuw i8, ptr %1147, i64 64
   store <16 x i32> %1150, ptr %1151, align 4, !tbaa !5
   %1152 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep684.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1152
-  %1153 = getelementptr i8, ptr %gep684.i, i64 64
+  %gep715.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1152
+  %1153 = getelementptr i8, ptr %gep715.i, i64 64
   %1154 = load <16 x i32>, ptr %1153, align 4, !tbaa !5
   %1155 = shl <16 x i32> %1154, splat (i32 16)
   %1156 = getelementptr inbounds nuw i8, ptr %1147, i64 128
   store <16 x i32> %1155, ptr %1156, align 4, !tbaa !5
   %1157 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep686.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1157
-  %1158 = getelementptr i8, ptr %gep686.i, i64 64
+  %gep717.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1157
+  %1158 = getelementptr i8, ptr %gep717.i, i64 64
   %1159 = load <16 x i32>, ptr %1158, align 4, !tbaa !5
   %1160 = and <16 x i32> %1159, %441
   %1161 = getelementptr inbounds nuw i8, ptr %1147, i64 192
   store <16 x i32> %1160, ptr %1161, align 4, !tbaa !5
   %1162 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep688.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1162
-  %1163 = getelementptr i8, ptr %gep688.i, i64 128
+  %gep719.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1162
+  %1163 = getelementptr i8, ptr %gep719.i, i64 128
   %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !5
   %1165 = shl <16 x i32> %1164, splat (i32 16)
   %1166 = getelementptr inbounds nuw i8, ptr %1147, i64 256
   store <16 x i32> %1165, ptr %1166, align 4, !tbaa !5
   %1167 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep690.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1167
-  %1168 = getelementptr i8, ptr %gep690.i, i64 128
+  %gep721.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1167
+  %1168 = getelementptr i8, ptr %gep721.i, i64 128
   %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !5
   %1170 = and <16 x i32> %1169, %441
   %1171 = getelementptr inbounds nuw i8, ptr %1147, i64 320
   store <16 x i32> %1170, ptr %1171, align 4, !tbaa !5
   %1172 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep692.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1172
-  %1173 = getelementptr i8, ptr %gep692.i, i64 192
+  %gep723.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1172
+  %1173 = getelementptr i8, ptr %gep723.i, i64 192
   %1174 = load <16 x i32>, ptr %1173, align 4, !tbaa !5
   %1175 = shl <16 x i32> %1174, splat (i32 16)
   %1176 = getelementptr inbounds nuw i8, ptr %1147, i64 384
   store <16 x i32> %1175, ptr %1176, align 4, !tbaa !5
   %1177 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep694.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1177
-  %1178 = getelementptr i8, ptr %gep694.i, i64 192
+  %gep725.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1177
+  %1178 = getelementptr i8, ptr %gep725.i, i64 192
   %1179 = load <16 x i32>, ptr %1178, align 4, !tbaa !5
   %1180 = and <16 x i32> %1179, %441
   %1181 = getelementptr inbounds nuw i8, ptr %1147, i64 448
   store <16 x i32> %1180, ptr %1181, align 4, !tbaa !5
   %1182 = getelementptr inbounds nuw i8, ptr %1143, i64 8
   %1183 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep680.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1183
-  %1184 = load <16 x i32>, ptr %gep680.1.i, align 4, !tbaa !5
+  %gep711.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1183
+  %1184 = load <16 x i32>, ptr %gep711.1.i, align 4, !tbaa !5
   %1185 = shl <16 x i32> %1184, splat (i32 16)
   %1186 = getelementptr inbounds nuw i8, ptr %1147, i64 512
   store <16 x i32> %1185, ptr %1186, align 4, !tbaa !5
   %1187 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep682.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1187
-  %1188 = load <16 x i32>, ptr %gep682.1.i, align 4, !tbaa !5
+  %gep713.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1187
+  %1188 = load <16 x i32>, ptr %gep713.1.i, align 4, !tbaa !5
   %1189 = and <16 x i32> %1188, %441
   %1190 = getelementptr inbounds nuw i8, ptr %1147, i64 576
   store <16 x i32> %1189, ptr %1190, align 4, !tbaa !5
   %1191 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep684.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1191
-  %1192 = getelementptr i8, ptr %gep684.1.i, i64 64
+  %gep715.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1191
+  %1192 = getelementptr i8, ptr %gep715.1.i, i64 64
   %1193 = load <16 x i32>, ptr %1192, align 4, !tbaa !5
   %1194 = shl <16 x i32> %1193, splat (i32 16)
   %1195 = getelementptr inbounds nuw i8, ptr %1147, i64 640
   store <16 x i32> %1194, ptr %1195, align 4, !tbaa !5
   %1196 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep686.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1196
-  %1197 = getelementptr i8, ptr %gep686.1.i, i64 64
+  %gep717.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1196
+  %1197 = getelementptr i8, ptr %gep717.1.i, i64 64
   %1198 = load <16 x i32>, ptr %1197, align 4, !tbaa !5
   %1199 = and <16 x i32> %1198, %441
   %1200 = getelementptr inbounds nuw i8, ptr %1147, i64 704
   store <16 x i32> %1199, ptr %1200, align 4, !tbaa !5
   %1201 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep688.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1201
-  %1202 = getelementptr i8, ptr %gep688.1.i, i64 128
+  %gep719.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1201
+  %1202 = getelementptr i8, ptr %gep719.1.i, i64 128
   %1203 = load <16 x i32>, ptr %1202, align 4, !tbaa !5
   %1204 = shl <16 x i32> %1203, splat (i32 16)
   %1205 = getelementptr inbounds nuw i8, ptr %1147, i64 768
   store <16 x i32> %1204, ptr %1205, align 4, !tbaa !5
   %1206 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep690.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1206
-  %1207 = getelementptr i8, ptr %gep690.1.i, i64 128
+  %gep721.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1206
+  %1207 = getelementptr i8, ptr %gep721.1.i, i64 128
   %1208 = load <16 x i32>, ptr %1207, align 4, !tbaa !5
   %1209 = and <16 x i32> %1208, %441
   %1210 = getelementptr inbounds nuw i8, ptr %1147, i64 832
   store <16 x i32> %1209, ptr %1210, align 4, !tbaa !5
   %1211 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep692.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1211
-  %1212 = getelementptr i8, ptr %gep692.1.i, i64 192
+  %gep723.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1211
+  %1212 = getelementptr i8, ptr %gep723.1.i, i64 192
   %1213 = load <16 x i32>, ptr %1212, align 4, !tbaa !5
   %1214 = shl <16 x i32> %1213, splat (i32 16)
   %1215 = getelementptr inbounds nuw i8, ptr %1147, i64 896
   store <16 x i32> %1214, ptr %1215, align 4, !tbaa !5
   %1216 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep694.1.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1216
-  %1217 = getelementptr i8, ptr %gep694.1.i, i64 192
+  %gep725.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1216
+  %1217 = getelementptr i8, ptr %gep725.1.i, i64 192
   %1218 = load <16 x i32>, ptr %1217, align 4, !tbaa !5
   %1219 = and <16 x i32> %1218, %441
   %1220 = getelementptr inbounds nuw i8, ptr %1147, i64 960
   store <16 x i32> %1219, ptr %1220, align 4, !tbaa !5
   %1221 = getelementptr inbounds nuw i8, ptr %1143, i64 16
   %1222 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep680.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1222
-  %1223 = load <16 x i32>, ptr %gep680.2.i, align 4, !tbaa !5
+  %gep711.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1222
+  %1223 = load <16 x i32>, ptr %gep711.2.i, align 4, !tbaa !5
   %1224 = shl <16 x i32> %1223, splat (i32 16)
   %1225 = getelementptr inbounds nuw i8, ptr %1147, i64 1024
   store <16 x i32> %1224, ptr %1225, align 4, !tbaa !5
   %1226 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep682.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1226
-  %1227 = load <16 x i32>, ptr %gep682.2.i, align 4, !tbaa !5
+  %gep713.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1226
+  %1227 = load <16 x i32>, ptr %gep713.2.i, align 4, !tbaa !5
   %1228 = and <16 x i32> %1227, %441
   %1229 = getelementptr inbounds nuw i8, ptr %1147, i64 1088
   store <16 x i32> %1228, ptr %1229, align 4, !tbaa !5
   %1230 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep684.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1230
-  %1231 = getelementptr i8, ptr %gep684.2.i, i64 64
+  %gep715.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1230
+  %1231 = getelementptr i8, ptr %gep715.2.i, i64 64
   %1232 = load <16 x i32>, ptr %1231, align 4, !tbaa !5
   %1233 = shl <16 x i32> %1232, splat (i32 16)
   %1234 = getelementptr inbounds nuw i8, ptr %1147, i64 1152
   store <16 x i32> %1233, ptr %1234, align 4, !tbaa !5
   %1235 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep686.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1235
-  %1236 = getelementptr i8, ptr %gep686.2.i, i64 64
+  %gep717.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1235
+  %1236 = getelementptr i8, ptr %gep717.2.i, i64 64
   %1237 = load <16 x i32>, ptr %1236, align 4, !tbaa !5
   %1238 = and <16 x i32> %1237, %441
   %1239 = getelementptr inbounds nuw i8, ptr %1147, i64 1216
   store <16 x i32> %1238, ptr %1239, align 4, !tbaa !5
   %1240 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep688.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1240
-  %1241 = getelementptr i8, ptr %gep688.2.i, i64 128
+  %gep719.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1240
+  %1241 = getelementptr i8, ptr %gep719.2.i, i64 128
   %1242 = load <16 x i32>, ptr %1241, align 4, !tbaa !5
   %1243 = shl <16 x i32> %1242, splat (i32 16)
   %1244 = getelementptr inbounds nuw i8, ptr %1147, i64 1280
   store <16 x i32> %1243, ptr %1244, align 4, !tbaa !5
   %1245 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep690.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1245
-  %1246 = getelementptr i8, ptr %gep690.2.i, i64 128
+  %gep721.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1245
+  %1246 = getelementptr i8, ptr %gep721.2.i, i64 128
   %1247 = load <16 x i32>, ptr %1246, align 4, !tbaa !5
   %1248 = and <16 x i32> %1247, %441
   %1249 = getelementptr inbounds nuw i8, ptr %1147, i64 1344
   store <16 x i32> %1248, ptr %1249, align 4, !tbaa !5
   %1250 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep692.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1250
-  %1251 = getelementptr i8, ptr %gep692.2.i, i64 192
+  %gep723.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1250
+  %1251 = getelementptr i8, ptr %gep723.2.i, i64 192
   %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !5
   %1253 = shl <16 x i32> %1252, splat (i32 16)
   %1254 = getelementptr inbounds nuw i8, ptr %1147, i64 1408
   store <16 x i32> %1253, ptr %1254, align 4, !tbaa !5
   %1255 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep694.2.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1255
-  %1256 = getelementptr i8, ptr %gep694.2.i, i64 192
+  %gep725.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1255
+  %1256 = getelementptr i8, ptr %gep725.2.i, i64 192
   %1257 = load <16 x i32>, ptr %1256, align 4, !tbaa !5
   %1258 = and <16 x i32> %1257, %441
   %1259 = getelementptr inbounds nuw i8, ptr %1147, i64 1472
   store <16 x i32> %1258, ptr %1259, align 4, !tbaa !5
   %1260 = getelementptr inbounds nuw i8, ptr %1143, i64 24
   %1261 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep680.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1261
-  %1262 = load <16 x i32>, ptr %gep680.3.i, align 4, !tbaa !5
+  %gep711.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1261
+  %1262 = load <16 x i32>, ptr %gep711.3.i, align 4, !tbaa !5
   %1263 = shl <16 x i32> %1262, splat (i32 16)
   %1264 = getelementptr inbounds nuw i8, ptr %1147, i64 1536
   store <16 x i32> %1263, ptr %1264, align 4, !tbaa !5
   %1265 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep682.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1265
-  %1266 = load <16 x i32>, ptr %gep682.3.i, align 4, !tbaa !5
+  %gep713.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1265
+  %1266 = load <16 x i32>, ptr %gep713.3.i, align 4, !tbaa !5
   %1267 = and <16 x i32> %1266, %441
   %1268 = getelementptr inbounds nuw i8, ptr %1147, i64 1600
   store <16 x i32> %1267, ptr %1268, align 4, !tbaa !5
   %1269 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep684.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1269
-  %1270 = getelementptr i8, ptr %gep684.3.i, i64 64
+  %gep715.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1269
+  %1270 = getelementptr i8, ptr %gep715.3.i, i64 64
   %1271 = load <16 x i32>, ptr %1270, align 4, !tbaa !5
   %1272 = shl <16 x i32> %1271, splat (i32 16)
   %1273 = getelementptr inbounds nuw i8, ptr %1147, i64 1664
   store <16 x i32> %1272, ptr %1273, align 4, !tbaa !5
   %1274 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep686.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1274
-  %1275 = getelementptr i8, ptr %gep686.3.i, i64 64
+  %gep717.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1274
+  %1275 = getelementptr i8, ptr %gep717.3.i, i64 64
   %1276 = load <16 x i32>, ptr %1275, align 4, !tbaa !5
   %1277 = and <16 x i32> %1276, %441
   %1278 = getelementptr inbounds nuw i8, ptr %1147, i64 1728
   store <16 x i32> %1277, ptr %1278, align 4, !tbaa !5
   %1279 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep688.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1279
-  %1280 = getelementptr i8, ptr %gep688.3.i, i64 128
+  %gep719.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1279
+  %1280 = getelementptr i8, ptr %gep719.3.i, i64 128
   %1281 = load <16 x i32>, ptr %1280, align 4, !tbaa !5
   %1282 = shl <16 x i32> %1281, splat (i32 16)
   %1283 = getelementptr inbounds nuw i8, ptr %1147, i64 1792
   store <16 x i32> %1282, ptr %1283, align 4, !tbaa !5
   %1284 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep690.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1284
-  %1285 = getelementptr i8, ptr %gep690.3.i, i64 128
+  %gep721.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1284
+  %1285 = getelementptr i8, ptr %gep721.3.i, i64 128
   %1286 = load <16 x i32>, ptr %1285, align 4, !tbaa !5
   %1287 = and <16 x i32> %1286, %441
   %1288 = getelementptr inbounds nuw i8, ptr %1147, i64 1856
   store <16 x i32> %1287, ptr %1288, align 4, !tbaa !5
   %1289 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep692.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1289
-  %1290 = getelementptr i8, ptr %gep692.3.i, i64 192
+  %gep723.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1289
+  %1290 = getelementptr i8, ptr %gep723.3.i, i64 192
   %1291 = load <16 x i32>, ptr %1290, align 4, !tbaa !5
   %1292 = shl <16 x i32> %1291, splat (i32 16)
   %1293 = getelementptr inbounds nuw i8, ptr %1147, i64 1920
   store <16 x i32> %1292, ptr %1293, align 4, !tbaa !5
   %1294 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep694.3.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1294
-  %1295 = getelementptr i8, ptr %gep694.3.i, i64 192
+  %gep725.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1294
+  %1295 = getelementptr i8, ptr %gep725.3.i, i64 192
   %1296 = load <16 x i32>, ptr %1295, align 4, !tbaa !5
   %1297 = and <16 x i32> %1296, %441
   %1298 = getelementptr inbounds nuw i8, ptr %1147, i64 1984
   store <16 x i32> %1297, ptr %1298, align 4, !tbaa !5
   %1299 = getelementptr inbounds nuw i8, ptr %1143, i64 32
   %1300 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep680.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1300
-  %1301 = load <16 x i32>, ptr %gep680.4.i, align 4, !tbaa !5
+  %gep711.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1300
+  %1301 = load <16 x i32>, ptr %gep711.4.i, align 4, !tbaa !5
   %1302 = shl <16 x i32> %1301, splat (i32 16)
   %1303 = getelementptr inbounds nuw i8, ptr %1147, i64 2048
   store <16 x i32> %1302, ptr %1303, align 4, !tbaa !5
   %1304 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep682.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1304
-  %1305 = load <16 x i32>, ptr %gep682.4.i, align 4, !tbaa !5
+  %gep713.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1304
+  %1305 = load <16 x i32>, ptr %gep713.4.i, align 4, !tbaa !5
   %1306 = and <16 x i32> %1305, %441
   %1307 = getelementptr inbounds nuw i8, ptr %1147, i64 2112
   store <16 x i32> %1306, ptr %1307, align 4, !tbaa !5
   %1308 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep684.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1308
-  %1309 = getelementptr i8, ptr %gep684.4.i, i64 64
+  %gep715.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1308
+  %1309 = getelementptr i8, ptr %gep715.4.i, i64 64
   %1310 = load <16 x i32>, ptr %1309, align 4, !tbaa !5
   %1311 = shl <16 x i32> %1310, splat (i32 16)
   %1312 = getelementptr inbounds nuw i8, ptr %1147, i64 2176
   store <16 x i32> %1311, ptr %1312, align 4, !tbaa !5
   %1313 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep686.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1313
-  %1314 = getelementptr i8, ptr %gep686.4.i, i64 64
+  %gep717.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1313
+  %1314 = getelementptr i8, ptr %gep717.4.i, i64 64
   %1315 = load <16 x i32>, ptr %1314, align 4, !tbaa !5
   %1316 = and <16 x i32> %1315, %441
   %1317 = getelementptr inbounds nuw i8, ptr %1147, i64 2240
   store <16 x i32> %1316, ptr %1317, align 4, !tbaa !5
   %1318 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep688.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1318
-  %1319 = getelementptr i8, ptr %gep688.4.i, i64 128
+  %gep719.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1318
+  %1319 = getelementptr i8, ptr %gep719.4.i, i64 128
   %1320 = load <16 x i32>, ptr %1319, align 4, !tbaa !5
   %1321 = shl <16 x i32> %1320, splat (i32 16)
   %1322 = getelementptr inbounds nuw i8, ptr %1147, i64 2304
   store <16 x i32> %1321, ptr %1322, align 4, !tbaa !5
   %1323 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep690.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1323
-  %1324 = getelementptr i8, ptr %gep690.4.i, i64 128
+  %gep721.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1323
+  %1324 = getelementptr i8, ptr %gep721.4.i, i64 128
   %1325 = load <16 x i32>, ptr %1324, align 4, !tbaa !5
   %1326 = and <16 x i32> %1325, %441
   %1327 = getelementptr inbounds nuw i8, ptr %1147, i64 2368
   store <16 x i32> %1326, ptr %1327, align 4, !tbaa !5
   %1328 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep692.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1328
-  %1329 = getelementptr i8, ptr %gep692.4.i, i64 192
+  %gep723.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1328
+  %1329 = getelementptr i8, ptr %gep723.4.i, i64 192
   %1330 = load <16 x i32>, ptr %1329, align 4, !tbaa !5
   %1331 = shl <16 x i32> %1330, splat (i32 16)
   %1332 = getelementptr inbounds nuw i8, ptr %1147, i64 2432
   store <16 x i32> %1331, ptr %1332, align 4, !tbaa !5
   %1333 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep694.4.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1333
-  %1334 = getelementptr i8, ptr %gep694.4.i, i64 192
+  %gep725.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1333
+  %1334 = getelementptr i8, ptr %gep725.4.i, i64 192
   %1335 = load <16 x i32>, ptr %1334, align 4, !tbaa !5
   %1336 = and <16 x i32> %1335, %441
   %1337 = getelementptr inbounds nuw i8, ptr %1147, i64 2496
   store <16 x i32> %1336, ptr %1337, align 4, !tbaa !5
   %1338 = getelementptr inbounds nuw i8, ptr %1143, i64 40
   %1339 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep680.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1339
-  %1340 = load <16 x i32>, ptr %gep680.5.i, align 4, !tbaa !5
+  %gep711.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1339
+  %1340 = load <16 x i32>, ptr %gep711.5.i, align 4, !tbaa !5
   %1341 = shl <16 x i32> %1340, splat (i32 16)
   %1342 = getelementptr inbounds nuw i8, ptr %1147, i64 2560
   store <16 x i32> %1341, ptr %1342, align 4, !tbaa !5
   %1343 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep682.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1343
-  %1344 = load <16 x i32>, ptr %gep682.5.i, align 4, !tbaa !5
+  %gep713.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1343
+  %1344 = load <16 x i32>, ptr %gep713.5.i, align 4, !tbaa !5
   %1345 = and <16 x i32> %1344, %441
   %1346 = getelementptr inbounds nuw i8, ptr %1147, i64 2624
   store <16 x i32> %1345, ptr %1346, align 4, !tbaa !5
   %1347 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep684.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1347
-  %1348 = getelementptr i8, ptr %gep684.5.i, i64 64
+  %gep715.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1347
+  %1348 = getelementptr i8, ptr %gep715.5.i, i64 64
   %1349 = load <16 x i32>, ptr %1348, align 4, !tbaa !5
   %1350 = shl <16 x i32> %1349, splat (i32 16)
   %1351 = getelementptr inbounds nuw i8, ptr %1147, i64 2688
   store <16 x i32> %1350, ptr %1351, align 4, !tbaa !5
   %1352 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep686.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1352
-  %1353 = getelementptr i8, ptr %gep686.5.i, i64 64
+  %gep717.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1352
+  %1353 = getelementptr i8, ptr %gep717.5.i, i64 64
   %1354 = load <16 x i32>, ptr %1353, align 4, !tbaa !5
   %1355 = and <16 x i32> %1354, %441
   %1356 = getelementptr inbounds nuw i8, ptr %1147, i64 2752
   store <16 x i32> %1355, ptr %1356, align 4, !tbaa !5
   %1357 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep688.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1357
-  %1358 = getelementptr i8, ptr %gep688.5.i, i64 128
+  %gep719.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1357
+  %1358 = getelementptr i8, ptr %gep719.5.i, i64 128
   %1359 = load <16 x i32>, ptr %1358, align 4, !tbaa !5
   %1360 = shl <16 x i32> %1359, splat (i32 16)
   %1361 = getelementptr inbounds nuw i8, ptr %1147, i64 2816
   store <16 x i32> %1360, ptr %1361, align 4, !tbaa !5
   %1362 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep690.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1362
-  %1363 = getelementptr i8, ptr %gep690.5.i, i64 128
+  %gep721.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1362
+  %1363 = getelementptr i8, ptr %gep721.5.i, i64 128
   %1364 = load <16 x i32>, ptr %1363, align 4, !tbaa !5
   %1365 = and <16 x i32> %1364, %441
   %1366 = getelementptr inbounds nuw i8, ptr %1147, i64 2880
   store <16 x i32> %1365, ptr %1366, align 4, !tbaa !5
   %1367 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep692.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1367
-  %1368 = getelementptr i8, ptr %gep692.5.i, i64 192
+  %gep723.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1367
+  %1368 = getelementptr i8, ptr %gep723.5.i, i64 192
   %1369 = load <16 x i32>, ptr %1368, align 4, !tbaa !5
   %1370 = shl <16 x i32> %1369, splat (i32 16)
   %1371 = getelementptr inbounds nuw i8, ptr %1147, i64 2944
   store <16 x i32> %1370, ptr %1371, align 4, !tbaa !5
   %1372 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep694.5.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1372
-  %1373 = getelementptr i8, ptr %gep694.5.i, i64 192
+  %gep725.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1372
+  %1373 = getelementptr i8, ptr %gep725.5.i, i64 192
   %1374 = load <16 x i32>, ptr %1373, align 4, !tbaa !5
   %1375 = and <16 x i32> %1374, %441
   %1376 = getelementptr inbounds nuw i8, ptr %1147, i64 3008
   store <16 x i32> %1375, ptr %1376, align 4, !tbaa !5
   %1377 = getelementptr inbounds nuw i8, ptr %1143, i64 48
   %1378 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep680.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1378
-  %1379 = load <16 x i32>, ptr %gep680.6.i, align 4, !tbaa !5
+  %gep711.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1378
+  %1379 = load <16 x i32>, ptr %gep711.6.i, align 4, !tbaa !5
   %1380 = shl <16 x i32> %1379, splat (i32 16)
   %1381 = getelementptr inbounds nuw i8, ptr %1147, i64 3072
   store <16 x i32> %1380, ptr %1381, align 4, !tbaa !5
   %1382 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep682.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1382
-  %1383 = load <16 x i32>, ptr %gep682.6.i, align 4, !tbaa !5
+  %gep713.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1382
+  %1383 = load <16 x i32>, ptr %gep713.6.i, align 4, !tbaa !5
   %1384 = and <16 x i32> %1383, %441
   %1385 = getelementptr inbounds nuw i8, ptr %1147, i64 3136
   store <16 x i32> %1384, ptr %1385, align 4, !tbaa !5
   %1386 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep684.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1386
-  %1387 = getelementptr i8, ptr %gep684.6.i, i64 64
+  %gep715.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1386
+  %1387 = getelementptr i8, ptr %gep715.6.i, i64 64
   %1388 = load <16 x i32>, ptr %1387, align 4, !tbaa !5
   %1389 = shl <16 x i32> %1388, splat (i32 16)
   %1390 = getelementptr inbounds nuw i8, ptr %1147, i64 3200
   store <16 x i32> %1389, ptr %1390, align 4, !tbaa !5
   %1391 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep686.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1391
-  %1392 = getelementptr i8, ptr %gep686.6.i, i64 64
+  %gep717.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1391
+  %1392 = getelementptr i8, ptr %gep717.6.i, i64 64
   %1393 = load <16 x i32>, ptr %1392, align 4, !tbaa !5
   %1394 = and <16 x i32> %1393, %441
   %1395 = getelementptr inbounds nuw i8, ptr %1147, i64 3264
   store <16 x i32> %1394, ptr %1395, align 4, !tbaa !5
   %1396 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep688.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1396
-  %1397 = getelementptr i8, ptr %gep688.6.i, i64 128
+  %gep719.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1396
+  %1397 = getelementptr i8, ptr %gep719.6.i, i64 128
   %1398 = load <16 x i32>, ptr %1397, align 4, !tbaa !5
   %1399 = shl <16 x i32> %1398, splat (i32 16)
   %1400 = getelementptr inbounds nuw i8, ptr %1147, i64 3328
   store <16 x i32> %1399, ptr %1400, align 4, !tbaa !5
   %1401 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep690.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1401
-  %1402 = getelementptr i8, ptr %gep690.6.i, i64 128
+  %gep721.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1401
+  %1402 = getelementptr i8, ptr %gep721.6.i, i64 128
   %1403 = load <16 x i32>, ptr %1402, align 4, !tbaa !5
   %1404 = and <16 x i32> %1403, %441
   %1405 = getelementptr inbounds nuw i8, ptr %1147, i64 3392
   store <16 x i32> %1404, ptr %1405, align 4, !tbaa !5
   %1406 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep692.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1406
-  %1407 = getelementptr i8, ptr %gep692.6.i, i64 192
+  %gep723.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1406
+  %1407 = getelementptr i8, ptr %gep723.6.i, i64 192
   %1408 = load <16 x i32>, ptr %1407, align 4, !tbaa !5
   %1409 = shl <16 x i32> %1408, splat (i32 16)
   %1410 = getelementptr inbounds nuw i8, ptr %1147, i64 3456
   store <16 x i32> %1409, ptr %1410, align 4, !tbaa !5
   %1411 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep694.6.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1411
-  %1412 = getelementptr i8, ptr %gep694.6.i, i64 192
+  %gep725.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1411
+  %1412 = getelementptr i8, ptr %gep725.6.i, i64 192
   %1413 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
   %1414 = and <16 x i32> %1413, %441
   %1415 = getelementptr inbounds nuw i8, ptr %1147, i64 3520
   store <16 x i32> %1414, ptr %1415, align 4, !tbaa !5
   %1416 = getelementptr inbounds nuw i8, ptr %1143, i64 56
   %1417 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep680.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1417
-  %1418 = load <16 x i32>, ptr %gep680.7.i, align 4, !tbaa !5
+  %gep711.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1417
+  %1418 = load <16 x i32>, ptr %gep711.7.i, align 4, !tbaa !5
   %1419 = shl <16 x i32> %1418, splat (i32 16)
   %1420 = getelementptr inbounds nuw i8, ptr %1147, i64 3584
   store <16 x i32> %1419, ptr %1420, align 4, !tbaa !5
   %1421 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep682.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1421
-  %1422 = load <16 x i32>, ptr %gep682.7.i, align 4, !tbaa !5
+  %gep713.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1421
+  %1422 = load <16 x i32>, ptr %gep713.7.i, align 4, !tbaa !5
   %1423 = and <16 x i32> %1422, %441
   %1424 = getelementptr inbounds nuw i8, ptr %1147, i64 3648
   store <16 x i32> %1423, ptr %1424, align 4, !tbaa !5
   %1425 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep684.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1425
-  %1426 = getelementptr i8, ptr %gep684.7.i, i64 64
+  %gep715.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1425
+  %1426 = getelementptr i8, ptr %gep715.7.i, i64 64
   %1427 = load <16 x i32>, ptr %1426, align 4, !tbaa !5
   %1428 = shl <16 x i32> %1427, splat (i32 16)
   %1429 = getelementptr inbounds nuw i8, ptr %1147, i64 3712
   store <16 x i32> %1428, ptr %1429, align 4, !tbaa !5
   %1430 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep686.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1430
-  %1431 = getelementptr i8, ptr %gep686.7.i, i64 64
+  %gep717.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1430
+  %1431 = getelementptr i8, ptr %gep717.7.i, i64 64
   %1432 = load <16 x i32>, ptr %1431, align 4, !tbaa !5
   %1433 = and <16 x i32> %1432, %441
   %1434 = getelementptr inbounds nuw i8, ptr %1147, i64 3776
   store <16 x i32> %1433, ptr %1434, align 4, !tbaa !5
   %1435 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep688.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1435
-  %1436 = getelementptr i8, ptr %gep688.7.i, i64 128
+  %gep719.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1435
+  %1436 = getelementptr i8, ptr %gep719.7.i, i64 128
   %1437 = load <16 x i32>, ptr %1436, align 4, !tbaa !5
   %1438 = shl <16 x i32> %1437, splat (i32 16)
   %1439 = getelementptr inbounds nuw i8, ptr %1147, i64 3840
   store <16 x i32> %1438, ptr %1439, align 4, !tbaa !5
   %1440 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep690.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1440
-  %1441 = getelementptr i8, ptr %gep690.7.i, i64 128
+  %gep721.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1440
+  %1441 = getelementptr i8, ptr %gep721.7.i, i64 128
   %1442 = load <16 x i32>, ptr %1441, align 4, !tbaa !5
   %1443 = and <16 x i32> %1442, %441
   %1444 = getelementptr inbounds nuw i8, ptr %1147, i64 3904
   store <16 x i32> %1443, ptr %1444, align 4, !tbaa !5
   %1445 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep692.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1445
-  %1446 = getelementptr i8, ptr %gep692.7.i, i64 192
+  %gep723.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1445
+  %1446 = getelementptr i8, ptr %gep723.7.i, i64 192
   %1447 = load <16 x i32>, ptr %1446, align 4, !tbaa !5
   %1448 = shl <16 x i32> %1447, splat (i32 16)
   %1449 = getelementptr inbounds nuw i8, ptr %1147, i64 3968
   store <16 x i32> %1448, ptr %1449, align 4, !tbaa !5
   %1450 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep694.7.i = getelementptr i32, ptr %invariant.gep679.i, i64 %1450
-  %1451 = getelementptr i8, ptr %gep694.7.i, i64 192
+  %gep725.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1450
+  %1451 = getelementptr i8, ptr %gep725.7.i, i64 192
   %1452 = load <16 x i32>, ptr %1451, align 4, !tbaa !5
   %1453 = and <16 x i32> %1452, %441
   %1454 = getelementptr inbounds nuw i8, ptr %1147, i64 4032
   store <16 x i32> %1453, ptr %1454, align 4, !tbaa !5
-  %indvars.iv.next942.i = add nuw nsw i64 %indvars.iv941.i, 1
-  %exitcond945.not.i = icmp eq i64 %indvars.iv.next942.i, %wide.trip.count935.i
-  br i1 %exitcond945.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti129.preheader.i, !prof !13
+  %indvars.iv.next1015.i = add nuw nsw i64 %indvars.iv1014.i, 1
+  %exitcond1018.not.i = icmp eq i64 %indvars.iv.next1015.i, %wide.trip.count1008.i
+  br i1 %exitcond1018.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti129.preheader.i, !prof !13
 
-for_begin_row_tile.i:                             ; preds = %if_end296.i
-  %indvars.iv.next1037.i = add nuw nsw i64 %indvars.iv1036.i, 1
-  %exitcond1040.not.i = icmp eq i64 %indvars.iv.next1037.i, %wide.trip.count1039.i
-  br i1 %exitcond1040.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+for_begin_row_tile.i:                             ; preds = %if_end319.i
+  %indvars.iv.next1126.i = add nuw nsw i64 %indvars.iv1125.i, 1
+  %exitcond1129.not.i = icmp eq i64 %indvars.iv.next1126.i, %wide.trip.count1128.i
+  br i1 %exitcond1129.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
 
 for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
-  %indvars.iv1036.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1037.i, %for_begin_row_tile.i ]
+  %indvars.iv1125.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1126.i, %for_begin_row_tile.i ]
   %1455 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scores.i = tail call ptr %1455(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1456 = icmp eq ptr %scores.i, null
@@ -2689,8 +2689,8 @@ for_body_row_tile.i:                              ; preds = %for_begin_row_tile.
 for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
   %1457 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %1458 = tail call i32 %1457(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not550.i = icmp eq i32 %1458, 0
-  br i1 %.not550.i, label %if_end302.i, label %fused_attend_compute_.exit, !prof !38
+  %.not576.i = icmp eq i32 %1458, 0
+  br i1 %.not576.i, label %if_end325.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end135.i:                                      ; preds = %for_body_row_tile.i
   %1459 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -2711,10 +2711,10 @@ if_end141.i:                                      ; preds = %if_end138.i
   br i1 %1464, label %fused_attend_compute_.exit, label %if_end144.i, !prof !8
 
 if_end144.i:                                      ; preds = %if_end141.i
-  %1465 = icmp eq i64 %indvars.iv1036.i, %452
-  %1466 = add nuw nsw i64 %indvars.iv1036.i, %1142
-  %.idx1161.i = shl i64 %1466, 4
-  %1467 = getelementptr i8, ptr %reach529.i, i64 %.idx1161.i
+  %1465 = icmp eq i64 %indvars.iv1125.i, %452
+  %1466 = add nuw nsw i64 %indvars.iv1125.i, %1142
+  %.idx1250.i = shl i64 %1466, 4
+  %1467 = getelementptr i8, ptr %reach555.i, i64 %.idx1250.i
   %1468 = getelementptr i8, ptr %1467, i64 4
   %1469 = load i32, ptr %1468, align 4, !tbaa !17
   %1470 = sext i32 %1469 to i64
@@ -2728,2553 +2728,2659 @@ if_then146.i:                                     ; preds = %if_end144.i
   %1474 = urem i32 %1473, %122
   %1475 = shl i32 %1474, 4
   %1476 = sub i32 %120, %1475
-  %1477 = add nsw i32 %valid_len149.i, 7
-  %1478 = ashr i32 %1477, 3
-  %1479 = icmp sgt i32 %1478, 0
-  br i1 %1479, label %for_body_to151.lr.ph.i, label %for_end_to159.i, !prof !3
+  %1477 = load i32, ptr %1467, align 16, !tbaa !17
+  %1478 = sub nsw i32 %1477, %755
+  %1479 = tail call i32 @llvm.smin.i32(i32 %1478, i32 %valid_len149.i)
+  %1480 = tail call i32 @llvm.smin.i32(i32 %1479, i32 %790)
+  %1481 = select i1 %143, i32 %1480, i32 %1479
+  %1482 = tail call i32 @llvm.smax.i32(i32 %1481, i32 0)
+  %num_full.i = lshr i32 %1482, 3
+  %1483 = add nsw i32 %valid_len149.i, 7
+  %1484 = ashr i32 %1483, 3
+  %1485 = icmp sgt i32 %1484, 0
+  br i1 %1485, label %for_body_to154.lr.ph.i, label %for_end_to155.i, !prof !3
 
-for_body_to151.lr.ph.i:                           ; preds = %if_then146.i
-  %1480 = and i1 %761, %1465
-  %1481 = mul nuw nsw i32 %1478, %1141
-  %wide.trip.count963.i = zext nneg i32 %1478 to i64
+if_end147.i:                                      ; preds = %if_end311.i, %if_end144.i
+  %1486 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1487 = tail call i32 %1486(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not578.i = icmp eq i32 %1487, 0
+  br i1 %.not578.i, label %if_end313.i, label %fused_attend_compute_.exit, !prof !38
+
+for_body_to154.lr.ph.i:                           ; preds = %if_then146.i
+  %1488 = and i1 %761, %1465
+  %1489 = mul nuw nsw i32 %1484, %1141
+  %wide.trip.count1036.i = zext nneg i32 %1484 to i64
   %invariant.gep.idx = shl i64 %1466, 13
   %invariant.gep = getelementptr i8, ptr %q_tile.i, i64 %invariant.gep.idx
-  br label %for_body_to151.i
+  br label %for_body_to154.i
 
-if_end147.i:                                      ; preds = %if_end288.i, %if_end144.i
-  %1482 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %1483 = tail call i32 %1482(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not552.i = icmp eq i32 %1483, 0
-  br i1 %.not552.i, label %if_end290.i, label %fused_attend_compute_.exit, !prof !38
+for_body_to154.i:                                 ; preds = %for_end_d_1.3.i, %for_body_to154.lr.ph.i
+  %indvars.iv1033.i = phi i64 [ 0, %for_body_to154.lr.ph.i ], [ %indvars.iv.next1034.i, %for_end_d_1.3.i ]
+  br i1 %1488, label %for_begin_line.preheader.i, label %if_end159.i, !prof !8
 
-for_begin_to157.preheader.i:                      ; preds = %for_end_d_1.3.i
-  %.idx1163.i = shl nsw i64 %1466, 6
-  %1484 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1163.i
-  br label %for_begin_ti162.preheader.i
-
-for_body_to151.i:                                 ; preds = %for_end_d_1.3.i, %for_body_to151.lr.ph.i
-  %indvars.iv960.i = phi i64 [ 0, %for_body_to151.lr.ph.i ], [ %indvars.iv.next961.i, %for_end_d_1.3.i ]
-  br i1 %1480, label %for_begin_line.preheader.i, label %if_end156.i, !prof !8
-
-for_begin_line.preheader.i:                       ; preds = %for_body_to151.i
-  %1485 = trunc i64 %indvars.iv960.i to i32
-  %1486 = add i32 %1481, %1485
-  %1487 = shl i32 %1486, 3
+for_begin_line.preheader.i:                       ; preds = %for_body_to154.i
+  %1490 = trunc i64 %indvars.iv1033.i to i32
+  %1491 = add i32 %1489, %1490
+  %1492 = shl i32 %1491, 3
   br label %for_body_line.i
 
-if_end156.i:                                      ; preds = %for_body_line.i, %for_body_to151.i
-  %.idx270 = shl nsw i64 %indvars.iv960.i, 12
-  %1488 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx270
+for_end_to155.i:                                  ; preds = %for_end_d_1.3.i, %if_then146.i
+  %.not917.i = icmp eq i32 %num_full.i, 0
+  br i1 %.not917.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti165.preheader.preheader.i, !prof !16
+
+for_begin_ti165.preheader.preheader.i:            ; preds = %for_end_to155.i
+  %wide.trip.count1048.i = zext nneg i32 %num_full.i to i64
+  br label %for_end_ax2.i
+
+if_end159.i:                                      ; preds = %for_body_line.i, %for_body_to154.i
+  %.idx277 = shl nsw i64 %indvars.iv1033.i, 12
+  %1493 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx277
   br label %for_begin_d_2.preheader.i
 
 for_body_line.i:                                  ; preds = %for_body_line.i, %for_begin_line.preheader.i
-  %line697.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1524, %for_body_line.i ]
-  %1489 = lshr i32 %line697.i, 2
-  %1490 = add nuw nsw i32 %1489, %1487
-  %1491 = srem i32 %1490, %num_kv_heads
-  %1492 = sext i32 %1491 to i64
-  %1493 = mul nsw i64 %k_head, %1492
-  %1494 = sdiv i32 %1490, %num_kv_heads
-  %1495 = sext i32 %1494 to i64
-  %1496 = getelementptr i64, ptr %key_offsets.i, i64 %1495
-  %1497 = getelementptr i8, ptr %1496, i64 1024
-  %1498 = load i64, ptr %1497, align 8, !tbaa !5
-  %1499 = shl nuw nsw i32 %line697.i, 4
-  %1500 = and i32 %1499, 32
-  %1501 = zext nneg i32 %1500 to i64
-  %1502 = getelementptr i32, ptr %key_cache, i64 %1498
-  %1503 = getelementptr i32, ptr %1502, i64 %1501
-  %1504 = getelementptr i32, ptr %1503, i64 %444
-  %1505 = getelementptr i32, ptr %1504, i64 %1493
-  tail call void @llvm.prefetch.p0(ptr readonly %1505, i32 0, i32 2, i32 1)
-  %1506 = lshr i32 %line697.i, 2
-  %1507 = add nuw nsw i32 %1506, %1487
-  %1508 = srem i32 %1507, %num_kv_heads
-  %1509 = sext i32 %1508 to i64
-  %1510 = mul nsw i64 %k_head, %1509
-  %1511 = sdiv i32 %1507, %num_kv_heads
-  %1512 = sext i32 %1511 to i64
-  %1513 = getelementptr i64, ptr %key_offsets.i, i64 %1512
-  %1514 = getelementptr i8, ptr %1513, i64 1024
-  %1515 = load i64, ptr %1514, align 8, !tbaa !5
-  %1516 = shl i32 %line697.i, 4
-  %1517 = and i32 %1516, 32
-  %1518 = getelementptr i32, ptr %key_cache, i64 %1515
-  %1519 = zext nneg i32 %1517 to i64
-  %1520 = getelementptr i32, ptr %1518, i64 %1519
-  %1521 = getelementptr i8, ptr %1520, i64 64
-  %1522 = getelementptr i32, ptr %1521, i64 %444
-  %1523 = getelementptr i32, ptr %1522, i64 %1510
-  tail call void @llvm.prefetch.p0(ptr readonly %1523, i32 0, i32 2, i32 1)
-  %1524 = add nuw nsw i32 %line697.i, 2
-  %exitcond946.not.i.1 = icmp eq i32 %1524, 32
-  br i1 %exitcond946.not.i.1, label %if_end156.i, label %for_body_line.i, !prof !28, !llvm.loop !45
+  %line728.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1529, %for_body_line.i ]
+  %1494 = lshr i32 %line728.i, 2
+  %1495 = add nuw nsw i32 %1494, %1492
+  %1496 = srem i32 %1495, %num_kv_heads
+  %1497 = sext i32 %1496 to i64
+  %1498 = mul nsw i64 %k_head, %1497
+  %1499 = sdiv i32 %1495, %num_kv_heads
+  %1500 = sext i32 %1499 to i64
+  %1501 = getelementptr i64, ptr %key_offsets.i, i64 %1500
+  %1502 = getelementptr i8, ptr %1501, i64 1024
+  %1503 = load i64, ptr %1502, align 8, !tbaa !5
+  %1504 = shl nuw nsw i32 %line728.i, 4
+  %1505 = and i32 %1504, 32
+  %1506 = zext nneg i32 %1505 to i64
+  %1507 = getelementptr i32, ptr %key_cache, i64 %1503
+  %1508 = getelementptr i32, ptr %1507, i64 %1506
+  %1509 = getelementptr i32, ptr %1508, i64 %444
+  %1510 = getelementptr i32, ptr %1509, i64 %1498
+  tail call void @llvm.prefetch.p0(ptr readonly %1510, i32 0, i32 2, i32 1)
+  %1511 = lshr i32 %line728.i, 2
+  %1512 = add nuw nsw i32 %1511, %1492
+  %1513 = srem i32 %1512, %num_kv_heads
+  %1514 = sext i32 %1513 to i64
+  %1515 = mul nsw i64 %k_head, %1514
+  %1516 = sdiv i32 %1512, %num_kv_heads
+  %1517 = sext i32 %1516 to i64
+  %1518 = getelementptr i64, ptr %key_offsets.i, i64 %1517
+  %1519 = getelementptr i8, ptr %1518, i64 1024
+  %1520 = load i64, ptr %1519, align 8, !tbaa !5
+  %1521 = shl i32 %line728.i, 4
+  %1522 = and i32 %1521, 32
+  %1523 = getelementptr i32, ptr %key_cache, i64 %1520
+  %1524 = zext nneg i32 %1522 to i64
+  %1525 = getelementptr i32, ptr %1523, i64 %1524
+  %1526 = getelementptr i8, ptr %1525, i64 64
+  %1527 = getelementptr i32, ptr %1526, i64 %444
+  %1528 = getelementptr i32, ptr %1527, i64 %1515
+  tail call void @llvm.prefetch.p0(ptr readonly %1528, i32 0, i32 2, i32 1)
+  %1529 = add nuw nsw i32 %line728.i, 2
+  %exitcond1019.not.i.1 = icmp eq i32 %1529, 32
+  br i1 %exitcond1019.not.i.1, label %if_end159.i, label %for_body_line.i, !prof !28, !llvm.loop !45
 
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %if_end156.i
-  %indvars.iv951.i = phi i64 [ 0, %if_end156.i ], [ %indvars.iv.next952.i, %for_begin_d_2.preheader.i ]
-  %scores_global522.sroa.0.1716.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1572, %for_begin_d_2.preheader.i ]
-  %scores_global522.sroa.4.1715.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1577, %for_begin_d_2.preheader.i ]
-  %scores_global522.sroa.8.1714.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1582, %for_begin_d_2.preheader.i ]
-  %scores_global522.sroa.12.1713.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1587, %for_begin_d_2.preheader.i ]
-  %scores_global522.sroa.16.1712.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1592, %for_begin_d_2.preheader.i ]
-  %scores_global522.sroa.20.1711.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1597, %for_begin_d_2.preheader.i ]
-  %scores_global522.sroa.24.1710.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1602, %for_begin_d_2.preheader.i ]
-  %scores_global522.sroa.28.1709.i = phi <16 x float> [ zeroinitializer, %if_end156.i ], [ %1607, %for_begin_d_2.preheader.i ]
-  %.idx82 = shl nuw nsw i64 %indvars.iv951.i, 7
+for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %if_end159.i
+  %indvars.iv1024.i = phi i64 [ 0, %if_end159.i ], [ %indvars.iv.next1025.i, %for_begin_d_2.preheader.i ]
+  %scores_global547.sroa.0.1747.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1577, %for_begin_d_2.preheader.i ]
+  %scores_global547.sroa.4.1746.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1582, %for_begin_d_2.preheader.i ]
+  %scores_global547.sroa.8.1745.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1587, %for_begin_d_2.preheader.i ]
+  %scores_global547.sroa.12.1744.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1592, %for_begin_d_2.preheader.i ]
+  %scores_global547.sroa.16.1743.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1597, %for_begin_d_2.preheader.i ]
+  %scores_global547.sroa.20.1742.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1602, %for_begin_d_2.preheader.i ]
+  %scores_global547.sroa.24.1741.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1607, %for_begin_d_2.preheader.i ]
+  %scores_global547.sroa.28.1740.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1612, %for_begin_d_2.preheader.i ]
+  %.idx82 = shl nuw nsw i64 %indvars.iv1024.i, 7
   %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx82
-  %1525 = load <16 x float>, ptr %gep, align 4, !tbaa !5
-  %1526 = getelementptr inbounds nuw float, ptr %1488, i64 %indvars.iv951.i
-  %1527 = load float, ptr %1526, align 4, !tbaa !5
-  %1528 = insertelement <16 x float> poison, float %1527, i64 0
-  %1529 = shufflevector <16 x float> %1528, <16 x float> poison, <16 x i32> zeroinitializer
-  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1529, <16 x float> %scores_global522.sroa.0.1716.i)
-  %1531 = getelementptr inbounds nuw i8, ptr %1526, i64 512
+  %1530 = load <16 x float>, ptr %gep, align 4, !tbaa !5
+  %1531 = getelementptr inbounds nuw float, ptr %1493, i64 %indvars.iv1024.i
   %1532 = load float, ptr %1531, align 4, !tbaa !5
   %1533 = insertelement <16 x float> poison, float %1532, i64 0
   %1534 = shufflevector <16 x float> %1533, <16 x float> poison, <16 x i32> zeroinitializer
-  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1534, <16 x float> %scores_global522.sroa.4.1715.i)
-  %1536 = getelementptr inbounds nuw i8, ptr %1526, i64 1024
+  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1534, <16 x float> %scores_global547.sroa.0.1747.i)
+  %1536 = getelementptr inbounds nuw i8, ptr %1531, i64 512
   %1537 = load float, ptr %1536, align 4, !tbaa !5
   %1538 = insertelement <16 x float> poison, float %1537, i64 0
   %1539 = shufflevector <16 x float> %1538, <16 x float> poison, <16 x i32> zeroinitializer
-  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1539, <16 x float> %scores_global522.sroa.8.1714.i)
-  %1541 = getelementptr inbounds nuw i8, ptr %1526, i64 1536
+  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1539, <16 x float> %scores_global547.sroa.4.1746.i)
+  %1541 = getelementptr inbounds nuw i8, ptr %1531, i64 1024
   %1542 = load float, ptr %1541, align 4, !tbaa !5
   %1543 = insertelement <16 x float> poison, float %1542, i64 0
   %1544 = shufflevector <16 x float> %1543, <16 x float> poison, <16 x i32> zeroinitializer
-  %1545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1544, <16 x float> %scores_global522.sroa.12.1713.i)
-  %1546 = getelementptr inbounds nuw i8, ptr %1526, i64 2048
+  %1545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1544, <16 x float> %scores_global547.sroa.8.1745.i)
+  %1546 = getelementptr inbounds nuw i8, ptr %1531, i64 1536
   %1547 = load float, ptr %1546, align 4, !tbaa !5
   %1548 = insertelement <16 x float> poison, float %1547, i64 0
   %1549 = shufflevector <16 x float> %1548, <16 x float> poison, <16 x i32> zeroinitializer
-  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1549, <16 x float> %scores_global522.sroa.16.1712.i)
-  %1551 = getelementptr inbounds nuw i8, ptr %1526, i64 2560
+  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1549, <16 x float> %scores_global547.sroa.12.1744.i)
+  %1551 = getelementptr inbounds nuw i8, ptr %1531, i64 2048
   %1552 = load float, ptr %1551, align 4, !tbaa !5
   %1553 = insertelement <16 x float> poison, float %1552, i64 0
   %1554 = shufflevector <16 x float> %1553, <16 x float> poison, <16 x i32> zeroinitializer
-  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1554, <16 x float> %scores_global522.sroa.20.1711.i)
-  %1556 = getelementptr inbounds nuw i8, ptr %1526, i64 3072
+  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1554, <16 x float> %scores_global547.sroa.16.1743.i)
+  %1556 = getelementptr inbounds nuw i8, ptr %1531, i64 2560
   %1557 = load float, ptr %1556, align 4, !tbaa !5
   %1558 = insertelement <16 x float> poison, float %1557, i64 0
   %1559 = shufflevector <16 x float> %1558, <16 x float> poison, <16 x i32> zeroinitializer
-  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1559, <16 x float> %scores_global522.sroa.24.1710.i)
-  %1561 = getelementptr inbounds nuw i8, ptr %1526, i64 3584
+  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1559, <16 x float> %scores_global547.sroa.20.1742.i)
+  %1561 = getelementptr inbounds nuw i8, ptr %1531, i64 3072
   %1562 = load float, ptr %1561, align 4, !tbaa !5
   %1563 = insertelement <16 x float> poison, float %1562, i64 0
   %1564 = shufflevector <16 x float> %1563, <16 x float> poison, <16 x i32> zeroinitializer
-  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1525, <16 x float> %1564, <16 x float> %scores_global522.sroa.28.1709.i)
-  %1566 = getelementptr i8, ptr %gep, i64 64
-  %1567 = load <16 x float>, ptr %1566, align 4, !tbaa !5
-  %1568 = getelementptr inbounds nuw i8, ptr %1526, i64 64
-  %1569 = load float, ptr %1568, align 4, !tbaa !5
-  %1570 = insertelement <16 x float> poison, float %1569, i64 0
-  %1571 = shufflevector <16 x float> %1570, <16 x float> poison, <16 x i32> zeroinitializer
-  %1572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1571, <16 x float> %1530)
-  %1573 = getelementptr inbounds nuw i8, ptr %1526, i64 576
+  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1564, <16 x float> %scores_global547.sroa.24.1741.i)
+  %1566 = getelementptr inbounds nuw i8, ptr %1531, i64 3584
+  %1567 = load float, ptr %1566, align 4, !tbaa !5
+  %1568 = insertelement <16 x float> poison, float %1567, i64 0
+  %1569 = shufflevector <16 x float> %1568, <16 x float> poison, <16 x i32> zeroinitializer
+  %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1569, <16 x float> %scores_global547.sroa.28.1740.i)
+  %1571 = getelementptr i8, ptr %gep, i64 64
+  %1572 = load <16 x float>, ptr %1571, align 4, !tbaa !5
+  %1573 = getelementptr inbounds nuw i8, ptr %1531, i64 64
   %1574 = load float, ptr %1573, align 4, !tbaa !5
   %1575 = insertelement <16 x float> poison, float %1574, i64 0
   %1576 = shufflevector <16 x float> %1575, <16 x float> poison, <16 x i32> zeroinitializer
-  %1577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1576, <16 x float> %1535)
-  %1578 = getelementptr inbounds nuw i8, ptr %1526, i64 1088
+  %1577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1576, <16 x float> %1535)
+  %1578 = getelementptr inbounds nuw i8, ptr %1531, i64 576
   %1579 = load float, ptr %1578, align 4, !tbaa !5
   %1580 = insertelement <16 x float> poison, float %1579, i64 0
   %1581 = shufflevector <16 x float> %1580, <16 x float> poison, <16 x i32> zeroinitializer
-  %1582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1581, <16 x float> %1540)
-  %1583 = getelementptr inbounds nuw i8, ptr %1526, i64 1600
+  %1582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1581, <16 x float> %1540)
+  %1583 = getelementptr inbounds nuw i8, ptr %1531, i64 1088
   %1584 = load float, ptr %1583, align 4, !tbaa !5
   %1585 = insertelement <16 x float> poison, float %1584, i64 0
   %1586 = shufflevector <16 x float> %1585, <16 x float> poison, <16 x i32> zeroinitializer
-  %1587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1586, <16 x float> %1545)
-  %1588 = getelementptr inbounds nuw i8, ptr %1526, i64 2112
+  %1587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1586, <16 x float> %1545)
+  %1588 = getelementptr inbounds nuw i8, ptr %1531, i64 1600
   %1589 = load float, ptr %1588, align 4, !tbaa !5
   %1590 = insertelement <16 x float> poison, float %1589, i64 0
   %1591 = shufflevector <16 x float> %1590, <16 x float> poison, <16 x i32> zeroinitializer
-  %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1591, <16 x float> %1550)
-  %1593 = getelementptr inbounds nuw i8, ptr %1526, i64 2624
+  %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1591, <16 x float> %1550)
+  %1593 = getelementptr inbounds nuw i8, ptr %1531, i64 2112
   %1594 = load float, ptr %1593, align 4, !tbaa !5
   %1595 = insertelement <16 x float> poison, float %1594, i64 0
   %1596 = shufflevector <16 x float> %1595, <16 x float> poison, <16 x i32> zeroinitializer
-  %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1596, <16 x float> %1555)
-  %1598 = getelementptr inbounds nuw i8, ptr %1526, i64 3136
+  %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1596, <16 x float> %1555)
+  %1598 = getelementptr inbounds nuw i8, ptr %1531, i64 2624
   %1599 = load float, ptr %1598, align 4, !tbaa !5
   %1600 = insertelement <16 x float> poison, float %1599, i64 0
   %1601 = shufflevector <16 x float> %1600, <16 x float> poison, <16 x i32> zeroinitializer
-  %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1601, <16 x float> %1560)
-  %1603 = getelementptr inbounds nuw i8, ptr %1526, i64 3648
+  %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1601, <16 x float> %1560)
+  %1603 = getelementptr inbounds nuw i8, ptr %1531, i64 3136
   %1604 = load float, ptr %1603, align 4, !tbaa !5
   %1605 = insertelement <16 x float> poison, float %1604, i64 0
   %1606 = shufflevector <16 x float> %1605, <16 x float> poison, <16 x i32> zeroinitializer
-  %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1606, <16 x float> %1565)
-  %indvars.iv.next952.i = add nuw nsw i64 %indvars.iv951.i, 1
-  %exitcond955.not.i = icmp eq i64 %indvars.iv.next952.i, 16
-  br i1 %exitcond955.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
+  %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1606, <16 x float> %1565)
+  %1608 = getelementptr inbounds nuw i8, ptr %1531, i64 3648
+  %1609 = load float, ptr %1608, align 4, !tbaa !5
+  %1610 = insertelement <16 x float> poison, float %1609, i64 0
+  %1611 = shufflevector <16 x float> %1610, <16 x float> poison, <16 x i32> zeroinitializer
+  %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1611, <16 x float> %1570)
+  %indvars.iv.next1025.i = add nuw nsw i64 %indvars.iv1024.i, 1
+  %exitcond1028.not.i = icmp eq i64 %indvars.iv.next1025.i, 16
+  br i1 %exitcond1028.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
-  %1608 = getelementptr inbounds nuw i8, ptr %1488, i64 128
+  %1613 = getelementptr inbounds nuw i8, ptr %1493, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv951.1.i = phi i64 [ %indvars.iv.next952.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global522.sroa.0.1716.1.i = phi <16 x float> [ %1657, %for_begin_d_2.preheader.1.i ], [ %1572, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global522.sroa.4.1715.1.i = phi <16 x float> [ %1662, %for_begin_d_2.preheader.1.i ], [ %1577, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global522.sroa.8.1714.1.i = phi <16 x float> [ %1667, %for_begin_d_2.preheader.1.i ], [ %1582, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global522.sroa.12.1713.1.i = phi <16 x float> [ %1672, %for_begin_d_2.preheader.1.i ], [ %1587, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global522.sroa.16.1712.1.i = phi <16 x float> [ %1677, %for_begin_d_2.preheader.1.i ], [ %1592, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global522.sroa.20.1711.1.i = phi <16 x float> [ %1682, %for_begin_d_2.preheader.1.i ], [ %1597, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global522.sroa.24.1710.1.i = phi <16 x float> [ %1687, %for_begin_d_2.preheader.1.i ], [ %1602, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global522.sroa.28.1709.1.i = phi <16 x float> [ %1692, %for_begin_d_2.preheader.1.i ], [ %1607, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx83 = shl i64 %indvars.iv951.1.i, 7
-  %gep158 = getelementptr i8, ptr %invariant.gep, i64 %.idx83
-  %1609 = getelementptr i8, ptr %gep158, i64 2048
-  %1610 = load <16 x float>, ptr %1609, align 4, !tbaa !5
-  %1611 = getelementptr inbounds nuw float, ptr %1608, i64 %indvars.iv951.1.i
-  %1612 = load float, ptr %1611, align 4, !tbaa !5
-  %1613 = insertelement <16 x float> poison, float %1612, i64 0
-  %1614 = shufflevector <16 x float> %1613, <16 x float> poison, <16 x i32> zeroinitializer
-  %1615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1614, <16 x float> %scores_global522.sroa.0.1716.1.i)
-  %1616 = getelementptr inbounds nuw i8, ptr %1611, i64 512
+  %indvars.iv1024.1.i = phi i64 [ %indvars.iv.next1025.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global547.sroa.0.1747.1.i = phi <16 x float> [ %1662, %for_begin_d_2.preheader.1.i ], [ %1577, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global547.sroa.4.1746.1.i = phi <16 x float> [ %1667, %for_begin_d_2.preheader.1.i ], [ %1582, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global547.sroa.8.1745.1.i = phi <16 x float> [ %1672, %for_begin_d_2.preheader.1.i ], [ %1587, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global547.sroa.12.1744.1.i = phi <16 x float> [ %1677, %for_begin_d_2.preheader.1.i ], [ %1592, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global547.sroa.16.1743.1.i = phi <16 x float> [ %1682, %for_begin_d_2.preheader.1.i ], [ %1597, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global547.sroa.20.1742.1.i = phi <16 x float> [ %1687, %for_begin_d_2.preheader.1.i ], [ %1602, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global547.sroa.24.1741.1.i = phi <16 x float> [ %1692, %for_begin_d_2.preheader.1.i ], [ %1607, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global547.sroa.28.1740.1.i = phi <16 x float> [ %1697, %for_begin_d_2.preheader.1.i ], [ %1612, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx83 = shl i64 %indvars.iv1024.1.i, 7
+  %gep161 = getelementptr i8, ptr %invariant.gep, i64 %.idx83
+  %1614 = getelementptr i8, ptr %gep161, i64 2048
+  %1615 = load <16 x float>, ptr %1614, align 4, !tbaa !5
+  %1616 = getelementptr inbounds nuw float, ptr %1613, i64 %indvars.iv1024.1.i
   %1617 = load float, ptr %1616, align 4, !tbaa !5
   %1618 = insertelement <16 x float> poison, float %1617, i64 0
   %1619 = shufflevector <16 x float> %1618, <16 x float> poison, <16 x i32> zeroinitializer
-  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1619, <16 x float> %scores_global522.sroa.4.1715.1.i)
-  %1621 = getelementptr inbounds nuw i8, ptr %1611, i64 1024
+  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1619, <16 x float> %scores_global547.sroa.0.1747.1.i)
+  %1621 = getelementptr inbounds nuw i8, ptr %1616, i64 512
   %1622 = load float, ptr %1621, align 4, !tbaa !5
   %1623 = insertelement <16 x float> poison, float %1622, i64 0
   %1624 = shufflevector <16 x float> %1623, <16 x float> poison, <16 x i32> zeroinitializer
-  %1625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1624, <16 x float> %scores_global522.sroa.8.1714.1.i)
-  %1626 = getelementptr inbounds nuw i8, ptr %1611, i64 1536
+  %1625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1624, <16 x float> %scores_global547.sroa.4.1746.1.i)
+  %1626 = getelementptr inbounds nuw i8, ptr %1616, i64 1024
   %1627 = load float, ptr %1626, align 4, !tbaa !5
   %1628 = insertelement <16 x float> poison, float %1627, i64 0
   %1629 = shufflevector <16 x float> %1628, <16 x float> poison, <16 x i32> zeroinitializer
-  %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1629, <16 x float> %scores_global522.sroa.12.1713.1.i)
-  %1631 = getelementptr inbounds nuw i8, ptr %1611, i64 2048
+  %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1629, <16 x float> %scores_global547.sroa.8.1745.1.i)
+  %1631 = getelementptr inbounds nuw i8, ptr %1616, i64 1536
   %1632 = load float, ptr %1631, align 4, !tbaa !5
   %1633 = insertelement <16 x float> poison, float %1632, i64 0
   %1634 = shufflevector <16 x float> %1633, <16 x float> poison, <16 x i32> zeroinitializer
-  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1634, <16 x float> %scores_global522.sroa.16.1712.1.i)
-  %1636 = getelementptr inbounds nuw i8, ptr %1611, i64 2560
+  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1634, <16 x float> %scores_global547.sroa.12.1744.1.i)
+  %1636 = getelementptr inbounds nuw i8, ptr %1616, i64 2048
   %1637 = load float, ptr %1636, align 4, !tbaa !5
   %1638 = insertelement <16 x float> poison, float %1637, i64 0
   %1639 = shufflevector <16 x float> %1638, <16 x float> poison, <16 x i32> zeroinitializer
-  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1639, <16 x float> %scores_global522.sroa.20.1711.1.i)
-  %1641 = getelementptr inbounds nuw i8, ptr %1611, i64 3072
+  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1639, <16 x float> %scores_global547.sroa.16.1743.1.i)
+  %1641 = getelementptr inbounds nuw i8, ptr %1616, i64 2560
   %1642 = load float, ptr %1641, align 4, !tbaa !5
   %1643 = insertelement <16 x float> poison, float %1642, i64 0
   %1644 = shufflevector <16 x float> %1643, <16 x float> poison, <16 x i32> zeroinitializer
-  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1644, <16 x float> %scores_global522.sroa.24.1710.1.i)
-  %1646 = getelementptr inbounds nuw i8, ptr %1611, i64 3584
+  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1644, <16 x float> %scores_global547.sroa.20.1742.1.i)
+  %1646 = getelementptr inbounds nuw i8, ptr %1616, i64 3072
   %1647 = load float, ptr %1646, align 4, !tbaa !5
   %1648 = insertelement <16 x float> poison, float %1647, i64 0
   %1649 = shufflevector <16 x float> %1648, <16 x float> poison, <16 x i32> zeroinitializer
-  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1649, <16 x float> %scores_global522.sroa.28.1709.1.i)
-  %1651 = getelementptr i8, ptr %gep158, i64 2112
-  %1652 = load <16 x float>, ptr %1651, align 4, !tbaa !5
-  %1653 = getelementptr inbounds nuw i8, ptr %1611, i64 64
-  %1654 = load float, ptr %1653, align 4, !tbaa !5
-  %1655 = insertelement <16 x float> poison, float %1654, i64 0
-  %1656 = shufflevector <16 x float> %1655, <16 x float> poison, <16 x i32> zeroinitializer
-  %1657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1656, <16 x float> %1615)
-  %1658 = getelementptr inbounds nuw i8, ptr %1611, i64 576
+  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1649, <16 x float> %scores_global547.sroa.24.1741.1.i)
+  %1651 = getelementptr inbounds nuw i8, ptr %1616, i64 3584
+  %1652 = load float, ptr %1651, align 4, !tbaa !5
+  %1653 = insertelement <16 x float> poison, float %1652, i64 0
+  %1654 = shufflevector <16 x float> %1653, <16 x float> poison, <16 x i32> zeroinitializer
+  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1654, <16 x float> %scores_global547.sroa.28.1740.1.i)
+  %1656 = getelementptr i8, ptr %gep161, i64 2112
+  %1657 = load <16 x float>, ptr %1656, align 4, !tbaa !5
+  %1658 = getelementptr inbounds nuw i8, ptr %1616, i64 64
   %1659 = load float, ptr %1658, align 4, !tbaa !5
   %1660 = insertelement <16 x float> poison, float %1659, i64 0
   %1661 = shufflevector <16 x float> %1660, <16 x float> poison, <16 x i32> zeroinitializer
-  %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1661, <16 x float> %1620)
-  %1663 = getelementptr inbounds nuw i8, ptr %1611, i64 1088
+  %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1661, <16 x float> %1620)
+  %1663 = getelementptr inbounds nuw i8, ptr %1616, i64 576
   %1664 = load float, ptr %1663, align 4, !tbaa !5
   %1665 = insertelement <16 x float> poison, float %1664, i64 0
   %1666 = shufflevector <16 x float> %1665, <16 x float> poison, <16 x i32> zeroinitializer
-  %1667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1666, <16 x float> %1625)
-  %1668 = getelementptr inbounds nuw i8, ptr %1611, i64 1600
+  %1667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1666, <16 x float> %1625)
+  %1668 = getelementptr inbounds nuw i8, ptr %1616, i64 1088
   %1669 = load float, ptr %1668, align 4, !tbaa !5
   %1670 = insertelement <16 x float> poison, float %1669, i64 0
   %1671 = shufflevector <16 x float> %1670, <16 x float> poison, <16 x i32> zeroinitializer
-  %1672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1671, <16 x float> %1630)
-  %1673 = getelementptr inbounds nuw i8, ptr %1611, i64 2112
+  %1672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1671, <16 x float> %1630)
+  %1673 = getelementptr inbounds nuw i8, ptr %1616, i64 1600
   %1674 = load float, ptr %1673, align 4, !tbaa !5
   %1675 = insertelement <16 x float> poison, float %1674, i64 0
   %1676 = shufflevector <16 x float> %1675, <16 x float> poison, <16 x i32> zeroinitializer
-  %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1676, <16 x float> %1635)
-  %1678 = getelementptr inbounds nuw i8, ptr %1611, i64 2624
+  %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1676, <16 x float> %1635)
+  %1678 = getelementptr inbounds nuw i8, ptr %1616, i64 2112
   %1679 = load float, ptr %1678, align 4, !tbaa !5
   %1680 = insertelement <16 x float> poison, float %1679, i64 0
   %1681 = shufflevector <16 x float> %1680, <16 x float> poison, <16 x i32> zeroinitializer
-  %1682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1681, <16 x float> %1640)
-  %1683 = getelementptr inbounds nuw i8, ptr %1611, i64 3136
+  %1682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1681, <16 x float> %1640)
+  %1683 = getelementptr inbounds nuw i8, ptr %1616, i64 2624
   %1684 = load float, ptr %1683, align 4, !tbaa !5
   %1685 = insertelement <16 x float> poison, float %1684, i64 0
   %1686 = shufflevector <16 x float> %1685, <16 x float> poison, <16 x i32> zeroinitializer
-  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1686, <16 x float> %1645)
-  %1688 = getelementptr inbounds nuw i8, ptr %1611, i64 3648
+  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1686, <16 x float> %1645)
+  %1688 = getelementptr inbounds nuw i8, ptr %1616, i64 3136
   %1689 = load float, ptr %1688, align 4, !tbaa !5
   %1690 = insertelement <16 x float> poison, float %1689, i64 0
   %1691 = shufflevector <16 x float> %1690, <16 x float> poison, <16 x i32> zeroinitializer
-  %1692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1691, <16 x float> %1650)
-  %indvars.iv.next952.1.i = add nuw nsw i64 %indvars.iv951.1.i, 1
-  %exitcond955.1.not.i = icmp eq i64 %indvars.iv.next952.1.i, 16
-  br i1 %exitcond955.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
+  %1692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1691, <16 x float> %1650)
+  %1693 = getelementptr inbounds nuw i8, ptr %1616, i64 3648
+  %1694 = load float, ptr %1693, align 4, !tbaa !5
+  %1695 = insertelement <16 x float> poison, float %1694, i64 0
+  %1696 = shufflevector <16 x float> %1695, <16 x float> poison, <16 x i32> zeroinitializer
+  %1697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1696, <16 x float> %1655)
+  %indvars.iv.next1025.1.i = add nuw nsw i64 %indvars.iv1024.1.i, 1
+  %exitcond1028.1.not.i = icmp eq i64 %indvars.iv.next1025.1.i, 16
+  br i1 %exitcond1028.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
-  %1693 = getelementptr inbounds nuw i8, ptr %1488, i64 256
+  %1698 = getelementptr inbounds nuw i8, ptr %1493, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv951.2.i = phi i64 [ %indvars.iv.next952.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global522.sroa.0.1716.2.i = phi <16 x float> [ %1742, %for_begin_d_2.preheader.2.i ], [ %1657, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global522.sroa.4.1715.2.i = phi <16 x float> [ %1747, %for_begin_d_2.preheader.2.i ], [ %1662, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global522.sroa.8.1714.2.i = phi <16 x float> [ %1752, %for_begin_d_2.preheader.2.i ], [ %1667, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global522.sroa.12.1713.2.i = phi <16 x float> [ %1757, %for_begin_d_2.preheader.2.i ], [ %1672, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global522.sroa.16.1712.2.i = phi <16 x float> [ %1762, %for_begin_d_2.preheader.2.i ], [ %1677, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global522.sroa.20.1711.2.i = phi <16 x float> [ %1767, %for_begin_d_2.preheader.2.i ], [ %1682, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global522.sroa.24.1710.2.i = phi <16 x float> [ %1772, %for_begin_d_2.preheader.2.i ], [ %1687, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global522.sroa.28.1709.2.i = phi <16 x float> [ %1777, %for_begin_d_2.preheader.2.i ], [ %1692, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx84 = shl i64 %indvars.iv951.2.i, 7
-  %gep160 = getelementptr i8, ptr %invariant.gep, i64 %.idx84
-  %1694 = getelementptr i8, ptr %gep160, i64 4096
-  %1695 = load <16 x float>, ptr %1694, align 4, !tbaa !5
-  %1696 = getelementptr inbounds nuw float, ptr %1693, i64 %indvars.iv951.2.i
-  %1697 = load float, ptr %1696, align 4, !tbaa !5
-  %1698 = insertelement <16 x float> poison, float %1697, i64 0
-  %1699 = shufflevector <16 x float> %1698, <16 x float> poison, <16 x i32> zeroinitializer
-  %1700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1699, <16 x float> %scores_global522.sroa.0.1716.2.i)
-  %1701 = getelementptr inbounds nuw i8, ptr %1696, i64 512
+  %indvars.iv1024.2.i = phi i64 [ %indvars.iv.next1025.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global547.sroa.0.1747.2.i = phi <16 x float> [ %1747, %for_begin_d_2.preheader.2.i ], [ %1662, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global547.sroa.4.1746.2.i = phi <16 x float> [ %1752, %for_begin_d_2.preheader.2.i ], [ %1667, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global547.sroa.8.1745.2.i = phi <16 x float> [ %1757, %for_begin_d_2.preheader.2.i ], [ %1672, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global547.sroa.12.1744.2.i = phi <16 x float> [ %1762, %for_begin_d_2.preheader.2.i ], [ %1677, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global547.sroa.16.1743.2.i = phi <16 x float> [ %1767, %for_begin_d_2.preheader.2.i ], [ %1682, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global547.sroa.20.1742.2.i = phi <16 x float> [ %1772, %for_begin_d_2.preheader.2.i ], [ %1687, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global547.sroa.24.1741.2.i = phi <16 x float> [ %1777, %for_begin_d_2.preheader.2.i ], [ %1692, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global547.sroa.28.1740.2.i = phi <16 x float> [ %1782, %for_begin_d_2.preheader.2.i ], [ %1697, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx84 = shl i64 %indvars.iv1024.2.i, 7
+  %gep163 = getelementptr i8, ptr %invariant.gep, i64 %.idx84
+  %1699 = getelementptr i8, ptr %gep163, i64 4096
+  %1700 = load <16 x float>, ptr %1699, align 4, !tbaa !5
+  %1701 = getelementptr inbounds nuw float, ptr %1698, i64 %indvars.iv1024.2.i
   %1702 = load float, ptr %1701, align 4, !tbaa !5
   %1703 = insertelement <16 x float> poison, float %1702, i64 0
   %1704 = shufflevector <16 x float> %1703, <16 x float> poison, <16 x i32> zeroinitializer
-  %1705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1704, <16 x float> %scores_global522.sroa.4.1715.2.i)
-  %1706 = getelementptr inbounds nuw i8, ptr %1696, i64 1024
+  %1705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1704, <16 x float> %scores_global547.sroa.0.1747.2.i)
+  %1706 = getelementptr inbounds nuw i8, ptr %1701, i64 512
   %1707 = load float, ptr %1706, align 4, !tbaa !5
   %1708 = insertelement <16 x float> poison, float %1707, i64 0
   %1709 = shufflevector <16 x float> %1708, <16 x float> poison, <16 x i32> zeroinitializer
-  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1709, <16 x float> %scores_global522.sroa.8.1714.2.i)
-  %1711 = getelementptr inbounds nuw i8, ptr %1696, i64 1536
+  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1709, <16 x float> %scores_global547.sroa.4.1746.2.i)
+  %1711 = getelementptr inbounds nuw i8, ptr %1701, i64 1024
   %1712 = load float, ptr %1711, align 4, !tbaa !5
   %1713 = insertelement <16 x float> poison, float %1712, i64 0
   %1714 = shufflevector <16 x float> %1713, <16 x float> poison, <16 x i32> zeroinitializer
-  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1714, <16 x float> %scores_global522.sroa.12.1713.2.i)
-  %1716 = getelementptr inbounds nuw i8, ptr %1696, i64 2048
+  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1714, <16 x float> %scores_global547.sroa.8.1745.2.i)
+  %1716 = getelementptr inbounds nuw i8, ptr %1701, i64 1536
   %1717 = load float, ptr %1716, align 4, !tbaa !5
   %1718 = insertelement <16 x float> poison, float %1717, i64 0
   %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
-  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1719, <16 x float> %scores_global522.sroa.16.1712.2.i)
-  %1721 = getelementptr inbounds nuw i8, ptr %1696, i64 2560
+  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1719, <16 x float> %scores_global547.sroa.12.1744.2.i)
+  %1721 = getelementptr inbounds nuw i8, ptr %1701, i64 2048
   %1722 = load float, ptr %1721, align 4, !tbaa !5
   %1723 = insertelement <16 x float> poison, float %1722, i64 0
   %1724 = shufflevector <16 x float> %1723, <16 x float> poison, <16 x i32> zeroinitializer
-  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1724, <16 x float> %scores_global522.sroa.20.1711.2.i)
-  %1726 = getelementptr inbounds nuw i8, ptr %1696, i64 3072
+  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1724, <16 x float> %scores_global547.sroa.16.1743.2.i)
+  %1726 = getelementptr inbounds nuw i8, ptr %1701, i64 2560
   %1727 = load float, ptr %1726, align 4, !tbaa !5
   %1728 = insertelement <16 x float> poison, float %1727, i64 0
   %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
-  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1729, <16 x float> %scores_global522.sroa.24.1710.2.i)
-  %1731 = getelementptr inbounds nuw i8, ptr %1696, i64 3584
+  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1729, <16 x float> %scores_global547.sroa.20.1742.2.i)
+  %1731 = getelementptr inbounds nuw i8, ptr %1701, i64 3072
   %1732 = load float, ptr %1731, align 4, !tbaa !5
   %1733 = insertelement <16 x float> poison, float %1732, i64 0
   %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1734, <16 x float> %scores_global522.sroa.28.1709.2.i)
-  %1736 = getelementptr i8, ptr %gep160, i64 4160
-  %1737 = load <16 x float>, ptr %1736, align 4, !tbaa !5
-  %1738 = getelementptr inbounds nuw i8, ptr %1696, i64 64
-  %1739 = load float, ptr %1738, align 4, !tbaa !5
-  %1740 = insertelement <16 x float> poison, float %1739, i64 0
-  %1741 = shufflevector <16 x float> %1740, <16 x float> poison, <16 x i32> zeroinitializer
-  %1742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1741, <16 x float> %1700)
-  %1743 = getelementptr inbounds nuw i8, ptr %1696, i64 576
+  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1734, <16 x float> %scores_global547.sroa.24.1741.2.i)
+  %1736 = getelementptr inbounds nuw i8, ptr %1701, i64 3584
+  %1737 = load float, ptr %1736, align 4, !tbaa !5
+  %1738 = insertelement <16 x float> poison, float %1737, i64 0
+  %1739 = shufflevector <16 x float> %1738, <16 x float> poison, <16 x i32> zeroinitializer
+  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1739, <16 x float> %scores_global547.sroa.28.1740.2.i)
+  %1741 = getelementptr i8, ptr %gep163, i64 4160
+  %1742 = load <16 x float>, ptr %1741, align 4, !tbaa !5
+  %1743 = getelementptr inbounds nuw i8, ptr %1701, i64 64
   %1744 = load float, ptr %1743, align 4, !tbaa !5
   %1745 = insertelement <16 x float> poison, float %1744, i64 0
   %1746 = shufflevector <16 x float> %1745, <16 x float> poison, <16 x i32> zeroinitializer
-  %1747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1746, <16 x float> %1705)
-  %1748 = getelementptr inbounds nuw i8, ptr %1696, i64 1088
+  %1747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1746, <16 x float> %1705)
+  %1748 = getelementptr inbounds nuw i8, ptr %1701, i64 576
   %1749 = load float, ptr %1748, align 4, !tbaa !5
   %1750 = insertelement <16 x float> poison, float %1749, i64 0
   %1751 = shufflevector <16 x float> %1750, <16 x float> poison, <16 x i32> zeroinitializer
-  %1752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1751, <16 x float> %1710)
-  %1753 = getelementptr inbounds nuw i8, ptr %1696, i64 1600
+  %1752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1751, <16 x float> %1710)
+  %1753 = getelementptr inbounds nuw i8, ptr %1701, i64 1088
   %1754 = load float, ptr %1753, align 4, !tbaa !5
   %1755 = insertelement <16 x float> poison, float %1754, i64 0
   %1756 = shufflevector <16 x float> %1755, <16 x float> poison, <16 x i32> zeroinitializer
-  %1757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1756, <16 x float> %1715)
-  %1758 = getelementptr inbounds nuw i8, ptr %1696, i64 2112
+  %1757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1756, <16 x float> %1715)
+  %1758 = getelementptr inbounds nuw i8, ptr %1701, i64 1600
   %1759 = load float, ptr %1758, align 4, !tbaa !5
   %1760 = insertelement <16 x float> poison, float %1759, i64 0
   %1761 = shufflevector <16 x float> %1760, <16 x float> poison, <16 x i32> zeroinitializer
-  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1761, <16 x float> %1720)
-  %1763 = getelementptr inbounds nuw i8, ptr %1696, i64 2624
+  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1761, <16 x float> %1720)
+  %1763 = getelementptr inbounds nuw i8, ptr %1701, i64 2112
   %1764 = load float, ptr %1763, align 4, !tbaa !5
   %1765 = insertelement <16 x float> poison, float %1764, i64 0
   %1766 = shufflevector <16 x float> %1765, <16 x float> poison, <16 x i32> zeroinitializer
-  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1766, <16 x float> %1725)
-  %1768 = getelementptr inbounds nuw i8, ptr %1696, i64 3136
+  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1766, <16 x float> %1725)
+  %1768 = getelementptr inbounds nuw i8, ptr %1701, i64 2624
   %1769 = load float, ptr %1768, align 4, !tbaa !5
   %1770 = insertelement <16 x float> poison, float %1769, i64 0
   %1771 = shufflevector <16 x float> %1770, <16 x float> poison, <16 x i32> zeroinitializer
-  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1771, <16 x float> %1730)
-  %1773 = getelementptr inbounds nuw i8, ptr %1696, i64 3648
+  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1771, <16 x float> %1730)
+  %1773 = getelementptr inbounds nuw i8, ptr %1701, i64 3136
   %1774 = load float, ptr %1773, align 4, !tbaa !5
   %1775 = insertelement <16 x float> poison, float %1774, i64 0
   %1776 = shufflevector <16 x float> %1775, <16 x float> poison, <16 x i32> zeroinitializer
-  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1776, <16 x float> %1735)
-  %indvars.iv.next952.2.i = add nuw nsw i64 %indvars.iv951.2.i, 1
-  %exitcond955.2.not.i = icmp eq i64 %indvars.iv.next952.2.i, 16
-  br i1 %exitcond955.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
+  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1776, <16 x float> %1735)
+  %1778 = getelementptr inbounds nuw i8, ptr %1701, i64 3648
+  %1779 = load float, ptr %1778, align 4, !tbaa !5
+  %1780 = insertelement <16 x float> poison, float %1779, i64 0
+  %1781 = shufflevector <16 x float> %1780, <16 x float> poison, <16 x i32> zeroinitializer
+  %1782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1781, <16 x float> %1740)
+  %indvars.iv.next1025.2.i = add nuw nsw i64 %indvars.iv1024.2.i, 1
+  %exitcond1028.2.not.i = icmp eq i64 %indvars.iv.next1025.2.i, 16
+  br i1 %exitcond1028.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
-  %1778 = getelementptr inbounds nuw i8, ptr %1488, i64 384
+  %1783 = getelementptr inbounds nuw i8, ptr %1493, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv951.3.i = phi i64 [ %indvars.iv.next952.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global522.sroa.0.1716.3.i = phi <16 x float> [ %1827, %for_begin_d_2.preheader.3.i ], [ %1742, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global522.sroa.4.1715.3.i = phi <16 x float> [ %1832, %for_begin_d_2.preheader.3.i ], [ %1747, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global522.sroa.8.1714.3.i = phi <16 x float> [ %1837, %for_begin_d_2.preheader.3.i ], [ %1752, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global522.sroa.12.1713.3.i = phi <16 x float> [ %1842, %for_begin_d_2.preheader.3.i ], [ %1757, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global522.sroa.16.1712.3.i = phi <16 x float> [ %1847, %for_begin_d_2.preheader.3.i ], [ %1762, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global522.sroa.20.1711.3.i = phi <16 x float> [ %1852, %for_begin_d_2.preheader.3.i ], [ %1767, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global522.sroa.24.1710.3.i = phi <16 x float> [ %1857, %for_begin_d_2.preheader.3.i ], [ %1772, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global522.sroa.28.1709.3.i = phi <16 x float> [ %1862, %for_begin_d_2.preheader.3.i ], [ %1777, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx85 = shl i64 %indvars.iv951.3.i, 7
-  %gep162 = getelementptr i8, ptr %invariant.gep, i64 %.idx85
-  %1779 = getelementptr i8, ptr %gep162, i64 6144
-  %1780 = load <16 x float>, ptr %1779, align 4, !tbaa !5
-  %1781 = getelementptr inbounds nuw float, ptr %1778, i64 %indvars.iv951.3.i
-  %1782 = load float, ptr %1781, align 4, !tbaa !5
-  %1783 = insertelement <16 x float> poison, float %1782, i64 0
-  %1784 = shufflevector <16 x float> %1783, <16 x float> poison, <16 x i32> zeroinitializer
-  %1785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1784, <16 x float> %scores_global522.sroa.0.1716.3.i)
-  %1786 = getelementptr inbounds nuw i8, ptr %1781, i64 512
+  %indvars.iv1024.3.i = phi i64 [ %indvars.iv.next1025.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global547.sroa.0.1747.3.i = phi <16 x float> [ %1832, %for_begin_d_2.preheader.3.i ], [ %1747, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global547.sroa.4.1746.3.i = phi <16 x float> [ %1837, %for_begin_d_2.preheader.3.i ], [ %1752, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global547.sroa.8.1745.3.i = phi <16 x float> [ %1842, %for_begin_d_2.preheader.3.i ], [ %1757, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global547.sroa.12.1744.3.i = phi <16 x float> [ %1847, %for_begin_d_2.preheader.3.i ], [ %1762, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global547.sroa.16.1743.3.i = phi <16 x float> [ %1852, %for_begin_d_2.preheader.3.i ], [ %1767, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global547.sroa.20.1742.3.i = phi <16 x float> [ %1857, %for_begin_d_2.preheader.3.i ], [ %1772, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global547.sroa.24.1741.3.i = phi <16 x float> [ %1862, %for_begin_d_2.preheader.3.i ], [ %1777, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global547.sroa.28.1740.3.i = phi <16 x float> [ %1867, %for_begin_d_2.preheader.3.i ], [ %1782, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx85 = shl i64 %indvars.iv1024.3.i, 7
+  %gep165 = getelementptr i8, ptr %invariant.gep, i64 %.idx85
+  %1784 = getelementptr i8, ptr %gep165, i64 6144
+  %1785 = load <16 x float>, ptr %1784, align 4, !tbaa !5
+  %1786 = getelementptr inbounds nuw float, ptr %1783, i64 %indvars.iv1024.3.i
   %1787 = load float, ptr %1786, align 4, !tbaa !5
   %1788 = insertelement <16 x float> poison, float %1787, i64 0
   %1789 = shufflevector <16 x float> %1788, <16 x float> poison, <16 x i32> zeroinitializer
-  %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1789, <16 x float> %scores_global522.sroa.4.1715.3.i)
-  %1791 = getelementptr inbounds nuw i8, ptr %1781, i64 1024
+  %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1789, <16 x float> %scores_global547.sroa.0.1747.3.i)
+  %1791 = getelementptr inbounds nuw i8, ptr %1786, i64 512
   %1792 = load float, ptr %1791, align 4, !tbaa !5
   %1793 = insertelement <16 x float> poison, float %1792, i64 0
   %1794 = shufflevector <16 x float> %1793, <16 x float> poison, <16 x i32> zeroinitializer
-  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1794, <16 x float> %scores_global522.sroa.8.1714.3.i)
-  %1796 = getelementptr inbounds nuw i8, ptr %1781, i64 1536
+  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1794, <16 x float> %scores_global547.sroa.4.1746.3.i)
+  %1796 = getelementptr inbounds nuw i8, ptr %1786, i64 1024
   %1797 = load float, ptr %1796, align 4, !tbaa !5
   %1798 = insertelement <16 x float> poison, float %1797, i64 0
   %1799 = shufflevector <16 x float> %1798, <16 x float> poison, <16 x i32> zeroinitializer
-  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1799, <16 x float> %scores_global522.sroa.12.1713.3.i)
-  %1801 = getelementptr inbounds nuw i8, ptr %1781, i64 2048
+  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1799, <16 x float> %scores_global547.sroa.8.1745.3.i)
+  %1801 = getelementptr inbounds nuw i8, ptr %1786, i64 1536
   %1802 = load float, ptr %1801, align 4, !tbaa !5
   %1803 = insertelement <16 x float> poison, float %1802, i64 0
   %1804 = shufflevector <16 x float> %1803, <16 x float> poison, <16 x i32> zeroinitializer
-  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1804, <16 x float> %scores_global522.sroa.16.1712.3.i)
-  %1806 = getelementptr inbounds nuw i8, ptr %1781, i64 2560
+  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1804, <16 x float> %scores_global547.sroa.12.1744.3.i)
+  %1806 = getelementptr inbounds nuw i8, ptr %1786, i64 2048
   %1807 = load float, ptr %1806, align 4, !tbaa !5
   %1808 = insertelement <16 x float> poison, float %1807, i64 0
   %1809 = shufflevector <16 x float> %1808, <16 x float> poison, <16 x i32> zeroinitializer
-  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1809, <16 x float> %scores_global522.sroa.20.1711.3.i)
-  %1811 = getelementptr inbounds nuw i8, ptr %1781, i64 3072
+  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1809, <16 x float> %scores_global547.sroa.16.1743.3.i)
+  %1811 = getelementptr inbounds nuw i8, ptr %1786, i64 2560
   %1812 = load float, ptr %1811, align 4, !tbaa !5
   %1813 = insertelement <16 x float> poison, float %1812, i64 0
   %1814 = shufflevector <16 x float> %1813, <16 x float> poison, <16 x i32> zeroinitializer
-  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1814, <16 x float> %scores_global522.sroa.24.1710.3.i)
-  %1816 = getelementptr inbounds nuw i8, ptr %1781, i64 3584
+  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1814, <16 x float> %scores_global547.sroa.20.1742.3.i)
+  %1816 = getelementptr inbounds nuw i8, ptr %1786, i64 3072
   %1817 = load float, ptr %1816, align 4, !tbaa !5
   %1818 = insertelement <16 x float> poison, float %1817, i64 0
   %1819 = shufflevector <16 x float> %1818, <16 x float> poison, <16 x i32> zeroinitializer
-  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1819, <16 x float> %scores_global522.sroa.28.1709.3.i)
-  %1821 = getelementptr i8, ptr %gep162, i64 6208
-  %1822 = load <16 x float>, ptr %1821, align 4, !tbaa !5
-  %1823 = getelementptr inbounds nuw i8, ptr %1781, i64 64
-  %1824 = load float, ptr %1823, align 4, !tbaa !5
-  %1825 = insertelement <16 x float> poison, float %1824, i64 0
-  %1826 = shufflevector <16 x float> %1825, <16 x float> poison, <16 x i32> zeroinitializer
-  %1827 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1826, <16 x float> %1785)
-  %1828 = getelementptr inbounds nuw i8, ptr %1781, i64 576
+  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1819, <16 x float> %scores_global547.sroa.24.1741.3.i)
+  %1821 = getelementptr inbounds nuw i8, ptr %1786, i64 3584
+  %1822 = load float, ptr %1821, align 4, !tbaa !5
+  %1823 = insertelement <16 x float> poison, float %1822, i64 0
+  %1824 = shufflevector <16 x float> %1823, <16 x float> poison, <16 x i32> zeroinitializer
+  %1825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1824, <16 x float> %scores_global547.sroa.28.1740.3.i)
+  %1826 = getelementptr i8, ptr %gep165, i64 6208
+  %1827 = load <16 x float>, ptr %1826, align 4, !tbaa !5
+  %1828 = getelementptr inbounds nuw i8, ptr %1786, i64 64
   %1829 = load float, ptr %1828, align 4, !tbaa !5
   %1830 = insertelement <16 x float> poison, float %1829, i64 0
   %1831 = shufflevector <16 x float> %1830, <16 x float> poison, <16 x i32> zeroinitializer
-  %1832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1831, <16 x float> %1790)
-  %1833 = getelementptr inbounds nuw i8, ptr %1781, i64 1088
+  %1832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1831, <16 x float> %1790)
+  %1833 = getelementptr inbounds nuw i8, ptr %1786, i64 576
   %1834 = load float, ptr %1833, align 4, !tbaa !5
   %1835 = insertelement <16 x float> poison, float %1834, i64 0
   %1836 = shufflevector <16 x float> %1835, <16 x float> poison, <16 x i32> zeroinitializer
-  %1837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1836, <16 x float> %1795)
-  %1838 = getelementptr inbounds nuw i8, ptr %1781, i64 1600
+  %1837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1836, <16 x float> %1795)
+  %1838 = getelementptr inbounds nuw i8, ptr %1786, i64 1088
   %1839 = load float, ptr %1838, align 4, !tbaa !5
   %1840 = insertelement <16 x float> poison, float %1839, i64 0
   %1841 = shufflevector <16 x float> %1840, <16 x float> poison, <16 x i32> zeroinitializer
-  %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1841, <16 x float> %1800)
-  %1843 = getelementptr inbounds nuw i8, ptr %1781, i64 2112
+  %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1841, <16 x float> %1800)
+  %1843 = getelementptr inbounds nuw i8, ptr %1786, i64 1600
   %1844 = load float, ptr %1843, align 4, !tbaa !5
   %1845 = insertelement <16 x float> poison, float %1844, i64 0
   %1846 = shufflevector <16 x float> %1845, <16 x float> poison, <16 x i32> zeroinitializer
-  %1847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1846, <16 x float> %1805)
-  %1848 = getelementptr inbounds nuw i8, ptr %1781, i64 2624
+  %1847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1846, <16 x float> %1805)
+  %1848 = getelementptr inbounds nuw i8, ptr %1786, i64 2112
   %1849 = load float, ptr %1848, align 4, !tbaa !5
   %1850 = insertelement <16 x float> poison, float %1849, i64 0
   %1851 = shufflevector <16 x float> %1850, <16 x float> poison, <16 x i32> zeroinitializer
-  %1852 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1851, <16 x float> %1810)
-  %1853 = getelementptr inbounds nuw i8, ptr %1781, i64 3136
+  %1852 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1851, <16 x float> %1810)
+  %1853 = getelementptr inbounds nuw i8, ptr %1786, i64 2624
   %1854 = load float, ptr %1853, align 4, !tbaa !5
   %1855 = insertelement <16 x float> poison, float %1854, i64 0
   %1856 = shufflevector <16 x float> %1855, <16 x float> poison, <16 x i32> zeroinitializer
-  %1857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1856, <16 x float> %1815)
-  %1858 = getelementptr inbounds nuw i8, ptr %1781, i64 3648
+  %1857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1856, <16 x float> %1815)
+  %1858 = getelementptr inbounds nuw i8, ptr %1786, i64 3136
   %1859 = load float, ptr %1858, align 4, !tbaa !5
   %1860 = insertelement <16 x float> poison, float %1859, i64 0
   %1861 = shufflevector <16 x float> %1860, <16 x float> poison, <16 x i32> zeroinitializer
-  %1862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1861, <16 x float> %1820)
-  %indvars.iv.next952.3.i = add nuw nsw i64 %indvars.iv951.3.i, 1
-  %exitcond955.3.not.i = icmp eq i64 %indvars.iv.next952.3.i, 16
-  br i1 %exitcond955.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
+  %1862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1861, <16 x float> %1820)
+  %1863 = getelementptr inbounds nuw i8, ptr %1786, i64 3648
+  %1864 = load float, ptr %1863, align 4, !tbaa !5
+  %1865 = insertelement <16 x float> poison, float %1864, i64 0
+  %1866 = shufflevector <16 x float> %1865, <16 x float> poison, <16 x i32> zeroinitializer
+  %1867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1866, <16 x float> %1825)
+  %indvars.iv.next1025.3.i = add nuw nsw i64 %indvars.iv1024.3.i, 1
+  %exitcond1028.3.not.i = icmp eq i64 %indvars.iv.next1025.3.i, 16
+  br i1 %exitcond1028.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx1162.i = shl nsw i64 %indvars.iv960.i, 9
-  %1863 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1162.i
-  store <16 x float> %1827, ptr %1863, align 4, !tbaa !5
-  %1864 = getelementptr inbounds nuw i8, ptr %1863, i64 64
-  store <16 x float> %1832, ptr %1864, align 4, !tbaa !5
-  %1865 = getelementptr inbounds nuw i8, ptr %1863, i64 128
-  store <16 x float> %1837, ptr %1865, align 4, !tbaa !5
-  %1866 = getelementptr inbounds nuw i8, ptr %1863, i64 192
-  store <16 x float> %1842, ptr %1866, align 4, !tbaa !5
-  %1867 = getelementptr inbounds nuw i8, ptr %1863, i64 256
-  store <16 x float> %1847, ptr %1867, align 4, !tbaa !5
-  %1868 = getelementptr inbounds nuw i8, ptr %1863, i64 320
-  store <16 x float> %1852, ptr %1868, align 4, !tbaa !5
-  %1869 = getelementptr inbounds nuw i8, ptr %1863, i64 384
-  store <16 x float> %1857, ptr %1869, align 4, !tbaa !5
-  %1870 = getelementptr inbounds nuw i8, ptr %1863, i64 448
-  store <16 x float> %1862, ptr %1870, align 4, !tbaa !5
-  %indvars.iv.next961.i = add nuw nsw i64 %indvars.iv960.i, 1
-  %exitcond964.not.i = icmp eq i64 %indvars.iv.next961.i, %wide.trip.count963.i
-  br i1 %exitcond964.not.i, label %for_begin_to157.preheader.i, label %for_body_to151.i, !prof !13
+  %.idx1251.i = shl nsw i64 %indvars.iv1033.i, 9
+  %1868 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1251.i
+  store <16 x float> %1832, ptr %1868, align 4, !tbaa !5
+  %1869 = getelementptr inbounds nuw i8, ptr %1868, i64 64
+  store <16 x float> %1837, ptr %1869, align 4, !tbaa !5
+  %1870 = getelementptr inbounds nuw i8, ptr %1868, i64 128
+  store <16 x float> %1842, ptr %1870, align 4, !tbaa !5
+  %1871 = getelementptr inbounds nuw i8, ptr %1868, i64 192
+  store <16 x float> %1847, ptr %1871, align 4, !tbaa !5
+  %1872 = getelementptr inbounds nuw i8, ptr %1868, i64 256
+  store <16 x float> %1852, ptr %1872, align 4, !tbaa !5
+  %1873 = getelementptr inbounds nuw i8, ptr %1868, i64 320
+  store <16 x float> %1857, ptr %1873, align 4, !tbaa !5
+  %1874 = getelementptr inbounds nuw i8, ptr %1868, i64 384
+  store <16 x float> %1862, ptr %1874, align 4, !tbaa !5
+  %1875 = getelementptr inbounds nuw i8, ptr %1868, i64 448
+  store <16 x float> %1867, ptr %1875, align 4, !tbaa !5
+  %indvars.iv.next1034.i = add nuw nsw i64 %indvars.iv1033.i, 1
+  %exitcond1037.not.i = icmp eq i64 %indvars.iv.next1034.i, %wide.trip.count1036.i
+  br i1 %exitcond1037.not.i, label %for_end_to155.i, label %for_body_to154.i, !prof !13
 
-for_begin_ti162.preheader.i:                      ; preds = %for_begin_ti162.preheader.i, %for_begin_to157.preheader.i
-  %indvars.iv969.i = phi i64 [ 0, %for_begin_to157.preheader.i ], [ %indvars.iv.next970.i, %for_begin_ti162.preheader.i ]
-  %1871 = shl nsw i64 %indvars.iv969.i, 7
-  %1872 = shl nsw i64 %indvars.iv969.i, 3
-  %1873 = add nsw i64 %1872, %754
-  %1874 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1871
-  %1875 = load <16 x float>, ptr %1874, align 4, !tbaa !5
-  %1876 = fmul <16 x float> %446, %1875
-  %1877 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
-  %1878 = trunc i64 %1873 to i32
-  %1879 = insertelement <16 x i32> poison, i32 %1878, i64 0
-  %1880 = shufflevector <16 x i32> %1879, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1881 = icmp slt <16 x i32> %1880, %1877
-  %1882 = select <16 x i1> %1881, <16 x float> %1876, <16 x float> splat (float 0xFFF0000000000000)
-  %1883 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1871
-  store <16 x float> %1882, ptr %1883, align 4, !tbaa !5
-  %1884 = or disjoint i64 %1871, 16
-  %1885 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1884
-  %1886 = load <16 x float>, ptr %1885, align 4, !tbaa !5
-  %1887 = fmul <16 x float> %446, %1886
-  %1888 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
-  %1889 = add i32 %1878, 1
-  %1890 = insertelement <16 x i32> poison, i32 %1889, i64 0
-  %1891 = shufflevector <16 x i32> %1890, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1892 = icmp slt <16 x i32> %1891, %1888
-  %1893 = select <16 x i1> %1892, <16 x float> %1887, <16 x float> splat (float 0xFFF0000000000000)
-  %1894 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1884
+for_begin_ti_1.preheader.i:                       ; preds = %for_end_ax2.i, %for_end_to155.i
+  %.us-phi780.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to155.i ], [ %1945, %for_end_ax2.i ]
+  %.us-phi767778.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to155.i ], [ %1943, %for_end_ax2.i ]
+  %.us-phi768777.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to155.i ], [ %1941, %for_end_ax2.i ]
+  %.us-phi769775.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to155.i ], [ %1939, %for_end_ax2.i ]
+  %1876 = fcmp olt <16 x float> %.us-phi769775.lcssa.i, splat (float 0xC7EFFFFFE0000000)
+  %1877 = select <16 x i1> %1876, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.us-phi769775.lcssa.i
+  %1878 = fcmp ogt <16 x float> %1877, %.us-phi768777.lcssa.i
+  %1879 = select <16 x i1> %1878, <16 x float> %1877, <16 x float> %.us-phi768777.lcssa.i
+  %1880 = fcmp ogt <16 x float> %1879, %.us-phi767778.lcssa.i
+  %1881 = select <16 x i1> %1880, <16 x float> %1879, <16 x float> %.us-phi767778.lcssa.i
+  %1882 = fcmp ogt <16 x float> %1881, %.us-phi780.lcssa.i
+  %1883 = select <16 x i1> %1882, <16 x float> %1881, <16 x float> %.us-phi780.lcssa.i
+  %1884 = sub nsw i32 %1484, %num_full.i
+  %1885 = icmp sgt i32 %1884, 0
+  br i1 %1885, label %for_begin_ti183.preheader.lr.ph.i, label %for_end_to180.i, !prof !3
+
+for_end_ax2.i:                                    ; preds = %for_end_ax2.i, %for_begin_ti165.preheader.preheader.i
+  %indvars.iv1045.i = phi i64 [ 0, %for_begin_ti165.preheader.preheader.i ], [ %indvars.iv.next1046.i, %for_end_ax2.i ]
+  %1886 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti165.preheader.preheader.i ], [ %1939, %for_end_ax2.i ]
+  %1887 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti165.preheader.preheader.i ], [ %1941, %for_end_ax2.i ]
+  %1888 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti165.preheader.preheader.i ], [ %1943, %for_end_ax2.i ]
+  %1889 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti165.preheader.preheader.i ], [ %1945, %for_end_ax2.i ]
+  %1890 = shl nsw i64 %indvars.iv1045.i, 7
+  %1891 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1890
+  %1892 = load <16 x float>, ptr %1891, align 4, !tbaa !5
+  %1893 = fmul <16 x float> %446, %1892
+  %1894 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1890
   store <16 x float> %1893, ptr %1894, align 4, !tbaa !5
-  %1895 = or disjoint i64 %1871, 32
+  %1895 = or disjoint i64 %1890, 16
   %1896 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1895
   %1897 = load <16 x float>, ptr %1896, align 4, !tbaa !5
   %1898 = fmul <16 x float> %446, %1897
-  %1899 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
-  %1900 = add i32 %1878, 2
-  %1901 = insertelement <16 x i32> poison, i32 %1900, i64 0
-  %1902 = shufflevector <16 x i32> %1901, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1903 = icmp slt <16 x i32> %1902, %1899
-  %1904 = select <16 x i1> %1903, <16 x float> %1898, <16 x float> splat (float 0xFFF0000000000000)
-  %1905 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1895
-  store <16 x float> %1904, ptr %1905, align 4, !tbaa !5
-  %1906 = or disjoint i64 %1871, 48
-  %1907 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1906
-  %1908 = load <16 x float>, ptr %1907, align 4, !tbaa !5
-  %1909 = fmul <16 x float> %446, %1908
-  %1910 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
-  %1911 = add i32 %1878, 3
-  %1912 = insertelement <16 x i32> poison, i32 %1911, i64 0
-  %1913 = shufflevector <16 x i32> %1912, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1914 = icmp slt <16 x i32> %1913, %1910
-  %1915 = select <16 x i1> %1914, <16 x float> %1909, <16 x float> splat (float 0xFFF0000000000000)
-  %1916 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1906
-  store <16 x float> %1915, ptr %1916, align 4, !tbaa !5
-  %1917 = or disjoint i64 %1871, 64
-  %1918 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1917
-  %1919 = load <16 x float>, ptr %1918, align 4, !tbaa !5
-  %1920 = fmul <16 x float> %446, %1919
-  %1921 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
-  %1922 = add i32 %1878, 4
-  %1923 = insertelement <16 x i32> poison, i32 %1922, i64 0
-  %1924 = shufflevector <16 x i32> %1923, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1925 = icmp slt <16 x i32> %1924, %1921
-  %1926 = select <16 x i1> %1925, <16 x float> %1920, <16 x float> splat (float 0xFFF0000000000000)
-  %1927 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1917
-  store <16 x float> %1926, ptr %1927, align 4, !tbaa !5
-  %1928 = or disjoint i64 %1871, 80
-  %1929 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1928
-  %1930 = load <16 x float>, ptr %1929, align 4, !tbaa !5
-  %1931 = fmul <16 x float> %446, %1930
-  %1932 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
-  %1933 = add i32 %1878, 5
-  %1934 = insertelement <16 x i32> poison, i32 %1933, i64 0
-  %1935 = shufflevector <16 x i32> %1934, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1936 = icmp slt <16 x i32> %1935, %1932
-  %1937 = select <16 x i1> %1936, <16 x float> %1931, <16 x float> splat (float 0xFFF0000000000000)
-  %1938 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1928
-  store <16 x float> %1937, ptr %1938, align 4, !tbaa !5
-  %1939 = or disjoint i64 %1871, 96
-  %1940 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1939
-  %1941 = load <16 x float>, ptr %1940, align 4, !tbaa !5
-  %1942 = fmul <16 x float> %446, %1941
-  %1943 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
-  %1944 = add i32 %1878, 6
-  %1945 = insertelement <16 x i32> poison, i32 %1944, i64 0
-  %1946 = shufflevector <16 x i32> %1945, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1947 = icmp slt <16 x i32> %1946, %1943
-  %1948 = select <16 x i1> %1947, <16 x float> %1942, <16 x float> splat (float 0xFFF0000000000000)
-  %1949 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1939
-  store <16 x float> %1948, ptr %1949, align 4, !tbaa !5
-  %1950 = or disjoint i64 %1871, 112
-  %1951 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1950
-  %1952 = load <16 x float>, ptr %1951, align 4, !tbaa !5
-  %1953 = fmul <16 x float> %446, %1952
-  %1954 = load <16 x i32>, ptr %1484, align 4, !tbaa !5
-  %1955 = add i32 %1878, 7
-  %1956 = insertelement <16 x i32> poison, i32 %1955, i64 0
-  %1957 = shufflevector <16 x i32> %1956, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1958 = icmp slt <16 x i32> %1957, %1954
-  %1959 = select <16 x i1> %1958, <16 x float> %1953, <16 x float> splat (float 0xFFF0000000000000)
-  %1960 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1950
-  store <16 x float> %1959, ptr %1960, align 4, !tbaa !5
-  %indvars.iv.next970.i = add nuw nsw i64 %indvars.iv969.i, 1
-  %exitcond973.not.i = icmp eq i64 %indvars.iv.next970.i, %wide.trip.count963.i
-  br i1 %exitcond973.not.i, label %for_end_to159.i, label %for_begin_ti162.preheader.i, !prof !13
+  %1899 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1895
+  store <16 x float> %1898, ptr %1899, align 4, !tbaa !5
+  %1900 = or disjoint i64 %1890, 32
+  %1901 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1900
+  %1902 = load <16 x float>, ptr %1901, align 4, !tbaa !5
+  %1903 = fmul <16 x float> %446, %1902
+  %1904 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1900
+  store <16 x float> %1903, ptr %1904, align 4, !tbaa !5
+  %1905 = or disjoint i64 %1890, 48
+  %1906 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1905
+  %1907 = load <16 x float>, ptr %1906, align 4, !tbaa !5
+  %1908 = fmul <16 x float> %446, %1907
+  %1909 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1905
+  store <16 x float> %1908, ptr %1909, align 4, !tbaa !5
+  %1910 = or disjoint i64 %1890, 64
+  %1911 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1910
+  %1912 = load <16 x float>, ptr %1911, align 4, !tbaa !5
+  %1913 = fmul <16 x float> %446, %1912
+  %1914 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1910
+  store <16 x float> %1913, ptr %1914, align 4, !tbaa !5
+  %1915 = or disjoint i64 %1890, 80
+  %1916 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1915
+  %1917 = load <16 x float>, ptr %1916, align 4, !tbaa !5
+  %1918 = fmul <16 x float> %446, %1917
+  %1919 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1915
+  store <16 x float> %1918, ptr %1919, align 4, !tbaa !5
+  %1920 = or disjoint i64 %1890, 96
+  %1921 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1920
+  %1922 = load <16 x float>, ptr %1921, align 4, !tbaa !5
+  %1923 = fmul <16 x float> %446, %1922
+  %1924 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1920
+  store <16 x float> %1923, ptr %1924, align 4, !tbaa !5
+  %1925 = or disjoint i64 %1890, 112
+  %1926 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1925
+  %1927 = load <16 x float>, ptr %1926, align 4, !tbaa !5
+  %1928 = fmul <16 x float> %446, %1927
+  %1929 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1925
+  store <16 x float> %1928, ptr %1929, align 4, !tbaa !5
+  %1930 = fcmp ogt <16 x float> %1886, %1893
+  %1931 = select <16 x i1> %1930, <16 x float> %1886, <16 x float> %1893
+  %1932 = fcmp ogt <16 x float> %1887, %1898
+  %1933 = select <16 x i1> %1932, <16 x float> %1887, <16 x float> %1898
+  %1934 = fcmp ogt <16 x float> %1888, %1903
+  %1935 = select <16 x i1> %1934, <16 x float> %1888, <16 x float> %1903
+  %1936 = fcmp ogt <16 x float> %1889, %1908
+  %1937 = select <16 x i1> %1936, <16 x float> %1889, <16 x float> %1908
+  %1938 = fcmp ogt <16 x float> %1931, %1913
+  %1939 = select <16 x i1> %1938, <16 x float> %1931, <16 x float> %1913
+  %1940 = fcmp ogt <16 x float> %1933, %1918
+  %1941 = select <16 x i1> %1940, <16 x float> %1933, <16 x float> %1918
+  %1942 = fcmp ogt <16 x float> %1935, %1923
+  %1943 = select <16 x i1> %1942, <16 x float> %1935, <16 x float> %1923
+  %1944 = fcmp ogt <16 x float> %1937, %1928
+  %1945 = select <16 x i1> %1944, <16 x float> %1937, <16 x float> %1928
+  %indvars.iv.next1046.i = add nuw nsw i64 %indvars.iv1045.i, 1
+  %exitcond1049.not.i = icmp eq i64 %indvars.iv.next1046.i, %wide.trip.count1048.i
+  br i1 %exitcond1049.not.i, label %for_begin_ti_1.preheader.i, label %for_end_ax2.i, !prof !13
 
-for_end_to159.i:                                  ; preds = %for_begin_ti162.preheader.i, %if_then146.i
-  br i1 %143, label %if_then167.i, label %if_end168.i, !prof !8
+for_begin_ti183.preheader.lr.ph.i:                ; preds = %for_begin_ti_1.preheader.i
+  %.idx1252.i = shl nsw i64 %1466, 6
+  %1946 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1252.i
+  %1947 = and i32 %1482, 2147483640
+  %1948 = add i32 %1947, %755
+  %wide.trip.count1061.i = zext nneg i32 %1884 to i64
+  br label %for_begin_ti183.preheader.i
 
-if_then167.i:                                     ; preds = %for_end_to159.i
-  %1961 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
-  %1962 = icmp sgt i32 %1476, 0
-  br i1 %1962, label %for_body_r170.lr.ph.i, label %if_end168.i, !prof !3
+for_begin_ti183.preheader.i:                      ; preds = %for_begin_ti183.preheader.i, %for_begin_ti183.preheader.lr.ph.i
+  %indvars.iv1058.i = phi i64 [ 0, %for_begin_ti183.preheader.lr.ph.i ], [ %indvars.iv.next1059.i, %for_begin_ti183.preheader.i ]
+  %1949 = trunc i64 %indvars.iv1058.i to i32
+  %1950 = add i32 %num_full.i, %1949
+  %1951 = shl i32 %1950, 7
+  %1952 = shl i32 %1949, 3
+  %1953 = add i32 %1948, %1952
+  %1954 = sext i32 %1951 to i64
+  %1955 = getelementptr inbounds float, ptr %scores.i, i64 %1954
+  %1956 = load <16 x float>, ptr %1955, align 4, !tbaa !5
+  %1957 = fmul <16 x float> %446, %1956
+  %1958 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %1959 = insertelement <16 x i32> poison, i32 %1953, i64 0
+  %1960 = shufflevector <16 x i32> %1959, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1961 = icmp slt <16 x i32> %1960, %1958
+  %1962 = select <16 x i1> %1961, <16 x float> %1957, <16 x float> splat (float 0xFFF0000000000000)
+  %1963 = getelementptr inbounds float, ptr %scaled.i, i64 %1954
+  store <16 x float> %1962, ptr %1963, align 4, !tbaa !5
+  %1964 = or disjoint i64 %1954, 16
+  %1965 = getelementptr inbounds float, ptr %scores.i, i64 %1964
+  %1966 = load <16 x float>, ptr %1965, align 4, !tbaa !5
+  %1967 = fmul <16 x float> %446, %1966
+  %1968 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %1969 = add i32 %1953, 1
+  %1970 = insertelement <16 x i32> poison, i32 %1969, i64 0
+  %1971 = shufflevector <16 x i32> %1970, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1972 = icmp slt <16 x i32> %1971, %1968
+  %1973 = select <16 x i1> %1972, <16 x float> %1967, <16 x float> splat (float 0xFFF0000000000000)
+  %1974 = getelementptr inbounds float, ptr %scaled.i, i64 %1964
+  store <16 x float> %1973, ptr %1974, align 4, !tbaa !5
+  %1975 = or disjoint i64 %1954, 32
+  %1976 = getelementptr inbounds float, ptr %scores.i, i64 %1975
+  %1977 = load <16 x float>, ptr %1976, align 4, !tbaa !5
+  %1978 = fmul <16 x float> %446, %1977
+  %1979 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %1980 = add i32 %1953, 2
+  %1981 = insertelement <16 x i32> poison, i32 %1980, i64 0
+  %1982 = shufflevector <16 x i32> %1981, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1983 = icmp slt <16 x i32> %1982, %1979
+  %1984 = select <16 x i1> %1983, <16 x float> %1978, <16 x float> splat (float 0xFFF0000000000000)
+  %1985 = getelementptr inbounds float, ptr %scaled.i, i64 %1975
+  store <16 x float> %1984, ptr %1985, align 4, !tbaa !5
+  %1986 = or disjoint i64 %1954, 48
+  %1987 = getelementptr inbounds float, ptr %scores.i, i64 %1986
+  %1988 = load <16 x float>, ptr %1987, align 4, !tbaa !5
+  %1989 = fmul <16 x float> %446, %1988
+  %1990 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %1991 = add i32 %1953, 3
+  %1992 = insertelement <16 x i32> poison, i32 %1991, i64 0
+  %1993 = shufflevector <16 x i32> %1992, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1994 = icmp slt <16 x i32> %1993, %1990
+  %1995 = select <16 x i1> %1994, <16 x float> %1989, <16 x float> splat (float 0xFFF0000000000000)
+  %1996 = getelementptr inbounds float, ptr %scaled.i, i64 %1986
+  store <16 x float> %1995, ptr %1996, align 4, !tbaa !5
+  %1997 = or disjoint i64 %1954, 64
+  %1998 = getelementptr inbounds float, ptr %scores.i, i64 %1997
+  %1999 = load <16 x float>, ptr %1998, align 4, !tbaa !5
+  %2000 = fmul <16 x float> %446, %1999
+  %2001 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %2002 = add i32 %1953, 4
+  %2003 = insertelement <16 x i32> poison, i32 %2002, i64 0
+  %2004 = shufflevector <16 x i32> %2003, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2005 = icmp slt <16 x i32> %2004, %2001
+  %2006 = select <16 x i1> %2005, <16 x float> %2000, <16 x float> splat (float 0xFFF0000000000000)
+  %2007 = getelementptr inbounds float, ptr %scaled.i, i64 %1997
+  store <16 x float> %2006, ptr %2007, align 4, !tbaa !5
+  %2008 = or disjoint i64 %1954, 80
+  %2009 = getelementptr inbounds float, ptr %scores.i, i64 %2008
+  %2010 = load <16 x float>, ptr %2009, align 4, !tbaa !5
+  %2011 = fmul <16 x float> %446, %2010
+  %2012 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %2013 = add i32 %1953, 5
+  %2014 = insertelement <16 x i32> poison, i32 %2013, i64 0
+  %2015 = shufflevector <16 x i32> %2014, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2016 = icmp slt <16 x i32> %2015, %2012
+  %2017 = select <16 x i1> %2016, <16 x float> %2011, <16 x float> splat (float 0xFFF0000000000000)
+  %2018 = getelementptr inbounds float, ptr %scaled.i, i64 %2008
+  store <16 x float> %2017, ptr %2018, align 4, !tbaa !5
+  %2019 = or disjoint i64 %1954, 96
+  %2020 = getelementptr inbounds float, ptr %scores.i, i64 %2019
+  %2021 = load <16 x float>, ptr %2020, align 4, !tbaa !5
+  %2022 = fmul <16 x float> %446, %2021
+  %2023 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %2024 = add i32 %1953, 6
+  %2025 = insertelement <16 x i32> poison, i32 %2024, i64 0
+  %2026 = shufflevector <16 x i32> %2025, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2027 = icmp slt <16 x i32> %2026, %2023
+  %2028 = select <16 x i1> %2027, <16 x float> %2022, <16 x float> splat (float 0xFFF0000000000000)
+  %2029 = getelementptr inbounds float, ptr %scaled.i, i64 %2019
+  store <16 x float> %2028, ptr %2029, align 4, !tbaa !5
+  %2030 = or disjoint i64 %1954, 112
+  %2031 = getelementptr inbounds float, ptr %scores.i, i64 %2030
+  %2032 = load <16 x float>, ptr %2031, align 4, !tbaa !5
+  %2033 = fmul <16 x float> %446, %2032
+  %2034 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %2035 = add i32 %1953, 7
+  %2036 = insertelement <16 x i32> poison, i32 %2035, i64 0
+  %2037 = shufflevector <16 x i32> %2036, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2038 = icmp slt <16 x i32> %2037, %2034
+  %2039 = select <16 x i1> %2038, <16 x float> %2033, <16 x float> splat (float 0xFFF0000000000000)
+  %2040 = getelementptr inbounds float, ptr %scaled.i, i64 %2030
+  store <16 x float> %2039, ptr %2040, align 4, !tbaa !5
+  %indvars.iv.next1059.i = add nuw nsw i64 %indvars.iv1058.i, 1
+  %exitcond1062.not.i = icmp eq i64 %indvars.iv.next1059.i, %wide.trip.count1061.i
+  br i1 %exitcond1062.not.i, label %for_end_to180.i, label %for_begin_ti183.preheader.i, !prof !13
 
-for_body_r170.lr.ph.i:                            ; preds = %if_then167.i
-  %1963 = icmp sgt i32 %valid_len149.i, %791
-  %1964 = zext nneg i32 %1474 to i64
-  %1965 = shl nuw nsw i64 %1964, 2
-  br i1 %1963, label %for_body_r170.us.preheader.i, label %if_end168.i, !prof !3
+for_end_to180.i:                                  ; preds = %for_begin_ti183.preheader.i, %for_begin_ti_1.preheader.i
+  br i1 %143, label %if_then188.i, label %if_end189.i, !prof !8
 
-for_body_r170.us.preheader.i:                     ; preds = %for_body_r170.lr.ph.i
-  %1966 = add i32 %indvars.iv244, %1469
-  %smin246 = tail call i32 @llvm.smin.i32(i32 %indvars.iv242, i32 %1966)
-  %smin247 = tail call i32 @llvm.smin.i32(i32 %smin246, i32 128)
-  %1967 = sub i32 %smin247, %smax248
-  %1968 = zext i32 %1967 to i64
-  %1969 = sub i32 %valid_len149.i, %smax455
-  %1970 = zext i32 %1969 to i64
-  %1971 = add nsw i64 %1970, -1
-  %1972 = sub i32 %valid_len149.i, %smax466
-  %1973 = zext i32 %1972 to i64
-  %scevgep468 = getelementptr i8, ptr %scevgep467, i64 %1973
-  %scevgep470 = getelementptr i8, ptr %scaled.i, i64 %731
-  %scevgep471 = getelementptr i8, ptr %scaled.i, i64 -60
-  %scevgep472 = getelementptr i8, ptr %scevgep471, i64 %731
-  %1974 = shl nuw nsw i64 %1973, 6
-  %1975 = sub i32 %valid_len149.i, %smax479
-  %1976 = zext i32 %1975 to i64
-  %min.iters.check481 = icmp ult i32 %1975, 24
-  %1977 = trunc i64 %1971 to i32
-  %mul.result457 = shl i32 %1977, 4
-  %1978 = icmp ugt i64 %1971, 268435455
-  %mul.result461 = shl nsw i64 %1971, 6
-  %smax473 = tail call i32 @llvm.smax.i32(i32 %1961, i32 1)
-  %1979 = add nsw i32 %smax473, -1
-  %1980 = zext nneg i32 %1979 to i64
-  %1981 = shl nuw nsw i64 %1980, 2
-  %1982 = getelementptr i8, ptr %scevgep472, i64 %1974
-  %scevgep474 = getelementptr i8, ptr %1982, i64 %1981
-  %n.vec484 = and i64 %1976, 4294967288
-  %cmp.n497 = icmp eq i64 %n.vec484, %1976
-  %xtraiter = and i64 %1976, 3
+if_then188.i:                                     ; preds = %for_end_to180.i
+  %2041 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
+  %2042 = icmp sgt i32 %1476, 0
+  br i1 %2042, label %for_body_r191.lr.ph.i, label %if_end189.i, !prof !3
+
+for_body_r191.lr.ph.i:                            ; preds = %if_then188.i
+  %2043 = icmp sgt i32 %valid_len149.i, %791
+  %2044 = zext nneg i32 %1474 to i64
+  %2045 = shl nuw nsw i64 %2044, 2
+  br i1 %2043, label %for_body_r191.us.preheader.i, label %if_end189.i, !prof !3
+
+for_body_r191.us.preheader.i:                     ; preds = %for_body_r191.lr.ph.i
+  %2046 = add i32 %indvars.iv251, %1469
+  %smin253 = tail call i32 @llvm.smin.i32(i32 %indvars.iv249, i32 %2046)
+  %smin254 = tail call i32 @llvm.smin.i32(i32 %smin253, i32 128)
+  %2047 = sub i32 %smin254, %smax255
+  %2048 = zext i32 %2047 to i64
+  %2049 = sub i32 %valid_len149.i, %smax470
+  %2050 = zext i32 %2049 to i64
+  %2051 = add nsw i64 %2050, -1
+  %2052 = sub i32 %valid_len149.i, %smax481
+  %2053 = zext i32 %2052 to i64
+  %scevgep483 = getelementptr i8, ptr %scevgep482, i64 %2053
+  %scevgep485 = getelementptr i8, ptr %scaled.i, i64 %731
+  %scevgep486 = getelementptr i8, ptr %scaled.i, i64 -60
+  %scevgep487 = getelementptr i8, ptr %scevgep486, i64 %731
+  %2054 = shl nuw nsw i64 %2053, 6
+  %2055 = sub i32 %valid_len149.i, %smax494
+  %2056 = zext i32 %2055 to i64
+  %min.iters.check496 = icmp ult i32 %2055, 24
+  %2057 = trunc i64 %2051 to i32
+  %mul.result472 = shl i32 %2057, 4
+  %2058 = icmp ugt i64 %2051, 268435455
+  %mul.result476 = shl nsw i64 %2051, 6
+  %smax488 = tail call i32 @llvm.smax.i32(i32 %2041, i32 1)
+  %2059 = add nsw i32 %smax488, -1
+  %2060 = zext nneg i32 %2059 to i64
+  %2061 = shl nuw nsw i64 %2060, 2
+  %2062 = getelementptr i8, ptr %scevgep487, i64 %2054
+  %scevgep489 = getelementptr i8, ptr %2062, i64 %2061
+  %n.vec499 = and i64 %2056, 4294967288
+  %cmp.n512 = icmp eq i64 %n.vec499, %2056
+  %xtraiter = and i64 %2056, 3
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br label %for_body_r170.us.i
+  br label %for_body_r191.us.i
 
-for_body_r170.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r170.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r170.us.preheader.i ]
-  %r173731.us.i = phi i32 [ %2047, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r170.us.preheader.i ]
-  %1983 = lshr i32 %r173731.us.i, 2
-  %1984 = zext nneg i32 %1983 to i64
-  %1985 = add nuw nsw i64 %1965, %1984
-  %1986 = mul nsw i64 %1985, %448
-  %1987 = getelementptr i8, ptr %797, i64 %1986
-  br i1 %min.iters.check481, label %for_body_c.us.i.preheader, label %vector.scevcheck453, !prof !16
+for_body_r191.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r191.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r191.us.preheader.i ]
+  %r194795.us.i = phi i32 [ %2127, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r191.us.preheader.i ]
+  %2063 = lshr i32 %r194795.us.i, 2
+  %2064 = zext nneg i32 %2063 to i64
+  %2065 = add nuw nsw i64 %2045, %2064
+  %2066 = mul nsw i64 %2065, %448
+  %2067 = getelementptr i8, ptr %797, i64 %2066
+  br i1 %min.iters.check496, label %for_body_c.us.i.preheader, label %vector.scevcheck468, !prof !16
 
-vector.scevcheck453:                              ; preds = %for_body_r170.us.i
-  %1988 = add i64 %indvar, %736
-  %1989 = shl i64 %1988, 2
-  %scevgep459 = getelementptr i8, ptr %scaled.i, i64 %1989
-  %1990 = add i32 %735, %r173731.us.i
-  %1991 = add i32 %1990, %mul.result457
-  %1992 = icmp slt i32 %1991, %1990
-  %1993 = or i1 %1992, %1978
-  %1994 = getelementptr i8, ptr %scevgep459, i64 %mul.result461
-  %1995 = icmp ult ptr %1994, %scevgep459
-  %1996 = or i1 %1995, %1993
-  br i1 %1996, label %for_body_c.us.i.preheader, label %vector.memcheck463, !prof !16
+vector.scevcheck468:                              ; preds = %for_body_r191.us.i
+  %2068 = add i64 %indvar, %736
+  %2069 = shl i64 %2068, 2
+  %scevgep474 = getelementptr i8, ptr %scaled.i, i64 %2069
+  %2070 = add i32 %735, %r194795.us.i
+  %2071 = add i32 %2070, %mul.result472
+  %2072 = icmp slt i32 %2071, %2070
+  %2073 = or i1 %2072, %2058
+  %2074 = getelementptr i8, ptr %scevgep474, i64 %mul.result476
+  %2075 = icmp ult ptr %2074, %scevgep474
+  %2076 = or i1 %2075, %2073
+  br i1 %2076, label %for_body_c.us.i.preheader, label %vector.memcheck478, !prof !16
 
-vector.memcheck463:                               ; preds = %vector.scevcheck453
-  %scevgep469 = getelementptr i8, ptr %scevgep468, i64 %1986
-  %bound0475 = icmp ult ptr %1987, %scevgep474
-  %bound1476 = icmp ult ptr %scevgep470, %scevgep469
-  %found.conflict477 = and i1 %bound0475, %bound1476
-  br i1 %found.conflict477, label %for_body_c.us.i.preheader, label %vector.ph482, !prof !16
+vector.memcheck478:                               ; preds = %vector.scevcheck468
+  %scevgep484 = getelementptr i8, ptr %scevgep483, i64 %2066
+  %bound0490 = icmp ult ptr %2067, %scevgep489
+  %bound1491 = icmp ult ptr %scevgep485, %scevgep484
+  %found.conflict492 = and i1 %bound0490, %bound1491
+  br i1 %found.conflict492, label %for_body_c.us.i.preheader, label %vector.ph497, !prof !16
 
-vector.ph482:                                     ; preds = %vector.memcheck463
-  %broadcast.splatinsert485 = insertelement <8 x i32> poison, i32 %r173731.us.i, i64 0
-  %broadcast.splat486 = shufflevector <8 x i32> %broadcast.splatinsert485, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body489
+vector.ph497:                                     ; preds = %vector.memcheck478
+  %broadcast.splatinsert500 = insertelement <8 x i32> poison, i32 %r194795.us.i, i64 0
+  %broadcast.splat501 = shufflevector <8 x i32> %broadcast.splatinsert500, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body504
 
-vector.body489:                                   ; preds = %vector.body489, %vector.ph482
-  %index490 = phi i64 [ 0, %vector.ph482 ], [ %index.next494, %vector.body489 ]
-  %vec.ind491 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph482 ], [ %vec.ind.next495, %vector.body489 ]
-  %1997 = getelementptr i8, ptr %1987, i64 %index490
-  %wide.load492 = load <8 x i8>, ptr %1997, align 1, !tbaa !5, !alias.scope !47, !noalias !50
-  %1998 = icmp ne <8 x i8> %wide.load492, zeroinitializer
-  %1999 = add <8 x i32> %broadcast.splat488, %vec.ind491
-  %2000 = shl <8 x i32> %1999, splat (i32 4)
-  %2001 = add nsw <8 x i32> %2000, %broadcast.splat486
-  %2002 = sext <8 x i32> %2001 to <8 x i64>
-  %2003 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2002
-  %wide.masked.gather493 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2003, <8 x i1> %1998, <8 x float> poison), !tbaa !5, !alias.scope !50
-  %predphi = select <8 x i1> %1998, <8 x float> %wide.masked.gather493, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2003, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !50
-  %index.next494 = add nuw i64 %index490, 8
-  %vec.ind.next495 = add <8 x i32> %vec.ind491, splat (i32 8)
-  %2004 = icmp eq i64 %index.next494, %n.vec484
-  br i1 %2004, label %middle.block496, label %vector.body489, !prof !52, !llvm.loop !53
+vector.body504:                                   ; preds = %vector.body504, %vector.ph497
+  %index505 = phi i64 [ 0, %vector.ph497 ], [ %index.next509, %vector.body504 ]
+  %vec.ind506 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph497 ], [ %vec.ind.next510, %vector.body504 ]
+  %2077 = getelementptr i8, ptr %2067, i64 %index505
+  %wide.load507 = load <8 x i8>, ptr %2077, align 1, !tbaa !5, !alias.scope !47, !noalias !50
+  %2078 = icmp ne <8 x i8> %wide.load507, zeroinitializer
+  %2079 = add <8 x i32> %broadcast.splat503, %vec.ind506
+  %2080 = shl <8 x i32> %2079, splat (i32 4)
+  %2081 = add nsw <8 x i32> %2080, %broadcast.splat501
+  %2082 = sext <8 x i32> %2081 to <8 x i64>
+  %2083 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2082
+  %wide.masked.gather508 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2083, <8 x i1> %2078, <8 x float> poison), !tbaa !5, !alias.scope !50
+  %predphi = select <8 x i1> %2078, <8 x float> %wide.masked.gather508, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2083, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !50
+  %index.next509 = add nuw i64 %index505, 8
+  %vec.ind.next510 = add <8 x i32> %vec.ind506, splat (i32 8)
+  %2084 = icmp eq i64 %index.next509, %n.vec499
+  br i1 %2084, label %middle.block511, label %vector.body504, !prof !52, !llvm.loop !53
 
-middle.block496:                                  ; preds = %vector.body489
-  br i1 %cmp.n497, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
+middle.block511:                                  ; preds = %vector.body504
+  br i1 %cmp.n512, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
 
-for_body_c.us.i.preheader:                        ; preds = %middle.block496, %vector.memcheck463, %vector.scevcheck453, %for_body_r170.us.i
-  %indvars.iv974.i.ph = phi i64 [ 0, %vector.memcheck463 ], [ 0, %vector.scevcheck453 ], [ 0, %for_body_r170.us.i ], [ %n.vec484, %middle.block496 ]
+for_body_c.us.i.preheader:                        ; preds = %middle.block511, %vector.memcheck478, %vector.scevcheck468, %for_body_r191.us.i
+  %indvars.iv1063.i.ph = phi i64 [ 0, %vector.memcheck478 ], [ 0, %vector.scevcheck468 ], [ 0, %for_body_r191.us.i ], [ %n.vec499, %middle.block511 ]
   br i1 %lcmp.mod.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
 
-for_body_c.us.i.prol:                             ; preds = %if_end176.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv974.i.prol = phi i64 [ %indvars.iv.next975.i.prol, %if_end176.us.i.prol ], [ %indvars.iv974.i.ph, %for_body_c.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end176.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %2005 = getelementptr i8, ptr %1987, i64 %indvars.iv974.i.prol
-  %2006 = load i8, ptr %2005, align 1, !tbaa !5
-  %2007 = icmp eq i8 %2006, 0
-  %2008 = trunc i64 %indvars.iv974.i.prol to i32
-  %.pre1123.i.prol = add i32 %791, %2008
-  %.pre1125.i.prol = shl i32 %.pre1123.i.prol, 4
-  %.pre1127.i.prol = add nsw i32 %.pre1125.i.prol, %r173731.us.i
-  %.pre1129.i.prol = sext i32 %.pre1127.i.prol to i64
-  br i1 %2007, label %if_end176.us.i.prol, label %if_else175.us.i.prol
+for_body_c.us.i.prol:                             ; preds = %if_end197.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv1063.i.prol = phi i64 [ %indvars.iv.next1064.i.prol, %if_end197.us.i.prol ], [ %indvars.iv1063.i.ph, %for_body_c.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end197.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
+  %2085 = getelementptr i8, ptr %2067, i64 %indvars.iv1063.i.prol
+  %2086 = load i8, ptr %2085, align 1, !tbaa !5
+  %2087 = icmp eq i8 %2086, 0
+  %2088 = trunc i64 %indvars.iv1063.i.prol to i32
+  %.pre1212.i.prol = add i32 %791, %2088
+  %.pre1214.i.prol = shl i32 %.pre1212.i.prol, 4
+  %.pre1216.i.prol = add nsw i32 %.pre1214.i.prol, %r194795.us.i
+  %.pre1218.i.prol = sext i32 %.pre1216.i.prol to i64
+  br i1 %2087, label %if_end197.us.i.prol, label %if_else196.us.i.prol
 
-if_else175.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %2009 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.prol
-  %2010 = load float, ptr %2009, align 4, !tbaa !5
-  br label %if_end176.us.i.prol
+if_else196.us.i.prol:                             ; preds = %for_body_c.us.i.prol
+  %2089 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.prol
+  %2090 = load float, ptr %2089, align 4, !tbaa !5
+  br label %if_end197.us.i.prol
 
-if_end176.us.i.prol:                              ; preds = %if_else175.us.i.prol, %for_body_c.us.i.prol
-  %2011 = phi float [ %2010, %if_else175.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %2012 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.prol
-  store float %2011, ptr %2012, align 4, !tbaa !5
-  %indvars.iv.next975.i.prol = add nuw nsw i64 %indvars.iv974.i.prol, 1
+if_end197.us.i.prol:                              ; preds = %if_else196.us.i.prol, %for_body_c.us.i.prol
+  %2091 = phi float [ %2090, %if_else196.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
+  %2092 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.prol
+  store float %2091, ptr %2092, align 4, !tbaa !5
+  %indvars.iv.next1064.i.prol = add nuw nsw i64 %indvars.iv1063.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
   br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !56, !llvm.loop !57
 
-for_body_c.us.i.prol.loopexit:                    ; preds = %if_end176.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv974.i.unr = phi i64 [ %indvars.iv974.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next975.i.prol, %if_end176.us.i.prol ]
-  %2013 = sub nsw i64 %indvars.iv974.i.ph, %1976
-  %2014 = icmp ugt i64 %2013, -4
-  br i1 %2014, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
+for_body_c.us.i.prol.loopexit:                    ; preds = %if_end197.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv1063.i.unr = phi i64 [ %indvars.iv1063.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1064.i.prol, %if_end197.us.i.prol ]
+  %2093 = sub nsw i64 %indvars.iv1063.i.ph, %2056
+  %2094 = icmp ugt i64 %2093, -4
+  br i1 %2094, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
 
-for_body_c.us.i:                                  ; preds = %if_end176.us.i.3, %for_body_c.us.i.prol.loopexit
-  %indvars.iv974.i = phi i64 [ %indvars.iv.next975.i.3, %if_end176.us.i.3 ], [ %indvars.iv974.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %2015 = getelementptr i8, ptr %1987, i64 %indvars.iv974.i
-  %2016 = load i8, ptr %2015, align 1, !tbaa !5
-  %2017 = icmp eq i8 %2016, 0
-  %2018 = trunc i64 %indvars.iv974.i to i32
-  %.pre1123.i = add i32 %791, %2018
-  %.pre1125.i = shl i32 %.pre1123.i, 4
-  %.pre1127.i = add nsw i32 %.pre1125.i, %r173731.us.i
-  %.pre1129.i = sext i32 %.pre1127.i to i64
-  br i1 %2017, label %if_end176.us.i, label %if_else175.us.i
+for_body_c.us.i:                                  ; preds = %if_end197.us.i.3, %for_body_c.us.i.prol.loopexit
+  %indvars.iv1063.i = phi i64 [ %indvars.iv.next1064.i.3, %if_end197.us.i.3 ], [ %indvars.iv1063.i.unr, %for_body_c.us.i.prol.loopexit ]
+  %2095 = getelementptr i8, ptr %2067, i64 %indvars.iv1063.i
+  %2096 = load i8, ptr %2095, align 1, !tbaa !5
+  %2097 = icmp eq i8 %2096, 0
+  %2098 = trunc i64 %indvars.iv1063.i to i32
+  %.pre1212.i = add i32 %791, %2098
+  %.pre1214.i = shl i32 %.pre1212.i, 4
+  %.pre1216.i = add nsw i32 %.pre1214.i, %r194795.us.i
+  %.pre1218.i = sext i32 %.pre1216.i to i64
+  br i1 %2097, label %if_end197.us.i, label %if_else196.us.i
 
-if_else175.us.i:                                  ; preds = %for_body_c.us.i
-  %2019 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i
-  %2020 = load float, ptr %2019, align 4, !tbaa !5
-  br label %if_end176.us.i
+if_else196.us.i:                                  ; preds = %for_body_c.us.i
+  %2099 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i
+  %2100 = load float, ptr %2099, align 4, !tbaa !5
+  br label %if_end197.us.i
 
-if_end176.us.i:                                   ; preds = %if_else175.us.i, %for_body_c.us.i
-  %2021 = phi float [ %2020, %if_else175.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %2022 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i
-  store float %2021, ptr %2022, align 4, !tbaa !5
-  %indvars.iv.next975.i = add nuw nsw i64 %indvars.iv974.i, 1
-  %2023 = getelementptr i8, ptr %1987, i64 %indvars.iv.next975.i
-  %2024 = load i8, ptr %2023, align 1, !tbaa !5
-  %2025 = icmp eq i8 %2024, 0
-  %2026 = trunc i64 %indvars.iv.next975.i to i32
-  %.pre1123.i.1 = add i32 %791, %2026
-  %.pre1125.i.1 = shl i32 %.pre1123.i.1, 4
-  %.pre1127.i.1 = add nsw i32 %.pre1125.i.1, %r173731.us.i
-  %.pre1129.i.1 = sext i32 %.pre1127.i.1 to i64
-  br i1 %2025, label %if_end176.us.i.1, label %if_else175.us.i.1
+if_end197.us.i:                                   ; preds = %if_else196.us.i, %for_body_c.us.i
+  %2101 = phi float [ %2100, %if_else196.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
+  %2102 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i
+  store float %2101, ptr %2102, align 4, !tbaa !5
+  %indvars.iv.next1064.i = add nuw nsw i64 %indvars.iv1063.i, 1
+  %2103 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1064.i
+  %2104 = load i8, ptr %2103, align 1, !tbaa !5
+  %2105 = icmp eq i8 %2104, 0
+  %2106 = trunc i64 %indvars.iv.next1064.i to i32
+  %.pre1212.i.1 = add i32 %791, %2106
+  %.pre1214.i.1 = shl i32 %.pre1212.i.1, 4
+  %.pre1216.i.1 = add nsw i32 %.pre1214.i.1, %r194795.us.i
+  %.pre1218.i.1 = sext i32 %.pre1216.i.1 to i64
+  br i1 %2105, label %if_end197.us.i.1, label %if_else196.us.i.1
 
-if_else175.us.i.1:                                ; preds = %if_end176.us.i
-  %2027 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.1
-  %2028 = load float, ptr %2027, align 4, !tbaa !5
-  br label %if_end176.us.i.1
+if_else196.us.i.1:                                ; preds = %if_end197.us.i
+  %2107 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.1
+  %2108 = load float, ptr %2107, align 4, !tbaa !5
+  br label %if_end197.us.i.1
 
-if_end176.us.i.1:                                 ; preds = %if_else175.us.i.1, %if_end176.us.i
-  %2029 = phi float [ %2028, %if_else175.us.i.1 ], [ 0xFFF0000000000000, %if_end176.us.i ]
-  %2030 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.1
-  store float %2029, ptr %2030, align 4, !tbaa !5
-  %indvars.iv.next975.i.1 = add nuw nsw i64 %indvars.iv974.i, 2
-  %2031 = getelementptr i8, ptr %1987, i64 %indvars.iv.next975.i.1
-  %2032 = load i8, ptr %2031, align 1, !tbaa !5
-  %2033 = icmp eq i8 %2032, 0
-  %2034 = trunc i64 %indvars.iv.next975.i.1 to i32
-  %.pre1123.i.2 = add i32 %791, %2034
-  %.pre1125.i.2 = shl i32 %.pre1123.i.2, 4
-  %.pre1127.i.2 = add nsw i32 %.pre1125.i.2, %r173731.us.i
-  %.pre1129.i.2 = sext i32 %.pre1127.i.2 to i64
-  br i1 %2033, label %if_end176.us.i.2, label %if_else175.us.i.2
+if_end197.us.i.1:                                 ; preds = %if_else196.us.i.1, %if_end197.us.i
+  %2109 = phi float [ %2108, %if_else196.us.i.1 ], [ 0xFFF0000000000000, %if_end197.us.i ]
+  %2110 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.1
+  store float %2109, ptr %2110, align 4, !tbaa !5
+  %indvars.iv.next1064.i.1 = add nuw nsw i64 %indvars.iv1063.i, 2
+  %2111 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1064.i.1
+  %2112 = load i8, ptr %2111, align 1, !tbaa !5
+  %2113 = icmp eq i8 %2112, 0
+  %2114 = trunc i64 %indvars.iv.next1064.i.1 to i32
+  %.pre1212.i.2 = add i32 %791, %2114
+  %.pre1214.i.2 = shl i32 %.pre1212.i.2, 4
+  %.pre1216.i.2 = add nsw i32 %.pre1214.i.2, %r194795.us.i
+  %.pre1218.i.2 = sext i32 %.pre1216.i.2 to i64
+  br i1 %2113, label %if_end197.us.i.2, label %if_else196.us.i.2
 
-if_else175.us.i.2:                                ; preds = %if_end176.us.i.1
-  %2035 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.2
-  %2036 = load float, ptr %2035, align 4, !tbaa !5
-  br label %if_end176.us.i.2
+if_else196.us.i.2:                                ; preds = %if_end197.us.i.1
+  %2115 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.2
+  %2116 = load float, ptr %2115, align 4, !tbaa !5
+  br label %if_end197.us.i.2
 
-if_end176.us.i.2:                                 ; preds = %if_else175.us.i.2, %if_end176.us.i.1
-  %2037 = phi float [ %2036, %if_else175.us.i.2 ], [ 0xFFF0000000000000, %if_end176.us.i.1 ]
-  %2038 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.2
-  store float %2037, ptr %2038, align 4, !tbaa !5
-  %indvars.iv.next975.i.2 = add nuw nsw i64 %indvars.iv974.i, 3
-  %2039 = getelementptr i8, ptr %1987, i64 %indvars.iv.next975.i.2
-  %2040 = load i8, ptr %2039, align 1, !tbaa !5
-  %2041 = icmp eq i8 %2040, 0
-  %2042 = trunc i64 %indvars.iv.next975.i.2 to i32
-  %.pre1123.i.3 = add i32 %791, %2042
-  %.pre1125.i.3 = shl i32 %.pre1123.i.3, 4
-  %.pre1127.i.3 = add nsw i32 %.pre1125.i.3, %r173731.us.i
-  %.pre1129.i.3 = sext i32 %.pre1127.i.3 to i64
-  br i1 %2041, label %if_end176.us.i.3, label %if_else175.us.i.3
+if_end197.us.i.2:                                 ; preds = %if_else196.us.i.2, %if_end197.us.i.1
+  %2117 = phi float [ %2116, %if_else196.us.i.2 ], [ 0xFFF0000000000000, %if_end197.us.i.1 ]
+  %2118 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.2
+  store float %2117, ptr %2118, align 4, !tbaa !5
+  %indvars.iv.next1064.i.2 = add nuw nsw i64 %indvars.iv1063.i, 3
+  %2119 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1064.i.2
+  %2120 = load i8, ptr %2119, align 1, !tbaa !5
+  %2121 = icmp eq i8 %2120, 0
+  %2122 = trunc i64 %indvars.iv.next1064.i.2 to i32
+  %.pre1212.i.3 = add i32 %791, %2122
+  %.pre1214.i.3 = shl i32 %.pre1212.i.3, 4
+  %.pre1216.i.3 = add nsw i32 %.pre1214.i.3, %r194795.us.i
+  %.pre1218.i.3 = sext i32 %.pre1216.i.3 to i64
+  br i1 %2121, label %if_end197.us.i.3, label %if_else196.us.i.3
 
-if_else175.us.i.3:                                ; preds = %if_end176.us.i.2
-  %2043 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.3
-  %2044 = load float, ptr %2043, align 4, !tbaa !5
-  br label %if_end176.us.i.3
+if_else196.us.i.3:                                ; preds = %if_end197.us.i.2
+  %2123 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.3
+  %2124 = load float, ptr %2123, align 4, !tbaa !5
+  br label %if_end197.us.i.3
 
-if_end176.us.i.3:                                 ; preds = %if_else175.us.i.3, %if_end176.us.i.2
-  %2045 = phi float [ %2044, %if_else175.us.i.3 ], [ 0xFFF0000000000000, %if_end176.us.i.2 ]
-  %2046 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1129.i.3
-  store float %2045, ptr %2046, align 4, !tbaa !5
-  %indvars.iv.next975.i.3 = add nuw nsw i64 %indvars.iv974.i, 4
-  %exitcond.not.3 = icmp eq i64 %indvars.iv.next975.i.3, %1968
+if_end197.us.i.3:                                 ; preds = %if_else196.us.i.3, %if_end197.us.i.2
+  %2125 = phi float [ %2124, %if_else196.us.i.3 ], [ 0xFFF0000000000000, %if_end197.us.i.2 ]
+  %2126 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.3
+  store float %2125, ptr %2126, align 4, !tbaa !5
+  %indvars.iv.next1064.i.3 = add nuw nsw i64 %indvars.iv1063.i, 4
+  %exitcond.not.3 = icmp eq i64 %indvars.iv.next1064.i.3, %2048
   br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !59, !llvm.loop !60
 
-for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end176.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block496
-  %2047 = add nuw nsw i32 %r173731.us.i, 1
-  %2048 = icmp slt i32 %2047, %1961
+for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end197.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block511
+  %2127 = add nuw nsw i32 %r194795.us.i, 1
+  %2128 = icmp slt i32 %2127, %2041
   %indvar.next = add i64 %indvar, 1
-  br i1 %2048, label %for_body_r170.us.i, label %if_end168.i, !prof !61
+  br i1 %2128, label %for_body_r191.us.i, label %if_end189.i, !prof !61
 
-if_end168.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r170.lr.ph.i, %if_then167.i, %for_end_to159.i
-  br i1 %1479, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1.preheader.i, !prof !3
+if_end189.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r191.lr.ph.i, %if_then188.i, %for_end_to180.i
+  br i1 %1885, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1203.preheader.i, !prof !3
 
-for_begin_ti_0.preheader.preheader.i:             ; preds = %if_end168.i
-  %wide.trip.count983.i = zext nneg i32 %1478 to i64
+for_begin_ti_0.preheader.preheader.i:             ; preds = %if_end189.i
+  %wide.trip.count1072.i = zext nneg i32 %1884 to i64
   br label %for_begin_ti_0.preheader.i
 
-for_begin_ti_1.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %if_end168.i
-  %.lcssa735742.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end168.i ], [ %2096, %for_begin_ti_0.preheader.i ]
-  %.lcssa734740.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end168.i ], [ %2092, %for_begin_ti_0.preheader.i ]
-  %.lcssa733738.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end168.i ], [ %2088, %for_begin_ti_0.preheader.i ]
-  %.lcssa732737.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end168.i ], [ %2084, %for_begin_ti_0.preheader.i ]
-  %2049 = fcmp olt <16 x float> %.lcssa732737.lcssa.i, splat (float 0xC7EFFFFFE0000000)
-  %2050 = select <16 x i1> %2049, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.lcssa732737.lcssa.i
-  %2051 = fcmp ogt <16 x float> %2050, %.lcssa733738.lcssa.i
-  %2052 = select <16 x i1> %2051, <16 x float> %2050, <16 x float> %.lcssa733738.lcssa.i
-  %2053 = fcmp ogt <16 x float> %2052, %.lcssa734740.lcssa.i
-  %2054 = select <16 x i1> %2053, <16 x float> %2052, <16 x float> %.lcssa734740.lcssa.i
-  %2055 = fcmp ogt <16 x float> %2054, %.lcssa735742.lcssa.i
-  %2056 = select <16 x i1> %2055, <16 x float> %2054, <16 x float> %.lcssa735742.lcssa.i
-  %2057 = icmp sgt i32 %valid_len149.i, 0
-  %2058 = insertelement <16 x i1> poison, i1 %2057, i64 0
-  %2059 = shufflevector <16 x i1> %2058, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2060 = select <16 x i1> %2059, <16 x float> %2056, <16 x float> splat (float 0xC6293E5940000000)
-  br i1 %1479, label %for_begin_ti187.preheader.lr.ph.i, label %for_end_to184.i, !prof !3
+for_begin_ti_1203.preheader.i:                    ; preds = %for_begin_ti_0.preheader.i, %if_end189.i
+  %.lcssa798806.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end189.i ], [ %2182, %for_begin_ti_0.preheader.i ]
+  %.lcssa797804.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end189.i ], [ %2178, %for_begin_ti_0.preheader.i ]
+  %.lcssa796802.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end189.i ], [ %2174, %for_begin_ti_0.preheader.i ]
+  %.lcssa800.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end189.i ], [ %2170, %for_begin_ti_0.preheader.i ]
+  %2129 = fcmp olt <16 x float> %.lcssa800.lcssa.i, splat (float 0xC7EFFFFFE0000000)
+  %2130 = select <16 x i1> %2129, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.lcssa800.lcssa.i
+  %2131 = fcmp ogt <16 x float> %2130, %.lcssa796802.lcssa.i
+  %2132 = select <16 x i1> %2131, <16 x float> %2130, <16 x float> %.lcssa796802.lcssa.i
+  %2133 = fcmp ogt <16 x float> %2132, %.lcssa797804.lcssa.i
+  %2134 = select <16 x i1> %2133, <16 x float> %2132, <16 x float> %.lcssa797804.lcssa.i
+  %2135 = fcmp ogt <16 x float> %2134, %.lcssa798806.lcssa.i
+  %2136 = select <16 x i1> %2135, <16 x float> %2134, <16 x float> %.lcssa798806.lcssa.i
+  %2137 = fcmp ogt <16 x float> %1883, %2136
+  %2138 = select <16 x i1> %2137, <16 x float> %1883, <16 x float> %2136
+  %2139 = icmp sgt i32 %valid_len149.i, 0
+  %2140 = insertelement <16 x i1> poison, i1 %2139, i64 0
+  %2141 = shufflevector <16 x i1> %2140, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2142 = select <16 x i1> %2141, <16 x float> %2138, <16 x float> splat (float 0xC6293E5940000000)
+  br i1 %1485, label %for_begin_ti213.preheader.lr.ph.i, label %for_end_to210.i, !prof !3
 
 for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_begin_ti_0.preheader.preheader.i
-  %indvars.iv980.i = phi i64 [ 0, %for_begin_ti_0.preheader.preheader.i ], [ %indvars.iv.next981.i, %for_begin_ti_0.preheader.i ]
-  %2061 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2084, %for_begin_ti_0.preheader.i ]
-  %2062 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2088, %for_begin_ti_0.preheader.i ]
-  %2063 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2092, %for_begin_ti_0.preheader.i ]
-  %2064 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2096, %for_begin_ti_0.preheader.i ]
-  %.idx86 = shl nsw i64 %indvars.iv980.i, 9
-  %2065 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx86
-  %2066 = load <16 x float>, ptr %2065, align 4, !tbaa !5
-  %2067 = fcmp ogt <16 x float> %2061, %2066
-  %2068 = select <16 x i1> %2067, <16 x float> %2061, <16 x float> %2066
-  %2069 = getelementptr inbounds nuw i8, ptr %2065, i64 64
-  %2070 = load <16 x float>, ptr %2069, align 4, !tbaa !5
-  %2071 = fcmp ogt <16 x float> %2062, %2070
-  %2072 = select <16 x i1> %2071, <16 x float> %2062, <16 x float> %2070
-  %2073 = getelementptr inbounds nuw i8, ptr %2065, i64 128
-  %2074 = load <16 x float>, ptr %2073, align 4, !tbaa !5
-  %2075 = fcmp ogt <16 x float> %2063, %2074
-  %2076 = select <16 x i1> %2075, <16 x float> %2063, <16 x float> %2074
-  %2077 = getelementptr inbounds nuw i8, ptr %2065, i64 192
-  %2078 = load <16 x float>, ptr %2077, align 4, !tbaa !5
-  %2079 = fcmp ogt <16 x float> %2064, %2078
-  %2080 = select <16 x i1> %2079, <16 x float> %2064, <16 x float> %2078
-  %2081 = getelementptr inbounds nuw i8, ptr %2065, i64 256
-  %2082 = load <16 x float>, ptr %2081, align 4, !tbaa !5
-  %2083 = fcmp ogt <16 x float> %2068, %2082
-  %2084 = select <16 x i1> %2083, <16 x float> %2068, <16 x float> %2082
-  %2085 = getelementptr inbounds nuw i8, ptr %2065, i64 320
-  %2086 = load <16 x float>, ptr %2085, align 4, !tbaa !5
-  %2087 = fcmp ogt <16 x float> %2072, %2086
-  %2088 = select <16 x i1> %2087, <16 x float> %2072, <16 x float> %2086
-  %2089 = getelementptr inbounds nuw i8, ptr %2065, i64 384
-  %2090 = load <16 x float>, ptr %2089, align 4, !tbaa !5
-  %2091 = fcmp ogt <16 x float> %2076, %2090
-  %2092 = select <16 x i1> %2091, <16 x float> %2076, <16 x float> %2090
-  %2093 = getelementptr inbounds nuw i8, ptr %2065, i64 448
-  %2094 = load <16 x float>, ptr %2093, align 4, !tbaa !5
-  %2095 = fcmp ogt <16 x float> %2080, %2094
-  %2096 = select <16 x i1> %2095, <16 x float> %2080, <16 x float> %2094
-  %indvars.iv.next981.i = add nuw nsw i64 %indvars.iv980.i, 1
-  %exitcond984.not.i = icmp eq i64 %indvars.iv.next981.i, %wide.trip.count983.i
-  br i1 %exitcond984.not.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti_0.preheader.i, !prof !13
+  %indvars.iv1069.i = phi i64 [ 0, %for_begin_ti_0.preheader.preheader.i ], [ %indvars.iv.next1070.i, %for_begin_ti_0.preheader.i ]
+  %2143 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2170, %for_begin_ti_0.preheader.i ]
+  %2144 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2174, %for_begin_ti_0.preheader.i ]
+  %2145 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2178, %for_begin_ti_0.preheader.i ]
+  %2146 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2182, %for_begin_ti_0.preheader.i ]
+  %2147 = trunc i64 %indvars.iv1069.i to i32
+  %2148 = add i32 %num_full.i, %2147
+  %2149 = shl i32 %2148, 7
+  %2150 = sext i32 %2149 to i64
+  %2151 = getelementptr inbounds float, ptr %scaled.i, i64 %2150
+  %2152 = load <16 x float>, ptr %2151, align 4, !tbaa !5
+  %2153 = fcmp ogt <16 x float> %2143, %2152
+  %2154 = select <16 x i1> %2153, <16 x float> %2143, <16 x float> %2152
+  %2155 = getelementptr i8, ptr %2151, i64 64
+  %2156 = load <16 x float>, ptr %2155, align 4, !tbaa !5
+  %2157 = fcmp ogt <16 x float> %2144, %2156
+  %2158 = select <16 x i1> %2157, <16 x float> %2144, <16 x float> %2156
+  %2159 = getelementptr i8, ptr %2151, i64 128
+  %2160 = load <16 x float>, ptr %2159, align 4, !tbaa !5
+  %2161 = fcmp ogt <16 x float> %2145, %2160
+  %2162 = select <16 x i1> %2161, <16 x float> %2145, <16 x float> %2160
+  %2163 = getelementptr i8, ptr %2151, i64 192
+  %2164 = load <16 x float>, ptr %2163, align 4, !tbaa !5
+  %2165 = fcmp ogt <16 x float> %2146, %2164
+  %2166 = select <16 x i1> %2165, <16 x float> %2146, <16 x float> %2164
+  %2167 = getelementptr i8, ptr %2151, i64 256
+  %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !5
+  %2169 = fcmp ogt <16 x float> %2154, %2168
+  %2170 = select <16 x i1> %2169, <16 x float> %2154, <16 x float> %2168
+  %2171 = getelementptr i8, ptr %2151, i64 320
+  %2172 = load <16 x float>, ptr %2171, align 4, !tbaa !5
+  %2173 = fcmp ogt <16 x float> %2158, %2172
+  %2174 = select <16 x i1> %2173, <16 x float> %2158, <16 x float> %2172
+  %2175 = getelementptr i8, ptr %2151, i64 384
+  %2176 = load <16 x float>, ptr %2175, align 4, !tbaa !5
+  %2177 = fcmp ogt <16 x float> %2162, %2176
+  %2178 = select <16 x i1> %2177, <16 x float> %2162, <16 x float> %2176
+  %2179 = getelementptr i8, ptr %2151, i64 448
+  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !5
+  %2181 = fcmp ogt <16 x float> %2166, %2180
+  %2182 = select <16 x i1> %2181, <16 x float> %2166, <16 x float> %2180
+  %indvars.iv.next1070.i = add nuw nsw i64 %indvars.iv1069.i, 1
+  %exitcond1073.not.i = icmp eq i64 %indvars.iv.next1070.i, %wide.trip.count1072.i
+  br i1 %exitcond1073.not.i, label %for_begin_ti_1203.preheader.i, label %for_begin_ti_0.preheader.i, !prof !13
 
-for_begin_ti187.preheader.lr.ph.i:                ; preds = %for_begin_ti_1.preheader.i
-  %2097 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1161.i
-  %2098 = load <16 x i32>, ptr %2097, align 4, !tbaa !5
-  %2099 = sitofp <16 x i32> %2098 to <16 x float>
-  %2100 = fsub <16 x float> splat (float 0x4168000FE0000000), %2099
-  %2101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2099, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  %wide.trip.count1000.i = zext nneg i32 %1478 to i64
-  br label %for_begin_ti187.preheader.i
+for_begin_ti213.preheader.lr.ph.i:                ; preds = %for_begin_ti_1203.preheader.i
+  %2183 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1250.i
+  %2184 = load <16 x i32>, ptr %2183, align 4, !tbaa !5
+  %2185 = sitofp <16 x i32> %2184 to <16 x float>
+  %2186 = fsub <16 x float> splat (float 0x4168000FE0000000), %2185
+  %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2185, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %wide.trip.count1089.i = zext nneg i32 %1484 to i64
+  br label %for_begin_ti213.preheader.i
 
-for_begin_ti187.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti187.preheader.lr.ph.i
-  %indvars.iv997.i = phi i64 [ 0, %for_begin_ti187.preheader.lr.ph.i ], [ %indvars.iv.next998.i, %for_end_ax0.i ]
-  %tile_sum525.sroa.0.0753.i = phi <16 x float> [ zeroinitializer, %for_begin_ti187.preheader.lr.ph.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2102 = shl nsw i64 %indvars.iv997.i, 7
-  %2103 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2102
-  %2104 = load <16 x float>, ptr %2103, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %2104, %2060
-  %2105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
-  %bits.i = bitcast <16 x float> %2105 to <16 x i32>
-  %n.i = fsub <16 x float> %2105, %2100
-  %2106 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
-  %2107 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
-  %2108 = fsub <16 x float> %arg.i, %2107
-  %2109 = fadd <16 x float> %2106, %2108
-  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2109, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2110, <16 x float> %2109, <16 x float> splat (float 0x3FA5558F20000000))
-  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> %2109, <16 x float> splat (float 0x3FC5554920000000))
-  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %2109, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2114 = fmul <16 x float> %2109, %2109
-  %2115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2114, <16 x float> %2109)
-  %2116 = shl <16 x i32> %bits.i, splat (i32 23)
-  %2117 = bitcast <16 x i32> %2116 to <16 x float>
-  %2118 = fadd <16 x float> %2115, splat (float 1.000000e+00)
-  %2119 = fmul <16 x float> %2118, %2117
-  %2120 = fcmp olt <16 x float> %arg.i, %2101
-  %2121 = select <16 x i1> %2120, <16 x float> zeroinitializer, <16 x float> %2119
-  %2122 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2102
-  store <16 x float> %2121, ptr %2122, align 4, !tbaa !5
-  %2123 = or disjoint i64 %2102, 16
-  %2124 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2123
-  %2125 = load <16 x float>, ptr %2124, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %2125, %2060
-  %2126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
-  %bits.1.i = bitcast <16 x float> %2126 to <16 x i32>
-  %n.1.i = fsub <16 x float> %2126, %2100
-  %2127 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
-  %2128 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
-  %2129 = fsub <16 x float> %arg.1.i, %2128
-  %2130 = fadd <16 x float> %2127, %2129
-  %2131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2130, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2131, <16 x float> %2130, <16 x float> splat (float 0x3FA5558F20000000))
-  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2130, <16 x float> splat (float 0x3FC5554920000000))
-  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2130, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2135 = fmul <16 x float> %2130, %2130
-  %2136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2134, <16 x float> %2135, <16 x float> %2130)
-  %2137 = shl <16 x i32> %bits.1.i, splat (i32 23)
-  %2138 = bitcast <16 x i32> %2137 to <16 x float>
-  %2139 = fadd <16 x float> %2136, splat (float 1.000000e+00)
-  %2140 = fmul <16 x float> %2139, %2138
-  %2141 = fcmp olt <16 x float> %arg.1.i, %2101
-  %2142 = select <16 x i1> %2141, <16 x float> zeroinitializer, <16 x float> %2140
-  %2143 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2123
-  store <16 x float> %2142, ptr %2143, align 4, !tbaa !5
-  %2144 = or disjoint i64 %2102, 32
-  %2145 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2144
-  %2146 = load <16 x float>, ptr %2145, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %2146, %2060
-  %2147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
-  %bits.2.i = bitcast <16 x float> %2147 to <16 x i32>
-  %n.2.i = fsub <16 x float> %2147, %2100
-  %2148 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
-  %2149 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
-  %2150 = fsub <16 x float> %arg.2.i, %2149
-  %2151 = fadd <16 x float> %2148, %2150
-  %2152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2152, <16 x float> %2151, <16 x float> splat (float 0x3FA5558F20000000))
-  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %2151, <16 x float> splat (float 0x3FC5554920000000))
-  %2155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2154, <16 x float> %2151, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2156 = fmul <16 x float> %2151, %2151
-  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2156, <16 x float> %2151)
-  %2158 = shl <16 x i32> %bits.2.i, splat (i32 23)
-  %2159 = bitcast <16 x i32> %2158 to <16 x float>
-  %2160 = fadd <16 x float> %2157, splat (float 1.000000e+00)
-  %2161 = fmul <16 x float> %2160, %2159
-  %2162 = fcmp olt <16 x float> %arg.2.i, %2101
-  %2163 = select <16 x i1> %2162, <16 x float> zeroinitializer, <16 x float> %2161
-  %2164 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2144
-  store <16 x float> %2163, ptr %2164, align 4, !tbaa !5
-  %2165 = or disjoint i64 %2102, 48
-  %2166 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2165
-  %2167 = load <16 x float>, ptr %2166, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %2167, %2060
-  %2168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
-  %bits.3.i = bitcast <16 x float> %2168 to <16 x i32>
-  %n.3.i = fsub <16 x float> %2168, %2100
-  %2169 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
-  %2170 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
-  %2171 = fsub <16 x float> %arg.3.i, %2170
-  %2172 = fadd <16 x float> %2169, %2171
-  %2173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2172, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2173, <16 x float> %2172, <16 x float> splat (float 0x3FA5558F20000000))
-  %2175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2174, <16 x float> %2172, <16 x float> splat (float 0x3FC5554920000000))
-  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2172, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2177 = fmul <16 x float> %2172, %2172
-  %2178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2176, <16 x float> %2177, <16 x float> %2172)
-  %2179 = shl <16 x i32> %bits.3.i, splat (i32 23)
-  %2180 = bitcast <16 x i32> %2179 to <16 x float>
-  %2181 = fadd <16 x float> %2178, splat (float 1.000000e+00)
-  %2182 = fmul <16 x float> %2181, %2180
-  %2183 = fcmp olt <16 x float> %arg.3.i, %2101
-  %2184 = select <16 x i1> %2183, <16 x float> zeroinitializer, <16 x float> %2182
-  %2185 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2165
-  store <16 x float> %2184, ptr %2185, align 4, !tbaa !5
-  %2186 = or disjoint i64 %2102, 64
-  %2187 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2186
-  %2188 = load <16 x float>, ptr %2187, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %2188, %2060
-  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
-  %bits.4.i = bitcast <16 x float> %2189 to <16 x i32>
-  %n.4.i = fsub <16 x float> %2189, %2100
-  %2190 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
-  %2191 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
-  %2192 = fsub <16 x float> %arg.4.i, %2191
-  %2193 = fadd <16 x float> %2190, %2192
-  %2194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2193, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2194, <16 x float> %2193, <16 x float> splat (float 0x3FA5558F20000000))
-  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> %2193, <16 x float> splat (float 0x3FC5554920000000))
-  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2193, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2198 = fmul <16 x float> %2193, %2193
-  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2198, <16 x float> %2193)
-  %2200 = shl <16 x i32> %bits.4.i, splat (i32 23)
-  %2201 = bitcast <16 x i32> %2200 to <16 x float>
-  %2202 = fadd <16 x float> %2199, splat (float 1.000000e+00)
-  %2203 = fmul <16 x float> %2202, %2201
-  %2204 = fcmp olt <16 x float> %arg.4.i, %2101
-  %2205 = select <16 x i1> %2204, <16 x float> zeroinitializer, <16 x float> %2203
-  %2206 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2186
-  store <16 x float> %2205, ptr %2206, align 4, !tbaa !5
-  %2207 = or disjoint i64 %2102, 80
-  %2208 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2207
-  %2209 = load <16 x float>, ptr %2208, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %2209, %2060
-  %2210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
-  %bits.5.i = bitcast <16 x float> %2210 to <16 x i32>
-  %n.5.i = fsub <16 x float> %2210, %2100
-  %2211 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
-  %2212 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
-  %2213 = fsub <16 x float> %arg.5.i, %2212
-  %2214 = fadd <16 x float> %2211, %2213
-  %2215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2215, <16 x float> %2214, <16 x float> splat (float 0x3FA5558F20000000))
-  %2217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2216, <16 x float> %2214, <16 x float> splat (float 0x3FC5554920000000))
-  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> %2214, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2219 = fmul <16 x float> %2214, %2214
-  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2219, <16 x float> %2214)
-  %2221 = shl <16 x i32> %bits.5.i, splat (i32 23)
-  %2222 = bitcast <16 x i32> %2221 to <16 x float>
-  %2223 = fadd <16 x float> %2220, splat (float 1.000000e+00)
-  %2224 = fmul <16 x float> %2223, %2222
-  %2225 = fcmp olt <16 x float> %arg.5.i, %2101
-  %2226 = select <16 x i1> %2225, <16 x float> zeroinitializer, <16 x float> %2224
-  %2227 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2207
-  store <16 x float> %2226, ptr %2227, align 4, !tbaa !5
-  %2228 = or disjoint i64 %2102, 96
-  %2229 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2228
-  %2230 = load <16 x float>, ptr %2229, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %2230, %2060
-  %2231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
-  %bits.6.i = bitcast <16 x float> %2231 to <16 x i32>
-  %n.6.i = fsub <16 x float> %2231, %2100
-  %2232 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
-  %2233 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
-  %2234 = fsub <16 x float> %arg.6.i, %2233
-  %2235 = fadd <16 x float> %2232, %2234
-  %2236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2235, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2236, <16 x float> %2235, <16 x float> splat (float 0x3FA5558F20000000))
-  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2237, <16 x float> %2235, <16 x float> splat (float 0x3FC5554920000000))
-  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %2235, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2240 = fmul <16 x float> %2235, %2235
-  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2240, <16 x float> %2235)
-  %2242 = shl <16 x i32> %bits.6.i, splat (i32 23)
-  %2243 = bitcast <16 x i32> %2242 to <16 x float>
-  %2244 = fadd <16 x float> %2241, splat (float 1.000000e+00)
-  %2245 = fmul <16 x float> %2244, %2243
-  %2246 = fcmp olt <16 x float> %arg.6.i, %2101
-  %2247 = select <16 x i1> %2246, <16 x float> zeroinitializer, <16 x float> %2245
-  %2248 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2228
-  store <16 x float> %2247, ptr %2248, align 4, !tbaa !5
-  %2249 = or disjoint i64 %2102, 112
-  %2250 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2249
-  %2251 = load <16 x float>, ptr %2250, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %2251, %2060
-  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2100)
-  %bits.7.i = bitcast <16 x float> %2252 to <16 x i32>
-  %n.7.i = fsub <16 x float> %2252, %2100
-  %2253 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
-  %2254 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
-  %2255 = fsub <16 x float> %arg.7.i, %2254
-  %2256 = fadd <16 x float> %2253, %2255
-  %2257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2256, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %2256, <16 x float> splat (float 0x3FA5558F20000000))
-  %2259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2258, <16 x float> %2256, <16 x float> splat (float 0x3FC5554920000000))
-  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2259, <16 x float> %2256, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2261 = fmul <16 x float> %2256, %2256
-  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2261, <16 x float> %2256)
-  %2263 = shl <16 x i32> %bits.7.i, splat (i32 23)
-  %2264 = bitcast <16 x i32> %2263 to <16 x float>
-  %2265 = fadd <16 x float> %2262, splat (float 1.000000e+00)
-  %2266 = fmul <16 x float> %2265, %2264
-  %2267 = fcmp olt <16 x float> %arg.7.i, %2101
-  %2268 = select <16 x i1> %2267, <16 x float> zeroinitializer, <16 x float> %2266
-  %2269 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2249
-  store <16 x float> %2268, ptr %2269, align 4, !tbaa !5
-  %2270 = icmp samesign ult i64 %indvars.iv997.i, 16
-  br i1 %2270, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
-
-for_end_to184.i:                                  ; preds = %for_end_ax0.i, %for_begin_ti_1.preheader.i
-  %tile_sum525.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1.preheader.i ], [ %.us-phi.i, %for_end_ax0.i ]
-  %2271 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1161.i
-  %2272 = load <16 x float>, ptr %2271, align 4, !tbaa !5
-  %old_max.i = select <16 x i1> %795, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2272
-  %2273 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1161.i
+for_begin_ti213.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti213.preheader.lr.ph.i
+  %indvars.iv1086.i = phi i64 [ 0, %for_begin_ti213.preheader.lr.ph.i ], [ %indvars.iv.next1087.i, %for_end_ax0.i ]
+  %tile_sum551.sroa.0.0818.i = phi <16 x float> [ zeroinitializer, %for_begin_ti213.preheader.lr.ph.i ], [ %.us-phi817.i, %for_end_ax0.i ]
+  %2188 = shl nsw i64 %indvars.iv1086.i, 7
+  %2189 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2188
+  %2190 = load <16 x float>, ptr %2189, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %2190, %2142
+  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
+  %bits.i = bitcast <16 x float> %2191 to <16 x i32>
+  %n.i = fsub <16 x float> %2191, %2186
+  %2192 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %2193 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
+  %2194 = fsub <16 x float> %arg.i, %2193
+  %2195 = fadd <16 x float> %2192, %2194
+  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2195, <16 x float> splat (float 0x3FA5558F20000000))
+  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2195, <16 x float> splat (float 0x3FC5554920000000))
+  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2195, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2200 = fmul <16 x float> %2195, %2195
+  %2201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2200, <16 x float> %2195)
+  %2202 = shl <16 x i32> %bits.i, splat (i32 23)
+  %2203 = bitcast <16 x i32> %2202 to <16 x float>
+  %2204 = fadd <16 x float> %2201, splat (float 1.000000e+00)
+  %2205 = fmul <16 x float> %2204, %2203
+  %2206 = fcmp olt <16 x float> %arg.i, %2187
+  %2207 = select <16 x i1> %2206, <16 x float> zeroinitializer, <16 x float> %2205
+  %2208 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2188
+  store <16 x float> %2207, ptr %2208, align 4, !tbaa !5
+  %2209 = or disjoint i64 %2188, 16
+  %2210 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2209
+  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %2211, %2142
+  %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
+  %bits.1.i = bitcast <16 x float> %2212 to <16 x i32>
+  %n.1.i = fsub <16 x float> %2212, %2186
+  %2213 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
+  %2214 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
+  %2215 = fsub <16 x float> %arg.1.i, %2214
+  %2216 = fadd <16 x float> %2213, %2215
+  %2217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2216, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> %2216, <16 x float> splat (float 0x3FA5558F20000000))
+  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2216, <16 x float> splat (float 0x3FC5554920000000))
+  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2216, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2221 = fmul <16 x float> %2216, %2216
+  %2222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2220, <16 x float> %2221, <16 x float> %2216)
+  %2223 = shl <16 x i32> %bits.1.i, splat (i32 23)
+  %2224 = bitcast <16 x i32> %2223 to <16 x float>
+  %2225 = fadd <16 x float> %2222, splat (float 1.000000e+00)
+  %2226 = fmul <16 x float> %2225, %2224
+  %2227 = fcmp olt <16 x float> %arg.1.i, %2187
+  %2228 = select <16 x i1> %2227, <16 x float> zeroinitializer, <16 x float> %2226
+  %2229 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2209
+  store <16 x float> %2228, ptr %2229, align 4, !tbaa !5
+  %2230 = or disjoint i64 %2188, 32
+  %2231 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2230
+  %2232 = load <16 x float>, ptr %2231, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %2232, %2142
+  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
+  %bits.2.i = bitcast <16 x float> %2233 to <16 x i32>
+  %n.2.i = fsub <16 x float> %2233, %2186
+  %2234 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
+  %2235 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
+  %2236 = fsub <16 x float> %arg.2.i, %2235
+  %2237 = fadd <16 x float> %2234, %2236
+  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2237, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %2237, <16 x float> splat (float 0x3FA5558F20000000))
+  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2237, <16 x float> splat (float 0x3FC5554920000000))
+  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2237, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2242 = fmul <16 x float> %2237, %2237
+  %2243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2242, <16 x float> %2237)
+  %2244 = shl <16 x i32> %bits.2.i, splat (i32 23)
+  %2245 = bitcast <16 x i32> %2244 to <16 x float>
+  %2246 = fadd <16 x float> %2243, splat (float 1.000000e+00)
+  %2247 = fmul <16 x float> %2246, %2245
+  %2248 = fcmp olt <16 x float> %arg.2.i, %2187
+  %2249 = select <16 x i1> %2248, <16 x float> zeroinitializer, <16 x float> %2247
+  %2250 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2230
+  store <16 x float> %2249, ptr %2250, align 4, !tbaa !5
+  %2251 = or disjoint i64 %2188, 48
+  %2252 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2251
+  %2253 = load <16 x float>, ptr %2252, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %2253, %2142
+  %2254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
+  %bits.3.i = bitcast <16 x float> %2254 to <16 x i32>
+  %n.3.i = fsub <16 x float> %2254, %2186
+  %2255 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
+  %2256 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
+  %2257 = fsub <16 x float> %arg.3.i, %2256
+  %2258 = fadd <16 x float> %2255, %2257
+  %2259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2258, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2259, <16 x float> %2258, <16 x float> splat (float 0x3FA5558F20000000))
+  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2258, <16 x float> splat (float 0x3FC5554920000000))
+  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2258, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2263 = fmul <16 x float> %2258, %2258
+  %2264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2262, <16 x float> %2263, <16 x float> %2258)
+  %2265 = shl <16 x i32> %bits.3.i, splat (i32 23)
+  %2266 = bitcast <16 x i32> %2265 to <16 x float>
+  %2267 = fadd <16 x float> %2264, splat (float 1.000000e+00)
+  %2268 = fmul <16 x float> %2267, %2266
+  %2269 = fcmp olt <16 x float> %arg.3.i, %2187
+  %2270 = select <16 x i1> %2269, <16 x float> zeroinitializer, <16 x float> %2268
+  %2271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2251
+  store <16 x float> %2270, ptr %2271, align 4, !tbaa !5
+  %2272 = or disjoint i64 %2188, 64
+  %2273 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2272
   %2274 = load <16 x float>, ptr %2273, align 4, !tbaa !5
-  %old_sum.i = select <16 x i1> %795, <16 x float> zeroinitializer, <16 x float> %2274
-  %2275 = fcmp ogt <16 x float> %old_max.i, %2060
-  %2276 = fcmp oeq <16 x float> %tile_sum525.sroa.0.0.lcssa.i, zeroinitializer
-  %2277 = select <16 x i1> %2276, <16 x i1> splat (i1 true), <16 x i1> %2275
-  %old_or_both.i = select <16 x i1> %2277, <16 x float> %old_max.i, <16 x float> %2060
-  %2278 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2278, <16 x float> %2060, <16 x float> %old_or_both.i
-  %2279 = fsub <16 x float> %old_max.i, %m.i
-  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2281 = bitcast <16 x float> %2280 to <16 x i32>
-  %2282 = fadd <16 x float> %2280, splat (float 0xC168000FE0000000)
-  %2283 = fmul <16 x float> %2282, splat (float 0x3F2BD01060000000)
-  %2284 = fmul <16 x float> %2282, splat (float 0x3FE6300000000000)
-  %2285 = fsub <16 x float> %2279, %2284
-  %2286 = fadd <16 x float> %2283, %2285
-  %2287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2286, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2287, <16 x float> %2286, <16 x float> splat (float 0x3FA5558F20000000))
-  %2289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2288, <16 x float> %2286, <16 x float> splat (float 0x3FC5554920000000))
-  %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %2286, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2291 = fmul <16 x float> %2286, %2286
-  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2290, <16 x float> %2291, <16 x float> %2286)
-  %2293 = shl <16 x i32> %2281, splat (i32 23)
-  %2294 = bitcast <16 x i32> %2293 to <16 x float>
-  %2295 = fadd <16 x float> %2292, splat (float 1.000000e+00)
-  %2296 = fmul <16 x float> %2295, %2294
-  %2297 = fcmp olt <16 x float> %2279, splat (float -8.700000e+01)
-  %2298 = select <16 x i1> %2297, <16 x float> zeroinitializer, <16 x float> %2296
-  %2299 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2300 = select <16 x i1> %2299, <16 x float> %2298, <16 x float> zeroinitializer
-  %arg211.i = fsub <16 x float> %2060, %m.i
-  %2301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg211.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2302 = bitcast <16 x float> %2301 to <16 x i32>
-  %2303 = fadd <16 x float> %2301, splat (float 0xC168000FE0000000)
-  %2304 = fmul <16 x float> %2303, splat (float 0x3F2BD01060000000)
-  %2305 = fmul <16 x float> %2303, splat (float 0x3FE6300000000000)
-  %2306 = fsub <16 x float> %arg211.i, %2305
-  %2307 = fadd <16 x float> %2304, %2306
-  %2308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2307, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2309 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2308, <16 x float> %2307, <16 x float> splat (float 0x3FA5558F20000000))
-  %2310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2309, <16 x float> %2307, <16 x float> splat (float 0x3FC5554920000000))
-  %2311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2307, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2312 = fmul <16 x float> %2307, %2307
-  %2313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2311, <16 x float> %2312, <16 x float> %2307)
-  %2314 = shl <16 x i32> %2302, splat (i32 23)
-  %2315 = bitcast <16 x i32> %2314 to <16 x float>
-  %2316 = fadd <16 x float> %2313, splat (float 1.000000e+00)
-  %2317 = fmul <16 x float> %2316, %2315
-  %2318 = fcmp olt <16 x float> %arg211.i, splat (float -8.700000e+01)
-  %2319 = select <16 x i1> %2318, <16 x float> zeroinitializer, <16 x float> %2317
-  %2320 = fcmp one <16 x float> %tile_sum525.sroa.0.0.lcssa.i, zeroinitializer
-  %2321 = select <16 x i1> %2320, <16 x float> %2319, <16 x float> zeroinitializer
-  %2322 = fmul <16 x float> %old_sum.i, %2300
-  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_sum525.sroa.0.0.lcssa.i, <16 x float> %2322)
-  store <16 x float> %m.i, ptr %2271, align 4, !tbaa !5
-  store <16 x float> %2323, ptr %2273, align 4, !tbaa !5
-  %2324 = load i32, ptr %1467, align 16, !tbaa !17
-  %2325 = sub nsw i32 %2324, %755
-  %2326 = tail call i32 @llvm.smin.i32(i32 %2325, i32 %valid_len149.i)
-  %2327 = tail call i32 @llvm.smin.i32(i32 %2326, i32 %790)
-  %2328 = select i1 %143, i32 %2327, i32 %2326
-  %2329 = tail call i32 @llvm.smax.i32(i32 %2328, i32 0)
-  %num_full.i = lshr i32 %2329, 3
-  %2330 = sub nsw i32 %1478, %num_full.i
-  %2331 = icmp sgt i32 %2330, 0
-  br i1 %2331, label %for_begin_ti234.preheader.lr.ph.i, label %for_end_to231.i, !prof !3
+  %arg.4.i = fsub <16 x float> %2274, %2142
+  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
+  %bits.4.i = bitcast <16 x float> %2275 to <16 x i32>
+  %n.4.i = fsub <16 x float> %2275, %2186
+  %2276 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
+  %2277 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
+  %2278 = fsub <16 x float> %arg.4.i, %2277
+  %2279 = fadd <16 x float> %2276, %2278
+  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2280, <16 x float> %2279, <16 x float> splat (float 0x3FA5558F20000000))
+  %2282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2281, <16 x float> %2279, <16 x float> splat (float 0x3FC5554920000000))
+  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2279, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2284 = fmul <16 x float> %2279, %2279
+  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2284, <16 x float> %2279)
+  %2286 = shl <16 x i32> %bits.4.i, splat (i32 23)
+  %2287 = bitcast <16 x i32> %2286 to <16 x float>
+  %2288 = fadd <16 x float> %2285, splat (float 1.000000e+00)
+  %2289 = fmul <16 x float> %2288, %2287
+  %2290 = fcmp olt <16 x float> %arg.4.i, %2187
+  %2291 = select <16 x i1> %2290, <16 x float> zeroinitializer, <16 x float> %2289
+  %2292 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2272
+  store <16 x float> %2291, ptr %2292, align 4, !tbaa !5
+  %2293 = or disjoint i64 %2188, 80
+  %2294 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2293
+  %2295 = load <16 x float>, ptr %2294, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %2295, %2142
+  %2296 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
+  %bits.5.i = bitcast <16 x float> %2296 to <16 x i32>
+  %n.5.i = fsub <16 x float> %2296, %2186
+  %2297 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
+  %2298 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
+  %2299 = fsub <16 x float> %arg.5.i, %2298
+  %2300 = fadd <16 x float> %2297, %2299
+  %2301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2300, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2301, <16 x float> %2300, <16 x float> splat (float 0x3FA5558F20000000))
+  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2302, <16 x float> %2300, <16 x float> splat (float 0x3FC5554920000000))
+  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2300, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2305 = fmul <16 x float> %2300, %2300
+  %2306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2304, <16 x float> %2305, <16 x float> %2300)
+  %2307 = shl <16 x i32> %bits.5.i, splat (i32 23)
+  %2308 = bitcast <16 x i32> %2307 to <16 x float>
+  %2309 = fadd <16 x float> %2306, splat (float 1.000000e+00)
+  %2310 = fmul <16 x float> %2309, %2308
+  %2311 = fcmp olt <16 x float> %arg.5.i, %2187
+  %2312 = select <16 x i1> %2311, <16 x float> zeroinitializer, <16 x float> %2310
+  %2313 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2293
+  store <16 x float> %2312, ptr %2313, align 4, !tbaa !5
+  %2314 = or disjoint i64 %2188, 96
+  %2315 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2314
+  %2316 = load <16 x float>, ptr %2315, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %2316, %2142
+  %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
+  %bits.6.i = bitcast <16 x float> %2317 to <16 x i32>
+  %n.6.i = fsub <16 x float> %2317, %2186
+  %2318 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
+  %2319 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
+  %2320 = fsub <16 x float> %arg.6.i, %2319
+  %2321 = fadd <16 x float> %2318, %2320
+  %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2322, <16 x float> %2321, <16 x float> splat (float 0x3FA5558F20000000))
+  %2324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2323, <16 x float> %2321, <16 x float> splat (float 0x3FC5554920000000))
+  %2325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2321, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2326 = fmul <16 x float> %2321, %2321
+  %2327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2326, <16 x float> %2321)
+  %2328 = shl <16 x i32> %bits.6.i, splat (i32 23)
+  %2329 = bitcast <16 x i32> %2328 to <16 x float>
+  %2330 = fadd <16 x float> %2327, splat (float 1.000000e+00)
+  %2331 = fmul <16 x float> %2330, %2329
+  %2332 = fcmp olt <16 x float> %arg.6.i, %2187
+  %2333 = select <16 x i1> %2332, <16 x float> zeroinitializer, <16 x float> %2331
+  %2334 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2314
+  store <16 x float> %2333, ptr %2334, align 4, !tbaa !5
+  %2335 = or disjoint i64 %2188, 112
+  %2336 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2335
+  %2337 = load <16 x float>, ptr %2336, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %2337, %2142
+  %2338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
+  %bits.7.i = bitcast <16 x float> %2338 to <16 x i32>
+  %n.7.i = fsub <16 x float> %2338, %2186
+  %2339 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
+  %2340 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
+  %2341 = fsub <16 x float> %arg.7.i, %2340
+  %2342 = fadd <16 x float> %2339, %2341
+  %2343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2343, <16 x float> %2342, <16 x float> splat (float 0x3FA5558F20000000))
+  %2345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2344, <16 x float> %2342, <16 x float> splat (float 0x3FC5554920000000))
+  %2346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2342, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2347 = fmul <16 x float> %2342, %2342
+  %2348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2346, <16 x float> %2347, <16 x float> %2342)
+  %2349 = shl <16 x i32> %bits.7.i, splat (i32 23)
+  %2350 = bitcast <16 x i32> %2349 to <16 x float>
+  %2351 = fadd <16 x float> %2348, splat (float 1.000000e+00)
+  %2352 = fmul <16 x float> %2351, %2350
+  %2353 = fcmp olt <16 x float> %arg.7.i, %2187
+  %2354 = select <16 x i1> %2353, <16 x float> zeroinitializer, <16 x float> %2352
+  %2355 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2335
+  store <16 x float> %2354, ptr %2355, align 4, !tbaa !5
+  %2356 = icmp samesign ult i64 %indvars.iv1086.i, 16
+  br i1 %2356, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
 
-for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti187.preheader.i
-  %2332 = fadd <16 x float> %tile_sum525.sroa.0.0753.i, %2121
-  %2333 = fadd <16 x float> %2332, %2142
-  %2334 = fadd <16 x float> %2333, %2163
-  %2335 = fadd <16 x float> %2334, %2184
-  %2336 = fadd <16 x float> %2335, %2205
-  %2337 = fadd <16 x float> %2336, %2226
-  %2338 = fadd <16 x float> %2337, %2247
-  %2339 = fadd <16 x float> %2338, %2268
+for_end_to210.i:                                  ; preds = %for_end_ax0.i, %for_begin_ti_1203.preheader.i
+  %tile_sum551.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1203.preheader.i ], [ %.us-phi817.i, %for_end_ax0.i ]
+  %2357 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1250.i
+  %2358 = load <16 x float>, ptr %2357, align 4, !tbaa !5
+  %old_max.i = select <16 x i1> %795, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2358
+  %2359 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1250.i
+  %2360 = load <16 x float>, ptr %2359, align 4, !tbaa !5
+  %old_sum.i = select <16 x i1> %795, <16 x float> zeroinitializer, <16 x float> %2360
+  %2361 = fcmp ogt <16 x float> %old_max.i, %2142
+  %2362 = fcmp oeq <16 x float> %tile_sum551.sroa.0.0.lcssa.i, zeroinitializer
+  %2363 = select <16 x i1> %2362, <16 x i1> splat (i1 true), <16 x i1> %2361
+  %old_or_both.i = select <16 x i1> %2363, <16 x float> %old_max.i, <16 x float> %2142
+  %2364 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2364, <16 x float> %2142, <16 x float> %old_or_both.i
+  %2365 = fsub <16 x float> %old_max.i, %m.i
+  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2365, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2367 = bitcast <16 x float> %2366 to <16 x i32>
+  %2368 = fadd <16 x float> %2366, splat (float 0xC168000FE0000000)
+  %2369 = fmul <16 x float> %2368, splat (float 0x3F2BD01060000000)
+  %2370 = fmul <16 x float> %2368, splat (float 0x3FE6300000000000)
+  %2371 = fsub <16 x float> %2365, %2370
+  %2372 = fadd <16 x float> %2369, %2371
+  %2373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2372, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2373, <16 x float> %2372, <16 x float> splat (float 0x3FA5558F20000000))
+  %2375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2372, <16 x float> splat (float 0x3FC5554920000000))
+  %2376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2375, <16 x float> %2372, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2377 = fmul <16 x float> %2372, %2372
+  %2378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2377, <16 x float> %2372)
+  %2379 = shl <16 x i32> %2367, splat (i32 23)
+  %2380 = bitcast <16 x i32> %2379 to <16 x float>
+  %2381 = fadd <16 x float> %2378, splat (float 1.000000e+00)
+  %2382 = fmul <16 x float> %2381, %2380
+  %2383 = fcmp olt <16 x float> %2365, splat (float -8.700000e+01)
+  %2384 = select <16 x i1> %2383, <16 x float> zeroinitializer, <16 x float> %2382
+  %2385 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2386 = select <16 x i1> %2385, <16 x float> %2384, <16 x float> zeroinitializer
+  %arg237.i = fsub <16 x float> %2142, %m.i
+  %2387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg237.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2388 = bitcast <16 x float> %2387 to <16 x i32>
+  %2389 = fadd <16 x float> %2387, splat (float 0xC168000FE0000000)
+  %2390 = fmul <16 x float> %2389, splat (float 0x3F2BD01060000000)
+  %2391 = fmul <16 x float> %2389, splat (float 0x3FE6300000000000)
+  %2392 = fsub <16 x float> %arg237.i, %2391
+  %2393 = fadd <16 x float> %2390, %2392
+  %2394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2393, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2394, <16 x float> %2393, <16 x float> splat (float 0x3FA5558F20000000))
+  %2396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2395, <16 x float> %2393, <16 x float> splat (float 0x3FC5554920000000))
+  %2397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2393, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2398 = fmul <16 x float> %2393, %2393
+  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2397, <16 x float> %2398, <16 x float> %2393)
+  %2400 = shl <16 x i32> %2388, splat (i32 23)
+  %2401 = bitcast <16 x i32> %2400 to <16 x float>
+  %2402 = fadd <16 x float> %2399, splat (float 1.000000e+00)
+  %2403 = fmul <16 x float> %2402, %2401
+  %2404 = fcmp olt <16 x float> %arg237.i, splat (float -8.700000e+01)
+  %2405 = select <16 x i1> %2404, <16 x float> zeroinitializer, <16 x float> %2403
+  %2406 = fcmp one <16 x float> %tile_sum551.sroa.0.0.lcssa.i, zeroinitializer
+  %2407 = select <16 x i1> %2406, <16 x float> %2405, <16 x float> zeroinitializer
+  %2408 = fmul <16 x float> %old_sum.i, %2386
+  %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_sum551.sroa.0.0.lcssa.i, <16 x float> %2408)
+  store <16 x float> %m.i, ptr %2357, align 4, !tbaa !5
+  store <16 x float> %2409, ptr %2359, align 4, !tbaa !5
+  br i1 %1885, label %for_begin_ti257.preheader.lr.ph.i, label %for_end_to254.i, !prof !3
+
+for_begin_ti257.preheader.lr.ph.i:                ; preds = %for_end_to210.i
+  %2410 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1250.i
+  %2411 = and i32 %1482, 2147483640
+  %2412 = add i32 %2411, %755
+  %wide.trip.count1098.i = zext nneg i32 %1884 to i64
+  br label %for_begin_ti257.preheader.i
+
+for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti213.preheader.i
+  %2413 = fadd <16 x float> %tile_sum551.sroa.0.0818.i, %2207
+  %2414 = fadd <16 x float> %2413, %2228
+  %2415 = fadd <16 x float> %2414, %2249
+  %2416 = fadd <16 x float> %2415, %2270
+  %2417 = fadd <16 x float> %2416, %2291
+  %2418 = fadd <16 x float> %2417, %2312
+  %2419 = fadd <16 x float> %2418, %2333
+  %2420 = fadd <16 x float> %2419, %2354
   br label %for_end_ax0.i
 
-for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti187.preheader.i
-  %.us-phi.i = phi <16 x float> [ %2339, %for_body_ax0.us.preheader.i ], [ %tile_sum525.sroa.0.0753.i, %for_begin_ti187.preheader.i ]
-  %indvars.iv.next998.i = add nuw nsw i64 %indvars.iv997.i, 1
-  %exitcond1001.not.i = icmp eq i64 %indvars.iv.next998.i, %wide.trip.count1000.i
-  br i1 %exitcond1001.not.i, label %for_end_to184.i, label %for_begin_ti187.preheader.i, !prof !13
+for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti213.preheader.i
+  %.us-phi817.i = phi <16 x float> [ %2420, %for_body_ax0.us.preheader.i ], [ %tile_sum551.sroa.0.0818.i, %for_begin_ti213.preheader.i ]
+  %indvars.iv.next1087.i = add nuw nsw i64 %indvars.iv1086.i, 1
+  %exitcond1090.not.i = icmp eq i64 %indvars.iv.next1087.i, %wide.trip.count1089.i
+  br i1 %exitcond1090.not.i, label %for_end_to210.i, label %for_begin_ti213.preheader.i, !prof !13
 
-for_begin_ti234.preheader.lr.ph.i:                ; preds = %for_end_to184.i
-  %2340 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1161.i
-  %2341 = and i32 %2329, 2147483640
-  %2342 = add i32 %2341, %755
-  %wide.trip.count1009.i = zext nneg i32 %2330 to i64
-  br label %for_begin_ti234.preheader.i
+for_begin_ti257.preheader.i:                      ; preds = %for_begin_ti257.preheader.i, %for_begin_ti257.preheader.lr.ph.i
+  %indvars.iv1095.i = phi i64 [ 0, %for_begin_ti257.preheader.lr.ph.i ], [ %indvars.iv.next1096.i, %for_begin_ti257.preheader.i ]
+  %indvars.iv1095.tr.i = trunc i64 %indvars.iv1095.i to i32
+  %2421 = shl i32 %indvars.iv1095.tr.i, 3
+  %2422 = add i32 %2412, %2421
+  %2423 = add i32 %num_full.i, %indvars.iv1095.tr.i
+  %2424 = shl i32 %2423, 7
+  %2425 = sext i32 %2424 to i64
+  %2426 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  %2427 = insertelement <16 x i32> poison, i32 %2422, i64 0
+  %2428 = shufflevector <16 x i32> %2427, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2429 = icmp slt <16 x i32> %2428, %2426
+  %2430 = sext <16 x i1> %2429 to <16 x i32>
+  %2431 = getelementptr inbounds i32, ptr %edges.i, i64 %2425
+  store <16 x i32> %2430, ptr %2431, align 4, !tbaa !5
+  %2432 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  %2433 = add i32 %2422, 1
+  %2434 = insertelement <16 x i32> poison, i32 %2433, i64 0
+  %2435 = shufflevector <16 x i32> %2434, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2436 = icmp slt <16 x i32> %2435, %2432
+  %2437 = sext <16 x i1> %2436 to <16 x i32>
+  %2438 = getelementptr i8, ptr %2431, i64 64
+  store <16 x i32> %2437, ptr %2438, align 4, !tbaa !5
+  %2439 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  %2440 = add i32 %2422, 2
+  %2441 = insertelement <16 x i32> poison, i32 %2440, i64 0
+  %2442 = shufflevector <16 x i32> %2441, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2443 = icmp slt <16 x i32> %2442, %2439
+  %2444 = sext <16 x i1> %2443 to <16 x i32>
+  %2445 = getelementptr i8, ptr %2431, i64 128
+  store <16 x i32> %2444, ptr %2445, align 4, !tbaa !5
+  %2446 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  %2447 = add i32 %2422, 3
+  %2448 = insertelement <16 x i32> poison, i32 %2447, i64 0
+  %2449 = shufflevector <16 x i32> %2448, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2450 = icmp slt <16 x i32> %2449, %2446
+  %2451 = sext <16 x i1> %2450 to <16 x i32>
+  %2452 = getelementptr i8, ptr %2431, i64 192
+  store <16 x i32> %2451, ptr %2452, align 4, !tbaa !5
+  %2453 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  %2454 = add i32 %2422, 4
+  %2455 = insertelement <16 x i32> poison, i32 %2454, i64 0
+  %2456 = shufflevector <16 x i32> %2455, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2457 = icmp slt <16 x i32> %2456, %2453
+  %2458 = sext <16 x i1> %2457 to <16 x i32>
+  %2459 = getelementptr i8, ptr %2431, i64 256
+  store <16 x i32> %2458, ptr %2459, align 4, !tbaa !5
+  %2460 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  %2461 = add i32 %2422, 5
+  %2462 = insertelement <16 x i32> poison, i32 %2461, i64 0
+  %2463 = shufflevector <16 x i32> %2462, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2464 = icmp slt <16 x i32> %2463, %2460
+  %2465 = sext <16 x i1> %2464 to <16 x i32>
+  %2466 = getelementptr i8, ptr %2431, i64 320
+  store <16 x i32> %2465, ptr %2466, align 4, !tbaa !5
+  %2467 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  %2468 = add i32 %2422, 6
+  %2469 = insertelement <16 x i32> poison, i32 %2468, i64 0
+  %2470 = shufflevector <16 x i32> %2469, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2471 = icmp slt <16 x i32> %2470, %2467
+  %2472 = sext <16 x i1> %2471 to <16 x i32>
+  %2473 = getelementptr i8, ptr %2431, i64 384
+  store <16 x i32> %2472, ptr %2473, align 4, !tbaa !5
+  %2474 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  %2475 = add i32 %2422, 7
+  %2476 = insertelement <16 x i32> poison, i32 %2475, i64 0
+  %2477 = shufflevector <16 x i32> %2476, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2478 = icmp slt <16 x i32> %2477, %2474
+  %2479 = sext <16 x i1> %2478 to <16 x i32>
+  %2480 = getelementptr i8, ptr %2431, i64 448
+  store <16 x i32> %2479, ptr %2480, align 4, !tbaa !5
+  %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
+  %exitcond1099.not.i = icmp eq i64 %indvars.iv.next1096.i, %wide.trip.count1098.i
+  br i1 %exitcond1099.not.i, label %for_end_to254.i, label %for_begin_ti257.preheader.i, !prof !13
 
-for_begin_ti234.preheader.i:                      ; preds = %for_begin_ti234.preheader.i, %for_begin_ti234.preheader.lr.ph.i
-  %indvars.iv1006.i = phi i64 [ 0, %for_begin_ti234.preheader.lr.ph.i ], [ %indvars.iv.next1007.i, %for_begin_ti234.preheader.i ]
-  %indvars.iv1006.tr.i = trunc i64 %indvars.iv1006.i to i32
-  %2343 = shl i32 %indvars.iv1006.tr.i, 3
-  %2344 = add i32 %2342, %2343
-  %2345 = add i32 %num_full.i, %indvars.iv1006.tr.i
-  %2346 = shl i32 %2345, 7
-  %2347 = sext i32 %2346 to i64
-  %2348 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
-  %2349 = insertelement <16 x i32> poison, i32 %2344, i64 0
-  %2350 = shufflevector <16 x i32> %2349, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2351 = icmp slt <16 x i32> %2350, %2348
-  %2352 = sext <16 x i1> %2351 to <16 x i32>
-  %2353 = getelementptr inbounds i32, ptr %edges.i, i64 %2347
-  store <16 x i32> %2352, ptr %2353, align 4, !tbaa !5
-  %2354 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
-  %2355 = add i32 %2344, 1
-  %2356 = insertelement <16 x i32> poison, i32 %2355, i64 0
-  %2357 = shufflevector <16 x i32> %2356, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2358 = icmp slt <16 x i32> %2357, %2354
-  %2359 = sext <16 x i1> %2358 to <16 x i32>
-  %2360 = getelementptr i8, ptr %2353, i64 64
-  store <16 x i32> %2359, ptr %2360, align 4, !tbaa !5
-  %2361 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
-  %2362 = add i32 %2344, 2
-  %2363 = insertelement <16 x i32> poison, i32 %2362, i64 0
-  %2364 = shufflevector <16 x i32> %2363, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2365 = icmp slt <16 x i32> %2364, %2361
-  %2366 = sext <16 x i1> %2365 to <16 x i32>
-  %2367 = getelementptr i8, ptr %2353, i64 128
-  store <16 x i32> %2366, ptr %2367, align 4, !tbaa !5
-  %2368 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
-  %2369 = add i32 %2344, 3
-  %2370 = insertelement <16 x i32> poison, i32 %2369, i64 0
-  %2371 = shufflevector <16 x i32> %2370, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2372 = icmp slt <16 x i32> %2371, %2368
-  %2373 = sext <16 x i1> %2372 to <16 x i32>
-  %2374 = getelementptr i8, ptr %2353, i64 192
-  store <16 x i32> %2373, ptr %2374, align 4, !tbaa !5
-  %2375 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
-  %2376 = add i32 %2344, 4
-  %2377 = insertelement <16 x i32> poison, i32 %2376, i64 0
-  %2378 = shufflevector <16 x i32> %2377, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2379 = icmp slt <16 x i32> %2378, %2375
-  %2380 = sext <16 x i1> %2379 to <16 x i32>
-  %2381 = getelementptr i8, ptr %2353, i64 256
-  store <16 x i32> %2380, ptr %2381, align 4, !tbaa !5
-  %2382 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
-  %2383 = add i32 %2344, 5
-  %2384 = insertelement <16 x i32> poison, i32 %2383, i64 0
-  %2385 = shufflevector <16 x i32> %2384, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2386 = icmp slt <16 x i32> %2385, %2382
-  %2387 = sext <16 x i1> %2386 to <16 x i32>
-  %2388 = getelementptr i8, ptr %2353, i64 320
-  store <16 x i32> %2387, ptr %2388, align 4, !tbaa !5
-  %2389 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
-  %2390 = add i32 %2344, 6
-  %2391 = insertelement <16 x i32> poison, i32 %2390, i64 0
-  %2392 = shufflevector <16 x i32> %2391, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2393 = icmp slt <16 x i32> %2392, %2389
-  %2394 = sext <16 x i1> %2393 to <16 x i32>
-  %2395 = getelementptr i8, ptr %2353, i64 384
-  store <16 x i32> %2394, ptr %2395, align 4, !tbaa !5
-  %2396 = load <16 x i32>, ptr %2340, align 4, !tbaa !5
-  %2397 = add i32 %2344, 7
-  %2398 = insertelement <16 x i32> poison, i32 %2397, i64 0
-  %2399 = shufflevector <16 x i32> %2398, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2400 = icmp slt <16 x i32> %2399, %2396
-  %2401 = sext <16 x i1> %2400 to <16 x i32>
-  %2402 = getelementptr i8, ptr %2353, i64 448
-  store <16 x i32> %2401, ptr %2402, align 4, !tbaa !5
-  %indvars.iv.next1007.i = add nuw nsw i64 %indvars.iv1006.i, 1
-  %exitcond1010.not.i = icmp eq i64 %indvars.iv.next1007.i, %wide.trip.count1009.i
-  br i1 %exitcond1010.not.i, label %for_end_to231.i, label %for_begin_ti234.preheader.i, !prof !13
+for_end_to254.i:                                  ; preds = %for_begin_ti257.preheader.i, %for_end_to210.i
+  br i1 %143, label %if_then262.i, label %if_end263.i, !prof !8
 
-for_end_to231.i:                                  ; preds = %for_begin_ti234.preheader.i, %for_end_to184.i
-  br i1 %143, label %if_then239.i, label %if_end240.i, !prof !8
+if_then262.i:                                     ; preds = %for_end_to254.i
+  %2481 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
+  %2482 = icmp sgt i32 %1476, 0
+  br i1 %2482, label %for_body_r265.lr.ph.i, label %if_end263.i, !prof !3
 
-if_then239.i:                                     ; preds = %for_end_to231.i
-  %2403 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
-  %2404 = icmp sgt i32 %1476, 0
-  br i1 %2404, label %for_body_r242.lr.ph.i, label %if_end240.i, !prof !3
+for_body_r265.lr.ph.i:                            ; preds = %if_then262.i
+  %2483 = icmp sgt i32 %valid_len149.i, %791
+  %2484 = zext nneg i32 %1474 to i64
+  %2485 = shl nuw nsw i64 %2484, 2
+  br i1 %2483, label %for_body_r265.us.preheader.i, label %if_end263.i, !prof !3
 
-for_body_r242.lr.ph.i:                            ; preds = %if_then239.i
-  %2405 = icmp sgt i32 %valid_len149.i, %791
-  %2406 = zext nneg i32 %1474 to i64
-  %2407 = shl nuw nsw i64 %2406, 2
-  br i1 %2405, label %for_body_r242.us.preheader.i, label %if_end240.i, !prof !3
+for_body_r265.us.preheader.i:                     ; preds = %for_body_r265.lr.ph.i
+  %2486 = add i32 %indvars.iv251, %1469
+  %smin256 = tail call i32 @llvm.smin.i32(i32 %indvars.iv249, i32 %2486)
+  %smin257 = tail call i32 @llvm.smin.i32(i32 %smin256, i32 128)
+  %2487 = sub i32 %smin257, %smax255
+  %2488 = zext i32 %2487 to i64
+  %2489 = add nsw i64 %2488, -1
+  %2490 = sub i32 %valid_len149.i, %smax446
+  %2491 = zext i32 %2490 to i64
+  %scevgep448 = getelementptr i8, ptr %scevgep447, i64 %2491
+  %scevgep450 = getelementptr i8, ptr %edges.i, i64 %744
+  %scevgep451 = getelementptr i8, ptr %edges.i, i64 -60
+  %scevgep452 = getelementptr i8, ptr %scevgep451, i64 %744
+  %2492 = shl nuw nsw i64 %2491, 6
+  %min.iters.check455 = icmp ult i32 %2487, 16
+  %2493 = trunc i64 %2489 to i32
+  %2494 = add i32 %smax444, %2493
+  %2495 = shl i32 %2494, 4
+  %2496 = icmp ugt i64 %2489, 268435455
+  %smax453 = tail call i32 @llvm.smax.i32(i32 %2481, i32 1)
+  %2497 = add nsw i32 %smax453, -1
+  %2498 = zext nneg i32 %2497 to i64
+  %2499 = shl nuw nsw i64 %2498, 2
+  %2500 = getelementptr i8, ptr %scevgep452, i64 %2492
+  %scevgep454 = getelementptr i8, ptr %2500, i64 %2499
+  %n.vec458 = and i64 %2488, 536870904
+  %cmp.n = icmp eq i64 %n.vec458, %2488
+  %xtraiter616 = and i64 %2488, 3
+  %lcmp.mod617.not = icmp eq i64 %xtraiter616, 0
+  br label %for_body_r265.us.i
 
-for_body_r242.us.preheader.i:                     ; preds = %for_body_r242.lr.ph.i
-  %2408 = add i32 %indvars.iv244, %1469
-  %smin249 = tail call i32 @llvm.smin.i32(i32 %indvars.iv242, i32 %2408)
-  %smin250 = tail call i32 @llvm.smin.i32(i32 %smin249, i32 128)
-  %2409 = sub i32 %smin250, %smax248
-  %2410 = zext i32 %2409 to i64
-  %2411 = add nsw i64 %2410, -1
-  %2412 = sub i32 %valid_len149.i, %smax431
-  %2413 = zext i32 %2412 to i64
-  %scevgep433 = getelementptr i8, ptr %scevgep432, i64 %2413
-  %scevgep435 = getelementptr i8, ptr %edges.i, i64 %744
-  %scevgep436 = getelementptr i8, ptr %edges.i, i64 -60
-  %scevgep437 = getelementptr i8, ptr %scevgep436, i64 %744
-  %2414 = shl nuw nsw i64 %2413, 6
-  %min.iters.check440 = icmp ult i32 %2409, 16
-  %2415 = trunc i64 %2411 to i32
-  %2416 = add i32 %smax429, %2415
-  %2417 = shl i32 %2416, 4
-  %2418 = icmp ugt i64 %2411, 268435455
-  %smax438 = tail call i32 @llvm.smax.i32(i32 %2403, i32 1)
-  %2419 = add nsw i32 %smax438, -1
-  %2420 = zext nneg i32 %2419 to i64
-  %2421 = shl nuw nsw i64 %2420, 2
-  %2422 = getelementptr i8, ptr %scevgep437, i64 %2414
-  %scevgep439 = getelementptr i8, ptr %2422, i64 %2421
-  %n.vec443 = and i64 %2410, 536870904
-  %cmp.n = icmp eq i64 %n.vec443, %2410
-  %xtraiter597 = and i64 %2410, 3
-  %lcmp.mod598.not = icmp eq i64 %xtraiter597, 0
-  br label %for_body_r242.us.i
+for_body_r265.us.i:                               ; preds = %for_begin_c269.for_end_c271_crit_edge.us.i, %for_body_r265.us.preheader.i
+  %r268824.us.i = phi i32 [ %2571, %for_begin_c269.for_end_c271_crit_edge.us.i ], [ 0, %for_body_r265.us.preheader.i ]
+  %2501 = lshr i32 %r268824.us.i, 2
+  %2502 = zext nneg i32 %2501 to i64
+  %2503 = add nuw nsw i64 %2485, %2502
+  %2504 = mul nsw i64 %2503, %448
+  %2505 = getelementptr i8, ptr %797, i64 %2504
+  br i1 %min.iters.check455, label %for_body_c270.us.i.preheader, label %vector.scevcheck, !prof !16
 
-for_body_r242.us.i:                               ; preds = %for_begin_c246.for_end_c248_crit_edge.us.i, %for_body_r242.us.preheader.i
-  %r245759.us.i = phi i32 [ %2493, %for_begin_c246.for_end_c248_crit_edge.us.i ], [ 0, %for_body_r242.us.preheader.i ]
-  %2423 = lshr i32 %r245759.us.i, 2
-  %2424 = zext nneg i32 %2423 to i64
-  %2425 = add nuw nsw i64 %2407, %2424
-  %2426 = mul nsw i64 %2425, %448
-  %2427 = getelementptr i8, ptr %797, i64 %2426
-  br i1 %min.iters.check440, label %for_body_c247.us.i.preheader, label %vector.scevcheck, !prof !16
-
-vector.scevcheck:                                 ; preds = %for_body_r242.us.i
-  %2428 = add i32 %748, %r245759.us.i
-  %2429 = add i32 %2417, %r245759.us.i
-  %2430 = icmp slt i32 %2429, %2428
-  %2431 = or i1 %2430, %2418
-  br i1 %2431, label %for_body_c247.us.i.preheader, label %vector.memcheck, !prof !16
+vector.scevcheck:                                 ; preds = %for_body_r265.us.i
+  %2506 = add i32 %748, %r268824.us.i
+  %2507 = add i32 %2495, %r268824.us.i
+  %2508 = icmp slt i32 %2507, %2506
+  %2509 = or i1 %2508, %2496
+  br i1 %2509, label %for_body_c270.us.i.preheader, label %vector.memcheck, !prof !16
 
 vector.memcheck:                                  ; preds = %vector.scevcheck
-  %scevgep434 = getelementptr i8, ptr %scevgep433, i64 %2426
-  %bound0 = icmp ult ptr %2427, %scevgep439
-  %bound1 = icmp ult ptr %scevgep435, %scevgep434
+  %scevgep449 = getelementptr i8, ptr %scevgep448, i64 %2504
+  %bound0 = icmp ult ptr %2505, %scevgep454
+  %bound1 = icmp ult ptr %scevgep450, %scevgep449
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_c247.us.i.preheader, label %vector.ph441, !prof !16
+  br i1 %found.conflict, label %for_body_c270.us.i.preheader, label %vector.ph456, !prof !16
 
-vector.ph441:                                     ; preds = %vector.memcheck
-  %broadcast.splatinsert444 = insertelement <8 x i32> poison, i32 %r245759.us.i, i64 0
-  %broadcast.splat445 = shufflevector <8 x i32> %broadcast.splatinsert444, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body448
+vector.ph456:                                     ; preds = %vector.memcheck
+  %broadcast.splatinsert459 = insertelement <8 x i32> poison, i32 %r268824.us.i, i64 0
+  %broadcast.splat460 = shufflevector <8 x i32> %broadcast.splatinsert459, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body463
 
-vector.body448:                                   ; preds = %vector.body448, %vector.ph441
-  %index449 = phi i64 [ 0, %vector.ph441 ], [ %index.next450, %vector.body448 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph441 ], [ %vec.ind.next, %vector.body448 ]
-  %2432 = getelementptr i8, ptr %2427, i64 %index449
-  %wide.load = load <8 x i8>, ptr %2432, align 1, !tbaa !5, !alias.scope !62, !noalias !65
-  %2433 = icmp eq <8 x i8> %wide.load, zeroinitializer
-  %2434 = add <8 x i32> %broadcast.splat447, %vec.ind
-  %2435 = shl <8 x i32> %2434, splat (i32 4)
-  %2436 = add nsw <8 x i32> %2435, %broadcast.splat445
-  %2437 = sext <8 x i32> %2436 to <8 x i64>
-  %2438 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2437
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2438, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !65
-  %2439 = select <8 x i1> %2433, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2439, <8 x ptr> align 4 %2438, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !65
-  %index.next450 = add nuw i64 %index449, 8
+vector.body463:                                   ; preds = %vector.body463, %vector.ph456
+  %index464 = phi i64 [ 0, %vector.ph456 ], [ %index.next465, %vector.body463 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph456 ], [ %vec.ind.next, %vector.body463 ]
+  %2510 = getelementptr i8, ptr %2505, i64 %index464
+  %wide.load = load <8 x i8>, ptr %2510, align 1, !tbaa !5, !alias.scope !62, !noalias !65
+  %2511 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2512 = add <8 x i32> %broadcast.splat462, %vec.ind
+  %2513 = shl <8 x i32> %2512, splat (i32 4)
+  %2514 = add nsw <8 x i32> %2513, %broadcast.splat460
+  %2515 = sext <8 x i32> %2514 to <8 x i64>
+  %2516 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2515
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2516, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !65
+  %2517 = select <8 x i1> %2511, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2517, <8 x ptr> align 4 %2516, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !65
+  %index.next465 = add nuw i64 %index464, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2440 = icmp eq i64 %index.next450, %n.vec443
-  br i1 %2440, label %middle.block451, label %vector.body448, !prof !52, !llvm.loop !67
+  %2518 = icmp eq i64 %index.next465, %n.vec458
+  br i1 %2518, label %middle.block466, label %vector.body463, !prof !52, !llvm.loop !67
 
-middle.block451:                                  ; preds = %vector.body448
-  br i1 %cmp.n, label %for_begin_c246.for_end_c248_crit_edge.us.i, label %for_body_c247.us.i.preheader, !prof !55
+middle.block466:                                  ; preds = %vector.body463
+  br i1 %cmp.n, label %for_begin_c269.for_end_c271_crit_edge.us.i, label %for_body_c270.us.i.preheader, !prof !55
 
-for_body_c247.us.i.preheader:                     ; preds = %middle.block451, %vector.memcheck, %vector.scevcheck, %for_body_r242.us.i
-  %indvars.iv1011.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r242.us.i ], [ %n.vec443, %middle.block451 ]
-  br i1 %lcmp.mod598.not, label %for_body_c247.us.i.prol.loopexit, label %for_body_c247.us.i.prol, !prof !3
+for_body_c270.us.i.preheader:                     ; preds = %middle.block466, %vector.memcheck, %vector.scevcheck, %for_body_r265.us.i
+  %indvars.iv1100.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r265.us.i ], [ %n.vec458, %middle.block466 ]
+  br i1 %lcmp.mod617.not, label %for_body_c270.us.i.prol.loopexit, label %for_body_c270.us.i.prol, !prof !3
 
-for_body_c247.us.i.prol:                          ; preds = %for_body_c247.us.i.prol, %for_body_c247.us.i.preheader
-  %indvars.iv1011.i.prol = phi i64 [ %indvars.iv.next1012.i.prol, %for_body_c247.us.i.prol ], [ %indvars.iv1011.i.ph, %for_body_c247.us.i.preheader ]
-  %prol.iter599 = phi i64 [ %prol.iter599.next, %for_body_c247.us.i.prol ], [ 0, %for_body_c247.us.i.preheader ]
-  %2441 = getelementptr i8, ptr %2427, i64 %indvars.iv1011.i.prol
-  %2442 = load i8, ptr %2441, align 1, !tbaa !5
-  %.not556.us.i.prol = icmp eq i8 %2442, 0
-  %2443 = trunc i64 %indvars.iv1011.i.prol to i32
-  %2444 = add i32 %791, %2443
-  %2445 = shl i32 %2444, 4
-  %2446 = add nsw i32 %2445, %r245759.us.i
-  %2447 = sext i32 %2446 to i64
-  %2448 = getelementptr inbounds i32, ptr %edges.i, i64 %2447
-  %2449 = load i32, ptr %2448, align 4, !tbaa !5
-  %2450 = select i1 %.not556.us.i.prol, i32 0, i32 %2449
-  store i32 %2450, ptr %2448, align 4, !tbaa !5
-  %indvars.iv.next1012.i.prol = add nuw nsw i64 %indvars.iv1011.i.prol, 1
-  %prol.iter599.next = add i64 %prol.iter599, 1
-  %prol.iter599.cmp.not = icmp eq i64 %prol.iter599.next, %xtraiter597
-  br i1 %prol.iter599.cmp.not, label %for_body_c247.us.i.prol.loopexit, label %for_body_c247.us.i.prol, !prof !56, !llvm.loop !68
+for_body_c270.us.i.prol:                          ; preds = %for_body_c270.us.i.prol, %for_body_c270.us.i.preheader
+  %indvars.iv1100.i.prol = phi i64 [ %indvars.iv.next1101.i.prol, %for_body_c270.us.i.prol ], [ %indvars.iv1100.i.ph, %for_body_c270.us.i.preheader ]
+  %prol.iter618 = phi i64 [ %prol.iter618.next, %for_body_c270.us.i.prol ], [ 0, %for_body_c270.us.i.preheader ]
+  %2519 = getelementptr i8, ptr %2505, i64 %indvars.iv1100.i.prol
+  %2520 = load i8, ptr %2519, align 1, !tbaa !5
+  %.not582.us.i.prol = icmp eq i8 %2520, 0
+  %2521 = trunc i64 %indvars.iv1100.i.prol to i32
+  %2522 = add i32 %791, %2521
+  %2523 = shl i32 %2522, 4
+  %2524 = add nsw i32 %2523, %r268824.us.i
+  %2525 = sext i32 %2524 to i64
+  %2526 = getelementptr inbounds i32, ptr %edges.i, i64 %2525
+  %2527 = load i32, ptr %2526, align 4, !tbaa !5
+  %2528 = select i1 %.not582.us.i.prol, i32 0, i32 %2527
+  store i32 %2528, ptr %2526, align 4, !tbaa !5
+  %indvars.iv.next1101.i.prol = add nuw nsw i64 %indvars.iv1100.i.prol, 1
+  %prol.iter618.next = add i64 %prol.iter618, 1
+  %prol.iter618.cmp.not = icmp eq i64 %prol.iter618.next, %xtraiter616
+  br i1 %prol.iter618.cmp.not, label %for_body_c270.us.i.prol.loopexit, label %for_body_c270.us.i.prol, !prof !56, !llvm.loop !68
 
-for_body_c247.us.i.prol.loopexit:                 ; preds = %for_body_c247.us.i.prol, %for_body_c247.us.i.preheader
-  %indvars.iv1011.i.unr = phi i64 [ %indvars.iv1011.i.ph, %for_body_c247.us.i.preheader ], [ %indvars.iv.next1012.i.prol, %for_body_c247.us.i.prol ]
-  %2451 = sub nsw i64 %indvars.iv1011.i.ph, %2410
-  %2452 = icmp ugt i64 %2451, -4
-  br i1 %2452, label %for_begin_c246.for_end_c248_crit_edge.us.i, label %for_body_c247.us.i, !prof !16
+for_body_c270.us.i.prol.loopexit:                 ; preds = %for_body_c270.us.i.prol, %for_body_c270.us.i.preheader
+  %indvars.iv1100.i.unr = phi i64 [ %indvars.iv1100.i.ph, %for_body_c270.us.i.preheader ], [ %indvars.iv.next1101.i.prol, %for_body_c270.us.i.prol ]
+  %2529 = sub nsw i64 %indvars.iv1100.i.ph, %2488
+  %2530 = icmp ugt i64 %2529, -4
+  br i1 %2530, label %for_begin_c269.for_end_c271_crit_edge.us.i, label %for_body_c270.us.i, !prof !16
 
-for_body_c247.us.i:                               ; preds = %for_body_c247.us.i, %for_body_c247.us.i.prol.loopexit
-  %indvars.iv1011.i = phi i64 [ %indvars.iv.next1012.i.3, %for_body_c247.us.i ], [ %indvars.iv1011.i.unr, %for_body_c247.us.i.prol.loopexit ]
-  %2453 = getelementptr i8, ptr %2427, i64 %indvars.iv1011.i
-  %2454 = load i8, ptr %2453, align 1, !tbaa !5
-  %.not556.us.i = icmp eq i8 %2454, 0
-  %2455 = trunc i64 %indvars.iv1011.i to i32
-  %2456 = add i32 %791, %2455
-  %2457 = shl i32 %2456, 4
-  %2458 = add nsw i32 %2457, %r245759.us.i
-  %2459 = sext i32 %2458 to i64
-  %2460 = getelementptr inbounds i32, ptr %edges.i, i64 %2459
-  %2461 = load i32, ptr %2460, align 4, !tbaa !5
-  %2462 = select i1 %.not556.us.i, i32 0, i32 %2461
-  store i32 %2462, ptr %2460, align 4, !tbaa !5
-  %indvars.iv.next1012.i = add nuw nsw i64 %indvars.iv1011.i, 1
-  %2463 = getelementptr i8, ptr %2427, i64 %indvars.iv.next1012.i
-  %2464 = load i8, ptr %2463, align 1, !tbaa !5
-  %.not556.us.i.1 = icmp eq i8 %2464, 0
-  %2465 = trunc i64 %indvars.iv.next1012.i to i32
-  %2466 = add i32 %791, %2465
-  %2467 = shl i32 %2466, 4
-  %2468 = add nsw i32 %2467, %r245759.us.i
-  %2469 = sext i32 %2468 to i64
-  %2470 = getelementptr inbounds i32, ptr %edges.i, i64 %2469
-  %2471 = load i32, ptr %2470, align 4, !tbaa !5
-  %2472 = select i1 %.not556.us.i.1, i32 0, i32 %2471
-  store i32 %2472, ptr %2470, align 4, !tbaa !5
-  %indvars.iv.next1012.i.1 = add nuw nsw i64 %indvars.iv1011.i, 2
-  %2473 = getelementptr i8, ptr %2427, i64 %indvars.iv.next1012.i.1
-  %2474 = load i8, ptr %2473, align 1, !tbaa !5
-  %.not556.us.i.2 = icmp eq i8 %2474, 0
-  %2475 = trunc i64 %indvars.iv.next1012.i.1 to i32
-  %2476 = add i32 %791, %2475
-  %2477 = shl i32 %2476, 4
-  %2478 = add nsw i32 %2477, %r245759.us.i
-  %2479 = sext i32 %2478 to i64
-  %2480 = getelementptr inbounds i32, ptr %edges.i, i64 %2479
-  %2481 = load i32, ptr %2480, align 4, !tbaa !5
-  %2482 = select i1 %.not556.us.i.2, i32 0, i32 %2481
-  store i32 %2482, ptr %2480, align 4, !tbaa !5
-  %indvars.iv.next1012.i.2 = add nuw nsw i64 %indvars.iv1011.i, 3
-  %2483 = getelementptr i8, ptr %2427, i64 %indvars.iv.next1012.i.2
-  %2484 = load i8, ptr %2483, align 1, !tbaa !5
-  %.not556.us.i.3 = icmp eq i8 %2484, 0
-  %2485 = trunc i64 %indvars.iv.next1012.i.2 to i32
-  %2486 = add i32 %791, %2485
-  %2487 = shl i32 %2486, 4
-  %2488 = add nsw i32 %2487, %r245759.us.i
-  %2489 = sext i32 %2488 to i64
-  %2490 = getelementptr inbounds i32, ptr %edges.i, i64 %2489
-  %2491 = load i32, ptr %2490, align 4, !tbaa !5
-  %2492 = select i1 %.not556.us.i.3, i32 0, i32 %2491
-  store i32 %2492, ptr %2490, align 4, !tbaa !5
-  %indvars.iv.next1012.i.3 = add nuw nsw i64 %indvars.iv1011.i, 4
-  %exitcond251.not.3 = icmp eq i64 %indvars.iv.next1012.i.3, %2410
-  br i1 %exitcond251.not.3, label %for_begin_c246.for_end_c248_crit_edge.us.i, label %for_body_c247.us.i, !prof !59, !llvm.loop !69
+for_body_c270.us.i:                               ; preds = %for_body_c270.us.i, %for_body_c270.us.i.prol.loopexit
+  %indvars.iv1100.i = phi i64 [ %indvars.iv.next1101.i.3, %for_body_c270.us.i ], [ %indvars.iv1100.i.unr, %for_body_c270.us.i.prol.loopexit ]
+  %2531 = getelementptr i8, ptr %2505, i64 %indvars.iv1100.i
+  %2532 = load i8, ptr %2531, align 1, !tbaa !5
+  %.not582.us.i = icmp eq i8 %2532, 0
+  %2533 = trunc i64 %indvars.iv1100.i to i32
+  %2534 = add i32 %791, %2533
+  %2535 = shl i32 %2534, 4
+  %2536 = add nsw i32 %2535, %r268824.us.i
+  %2537 = sext i32 %2536 to i64
+  %2538 = getelementptr inbounds i32, ptr %edges.i, i64 %2537
+  %2539 = load i32, ptr %2538, align 4, !tbaa !5
+  %2540 = select i1 %.not582.us.i, i32 0, i32 %2539
+  store i32 %2540, ptr %2538, align 4, !tbaa !5
+  %indvars.iv.next1101.i = add nuw nsw i64 %indvars.iv1100.i, 1
+  %2541 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1101.i
+  %2542 = load i8, ptr %2541, align 1, !tbaa !5
+  %.not582.us.i.1 = icmp eq i8 %2542, 0
+  %2543 = trunc i64 %indvars.iv.next1101.i to i32
+  %2544 = add i32 %791, %2543
+  %2545 = shl i32 %2544, 4
+  %2546 = add nsw i32 %2545, %r268824.us.i
+  %2547 = sext i32 %2546 to i64
+  %2548 = getelementptr inbounds i32, ptr %edges.i, i64 %2547
+  %2549 = load i32, ptr %2548, align 4, !tbaa !5
+  %2550 = select i1 %.not582.us.i.1, i32 0, i32 %2549
+  store i32 %2550, ptr %2548, align 4, !tbaa !5
+  %indvars.iv.next1101.i.1 = add nuw nsw i64 %indvars.iv1100.i, 2
+  %2551 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1101.i.1
+  %2552 = load i8, ptr %2551, align 1, !tbaa !5
+  %.not582.us.i.2 = icmp eq i8 %2552, 0
+  %2553 = trunc i64 %indvars.iv.next1101.i.1 to i32
+  %2554 = add i32 %791, %2553
+  %2555 = shl i32 %2554, 4
+  %2556 = add nsw i32 %2555, %r268824.us.i
+  %2557 = sext i32 %2556 to i64
+  %2558 = getelementptr inbounds i32, ptr %edges.i, i64 %2557
+  %2559 = load i32, ptr %2558, align 4, !tbaa !5
+  %2560 = select i1 %.not582.us.i.2, i32 0, i32 %2559
+  store i32 %2560, ptr %2558, align 4, !tbaa !5
+  %indvars.iv.next1101.i.2 = add nuw nsw i64 %indvars.iv1100.i, 3
+  %2561 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1101.i.2
+  %2562 = load i8, ptr %2561, align 1, !tbaa !5
+  %.not582.us.i.3 = icmp eq i8 %2562, 0
+  %2563 = trunc i64 %indvars.iv.next1101.i.2 to i32
+  %2564 = add i32 %791, %2563
+  %2565 = shl i32 %2564, 4
+  %2566 = add nsw i32 %2565, %r268824.us.i
+  %2567 = sext i32 %2566 to i64
+  %2568 = getelementptr inbounds i32, ptr %edges.i, i64 %2567
+  %2569 = load i32, ptr %2568, align 4, !tbaa !5
+  %2570 = select i1 %.not582.us.i.3, i32 0, i32 %2569
+  store i32 %2570, ptr %2568, align 4, !tbaa !5
+  %indvars.iv.next1101.i.3 = add nuw nsw i64 %indvars.iv1100.i, 4
+  %exitcond258.not.3 = icmp eq i64 %indvars.iv.next1101.i.3, %2488
+  br i1 %exitcond258.not.3, label %for_begin_c269.for_end_c271_crit_edge.us.i, label %for_body_c270.us.i, !prof !59, !llvm.loop !69
 
-for_begin_c246.for_end_c248_crit_edge.us.i:       ; preds = %for_body_c247.us.i, %for_body_c247.us.i.prol.loopexit, %middle.block451
-  %2493 = add nuw nsw i32 %r245759.us.i, 1
-  %2494 = icmp slt i32 %2493, %2403
-  br i1 %2494, label %for_body_r242.us.i, label %if_end240.i, !prof !61
+for_begin_c269.for_end_c271_crit_edge.us.i:       ; preds = %for_body_c270.us.i, %for_body_c270.us.i.prol.loopexit, %middle.block466
+  %2571 = add nuw nsw i32 %r268824.us.i, 1
+  %2572 = icmp slt i32 %2571, %2481
+  br i1 %2572, label %for_body_r265.us.i, label %if_end263.i, !prof !61
 
-if_end240.i:                                      ; preds = %for_begin_c246.for_end_c248_crit_edge.us.i, %for_body_r242.lr.ph.i, %if_then239.i, %for_end_to231.i
-  %factor.op.mul.reass.i = mul i32 %factor.op.mul821.i, %num_full.i
-  %.not851.i = icmp eq i32 %num_full.i, 0
-  %2495 = and i32 %2329, 2147483640
-  %2496 = icmp sgt i32 %valid_len149.i, %2495
-  %2497 = and i1 %761, %1465
-  %2498 = shl nuw nsw i32 %num_full.i, 7
-  %2499 = shl nuw nsw i32 %num_full.i, 10
-  %2500 = fmul <16 x float> %2300, zeroinitializer
-  %2501 = zext nneg i32 %2498 to i64
-  %2502 = shl i64 %1466, 11
-  %2503 = and i64 %2502, 4294965248
-  %2504 = zext nneg i32 %num_full.i to i64
-  %2505 = add i32 %indvars.iv244, %1469
-  %2506 = tail call i32 @llvm.smin.i32(i32 %indvars.iv242, i32 %2505)
-  %2507 = tail call i32 @llvm.smin.i32(i32 %2506, i32 128)
-  %smin253 = sext i32 %2507 to i64
-  %2508 = shl nuw nsw i64 %2504, 3
-  %2509 = sub nsw i64 %smin253, %2508
-  %smax254 = tail call i64 @llvm.smax.i64(i64 %2509, i64 1)
-  br label %for_begin_to251.preheader.i
+if_end263.i:                                      ; preds = %for_begin_c269.for_end_c271_crit_edge.us.i, %for_body_r265.lr.ph.i, %if_then262.i, %for_end_to254.i
+  %factor.op.mul.reass.i = mul i32 %factor.op.mul886.i, %num_full.i
+  %2573 = and i32 %1482, 2147483640
+  %2574 = icmp sgt i32 %valid_len149.i, %2573
+  %2575 = and i1 %761, %1465
+  %2576 = shl nuw nsw i32 %num_full.i, 7
+  %2577 = shl nuw nsw i32 %num_full.i, 10
+  %2578 = fmul <16 x float> %2386, zeroinitializer
+  %2579 = zext nneg i32 %2576 to i64
+  %2580 = shl i64 %1466, 11
+  %2581 = and i64 %2580, 4294965248
+  %2582 = zext nneg i32 %num_full.i to i64
+  %2583 = add i32 %indvars.iv251, %1469
+  %2584 = tail call i32 @llvm.smin.i32(i32 %indvars.iv249, i32 %2583)
+  %2585 = tail call i32 @llvm.smin.i32(i32 %2584, i32 128)
+  %smin260 = sext i32 %2585 to i64
+  %2586 = shl nuw nsw i64 %2582, 3
+  %2587 = sub nsw i64 %smin260, %2586
+  %smax261 = tail call i64 @llvm.smax.i64(i64 %2587, i64 1)
+  br label %for_begin_to274.preheader.i
 
-for_begin_to251.preheader.i:                      ; preds = %if_end288.i, %if_end240.i
-  %indvars.iv1032.i = phi i64 [ 0, %if_end240.i ], [ %indvars.iv.next1033.i, %if_end288.i ]
-  br i1 %.not851.i, label %for_end_to253.i, label %for_body_to252.lr.ph.i, !prof !16
+for_begin_to274.preheader.i:                      ; preds = %if_end311.i, %if_end263.i
+  %indvars.iv1121.i = phi i64 [ 0, %if_end263.i ], [ %indvars.iv.next1122.i, %if_end311.i ]
+  br i1 %.not917.i, label %for_end_to276.i, label %for_body_to275.lr.ph.i, !prof !16
 
-for_body_to252.lr.ph.i:                           ; preds = %for_begin_to251.preheader.i
-  %2510 = mul nuw nsw i64 %indvars.iv1032.i, %2504
-  %2511 = shl i64 %indvars.iv1032.i, 2
-  %2512 = and i64 %2511, 12
-  %2513 = shl i64 %indvars.iv1032.i, 3
-  %2514 = and i64 %2513, 96
-  %invariant.gep163 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2514
-  %invariant.gep165 = getelementptr inbounds nuw float, ptr %invariant.gep163, i64 %2512
-  br label %for_body_to252.i
+for_body_to275.lr.ph.i:                           ; preds = %for_begin_to274.preheader.i
+  %2588 = mul nuw nsw i64 %indvars.iv1121.i, %2582
+  %2589 = shl i64 %indvars.iv1121.i, 2
+  %2590 = and i64 %2589, 12
+  %2591 = shl i64 %indvars.iv1121.i, 3
+  %2592 = and i64 %2591, 96
+  %invariant.gep166 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2592
+  %invariant.gep168 = getelementptr inbounds nuw float, ptr %invariant.gep166, i64 %2590
+  br label %for_body_to275.i
 
-for_body_to252.i:                                 ; preds = %if_end257.i, %for_body_to252.lr.ph.i
-  %indvars.iv1022.i = phi i64 [ 0, %for_body_to252.lr.ph.i ], [ %indvars.iv.next1023.i, %if_end257.i ]
-  %full_acc515.sroa.28.0786.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2868, %if_end257.i ]
-  %full_acc515.sroa.24.0785.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2863, %if_end257.i ]
-  %full_acc515.sroa.20.0784.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2858, %if_end257.i ]
-  %full_acc515.sroa.16.0783.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2853, %if_end257.i ]
-  %full_acc515.sroa.12.0782.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2848, %if_end257.i ]
-  %full_acc515.sroa.8.0781.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2843, %if_end257.i ]
-  %full_acc515.sroa.4.0780.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2838, %if_end257.i ]
-  %full_acc515.sroa.0.0779.i = phi <16 x float> [ zeroinitializer, %for_body_to252.lr.ph.i ], [ %2833, %if_end257.i ]
-  br i1 %2497, label %for_begin_line258.preheader.i, label %if_end257.i, !prof !8
+for_body_to275.i:                                 ; preds = %if_end280.i, %for_body_to275.lr.ph.i
+  %indvars.iv1111.i = phi i64 [ 0, %for_body_to275.lr.ph.i ], [ %indvars.iv.next1112.i, %if_end280.i ]
+  %full_acc539.sroa.28.0851.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2946, %if_end280.i ]
+  %full_acc539.sroa.24.0850.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2941, %if_end280.i ]
+  %full_acc539.sroa.20.0849.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2936, %if_end280.i ]
+  %full_acc539.sroa.16.0848.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2931, %if_end280.i ]
+  %full_acc539.sroa.12.0847.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2926, %if_end280.i ]
+  %full_acc539.sroa.8.0846.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2921, %if_end280.i ]
+  %full_acc539.sroa.4.0845.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2916, %if_end280.i ]
+  %full_acc539.sroa.0.0844.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2911, %if_end280.i ]
+  br i1 %2575, label %for_begin_line281.preheader.i, label %if_end280.i, !prof !8
 
-for_begin_line258.preheader.i:                    ; preds = %for_body_to252.i
-  %2515 = add nuw nsw i64 %indvars.iv1022.i, %2510
-  %2516 = trunc nuw nsw i64 %2515 to i32
-  %2517 = lshr i32 %2516, 1
-  %2518 = add nuw nsw i32 %2517, %factor.op.mul.reass.i
-  %2519 = srem i32 %2518, %num_kv_heads
-  %2520 = zext nneg i32 %2519 to i64
-  %2521 = mul nsw i64 %v_head, %2520
-  %2522 = sdiv i32 %2518, %num_kv_heads
-  %2523 = sext i32 %2522 to i64
-  %2524 = getelementptr i64, ptr %value_offsets.i, i64 %2523
-  %2525 = getelementptr i8, ptr %2524, i64 1024
-  %2526 = load i64, ptr %2525, align 8, !tbaa !5
-  %2527 = shl i64 %2515, 5
-  %2528 = and i64 %2527, 32
-  %gep797.i = getelementptr i32, ptr %invariant.gep796.i, i64 %2526
-  %invariant.gep762.i = getelementptr i32, ptr %gep797.i, i64 %2521
-  %gep763.i = getelementptr i32, ptr %invariant.gep762.i, i64 %2528
-  tail call void @llvm.prefetch.p0(ptr readonly %gep763.i, i32 0, i32 2, i32 1)
-  %gep763.1.i = getelementptr i8, ptr %gep763.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep763.1.i, i32 0, i32 2, i32 1)
-  br label %if_end257.i
+for_begin_line281.preheader.i:                    ; preds = %for_body_to275.i
+  %2593 = add nuw nsw i64 %indvars.iv1111.i, %2588
+  %2594 = trunc nuw nsw i64 %2593 to i32
+  %2595 = lshr i32 %2594, 1
+  %2596 = add nuw nsw i32 %2595, %factor.op.mul.reass.i
+  %2597 = srem i32 %2596, %num_kv_heads
+  %2598 = zext nneg i32 %2597 to i64
+  %2599 = mul nsw i64 %v_head, %2598
+  %2600 = sdiv i32 %2596, %num_kv_heads
+  %2601 = sext i32 %2600 to i64
+  %2602 = getelementptr i64, ptr %value_offsets.i, i64 %2601
+  %2603 = getelementptr i8, ptr %2602, i64 1024
+  %2604 = load i64, ptr %2603, align 8, !tbaa !5
+  %2605 = shl i64 %2593, 5
+  %2606 = and i64 %2605, 32
+  %gep862.i = getelementptr i32, ptr %invariant.gep861.i, i64 %2604
+  %invariant.gep827.i = getelementptr i32, ptr %gep862.i, i64 %2599
+  %gep828.i = getelementptr i32, ptr %invariant.gep827.i, i64 %2606
+  tail call void @llvm.prefetch.p0(ptr readonly %gep828.i, i32 0, i32 2, i32 1)
+  %gep828.1.i = getelementptr i8, ptr %gep828.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep828.1.i, i32 0, i32 2, i32 1)
+  br label %if_end280.i
 
-for_end_to253.i:                                  ; preds = %if_end257.i, %for_begin_to251.preheader.i
-  %full_acc515.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2833, %if_end257.i ]
-  %full_acc515.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2838, %if_end257.i ]
-  %full_acc515.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2843, %if_end257.i ]
-  %full_acc515.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2848, %if_end257.i ]
-  %full_acc515.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2853, %if_end257.i ]
-  %full_acc515.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2858, %if_end257.i ]
-  %full_acc515.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2863, %if_end257.i ]
-  %full_acc515.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to251.preheader.i ], [ %2868, %if_end257.i ]
-  br i1 %2496, label %for_body_ti269.lr.ph.i, label %for_end_ti270.i, !prof !3
+for_end_to276.i:                                  ; preds = %if_end280.i, %for_begin_to274.preheader.i
+  %full_acc539.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2911, %if_end280.i ]
+  %full_acc539.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2916, %if_end280.i ]
+  %full_acc539.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2921, %if_end280.i ]
+  %full_acc539.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2926, %if_end280.i ]
+  %full_acc539.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2931, %if_end280.i ]
+  %full_acc539.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2936, %if_end280.i ]
+  %full_acc539.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2941, %if_end280.i ]
+  %full_acc539.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2946, %if_end280.i ]
+  br i1 %2574, label %for_body_ti292.lr.ph.i, label %for_end_ti293.i, !prof !3
 
-for_body_ti269.lr.ph.i:                           ; preds = %for_end_to253.i
-  %indvars.iv1032.tr.i = trunc i64 %indvars.iv1032.i to i32
-  %2529 = shl i32 %indvars.iv1032.tr.i, 2
-  %2530 = and i32 %2529, 12
-  %2531 = shl i32 %indvars.iv1032.tr.i, 3
-  %2532 = and i32 %2531, 96
-  %invariant.op816.i = or disjoint i32 %2532, %2499
-  %invariant.op818.i = or disjoint i32 %invariant.op816.i, %2530
-  %2533 = zext nneg i32 %invariant.op818.i to i64
-  %invariant.gep1238.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2533
-  br label %for_body_ti269.i
+for_body_ti292.lr.ph.i:                           ; preds = %for_end_to276.i
+  %indvars.iv1121.tr.i = trunc i64 %indvars.iv1121.i to i32
+  %2607 = shl i32 %indvars.iv1121.tr.i, 2
+  %2608 = and i32 %2607, 12
+  %2609 = shl i32 %indvars.iv1121.tr.i, 3
+  %2610 = and i32 %2609, 96
+  %invariant.op881.i = or disjoint i32 %2610, %2577
+  %invariant.op883.i = or disjoint i32 %invariant.op881.i, %2608
+  %2611 = zext nneg i32 %invariant.op883.i to i64
+  %invariant.gep1331.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2611
+  br label %for_body_ti292.i
 
-if_end257.i:                                      ; preds = %for_begin_line258.preheader.i, %for_body_to252.i
-  %.idx87 = shl nsw i64 %indvars.iv1022.i, 9
-  %2534 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx87
-  %2535 = load <16 x float>, ptr %2534, align 4, !tbaa !5
-  %.idx88 = shl nsw i64 %indvars.iv1022.i, 12
-  %gep166 = getelementptr inbounds nuw i8, ptr %invariant.gep165, i64 %.idx88
-  %2536 = load float, ptr %gep166, align 4, !tbaa !5
-  %2537 = insertelement <16 x float> poison, float %2536, i64 0
-  %2538 = shufflevector <16 x float> %2537, <16 x float> poison, <16 x i32> zeroinitializer
-  %2539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2538, <16 x float> %full_acc515.sroa.0.0779.i)
-  %2540 = getelementptr inbounds nuw i8, ptr %gep166, i64 64
-  %2541 = load float, ptr %2540, align 4, !tbaa !5
-  %2542 = insertelement <16 x float> poison, float %2541, i64 0
-  %2543 = shufflevector <16 x float> %2542, <16 x float> poison, <16 x i32> zeroinitializer
-  %2544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2543, <16 x float> %full_acc515.sroa.4.0780.i)
-  %2545 = getelementptr inbounds nuw i8, ptr %gep166, i64 4
-  %2546 = load float, ptr %2545, align 4, !tbaa !5
-  %2547 = insertelement <16 x float> poison, float %2546, i64 0
-  %2548 = shufflevector <16 x float> %2547, <16 x float> poison, <16 x i32> zeroinitializer
-  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2548, <16 x float> %full_acc515.sroa.8.0781.i)
-  %2550 = getelementptr inbounds nuw i8, ptr %gep166, i64 68
-  %2551 = load float, ptr %2550, align 4, !tbaa !5
-  %2552 = insertelement <16 x float> poison, float %2551, i64 0
-  %2553 = shufflevector <16 x float> %2552, <16 x float> poison, <16 x i32> zeroinitializer
-  %2554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2553, <16 x float> %full_acc515.sroa.12.0782.i)
-  %2555 = getelementptr inbounds nuw i8, ptr %gep166, i64 8
-  %2556 = load float, ptr %2555, align 4, !tbaa !5
-  %2557 = insertelement <16 x float> poison, float %2556, i64 0
-  %2558 = shufflevector <16 x float> %2557, <16 x float> poison, <16 x i32> zeroinitializer
-  %2559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2558, <16 x float> %full_acc515.sroa.16.0783.i)
-  %2560 = getelementptr inbounds nuw i8, ptr %gep166, i64 72
-  %2561 = load float, ptr %2560, align 4, !tbaa !5
-  %2562 = insertelement <16 x float> poison, float %2561, i64 0
-  %2563 = shufflevector <16 x float> %2562, <16 x float> poison, <16 x i32> zeroinitializer
-  %2564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2563, <16 x float> %full_acc515.sroa.20.0784.i)
-  %2565 = getelementptr inbounds nuw i8, ptr %gep166, i64 12
-  %2566 = load float, ptr %2565, align 4, !tbaa !5
-  %2567 = insertelement <16 x float> poison, float %2566, i64 0
-  %2568 = shufflevector <16 x float> %2567, <16 x float> poison, <16 x i32> zeroinitializer
-  %2569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2568, <16 x float> %full_acc515.sroa.24.0785.i)
-  %2570 = getelementptr inbounds nuw i8, ptr %gep166, i64 76
-  %2571 = load float, ptr %2570, align 4, !tbaa !5
-  %2572 = insertelement <16 x float> poison, float %2571, i64 0
-  %2573 = shufflevector <16 x float> %2572, <16 x float> poison, <16 x i32> zeroinitializer
-  %2574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2573, <16 x float> %full_acc515.sroa.28.0786.i)
-  %2575 = getelementptr inbounds nuw i8, ptr %2534, i64 64
-  %2576 = load <16 x float>, ptr %2575, align 4, !tbaa !5
-  %2577 = getelementptr inbounds nuw i8, ptr %gep166, i64 512
-  %2578 = load float, ptr %2577, align 4, !tbaa !5
-  %2579 = insertelement <16 x float> poison, float %2578, i64 0
-  %2580 = shufflevector <16 x float> %2579, <16 x float> poison, <16 x i32> zeroinitializer
-  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2580, <16 x float> %2539)
-  %2582 = getelementptr inbounds nuw i8, ptr %gep166, i64 576
-  %2583 = load float, ptr %2582, align 4, !tbaa !5
-  %2584 = insertelement <16 x float> poison, float %2583, i64 0
-  %2585 = shufflevector <16 x float> %2584, <16 x float> poison, <16 x i32> zeroinitializer
-  %2586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2585, <16 x float> %2544)
-  %2587 = getelementptr inbounds nuw i8, ptr %gep166, i64 516
-  %2588 = load float, ptr %2587, align 4, !tbaa !5
-  %2589 = insertelement <16 x float> poison, float %2588, i64 0
-  %2590 = shufflevector <16 x float> %2589, <16 x float> poison, <16 x i32> zeroinitializer
-  %2591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2590, <16 x float> %2549)
-  %2592 = getelementptr inbounds nuw i8, ptr %gep166, i64 580
-  %2593 = load float, ptr %2592, align 4, !tbaa !5
-  %2594 = insertelement <16 x float> poison, float %2593, i64 0
-  %2595 = shufflevector <16 x float> %2594, <16 x float> poison, <16 x i32> zeroinitializer
-  %2596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2595, <16 x float> %2554)
-  %2597 = getelementptr inbounds nuw i8, ptr %gep166, i64 520
-  %2598 = load float, ptr %2597, align 4, !tbaa !5
-  %2599 = insertelement <16 x float> poison, float %2598, i64 0
-  %2600 = shufflevector <16 x float> %2599, <16 x float> poison, <16 x i32> zeroinitializer
-  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2600, <16 x float> %2559)
-  %2602 = getelementptr inbounds nuw i8, ptr %gep166, i64 584
-  %2603 = load float, ptr %2602, align 4, !tbaa !5
-  %2604 = insertelement <16 x float> poison, float %2603, i64 0
-  %2605 = shufflevector <16 x float> %2604, <16 x float> poison, <16 x i32> zeroinitializer
-  %2606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2605, <16 x float> %2564)
-  %2607 = getelementptr inbounds nuw i8, ptr %gep166, i64 524
-  %2608 = load float, ptr %2607, align 4, !tbaa !5
-  %2609 = insertelement <16 x float> poison, float %2608, i64 0
-  %2610 = shufflevector <16 x float> %2609, <16 x float> poison, <16 x i32> zeroinitializer
-  %2611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2610, <16 x float> %2569)
-  %2612 = getelementptr inbounds nuw i8, ptr %gep166, i64 588
-  %2613 = load float, ptr %2612, align 4, !tbaa !5
-  %2614 = insertelement <16 x float> poison, float %2613, i64 0
-  %2615 = shufflevector <16 x float> %2614, <16 x float> poison, <16 x i32> zeroinitializer
-  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2615, <16 x float> %2574)
-  %2617 = getelementptr inbounds nuw i8, ptr %2534, i64 128
-  %2618 = load <16 x float>, ptr %2617, align 4, !tbaa !5
-  %2619 = getelementptr inbounds nuw i8, ptr %gep166, i64 1024
-  %2620 = load float, ptr %2619, align 4, !tbaa !5
-  %2621 = insertelement <16 x float> poison, float %2620, i64 0
-  %2622 = shufflevector <16 x float> %2621, <16 x float> poison, <16 x i32> zeroinitializer
-  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2622, <16 x float> %2581)
-  %2624 = getelementptr inbounds nuw i8, ptr %gep166, i64 1088
-  %2625 = load float, ptr %2624, align 4, !tbaa !5
-  %2626 = insertelement <16 x float> poison, float %2625, i64 0
-  %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
-  %2628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2627, <16 x float> %2586)
-  %2629 = getelementptr inbounds nuw i8, ptr %gep166, i64 1028
-  %2630 = load float, ptr %2629, align 4, !tbaa !5
-  %2631 = insertelement <16 x float> poison, float %2630, i64 0
-  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
-  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2632, <16 x float> %2591)
-  %2634 = getelementptr inbounds nuw i8, ptr %gep166, i64 1092
-  %2635 = load float, ptr %2634, align 4, !tbaa !5
-  %2636 = insertelement <16 x float> poison, float %2635, i64 0
-  %2637 = shufflevector <16 x float> %2636, <16 x float> poison, <16 x i32> zeroinitializer
-  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2637, <16 x float> %2596)
-  %2639 = getelementptr inbounds nuw i8, ptr %gep166, i64 1032
-  %2640 = load float, ptr %2639, align 4, !tbaa !5
-  %2641 = insertelement <16 x float> poison, float %2640, i64 0
-  %2642 = shufflevector <16 x float> %2641, <16 x float> poison, <16 x i32> zeroinitializer
-  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2642, <16 x float> %2601)
-  %2644 = getelementptr inbounds nuw i8, ptr %gep166, i64 1096
-  %2645 = load float, ptr %2644, align 4, !tbaa !5
-  %2646 = insertelement <16 x float> poison, float %2645, i64 0
-  %2647 = shufflevector <16 x float> %2646, <16 x float> poison, <16 x i32> zeroinitializer
-  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2647, <16 x float> %2606)
-  %2649 = getelementptr inbounds nuw i8, ptr %gep166, i64 1036
-  %2650 = load float, ptr %2649, align 4, !tbaa !5
-  %2651 = insertelement <16 x float> poison, float %2650, i64 0
-  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
-  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2652, <16 x float> %2611)
-  %2654 = getelementptr inbounds nuw i8, ptr %gep166, i64 1100
-  %2655 = load float, ptr %2654, align 4, !tbaa !5
-  %2656 = insertelement <16 x float> poison, float %2655, i64 0
-  %2657 = shufflevector <16 x float> %2656, <16 x float> poison, <16 x i32> zeroinitializer
-  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2657, <16 x float> %2616)
-  %2659 = getelementptr inbounds nuw i8, ptr %2534, i64 192
-  %2660 = load <16 x float>, ptr %2659, align 4, !tbaa !5
-  %2661 = getelementptr inbounds nuw i8, ptr %gep166, i64 1536
-  %2662 = load float, ptr %2661, align 4, !tbaa !5
-  %2663 = insertelement <16 x float> poison, float %2662, i64 0
-  %2664 = shufflevector <16 x float> %2663, <16 x float> poison, <16 x i32> zeroinitializer
-  %2665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2664, <16 x float> %2623)
-  %2666 = getelementptr inbounds nuw i8, ptr %gep166, i64 1600
-  %2667 = load float, ptr %2666, align 4, !tbaa !5
-  %2668 = insertelement <16 x float> poison, float %2667, i64 0
-  %2669 = shufflevector <16 x float> %2668, <16 x float> poison, <16 x i32> zeroinitializer
-  %2670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2669, <16 x float> %2628)
-  %2671 = getelementptr inbounds nuw i8, ptr %gep166, i64 1540
-  %2672 = load float, ptr %2671, align 4, !tbaa !5
-  %2673 = insertelement <16 x float> poison, float %2672, i64 0
-  %2674 = shufflevector <16 x float> %2673, <16 x float> poison, <16 x i32> zeroinitializer
-  %2675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2674, <16 x float> %2633)
-  %2676 = getelementptr inbounds nuw i8, ptr %gep166, i64 1604
-  %2677 = load float, ptr %2676, align 4, !tbaa !5
-  %2678 = insertelement <16 x float> poison, float %2677, i64 0
-  %2679 = shufflevector <16 x float> %2678, <16 x float> poison, <16 x i32> zeroinitializer
-  %2680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2679, <16 x float> %2638)
-  %2681 = getelementptr inbounds nuw i8, ptr %gep166, i64 1544
-  %2682 = load float, ptr %2681, align 4, !tbaa !5
-  %2683 = insertelement <16 x float> poison, float %2682, i64 0
-  %2684 = shufflevector <16 x float> %2683, <16 x float> poison, <16 x i32> zeroinitializer
-  %2685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2684, <16 x float> %2643)
-  %2686 = getelementptr inbounds nuw i8, ptr %gep166, i64 1608
-  %2687 = load float, ptr %2686, align 4, !tbaa !5
-  %2688 = insertelement <16 x float> poison, float %2687, i64 0
-  %2689 = shufflevector <16 x float> %2688, <16 x float> poison, <16 x i32> zeroinitializer
-  %2690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2689, <16 x float> %2648)
-  %2691 = getelementptr inbounds nuw i8, ptr %gep166, i64 1548
-  %2692 = load float, ptr %2691, align 4, !tbaa !5
-  %2693 = insertelement <16 x float> poison, float %2692, i64 0
-  %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
-  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2694, <16 x float> %2653)
-  %2696 = getelementptr inbounds nuw i8, ptr %gep166, i64 1612
-  %2697 = load float, ptr %2696, align 4, !tbaa !5
-  %2698 = insertelement <16 x float> poison, float %2697, i64 0
-  %2699 = shufflevector <16 x float> %2698, <16 x float> poison, <16 x i32> zeroinitializer
-  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2699, <16 x float> %2658)
-  %2701 = getelementptr inbounds nuw i8, ptr %2534, i64 256
-  %2702 = load <16 x float>, ptr %2701, align 4, !tbaa !5
-  %2703 = getelementptr inbounds nuw i8, ptr %gep166, i64 2048
-  %2704 = load float, ptr %2703, align 4, !tbaa !5
-  %2705 = insertelement <16 x float> poison, float %2704, i64 0
-  %2706 = shufflevector <16 x float> %2705, <16 x float> poison, <16 x i32> zeroinitializer
-  %2707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2706, <16 x float> %2665)
-  %2708 = getelementptr inbounds nuw i8, ptr %gep166, i64 2112
-  %2709 = load float, ptr %2708, align 4, !tbaa !5
-  %2710 = insertelement <16 x float> poison, float %2709, i64 0
-  %2711 = shufflevector <16 x float> %2710, <16 x float> poison, <16 x i32> zeroinitializer
-  %2712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2711, <16 x float> %2670)
-  %2713 = getelementptr inbounds nuw i8, ptr %gep166, i64 2052
-  %2714 = load float, ptr %2713, align 4, !tbaa !5
-  %2715 = insertelement <16 x float> poison, float %2714, i64 0
-  %2716 = shufflevector <16 x float> %2715, <16 x float> poison, <16 x i32> zeroinitializer
-  %2717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2716, <16 x float> %2675)
-  %2718 = getelementptr inbounds nuw i8, ptr %gep166, i64 2116
-  %2719 = load float, ptr %2718, align 4, !tbaa !5
-  %2720 = insertelement <16 x float> poison, float %2719, i64 0
-  %2721 = shufflevector <16 x float> %2720, <16 x float> poison, <16 x i32> zeroinitializer
-  %2722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2721, <16 x float> %2680)
-  %2723 = getelementptr inbounds nuw i8, ptr %gep166, i64 2056
-  %2724 = load float, ptr %2723, align 4, !tbaa !5
-  %2725 = insertelement <16 x float> poison, float %2724, i64 0
-  %2726 = shufflevector <16 x float> %2725, <16 x float> poison, <16 x i32> zeroinitializer
-  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2726, <16 x float> %2685)
-  %2728 = getelementptr inbounds nuw i8, ptr %gep166, i64 2120
-  %2729 = load float, ptr %2728, align 4, !tbaa !5
-  %2730 = insertelement <16 x float> poison, float %2729, i64 0
-  %2731 = shufflevector <16 x float> %2730, <16 x float> poison, <16 x i32> zeroinitializer
-  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2731, <16 x float> %2690)
-  %2733 = getelementptr inbounds nuw i8, ptr %gep166, i64 2060
-  %2734 = load float, ptr %2733, align 4, !tbaa !5
-  %2735 = insertelement <16 x float> poison, float %2734, i64 0
-  %2736 = shufflevector <16 x float> %2735, <16 x float> poison, <16 x i32> zeroinitializer
-  %2737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2736, <16 x float> %2695)
-  %2738 = getelementptr inbounds nuw i8, ptr %gep166, i64 2124
-  %2739 = load float, ptr %2738, align 4, !tbaa !5
-  %2740 = insertelement <16 x float> poison, float %2739, i64 0
-  %2741 = shufflevector <16 x float> %2740, <16 x float> poison, <16 x i32> zeroinitializer
-  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2702, <16 x float> %2741, <16 x float> %2700)
-  %2743 = getelementptr inbounds nuw i8, ptr %2534, i64 320
-  %2744 = load <16 x float>, ptr %2743, align 4, !tbaa !5
-  %2745 = getelementptr inbounds nuw i8, ptr %gep166, i64 2560
-  %2746 = load float, ptr %2745, align 4, !tbaa !5
-  %2747 = insertelement <16 x float> poison, float %2746, i64 0
-  %2748 = shufflevector <16 x float> %2747, <16 x float> poison, <16 x i32> zeroinitializer
-  %2749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2748, <16 x float> %2707)
-  %2750 = getelementptr inbounds nuw i8, ptr %gep166, i64 2624
-  %2751 = load float, ptr %2750, align 4, !tbaa !5
-  %2752 = insertelement <16 x float> poison, float %2751, i64 0
-  %2753 = shufflevector <16 x float> %2752, <16 x float> poison, <16 x i32> zeroinitializer
-  %2754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2753, <16 x float> %2712)
-  %2755 = getelementptr inbounds nuw i8, ptr %gep166, i64 2564
-  %2756 = load float, ptr %2755, align 4, !tbaa !5
-  %2757 = insertelement <16 x float> poison, float %2756, i64 0
-  %2758 = shufflevector <16 x float> %2757, <16 x float> poison, <16 x i32> zeroinitializer
-  %2759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2758, <16 x float> %2717)
-  %2760 = getelementptr inbounds nuw i8, ptr %gep166, i64 2628
-  %2761 = load float, ptr %2760, align 4, !tbaa !5
-  %2762 = insertelement <16 x float> poison, float %2761, i64 0
-  %2763 = shufflevector <16 x float> %2762, <16 x float> poison, <16 x i32> zeroinitializer
-  %2764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2763, <16 x float> %2722)
-  %2765 = getelementptr inbounds nuw i8, ptr %gep166, i64 2568
-  %2766 = load float, ptr %2765, align 4, !tbaa !5
-  %2767 = insertelement <16 x float> poison, float %2766, i64 0
-  %2768 = shufflevector <16 x float> %2767, <16 x float> poison, <16 x i32> zeroinitializer
-  %2769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2768, <16 x float> %2727)
-  %2770 = getelementptr inbounds nuw i8, ptr %gep166, i64 2632
-  %2771 = load float, ptr %2770, align 4, !tbaa !5
-  %2772 = insertelement <16 x float> poison, float %2771, i64 0
-  %2773 = shufflevector <16 x float> %2772, <16 x float> poison, <16 x i32> zeroinitializer
-  %2774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2773, <16 x float> %2732)
-  %2775 = getelementptr inbounds nuw i8, ptr %gep166, i64 2572
-  %2776 = load float, ptr %2775, align 4, !tbaa !5
-  %2777 = insertelement <16 x float> poison, float %2776, i64 0
-  %2778 = shufflevector <16 x float> %2777, <16 x float> poison, <16 x i32> zeroinitializer
-  %2779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2778, <16 x float> %2737)
-  %2780 = getelementptr inbounds nuw i8, ptr %gep166, i64 2636
-  %2781 = load float, ptr %2780, align 4, !tbaa !5
-  %2782 = insertelement <16 x float> poison, float %2781, i64 0
-  %2783 = shufflevector <16 x float> %2782, <16 x float> poison, <16 x i32> zeroinitializer
-  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2744, <16 x float> %2783, <16 x float> %2742)
-  %2785 = getelementptr inbounds nuw i8, ptr %2534, i64 384
-  %2786 = load <16 x float>, ptr %2785, align 4, !tbaa !5
-  %2787 = getelementptr inbounds nuw i8, ptr %gep166, i64 3072
-  %2788 = load float, ptr %2787, align 4, !tbaa !5
-  %2789 = insertelement <16 x float> poison, float %2788, i64 0
-  %2790 = shufflevector <16 x float> %2789, <16 x float> poison, <16 x i32> zeroinitializer
-  %2791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2790, <16 x float> %2749)
-  %2792 = getelementptr inbounds nuw i8, ptr %gep166, i64 3136
-  %2793 = load float, ptr %2792, align 4, !tbaa !5
-  %2794 = insertelement <16 x float> poison, float %2793, i64 0
-  %2795 = shufflevector <16 x float> %2794, <16 x float> poison, <16 x i32> zeroinitializer
-  %2796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2795, <16 x float> %2754)
-  %2797 = getelementptr inbounds nuw i8, ptr %gep166, i64 3076
-  %2798 = load float, ptr %2797, align 4, !tbaa !5
-  %2799 = insertelement <16 x float> poison, float %2798, i64 0
-  %2800 = shufflevector <16 x float> %2799, <16 x float> poison, <16 x i32> zeroinitializer
-  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2800, <16 x float> %2759)
-  %2802 = getelementptr inbounds nuw i8, ptr %gep166, i64 3140
-  %2803 = load float, ptr %2802, align 4, !tbaa !5
-  %2804 = insertelement <16 x float> poison, float %2803, i64 0
-  %2805 = shufflevector <16 x float> %2804, <16 x float> poison, <16 x i32> zeroinitializer
-  %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2805, <16 x float> %2764)
-  %2807 = getelementptr inbounds nuw i8, ptr %gep166, i64 3080
-  %2808 = load float, ptr %2807, align 4, !tbaa !5
-  %2809 = insertelement <16 x float> poison, float %2808, i64 0
-  %2810 = shufflevector <16 x float> %2809, <16 x float> poison, <16 x i32> zeroinitializer
-  %2811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2810, <16 x float> %2769)
-  %2812 = getelementptr inbounds nuw i8, ptr %gep166, i64 3144
-  %2813 = load float, ptr %2812, align 4, !tbaa !5
-  %2814 = insertelement <16 x float> poison, float %2813, i64 0
-  %2815 = shufflevector <16 x float> %2814, <16 x float> poison, <16 x i32> zeroinitializer
-  %2816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2815, <16 x float> %2774)
-  %2817 = getelementptr inbounds nuw i8, ptr %gep166, i64 3084
-  %2818 = load float, ptr %2817, align 4, !tbaa !5
-  %2819 = insertelement <16 x float> poison, float %2818, i64 0
-  %2820 = shufflevector <16 x float> %2819, <16 x float> poison, <16 x i32> zeroinitializer
-  %2821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2820, <16 x float> %2779)
-  %2822 = getelementptr inbounds nuw i8, ptr %gep166, i64 3148
-  %2823 = load float, ptr %2822, align 4, !tbaa !5
-  %2824 = insertelement <16 x float> poison, float %2823, i64 0
-  %2825 = shufflevector <16 x float> %2824, <16 x float> poison, <16 x i32> zeroinitializer
-  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2786, <16 x float> %2825, <16 x float> %2784)
-  %2827 = getelementptr inbounds nuw i8, ptr %2534, i64 448
-  %2828 = load <16 x float>, ptr %2827, align 4, !tbaa !5
-  %2829 = getelementptr inbounds nuw i8, ptr %gep166, i64 3584
-  %2830 = load float, ptr %2829, align 4, !tbaa !5
-  %2831 = insertelement <16 x float> poison, float %2830, i64 0
-  %2832 = shufflevector <16 x float> %2831, <16 x float> poison, <16 x i32> zeroinitializer
-  %2833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2832, <16 x float> %2791)
-  %2834 = getelementptr inbounds nuw i8, ptr %gep166, i64 3648
-  %2835 = load float, ptr %2834, align 4, !tbaa !5
-  %2836 = insertelement <16 x float> poison, float %2835, i64 0
-  %2837 = shufflevector <16 x float> %2836, <16 x float> poison, <16 x i32> zeroinitializer
-  %2838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2837, <16 x float> %2796)
-  %2839 = getelementptr inbounds nuw i8, ptr %gep166, i64 3588
-  %2840 = load float, ptr %2839, align 4, !tbaa !5
-  %2841 = insertelement <16 x float> poison, float %2840, i64 0
-  %2842 = shufflevector <16 x float> %2841, <16 x float> poison, <16 x i32> zeroinitializer
-  %2843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2842, <16 x float> %2801)
-  %2844 = getelementptr inbounds nuw i8, ptr %gep166, i64 3652
-  %2845 = load float, ptr %2844, align 4, !tbaa !5
-  %2846 = insertelement <16 x float> poison, float %2845, i64 0
-  %2847 = shufflevector <16 x float> %2846, <16 x float> poison, <16 x i32> zeroinitializer
-  %2848 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2847, <16 x float> %2806)
-  %2849 = getelementptr inbounds nuw i8, ptr %gep166, i64 3592
-  %2850 = load float, ptr %2849, align 4, !tbaa !5
-  %2851 = insertelement <16 x float> poison, float %2850, i64 0
-  %2852 = shufflevector <16 x float> %2851, <16 x float> poison, <16 x i32> zeroinitializer
-  %2853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2852, <16 x float> %2811)
-  %2854 = getelementptr inbounds nuw i8, ptr %gep166, i64 3656
-  %2855 = load float, ptr %2854, align 4, !tbaa !5
-  %2856 = insertelement <16 x float> poison, float %2855, i64 0
-  %2857 = shufflevector <16 x float> %2856, <16 x float> poison, <16 x i32> zeroinitializer
-  %2858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2857, <16 x float> %2816)
-  %2859 = getelementptr inbounds nuw i8, ptr %gep166, i64 3596
-  %2860 = load float, ptr %2859, align 4, !tbaa !5
-  %2861 = insertelement <16 x float> poison, float %2860, i64 0
-  %2862 = shufflevector <16 x float> %2861, <16 x float> poison, <16 x i32> zeroinitializer
-  %2863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2862, <16 x float> %2821)
-  %2864 = getelementptr inbounds nuw i8, ptr %gep166, i64 3660
-  %2865 = load float, ptr %2864, align 4, !tbaa !5
-  %2866 = insertelement <16 x float> poison, float %2865, i64 0
-  %2867 = shufflevector <16 x float> %2866, <16 x float> poison, <16 x i32> zeroinitializer
-  %2868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2828, <16 x float> %2867, <16 x float> %2826)
-  %indvars.iv.next1023.i = add nuw nsw i64 %indvars.iv1022.i, 1
-  %exitcond1027.not.i = icmp eq i64 %indvars.iv.next1023.i, %2504
-  br i1 %exitcond1027.not.i, label %for_end_to253.i, label %for_body_to252.i, !prof !13
+if_end280.i:                                      ; preds = %for_begin_line281.preheader.i, %for_body_to275.i
+  %.idx86 = shl nsw i64 %indvars.iv1111.i, 9
+  %2612 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx86
+  %2613 = load <16 x float>, ptr %2612, align 4, !tbaa !5
+  %.idx87 = shl nsw i64 %indvars.iv1111.i, 12
+  %gep169 = getelementptr inbounds nuw i8, ptr %invariant.gep168, i64 %.idx87
+  %2614 = load float, ptr %gep169, align 4, !tbaa !5
+  %2615 = insertelement <16 x float> poison, float %2614, i64 0
+  %2616 = shufflevector <16 x float> %2615, <16 x float> poison, <16 x i32> zeroinitializer
+  %2617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2616, <16 x float> %full_acc539.sroa.0.0844.i)
+  %2618 = getelementptr inbounds nuw i8, ptr %gep169, i64 64
+  %2619 = load float, ptr %2618, align 4, !tbaa !5
+  %2620 = insertelement <16 x float> poison, float %2619, i64 0
+  %2621 = shufflevector <16 x float> %2620, <16 x float> poison, <16 x i32> zeroinitializer
+  %2622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2621, <16 x float> %full_acc539.sroa.4.0845.i)
+  %2623 = getelementptr inbounds nuw i8, ptr %gep169, i64 4
+  %2624 = load float, ptr %2623, align 4, !tbaa !5
+  %2625 = insertelement <16 x float> poison, float %2624, i64 0
+  %2626 = shufflevector <16 x float> %2625, <16 x float> poison, <16 x i32> zeroinitializer
+  %2627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2626, <16 x float> %full_acc539.sroa.8.0846.i)
+  %2628 = getelementptr inbounds nuw i8, ptr %gep169, i64 68
+  %2629 = load float, ptr %2628, align 4, !tbaa !5
+  %2630 = insertelement <16 x float> poison, float %2629, i64 0
+  %2631 = shufflevector <16 x float> %2630, <16 x float> poison, <16 x i32> zeroinitializer
+  %2632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2631, <16 x float> %full_acc539.sroa.12.0847.i)
+  %2633 = getelementptr inbounds nuw i8, ptr %gep169, i64 8
+  %2634 = load float, ptr %2633, align 4, !tbaa !5
+  %2635 = insertelement <16 x float> poison, float %2634, i64 0
+  %2636 = shufflevector <16 x float> %2635, <16 x float> poison, <16 x i32> zeroinitializer
+  %2637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2636, <16 x float> %full_acc539.sroa.16.0848.i)
+  %2638 = getelementptr inbounds nuw i8, ptr %gep169, i64 72
+  %2639 = load float, ptr %2638, align 4, !tbaa !5
+  %2640 = insertelement <16 x float> poison, float %2639, i64 0
+  %2641 = shufflevector <16 x float> %2640, <16 x float> poison, <16 x i32> zeroinitializer
+  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2641, <16 x float> %full_acc539.sroa.20.0849.i)
+  %2643 = getelementptr inbounds nuw i8, ptr %gep169, i64 12
+  %2644 = load float, ptr %2643, align 4, !tbaa !5
+  %2645 = insertelement <16 x float> poison, float %2644, i64 0
+  %2646 = shufflevector <16 x float> %2645, <16 x float> poison, <16 x i32> zeroinitializer
+  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2646, <16 x float> %full_acc539.sroa.24.0850.i)
+  %2648 = getelementptr inbounds nuw i8, ptr %gep169, i64 76
+  %2649 = load float, ptr %2648, align 4, !tbaa !5
+  %2650 = insertelement <16 x float> poison, float %2649, i64 0
+  %2651 = shufflevector <16 x float> %2650, <16 x float> poison, <16 x i32> zeroinitializer
+  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2651, <16 x float> %full_acc539.sroa.28.0851.i)
+  %2653 = getelementptr inbounds nuw i8, ptr %2612, i64 64
+  %2654 = load <16 x float>, ptr %2653, align 4, !tbaa !5
+  %2655 = getelementptr inbounds nuw i8, ptr %gep169, i64 512
+  %2656 = load float, ptr %2655, align 4, !tbaa !5
+  %2657 = insertelement <16 x float> poison, float %2656, i64 0
+  %2658 = shufflevector <16 x float> %2657, <16 x float> poison, <16 x i32> zeroinitializer
+  %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2658, <16 x float> %2617)
+  %2660 = getelementptr inbounds nuw i8, ptr %gep169, i64 576
+  %2661 = load float, ptr %2660, align 4, !tbaa !5
+  %2662 = insertelement <16 x float> poison, float %2661, i64 0
+  %2663 = shufflevector <16 x float> %2662, <16 x float> poison, <16 x i32> zeroinitializer
+  %2664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2663, <16 x float> %2622)
+  %2665 = getelementptr inbounds nuw i8, ptr %gep169, i64 516
+  %2666 = load float, ptr %2665, align 4, !tbaa !5
+  %2667 = insertelement <16 x float> poison, float %2666, i64 0
+  %2668 = shufflevector <16 x float> %2667, <16 x float> poison, <16 x i32> zeroinitializer
+  %2669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2668, <16 x float> %2627)
+  %2670 = getelementptr inbounds nuw i8, ptr %gep169, i64 580
+  %2671 = load float, ptr %2670, align 4, !tbaa !5
+  %2672 = insertelement <16 x float> poison, float %2671, i64 0
+  %2673 = shufflevector <16 x float> %2672, <16 x float> poison, <16 x i32> zeroinitializer
+  %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2673, <16 x float> %2632)
+  %2675 = getelementptr inbounds nuw i8, ptr %gep169, i64 520
+  %2676 = load float, ptr %2675, align 4, !tbaa !5
+  %2677 = insertelement <16 x float> poison, float %2676, i64 0
+  %2678 = shufflevector <16 x float> %2677, <16 x float> poison, <16 x i32> zeroinitializer
+  %2679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2678, <16 x float> %2637)
+  %2680 = getelementptr inbounds nuw i8, ptr %gep169, i64 584
+  %2681 = load float, ptr %2680, align 4, !tbaa !5
+  %2682 = insertelement <16 x float> poison, float %2681, i64 0
+  %2683 = shufflevector <16 x float> %2682, <16 x float> poison, <16 x i32> zeroinitializer
+  %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2683, <16 x float> %2642)
+  %2685 = getelementptr inbounds nuw i8, ptr %gep169, i64 524
+  %2686 = load float, ptr %2685, align 4, !tbaa !5
+  %2687 = insertelement <16 x float> poison, float %2686, i64 0
+  %2688 = shufflevector <16 x float> %2687, <16 x float> poison, <16 x i32> zeroinitializer
+  %2689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2688, <16 x float> %2647)
+  %2690 = getelementptr inbounds nuw i8, ptr %gep169, i64 588
+  %2691 = load float, ptr %2690, align 4, !tbaa !5
+  %2692 = insertelement <16 x float> poison, float %2691, i64 0
+  %2693 = shufflevector <16 x float> %2692, <16 x float> poison, <16 x i32> zeroinitializer
+  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2693, <16 x float> %2652)
+  %2695 = getelementptr inbounds nuw i8, ptr %2612, i64 128
+  %2696 = load <16 x float>, ptr %2695, align 4, !tbaa !5
+  %2697 = getelementptr inbounds nuw i8, ptr %gep169, i64 1024
+  %2698 = load float, ptr %2697, align 4, !tbaa !5
+  %2699 = insertelement <16 x float> poison, float %2698, i64 0
+  %2700 = shufflevector <16 x float> %2699, <16 x float> poison, <16 x i32> zeroinitializer
+  %2701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2700, <16 x float> %2659)
+  %2702 = getelementptr inbounds nuw i8, ptr %gep169, i64 1088
+  %2703 = load float, ptr %2702, align 4, !tbaa !5
+  %2704 = insertelement <16 x float> poison, float %2703, i64 0
+  %2705 = shufflevector <16 x float> %2704, <16 x float> poison, <16 x i32> zeroinitializer
+  %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2705, <16 x float> %2664)
+  %2707 = getelementptr inbounds nuw i8, ptr %gep169, i64 1028
+  %2708 = load float, ptr %2707, align 4, !tbaa !5
+  %2709 = insertelement <16 x float> poison, float %2708, i64 0
+  %2710 = shufflevector <16 x float> %2709, <16 x float> poison, <16 x i32> zeroinitializer
+  %2711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2710, <16 x float> %2669)
+  %2712 = getelementptr inbounds nuw i8, ptr %gep169, i64 1092
+  %2713 = load float, ptr %2712, align 4, !tbaa !5
+  %2714 = insertelement <16 x float> poison, float %2713, i64 0
+  %2715 = shufflevector <16 x float> %2714, <16 x float> poison, <16 x i32> zeroinitializer
+  %2716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2715, <16 x float> %2674)
+  %2717 = getelementptr inbounds nuw i8, ptr %gep169, i64 1032
+  %2718 = load float, ptr %2717, align 4, !tbaa !5
+  %2719 = insertelement <16 x float> poison, float %2718, i64 0
+  %2720 = shufflevector <16 x float> %2719, <16 x float> poison, <16 x i32> zeroinitializer
+  %2721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2720, <16 x float> %2679)
+  %2722 = getelementptr inbounds nuw i8, ptr %gep169, i64 1096
+  %2723 = load float, ptr %2722, align 4, !tbaa !5
+  %2724 = insertelement <16 x float> poison, float %2723, i64 0
+  %2725 = shufflevector <16 x float> %2724, <16 x float> poison, <16 x i32> zeroinitializer
+  %2726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2725, <16 x float> %2684)
+  %2727 = getelementptr inbounds nuw i8, ptr %gep169, i64 1036
+  %2728 = load float, ptr %2727, align 4, !tbaa !5
+  %2729 = insertelement <16 x float> poison, float %2728, i64 0
+  %2730 = shufflevector <16 x float> %2729, <16 x float> poison, <16 x i32> zeroinitializer
+  %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2730, <16 x float> %2689)
+  %2732 = getelementptr inbounds nuw i8, ptr %gep169, i64 1100
+  %2733 = load float, ptr %2732, align 4, !tbaa !5
+  %2734 = insertelement <16 x float> poison, float %2733, i64 0
+  %2735 = shufflevector <16 x float> %2734, <16 x float> poison, <16 x i32> zeroinitializer
+  %2736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2735, <16 x float> %2694)
+  %2737 = getelementptr inbounds nuw i8, ptr %2612, i64 192
+  %2738 = load <16 x float>, ptr %2737, align 4, !tbaa !5
+  %2739 = getelementptr inbounds nuw i8, ptr %gep169, i64 1536
+  %2740 = load float, ptr %2739, align 4, !tbaa !5
+  %2741 = insertelement <16 x float> poison, float %2740, i64 0
+  %2742 = shufflevector <16 x float> %2741, <16 x float> poison, <16 x i32> zeroinitializer
+  %2743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2742, <16 x float> %2701)
+  %2744 = getelementptr inbounds nuw i8, ptr %gep169, i64 1600
+  %2745 = load float, ptr %2744, align 4, !tbaa !5
+  %2746 = insertelement <16 x float> poison, float %2745, i64 0
+  %2747 = shufflevector <16 x float> %2746, <16 x float> poison, <16 x i32> zeroinitializer
+  %2748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2747, <16 x float> %2706)
+  %2749 = getelementptr inbounds nuw i8, ptr %gep169, i64 1540
+  %2750 = load float, ptr %2749, align 4, !tbaa !5
+  %2751 = insertelement <16 x float> poison, float %2750, i64 0
+  %2752 = shufflevector <16 x float> %2751, <16 x float> poison, <16 x i32> zeroinitializer
+  %2753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2752, <16 x float> %2711)
+  %2754 = getelementptr inbounds nuw i8, ptr %gep169, i64 1604
+  %2755 = load float, ptr %2754, align 4, !tbaa !5
+  %2756 = insertelement <16 x float> poison, float %2755, i64 0
+  %2757 = shufflevector <16 x float> %2756, <16 x float> poison, <16 x i32> zeroinitializer
+  %2758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2757, <16 x float> %2716)
+  %2759 = getelementptr inbounds nuw i8, ptr %gep169, i64 1544
+  %2760 = load float, ptr %2759, align 4, !tbaa !5
+  %2761 = insertelement <16 x float> poison, float %2760, i64 0
+  %2762 = shufflevector <16 x float> %2761, <16 x float> poison, <16 x i32> zeroinitializer
+  %2763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2762, <16 x float> %2721)
+  %2764 = getelementptr inbounds nuw i8, ptr %gep169, i64 1608
+  %2765 = load float, ptr %2764, align 4, !tbaa !5
+  %2766 = insertelement <16 x float> poison, float %2765, i64 0
+  %2767 = shufflevector <16 x float> %2766, <16 x float> poison, <16 x i32> zeroinitializer
+  %2768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2767, <16 x float> %2726)
+  %2769 = getelementptr inbounds nuw i8, ptr %gep169, i64 1548
+  %2770 = load float, ptr %2769, align 4, !tbaa !5
+  %2771 = insertelement <16 x float> poison, float %2770, i64 0
+  %2772 = shufflevector <16 x float> %2771, <16 x float> poison, <16 x i32> zeroinitializer
+  %2773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2772, <16 x float> %2731)
+  %2774 = getelementptr inbounds nuw i8, ptr %gep169, i64 1612
+  %2775 = load float, ptr %2774, align 4, !tbaa !5
+  %2776 = insertelement <16 x float> poison, float %2775, i64 0
+  %2777 = shufflevector <16 x float> %2776, <16 x float> poison, <16 x i32> zeroinitializer
+  %2778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2777, <16 x float> %2736)
+  %2779 = getelementptr inbounds nuw i8, ptr %2612, i64 256
+  %2780 = load <16 x float>, ptr %2779, align 4, !tbaa !5
+  %2781 = getelementptr inbounds nuw i8, ptr %gep169, i64 2048
+  %2782 = load float, ptr %2781, align 4, !tbaa !5
+  %2783 = insertelement <16 x float> poison, float %2782, i64 0
+  %2784 = shufflevector <16 x float> %2783, <16 x float> poison, <16 x i32> zeroinitializer
+  %2785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2784, <16 x float> %2743)
+  %2786 = getelementptr inbounds nuw i8, ptr %gep169, i64 2112
+  %2787 = load float, ptr %2786, align 4, !tbaa !5
+  %2788 = insertelement <16 x float> poison, float %2787, i64 0
+  %2789 = shufflevector <16 x float> %2788, <16 x float> poison, <16 x i32> zeroinitializer
+  %2790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2789, <16 x float> %2748)
+  %2791 = getelementptr inbounds nuw i8, ptr %gep169, i64 2052
+  %2792 = load float, ptr %2791, align 4, !tbaa !5
+  %2793 = insertelement <16 x float> poison, float %2792, i64 0
+  %2794 = shufflevector <16 x float> %2793, <16 x float> poison, <16 x i32> zeroinitializer
+  %2795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2794, <16 x float> %2753)
+  %2796 = getelementptr inbounds nuw i8, ptr %gep169, i64 2116
+  %2797 = load float, ptr %2796, align 4, !tbaa !5
+  %2798 = insertelement <16 x float> poison, float %2797, i64 0
+  %2799 = shufflevector <16 x float> %2798, <16 x float> poison, <16 x i32> zeroinitializer
+  %2800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2799, <16 x float> %2758)
+  %2801 = getelementptr inbounds nuw i8, ptr %gep169, i64 2056
+  %2802 = load float, ptr %2801, align 4, !tbaa !5
+  %2803 = insertelement <16 x float> poison, float %2802, i64 0
+  %2804 = shufflevector <16 x float> %2803, <16 x float> poison, <16 x i32> zeroinitializer
+  %2805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2804, <16 x float> %2763)
+  %2806 = getelementptr inbounds nuw i8, ptr %gep169, i64 2120
+  %2807 = load float, ptr %2806, align 4, !tbaa !5
+  %2808 = insertelement <16 x float> poison, float %2807, i64 0
+  %2809 = shufflevector <16 x float> %2808, <16 x float> poison, <16 x i32> zeroinitializer
+  %2810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2809, <16 x float> %2768)
+  %2811 = getelementptr inbounds nuw i8, ptr %gep169, i64 2060
+  %2812 = load float, ptr %2811, align 4, !tbaa !5
+  %2813 = insertelement <16 x float> poison, float %2812, i64 0
+  %2814 = shufflevector <16 x float> %2813, <16 x float> poison, <16 x i32> zeroinitializer
+  %2815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2814, <16 x float> %2773)
+  %2816 = getelementptr inbounds nuw i8, ptr %gep169, i64 2124
+  %2817 = load float, ptr %2816, align 4, !tbaa !5
+  %2818 = insertelement <16 x float> poison, float %2817, i64 0
+  %2819 = shufflevector <16 x float> %2818, <16 x float> poison, <16 x i32> zeroinitializer
+  %2820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2819, <16 x float> %2778)
+  %2821 = getelementptr inbounds nuw i8, ptr %2612, i64 320
+  %2822 = load <16 x float>, ptr %2821, align 4, !tbaa !5
+  %2823 = getelementptr inbounds nuw i8, ptr %gep169, i64 2560
+  %2824 = load float, ptr %2823, align 4, !tbaa !5
+  %2825 = insertelement <16 x float> poison, float %2824, i64 0
+  %2826 = shufflevector <16 x float> %2825, <16 x float> poison, <16 x i32> zeroinitializer
+  %2827 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2826, <16 x float> %2785)
+  %2828 = getelementptr inbounds nuw i8, ptr %gep169, i64 2624
+  %2829 = load float, ptr %2828, align 4, !tbaa !5
+  %2830 = insertelement <16 x float> poison, float %2829, i64 0
+  %2831 = shufflevector <16 x float> %2830, <16 x float> poison, <16 x i32> zeroinitializer
+  %2832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2831, <16 x float> %2790)
+  %2833 = getelementptr inbounds nuw i8, ptr %gep169, i64 2564
+  %2834 = load float, ptr %2833, align 4, !tbaa !5
+  %2835 = insertelement <16 x float> poison, float %2834, i64 0
+  %2836 = shufflevector <16 x float> %2835, <16 x float> poison, <16 x i32> zeroinitializer
+  %2837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2836, <16 x float> %2795)
+  %2838 = getelementptr inbounds nuw i8, ptr %gep169, i64 2628
+  %2839 = load float, ptr %2838, align 4, !tbaa !5
+  %2840 = insertelement <16 x float> poison, float %2839, i64 0
+  %2841 = shufflevector <16 x float> %2840, <16 x float> poison, <16 x i32> zeroinitializer
+  %2842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2841, <16 x float> %2800)
+  %2843 = getelementptr inbounds nuw i8, ptr %gep169, i64 2568
+  %2844 = load float, ptr %2843, align 4, !tbaa !5
+  %2845 = insertelement <16 x float> poison, float %2844, i64 0
+  %2846 = shufflevector <16 x float> %2845, <16 x float> poison, <16 x i32> zeroinitializer
+  %2847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2846, <16 x float> %2805)
+  %2848 = getelementptr inbounds nuw i8, ptr %gep169, i64 2632
+  %2849 = load float, ptr %2848, align 4, !tbaa !5
+  %2850 = insertelement <16 x float> poison, float %2849, i64 0
+  %2851 = shufflevector <16 x float> %2850, <16 x float> poison, <16 x i32> zeroinitializer
+  %2852 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2851, <16 x float> %2810)
+  %2853 = getelementptr inbounds nuw i8, ptr %gep169, i64 2572
+  %2854 = load float, ptr %2853, align 4, !tbaa !5
+  %2855 = insertelement <16 x float> poison, float %2854, i64 0
+  %2856 = shufflevector <16 x float> %2855, <16 x float> poison, <16 x i32> zeroinitializer
+  %2857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2856, <16 x float> %2815)
+  %2858 = getelementptr inbounds nuw i8, ptr %gep169, i64 2636
+  %2859 = load float, ptr %2858, align 4, !tbaa !5
+  %2860 = insertelement <16 x float> poison, float %2859, i64 0
+  %2861 = shufflevector <16 x float> %2860, <16 x float> poison, <16 x i32> zeroinitializer
+  %2862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2861, <16 x float> %2820)
+  %2863 = getelementptr inbounds nuw i8, ptr %2612, i64 384
+  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !5
+  %2865 = getelementptr inbounds nuw i8, ptr %gep169, i64 3072
+  %2866 = load float, ptr %2865, align 4, !tbaa !5
+  %2867 = insertelement <16 x float> poison, float %2866, i64 0
+  %2868 = shufflevector <16 x float> %2867, <16 x float> poison, <16 x i32> zeroinitializer
+  %2869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2868, <16 x float> %2827)
+  %2870 = getelementptr inbounds nuw i8, ptr %gep169, i64 3136
+  %2871 = load float, ptr %2870, align 4, !tbaa !5
+  %2872 = insertelement <16 x float> poison, float %2871, i64 0
+  %2873 = shufflevector <16 x float> %2872, <16 x float> poison, <16 x i32> zeroinitializer
+  %2874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2873, <16 x float> %2832)
+  %2875 = getelementptr inbounds nuw i8, ptr %gep169, i64 3076
+  %2876 = load float, ptr %2875, align 4, !tbaa !5
+  %2877 = insertelement <16 x float> poison, float %2876, i64 0
+  %2878 = shufflevector <16 x float> %2877, <16 x float> poison, <16 x i32> zeroinitializer
+  %2879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2878, <16 x float> %2837)
+  %2880 = getelementptr inbounds nuw i8, ptr %gep169, i64 3140
+  %2881 = load float, ptr %2880, align 4, !tbaa !5
+  %2882 = insertelement <16 x float> poison, float %2881, i64 0
+  %2883 = shufflevector <16 x float> %2882, <16 x float> poison, <16 x i32> zeroinitializer
+  %2884 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2883, <16 x float> %2842)
+  %2885 = getelementptr inbounds nuw i8, ptr %gep169, i64 3080
+  %2886 = load float, ptr %2885, align 4, !tbaa !5
+  %2887 = insertelement <16 x float> poison, float %2886, i64 0
+  %2888 = shufflevector <16 x float> %2887, <16 x float> poison, <16 x i32> zeroinitializer
+  %2889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2888, <16 x float> %2847)
+  %2890 = getelementptr inbounds nuw i8, ptr %gep169, i64 3144
+  %2891 = load float, ptr %2890, align 4, !tbaa !5
+  %2892 = insertelement <16 x float> poison, float %2891, i64 0
+  %2893 = shufflevector <16 x float> %2892, <16 x float> poison, <16 x i32> zeroinitializer
+  %2894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2893, <16 x float> %2852)
+  %2895 = getelementptr inbounds nuw i8, ptr %gep169, i64 3084
+  %2896 = load float, ptr %2895, align 4, !tbaa !5
+  %2897 = insertelement <16 x float> poison, float %2896, i64 0
+  %2898 = shufflevector <16 x float> %2897, <16 x float> poison, <16 x i32> zeroinitializer
+  %2899 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2898, <16 x float> %2857)
+  %2900 = getelementptr inbounds nuw i8, ptr %gep169, i64 3148
+  %2901 = load float, ptr %2900, align 4, !tbaa !5
+  %2902 = insertelement <16 x float> poison, float %2901, i64 0
+  %2903 = shufflevector <16 x float> %2902, <16 x float> poison, <16 x i32> zeroinitializer
+  %2904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2903, <16 x float> %2862)
+  %2905 = getelementptr inbounds nuw i8, ptr %2612, i64 448
+  %2906 = load <16 x float>, ptr %2905, align 4, !tbaa !5
+  %2907 = getelementptr inbounds nuw i8, ptr %gep169, i64 3584
+  %2908 = load float, ptr %2907, align 4, !tbaa !5
+  %2909 = insertelement <16 x float> poison, float %2908, i64 0
+  %2910 = shufflevector <16 x float> %2909, <16 x float> poison, <16 x i32> zeroinitializer
+  %2911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2910, <16 x float> %2869)
+  %2912 = getelementptr inbounds nuw i8, ptr %gep169, i64 3648
+  %2913 = load float, ptr %2912, align 4, !tbaa !5
+  %2914 = insertelement <16 x float> poison, float %2913, i64 0
+  %2915 = shufflevector <16 x float> %2914, <16 x float> poison, <16 x i32> zeroinitializer
+  %2916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2915, <16 x float> %2874)
+  %2917 = getelementptr inbounds nuw i8, ptr %gep169, i64 3588
+  %2918 = load float, ptr %2917, align 4, !tbaa !5
+  %2919 = insertelement <16 x float> poison, float %2918, i64 0
+  %2920 = shufflevector <16 x float> %2919, <16 x float> poison, <16 x i32> zeroinitializer
+  %2921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2920, <16 x float> %2879)
+  %2922 = getelementptr inbounds nuw i8, ptr %gep169, i64 3652
+  %2923 = load float, ptr %2922, align 4, !tbaa !5
+  %2924 = insertelement <16 x float> poison, float %2923, i64 0
+  %2925 = shufflevector <16 x float> %2924, <16 x float> poison, <16 x i32> zeroinitializer
+  %2926 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2925, <16 x float> %2884)
+  %2927 = getelementptr inbounds nuw i8, ptr %gep169, i64 3592
+  %2928 = load float, ptr %2927, align 4, !tbaa !5
+  %2929 = insertelement <16 x float> poison, float %2928, i64 0
+  %2930 = shufflevector <16 x float> %2929, <16 x float> poison, <16 x i32> zeroinitializer
+  %2931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2930, <16 x float> %2889)
+  %2932 = getelementptr inbounds nuw i8, ptr %gep169, i64 3656
+  %2933 = load float, ptr %2932, align 4, !tbaa !5
+  %2934 = insertelement <16 x float> poison, float %2933, i64 0
+  %2935 = shufflevector <16 x float> %2934, <16 x float> poison, <16 x i32> zeroinitializer
+  %2936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2935, <16 x float> %2894)
+  %2937 = getelementptr inbounds nuw i8, ptr %gep169, i64 3596
+  %2938 = load float, ptr %2937, align 4, !tbaa !5
+  %2939 = insertelement <16 x float> poison, float %2938, i64 0
+  %2940 = shufflevector <16 x float> %2939, <16 x float> poison, <16 x i32> zeroinitializer
+  %2941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2940, <16 x float> %2899)
+  %2942 = getelementptr inbounds nuw i8, ptr %gep169, i64 3660
+  %2943 = load float, ptr %2942, align 4, !tbaa !5
+  %2944 = insertelement <16 x float> poison, float %2943, i64 0
+  %2945 = shufflevector <16 x float> %2944, <16 x float> poison, <16 x i32> zeroinitializer
+  %2946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2945, <16 x float> %2904)
+  %indvars.iv.next1112.i = add nuw nsw i64 %indvars.iv1111.i, 1
+  %exitcond1116.not.i = icmp eq i64 %indvars.iv.next1112.i, %2582
+  br i1 %exitcond1116.not.i, label %for_end_to276.i, label %for_body_to275.i, !prof !13
 
-for_body_ti269.i:                                 ; preds = %for_body_ti269.i, %for_body_ti269.lr.ph.i
-  %indvars.iv1028.i = phi i64 [ 0, %for_body_ti269.lr.ph.i ], [ %indvars.iv.next1029.i, %for_body_ti269.i ]
-  %tile_acc516.sroa.31.0806.i = phi <16 x float> [ %full_acc515.sroa.28.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2929, %for_body_ti269.i ]
-  %tile_acc516.sroa.0.0805.i = phi <16 x float> [ %full_acc515.sroa.0.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2880, %for_body_ti269.i ]
-  %tile_acc516.sroa.4.0804.i = phi <16 x float> [ %full_acc515.sroa.4.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2887, %for_body_ti269.i ]
-  %tile_acc516.sroa.9.0803.i = phi <16 x float> [ %full_acc515.sroa.8.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2894, %for_body_ti269.i ]
-  %tile_acc516.sroa.13.0802.i = phi <16 x float> [ %full_acc515.sroa.12.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2901, %for_body_ti269.i ]
-  %tile_acc516.sroa.18.0801.i = phi <16 x float> [ %full_acc515.sroa.16.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2908, %for_body_ti269.i ]
-  %tile_acc516.sroa.22.0800.i = phi <16 x float> [ %full_acc515.sroa.20.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2915, %for_body_ti269.i ]
-  %tile_acc516.sroa.27.0799.i = phi <16 x float> [ %full_acc515.sroa.24.0.lcssa.i, %for_body_ti269.lr.ph.i ], [ %2922, %for_body_ti269.i ]
-  %2869 = shl nsw i64 %indvars.iv1028.i, 4
-  %2870 = add nuw nsw i64 %2869, %2501
-  %2871 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2870
-  %2872 = load <16 x float>, ptr %2871, align 4, !tbaa !5
-  %2873 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2870
-  %2874 = load <16 x i32>, ptr %2873, align 4, !tbaa !5
-  %.idx1166.i = shl nsw i64 %indvars.iv1028.i, 9
-  %gep1239.i = getelementptr inbounds nuw i8, ptr %invariant.gep1238.i, i64 %.idx1166.i
-  %2875 = load i32, ptr %gep1239.i, align 4, !tbaa !5
-  %2876 = insertelement <16 x i32> poison, i32 %2875, i64 0
-  %2877 = shufflevector <16 x i32> %2876, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2878 = and <16 x i32> %2877, %2874
-  %2879 = bitcast <16 x i32> %2878 to <16 x float>
-  %2880 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2879, <16 x float> %tile_acc516.sroa.0.0805.i)
-  %2881 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 64
-  %2882 = load i32, ptr %2881, align 4, !tbaa !5
-  %2883 = insertelement <16 x i32> poison, i32 %2882, i64 0
-  %2884 = shufflevector <16 x i32> %2883, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2885 = and <16 x i32> %2884, %2874
-  %2886 = bitcast <16 x i32> %2885 to <16 x float>
-  %2887 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2886, <16 x float> %tile_acc516.sroa.4.0804.i)
-  %2888 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 4
-  %2889 = load i32, ptr %2888, align 4, !tbaa !5
-  %2890 = insertelement <16 x i32> poison, i32 %2889, i64 0
-  %2891 = shufflevector <16 x i32> %2890, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2892 = and <16 x i32> %2891, %2874
-  %2893 = bitcast <16 x i32> %2892 to <16 x float>
-  %2894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2893, <16 x float> %tile_acc516.sroa.9.0803.i)
-  %2895 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 68
-  %2896 = load i32, ptr %2895, align 4, !tbaa !5
-  %2897 = insertelement <16 x i32> poison, i32 %2896, i64 0
-  %2898 = shufflevector <16 x i32> %2897, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2899 = and <16 x i32> %2898, %2874
-  %2900 = bitcast <16 x i32> %2899 to <16 x float>
-  %2901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2900, <16 x float> %tile_acc516.sroa.13.0802.i)
-  %2902 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 8
-  %2903 = load i32, ptr %2902, align 4, !tbaa !5
-  %2904 = insertelement <16 x i32> poison, i32 %2903, i64 0
-  %2905 = shufflevector <16 x i32> %2904, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2906 = and <16 x i32> %2905, %2874
-  %2907 = bitcast <16 x i32> %2906 to <16 x float>
-  %2908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2907, <16 x float> %tile_acc516.sroa.18.0801.i)
-  %2909 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 72
-  %2910 = load i32, ptr %2909, align 4, !tbaa !5
-  %2911 = insertelement <16 x i32> poison, i32 %2910, i64 0
-  %2912 = shufflevector <16 x i32> %2911, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2913 = and <16 x i32> %2912, %2874
-  %2914 = bitcast <16 x i32> %2913 to <16 x float>
-  %2915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2914, <16 x float> %tile_acc516.sroa.22.0800.i)
-  %2916 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 12
-  %2917 = load i32, ptr %2916, align 4, !tbaa !5
-  %2918 = insertelement <16 x i32> poison, i32 %2917, i64 0
-  %2919 = shufflevector <16 x i32> %2918, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2920 = and <16 x i32> %2919, %2874
-  %2921 = bitcast <16 x i32> %2920 to <16 x float>
-  %2922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2921, <16 x float> %tile_acc516.sroa.27.0799.i)
-  %2923 = getelementptr inbounds nuw i8, ptr %gep1239.i, i64 76
-  %2924 = load i32, ptr %2923, align 4, !tbaa !5
-  %2925 = insertelement <16 x i32> poison, i32 %2924, i64 0
-  %2926 = shufflevector <16 x i32> %2925, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2927 = and <16 x i32> %2926, %2874
-  %2928 = bitcast <16 x i32> %2927 to <16 x float>
-  %2929 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2872, <16 x float> %2928, <16 x float> %tile_acc516.sroa.31.0806.i)
-  %indvars.iv.next1029.i = add nuw nsw i64 %indvars.iv1028.i, 1
-  %exitcond255.not = icmp eq i64 %indvars.iv.next1029.i, %smax254
-  br i1 %exitcond255.not, label %for_end_ti270.i, label %for_body_ti269.i, !prof !13
+for_body_ti292.i:                                 ; preds = %for_body_ti292.i, %for_body_ti292.lr.ph.i
+  %indvars.iv1117.i = phi i64 [ 0, %for_body_ti292.lr.ph.i ], [ %indvars.iv.next1118.i, %for_body_ti292.i ]
+  %tile_acc540.sroa.31.0871.i = phi <16 x float> [ %full_acc539.sroa.28.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %3007, %for_body_ti292.i ]
+  %tile_acc540.sroa.0.0870.i = phi <16 x float> [ %full_acc539.sroa.0.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %2958, %for_body_ti292.i ]
+  %tile_acc540.sroa.4.0869.i = phi <16 x float> [ %full_acc539.sroa.4.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %2965, %for_body_ti292.i ]
+  %tile_acc540.sroa.9.0868.i = phi <16 x float> [ %full_acc539.sroa.8.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %2972, %for_body_ti292.i ]
+  %tile_acc540.sroa.13.0867.i = phi <16 x float> [ %full_acc539.sroa.12.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %2979, %for_body_ti292.i ]
+  %tile_acc540.sroa.18.0866.i = phi <16 x float> [ %full_acc539.sroa.16.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %2986, %for_body_ti292.i ]
+  %tile_acc540.sroa.22.0865.i = phi <16 x float> [ %full_acc539.sroa.20.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %2993, %for_body_ti292.i ]
+  %tile_acc540.sroa.27.0864.i = phi <16 x float> [ %full_acc539.sroa.24.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %3000, %for_body_ti292.i ]
+  %2947 = shl nsw i64 %indvars.iv1117.i, 4
+  %2948 = add nuw nsw i64 %2947, %2579
+  %2949 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2948
+  %2950 = load <16 x float>, ptr %2949, align 4, !tbaa !5
+  %2951 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2948
+  %2952 = load <16 x i32>, ptr %2951, align 4, !tbaa !5
+  %.idx1255.i = shl nsw i64 %indvars.iv1117.i, 9
+  %gep1332.i = getelementptr inbounds nuw i8, ptr %invariant.gep1331.i, i64 %.idx1255.i
+  %2953 = load i32, ptr %gep1332.i, align 4, !tbaa !5
+  %2954 = insertelement <16 x i32> poison, i32 %2953, i64 0
+  %2955 = shufflevector <16 x i32> %2954, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2956 = and <16 x i32> %2955, %2952
+  %2957 = bitcast <16 x i32> %2956 to <16 x float>
+  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2957, <16 x float> %tile_acc540.sroa.0.0870.i)
+  %2959 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 64
+  %2960 = load i32, ptr %2959, align 4, !tbaa !5
+  %2961 = insertelement <16 x i32> poison, i32 %2960, i64 0
+  %2962 = shufflevector <16 x i32> %2961, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2963 = and <16 x i32> %2962, %2952
+  %2964 = bitcast <16 x i32> %2963 to <16 x float>
+  %2965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2964, <16 x float> %tile_acc540.sroa.4.0869.i)
+  %2966 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 4
+  %2967 = load i32, ptr %2966, align 4, !tbaa !5
+  %2968 = insertelement <16 x i32> poison, i32 %2967, i64 0
+  %2969 = shufflevector <16 x i32> %2968, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2970 = and <16 x i32> %2969, %2952
+  %2971 = bitcast <16 x i32> %2970 to <16 x float>
+  %2972 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2971, <16 x float> %tile_acc540.sroa.9.0868.i)
+  %2973 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 68
+  %2974 = load i32, ptr %2973, align 4, !tbaa !5
+  %2975 = insertelement <16 x i32> poison, i32 %2974, i64 0
+  %2976 = shufflevector <16 x i32> %2975, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2977 = and <16 x i32> %2976, %2952
+  %2978 = bitcast <16 x i32> %2977 to <16 x float>
+  %2979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2978, <16 x float> %tile_acc540.sroa.13.0867.i)
+  %2980 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 8
+  %2981 = load i32, ptr %2980, align 4, !tbaa !5
+  %2982 = insertelement <16 x i32> poison, i32 %2981, i64 0
+  %2983 = shufflevector <16 x i32> %2982, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2984 = and <16 x i32> %2983, %2952
+  %2985 = bitcast <16 x i32> %2984 to <16 x float>
+  %2986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2985, <16 x float> %tile_acc540.sroa.18.0866.i)
+  %2987 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 72
+  %2988 = load i32, ptr %2987, align 4, !tbaa !5
+  %2989 = insertelement <16 x i32> poison, i32 %2988, i64 0
+  %2990 = shufflevector <16 x i32> %2989, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2991 = and <16 x i32> %2990, %2952
+  %2992 = bitcast <16 x i32> %2991 to <16 x float>
+  %2993 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2992, <16 x float> %tile_acc540.sroa.22.0865.i)
+  %2994 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 12
+  %2995 = load i32, ptr %2994, align 4, !tbaa !5
+  %2996 = insertelement <16 x i32> poison, i32 %2995, i64 0
+  %2997 = shufflevector <16 x i32> %2996, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2998 = and <16 x i32> %2997, %2952
+  %2999 = bitcast <16 x i32> %2998 to <16 x float>
+  %3000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2999, <16 x float> %tile_acc540.sroa.27.0864.i)
+  %3001 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 76
+  %3002 = load i32, ptr %3001, align 4, !tbaa !5
+  %3003 = insertelement <16 x i32> poison, i32 %3002, i64 0
+  %3004 = shufflevector <16 x i32> %3003, <16 x i32> poison, <16 x i32> zeroinitializer
+  %3005 = and <16 x i32> %3004, %2952
+  %3006 = bitcast <16 x i32> %3005 to <16 x float>
+  %3007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %3006, <16 x float> %tile_acc540.sroa.31.0871.i)
+  %indvars.iv.next1118.i = add nuw nsw i64 %indvars.iv1117.i, 1
+  %exitcond262.not = icmp eq i64 %indvars.iv.next1118.i, %smax261
+  br i1 %exitcond262.not, label %for_end_ti293.i, label %for_body_ti292.i, !prof !13
 
-for_end_ti270.i:                                  ; preds = %for_body_ti269.i, %for_end_to253.i
-  %tile_acc516.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.24.0.lcssa.i, %for_end_to253.i ], [ %2922, %for_body_ti269.i ]
-  %tile_acc516.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.20.0.lcssa.i, %for_end_to253.i ], [ %2915, %for_body_ti269.i ]
-  %tile_acc516.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.16.0.lcssa.i, %for_end_to253.i ], [ %2908, %for_body_ti269.i ]
-  %tile_acc516.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.12.0.lcssa.i, %for_end_to253.i ], [ %2901, %for_body_ti269.i ]
-  %tile_acc516.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.8.0.lcssa.i, %for_end_to253.i ], [ %2894, %for_body_ti269.i ]
-  %tile_acc516.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.4.0.lcssa.i, %for_end_to253.i ], [ %2887, %for_body_ti269.i ]
-  %tile_acc516.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.0.0.lcssa.i, %for_end_to253.i ], [ %2880, %for_body_ti269.i ]
-  %tile_acc516.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc515.sroa.28.0.lcssa.i, %for_end_to253.i ], [ %2929, %for_body_ti269.i ]
-  %2930 = shl nuw nsw i64 %indvars.iv1032.i, 7
-  %2931 = add nuw nsw i64 %2930, %2503
-  %2932 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2931
-  br i1 %793, label %if_then287.i, label %if_end286.i, !prof !8
+for_end_ti293.i:                                  ; preds = %for_body_ti292.i, %for_end_to276.i
+  %tile_acc540.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.24.0.lcssa.i, %for_end_to276.i ], [ %3000, %for_body_ti292.i ]
+  %tile_acc540.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.20.0.lcssa.i, %for_end_to276.i ], [ %2993, %for_body_ti292.i ]
+  %tile_acc540.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.16.0.lcssa.i, %for_end_to276.i ], [ %2986, %for_body_ti292.i ]
+  %tile_acc540.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.12.0.lcssa.i, %for_end_to276.i ], [ %2979, %for_body_ti292.i ]
+  %tile_acc540.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.8.0.lcssa.i, %for_end_to276.i ], [ %2972, %for_body_ti292.i ]
+  %tile_acc540.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.4.0.lcssa.i, %for_end_to276.i ], [ %2965, %for_body_ti292.i ]
+  %tile_acc540.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.0.0.lcssa.i, %for_end_to276.i ], [ %2958, %for_body_ti292.i ]
+  %tile_acc540.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.28.0.lcssa.i, %for_end_to276.i ], [ %3007, %for_body_ti292.i ]
+  %3008 = shl nuw nsw i64 %indvars.iv1121.i, 7
+  %3009 = add nuw nsw i64 %3008, %2581
+  %3010 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3009
+  br i1 %793, label %if_then310.i, label %if_end309.i, !prof !8
 
-if_end286.i:                                      ; preds = %for_end_ti270.i
-  %2933 = load <16 x float>, ptr %2932, align 4, !tbaa !5
-  %2934 = fmul <16 x float> %2300, %2933
-  %2935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.0.0.lcssa.i, <16 x float> %2934)
-  store <16 x float> %2935, ptr %2932, align 4, !tbaa !5
-  %2936 = getelementptr i8, ptr %2932, i64 64
-  %2937 = load <16 x float>, ptr %2936, align 4, !tbaa !5
-  %2938 = fmul <16 x float> %2300, %2937
-  %2939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.4.0.lcssa.i, <16 x float> %2938)
-  store <16 x float> %2939, ptr %2936, align 4, !tbaa !5
-  %2940 = getelementptr i8, ptr %2932, i64 128
-  %2941 = load <16 x float>, ptr %2940, align 4, !tbaa !5
-  %2942 = fmul <16 x float> %2300, %2941
-  %2943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.9.0.lcssa.i, <16 x float> %2942)
-  store <16 x float> %2943, ptr %2940, align 4, !tbaa !5
-  %2944 = getelementptr i8, ptr %2932, i64 192
-  %2945 = load <16 x float>, ptr %2944, align 4, !tbaa !5
-  %2946 = fmul <16 x float> %2300, %2945
-  %2947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.13.0.lcssa.i, <16 x float> %2946)
-  store <16 x float> %2947, ptr %2944, align 4, !tbaa !5
-  %2948 = getelementptr i8, ptr %2932, i64 256
-  %2949 = load <16 x float>, ptr %2948, align 4, !tbaa !5
-  %2950 = fmul <16 x float> %2300, %2949
-  %2951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.18.0.lcssa.i, <16 x float> %2950)
-  store <16 x float> %2951, ptr %2948, align 4, !tbaa !5
-  %2952 = getelementptr i8, ptr %2932, i64 320
-  %2953 = load <16 x float>, ptr %2952, align 4, !tbaa !5
-  %2954 = fmul <16 x float> %2300, %2953
-  %2955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.22.0.lcssa.i, <16 x float> %2954)
-  store <16 x float> %2955, ptr %2952, align 4, !tbaa !5
-  %2956 = getelementptr i8, ptr %2932, i64 384
-  %2957 = load <16 x float>, ptr %2956, align 4, !tbaa !5
-  %2958 = fmul <16 x float> %2300, %2957
-  %2959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.27.0.lcssa.i, <16 x float> %2958)
-  store <16 x float> %2959, ptr %2956, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr i8, ptr %2932, i64 448
+if_end309.i:                                      ; preds = %for_end_ti293.i
+  %3011 = load <16 x float>, ptr %3010, align 4, !tbaa !5
+  %3012 = fmul <16 x float> %2386, %3011
+  %3013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.0.0.lcssa.i, <16 x float> %3012)
+  store <16 x float> %3013, ptr %3010, align 4, !tbaa !5
+  %3014 = getelementptr i8, ptr %3010, i64 64
+  %3015 = load <16 x float>, ptr %3014, align 4, !tbaa !5
+  %3016 = fmul <16 x float> %2386, %3015
+  %3017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.4.0.lcssa.i, <16 x float> %3016)
+  store <16 x float> %3017, ptr %3014, align 4, !tbaa !5
+  %3018 = getelementptr i8, ptr %3010, i64 128
+  %3019 = load <16 x float>, ptr %3018, align 4, !tbaa !5
+  %3020 = fmul <16 x float> %2386, %3019
+  %3021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.9.0.lcssa.i, <16 x float> %3020)
+  store <16 x float> %3021, ptr %3018, align 4, !tbaa !5
+  %3022 = getelementptr i8, ptr %3010, i64 192
+  %3023 = load <16 x float>, ptr %3022, align 4, !tbaa !5
+  %3024 = fmul <16 x float> %2386, %3023
+  %3025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.13.0.lcssa.i, <16 x float> %3024)
+  store <16 x float> %3025, ptr %3022, align 4, !tbaa !5
+  %3026 = getelementptr i8, ptr %3010, i64 256
+  %3027 = load <16 x float>, ptr %3026, align 4, !tbaa !5
+  %3028 = fmul <16 x float> %2386, %3027
+  %3029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.18.0.lcssa.i, <16 x float> %3028)
+  store <16 x float> %3029, ptr %3026, align 4, !tbaa !5
+  %3030 = getelementptr i8, ptr %3010, i64 320
+  %3031 = load <16 x float>, ptr %3030, align 4, !tbaa !5
+  %3032 = fmul <16 x float> %2386, %3031
+  %3033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.22.0.lcssa.i, <16 x float> %3032)
+  store <16 x float> %3033, ptr %3030, align 4, !tbaa !5
+  %3034 = getelementptr i8, ptr %3010, i64 384
+  %3035 = load <16 x float>, ptr %3034, align 4, !tbaa !5
+  %3036 = fmul <16 x float> %2386, %3035
+  %3037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.27.0.lcssa.i, <16 x float> %3036)
+  store <16 x float> %3037, ptr %3034, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr i8, ptr %3010, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre1120.i = fmul <16 x float> %2300, %.pre.i
-  br label %if_end288.i
+  %.pre1209.i = fmul <16 x float> %2386, %.pre.i
+  br label %if_end311.i
 
-if_then287.i:                                     ; preds = %for_end_ti270.i
-  %2960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.0.0.lcssa.i, <16 x float> %2500)
-  store <16 x float> %2960, ptr %2932, align 4, !tbaa !5
-  %2961 = getelementptr i8, ptr %2932, i64 64
-  %2962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.4.0.lcssa.i, <16 x float> %2500)
-  store <16 x float> %2962, ptr %2961, align 4, !tbaa !5
-  %2963 = getelementptr i8, ptr %2932, i64 128
-  %2964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.9.0.lcssa.i, <16 x float> %2500)
-  store <16 x float> %2964, ptr %2963, align 4, !tbaa !5
-  %2965 = getelementptr i8, ptr %2932, i64 192
-  %2966 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.13.0.lcssa.i, <16 x float> %2500)
-  store <16 x float> %2966, ptr %2965, align 4, !tbaa !5
-  %2967 = getelementptr i8, ptr %2932, i64 256
-  %2968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.18.0.lcssa.i, <16 x float> %2500)
-  store <16 x float> %2968, ptr %2967, align 4, !tbaa !5
-  %2969 = getelementptr i8, ptr %2932, i64 320
-  %2970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.22.0.lcssa.i, <16 x float> %2500)
-  store <16 x float> %2970, ptr %2969, align 4, !tbaa !5
-  %2971 = getelementptr i8, ptr %2932, i64 384
-  %2972 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.27.0.lcssa.i, <16 x float> %2500)
-  store <16 x float> %2972, ptr %2971, align 4, !tbaa !5
-  br label %if_end288.i
+if_then310.i:                                     ; preds = %for_end_ti293.i
+  %3038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.0.0.lcssa.i, <16 x float> %2578)
+  store <16 x float> %3038, ptr %3010, align 4, !tbaa !5
+  %3039 = getelementptr i8, ptr %3010, i64 64
+  %3040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.4.0.lcssa.i, <16 x float> %2578)
+  store <16 x float> %3040, ptr %3039, align 4, !tbaa !5
+  %3041 = getelementptr i8, ptr %3010, i64 128
+  %3042 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.9.0.lcssa.i, <16 x float> %2578)
+  store <16 x float> %3042, ptr %3041, align 4, !tbaa !5
+  %3043 = getelementptr i8, ptr %3010, i64 192
+  %3044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.13.0.lcssa.i, <16 x float> %2578)
+  store <16 x float> %3044, ptr %3043, align 4, !tbaa !5
+  %3045 = getelementptr i8, ptr %3010, i64 256
+  %3046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.18.0.lcssa.i, <16 x float> %2578)
+  store <16 x float> %3046, ptr %3045, align 4, !tbaa !5
+  %3047 = getelementptr i8, ptr %3010, i64 320
+  %3048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.22.0.lcssa.i, <16 x float> %2578)
+  store <16 x float> %3048, ptr %3047, align 4, !tbaa !5
+  %3049 = getelementptr i8, ptr %3010, i64 384
+  %3050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.27.0.lcssa.i, <16 x float> %2578)
+  store <16 x float> %3050, ptr %3049, align 4, !tbaa !5
+  br label %if_end311.i
 
-if_end288.i:                                      ; preds = %if_then287.i, %if_end286.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1120.i, %if_end286.i ], [ %2500, %if_then287.i ]
-  %2973 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2931
-  %2974 = getelementptr i8, ptr %2973, i64 448
-  %2975 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %tile_acc516.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2975, ptr %2974, align 4, !tbaa !5
-  %indvars.iv.next1033.i = add nuw nsw i64 %indvars.iv1032.i, 1
-  %exitcond1035.not.i = icmp eq i64 %indvars.iv.next1033.i, 16
-  br i1 %exitcond1035.not.i, label %if_end147.i, label %for_begin_to251.preheader.i, !prof !28
+if_end311.i:                                      ; preds = %if_then310.i, %if_end309.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1209.i, %if_end309.i ], [ %2578, %if_then310.i ]
+  %3051 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3009
+  %3052 = getelementptr i8, ptr %3051, i64 448
+  %3053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %3053, ptr %3052, align 4, !tbaa !5
+  %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
+  %exitcond1124.not.i = icmp eq i64 %indvars.iv.next1122.i, 16
+  br i1 %exitcond1124.not.i, label %if_end147.i, label %for_begin_to274.preheader.i, !prof !28
 
-if_end290.i:                                      ; preds = %if_end147.i
-  %2976 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2977 = tail call i32 %2976(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not553.i = icmp eq i32 %2977, 0
-  br i1 %.not553.i, label %if_end293.i, label %fused_attend_compute_.exit, !prof !38
+if_end313.i:                                      ; preds = %if_end147.i
+  %3054 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3055 = tail call i32 %3054(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not579.i = icmp eq i32 %3055, 0
+  br i1 %.not579.i, label %if_end316.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end293.i:                                      ; preds = %if_end290.i
-  %2978 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2979 = tail call i32 %2978(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not554.i = icmp eq i32 %2979, 0
-  br i1 %.not554.i, label %if_end296.i, label %fused_attend_compute_.exit, !prof !38
+if_end316.i:                                      ; preds = %if_end313.i
+  %3056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3057 = tail call i32 %3056(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not580.i = icmp eq i32 %3057, 0
+  br i1 %.not580.i, label %if_end319.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end296.i:                                      ; preds = %if_end293.i
-  %2980 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2981 = tail call i32 %2980(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not555.i = icmp eq i32 %2981, 0
-  br i1 %.not555.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
+if_end319.i:                                      ; preds = %if_end316.i
+  %3058 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3059 = tail call i32 %3058(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not581.i = icmp eq i32 %3059, 0
+  br i1 %.not581.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end302.i:                                      ; preds = %for_end_row_tile.i
-  %2982 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2983 = tail call i32 %2982(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not551.i = icmp eq i32 %2983, 0
-  br i1 %.not551.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
+if_end325.i:                                      ; preds = %for_end_row_tile.i
+  %3060 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3061 = tail call i32 %3060(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not577.i = icmp eq i32 %3061, 0
+  br i1 %.not577.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end308.i:                                      ; preds = %for_end_kv_head.i
-  %2984 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2985 = tail call i32 %2984(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not549.i = icmp eq i32 %2985, 0
-  br i1 %.not549.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
+if_end331.i:                                      ; preds = %for_end_kv_head.i
+  %3062 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3063 = tail call i32 %3062(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not575.i = icmp eq i32 %3063, 0
+  br i1 %.not575.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_tile314.i:                               ; preds = %if_end319.i, %for_begin_tile313.preheader.i
-  %indvars.iv1055.i = phi i64 [ %indvars.iv.next1056.i, %if_end319.i ], [ 0, %for_begin_tile313.preheader.i ]
-  %.idx1167.i = shl nsw i64 %indvars.iv1055.i, 4
-  %2986 = getelementptr inbounds nuw i8, ptr %reach529.i, i64 %.idx1167.i
-  %2987 = getelementptr inbounds nuw i8, ptr %2986, i64 4
-  %2988 = load i32, ptr %2987, align 4, !tbaa !17
-  %2989 = icmp slt i32 %709, %2988
-  br i1 %2989, label %if_then318.i, label %if_end319.i, !prof !8
+for_body_tile337.i:                               ; preds = %if_end342.i, %for_begin_tile336.preheader.i
+  %indvars.iv1144.i = phi i64 [ %indvars.iv.next1145.i, %if_end342.i ], [ 0, %for_begin_tile336.preheader.i ]
+  %.idx1256.i = shl nsw i64 %indvars.iv1144.i, 4
+  %3064 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %.idx1256.i
+  %3065 = getelementptr inbounds nuw i8, ptr %3064, i64 4
+  %3066 = load i32, ptr %3065, align 4, !tbaa !17
+  %3067 = icmp slt i32 %709, %3066
+  br i1 %3067, label %if_then341.i, label %if_end342.i, !prof !8
 
-for_end_tile315.i:                                ; preds = %if_end319.i, %for_begin_tile313.preheader.i
-  %2990 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2991 = tail call i32 %2990(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not545.i = icmp eq i32 %2991, 0
-  br i1 %.not545.i, label %if_end374.i, label %fused_attend_compute_.exit, !prof !38
+for_end_tile338.i:                                ; preds = %if_end342.i, %for_begin_tile336.preheader.i
+  %3068 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3069 = tail call i32 %3068(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not571.i = icmp eq i32 %3069, 0
+  br i1 %.not571.i, label %if_end397.i, label %fused_attend_compute_.exit, !prof !38
 
-if_then318.i:                                     ; preds = %for_body_tile314.i
-  %2992 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1167.i
-  %old_max325.i = load <16 x float>, ptr %2992, align 4, !tbaa !5
-  %2993 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1167.i
-  %old_sum327.i = load <16 x float>, ptr %2993, align 4, !tbaa !5
-  %2994 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1167.i
-  %2995 = load <16 x float>, ptr %2994, align 4, !tbaa !5
-  %2996 = fcmp ogt <16 x float> %old_max325.i, %2995
-  %2997 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1167.i
-  %2998 = load <16 x float>, ptr %2997, align 4, !tbaa !5
-  %2999 = fcmp oeq <16 x float> %2998, zeroinitializer
-  %3000 = select <16 x i1> %2999, <16 x i1> splat (i1 true), <16 x i1> %2996
-  %old_or_both331.i = select <16 x i1> %3000, <16 x float> %old_max325.i, <16 x float> %2995
-  %3001 = fcmp oeq <16 x float> %old_sum327.i, zeroinitializer
-  %m333.i = select <16 x i1> %3001, <16 x float> %2995, <16 x float> %old_or_both331.i
-  %3002 = fsub <16 x float> %old_max325.i, %m333.i
-  %3003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3002, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3004 = bitcast <16 x float> %3003 to <16 x i32>
-  %3005 = fadd <16 x float> %3003, splat (float 0xC168000FE0000000)
-  %3006 = fmul <16 x float> %3005, splat (float 0x3F2BD01060000000)
-  %3007 = fmul <16 x float> %3005, splat (float 0x3FE6300000000000)
-  %3008 = fsub <16 x float> %3002, %3007
-  %3009 = fadd <16 x float> %3006, %3008
-  %3010 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3009, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3010, <16 x float> %3009, <16 x float> splat (float 0x3FA5558F20000000))
-  %3012 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3011, <16 x float> %3009, <16 x float> splat (float 0x3FC5554920000000))
-  %3013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3012, <16 x float> %3009, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3014 = fmul <16 x float> %3009, %3009
-  %3015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3013, <16 x float> %3014, <16 x float> %3009)
-  %3016 = shl <16 x i32> %3004, splat (i32 23)
-  %3017 = bitcast <16 x i32> %3016 to <16 x float>
-  %3018 = fadd <16 x float> %3015, splat (float 1.000000e+00)
-  %3019 = fmul <16 x float> %3018, %3017
-  %3020 = fcmp olt <16 x float> %3002, splat (float -8.700000e+01)
-  %3021 = select <16 x i1> %3020, <16 x float> zeroinitializer, <16 x float> %3019
-  %3022 = fcmp one <16 x float> %old_sum327.i, zeroinitializer
-  %3023 = select <16 x i1> %3022, <16 x float> %3021, <16 x float> zeroinitializer
-  %arg351.i = fsub <16 x float> %2995, %m333.i
-  %3024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg351.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3025 = bitcast <16 x float> %3024 to <16 x i32>
-  %3026 = fadd <16 x float> %3024, splat (float 0xC168000FE0000000)
-  %3027 = fmul <16 x float> %3026, splat (float 0x3F2BD01060000000)
-  %3028 = fmul <16 x float> %3026, splat (float 0x3FE6300000000000)
-  %3029 = fsub <16 x float> %arg351.i, %3028
-  %3030 = fadd <16 x float> %3027, %3029
-  %3031 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3030, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3031, <16 x float> %3030, <16 x float> splat (float 0x3FA5558F20000000))
-  %3033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3032, <16 x float> %3030, <16 x float> splat (float 0x3FC5554920000000))
-  %3034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3033, <16 x float> %3030, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3035 = fmul <16 x float> %3030, %3030
-  %3036 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3034, <16 x float> %3035, <16 x float> %3030)
-  %3037 = shl <16 x i32> %3025, splat (i32 23)
-  %3038 = bitcast <16 x i32> %3037 to <16 x float>
-  %3039 = fadd <16 x float> %3036, splat (float 1.000000e+00)
-  %3040 = fmul <16 x float> %3039, %3038
-  %3041 = fcmp olt <16 x float> %arg351.i, splat (float -8.700000e+01)
-  %3042 = select <16 x i1> %3041, <16 x float> zeroinitializer, <16 x float> %3040
-  %3043 = fcmp one <16 x float> %2998, zeroinitializer
-  %3044 = select <16 x i1> %3043, <16 x float> %3042, <16 x float> zeroinitializer
-  %3045 = fmul <16 x float> %old_sum327.i, %3023
-  %3046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3044, <16 x float> %2998, <16 x float> %3045)
-  store <16 x float> %m333.i, ptr %2992, align 4, !tbaa !5
-  store <16 x float> %3046, ptr %2993, align 4, !tbaa !5
-  %3047 = shl i64 %indvars.iv1055.i, 11
-  %3048 = and i64 %3047, 4294965248
-  br label %for_body_d369.i
-
-if_end319.i:                                      ; preds = %for_body_d369.i, %for_body_tile314.i
-  %indvars.iv.next1056.i = add nuw nsw i64 %indvars.iv1055.i, 1
-  %exitcond1059.not.i = icmp eq i64 %indvars.iv.next1056.i, %wide.trip.count1058.i
-  br i1 %exitcond1059.not.i, label %for_end_tile315.i, label %for_body_tile314.i, !prof !13
-
-for_body_d369.i:                                  ; preds = %for_body_d369.i, %if_then318.i
-  %indvars.iv1051.i = phi i64 [ 0, %if_then318.i ], [ %indvars.iv.next1052.i.3, %for_body_d369.i ]
-  %3049 = shl nuw nsw i64 %indvars.iv1051.i, 4
-  %3050 = add nuw nsw i64 %3049, %3048
-  %3051 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3050
-  %3052 = load <16 x float>, ptr %3051, align 4, !tbaa !5
-  %3053 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3050
-  %3054 = load <16 x float>, ptr %3053, align 4, !tbaa !5
-  %3055 = fmul <16 x float> %3023, %3054
-  %3056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3044, <16 x float> %3052, <16 x float> %3055)
-  store <16 x float> %3056, ptr %3053, align 4, !tbaa !5
-  %indvars.iv.next1052.i = shl i64 %indvars.iv1051.i, 4
-  %3057 = or disjoint i64 %indvars.iv.next1052.i, 16
-  %3058 = add nuw nsw i64 %3057, %3048
-  %3059 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3058
-  %3060 = load <16 x float>, ptr %3059, align 4, !tbaa !5
-  %3061 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3058
-  %3062 = load <16 x float>, ptr %3061, align 4, !tbaa !5
-  %3063 = fmul <16 x float> %3023, %3062
-  %3064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3044, <16 x float> %3060, <16 x float> %3063)
-  store <16 x float> %3064, ptr %3061, align 4, !tbaa !5
-  %indvars.iv.next1052.i.1 = shl i64 %indvars.iv1051.i, 4
-  %3065 = or disjoint i64 %indvars.iv.next1052.i.1, 32
-  %3066 = add nuw nsw i64 %3065, %3048
-  %3067 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3066
-  %3068 = load <16 x float>, ptr %3067, align 4, !tbaa !5
-  %3069 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3066
-  %3070 = load <16 x float>, ptr %3069, align 4, !tbaa !5
-  %3071 = fmul <16 x float> %3023, %3070
-  %3072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3044, <16 x float> %3068, <16 x float> %3071)
-  store <16 x float> %3072, ptr %3069, align 4, !tbaa !5
-  %indvars.iv.next1052.i.2 = shl i64 %indvars.iv1051.i, 4
-  %3073 = or disjoint i64 %indvars.iv.next1052.i.2, 48
-  %3074 = add nuw nsw i64 %3073, %3048
-  %3075 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3074
+if_then341.i:                                     ; preds = %for_body_tile337.i
+  %3070 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1256.i
+  %old_max348.i = load <16 x float>, ptr %3070, align 4, !tbaa !5
+  %3071 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1256.i
+  %old_sum350.i = load <16 x float>, ptr %3071, align 4, !tbaa !5
+  %3072 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1256.i
+  %3073 = load <16 x float>, ptr %3072, align 4, !tbaa !5
+  %3074 = fcmp ogt <16 x float> %old_max348.i, %3073
+  %3075 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1256.i
   %3076 = load <16 x float>, ptr %3075, align 4, !tbaa !5
-  %3077 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3074
-  %3078 = load <16 x float>, ptr %3077, align 4, !tbaa !5
-  %3079 = fmul <16 x float> %3023, %3078
-  %3080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3044, <16 x float> %3076, <16 x float> %3079)
-  store <16 x float> %3080, ptr %3077, align 4, !tbaa !5
-  %indvars.iv.next1052.i.3 = add nuw nsw i64 %indvars.iv1051.i, 4
-  %exitcond1054.not.i.3 = icmp eq i64 %indvars.iv.next1052.i.3, 128
-  br i1 %exitcond1054.not.i.3, label %if_end319.i, label %for_body_d369.i, !prof !28, !llvm.loop !70
+  %3077 = fcmp oeq <16 x float> %3076, zeroinitializer
+  %3078 = select <16 x i1> %3077, <16 x i1> splat (i1 true), <16 x i1> %3074
+  %old_or_both354.i = select <16 x i1> %3078, <16 x float> %old_max348.i, <16 x float> %3073
+  %3079 = fcmp oeq <16 x float> %old_sum350.i, zeroinitializer
+  %m356.i = select <16 x i1> %3079, <16 x float> %3073, <16 x float> %old_or_both354.i
+  %3080 = fsub <16 x float> %old_max348.i, %m356.i
+  %3081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3080, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3082 = bitcast <16 x float> %3081 to <16 x i32>
+  %3083 = fadd <16 x float> %3081, splat (float 0xC168000FE0000000)
+  %3084 = fmul <16 x float> %3083, splat (float 0x3F2BD01060000000)
+  %3085 = fmul <16 x float> %3083, splat (float 0x3FE6300000000000)
+  %3086 = fsub <16 x float> %3080, %3085
+  %3087 = fadd <16 x float> %3084, %3086
+  %3088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3087, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3088, <16 x float> %3087, <16 x float> splat (float 0x3FA5558F20000000))
+  %3090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3089, <16 x float> %3087, <16 x float> splat (float 0x3FC5554920000000))
+  %3091 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3090, <16 x float> %3087, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3092 = fmul <16 x float> %3087, %3087
+  %3093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3091, <16 x float> %3092, <16 x float> %3087)
+  %3094 = shl <16 x i32> %3082, splat (i32 23)
+  %3095 = bitcast <16 x i32> %3094 to <16 x float>
+  %3096 = fadd <16 x float> %3093, splat (float 1.000000e+00)
+  %3097 = fmul <16 x float> %3096, %3095
+  %3098 = fcmp olt <16 x float> %3080, splat (float -8.700000e+01)
+  %3099 = select <16 x i1> %3098, <16 x float> zeroinitializer, <16 x float> %3097
+  %3100 = fcmp one <16 x float> %old_sum350.i, zeroinitializer
+  %3101 = select <16 x i1> %3100, <16 x float> %3099, <16 x float> zeroinitializer
+  %arg374.i = fsub <16 x float> %3073, %m356.i
+  %3102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg374.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3103 = bitcast <16 x float> %3102 to <16 x i32>
+  %3104 = fadd <16 x float> %3102, splat (float 0xC168000FE0000000)
+  %3105 = fmul <16 x float> %3104, splat (float 0x3F2BD01060000000)
+  %3106 = fmul <16 x float> %3104, splat (float 0x3FE6300000000000)
+  %3107 = fsub <16 x float> %arg374.i, %3106
+  %3108 = fadd <16 x float> %3105, %3107
+  %3109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3108, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3109, <16 x float> %3108, <16 x float> splat (float 0x3FA5558F20000000))
+  %3111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3110, <16 x float> %3108, <16 x float> splat (float 0x3FC5554920000000))
+  %3112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3111, <16 x float> %3108, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3113 = fmul <16 x float> %3108, %3108
+  %3114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3112, <16 x float> %3113, <16 x float> %3108)
+  %3115 = shl <16 x i32> %3103, splat (i32 23)
+  %3116 = bitcast <16 x i32> %3115 to <16 x float>
+  %3117 = fadd <16 x float> %3114, splat (float 1.000000e+00)
+  %3118 = fmul <16 x float> %3117, %3116
+  %3119 = fcmp olt <16 x float> %arg374.i, splat (float -8.700000e+01)
+  %3120 = select <16 x i1> %3119, <16 x float> zeroinitializer, <16 x float> %3118
+  %3121 = fcmp one <16 x float> %3076, zeroinitializer
+  %3122 = select <16 x i1> %3121, <16 x float> %3120, <16 x float> zeroinitializer
+  %3123 = fmul <16 x float> %old_sum350.i, %3101
+  %3124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3076, <16 x float> %3123)
+  store <16 x float> %m356.i, ptr %3070, align 4, !tbaa !5
+  store <16 x float> %3124, ptr %3071, align 4, !tbaa !5
+  %3125 = shl i64 %indvars.iv1144.i, 11
+  %3126 = and i64 %3125, 4294965248
+  br label %for_body_d392.i
 
-if_end374.i:                                      ; preds = %for_end_tile315.i
-  %3081 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3082 = tail call i32 %3081(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not546.i = icmp eq i32 %3082, 0
-  br i1 %.not546.i, label %if_end377.i, label %fused_attend_compute_.exit, !prof !38
+if_end342.i:                                      ; preds = %for_body_d392.i, %for_body_tile337.i
+  %indvars.iv.next1145.i = add nuw nsw i64 %indvars.iv1144.i, 1
+  %exitcond1148.not.i = icmp eq i64 %indvars.iv.next1145.i, %wide.trip.count1147.i
+  br i1 %exitcond1148.not.i, label %for_end_tile338.i, label %for_body_tile337.i, !prof !13
 
-if_end377.i:                                      ; preds = %if_end374.i
-  %3083 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3084 = tail call i32 %3083(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not547.i = icmp eq i32 %3084, 0
-  br i1 %.not547.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
+for_body_d392.i:                                  ; preds = %for_body_d392.i, %if_then341.i
+  %indvars.iv1140.i = phi i64 [ 0, %if_then341.i ], [ %indvars.iv.next1141.i.3, %for_body_d392.i ]
+  %3127 = shl nuw nsw i64 %indvars.iv1140.i, 4
+  %3128 = add nuw nsw i64 %3127, %3126
+  %3129 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3128
+  %3130 = load <16 x float>, ptr %3129, align 4, !tbaa !5
+  %3131 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3128
+  %3132 = load <16 x float>, ptr %3131, align 4, !tbaa !5
+  %3133 = fmul <16 x float> %3101, %3132
+  %3134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3130, <16 x float> %3133)
+  store <16 x float> %3134, ptr %3131, align 4, !tbaa !5
+  %indvars.iv.next1141.i = shl i64 %indvars.iv1140.i, 4
+  %3135 = or disjoint i64 %indvars.iv.next1141.i, 16
+  %3136 = add nuw nsw i64 %3135, %3126
+  %3137 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3136
+  %3138 = load <16 x float>, ptr %3137, align 4, !tbaa !5
+  %3139 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3136
+  %3140 = load <16 x float>, ptr %3139, align 4, !tbaa !5
+  %3141 = fmul <16 x float> %3101, %3140
+  %3142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3138, <16 x float> %3141)
+  store <16 x float> %3142, ptr %3139, align 4, !tbaa !5
+  %indvars.iv.next1141.i.1 = shl i64 %indvars.iv1140.i, 4
+  %3143 = or disjoint i64 %indvars.iv.next1141.i.1, 32
+  %3144 = add nuw nsw i64 %3143, %3126
+  %3145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3144
+  %3146 = load <16 x float>, ptr %3145, align 4, !tbaa !5
+  %3147 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3144
+  %3148 = load <16 x float>, ptr %3147, align 4, !tbaa !5
+  %3149 = fmul <16 x float> %3101, %3148
+  %3150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3146, <16 x float> %3149)
+  store <16 x float> %3150, ptr %3147, align 4, !tbaa !5
+  %indvars.iv.next1141.i.2 = shl i64 %indvars.iv1140.i, 4
+  %3151 = or disjoint i64 %indvars.iv.next1141.i.2, 48
+  %3152 = add nuw nsw i64 %3151, %3126
+  %3153 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3152
+  %3154 = load <16 x float>, ptr %3153, align 4, !tbaa !5
+  %3155 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3152
+  %3156 = load <16 x float>, ptr %3155, align 4, !tbaa !5
+  %3157 = fmul <16 x float> %3101, %3156
+  %3158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3154, <16 x float> %3157)
+  store <16 x float> %3158, ptr %3155, align 4, !tbaa !5
+  %indvars.iv.next1141.i.3 = add nuw nsw i64 %indvars.iv1140.i, 4
+  %exitcond1143.not.i.3 = icmp eq i64 %indvars.iv.next1141.i.3, 128
+  br i1 %exitcond1143.not.i.3, label %if_end342.i, label %for_body_d392.i, !prof !28, !llvm.loop !70
 
-for_body_tile383.i:                               ; preds = %if_end388.loopexit.i, %for_body_tile383.i.preheader
-  %indvars.iv1076.i = phi i64 [ %indvars.iv.next1077.i, %if_end388.loopexit.i ], [ 0, %for_body_tile383.i.preheader ]
-  %3085 = shl i64 %indvars.iv1076.i, 13
-  %3086 = and i64 %3085, 17179860992
-  %scevgep506 = getelementptr i8, ptr %total_acc.i, i64 %3086
-  %3087 = trunc nuw nsw i64 %indvars.iv1076.i to i32
-  %rmod456.i = srem i32 %3087, %122
-  %rdiv463.i = sdiv i32 %3087, %122
-  %3088 = icmp ne i32 %rmod456.i, 0
-  %.not537.i = and i1 %474, %3088
-  %3089 = select i1 %.not537.i, i32 %122, i32 0
-  %3090 = add nsw i32 %3089, %rmod456.i
-  %3091 = shl nsw i32 %3090, 4
-  %3092 = sub nsw i32 %120, %3091
-  %3093 = icmp sgt i32 %3092, 0
-  br i1 %3093, label %for_body_r458.lr.ph.i, label %if_end388.loopexit.i, !prof !3
+if_end397.i:                                      ; preds = %for_end_tile338.i
+  %3159 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3160 = tail call i32 %3159(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not572.i = icmp eq i32 %3160, 0
+  br i1 %.not572.i, label %if_end400.i, label %fused_attend_compute_.exit, !prof !38
 
-for_end_tile384.i:                                ; preds = %if_end388.loopexit.i, %if_end388.us.i, %for_begin_tile382.preheader.i
-  %3094 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3095 = tail call i32 %3094(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not.i = icmp eq i32 %3095, 0
-  br i1 %.not.i, label %if_end483.i, label %fused_attend_compute_.exit, !prof !38
+if_end400.i:                                      ; preds = %if_end397.i
+  %3161 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3162 = tail call i32 %3161(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not573.i = icmp eq i32 %3162, 0
+  br i1 %.not573.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end388.loopexit.i:                             ; preds = %for_end_d476.i, %for_body_tile383.i
-  %indvars.iv.next1077.i = add nuw nsw i64 %indvars.iv1076.i, 1
-  %exitcond1080.not.i = icmp eq i64 %indvars.iv.next1077.i, %wide.trip.count1115.i
-  br i1 %exitcond1080.not.i, label %for_end_tile384.i, label %for_body_tile383.i, !prof !13
+for_body_tile406.i:                               ; preds = %if_end411.loopexit.i, %for_body_tile406.i.preheader
+  %indvars.iv1165.i = phi i64 [ %indvars.iv.next1166.i, %if_end411.loopexit.i ], [ 0, %for_body_tile406.i.preheader ]
+  %3163 = shl i64 %indvars.iv1165.i, 13
+  %3164 = and i64 %3163, 17179860992
+  %scevgep521 = getelementptr i8, ptr %total_acc.i, i64 %3164
+  %3165 = trunc nuw nsw i64 %indvars.iv1165.i to i32
+  %rmod479.i = srem i32 %3165, %122
+  %rdiv486.i = sdiv i32 %3165, %122
+  %3166 = icmp ne i32 %rmod479.i, 0
+  %.not563.i = and i1 %474, %3166
+  %3167 = select i1 %.not563.i, i32 %122, i32 0
+  %3168 = add nsw i32 %3167, %rmod479.i
+  %3169 = shl nsw i32 %3168, 4
+  %3170 = sub nsw i32 %120, %3169
+  %3171 = icmp sgt i32 %3170, 0
+  br i1 %3171, label %for_body_r481.lr.ph.i, label %if_end411.loopexit.i, !prof !3
 
-for_body_r458.lr.ph.i:                            ; preds = %for_body_tile383.i
-  %3096 = sext i1 %.not537.i to i32
-  %3097 = add nsw i32 %rdiv463.i, %3096
-  %3098 = sext i32 %3097 to i64
-  %3099 = sext i32 %3090 to i64
-  %3100 = shl nsw i64 %3099, 7
-  %3101 = add nsw i64 %475, %3098
-  %3102 = shl nsw i64 %3101, 2
-  %3103 = add nsw i64 %3100, %477
-  %3104 = shl i64 %indvars.iv1076.i, 4
-  %3105 = and i64 %3104, 4294967280
-  %3106 = tail call i32 @llvm.umin.i32(i32 %3092, i32 16)
-  %wide.trip.count1064.i = zext nneg i32 %3106 to i64
-  %3107 = add nsw i64 %3103, %3102
-  br label %for_body_r458.i
+for_end_tile407.i:                                ; preds = %if_end411.loopexit.i, %if_end411.us.i, %for_begin_tile405.preheader.i
+  %3172 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3173 = tail call i32 %3172(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %3173, 0
+  br i1 %.not.i, label %if_end506.i, label %fused_attend_compute_.exit, !prof !38
 
-for_begin_d474.preheader.lr.ph.i:                 ; preds = %for_body_r458.i
-  %.idx.i = shl nsw i64 %3101, 11
-  %3108 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx538.i = shl nsw i64 %3099, 16
-  %3109 = getelementptr i8, ptr %3108, i64 %.idx538.i
-  %invariant.gep833.i = getelementptr i8, ptr %3109, i64 %.idx539.i
-  %3110 = shl i64 %indvars.iv1076.i, 11
-  %3111 = and i64 %3110, 4294965248
-  %invariant.gep1240.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3111
-  %3112 = add nsw i64 %.idx538.i, %.idx.i
-  %scevgep501 = getelementptr i8, ptr %scevgep500, i64 %3112
-  %scevgep504 = getelementptr i8, ptr %scevgep503, i64 %3112
-  %3113 = shl nuw nsw i64 %wide.trip.count1064.i, 2
-  %3114 = getelementptr i8, ptr %scevgep507, i64 %3086
-  %scevgep508 = getelementptr i8, ptr %3114, i64 %3113
-  br label %for_begin_d474.preheader.i
+if_end411.loopexit.i:                             ; preds = %for_end_d499.i, %for_body_tile406.i
+  %indvars.iv.next1166.i = add nuw nsw i64 %indvars.iv1165.i, 1
+  %exitcond1169.not.i = icmp eq i64 %indvars.iv.next1166.i, %wide.trip.count1204.i
+  br i1 %exitcond1169.not.i, label %for_end_tile407.i, label %for_body_tile406.i, !prof !13
 
-for_body_r458.i:                                  ; preds = %for_body_r458.i, %for_body_r458.lr.ph.i
-  %indvars.iv1061.i = phi i64 [ 0, %for_body_r458.lr.ph.i ], [ %indvars.iv.next1062.i.1, %for_body_r458.i ]
-  %3115 = add nuw nsw i64 %indvars.iv1061.i, %3105
-  %3116 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3115
-  %3117 = load float, ptr %3116, align 4, !tbaa !5
-  %3118 = and i64 %indvars.iv1061.i, 2
-  %3119 = shl nuw nsw i64 %indvars.iv1061.i, 3
-  %3120 = and i64 %3119, 17179869152
-  %3121 = or disjoint i64 %3107, %3118
-  %3122 = add nsw i64 %3121, %3120
-  %3123 = getelementptr inbounds float, ptr %partial_max, i64 %3122
-  store float %3117, ptr %3123, align 4, !tbaa !5
-  %3124 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3115
-  %3125 = load float, ptr %3124, align 4, !tbaa !5
-  %3126 = getelementptr inbounds float, ptr %partial_sum, i64 %3122
-  store float %3125, ptr %3126, align 4, !tbaa !5
-  %indvars.iv.next1062.i = or disjoint i64 %indvars.iv1061.i, 1
-  %3127 = add nuw nsw i64 %indvars.iv.next1062.i, %3105
-  %3128 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3127
-  %3129 = load float, ptr %3128, align 4, !tbaa !5
-  %3130 = and i64 %indvars.iv.next1062.i, 3
-  %3131 = shl nuw nsw i64 %indvars.iv1061.i, 3
-  %3132 = and i64 %3131, 17179869152
-  %3133 = or disjoint i64 %3107, %3130
-  %3134 = add nsw i64 %3133, %3132
-  %3135 = getelementptr inbounds float, ptr %partial_max, i64 %3134
-  store float %3129, ptr %3135, align 4, !tbaa !5
-  %3136 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3127
-  %3137 = load float, ptr %3136, align 4, !tbaa !5
-  %3138 = getelementptr inbounds float, ptr %partial_sum, i64 %3134
-  store float %3137, ptr %3138, align 4, !tbaa !5
-  %indvars.iv.next1062.i.1 = add nuw nsw i64 %indvars.iv1061.i, 2
-  %exitcond1065.not.i.1 = icmp eq i64 %indvars.iv.next1062.i.1, %wide.trip.count1064.i
-  br i1 %exitcond1065.not.i.1, label %for_begin_d474.preheader.lr.ph.i, label %for_body_r458.i, !prof !13, !llvm.loop !72
+for_body_r481.lr.ph.i:                            ; preds = %for_body_tile406.i
+  %3174 = sext i1 %.not563.i to i32
+  %3175 = add nsw i32 %rdiv486.i, %3174
+  %3176 = sext i32 %3175 to i64
+  %3177 = sext i32 %3168 to i64
+  %3178 = shl nsw i64 %3177, 7
+  %3179 = add nsw i64 %475, %3176
+  %3180 = shl nsw i64 %3179, 2
+  %3181 = add nsw i64 %3178, %477
+  %3182 = shl i64 %indvars.iv1165.i, 4
+  %3183 = and i64 %3182, 4294967280
+  %3184 = tail call i32 @llvm.umin.i32(i32 %3170, i32 16)
+  %wide.trip.count1153.i = zext nneg i32 %3184 to i64
+  %3185 = add nsw i64 %3181, %3180
+  br label %for_body_r481.i
 
-for_begin_d474.preheader.i:                       ; preds = %for_end_d476.i, %for_begin_d474.preheader.lr.ph.i
-  %indvars.iv1070.i = phi i64 [ 0, %for_begin_d474.preheader.lr.ph.i ], [ %indvars.iv.next1071.i, %for_end_d476.i ]
-  %3139 = shl nuw nsw i64 %indvars.iv1070.i, 7
-  %3140 = and i64 %3139, 384
-  %3141 = shl nuw nsw i64 %indvars.iv1070.i, 10
-  %3142 = and i64 %3141, 2199023251456
-  %gep834.i = getelementptr float, ptr %invariant.gep833.i, i64 %3142
-  %3143 = getelementptr float, ptr %gep834.i, i64 %3140
-  %gep1241.i = getelementptr inbounds nuw float, ptr %invariant.gep1240.i, i64 %indvars.iv1070.i
-  %3144 = shl i64 %indvars.iv1070.i, 12
-  %3145 = and i64 %3144, 8796093005824
-  %3146 = shl i64 %indvars.iv1070.i, 9
-  %3147 = and i64 %3146, 1536
-  %3148 = or disjoint i64 %3145, %3147
-  %scevgep505 = getelementptr i8, ptr %scevgep504, i64 %3148
-  %scevgep502 = getelementptr i8, ptr %scevgep501, i64 %3148
-  %bound0509 = icmp ult ptr %scevgep502, %scevgep508
-  %bound1510 = icmp ult ptr %scevgep506, %scevgep505
-  %found.conflict511 = and i1 %bound0509, %bound1510
-  br i1 %found.conflict511, label %for_body_d475.i, label %vector.body514, !prof !16
+for_begin_d497.preheader.lr.ph.i:                 ; preds = %for_body_r481.i
+  %.idx.i = shl nsw i64 %3179, 11
+  %3186 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx564.i = shl nsw i64 %3177, 16
+  %3187 = getelementptr i8, ptr %3186, i64 %.idx564.i
+  %invariant.gep899.i = getelementptr i8, ptr %3187, i64 %.idx565.i
+  %3188 = shl i64 %indvars.iv1165.i, 11
+  %3189 = and i64 %3188, 4294965248
+  %invariant.gep1333.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3189
+  %3190 = add nsw i64 %.idx564.i, %.idx.i
+  %scevgep516 = getelementptr i8, ptr %scevgep515, i64 %3190
+  %scevgep519 = getelementptr i8, ptr %scevgep518, i64 %3190
+  %3191 = shl nuw nsw i64 %wide.trip.count1153.i, 2
+  %3192 = getelementptr i8, ptr %scevgep522, i64 %3164
+  %scevgep523 = getelementptr i8, ptr %3192, i64 %3191
+  br label %for_begin_d497.preheader.i
 
-vector.body514:                                   ; preds = %for_begin_d474.preheader.i
-  %3149 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3150 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3151 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3152 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather517 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3152, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3153 = getelementptr i8, ptr %3143, i64 32
-  %3154 = getelementptr i8, ptr %3143, i64 64
-  %3155 = getelementptr i8, ptr %3143, i64 96
-  store <8 x float> %wide.masked.gather517, ptr %3143, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather518, ptr %3153, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather519, ptr %3154, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather520, ptr %3155, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3156 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3157 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3158 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3159 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather517.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3160 = getelementptr i8, ptr %3143, i64 128
-  %3161 = getelementptr i8, ptr %3143, i64 160
-  %3162 = getelementptr i8, ptr %3143, i64 192
-  %3163 = getelementptr i8, ptr %3143, i64 224
-  store <8 x float> %wide.masked.gather517.1, ptr %3160, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather518.1, ptr %3161, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather519.1, ptr %3162, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather520.1, ptr %3163, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3164 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3165 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3166 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3167 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather517.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3165, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3168 = getelementptr i8, ptr %3143, i64 256
-  %3169 = getelementptr i8, ptr %3143, i64 288
-  %3170 = getelementptr i8, ptr %3143, i64 320
-  %3171 = getelementptr i8, ptr %3143, i64 352
-  store <8 x float> %wide.masked.gather517.2, ptr %3168, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather518.2, ptr %3169, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather519.2, ptr %3170, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather520.2, ptr %3171, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3172 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3173 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3174 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3175 = getelementptr inbounds nuw i8, ptr %gep1241.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather517.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3172, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3173, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3174, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3175, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %3176 = getelementptr i8, ptr %3143, i64 384
-  %3177 = getelementptr i8, ptr %3143, i64 416
-  %3178 = getelementptr i8, ptr %3143, i64 448
-  %3179 = getelementptr i8, ptr %3143, i64 480
-  store <8 x float> %wide.masked.gather517.3, ptr %3176, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather518.3, ptr %3177, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather519.3, ptr %3178, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather520.3, ptr %3179, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  br label %for_end_d476.i
+for_body_r481.i:                                  ; preds = %for_body_r481.i, %for_body_r481.lr.ph.i
+  %indvars.iv1150.i = phi i64 [ 0, %for_body_r481.lr.ph.i ], [ %indvars.iv.next1151.i.1, %for_body_r481.i ]
+  %3193 = add nuw nsw i64 %indvars.iv1150.i, %3183
+  %3194 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3193
+  %3195 = load float, ptr %3194, align 4, !tbaa !5
+  %3196 = and i64 %indvars.iv1150.i, 2
+  %3197 = shl nuw nsw i64 %indvars.iv1150.i, 3
+  %3198 = and i64 %3197, 17179869152
+  %3199 = or disjoint i64 %3185, %3196
+  %3200 = add nsw i64 %3199, %3198
+  %3201 = getelementptr inbounds float, ptr %partial_max, i64 %3200
+  store float %3195, ptr %3201, align 4, !tbaa !5
+  %3202 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3193
+  %3203 = load float, ptr %3202, align 4, !tbaa !5
+  %3204 = getelementptr inbounds float, ptr %partial_sum, i64 %3200
+  store float %3203, ptr %3204, align 4, !tbaa !5
+  %indvars.iv.next1151.i = or disjoint i64 %indvars.iv1150.i, 1
+  %3205 = add nuw nsw i64 %indvars.iv.next1151.i, %3183
+  %3206 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3205
+  %3207 = load float, ptr %3206, align 4, !tbaa !5
+  %3208 = and i64 %indvars.iv.next1151.i, 3
+  %3209 = shl nuw nsw i64 %indvars.iv1150.i, 3
+  %3210 = and i64 %3209, 17179869152
+  %3211 = or disjoint i64 %3185, %3208
+  %3212 = add nsw i64 %3211, %3210
+  %3213 = getelementptr inbounds float, ptr %partial_max, i64 %3212
+  store float %3207, ptr %3213, align 4, !tbaa !5
+  %3214 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3205
+  %3215 = load float, ptr %3214, align 4, !tbaa !5
+  %3216 = getelementptr inbounds float, ptr %partial_sum, i64 %3212
+  store float %3215, ptr %3216, align 4, !tbaa !5
+  %indvars.iv.next1151.i.1 = add nuw nsw i64 %indvars.iv1150.i, 2
+  %exitcond1154.not.i.1 = icmp eq i64 %indvars.iv.next1151.i.1, %wide.trip.count1153.i
+  br i1 %exitcond1154.not.i.1, label %for_begin_d497.preheader.lr.ph.i, label %for_body_r481.i, !prof !13, !llvm.loop !72
 
-for_body_d475.i:                                  ; preds = %for_body_d475.i, %for_begin_d474.preheader.i
-  %indvars.iv1066.i = phi i64 [ %indvars.iv.next1067.i.7, %for_body_d475.i ], [ 0, %for_begin_d474.preheader.i ]
-  %.idx1168.i = shl nuw nsw i64 %indvars.iv1066.i, 6
-  %3180 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i
-  %3181 = load float, ptr %3180, align 4, !tbaa !5
-  %3182 = getelementptr float, ptr %3143, i64 %indvars.iv1066.i
-  store float %3181, ptr %3182, align 4, !tbaa !5
-  %indvars.iv.next1067.i = or disjoint i64 %indvars.iv1066.i, 1
-  %.idx1168.i.1 = shl nuw nsw i64 %indvars.iv.next1067.i, 6
-  %3183 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.1
-  %3184 = load float, ptr %3183, align 4, !tbaa !5
-  %3185 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i
-  store float %3184, ptr %3185, align 4, !tbaa !5
-  %indvars.iv.next1067.i.1 = or disjoint i64 %indvars.iv1066.i, 2
-  %.idx1168.i.2 = shl nuw nsw i64 %indvars.iv.next1067.i.1, 6
-  %3186 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.2
-  %3187 = load float, ptr %3186, align 4, !tbaa !5
-  %3188 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i.1
-  store float %3187, ptr %3188, align 4, !tbaa !5
-  %indvars.iv.next1067.i.2 = or disjoint i64 %indvars.iv1066.i, 3
-  %.idx1168.i.3 = shl nuw nsw i64 %indvars.iv.next1067.i.2, 6
-  %3189 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.3
-  %3190 = load float, ptr %3189, align 4, !tbaa !5
-  %3191 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i.2
-  store float %3190, ptr %3191, align 4, !tbaa !5
-  %indvars.iv.next1067.i.3 = or disjoint i64 %indvars.iv1066.i, 4
-  %.idx1168.i.4 = shl nuw nsw i64 %indvars.iv.next1067.i.3, 6
-  %3192 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.4
-  %3193 = load float, ptr %3192, align 4, !tbaa !5
-  %3194 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i.3
-  store float %3193, ptr %3194, align 4, !tbaa !5
-  %indvars.iv.next1067.i.4 = or disjoint i64 %indvars.iv1066.i, 5
-  %.idx1168.i.5 = shl nuw nsw i64 %indvars.iv.next1067.i.4, 6
-  %3195 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.5
-  %3196 = load float, ptr %3195, align 4, !tbaa !5
-  %3197 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i.4
-  store float %3196, ptr %3197, align 4, !tbaa !5
-  %indvars.iv.next1067.i.5 = or disjoint i64 %indvars.iv1066.i, 6
-  %.idx1168.i.6 = shl nuw nsw i64 %indvars.iv.next1067.i.5, 6
-  %3198 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.6
-  %3199 = load float, ptr %3198, align 4, !tbaa !5
-  %3200 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i.5
-  store float %3199, ptr %3200, align 4, !tbaa !5
-  %indvars.iv.next1067.i.6 = or disjoint i64 %indvars.iv1066.i, 7
-  %.idx1168.i.7 = shl nuw nsw i64 %indvars.iv.next1067.i.6, 6
-  %3201 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 %.idx1168.i.7
-  %3202 = load float, ptr %3201, align 4, !tbaa !5
-  %3203 = getelementptr float, ptr %3143, i64 %indvars.iv.next1067.i.6
-  store float %3202, ptr %3203, align 4, !tbaa !5
-  %indvars.iv.next1067.i.7 = add nuw nsw i64 %indvars.iv1066.i, 8
-  %exitcond1069.not.i.7 = icmp eq i64 %indvars.iv.next1067.i.7, 128
-  br i1 %exitcond1069.not.i.7, label %for_end_d476.i, label %for_body_d475.i, !prof !29, !llvm.loop !78
+for_begin_d497.preheader.i:                       ; preds = %for_end_d499.i, %for_begin_d497.preheader.lr.ph.i
+  %indvars.iv1159.i = phi i64 [ 0, %for_begin_d497.preheader.lr.ph.i ], [ %indvars.iv.next1160.i, %for_end_d499.i ]
+  %3217 = shl nuw nsw i64 %indvars.iv1159.i, 7
+  %3218 = and i64 %3217, 384
+  %3219 = shl nuw nsw i64 %indvars.iv1159.i, 10
+  %3220 = and i64 %3219, 2199023251456
+  %gep900.i = getelementptr float, ptr %invariant.gep899.i, i64 %3220
+  %3221 = getelementptr float, ptr %gep900.i, i64 %3218
+  %gep1334.i = getelementptr inbounds nuw float, ptr %invariant.gep1333.i, i64 %indvars.iv1159.i
+  %3222 = shl i64 %indvars.iv1159.i, 12
+  %3223 = and i64 %3222, 8796093005824
+  %3224 = shl i64 %indvars.iv1159.i, 9
+  %3225 = and i64 %3224, 1536
+  %3226 = or disjoint i64 %3223, %3225
+  %scevgep520 = getelementptr i8, ptr %scevgep519, i64 %3226
+  %scevgep517 = getelementptr i8, ptr %scevgep516, i64 %3226
+  %bound0524 = icmp ult ptr %scevgep517, %scevgep523
+  %bound1525 = icmp ult ptr %scevgep521, %scevgep520
+  %found.conflict526 = and i1 %bound0524, %bound1525
+  br i1 %found.conflict526, label %for_body_d498.i, label %vector.body529, !prof !16
 
-for_end_d476.i:                                   ; preds = %for_body_d475.i, %vector.body514
-  %indvars.iv.next1071.i = add nuw nsw i64 %indvars.iv1070.i, 1
-  %exitcond1075.not.i = icmp eq i64 %indvars.iv.next1071.i, %wide.trip.count1064.i
-  br i1 %exitcond1075.not.i, label %if_end388.loopexit.i, label %for_begin_d474.preheader.i, !prof !13
+vector.body529:                                   ; preds = %for_begin_d497.preheader.i
+  %3227 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3228 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3229 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3230 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather532 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather533 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3228, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather534 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather535 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3231 = getelementptr i8, ptr %3221, i64 32
+  %3232 = getelementptr i8, ptr %3221, i64 64
+  %3233 = getelementptr i8, ptr %3221, i64 96
+  store <8 x float> %wide.masked.gather532, ptr %3221, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather533, ptr %3231, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather534, ptr %3232, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather535, ptr %3233, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3234 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3235 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3236 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3237 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather532.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3234, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather533.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3235, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather534.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3236, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather535.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3237, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3238 = getelementptr i8, ptr %3221, i64 128
+  %3239 = getelementptr i8, ptr %3221, i64 160
+  %3240 = getelementptr i8, ptr %3221, i64 192
+  %3241 = getelementptr i8, ptr %3221, i64 224
+  store <8 x float> %wide.masked.gather532.1, ptr %3238, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather533.1, ptr %3239, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather534.1, ptr %3240, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather535.1, ptr %3241, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3242 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3243 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3244 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3245 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather532.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather533.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather534.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3244, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather535.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3245, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3246 = getelementptr i8, ptr %3221, i64 256
+  %3247 = getelementptr i8, ptr %3221, i64 288
+  %3248 = getelementptr i8, ptr %3221, i64 320
+  %3249 = getelementptr i8, ptr %3221, i64 352
+  store <8 x float> %wide.masked.gather532.2, ptr %3246, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather533.2, ptr %3247, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather534.2, ptr %3248, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather535.2, ptr %3249, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  %3250 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3251 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3252 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3253 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather532.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather533.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3251, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather534.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3252, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather535.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3253, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %3254 = getelementptr i8, ptr %3221, i64 384
+  %3255 = getelementptr i8, ptr %3221, i64 416
+  %3256 = getelementptr i8, ptr %3221, i64 448
+  %3257 = getelementptr i8, ptr %3221, i64 480
+  store <8 x float> %wide.masked.gather532.3, ptr %3254, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather533.3, ptr %3255, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather534.3, ptr %3256, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather535.3, ptr %3257, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  br label %for_end_d499.i
 
-if_end483.i:                                      ; preds = %for_end_tile384.i
-  %3204 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3205 = tail call i32 %3204(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not530.i = icmp eq i32 %3205, 0
-  br i1 %.not530.i, label %if_end486.i, label %fused_attend_compute_.exit, !prof !38
+for_body_d498.i:                                  ; preds = %for_body_d498.i, %for_begin_d497.preheader.i
+  %indvars.iv1155.i = phi i64 [ %indvars.iv.next1156.i.7, %for_body_d498.i ], [ 0, %for_begin_d497.preheader.i ]
+  %.idx1257.i = shl nuw nsw i64 %indvars.iv1155.i, 6
+  %3258 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i
+  %3259 = load float, ptr %3258, align 4, !tbaa !5
+  %3260 = getelementptr float, ptr %3221, i64 %indvars.iv1155.i
+  store float %3259, ptr %3260, align 4, !tbaa !5
+  %indvars.iv.next1156.i = or disjoint i64 %indvars.iv1155.i, 1
+  %.idx1257.i.1 = shl nuw nsw i64 %indvars.iv.next1156.i, 6
+  %3261 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.1
+  %3262 = load float, ptr %3261, align 4, !tbaa !5
+  %3263 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i
+  store float %3262, ptr %3263, align 4, !tbaa !5
+  %indvars.iv.next1156.i.1 = or disjoint i64 %indvars.iv1155.i, 2
+  %.idx1257.i.2 = shl nuw nsw i64 %indvars.iv.next1156.i.1, 6
+  %3264 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.2
+  %3265 = load float, ptr %3264, align 4, !tbaa !5
+  %3266 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i.1
+  store float %3265, ptr %3266, align 4, !tbaa !5
+  %indvars.iv.next1156.i.2 = or disjoint i64 %indvars.iv1155.i, 3
+  %.idx1257.i.3 = shl nuw nsw i64 %indvars.iv.next1156.i.2, 6
+  %3267 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.3
+  %3268 = load float, ptr %3267, align 4, !tbaa !5
+  %3269 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i.2
+  store float %3268, ptr %3269, align 4, !tbaa !5
+  %indvars.iv.next1156.i.3 = or disjoint i64 %indvars.iv1155.i, 4
+  %.idx1257.i.4 = shl nuw nsw i64 %indvars.iv.next1156.i.3, 6
+  %3270 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.4
+  %3271 = load float, ptr %3270, align 4, !tbaa !5
+  %3272 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i.3
+  store float %3271, ptr %3272, align 4, !tbaa !5
+  %indvars.iv.next1156.i.4 = or disjoint i64 %indvars.iv1155.i, 5
+  %.idx1257.i.5 = shl nuw nsw i64 %indvars.iv.next1156.i.4, 6
+  %3273 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.5
+  %3274 = load float, ptr %3273, align 4, !tbaa !5
+  %3275 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i.4
+  store float %3274, ptr %3275, align 4, !tbaa !5
+  %indvars.iv.next1156.i.5 = or disjoint i64 %indvars.iv1155.i, 6
+  %.idx1257.i.6 = shl nuw nsw i64 %indvars.iv.next1156.i.5, 6
+  %3276 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.6
+  %3277 = load float, ptr %3276, align 4, !tbaa !5
+  %3278 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i.5
+  store float %3277, ptr %3278, align 4, !tbaa !5
+  %indvars.iv.next1156.i.6 = or disjoint i64 %indvars.iv1155.i, 7
+  %.idx1257.i.7 = shl nuw nsw i64 %indvars.iv.next1156.i.6, 6
+  %3279 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.7
+  %3280 = load float, ptr %3279, align 4, !tbaa !5
+  %3281 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i.6
+  store float %3280, ptr %3281, align 4, !tbaa !5
+  %indvars.iv.next1156.i.7 = add nuw nsw i64 %indvars.iv1155.i, 8
+  %exitcond1158.not.i.7 = icmp eq i64 %indvars.iv.next1156.i.7, 128
+  br i1 %exitcond1158.not.i.7, label %for_end_d499.i, label %for_body_d498.i, !prof !29, !llvm.loop !78
 
-if_end486.i:                                      ; preds = %if_end483.i
-  %3206 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3207 = tail call i32 %3206(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not531.i = icmp eq i32 %3207, 0
-  br i1 %.not531.i, label %if_end489.i, label %fused_attend_compute_.exit, !prof !38
+for_end_d499.i:                                   ; preds = %for_body_d498.i, %vector.body529
+  %indvars.iv.next1160.i = add nuw nsw i64 %indvars.iv1159.i, 1
+  %exitcond1164.not.i = icmp eq i64 %indvars.iv.next1160.i, %wide.trip.count1153.i
+  br i1 %exitcond1164.not.i, label %if_end411.loopexit.i, label %for_begin_d497.preheader.i, !prof !13
 
-if_end489.i:                                      ; preds = %if_end486.i
-  %3208 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3209 = tail call i32 %3208(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not532.i = icmp eq i32 %3209, 0
-  br i1 %.not532.i, label %if_end492.i, label %fused_attend_compute_.exit, !prof !38
+if_end506.i:                                      ; preds = %for_end_tile407.i
+  %3282 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3283 = tail call i32 %3282(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not556.i = icmp eq i32 %3283, 0
+  br i1 %.not556.i, label %if_end509.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end492.i:                                      ; preds = %if_end489.i
-  %3210 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3211 = tail call i32 %3210(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not533.i = icmp eq i32 %3211, 0
-  br i1 %.not533.i, label %if_end495.i, label %fused_attend_compute_.exit, !prof !38
+if_end509.i:                                      ; preds = %if_end506.i
+  %3284 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3285 = tail call i32 %3284(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not557.i = icmp eq i32 %3285, 0
+  br i1 %.not557.i, label %if_end512.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end495.i:                                      ; preds = %if_end492.i
-  %3212 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3213 = tail call i32 %3212(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not534.i = icmp ne i32 %3213, 0
-  %..i = sext i1 %.not534.i to i32
+if_end512.i:                                      ; preds = %if_end509.i
+  %3286 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3287 = tail call i32 %3286(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not558.i = icmp eq i32 %3287, 0
+  br i1 %.not558.i, label %if_end515.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end515.i:                                      ; preds = %if_end512.i
+  %3288 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3289 = tail call i32 %3288(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not559.i = icmp eq i32 %3289, 0
+  br i1 %.not559.i, label %if_end518.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end518.i:                                      ; preds = %if_end515.i
+  %3290 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3291 = tail call i32 %3290(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not560.i = icmp ne i32 %3291, 0
+  %..i = sext i1 %.not560.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end495.i, %if_end492.i, %if_end489.i, %if_end486.i, %if_end483.i, %for_end_tile384.i, %if_end377.i, %if_end374.i, %for_end_tile315.i, %if_end308.i, %if_end302.i, %if_end296.i, %if_end293.i, %if_end290.i, %if_end147.i, %if_end141.i, %if_end138.i, %if_end135.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end119.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end100.i, %for_body_step.i, %if_end94.i, %if_end91.i, %for_body_number.i, %for_end_r444.us.i, %for_body_tile383.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end57
-  %common.ret.op.i = phi i32 [ -1, %if_end492.i ], [ -1, %if_end57 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end489.i ], [ %..i, %if_end495.i ], [ -1, %for_end_tile384.i ], [ -1, %for_body_tile383.us.i ], [ -1, %if_end483.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end486.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r444.us.i ], [ -1, %if_end296.i ], [ -1, %if_end293.i ], [ -1, %if_end290.i ], [ -1, %if_end147.i ], [ -1, %if_end141.i ], [ -1, %if_end138.i ], [ -1, %if_end135.i ], [ -1, %if_end302.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end119.i ], [ -1, %if_end308.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end100.i ], [ -1, %if_end377.i ], [ -1, %if_end374.i ], [ -1, %for_end_tile315.i ], [ -1, %if_end94.i ], [ -1, %if_end91.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor510.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %reach529.i)
+fused_attend_compute_.exit:                       ; preds = %if_end518.i, %if_end515.i, %if_end512.i, %if_end509.i, %if_end506.i, %for_end_tile407.i, %if_end400.i, %if_end397.i, %for_end_tile338.i, %if_end331.i, %if_end325.i, %if_end319.i, %if_end316.i, %if_end313.i, %if_end147.i, %if_end141.i, %if_end138.i, %if_end135.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end119.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end100.i, %for_body_step.i, %if_end94.i, %if_end91.i, %for_body_number.i, %for_end_r467.us.i, %for_body_tile406.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end57
+  %common.ret.op.i = phi i32 [ -1, %if_end515.i ], [ -1, %if_end57 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end512.i ], [ %..i, %if_end518.i ], [ -1, %for_end_tile407.i ], [ -1, %for_body_tile406.us.i ], [ -1, %if_end506.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end509.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r467.us.i ], [ -1, %if_end319.i ], [ -1, %if_end316.i ], [ -1, %if_end313.i ], [ -1, %if_end147.i ], [ -1, %if_end141.i ], [ -1, %if_end138.i ], [ -1, %if_end135.i ], [ -1, %if_end325.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end119.i ], [ -1, %if_end331.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end100.i ], [ -1, %if_end400.i ], [ -1, %if_end397.i ], [ -1, %for_end_tile338.i ], [ -1, %if_end94.i ], [ -1, %if_end91.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor534.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach555.i)
   ret i32 %common.ret.op.i
 }
 
