@@ -233,8 +233,8 @@ FAULTS = {
     ),
     "the last block of a sequence unchecked": Fault(
         "templates/shared/block_table.h",
-        "for (int64_t i = first; i < used; ++i)",
-        "for (int64_t i = first; i < used - 1; ++i)",
+        "for (int64_t i = used.begin; i < used.end; ++i)",
+        "for (int64_t i = used.begin; i < used.end - 1; ++i)",
         "test_errors.py test_bounds.py",
     ),
     "a length over capacity accepted": Fault(
@@ -269,8 +269,8 @@ FAULTS = {
     ),
     "block ids before a window checked": Fault(
         "templates/shared/block_table.h",
-        "int64_t i = first; i < used",
-        "int64_t i = 0; i < used",
+        "int64_t i = used.begin; i < used.end",
+        "int64_t i = 0; i < used.end",
         "test_headers.py test_score_arguments.py",
     ),
     "the last window of an item's sequences begins it": Fault(
