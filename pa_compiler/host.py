@@ -12,7 +12,6 @@ from pa_compiler import installation
 from pa_compiler.bounds import affine, bounds
 from pa_compiler.cpu.target import CpuTarget, instruction_sets
 from pa_compiler.interface import (
-    ATTEND_ROWS,
     CHECKS,
     CPU_ENTRY_POINTS,
     CUDA_ENTRY_POINTS,
@@ -24,12 +23,9 @@ from pa_compiler.interface import (
     Parameter,
     PrefixItem,
     WorkItem,
-    attend_heads,
-    attend_range_blocks,
-    attend_tiles,
-    decodes_in_step,
     with_inputs,
 )
+from pa_compiler.key_ranges import ATTEND_ROWS, attend_heads, attend_range_blocks, attend_tiles, decodes_in_step
 from pa_compiler.runtime.cpu_features import INSTRUCTION_SETS
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling

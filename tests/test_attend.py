@@ -12,7 +12,7 @@ from tolerances import assert_same_bits
 
 import pa_compiler
 from pa_compiler import reference
-from pa_compiler.interface import attend_range_blocks
+from pa_compiler.key_ranges import attend_range_blocks
 
 every_layout = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 MIX = [(1, 1), (0, 9), (2, 2), (7, 100), (1, 300), (16, 129), (33, 128), (1, 7), (17, 255), (3, 0 + 3)]

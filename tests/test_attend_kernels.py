@@ -12,7 +12,7 @@ from attend_kernels import Kernels, this_cpu
 from tolerances import assert_same_bits
 
 from pa_compiler import PagedAttentionSpec as Spec
-from pa_compiler.interface import attend_range_blocks
+from pa_compiler.key_ranges import attend_range_blocks
 
 LENS = [(1, 1), (2, 2), (7, 30), (0, 5), (33, 33), (40, 200), (3, 300)]
 """(query tokens, context) of sequences around the ends of blocks, of tiles of rows and of steps."""

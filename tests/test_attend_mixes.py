@@ -14,7 +14,7 @@ from specs import BASE, SPECS
 from tolerances import assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
-from pa_compiler.interface import attend_range_blocks
+from pa_compiler.key_ranges import attend_range_blocks
 
 COUNTS = (0, 1, 2, 7, 16, 33, 512)
 

@@ -9,7 +9,7 @@ import pytest
 from specs import BASE, SPECS
 
 from pa_compiler import AttendItem, WorkItem
-from pa_compiler.interface import ATTEND_ROWS, attend_range_blocks, attend_tiles
+from pa_compiler.key_ranges import ATTEND_ROWS, attend_range_blocks, attend_tiles
 
 BATCHES = {
     "none": [],

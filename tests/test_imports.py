@@ -17,6 +17,7 @@ ARROWS = {
     "score_checks": {"score"},
     "spec": {"score", "score_checks", "tracing"},
     "interface": {"spec"},
+    "key_ranges": {"spec"},
     "reference": {"reference_weights"},
     "reference_weights": {"score", "reference_functions"},
     "reference_functions": {"score"},
@@ -27,11 +28,12 @@ ARROWS = {
         "score",
         "score_checks",
         "interface",
+        "key_ranges",
         "verification",
     },  # a module verifies itself, by what compares it with the reference
     "verification": {
         *("spec", "interface", "layout", "reference", "reference_weights", "reference_functions", "runtime"),
-        *("score", "bounds", "tracing"),
+        *("score", "bounds", "tracing", "key_ranges"),
     },
     "score": set(),
     "score_text": {"score"},
@@ -45,13 +47,13 @@ ARROWS = {
     "store": {"interrupts"},
     "native": {"commands"},
     "tvmscript": set(),
-    "kernels": {"spec", "score", "ranges", "bounds", "interface", "tiles", "tvmscript"},
+    "kernels": {"spec", "score", "ranges", "bounds", "interface", "key_ranges", "tiles", "tvmscript"},
     "schedules": {"tiles", "spec", "kernels", "tvmscript"},
-    "host": {"spec", "bounds", "interface", "tiles", "installation", "runtime", "cpu"},
+    "host": {"spec", "bounds", "interface", "key_ranges", "tiles", "installation", "runtime", "cpu"},
     "backend": {"spec"},
     "cpu": {
         *("spec", "bounds", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
-        *("backend", "native", "interrupts", "words", "score"),
+        *("backend", "native", "interrupts", "words", "score", "key_ranges"),
     },
     "cuda": {
         *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),

@@ -14,7 +14,8 @@ from tolerances import assert_close_to_oracle, assert_same_bits
 
 import pa_compiler
 from pa_compiler import PagedAttentionSpec
-from pa_compiler.interface import AttendItem, attend_range_blocks
+from pa_compiler.interface import AttendItem
+from pa_compiler.key_ranges import attend_range_blocks
 
 CHUNKS = (1, 2, 3, 7, 16, 33, 100)
 AVX2 = {"kind": "llvm", "mcpu": "x86-64-v3"}

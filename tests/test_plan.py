@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from specs import BASE, SPECS, every_pipeline, every_spec, lengths_around_the_splits, range_tokens
 
-from pa_compiler import interface
+from pa_compiler import key_ranges
 
 BATCHES = {
     "none": [],
@@ -99,7 +99,7 @@ def test_sequences_are_cut_into_the_fewest_equal_ranges(compiled, spec):
         assert ranges[-1][1] == blocks, length
         sizes = [end - begin for begin, end in ranges]
         even = -(-blocks // len(ranges))
-        size = range_tokens(spec) // spec.block_size if interface.decodes_in_step(spec) else even
+        size = range_tokens(spec) // spec.block_size if key_ranges.decodes_in_step(spec) else even
         assert sizes[:-1] == [size] * (len(ranges) - 1), length
         assert 0 < sizes[-1] <= sizes[0], length
 
@@ -160,8 +160,8 @@ def test_a_window_costs_what_a_context_of_its_length_costs(compiled, name, pipel
 def test_packed_sequences_are_cut_at_fixed_positions(compiled):
     """Where attend cuts them, whatever their lengths and windows."""
     spec = SPECS["bfloat16_packed"]
-    step = interface.attend_range_blocks(spec)
-    assert step * spec.block_size == interface.SPLIT_TOKENS // spec.num_kv_heads
+    step = key_ranges.attend_range_blocks(spec)
+    assert step * spec.block_size == key_ranges.SPLIT_TOKENS // spec.num_kv_heads
     for window, length in itertools.product((None, 3000), (1024, 1025, 5000, 5016, 9999)):
         items = plan(compiled(dataclasses.replace(spec, window=window)), [length])
         first, end = max(length - (window or length), 0) // spec.block_size, -(-length // spec.block_size)

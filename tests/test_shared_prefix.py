@@ -13,7 +13,7 @@ from tolerances import assert_same_bits
 
 import pa_compiler
 from pa_compiler import reference
-from pa_compiler.interface import attend_range_blocks
+from pa_compiler.key_ranges import attend_range_blocks
 from pa_compiler.verification.inputs import as_pair
 
 every_layout = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

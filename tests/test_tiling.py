@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from pa_compiler import PagedAttentionSpec, interface
+from pa_compiler import PagedAttentionSpec, key_ranges
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.prefetch import fetching_passes
 from pa_compiler.cpu.target import CpuTarget
@@ -78,7 +78,7 @@ def test_the_tiles_of_every_spec(cpu, pipeline):
         assert tiles.kv_tile % tiles.streams == 0, spec
         if spec.kv_layout == "packed":  # a tile begins where tokens that lie side by side begin
             assert tiles.token_group % PACKED_TOKENS == tiles.kv_tile % PACKED_TOKENS == 0, spec
-        assert tiles.split_blocks == 1 or tiles.split_blocks * spec.block_size <= interface.SPLIT_TOKENS, spec
+        assert tiles.split_blocks == 1 or tiles.split_blocks * spec.block_size <= key_ranges.SPLIT_TOKENS, spec
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from families import make_model
 
 torch = pytest.importorskip("torch", reason="torch is not installed: its benchmark is not run")
 pytest.importorskip("transformers", reason="transformers is not installed: its benchmark is not run")
 
-from test_transformers_generate import make_model  # noqa: E402  (needs transformers)
 
 from benchmarks import engines, engines_models  # noqa: E402
 from benchmarks.engines_report import Case, parsed, print_tables, save  # noqa: E402

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from families import make_model
 
 torch = pytest.importorskip("torch", reason="torch is not installed: transformers' models are not run")
 pytest.importorskip("transformers", reason="transformers is not installed: its models are not run")
 
-from test_transformers_generate import make_model  # noqa: E402  (needs transformers)
 from transformers import GenerationConfig  # noqa: E402
 from transformers.generation.configuration_utils import ContinuousBatchingConfig  # noqa: E402
 

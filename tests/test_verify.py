@@ -9,6 +9,19 @@ import shlex
 import numpy as np
 import pytest
 import tvm
+from broken import (
+    SEED,
+    Broken,
+    ForgetsATokenOnAppend,
+    empty_is_not_zero,
+    expect_failures,
+    logarithm_to_base_2,
+    not_a_number,
+    one_element,
+    raises,
+    writes_beside_out,
+    writes_its_inputs,
+)
 from builds import build_library
 from click.testing import CliRunner
 from specs import BASE, SPECS, every_spec, range_tokens
@@ -18,11 +31,7 @@ from pa_compiler import backends
 from pa_compiler.cli import main as cli
 from pa_compiler.cpu import backend, target
 from pa_compiler.cpu import tiles as tiling
-from pa_compiler.interface import attend_range_blocks
-from pa_compiler.verification import draws, verify
-
-SEED = 1
-DRAWS = 24
+from pa_compiler.verification import draws, numbers
 
 
 @every_spec
@@ -60,7 +69,7 @@ def test_draws_reach_what_is_hard(name):
     assert any(call.scale is None for call in calls)
     assert max(call.scale or 0 for call in calls) > 1e25
     largest = [largest_of(call.values[call.is_used]) for call in calls]
-    assert max(largest) == pytest.approx(min(draws._LARGEST[spec.dtype], draws._LARGEST[spec.result_dtype]), rel=1e-3)
+    assert max(largest) == pytest.approx(min(numbers.LARGEST[spec.dtype], numbers.LARGEST[spec.result_dtype]), rel=1e-3)
     assert 0 < min(size for size in largest if size) < 0.1
     unseen = [call.keys[call.is_used][..., 0] == -np.inf for call in calls]
     assert {bool(each.all()) for each in unseen if each.any()} == {False, True}
@@ -89,124 +98,6 @@ def test_a_draw_is_a_function_of_seed_and_number():
     assert one.keys.shape != other.keys.shape or (one.keys != other.keys).any()
 
 
-@pytest.mark.parametrize("fields", [{}, {"window": 60, "sinks": True}], ids=["all", "window"])
-def test_prefixes_and_merges_are_drawn(compiled, fields):
-    module = compiled(dataclasses.replace(BASE, **fields), attend=True, shared_prefix=True, merge_states=True)
-    for number in range(24):
-        assert module.verify(seed=SEED, draw=number).passed
-
-
-def test_draws_of_prefixes_reach_what_is_hard():
-    calls = [draws.draw(BASE, SEED, number, True, True) for number in range(120)]
-    told = [(call, call.prefixes) for call in calls if call.prefixes is not None]
-    assert len(told) > 20
-    assert {call.queries is None for call in calls if call.prefixes is None} == {True, False}
-    lens = np.concatenate([prefixes.prefix_len for _, prefixes in told])
-    assert lens.max() > 500
-    assert 0 in lens
-    assert (lens % BASE.block_size == 0).all()
-    shared = [
-        np.count_nonzero(call.queries.counts[begin:end])
-        for call, prefixes in told
-        for begin, end, length in zip(
-            prefixes.prefix_start_loc[:-1], prefixes.prefix_start_loc[1:], prefixes.prefix_len, strict=True
-        )
-        if length
-    ]
-    assert max(shared) > 3
-    assert any(call.as_pair for call, _ in told)
-
-
-class Broken:
-    """A module whose results are changed on the way out; spoil(out, lse or None, arguments) says how."""
-
-    def __init__(self, module, spoil=lambda out, lse, arguments: None):
-        self.module, self.spec, self.num_threads, self.spoil = module, module.spec, 1, spoil
-
-    has_attend = has_attend_shared_prefix = has_merge_states = False
-    most_query_tokens = None
-
-    def decode(self, *arguments, **options):
-        returned = self.module.decode(*arguments, **options)
-        self.spoil(*(returned if isinstance(returned, tuple) else (returned, None)), arguments)
-        return returned
-
-    def append_kv(self, *arguments):
-        self.module.append_kv(*arguments)
-
-
-class BrokenWithQueries(Broken):
-    """One of which calls of attend are changed."""
-
-    has_attend, most_query_tokens = True, None
-
-    def decode(self, *arguments, **options):
-        return self.module.decode(*arguments, **options)
-
-    def attend(self, *arguments, **options):
-        returned = self.module.attend(*arguments, **options)
-        self.spoil(*(returned if isinstance(returned, tuple) else (returned, None)), arguments)
-        return returned
-
-
-class BrokenWithPrefixes(BrokenWithQueries):
-    """One of which those with prefixes are."""
-
-    has_attend_shared_prefix = True
-
-    def attend(self, *arguments, **options):
-        return self.module.attend(*arguments, **options)
-
-    def attend_shared_prefix(self, *arguments, **options):
-        returned = self.module.attend_shared_prefix(*arguments, **options)
-        self.spoil(*(returned if isinstance(returned, tuple) else (returned, None)), arguments)
-        return returned
-
-
-class BrokenWithParts(Broken):
-    """One whose merge_states forgets a part."""
-
-    has_merge_states = True
-
-    def merge_states(self, outs, lses, **options):
-        return self.module.merge_states(outs[:-1] if len(outs) > 1 else outs, lses[: len(lses) - 1 or 1], **options)
-
-
-class ForgetsATokenOnAppend(Broken):
-    def append_kv(self, key, value, key_cache, value_cache, slot_mapping):
-        self.module.append_kv(key[1:], value[1:], key_cache, value_cache, slot_mapping[1:])
-
-
-def one_element(out, lse, arguments):
-    out[-1:, -1, -1] += 0.1
-
-
-def not_a_number(out, lse, arguments):
-    out[:1, 0, 0] = np.nan
-
-
-def empty_is_not_zero(out, lse, arguments):
-    out[arguments[4] == 0] = 1e-30
-
-
-def logarithm_to_base_2(out, lse, arguments):
-    if lse is not None:
-        lse /= np.float32(np.log(2))
-
-
-def writes_beside_out(out, lse, arguments):
-    if out.base is not None and out.base.shape != out.shape:
-        out.base[-1, -1, -1] = out.base[0, 0, 0] = 0
-
-
-def writes_its_inputs(out, lse, arguments):
-    arguments[2][-1] = 0
-
-
-def raises(out, lse, arguments):
-    raise IndexError("block_table: expected less")
-
-
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -223,20 +114,8 @@ def test_wrong_results_fail(compiled, spoil, says):
     expect_failures(Broken(compiled(BASE), spoil), says)
 
 
-def test_wrong_results_of_prefixes_and_parts_fail(compiled):
-    module = compiled(BASE, attend=True, shared_prefix=True, merge_states=True)
-    expect_failures(BrokenWithPrefixes(module, one_element), "^out: 1 of")
-    expect_failures(BrokenWithPrefixes(module, writes_its_inputs), "^value_cache: .* after attend_shared_prefix")
-    expect_failures(BrokenWithParts(module), r"^merge_states: (out|lse): .* of \d+ parts: expected")
-
-
 def test_a_wrong_append_fails(compiled):
     expect_failures(ForgetsATokenOnAppend(compiled(BASE)), "^key_cache: its bits are not as expected after append_kv")
-
-
-def expect_failures(module, says):
-    failed = [failure for number in range(DRAWS) for failure in verify.verify(module, seed=SEED, draw=number).failures]
-    assert any(re.search(says, failure.message) for failure in failed), failed
 
 
 FAULTS = {  # a stage, a piece of its text, and what is there instead
@@ -313,32 +192,3 @@ def test_arguments_are_checked(figure, compiled, arguments, error, says):
     with pytest.raises(error, match=f"^{says}"):
         compiled(BASE).verify(**arguments)
     figure("kinds", 1)
-
-
-def test_draws_of_attend_reach_what_is_hard():
-    calls = [draws.draw(BASE, SEED, number, True) for number in range(1, 160, 2)]
-    assert all(draws.draw(BASE, SEED, number, True).queries is None for number in range(0, 20, 2))
-    counts = np.concatenate([call.queries.counts for call in calls])
-    assert {0, 1, 2, 7, 16, 17, 33, 512} <= set(counts.tolist())
-    assert {call.queries.causal for call in calls} == {False, True}
-    trees = [call.queries.tree_mask for call in calls if call.queries.tree_mask is not None]
-    assert {tree.dtype.name for tree in trees} == {"bool", "uint8"}
-    assert max(call.context_lens.max(initial=0) for call in calls) > attend_range_blocks(BASE) * BASE.block_size
-    assert any(np.isnan(call.values[call.is_used].astype(np.float32)).any() for call in calls)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (one_element, r"^out: 1 of \d+ elements out of tolerance"),
-        (logarithm_to_base_2, r"^lse: "),
-        (writes_its_inputs, r"^value_cache: its bits are not as expected after attend"),
-    ],
-    ids=["one_element", "logarithm_to_base_2", "writes_its_inputs"],
-)
-def test_wrong_results_of_attend_fail(compiled, spoil, message):
-    module = BrokenWithQueries(compiled(BASE, attend=True), spoil)
-    results = [verify.verify(module, seed=SEED, draw=number) for number in range(DRAWS)]
-    assert not any(result.failures for result in results[::2])
-    messages = [failure.message for result in results for failure in result.failures]
-    assert any(re.search(message, each) for each in messages), messages

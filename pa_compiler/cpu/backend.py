@@ -15,7 +15,8 @@ from pa_compiler.cpu import instructions, prefetch
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.build import Kernels
-from pa_compiler.interface import CPU_ENTRY_POINTS, decodes_by_attend
+from pa_compiler.interface import CPU_ENTRY_POINTS
+from pa_compiler.key_ranges import decodes_by_attend
 from pa_compiler.score import BATCH, parts
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling

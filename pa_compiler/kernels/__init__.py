@@ -9,7 +9,6 @@ from collections.abc import Callable
 from tvm import IRModule
 from tvm.tirx import PrimFunc
 
-from pa_compiler.interface import decodes_by_attend
 from pa_compiler.kernels import staged
 from pa_compiler.kernels.append_kv import append_key, append_row, append_value
 from pa_compiler.kernels.fused_attend import fused_attend
@@ -17,6 +16,7 @@ from pa_compiler.kernels.fused_decode import fused_decode
 from pa_compiler.kernels.merge_attend import merge_attend
 from pa_compiler.kernels.merge_partials import merge_partials
 from pa_compiler.kernels.merge_parts import merge_float32_parts, merge_parts
+from pa_compiler.key_ranges import decodes_by_attend
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 

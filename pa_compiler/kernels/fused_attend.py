@@ -8,7 +8,6 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
-from pa_compiler.interface import attend_range_blocks, attend_tiles, decodes_in_step
 from pa_compiler.kernels import ahead, state
 from pa_compiler.kernels.arrays import Arrays, BlockTable, without
 from pa_compiler.kernels.attend_rows import Item, attend_rows, finish_item, rows_of_item
@@ -17,16 +16,10 @@ from pa_compiler.kernels.computed import compute_columns
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.rows import begins_late
 from pa_compiler.kernels.score_functions import ScoreFunctions
-from pa_compiler.kernels.sight import (
-    BEGIN,
-    LIMIT,
-    Bounds,
-    Tree,
-    find_bounds,
-    find_runs,
-)
+from pa_compiler.kernels.sight import BEGIN, LIMIT, Bounds, Tree, find_bounds, find_runs
 from pa_compiler.kernels.state import EMPTY_ROW_MAX, State
 from pa_compiler.kernels.tokens import Tile, token_offsets
+from pa_compiler.key_ranges import attend_range_blocks, attend_tiles, decodes_in_step
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -132,14 +125,12 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             context_len: T.let = context_lens[seq]
             head_tiles: T.let = T.ceildiv(num_query * spec.group, rows)
             num_tiles: T.let = num_kv_heads * head_tiles
-            item = T.meta_var(
-                Item(
-                    seq, token_begin, num_query, kv_head_begin, num_kv_heads, head_tiles, score_scale,
-                    Bounds(positions, limits, begins if late else None, places if spec.wide_range else None, reach),
-                    Tree(tree_mask, tree_start, tree_size, context_len - tree_size),
-                    alibi_slopes if spec.alibi else None,
-                )
-            )  # fmt: skip
+            slopes = T.meta_var(alibi_slopes if spec.alibi else None)
+            item = T.meta_var(Item(
+                seq, token_begin, num_query, kv_head_begin, num_kv_heads, head_tiles, score_scale,
+                Bounds(positions, limits, begins if late else None, places if spec.wide_range else None, reach),
+                Tree(tree_mask, tree_start, tree_size, context_len - tree_size), slopes,
+            ))  # fmt: skip
             sees_all: T.let = T.Or(causal == 0, tree_start >= T.int64(0))
             total = T.meta_var(State(total_max, total_sum, total_acc, 0))
             running = T.meta_var(State(row_max, row_sum, acc, 0))
@@ -167,9 +158,8 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                             if not spec.shared_kv:
                                 value_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                             keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
-                            values = T.meta_var(
-                                keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
-                            )
+                            of_values = T.meta_var((value_cache, v_block, v_row, v_head))
+                            values = T.meta_var(keys if spec.shared_kv else Cache(*of_values, value_offsets))
                             attend(
                                 q_tile, keys, values, table, of_functions, item, running, vstep, num_steps,
                                 read_begin + vstep * kv_tile, range_end, key_end if looks_beyond else range_end,

@@ -45,6 +45,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     in_pairs = tiling.many_tokens and tiling.values.terms == 2
     pairs_stage, in_step = pair_weights(tiling), tiling.weight_sums > 0
     weigh, rounded = (store_weight, round_up_to_bfloat16) if in_step else (store_exp, round_to_bfloat16)
+    valid = () if in_step else (True,)
 
     @inline
     def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring, pairs=None, num_full=0):
@@ -75,9 +76,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
             )
             if not tiling.many_tokens:
                 scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
-            peak = T.sblock_alloc_buffer((rows,), "float32")
-            if not tiling.many_tokens:
                 scale_stage(scores, scaled, slot, scale, tile, 0, num_groups, scoring)
+            peak = T.sblock_alloc_buffer((rows,), "float32")
             for r, to, ti in T.grid(rows, num_groups - num_done, group):
                 with T.sblock("peak"):
                     vt = T.axis.reduce(tokens, (num_done + to) * group + ti)
@@ -113,10 +113,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.sblock("exact"):
                         vt = T.axis.spatial(tokens, to * group + ti)
                         vr = T.axis.spatial(rows, r)
-                        weigh(
-                            exact, (vr, vt), scaled[vr, vt] - tile_max[slot, vr],
-                            *([] if in_step else [True]), of_row(headroom, vr),
-                        )  # fmt: skip
+                        weigh(exact, (vr, vt), scaled[vr, vt] - tile_max[slot, vr], *valid, of_row(headroom, vr))
                 for r, to, ti in T.grid(rows, num_groups, group):
                     with T.sblock("probs"):
                         vt = T.axis.spatial(tokens, to * group + ti)

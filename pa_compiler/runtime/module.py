@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import tvm_ffi
 
-from pa_compiler.interface import AttendItem, PrefixItem, WorkItem, decodes_by_attend
+from pa_compiler.interface import AttendItem, PrefixItem, WorkItem
+from pa_compiler.key_ranges import decodes_by_attend
 from pa_compiler.runtime import files, manifest, memory, threads, torch_tensors
 from pa_compiler.runtime.arguments import NUMPY_DTYPES, whole_number
 from pa_compiler.runtime.calls import Calls

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from pa_compiler.interface import split_blocks
+from pa_compiler.key_ranges import split_blocks
 from pa_compiler.reference_functions import Places
 from pa_compiler.score import BATCH
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import ragged
-from pa_compiler.verification.inputs import GARBAGE_IDS, function_inputs, needed_entries, noise, used_slots
+from pa_compiler.verification.inputs import GARBAGE_IDS, function_inputs, needed_entries, used_slots
+from pa_compiler.verification.numbers import ends, huge_scores, ordinary
 from pa_compiler.verification.prefixes import Groups, Prefixes, draw_groups, share
 from pa_compiler.verification.ragged import Queries, draw_queries, poison_the_last
 
@@ -28,12 +29,6 @@ _SEVERAL = 32
 _MAX_SLOTS, _MAX_BATCH = 1 << 15, 64
 _EDGES = (16, 128, 256)
 """Multiples of these, of the block's size and of the length of a range are where vectors, tiles and ranges end."""
-_LARGEST = {"float32": 3.4e38, "float16": 65280.0, "bfloat16": 2.0**128 - 2.0**120}
-"""Values up to which averages are promised; of float16, up to the largest that bfloat16 has too."""
-_POWERS = {"query": (-30, 91), "keys": (-30, 91), "values": (-60, 1)}
-"""Powers of two that ordinary numbers are multiplied by, from and to. Results are then as exact as without."""
-_POWERS_OF_FLOAT16 = {"query": (-6, 13), "keys": (-6, 16), "values": (-6, 1)}
-"""The same where float16 is among the types."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +105,13 @@ def draw(
     inputs = {"inputs": function_inputs(rng, spec, len(context_lens))} if spec.inputs else {}
     block_table, is_used, prefixes = _place(rng, spec, context_lens, queries, inputs.get("inputs", {}), groups)
     # A function has a bound on the error of its results where scores and what it makes of them are ordinary numbers.
-    kinds = (_ordinary, _huge_scores, _ends) if spec.score_mod is None else (_ordinary,)
+    kinds = (ordinary, huge_scores, ends) if spec.score_mod is None else (ordinary,)
     kind = kinds[rng.choice(len(kinds), p=[0.5, 0.25, 0.25] if len(kinds) > 1 else None)]
     query, keys, values, scale = kind(rng, spec, rows, len(is_used))
     values = keys[..., : spec.result_dim] if spec.shared_kv else values
     poison = float(rng.choice([np.nan, np.nan, np.inf, -np.inf]))
     keys[~is_used] = values[~is_used] = poison
-    if queries is not None and kind is _ordinary and spec.score_mod is None and rng.random() < 0.25:
+    if queries is not None and kind is ordinary and spec.score_mod is None and rng.random() < 0.25:
         poison_the_last(values, is_used, block_table, context_lens, spec.block_size)
     return Draw(
         query=inside(query, poison, rng)[0],
@@ -129,7 +124,7 @@ def draw(
         is_used=is_used,
         poison=poison,
         scale=scale,
-        heads=_heads(rng, spec, scale if kind is _huge_scores else None) | inputs,
+        heads=_heads(rng, spec, scale if kind is huge_scores else None) | inputs,
         append=bool(rng.random() < 0.5),
         one_buffer=bool(rng.random() < 0.5),
         give_out=bool(rng.random() < 0.5),
@@ -249,60 +244,3 @@ def _heads(rng: np.random.Generator, spec: PagedAttentionSpec, huge: float | Non
         far = rng.choice([0, 1e4, -1e4, 1e30, -1e30, -np.inf], count)
         heads["sinks"] = np.where(rng.random(count) < 0.6, among, far)
     return {name: inside(array.astype(np.float32), np.nan, rng)[0] for name, array in heads.items()}
-
-
-def _ordinary(
-    rng: np.random.Generator, spec: PagedAttentionSpec, batch: int, num_blocks: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float | None]:
-    """query, keys, values and a scale that give scores of about 1; or of 0, where every token weighs the same."""
-    query = noise(rng, (batch, spec.num_heads, spec.head_dim), 4, spec.dtype)
-    slots = (num_blocks, spec.block_size, spec.num_kv_heads)
-    keys, values = (noise(rng, (*slots, dim), 1, spec.dtype) for dim in (spec.head_dim, spec.result_dim))
-    scale = rng.choice(np.array([None, -1 / np.sqrt(spec.head_dim), 0.0], object), p=[0.6, 0.2, 0.2])
-    return query, keys, values, scale
-
-
-def _huge_scores(
-    rng: np.random.Generator, spec: PagedAttentionSpec, batch: int, num_blocks: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float | None]:
-    """The same with scores up to 4e34 that are exact in float32: ties weigh the same, and nothing cancels.
-
-    A query is a power of two in one of its elements and 0 in the others, keys are small whole numbers. Where these are
-    values too they are not 0: if the value of the only token that weighs anything is, the result is of the others.
-    """
-    query = np.zeros((batch, spec.num_heads, spec.head_dim), np.float32)
-    element = rng.integers(0, spec.head_dim, query.shape[:2])
-    np.put_along_axis(query, element[..., None], 2.0 ** rng.integers(0, 9, (*query.shape[:2], 1)), axis=-1)
-    keys = rng.integers(-8, 9, (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim))
-    if spec.shared_kv:
-        keys[keys == 0] = 1
-    keys = keys.astype(spec.dtype)
-    values = noise(rng, (*keys.shape[:-1], spec.result_dim), 1, spec.dtype)
-    return query.astype(spec.dtype), keys, values, float(2.0 ** rng.integers(0, 105))
-
-
-def _ends(
-    rng: np.random.Generator, spec: PagedAttentionSpec, batch: int, num_blocks: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float | None]:
-    """The same with numbers towards the ends of their types, and ordinary scores.
-
-    Queries and keys are small or large, and the scale takes it back: their products overflow, or vanish, if it comes
-    after them. Values are small, or as large as averages may be. In some draws many scores are -inf, or all.
-    """
-    query, keys, values, _ = _ordinary(rng, spec, batch, num_blocks)
-    types = {spec.dtype, spec.result_dtype}
-    types_of_keys = types if spec.shared_kv else {spec.dtype}
-    powers = _POWERS_OF_FLOAT16 if "float16" in types_of_keys else _POWERS
-    of_query, of_keys = (int(rng.integers(*powers[name])) for name in ("query", "keys"))
-    scale = float(rng.choice([-1, 1]) * 2.0 ** -(of_query + of_keys) / np.sqrt(spec.head_dim))
-    query, keys = query * query.dtype.type(2.0**of_query), keys * keys.dtype.type(2.0**of_keys)
-    unseen = -1 if spec.shared_kv else 0  # an element of the keys that is none of the values
-    if rng.random() < 0.5 and not (spec.shared_kv and spec.result_dim == spec.head_dim):
-        query[..., unseen], scale = 2.0**of_query, abs(scale)
-        keys[rng.random(keys.shape[:-1]) < rng.choice([0.1, 1.0]), unseen] = -np.inf
-    if rng.random() < 0.5:
-        size = min(_LARGEST[name] for name in types)
-        values = np.where(rng.random(values.shape) < 0.5, values, np.sign(values))
-    else:
-        size = 2.0 ** int(rng.integers(*(_POWERS_OF_FLOAT16 if "float16" in types else _POWERS)["values"]))
-    return query, keys, (values.astype(np.float32) * np.float32(size)).astype(spec.dtype), scale

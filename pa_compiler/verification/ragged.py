@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from pa_compiler.interface import attend_range_blocks
+from pa_compiler.key_ranges import attend_range_blocks
 from pa_compiler.reference_functions import Places
 from pa_compiler.reference_weights import Seen, tokens_of
 from pa_compiler.spec import PagedAttentionSpec

@@ -28,9 +28,7 @@ def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     """A transposed copy of the query."""
     rows = sch.cache_write("q_tile", 0, "global")
     _rows_last(sch, rows)
-    if (
-        tiling.keys.terms == 2
-    ):  # LLVM loads whole vectors of pairs, where every second element would be loaded by itself
+    if tiling.keys.terms == 2:  # LLVM loads whole vectors of pairs, where it would load every second element by itself
         turn(sch, rows, 4, 4)
         return
     turn(sch, rows, 4, 4, "q_tile")
@@ -71,8 +69,7 @@ def _sum_scores(sch: Schedule, tiling: VectorTiling, name: str) -> tuple[LoopRV,
     scores = sch.get_sblock(name)
     sums = sch.cache_write(scores, 0, "global")
     group, token, row, dim = sch.get_loops(scores)[-4:]
-    # in the order in which the key lies in scratch
-    dim, step, half = sch.split(dim, [None, tiling.qk_lanes, tiling.keys.halves])
+    dim, step, half = sch.split(dim, [None, tiling.qk_lanes, tiling.keys.halves])  # as the key lies in scratch
     sch.reorder(group, dim, step, half, token, row)
     parts = [dim]
     if tiling.keys.terms == 2:

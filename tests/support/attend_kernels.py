@@ -13,8 +13,8 @@ from inputs import DTYPES
 from pa_compiler import backends, schedules
 from pa_compiler.cpu import build, instructions, prefetch, target
 from pa_compiler.cpu import tiles as tiling
-from pa_compiler.interface import ATTEND_ROWS, attend_range_blocks, attend_tiles
 from pa_compiler.kernels import build_attend
+from pa_compiler.key_ranges import ATTEND_ROWS, attend_range_blocks, attend_tiles
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from pa_compiler.cpu.tiles.basis import Basis, CpuTiling, basis, rows
 from pa_compiler.cpu.tiles.head_dim_in_lanes import HeadDimInLanes
 from pa_compiler.cpu.tiles.heads_in_lanes import HeadsInLanes
 from pa_compiler.cpu.tiles.tokens_in_lanes import TokensInLanes
-from pa_compiler.interface import ATTEND_KV_TILE, ATTEND_ROWS, decodes_in_step
+from pa_compiler.key_ranges import ATTEND_KV_TILE, ATTEND_ROWS, decodes_in_step
 from pa_compiler.spec import ITEMSIZES, PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiles import divisors
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pa_compiler.cpu.machines import Machine, machine_of
 from pa_compiler.cpu.target import CpuTarget
-from pa_compiler.interface import split_blocks
+from pa_compiler.key_ranges import split_blocks
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiles import Element, VectorTiling, divisors, equal_tile
 
