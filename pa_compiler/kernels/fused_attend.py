@@ -158,8 +158,9 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                             if not spec.shared_kv:
                                 value_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                             keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
-                            of_values = T.meta_var((value_cache, v_block, v_row, v_head))
-                            values = T.meta_var(keys if spec.shared_kv else Cache(*of_values, value_offsets))
+                            values = T.meta_var(
+                                keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
+                            )
                             attend(
                                 q_tile, keys, values, table, of_functions, item, running, vstep, num_steps,
                                 read_begin + vstep * kv_tile, range_end, key_end if looks_beyond else range_end,

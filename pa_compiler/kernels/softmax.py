@@ -76,8 +76,9 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
             )
             if not tiling.many_tokens:
                 scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
-                scale_stage(scores, scaled, slot, scale, tile, 0, num_groups, scoring)
             peak = T.sblock_alloc_buffer((rows,), "float32")
+            if not tiling.many_tokens:
+                scale_stage(scores, scaled, slot, scale, tile, 0, num_groups, scoring)
             for r, to, ti in T.grid(rows, num_groups - num_done, group):
                 with T.sblock("peak"):
                     vt = T.axis.reduce(tokens, (num_done + to) * group + ti)
