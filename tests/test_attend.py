@@ -241,7 +241,7 @@ def test_out_is_made_like_query(compiled):
 def test_not_every_module_has_it(compiled):
     module, ragged = compiled(BASE), make_ragged(BASE, [(3, 5)])
     assert not module.has_attend
-    message = r"^attend: expected a module for a CPU, compiled with attend=True, got one compiled with attend=False$"
+    message = r"^attend: expected a module compiled with attend=True, got one compiled with attend=False$"
     with pytest.raises(NotImplementedError, match=message):
         module.attend(*ragged.arguments)
     with pytest.raises(NotImplementedError, match=r"^attend: "):

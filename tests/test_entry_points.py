@@ -115,7 +115,13 @@ def test_the_header_has_the_same_list(room, entry_points):
         assert re.findall(r'\{(\d+), "([\w\[\]]+)"\}', declared) == [(str(i), each) for i, each in enumerate(names)]
         assert int(count) == len(names)
     template = installation.templates()[f"{room}/host.cc.j2"]
-    for given, parameters in (("parameters", "Decode"), ("decode_given", "Decode"), ("attend_given", "Attend")):
+    of_spec = {
+        "parameters": "Decode",
+        "decode_given": "Decode",
+        "attend_parameters": "Attend",
+        "attend_given": "Attend",
+    }
+    for given, parameters in (of_spec | {"shared_given": "AttendSharedPrefix"}).items():
         template = template.replace(f"{{{{ {given} }}}}", f"{parameters}Parameters")
     exported = re.findall(r"^PA_EXPORT\((\w+), pa::(\w+)Parameters", template, re.MULTILINE)
     assert [name for name, _ in exported] == list(entry_points)

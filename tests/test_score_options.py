@@ -71,7 +71,7 @@ def test_what_is_said_of_a_spec():
         "keys": "the last 1,024 of a sequence; blocks before them are neither looked up nor read"
     }
     assert added(window=1)["keys"].startswith("the last one of a sequence")
-    assert list(added(**FIELDS)) == ["scores", "keys"]
+    assert list(added(**FIELDS)) == ["bits", "scores", "keys"]
 
 
 def test_a_window_bounds_the_work_of_a_case():

@@ -170,14 +170,14 @@ FAULTS = {
     ),
     "a window's ranges end too early on a GPU": Fault(
         f"{_CUDA}plan.py",
-        "first_seen(spec, found[4]) + (number + 1)",
-        "(number + 1)",
+        "T.shift_left(nth + 1, places)",
+        "T.shift_left(found[RANGE] + 1, places)",
         "test_cuda_scores.py::test_windows",
     ),
     "the slope of another kv head's rows on a GPU": Fault(
         f"{_CUDA}scores.py",
-        'alibi_slopes[T.Cast("int64", first_head + head)',
-        'alibi_slopes[T.Cast("int64", head)',
+        'alibi_slopes[T.Cast("int64", rows.at(row)[1])',
+        'alibi_slopes[T.Cast("int64", row)',
         "test_cuda_scores.py::test_each_alone",
     ),
     "a sink without the sequence's headroom on a GPU": Fault(
@@ -280,7 +280,7 @@ FAULTS = {
         "test_headers.py test_plan.py",
     ),
     "the first step of a window taken for a later one": Fault(
-        "templates/cpu/calls.j2",
+        "templates/cpu/staged.j2",
         'update_values = dict(staged_values, block_idx="step")',
         "update_values = dict(staged_values)",
         "test_score_arguments.py",
