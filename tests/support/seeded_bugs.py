@@ -6,25 +6,14 @@ so has more than 300 lines.
 
 from __future__ import annotations
 
-import dataclasses
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """One edit, and the pytest arguments that should catch it."""
-
-    file: str
-    right: str
-    wrong: str
-    tests: str
-
+from seeded_bug import Fault
+from seeded_gpu_bugs import GPU_FAULTS
 
 _DECODE = (
     "test_decode.py::test_every_length_to_three_blocks test_decode.py::test_lengths_around_the_tiles "
     "test_poison.py test_ends.py test_decode.py test_invariance.py"
 )
 _KERNELS = "pa_compiler/kernels/"
-_CUDA = "pa_compiler/cuda/kernels/"
 _SCORES = "test_scores.py"
 _MASKS = "test_mask_bounds.py"
 
@@ -167,36 +156,6 @@ FAULTS = {
         "lane >= self.first_seen - self.start - before",
         "lane > self.first_seen - self.start - before",
         _SCORES,
-    ),
-    "a window's ranges end too early on a GPU": Fault(
-        f"{_CUDA}plan.py",
-        "T.shift_left(nth + 1, places)",
-        "T.shift_left(found[RANGE] + 1, places)",
-        "test_cuda_scores.py::test_windows",
-    ),
-    "the slope of another kv head's rows on a GPU": Fault(
-        f"{_CUDA}scores.py",
-        'alibi_slopes[T.Cast("int64", rows.at(row)[1])',
-        'alibi_slopes[T.Cast("int64", row)',
-        "test_cuda_scores.py::test_each_alone",
-    ),
-    "a sink without the sequence's headroom on a GPU": Fault(
-        f"{_CUDA}state.py",
-        'exponent(spec, sink - shift_of(peak), T.Cast("float32", headroom))',
-        "exponent(spec, sink - shift_of(peak), T.float32(0))",
-        "test_cuda_scores.py::test_sinks",
-    ),
-    "what a mask hides copied on a GPU": Fault(
-        f"{_CUDA}ring.py",
-        "T.meta_var(shown if functions.hides_tokens else token < range_end)",
-        "T.meta_var(token < range_end)",
-        "test_cuda_functions.py::test_masks",
-    ),
-    "a value that other heads see multiplied by 0 on a GPU": Fault(
-        f"{_CUDA}fma.py",
-        "scores[t * rows + r] * _shown(value, shown, r, t)",
-        "scores[t * rows + r] * value",
-        "test_cuda_functions.py::test_what_one_head_does_not_see_another_may",
     ),
     "append_kv skips slot 0": Fault(
         f"{_KERNELS}append_kv.py", "if target >= T.int64(0):", "if target > T.int64(0):", "test_append.py"
@@ -401,5 +360,6 @@ FAULTS = {
         "if len(found) != len(expected):",
         "test_manifest.py",
     ),
+    **GPU_FAULTS,
 }
 """By what goes wrong."""
