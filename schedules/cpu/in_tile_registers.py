@@ -1,0 +1,133 @@
+"""CPU strategy of attend: matmuls by a matrix unit (AMX), everything else as where rows lie in the lanes of a vector.
+
+    qk_matmul    64 tokens x 16 rows of scores in four tile registers, one step for 16 pairs of head_dim
+    pv_matmul    64 elements of value_dim x 16 rows of outputs in four tile registers, one step for 16 pairs of tokens
+
+The left operands are the copies of a tile of keys, as they lie in rows of tokens, and of values, transposed. The right
+ones are the query and the weights, whose rows lie side by side for the softmax.
+"""
+
+from collections.abc import Callable
+
+from tvm.s_tir import Schedule
+
+from pa_compiler.kernels.ahead import KEYS, VALUES
+from pa_compiler.schedules.cpu import head_dim_in_lanes, heads_in_lanes
+from pa_compiler.schedules.cpu.heads_in_lanes import _rows_last, _vertical
+from pa_compiler.schedules.fetch import fetch
+from pa_compiler.schedules.intrinsics.tile_products import TILE, TILES, add_tiles, clear_tiles, store_tiles
+from pa_compiler.schedules.intrinsics.transpose import turn
+from pa_compiler.tiles import VectorTiling
+
+
+def load_keys(sch: Schedule, tiling: VectorTiling) -> None:
+    """Rows of the cache as vectors."""
+    _, lane = sch.split(sch.get_loops("load_keys_element")[-1], [None, tiling.qk_lanes])
+    sch.vectorize(lane)
+
+
+def load_values(sch: Schedule, tiling: VectorTiling) -> None:
+    """Pairs of tokens, transposed."""
+    turned = sch.cache_write("load_values_element", 0, "global")
+    _rows_last(sch, turned)
+    turn(sch, turned, 4, 4, "load_values_element")
+    sch.unroll(sch.get_loops("load_values_element")[-2])
+    sch.vectorize(sch.get_loops("load_values_element")[-1])
+
+
+def find_infinite(sch: Schedule, tiling: VectorTiling) -> None:
+    """Token pairs in lanes."""
+    lane, *around = sch.get_loops("largest")[-4:]
+    sch.reorder(*around, lane)
+    sch.vectorize(lane)
+    sch.decompose_reduction("largest", around[0])
+    (lane,) = sch.get_loops("infinite")[-1:]
+    sch.decompose_reduction("infinite", lane)
+
+
+def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
+    """Scores of a token group in tile registers."""
+    _rows_last(sch, "scores")
+    scores = sch.get_sblock("scores")
+    sums = sch.cache_write(scores, 0, "global")
+    group, token, row, dim = sch.get_loops(scores)[-4:]
+    dim, step = sch.split(dim, [None, TILE])
+    sch.reorder(group, dim, token, row, step)
+    sch.reverse_compute_at(sums, group, preserve_unit_loops=True)
+    _in_tile_registers(sch, "scores", dim, token, sch.get_loops(sums)[-2], sums)
+    fetch(sch, KEYS, group, shares=[dim])
+
+
+def _in_tile_registers(sch, name, outer, inner, stored, sums) -> None:
+    init = sch.decompose_reduction(name, outer)
+    sch.tensorize(sch.get_loops(init)[-2], clear_tiles())
+    sch.tensorize(inner, add_tiles())
+    sch.tensorize(stored, store_tiles())
+
+
+def whole_products(sch: Schedule, tiling: VectorTiling) -> None:
+    """Outputs in tile registers."""
+    group, dim = _products(sch, "whole")
+    fetch(sch, VALUES, group, passes=[dim])
+
+
+def apart_products(sch: Schedule, tiling: VectorTiling) -> None:
+    """The same of the values that one row sees."""
+    _products(sch, "apart")
+
+
+def _products(sch: Schedule, of: str):
+    _rows_last(sch, f"{of}_sum")
+    block = sch.get_sblock(f"{of}_sum")
+    sums = sch.cache_write(block, 0, "global")
+    group, dim, row, token = sch.get_loops(block)[-4:]
+    dim_outer, dim = sch.split(dim, [None, TILES * TILE])
+    token_outer, token = sch.split(token, [None, TILE])
+    sch.reorder(dim_outer, group, token_outer, dim, row, token)
+    sch.reverse_compute_at(sums, dim_outer, preserve_unit_loops=True)
+    _in_tile_registers(sch, f"{of}_sum", group, dim, sch.get_loops(sums)[-2], sums)
+    return group, dim_outer
+
+
+def row_values(sch: Schedule, tiling: VectorTiling) -> None:
+    """As the copy of values lies."""
+    _rows_last(sch, "row_value")
+
+
+def row_of_acc(sch: Schedule, tiling: VectorTiling) -> None:
+    """One element after another."""
+
+
+def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
+    """Nothing around its parts."""
+
+
+def fold(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical."""
+    _rows_last(sch, "acc")
+    _vertical(sch, "acc")
+
+
+STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
+    name: apply
+    for name, apply in heads_in_lanes.STAGES.items()
+    if name not in ("few_qk_matmul", "few_pv_update", "pv_update")
+} | {
+    "load_keys": load_keys,
+    "load_values": load_values,
+    "find_infinite": find_infinite,
+    "qk_matmul": qk_matmul,
+    "whole_products": whole_products,
+    "row_values": row_values,
+    "apart_products": apart_products,
+    "fold": fold,
+}
+"""How each stage is scheduled, by the name of its sblock."""
+
+SCALAR = heads_in_lanes.SCALAR | {
+    "pv_update": "around stages",
+    "row_apart": "around stages",
+    "unused_value": "half of some words, at the end of a sequence",
+    "row_of_acc": "a row of outputs where values are infinite or NaN",
+}
+"""The sblocks that run as they are written, and why."""
