@@ -14,7 +14,7 @@ from pa_compiler.kernels.attend_rows import Item, attend_rows, finish_item, rows
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import compute_columns
 from pa_compiler.kernels.load_query import load_query
-from pa_compiler.kernels.pv_whole import clear_unused, find_infinite
+from pa_compiler.kernels.pv_whole import clear_unused, find_infinite, load_pairs
 from pa_compiler.kernels.rows import begins_late
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.sight import BEGIN, LEAST_LIMIT, LIMIT, Bounds, Tree, find_bounds, find_runs
@@ -231,9 +231,11 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     key_copy, value_copy = key_copy_shape(spec, tiling), copy_shape(tiling, tiling.values, spec.result_dim)
     load_keys = load_tile(tiling, key_access(spec, tiling), tiling.keys, key_copy, "load_keys")
     load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")
+    if tiling.in_tile_registers and spec.kv_layout != "packed":
+        load_values = load_pairs(spec, tiling)
     attend, k_dtype, v_dtype = attend_rows(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
     columns_stage = compute_columns(ScoreFunctions(spec, many_tokens=True), tiling)
-    by_token = spec.kv_layout == "NHD"
+    by_token = spec.kv_layout == "NHD" and not tiling.in_tile_registers
     announce_keys, announce_values = ahead.announce(ahead.KEYS), ahead.announce(ahead.VALUES)
     find_infinite_stage, clear_unused_stage = find_infinite(spec, tiling), clear_unused(spec, tiling)
     some_unseen = begins_late(spec, many_tokens=True) or bool(spec.functions)

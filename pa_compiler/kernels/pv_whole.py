@@ -9,14 +9,48 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
+from pa_compiler.kernels.caches import whole
 from pa_compiler.kernels.computed import words_of
-from pa_compiler.kernels.elements import LOW, dot_pairs
+from pa_compiler.kernels.elements import LOW, dot_pairs, pair_halves
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
 
 _LANES = 16
 _INFINITE = 0x7F800000
+
+
+def load_pairs(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """The sblock load_values: copy[p, d] = the word of element d of the tokens 2p and 2p + 1, of num_groups groups.
+
+    Of tokens whose rows lie in words of two elements. The rows are copied first, as they are.
+    """
+    tokens, group, dim = tiling.padded_kv_tile, tiling.token_group, spec.result_dim
+    words = dim // tiling.values.word
+
+    @inline
+    def stage(cache, copy, head_offset, num_groups):
+        rows = T.sblock_alloc_buffer((tokens, words), "int32")
+        with T.sblock("load_rows"):
+            T.reads(whole(cache.memory), whole(cache.offsets))
+            T.writes(rows[0:tokens, 0:words])
+            for to, ti, w in T.grid(num_groups, group, words):
+                with T.sblock("load_rows_element"):
+                    vt = T.axis.spatial(tokens, to * group + ti)
+                    vw = T.axis.spatial(words, w)
+                    T.reads(whole(cache.memory), whole(cache.offsets))
+                    T.writes(rows[vt, vw])
+                    rows[vt, vw] = cache.memory[cache.offsets[vt] + head_offset + T.Cast("int64", vw)]
+        with T.sblock("load_values"):
+            T.reads(rows[0:tokens, 0:words])
+            T.writes(copy[0 : tokens // 2, 0:dim])
+            for to, ti, d in T.grid(num_groups, group // 2, dim):
+                with T.sblock("load_values_element"):
+                    vp = T.axis.spatial(tokens // 2, to * (group // 2) + ti)
+                    vd = T.axis.spatial(dim, d)
+                    copy[vp, vd] = pair_halves(rows[2 * vp, T.floordiv(vd, 2)], rows[2 * vp + 1, T.floordiv(vd, 2)], vd)
+
+    return stage
 
 
 def find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:

@@ -9,30 +9,69 @@ ones are the query and the weights, whose rows lie side by side for the softmax.
 
 from collections.abc import Callable
 
+from tvm.ir import Expr
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.cpu import head_dim_in_lanes, heads_in_lanes
 from pa_compiler.schedules.cpu.heads_in_lanes import _rows_last, _vertical
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.tile_products import TILE, TILES, add_tiles, clear_tiles, store_tiles
-from pa_compiler.schedules.intrinsics.transpose import turn
+from pa_compiler.schedules.intrinsics.transpose import transpose
+from pa_compiler.schedules.intrinsics.turn_pairs import turn_pairs
 from pa_compiler.tiles import VectorTiling
 
 
 def load_keys(sch: Schedule, tiling: VectorTiling) -> None:
+    """Rows of the cache as vectors; packed, where tokens lie side by side, they are turned."""
+    if _is_packed(tiling):
+        _load_turned(sch, "load_keys_element", 0)
+    else:
+        _, lane = sch.split(sch.get_loops("load_keys_element")[-1], [None, TILE])
+        sch.vectorize(lane)
+
+
+def load_rows(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of the cache as vectors."""
-    _, lane = sch.split(sch.get_loops("load_keys_element")[-1], [None, tiling.qk_lanes])
+    _, lane = sch.split(sch.get_loops("load_rows_element")[-1], [None, TILE])
     sch.vectorize(lane)
 
 
 def load_values(sch: Schedule, tiling: VectorTiling) -> None:
-    """Pairs of tokens, transposed."""
-    turned = sch.cache_write("load_values_element", 0, "global")
-    _rows_last(sch, turned)
-    turn(sch, turned, 4, 4, "load_values_element")
-    sch.unroll(sch.get_loops("load_values_element")[-2])
-    sch.vectorize(sch.get_loops("load_values_element")[-1])
+    """Turned: pairs of tokens, as they lie packed, or as their rows have them."""
+    if _is_packed(tiling):
+        sch.transform_layout("load_values_element", ("write", 0), lambda pair, dim: (dim, pair))
+        _load_turned(sch, "load_values_element", 1)
+        return
+    _rows_last(sch, "load_values_element")
+    pair, dim = sch.get_loops("load_values_element")[-2:]
+    pair_outer, pair = sch.split(pair, [None, TILE])
+    dim_outer, dim = sch.split(dim, [None, 2 * TILE])
+    sch.reorder(pair_outer, dim_outer, pair, dim)
+    sch.tensorize(pair, turn_pairs())
+
+
+def _is_packed(tiling: VectorTiling) -> bool:
+    """Whether a word of the values has an element of two tokens."""
+    return tiling.values.halves == 1
+
+
+def _load_turned(sch: Schedule, name: str, first: int) -> None:
+    """Tiles of words that lie side by side in the cache along the first axis of a copy, which is an sblock's nth loop."""
+    sch.blockize(sch.get_loops(name)[-2])  # a token group: how many there are is known at run time only
+    turned = sch.cache_write(name, 0, "global")
+    sch.transform_layout(name, ("write", 0), lambda i, j: (i // TILE, j, i % TILE))
+    sch.transform_block_layout(turned, lambda i, j: (j, i))
+    outer, tile = zip(*(sch.split(loop, [None, TILE]) for loop in sch.get_loops(turned)[-2:]), strict=True)
+    sch.reorder(*outer, *tile)
+    sch.compute_at(name, outer[-1], preserve_unit_loops=True)
+    sch.tensorize(tile[0], transpose(TILE, TILE, "int32"))
+    loops = sch.get_loops(name)[-2:]
+    lane = loops.pop(first)
+    sch.reorder(*loops, lane)
+    sch.unroll(*loops)
+    sch.vectorize(lane)
 
 
 def find_infinite(sch: Schedule, tiling: VectorTiling) -> None:
@@ -67,18 +106,18 @@ def _in_tile_registers(sch, name, outer, inner, stored, sums) -> None:
 
 def whole_products(sch: Schedule, tiling: VectorTiling) -> None:
     """Outputs in tile registers."""
-    group, dim = _products(sch, "whole")
+    group, dim = _products(sch, tiling, "whole")
     fetch(sch, VALUES, group, passes=[dim])
 
 
 def apart_products(sch: Schedule, tiling: VectorTiling) -> None:
     """The same of the values that one row sees."""
-    _products(sch, "apart")
+    _products(sch, tiling, "apart")
 
 
-def _products(sch: Schedule, of: str):
-    _rows_last(sch, f"{of}_sum")
+def _products(sch: Schedule, tiling: VectorTiling, of: str) -> tuple[LoopRV, LoopRV]:
     block = sch.get_sblock(f"{of}_sum")
+    _rows_last(sch, block)
     sums = sch.cache_write(block, 0, "global")
     group, dim, row, token = sch.get_loops(block)[-4:]
     dim_outer, dim = sch.split(dim, [None, TILES * TILE])
@@ -114,6 +153,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     if name not in ("few_qk_matmul", "few_pv_update", "pv_update")
 } | {
     "load_keys": load_keys,
+    "load_rows": load_rows,
     "load_values": load_values,
     "find_infinite": find_infinite,
     "qk_matmul": qk_matmul,
