@@ -11,7 +11,10 @@ from pa_compiler.key_ranges import ATTEND_KV_TILE, decodes_in_step
 from pa_compiler.spec import PACKED_TOKENS
 from pa_compiler.tiles import divisors
 
-_PAIRS, _SUMS = 16, 64
+TILES = 4
+"""Tile registers that a block of sums has."""
+
+_PAIRS, _SUMS = 16, 16 * TILES
 """Pairs that an instruction adds up, and rows of sums of a block (schedules/intrinsics/tile_products.py)."""
 
 
