@@ -16,10 +16,10 @@ from ragged_inputs import assert_near_float64, make_ragged
 from tolerances import assert_same_bits
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec
+from pa_compiler import PagedAttentionSpec, backends
+from pa_compiler.backend import Extras
 from pa_compiler.cpu import assembly, backend, target
 from pa_compiler.cpu import tiles as tiling
-from pa_compiler.backend import Extras
 from pa_compiler.runtime import cpu_features
 
 SAPPHIRE_RAPIDS = {"kind": "llvm", "mcpu": "sapphirerapids"}
@@ -67,7 +67,7 @@ def test_specs_that_they_are_not_for(spec, mcpu):
 def test_the_matmuls_are_in_them(kv_layout, tmp_path):
     """On any machine: the text of the kernels. Nothing else multiplies pairs but the sum of weights."""
     spec = dataclasses.replace(NHD, kv_layout=kv_layout)
-    texts = backend.emit(spec, backend.normalize(SAPPHIRE_RAPIDS), "fused", Extras(attend=True), tmp_path)
+    texts = backend.emit(spec, backends.normalize(SAPPHIRE_RAPIDS), "fused", Extras(attend=True), tmp_path)
     loops = [loop for loop in assembly.inner_loops(texts["asm"]) if "fused_attend" in loop.function]
     products = [loop.code for loop in loops if any("tdpbf16ps" in line for line in loop.code)]
     assert products

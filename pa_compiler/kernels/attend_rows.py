@@ -157,7 +157,19 @@ def _pv_update_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., 
 
     @script.inline
     def stage(
-        num_rows, weights, values, value_head, tile, num_full, computed, edges, factors, running, step, num_steps, infinite
+        num_rows,
+        weights,
+        values,
+        value_head,
+        tile,
+        num_full,
+        computed,
+        edges,
+        factors,
+        running,
+        step,
+        num_steps,
+        infinite,
     ):
         with T.sblock("pv_update"):
             T.reads()
@@ -165,9 +177,7 @@ def _pv_update_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., 
             tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
             pv_stage(weights, values.memory, infinite, tile_acc, tile.num_groups, num_full, computed, edges)
             with T.sblock("fold"):
-                T.reads(
-                    tile_acc[0, 0:rows, 0:dim], factors.running[0, 0:rows], factors.added[0, 0:rows]
-                )
+                T.reads(tile_acc[0, 0:rows, 0:dim], factors.running[0, 0:rows], factors.added[0, 0:rows])
                 T.writes(running.acc[running.slot, 0:rows, 0:dim])
                 fold_stage(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
 

@@ -9,13 +9,12 @@ ones are the query and the weights, whose rows lie side by side for the softmax.
 
 from collections.abc import Callable
 
-from tvm.ir import Expr
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import head_dim_in_lanes, heads_in_lanes
-from pa_compiler.schedules.cpu.heads_in_lanes import _rows_last, _vertical
+from pa_compiler.schedules.cpu import heads_in_lanes
+from pa_compiler.schedules.cpu.heads_in_lanes import rows_last, vertical
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.tile_products import TILE, TILES, add_tiles, clear_tiles, store_tiles
 from pa_compiler.schedules.intrinsics.transpose import transpose
@@ -44,7 +43,7 @@ def load_values(sch: Schedule, tiling: VectorTiling) -> None:
         sch.transform_layout("load_values_element", ("write", 0), lambda pair, dim: (dim, pair))
         _load_turned(sch, "load_values_element", 1)
         return
-    _rows_last(sch, "load_values_element")
+    rows_last(sch, "load_values_element")
     pair, dim = sch.get_loops("load_values_element")[-2:]
     pair_outer, pair = sch.split(pair, [None, TILE])
     dim_outer, dim = sch.split(dim, [None, 2 * TILE])
@@ -58,7 +57,7 @@ def _is_packed(tiling: VectorTiling) -> bool:
 
 
 def _load_turned(sch: Schedule, name: str, first: int) -> None:
-    """Tiles of words that lie side by side in the cache along the first axis of a copy, which is an sblock's nth loop."""
+    """Words that lie side by side in the cache along the first axis of a copy, which is the sblock's nth loop."""
     sch.blockize(sch.get_loops(name)[-2])  # a token group: how many there are is known at run time only
     turned = sch.cache_write(name, 0, "global")
     sch.transform_layout(name, ("write", 0), lambda i, j: (i // TILE, j, i % TILE))
@@ -86,22 +85,26 @@ def find_infinite(sch: Schedule, tiling: VectorTiling) -> None:
 
 def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """Scores of a token group in tile registers."""
-    _rows_last(sch, "scores")
+    rows_last(sch, "scores")
     scores = sch.get_sblock("scores")
     sums = sch.cache_write(scores, 0, "global")
     group, token, row, dim = sch.get_loops(scores)[-4:]
     dim, step = sch.split(dim, [None, TILE])
     sch.reorder(group, dim, token, row, step)
     sch.reverse_compute_at(sums, group, preserve_unit_loops=True)
-    _in_tile_registers(sch, "scores", dim, token, sch.get_loops(sums)[-2], sums)
+    _in_tile_registers(sch, "scores", sums, dim, token)
     fetch(sch, KEYS, group, shares=[dim])
 
 
-def _in_tile_registers(sch, name, outer, inner, stored, sums) -> None:
-    init = sch.decompose_reduction(name, outer)
-    sch.tensorize(sch.get_loops(init)[-2], clear_tiles())
-    sch.tensorize(inner, add_tiles())
-    sch.tensorize(stored, store_tiles())
+def _in_tile_registers(sch: Schedule, name: str, sums: SBlockRV, steps: LoopRV, block: LoopRV) -> None:
+    """A block of sums: cleared before the loop over steps, added to by the loops from block on, and at last stored."""
+    cleared = sch.decompose_reduction(name, steps)
+    for loop, intrinsic in (
+        (sch.get_loops(cleared)[-2], clear_tiles()),
+        (block, add_tiles()),
+        (sch.get_loops(sums)[-2], store_tiles()),
+    ):
+        sch.tensorize(loop, intrinsic)
 
 
 def whole_products(sch: Schedule, tiling: VectorTiling) -> None:
@@ -117,34 +120,26 @@ def apart_products(sch: Schedule, tiling: VectorTiling) -> None:
 
 def _products(sch: Schedule, tiling: VectorTiling, of: str) -> tuple[LoopRV, LoopRV]:
     block = sch.get_sblock(f"{of}_sum")
-    _rows_last(sch, block)
+    rows_last(sch, block)
     sums = sch.cache_write(block, 0, "global")
     group, dim, row, token = sch.get_loops(block)[-4:]
     dim_outer, dim = sch.split(dim, [None, TILES * TILE])
     token_outer, token = sch.split(token, [None, TILE])
     sch.reorder(dim_outer, group, token_outer, dim, row, token)
     sch.reverse_compute_at(sums, dim_outer, preserve_unit_loops=True)
-    _in_tile_registers(sch, f"{of}_sum", group, dim, sch.get_loops(sums)[-2], sums)
+    _in_tile_registers(sch, f"{of}_sum", sums, group, dim)
     return group, dim_outer
 
 
 def row_values(sch: Schedule, tiling: VectorTiling) -> None:
     """As the copy of values lies."""
-    _rows_last(sch, "row_value")
-
-
-def row_of_acc(sch: Schedule, tiling: VectorTiling) -> None:
-    """One element after another."""
-
-
-def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
-    """Nothing around its parts."""
+    rows_last(sch, "row_value")
 
 
 def fold(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical."""
-    _rows_last(sch, "acc")
-    _vertical(sch, "acc")
+    rows_last(sch, "acc")
+    vertical(sch, "acc")
 
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {

@@ -1,7 +1,7 @@
 """Tensor intrinsics of AMX: the product of two matrices of pairs of bfloat16, with its sums in tile registers.
 
-A tile register has 16 rows of 64 bytes. tdpbf16ps multiplies one of 16 rows of 16 pairs by one of 16 rows of pairs of 16
-columns, and adds the products to 16 x 16 float32 sums: the even and the odd elements of the 16 pairs first add up by
+A tile register has 16 rows of 64 bytes. tdpbf16ps multiplies one of 16 rows of 16 pairs by one of 16 rows of pairs of
+16 columns, and adds the products to 16 x 16 float32 sums: the even and the odd elements of the 16 pairs first add up by
 themselves, from 0, with fused multiply-adds, and their two sums to the register (Intel's Instruction Set Extensions
 Programming Reference, TDPBF16PS). Subnormal numbers count as 0.
 

@@ -31,7 +31,7 @@ def turn(sch: Schedule, copy: SBlockRV, rows: int, columns: int, producer: str |
 def transpose(rows: int, columns: int, dtype: str) -> str:
     """Register the intrinsic turned[c, r] = block[r, c] for powers of 2 whose product is at least 8; return its name.
 
-    Rows of fewer than four elements, of either, must lie one after another. Of 16 by 16 elements vectors are whole rows.
+    Rows of fewer than four elements, of either, must lie one after another. Of 16 by 16, vectors are whole rows.
     """
     name = f"pa_compiler.transpose_{rows}_{columns}_{dtype}"
     if TensorIntrin.get(name, allow_missing=True) is None:

@@ -1,4 +1,4 @@
-"""A tensor intrinsic: rows of two tokens as pairs of their elements, turned, so that a row has an element of all pairs."""
+"""A tensor intrinsic: rows of tokens as pairs of these, turned, so that a row has one element of all pairs."""
 
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
