@@ -22,8 +22,8 @@ inline void CheckTileRegisters() {
   }
 }
 
-// While it lives this thread has eight tile registers of 16 rows of 64 bytes. A caller's shapes come back after it, with
-// zeros in the registers, which no function has to keep.
+// While it lives this thread has eight tile registers of 16 rows of 64 bytes. A caller's shapes come back after it,
+// with zeros in the registers, which no function has to keep.
 class TileRegisters {
  public:
   TileRegisters() {
@@ -47,8 +47,7 @@ class TileRegisters {
     uint8_t rows[16];
   };
   static_assert(sizeof(Shapes) == 64);
-  static constexpr Shapes kSixteenRows = {
-      1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+  static constexpr Shapes kSixteenRows = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
   Shapes callers_;
 };
