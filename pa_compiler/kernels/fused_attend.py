@@ -14,7 +14,7 @@ from pa_compiler.kernels.attend_rows import Item, attend_rows, finish_item, rows
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import compute_columns
 from pa_compiler.kernels.load_query import load_query
-from pa_compiler.kernels.pv_whole import clear_unused, find_infinite, load_pairs
+from pa_compiler.kernels.pv_whole import load_whole
 from pa_compiler.kernels.rows import begins_late
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.sight import BEGIN, LEAST_LIMIT, LIMIT, Bounds, Tree, find_bounds, find_runs
@@ -231,14 +231,11 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     key_copy, value_copy = key_copy_shape(spec, tiling), copy_shape(tiling, tiling.values, spec.result_dim)
     load_keys = load_tile(tiling, key_access(spec, tiling), tiling.keys, key_copy, "load_keys")
     load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")
-    if tiling.in_tile_registers and spec.kv_layout != "packed":
-        load_values = load_pairs(spec, tiling)
     attend, k_dtype, v_dtype = attend_rows(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
     columns_stage = compute_columns(ScoreFunctions(spec, many_tokens=True), tiling)
+    load_all = load_whole(spec, tiling)
     by_token = spec.kv_layout == "NHD" and not tiling.in_tile_registers
     announce_keys, announce_values = ahead.announce(ahead.KEYS), ahead.announce(ahead.VALUES)
-    find_infinite_stage, clear_unused_stage = find_infinite(spec, tiling), clear_unused(spec, tiling)
-    some_unseen = begins_late(spec, many_tokens=True) or bool(spec.functions)
 
     @script.inline
     def stage(
@@ -256,9 +253,6 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         key_offsets_stage(table, key_cache, tile, item.seq, last, num_offsets, first_token, runs)
         if not spec.shared_kv:
             value_offsets_stage(table, value_cache, tile, item.seq, last, num_offsets, first_token, runs)
-        hides = T.meta_var(
-            T.bool(True) if some_unseen else T.Or(item.tree.present, seen_by_all < tile_start + valid_len)
-        )
         computed = T.meta_var(columns_stage(of_functions, item.seq, context_len, tile, tile.num_groups))
         for kv_head in range(item.num_kv_heads):
             with T.sblock("kv_head"):
@@ -277,12 +271,11 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                     load_keys(key_cache, k_tile, key_head, tile.num_groups)
                 if tiling.copy_values:
                     v_tile = T.sblock_alloc_buffer(value_copy, v_dtype)
-                    load_values(value_cache, v_tile, value_head, tile.num_groups)
-                if tiling.in_tile_registers:
-                    if spec.kv_layout == "packed":
-                        clear_unused_stage(v_tile, tile)
-                    infinite = T.sblock_alloc_buffer((1,), "int32")
-                    find_infinite_stage(v_tile, infinite, T.Select(hides, tile.num_groups, 0))
+                    if tiling.in_tile_registers:
+                        infinite = T.sblock_alloc_buffer((1,), "int32")
+                        load_all(value_cache, v_tile, infinite, value_head, tile, seen_by_all, item.tree)
+                    else:
+                        load_values(value_cache, v_tile, value_head, tile.num_groups)
                 keys = T.meta_var(key_cache._replace(memory=k_tile) if tiling.copy_keys else key_cache)
                 values = T.meta_var(value_cache._replace(memory=v_tile) if tiling.copy_values else value_cache)
                 for row_tile in range(item.head_tiles):

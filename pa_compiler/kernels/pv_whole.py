@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.caches import whole
+from pa_compiler.kernels.caches import copy_shape, load_tile, value_access, whole
 from pa_compiler.kernels.computed import words_of
 from pa_compiler.kernels.elements import LOW, dot_pairs, pair_halves
+from pa_compiler.kernels.rows import begins_late
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
@@ -20,7 +21,7 @@ _LANES = 16
 _INFINITE = 0x7F800000
 
 
-def load_pairs(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+def _load_pairs(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The sblock load_values: copy[p, d] = the word of element d of the tokens 2p and 2p + 1, of num_groups groups.
 
     Of tokens whose rows lie in words of two elements. The rows are copied first, as they are.
@@ -53,7 +54,35 @@ def load_pairs(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     return stage
 
 
-def find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+def load_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """The copy of a tile of values as it is multiplied, [tokens / 2, value_dim], and infinite[0]: see _find_infinite.
+
+    All rows see the keys before seen_by_all, but for what a tree, a window or a mask hides.
+    """
+    packed, shape = spec.kv_layout == "packed", copy_shape(tiling, tiling.values, spec.result_dim)
+    load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, shape, "load_values")
+    load = load_values if packed else _load_pairs(spec, tiling)
+    clear_unused, find_infinite = _clear_unused(spec, tiling), _find_infinite(spec, tiling)
+    always = begins_late(spec, many_tokens=True) or bool(spec.functions)
+
+    def num_asked(tile, seen_by_all, tree):
+        """Token groups of which some row may not see all."""
+        if always:
+            return tile.num_groups
+        hides = T.Or(tree.present, seen_by_all < tile.start + tile.valid_len)
+        return T.Select(hides, tile.num_groups, 0)
+
+    @inline
+    def stage(cache, copy, infinite, head_offset, tile, seen_by_all, tree):
+        load(cache, copy, head_offset, tile.num_groups)
+        if packed:
+            clear_unused(copy, tile)
+        find_infinite(copy, infinite, num_asked(tile, seen_by_all, tree))
+
+    return stage
+
+
+def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """infinite[0] = 1 where the pairs of the first num_groups token groups have an infinity or a NaN, else 0.
 
     values: the copy of a tile, [tokens / 2, value_dim].
@@ -87,7 +116,7 @@ def find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     return stage
 
 
-def clear_unused(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+def _clear_unused(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """Clear what the copy of a tile of packed values has beside the last of an odd number of tokens: an unused slot.
 
     So too in the columns that fill up its last token group, which name that token again.
@@ -110,7 +139,7 @@ def pv_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """tile_acc[0, r, d] = sum over t of dot_pairs(weights[0, r, t], values[t, d]) over all columns that a row sees.
 
     In the caller's sblock, for num_groups whole token groups; weights are 0 of what a row does not see. infinite: what
-    find_infinite says. edges has the words of the columns after the first num_full groups, and computed those of a
+    load_whole says. edges has the words of the columns after the first num_full groups, and computed those of a
     mask.
     """
     rows, dim, pairs, group = tiling.row_tile, spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
