@@ -145,7 +145,7 @@ def fold(sch: Schedule, tiling: VectorTiling) -> None:
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     name: apply
     for name, apply in heads_in_lanes.STAGES.items()
-    if name not in ("few_qk_matmul", "few_pv_update", "pv_update")
+    if name not in ("few_qk_matmul", "few_pv_update", "pv_update", "pair_probs")
 } | {
     "load_keys": load_keys,
     "load_rows": load_rows,
