@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
 import numpy as np
 import pytest
 import tvm
-import tvm_ffi
 
-import pa_compiler
 from pa_compiler import PagedAttentionSpec, reference
-from pa_compiler.integrations import versions
 from pa_compiler.integrations.relax import kv_cache_functions
 
 SPEC = PagedAttentionSpec(8, 2, 64, 16, "float32", kv_layout="HND", window=24)
@@ -220,28 +216,6 @@ def test_pages_are_copied_and_compacted():
     assert np.array_equal(pages.numpy(), expected, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("kv_layout", "NHD", "kv_layout: expected 'HND'"),
-        ("value_dim", 32, "value_dim: expected 64"),
-        ("out_dtype", "float16", "out_dtype: expected 'float32'"),
-        ("alibi", True, "alibi: expected False"),
-        ("sinks", True, "sinks: expected False"),
-        ("mask_mod", lambda batch, head, query_pos, key_pos: key_pos > 3, "mask_mod: expected None"),
-    ],
-)
-def test_specs_that_the_cache_has_no_place_for_are_refused(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        kv_cache_functions(dataclasses.replace(SPEC, **{field: value}))
-
-
-def test_another_tvm_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(versions, "TVM", frozenset({(0, 26)}))
-    with pytest.raises(RuntimeError, match=r"tvm: expected version 0\.26, .*got 0\.27"):
-        kv_cache_functions(SPEC)
-
-
 def test_what_is_not_covered_is_refused_by_name():
     call, inline = Call([1, 1, 1]), (1, 1.0, 1e4, SCALE)
     starts, order = offset_view(call.starts.astype(np.int32)), offset_view(np.zeros((0, 2), np.int32))
@@ -258,19 +232,3 @@ def test_what_is_not_covered_is_refused_by_name():
     with pytest.raises(ValueError, match=r"pages: expected \[num_pages, 2, 2, 16, 64\], got \[8, 2, 2, 8, 64\]"):
         made.attention_decode(arrays[0], pages, *arrays[3:], call.out, call.lse, *ROPE)
     assert np.isnan(call.out.numpy()).all()
-
-
-def test_modules_are_taken_and_functions_registered(capfd):
-    made = functions()
-    assert [module.spec.block_size for module in made.modules] == [16, 16, 1]
-    again = kv_cache_functions(SPEC, *made.modules)
-    assert again.modules == made.modules
-    assert "compiling" not in capfd.readouterr().err
-    assert kv_cache_functions(SPEC, *made.modules, sliding_window=False).attention_decode_sliding_window is None
-    names = made.register("test_relax")
-    assert "test_relax.attention_decode" in names
-    assert len(names) == 13
-    assert tvm_ffi.get_global_func(names[0]) is not None
-    without = pa_compiler.compile(made.modules[0].spec)
-    with pytest.raises(ValueError, match="modules_to_use: expected attend and merge_states"):
-        kv_cache_functions(SPEC, without)

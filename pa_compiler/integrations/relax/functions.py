@@ -51,18 +51,28 @@ class KVCacheFunctions:
         rest = (self.split_rotary, self.copy_single_page, self.debug_get_kv, self.compact_copy)
         return (self.transpose_append, None, *kinds, [], [self.merge_state_inplace], *rest)
 
-    def register(self, prefix: str) -> tuple[str, ...]:
-        """Register the functions in TVM as prefix.name, so that a program of Relax can name them as ExternFunc.
+    def expressions(self, prefix: str) -> tuple[Any, ...]:
+        """The same arguments as expressions of Relax, for a call in a program that makes the cache.
 
-        Returns:
-            The names.
+        They name the functions, which are registered as prefix.name in this process: another one, which runs the
+        program later, calls this too before it makes the cache.
         """
-        names = []
+        from tvm import ir, relax
+
+        names = {}
         for field, function in self._functions():
             if function is not None:
-                names.append(f"{prefix}.{field}")
-                tvm_ffi.register_global_func(names[-1], function, override=True)
-        return tuple(names)
+                names[function] = f"{prefix}.{field}"
+                tvm_ffi.register_global_func(names[function], function, override=True)
+
+        def expression(argument: Any) -> Any:
+            if isinstance(argument, list):
+                return relax.Tuple([expression(each) for each in argument])
+            if argument is None:
+                return relax.prim_value(0)
+            return ir.StringImm(argument) if argument == "tirx" else relax.ExternFunc(names[argument])
+
+        return tuple(expression(argument) for argument in self.arguments())
 
     def _functions(self) -> Iterator[tuple[str, Any]]:
         for field in dataclasses.fields(self)[2:]:
@@ -169,9 +179,12 @@ def _module(spec: PagedAttentionSpec, given: Mapping[PagedAttentionSpec, Module]
 def _tvm_rotary(spec: PagedAttentionSpec, theta: float, scale: float, scaling: Mapping[str, Any]) -> Any:
     """TVM's own split_rotary, for frequencies that are scaled."""
     import tvm
+    from tvm.relax.frontend.nn.llm.kv_cache import _prepare_yarn_rope_scaling
     from tvm.relax.frontend.nn.llm.position_embedding import llama_rope_with_position_map
 
     heads = (spec.head_dim, spec.num_heads, spec.num_kv_heads)
-    body = llama_rope_with_position_map(theta, scale, *heads, spec.dtype, dict(scaling))
+    body = llama_rope_with_position_map(
+        theta, scale, *heads, spec.dtype, _prepare_yarn_rope_scaling(dict(scaling), theta)
+    )
     built = tvm.compile(tvm.IRModule({"main": body}), target={"kind": "llvm"})
     return built.mod["main"]

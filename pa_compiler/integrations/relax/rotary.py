@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,8 @@ class Rotary:
         """
         self.check()
         half = vectors.shape[-1] // 2
-        frequencies = scale * float(theta) ** (np.arange(half) / -half)
-        angles = positions[:, None, None] * frequencies
-        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        last = int(positions.max()) if len(positions) else 0
+        cos, sin = _turns(half, float(theta), float(scale), 1 << last.bit_length())[:, positions, None]
         low, high = vectors[..., :half].astype(np.float32), vectors[..., half:].astype(np.float32)
         out = np.empty_like(vectors, order="C")
         out[..., :half] = low * cos - high * sin
@@ -82,6 +82,13 @@ class Rotary:
         tokens = Context(indptr, np.arange(indptr[-1], dtype=np.int32), lens.astype(np.int32))
         rotated = self.rotated(found[0], self.positions(tokens, offsets), theta, scale)
         return (rotated[:, None], found[1][:, None]), tokens
+
+
+@functools.lru_cache(maxsize=8)
+def _turns(half: int, theta: float, scale: float, size: int) -> Array:
+    """Cosines and sines [2, size, half] of positions from 0 on, float32 of what float64 makes."""
+    angles = np.arange(size)[:, None] * (scale * theta ** (np.arange(half) / -half))
+    return np.stack((np.cos(angles), np.sin(angles))).astype(np.float32)
 
 
 def split_rotary(spec: PagedAttentionSpec, rotary: Rotary, theta: float, scale: float) -> Any:
