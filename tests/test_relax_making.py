@@ -43,6 +43,7 @@ def test_another_tvm_is_refused_by_name(monkeypatch):
 
 def test_modules_are_taken(capfd):
     made = functions()
+    capfd.readouterr()
     assert [module.spec.block_size for module in made.modules] == [16, 16, 1]
     again = kv_cache_functions(SPEC, *made.modules)
     assert again.modules == made.modules
