@@ -10,6 +10,7 @@ BENCH_CUDA ?= --json benchmarks/cuda_results.json
 BENCH  ?= --json benchmarks/results.json --plot docs/roofline.svg
 BENCH_ATTEND ?= --json benchmarks/attend_results.json
 BENCH_ENGINES ?=
+RELAX  ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN    := $(VENV)/bin
@@ -28,7 +29,7 @@ HEADERS := $(wildcard templates/*/*.h tests/headers/*)
 TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays context_parallel cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_engines_page torch_errors torch_operators torch_varlen tracing_torch)
 ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_benchmark transformers_bfloat16 transformers_continuous transformers_generate transformers_models)
 
-.PHONY: run test test-torch test-engines test-smollm2 demo slow soak bench bench-attend bench-engines test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
+.PHONY: run test test-torch test-engines test-relax test-smollm2 demo slow soak bench bench-attend bench-engines test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -44,6 +45,12 @@ test-torch: $(TORCH)/.installed
 # would wait for each other after every operation.
 test-engines: $(ENGINES)/.installed-gemma3
 	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -rs -n $(JOBS) --dist loadfile $(ENGINE_TESTS)
+
+# TVM's paged KV cache on these kernels: our tests, and TVM's own file at a stated commit, fetched if the network has it.
+# RELAX='--file PATH' names a copy of it.
+test-relax: $(VENV)/.installed-relax
+	$(PYTEST) -n $(JOBS) --dist worksteal $(wildcard tests/test_relax*.py)
+	$(BIN)/python tests/support/tvm_cache_tests.py -q $(RELAX)
 
 # The part of it that .ci/run has.
 test-smollm2: $(ENGINES)/.installed
@@ -177,6 +184,11 @@ $(RUNTIME)/.installed: $(STAMP)
 $(VENV)/.installed-cuda: $(STAMP)
 	@echo 'Installing the CUDA compiler into $(VENV): about 130 MB the first time.'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,cuda]'
+	@touch $@
+
+# What TVM's own tests of its cache compare with.
+$(VENV)/.installed-relax: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'scipy>=1.11'
 	@touch $@
 
 $(VENV)/.installed-soak: $(STAMP)

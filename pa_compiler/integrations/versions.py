@@ -13,6 +13,10 @@ TRANSFORMERS = frozenset({(5, 24)})
 """Of transformers: what integrations/transformers/private.py and own_attention.py say of it, and Cache.update, which is
 handed the attention's arguments."""
 
+TVM = frozenset({(0, 27)})
+"""Of TVM: the functions that vm.builtin.paged_attention_kv_cache_create takes, what they are called with, and in which
+order, which src/runtime/vm/attn_backend.h and paged_kv_cache.cc say and no document does."""
+
 
 def check(name: str, version: str, known: Collection[tuple[int, int]], what: str) -> None:
     """Check that a library is of a version that is known.
