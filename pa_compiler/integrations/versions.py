@@ -13,6 +13,10 @@ TRANSFORMERS = frozenset({(5, 24)})
 """Of transformers: what integrations/transformers/private.py and own_attention.py say of it, and Cache.update, which is
 handed the attention's arguments."""
 
+VLLM = frozenset({(0, 32)})
+"""Of vLLM: the backend for CPUs, of which integrations/vllm/backend.py makes subclasses: when vLLM makes what, the
+attributes of Attention and of the backend's classes, the memory of a page, and what a step's metadata has."""
+
 
 def check(name: str, version: str, known: Collection[tuple[int, int]], what: str) -> None:
     """Check that a library is of a version that is known.
