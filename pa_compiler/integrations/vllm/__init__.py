@@ -25,8 +25,10 @@ def register() -> None:
 
     if not current_platform.is_cpu():
         return
-    what = 'the attention backend (VLLM_PLUGINS="" leaves pa_compiler out)'
-    versions.check("vllm", vllm.__version__, versions.VLLM, what)
+    try:
+        versions.check("vllm", vllm.__version__, versions.VLLM, "the attention backend for CPUs")
+    except RuntimeError as error:
+        raise RuntimeError(f'{error}; VLLM_PLUGINS="" leaves pa_compiler out') from None
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)

@@ -32,14 +32,19 @@ def choose_kernels(layers: Mapping[str, Any], block_size: int, dtype: torch.dtyp
         FileNotFoundError, RuntimeError, ValueError: as libraries.module_of, about PA_MODULES.
     """
     found = {name: _module_or_reason(layer, block_size, dtype) for name, layer in layers.items()}
-    for name, layer in layers.items():  # those who share pages must agree on what is in them
-        target = layer.kv_sharing_target_layer_name
-        if target in found and isinstance(found[name], str) != isinstance(found[target], str):
-            reason = f"{name} reads the pages of {target}, and one of both is left: "
-            reason += next(each for each in (found[name], found[target]) if isinstance(each, str))
-            found[name] = found[target] = reason
+    for names in _sharing(layers):  # they must agree on what is in their pages
+        if reason := next((each for name in names if isinstance(each := found[name], str)), None):
+            found.update(dict.fromkeys(names, reason))
     _log(found)
     return {name: None if isinstance(each, str) else Kernels(each, layers[name]) for name, each in found.items()}
+
+
+def _sharing(layers: Mapping[str, Any]) -> Iterable[list[str]]:
+    """The layers of each set of pages."""
+    found: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        found.setdefault(layer.kv_sharing_target_layer_name or name, []).append(name)
+    return found.values()
 
 
 def _module_or_reason(layer: Any, block_size: int, dtype: torch.dtype) -> Module | str:

@@ -29,7 +29,7 @@ def module_of(spec: PagedAttentionSpec) -> Module | str:
     try:
         return _module(spec)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        return f"{error}; to build it elsewhere for {VARIABLE}: {build_command(spec)}"
+        return f"{error}; to build it for {VARIABLE}: {build_command(spec)}"
 
 
 @modules.remembered(torch.get_num_threads)
