@@ -10,6 +10,7 @@ BENCH_CUDA ?= --json benchmarks/cuda_results.json
 BENCH  ?= --json benchmarks/results.json --plot docs/roofline.svg
 BENCH_ATTEND ?= --json benchmarks/attend_results.json
 BENCH_ENGINES ?=
+BENCH_VLLM ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN    := $(VENV)/bin
@@ -31,7 +32,7 @@ ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_ben
 
 VLLM_TESTS := $(wildcard tests/test_vllm*.py)
 
-.PHONY: run test test-torch test-engines test-vllm test-smollm2 demo slow soak bench bench-attend bench-engines test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
+.PHONY: run test test-torch test-engines test-vllm test-smollm2 demo slow soak bench bench-attend bench-engines bench-vllm test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -62,6 +63,10 @@ demo: $(ENGINES)/.installed
 # Prefill and decode beside stock attention: half an hour. BENCH_ENGINES='--cases decode/smollm2/bfloat16/1/4096/8' is one case.
 bench-engines: $(ENGINES)/.installed
 	$(ENGINES)/bin/python -m benchmarks.engines $(BENCH_ENGINES)
+
+# Steps of vLLM's engine on these kernels and on its own, in turns: half an hour.
+bench-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m benchmarks.engines_vllm $(BENCH_VLLM)
 
 # The seed's three big cases, with 1 GB of cache, and every shape of the CUDA kernels: half an hour.
 slow: $(STAMP)

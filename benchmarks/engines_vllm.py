@@ -130,6 +130,7 @@ class Switch:
     def __init__(self) -> None:
         from pa_compiler.integrations.vllm.backend import PagedBuilder, PagedImpl
 
+        gc.unfreeze()  # vLLM has frozen what it made at its start
         everything = gc.get_objects()
         self._builders = [each for each in everything if isinstance(each, PagedBuilder)]
         self._kernels = {each: each.kernels for each in everything if isinstance(each, PagedImpl)}
