@@ -37,6 +37,14 @@ def registered():
     AttentionBackendEnum.CPU_ATTN.clear_override()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def layer(monkeypatch):
     return make_layer(PagedImpl, monkeypatch, torch.float32)
@@ -111,6 +119,11 @@ def test_pages_of_another_type_are_left_to_vllm(layer, said):
     assert said[0].endswith("kv_cache_dtype 'fp8_e4m3', where expected are pages of the model's torch.float32")
 
 
+def test_models_of_diffusion_are_left_to_vllm(layer, said):
+    assert layers.choose_kernels({"attn": layer}, 64, torch.float32, diffusion=True) == {"attn": None}
+    assert said[0].startswith("warning: pa_compiler leaves 1 layers to vLLM's kernel: attn: diffusion_config")
+
+
 def test_layers_that_share_pages_go_together(monkeypatch, said):
     made = {f"layers.{i}.attn": make_layer(PagedImpl, monkeypatch, torch.float32) for i in range(4)}
     for i in (1, 3):
@@ -120,7 +133,7 @@ def test_layers_that_share_pages_go_together(monkeypatch, said):
     assert [name for name, each in found.items() if each is not None] == ["layers.2.attn"]
     assert [line.split(": ")[:3] for line in said] == [
         ["warning", "pa_compiler leaves 3 layers to vLLM's kernel", "layers.0-1,3.attn"],
-        ["info", "pa_compiler attends in 1 layers", "layers.2.attn"],
+        ["info", "pa_compiler attends in 1 layers on 1 threads", "layers.2.attn"],
     ]
 
 

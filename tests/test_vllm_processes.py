@@ -51,13 +51,22 @@ def test_tensor_parallel(tmp_path):
 
 
 @needs_smollm2
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one CPU: vLLM binds no two threads")
+def test_all_threads_that_vllm_binds_are_used(tmp_path):
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": f"{first},{second}"}
+    _, log = generate("smollm2", {"run": run_of([[7] * 40])}, tmp_path, ours=True, **variables)
+    assert "pa_compiler attends in 30 layers on 2 threads" in log
+
+
+@needs_smollm2
 def test_two_engines_in_one_process(tmp_path):
     """They take turns with their steps, on other prompts and in chunks of other sizes."""
     given = prompts("smollm2")
     runs = {"first": run_of(given), "second": run_of(given[::-1], max_num_batched_tokens=100)}
     found, log = generate("smollm2", runs, tmp_path, ours=True, together=True)
     assert found["first"]["tokens"] == found["second"]["tokens"][::-1]
-    assert log.count("pa_compiler attends in 30 layers") == 2
+    assert log.count("pa_compiler attends in 30 layers on 1 threads") == 2
 
 
 @needs_smollm2
@@ -78,7 +87,7 @@ def test_without_tvm_and_compilers(tmp_path):
     variables = {"PYTHONPATH": paths, "PA_CACHE_DIR": str(tmp_path / "cache"), "CXX": "/nowhere/g++"}
     runs = {"run": run_of(prompts("smollm2"))}
     loaded, log = generate("smollm2", runs, tmp_path, ours=True, PA_MODULES=str(libraries), **variables)
-    assert "pa_compiler attends in 30 layers: model.layers.0-29.self_attn.attn" in log
+    assert "pa_compiler attends in 30 layers on 1 threads: model.layers.0-29.self_attn.attn" in log
     left, log = generate("smollm2", runs, tmp_path, ours=True, **variables)
     assert "pa_compiler leaves 30 layers to vLLM's kernel: model.layers.0-29.self_attn.attn" in log
     assert build_command(spec) in log
@@ -151,6 +160,6 @@ def test_a_server(server):
     assert errors == []
     assert len(answers) >= CLIENTS
     text = log.read_text()
-    assert "pa_compiler attends in 30 layers: model.layers.0-29.self_attn.attn" in text
+    assert "pa_compiler attends in 30 layers on 1 threads: model.layers.0-29.self_attn.attn" in text
     assert "ERROR" not in text
     print(f"{len(answers)} answers in {SECONDS} s")

@@ -46,7 +46,8 @@ class PagedBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         layers = {name: layer for name, layer in layers.items() if isinstance(layer.impl, PagedImpl)}
-        chosen = choose_kernels(layers, kv_cache_spec.block_size, self.dtype)
+        diffusion = vllm_config.diffusion_config is not None
+        chosen = choose_kernels(layers, kv_cache_spec.block_size, self.dtype, diffusion)
         for name, layer in layers.items():
             layer.impl.kernels = chosen[name]
         self._all_chosen = len(layers) == len(layer_names) and None not in chosen.values()

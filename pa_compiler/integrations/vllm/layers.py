@@ -18,7 +18,12 @@ from pa_compiler.spec import PagedAttentionSpec
 logger = init_logger("vllm.pa_compiler")  # what is logged below vLLM's own name is shown
 
 
-def choose_kernels(layers: Mapping[str, Any], block_size: int, dtype: torch.dtype) -> dict[str, Kernels | None]:
+DIFFUSION = "diffusion_config, a model that generates by diffusion, where expected is attention that is causal"
+
+
+def choose_kernels(
+    layers: Mapping[str, Any], block_size: int, dtype: torch.dtype, diffusion: bool = False
+) -> dict[str, Kernels | None]:
     """The kernels of each of vLLM's Attention layers, or None where vLLM's own are to attend.
 
     Modules are loaded or compiled for it. The log says which layers have which, and why others have none.
@@ -27,11 +32,14 @@ def choose_kernels(layers: Mapping[str, Any], block_size: int, dtype: torch.dtyp
         layers: By name. Weights have been loaded.
         block_size: Tokens of a page.
         dtype: Of queries, keys and values.
+        diffusion: Whether the model generates by diffusion, where sequences of one step differ in causality.
 
     Raises:
         FileNotFoundError, RuntimeError, ValueError: as libraries.module_of, about PA_MODULES.
     """
-    found = {name: _module_or_reason(layer, block_size, dtype) for name, layer in layers.items()}
+    found: dict[str, Module | str] = {}
+    for name, layer in layers.items():
+        found[name] = DIFFUSION if diffusion else _module_or_reason(layer, block_size, dtype)
     for names in _sharing(layers):  # they must agree on what is in their pages
         if reason := next((each for name in names if isinstance(each := found[name], str)), None):
             found.update(dict.fromkeys(names, reason))
@@ -80,14 +88,16 @@ def spec_of(layer: Any, block_size: int, dtype: torch.dtype) -> PagedAttentionSp
 
 def _log(found: Mapping[str, Module | str]) -> None:
     """Say which layers have which kernels, and which have none."""
-    groups: dict[PagedAttentionSpec | str, list[str]] = {}
+    groups: dict[Module | str, list[str]] = {}
     for name, each in found.items():
-        groups.setdefault(each if isinstance(each, str) else each.spec, []).append(name)
-    for key, names in groups.items():
-        if isinstance(key, str):
-            logger.warning("pa_compiler leaves %d layers to vLLM's kernel: %s: %s", len(names), listed(names), key)
+        groups.setdefault(each, []).append(name)
+    for each, names in groups.items():
+        count, which = len(names), listed(names)
+        if isinstance(each, str):
+            logger.warning("pa_compiler leaves %d layers to vLLM's kernel: %s: %s", count, which, each)
         else:
-            logger.info("pa_compiler attends in %d layers: %s: %s", len(names), listed(names), key)
+            threads, spec = each.num_threads, each.spec
+            logger.info("pa_compiler attends in %d layers on %d threads: %s: %s", count, threads, which, spec)
 
 
 def listed(names: Iterable[str]) -> str:
