@@ -44,12 +44,14 @@ def prompts(name):
 
 def generate(name, runs, folder, *, ours, together=False, timeout=1800, **variables):
     """(what vllm_run.py has found, what it has printed)."""
-    file = Path(folder) / "found.json"
+    file, log = (Path(folder) / f"{'ours' if ours else 'theirs'}.{suffix}" for suffix in ("json", "log"))
     asked = {"model": str(vllm_models.folder(name)), "runs": runs, "together": together, "file": str(file)}
     command = [sys.executable, str(SUPPORT / "vllm_run.py"), json.dumps(asked)]
     environment = settings(ours=ours, **variables)
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    return json.loads(file.read_text()), done.stdout
+    with log.open("w") as output:
+        done = subprocess.run(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout, check=False
+        )
+    text = log.read_text()
+    assert done.returncode == 0, text[-6000:]
+    return json.loads(file.read_text()), text

@@ -60,9 +60,9 @@ def count_preemptions(counted):
 
     preempt = Scheduler._preempt_request
 
-    def counting(*arguments):
+    def counting(*arguments, **options):
         counted()
-        return preempt(*arguments)
+        return preempt(*arguments, **options)
 
     Scheduler._preempt_request = counting
 
@@ -87,7 +87,7 @@ def main():
         del runs, run
         gc.collect()
         cleanup_dist_env_and_memory()
-    Path(asked["file"]).write_text(json.dumps(found))
+        Path(asked["file"]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
