@@ -64,7 +64,7 @@ def spec_of(layer: Any, block_size: int, dtype: torch.dtype) -> PagedAttentionSp
     """The spec of one of vLLM's Attention layers, or what it needs that the kernels have not."""
     impl = layer.impl
     if impl.attn_type != AttentionType.DECODER:
-        return f"attn_type {impl.attn_type!r}, where expected is {AttentionType.DECODER!r}"
+        return f"attn_type {AttentionType(impl.attn_type).value!r}, where expected is 'decoder'"
     if layer.kv_cache_torch_dtype != dtype:
         return f"kv_cache_dtype {layer.kv_cache_dtype!r}, where expected are pages of the model's {dtype}"
     if layer.head_size_v != layer.head_size:
