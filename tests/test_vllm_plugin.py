@@ -89,7 +89,7 @@ def test_a_version_that_is_not_known_is_refused(registered, monkeypatch, version
 
 
 def test_on_other_platforms_nothing_is_done(registered, monkeypatch):
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(current_platform), "device_type", "xpu")
     monkeypatch.setattr(vllm, "__version__", "0.33.0")
     register()
     assert registered() == STOCK

@@ -23,7 +23,7 @@ def register() -> None:
     import vllm
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if current_platform.device_type != "cpu":
         return
     try:
         versions.check("vllm", vllm.__version__, versions.VLLM, "the attention backend for CPUs")
