@@ -38,7 +38,6 @@ def runs_of(name, given):
         "preemption": run(num_gpu_blocks_override=FEW_PAGES[name]),
         "n-grams": run(speculative_config=NGRAM),
         "one group of layers": run(disable_hybrid_kv_cache_manager=True),
-        "compiled": run(enforce_eager=False),
     }
 
 
@@ -85,3 +84,14 @@ def test_every_layer_is_on_these_kernels(given):
         counts = [int(line.split("attends in ")[1].split()[0]) for line in part.splitlines() if "attends in" in line]
         assert sum(counts) == LAYERS[name]
     assert len(log.split("run: ")) == len(runs) + 1
+
+
+def test_compile_mode(given, tmp_path):
+    """vLLM has torch compile the model, with attention as an operator in it."""
+    name, runs, theirs, _, _ = given
+    run = runs["whole prompts"][1]
+    compiled = run | {"engine": run["engine"] | {"enforce_eager": False}}
+    found, log = generate(name, {"compiled": compiled}, tmp_path, ours=True)
+    assert found["compiled"]["tokens"] == theirs["all"]["tokens"]
+    assert "pa_compiler attends in" in log
+    assert "Warming up model for the compilation" in log

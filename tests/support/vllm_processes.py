@@ -18,6 +18,7 @@ SUPPORT = Path(__file__).parent
 def settings(*, ours, **variables):
     """Environment variables of a process that has no network, with one thread, in which engines run themselves."""
     found = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    found.pop("CXX", None)  # conftest's is a command of several words, which torch's inductor does not take
     found |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | variables
     return found if ours else found | {"VLLM_PLUGINS": ""}
 
