@@ -73,7 +73,7 @@ def test_what_the_runs_are_for_happens(given):
     assert ours["whole prompts"]["steps"] < ours["chunks"]["steps"] - 10
     assert ours["prefix caching"]["cached"][1] >= 512
     assert ours["preemption"]["preempted"] > 0
-    assert ours["n-grams"]["steps"] < theirs["all"]["steps"] - 10
+    assert ours["n-grams"]["steps"] < theirs["all"]["steps"]
 
 
 def test_every_layer_is_on_these_kernels(given):
