@@ -44,9 +44,10 @@ test: $(STAMP)
 test-torch: $(TORCH)/.installed
 	$(TORCH)/bin/python -m pytest -rs -n $(JOBS) --dist worksteal $(TORCH_TESTS)
 
-# Models of other libraries on these kernels.
+# Models of other libraries on these kernels. Each process has torch on one thread: the teams of several on the same CPUs
+# would wait for each other after every operation.
 test-engines: $(ENGINES)/.installed-gemma3
-	$(ENGINES)/bin/python -m pytest -rs -n $(JOBS) --dist loadfile $(ENGINE_TESTS)
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -rs -n $(JOBS) --dist loadfile $(ENGINE_TESTS)
 
 # The part of it that .ci/run has.
 test-smollm2: $(ENGINES)/.installed

@@ -33,8 +33,10 @@ from examples import demo
 
 ROUNDS, STEPS = {"smollm2": 5, "llama-1b": 3}, 2
 """Turns of decode, and steps of each."""
+SHORT, MORE = 2048, 3
+"""Below so many tokens of context there are so many times as many turns: they take little time, and differ little."""
 LONG = {"smollm2": 2048, "llama-1b": 512}
-"""Tokens of a prompt from which on there is one prefill, and no second one."""
+"""Tokens of a prompt from which on there is one prefill, and from a quarter of it on two; of shorter prompts five."""
 ERRORS = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.05}
 """The rms error of logits against the first contender's that is allowed, over their standard deviation: it finds
 nonsense. StaticCache had 0.14 in bfloat16. Tests compare in float32."""
@@ -101,7 +103,8 @@ def _prefill(model: Any, case: Case) -> tuple[int, Turns]:
         with running(model, each):
             forward(model, ids[:, :64], empty_cache(each, model, 64))
     logits: Logits = {each: [] for each in CONTENDERS}
-    for _ in range(1 if case.context >= LONG[case.model] else 2):
+    long = LONG[case.model]
+    for _ in range(1 if case.context >= long else 2 if case.context >= long // 4 else 5):
         for each in CONTENDERS:
             cache = empty_cache(each, model, case.context)
             with running(model, each):
@@ -115,7 +118,7 @@ def _prefill(model: Any, case: Case) -> tuple[int, Turns]:
 def _decode(model: Any, case: Case) -> tuple[int, Turns]:
     """The same of sequences that have a context each; all of them decode the same token."""
     turns: Turns = {each: [] for each in CONTENDERS}
-    rounds = ROUNDS[case.model]
+    rounds = ROUNDS[case.model] * (MORE if case.context < SHORT else 1)
     columns = case.context + STEPS * (rounds + 1)
     caches = {each: filled_cache(each, model, case.batch, case.context, columns) for each in CONTENDERS}
     ids = torch.ones(case.batch, 1, dtype=torch.long)

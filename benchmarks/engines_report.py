@@ -55,7 +55,10 @@ def save(path: Path, case: Case, rates: dict[str, dict[str, list[float]]]) -> No
 
 
 def print_tables(path: Path) -> None:
-    """Print a table for each kind of case: medians of wall time, and how many times the best stock rate ours is."""
+    """Print a table for each kind of case: medians of wall time, and how many times the best stock rate ours is.
+
+    The ratio is the median of those within a turn, as machines drift from turn to turn, and the least of any stock's.
+    """
     kept = json.loads(path.read_text())
     print(kept["machine"], ", ".join(" ".join(each) for each in kept["versions"].items()), sep="; ")
     rows = {parsed(name): found for name, found in kept["rows"].items()}
@@ -72,10 +75,14 @@ def _table(rows: dict[Case, dict[str, Any]]) -> Iterable[str]:
     yield "| " + " | ".join(columns) + " |"
     yield "| --- " * len(columns) + "|"
     for case, found in rows.items():
-        medians = {name: {kind: statistics.median(each) for kind, each in of.items()} for name, of in found.items()}
-        ratios = [medians[ours][kind] / max(medians[each][kind] for each in stock) for kind in ("wall", "cpu")]
+        ratios = [min(_ratio(found[ours][kind], found[each][kind]) for each in stock) for kind in ("wall", "cpu")]
         cells = [*map(str, case[1:]), *(_cell(found[each]["wall"]) for each in (*stock, ours))]
         yield "| " + " | ".join([*cells, *(f"{ratio:.2f}" for ratio in ratios)]) + " |"
+
+
+def _ratio(ours: list[float], others: list[float]) -> float:
+    """The median of the ratios of turns."""
+    return statistics.median(mine / other for mine, other in zip(ours, others, strict=True))
 
 
 def _cell(rates: list[float]) -> str:

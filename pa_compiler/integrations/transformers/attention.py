@@ -23,11 +23,13 @@ class Mask:
         padding: [batch, columns], bool: False for padding; or None.
         function: transformers' function of indices, which says what is seen.
         first_key, first_query: Columns from which keys and queries are counted.
+        modules: Those that layers have asked for in this forward pass, by their shapes: most ask for the same.
     """
 
     def __init__(self, padding: torch.Tensor | None, function: Any, first_key: int, first_query: int) -> None:
         self.padding, self.function = padding, function
         self.first_key, self.first_query = first_key, first_query
+        self.modules: dict[Any, Module] = {}
 
     def to(self, *_: Any) -> Mask:
         """Itself: MPT asks for its mask in another type."""
@@ -71,7 +73,10 @@ def attend(
     if not isinstance(attention_mask, Mask):
         got = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else attention_mask
         raise ValueError(f"attention_mask: expected None or one of [batch, columns], got {got}")
-    module = _module(*shape, window_of(attention_mask.function), caches.BLOCK_SIZE)
+    module = attention_mask.modules.get(shape)
+    if module is None:
+        module = _module(*shape, window_of(attention_mask.function), caches.BLOCK_SIZE)
+        attention_mask.modules[shape] = module
     if paged_layer is None:
         step, (keys, values) = _without_cache(module, query, key, value, attention_mask)
     else:
@@ -134,8 +139,9 @@ def _attend(
     """decode or attend of the query tokens, with what there is of each head. Padding gets 0."""
     batch, heads, columns, _ = query.shape
     if step.query_start_loc is None:
-        out = module.decode(query[:, :, 0], keys, values, step.block_table, step.context_lens, scale, **of_heads)
-        return out[:, None]
+        tokens = query.squeeze(2)
+        out = module.decode(tokens, keys, values, step.block_table, step.context_lens, scale, **of_heads)
+        return out.unsqueeze(1)
     tokens = query.transpose(1, 2).flatten(0, 1)
     if step.rows is not None:
         tokens = tokens[step.rows]

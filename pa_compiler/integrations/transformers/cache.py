@@ -163,7 +163,10 @@ def empty_caches(module: Module, blocks: int) -> tuple[Any, Any]:
 
 def append(module: Module, key: torch.Tensor, value: torch.Tensor, keys: Any, values: Any, step: Step) -> None:
     """append_kv of [batch, num_kv_heads, columns, dim]."""
-    key, value = (each.transpose(1, 2).flatten(0, 1) for each in (key, value))
+    if key.shape[2] == 1:  # each of torch's calls takes some us, in each layer of each step
+        key, value = key.squeeze(2), value.squeeze(2)
+    else:
+        key, value = key.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1)
     module.append_kv(key, value, keys, values, step.slots)
 
 
