@@ -181,7 +181,8 @@ def test_libraries_of_a_folder(folder, layer, said):
     assert found.module.num_threads <= torch.get_num_threads()
     assert layers.choose_kernels({"attn": layer}, 32, torch.float32) == {"attn": None}
     command = "pa-compiler build --num-heads 8 --num-kv-heads 2 --head-dim 64 --block-size 32 --dtype float32"
-    assert said[1].endswith(f"there is no TVM; to build it for PA_MODULES: {command} --out-dtype float32 --kv-layout packed -o NAME.so")
+    command += " --out-dtype float32 --kv-layout packed -o NAME.so"
+    assert said[1].endswith(f"there is no TVM; to build it for PA_MODULES: {command}")
 
 
 def test_a_folder_that_is_wrong(folder, layer, monkeypatch):

@@ -54,7 +54,8 @@ def build_command(spec: PagedAttentionSpec) -> str:
     """The command that builds the library of a spec without functions."""
     stated = spec.stated()
     usual = PagedAttentionSpec(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size, spec.dtype).stated()
-    needed = ("num_heads", "num_kv_heads", "head_dim", "block_size", "dtype", "out_dtype")  # whose default is another
+    # The command line's default of out_dtype is float32, that of a spec its dtype.
+    needed = ("num_heads", "num_kv_heads", "head_dim", "block_size", "dtype", "out_dtype")
     options = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
         for name, value in stated.items()
