@@ -141,7 +141,8 @@ def test_a_server(server):
     answers, errors, end = [], [], time.monotonic() + SECONDS
 
     def ask(number):
-        client = openai.OpenAI(base_url=address, api_key="none", timeout=300)  # it asks again where an idle connection ended
+        # By default it asks again where the server has ended a connection that was idle.
+        client = openai.OpenAI(base_url=address, api_key="none", timeout=300)
         asked = 0
         while time.monotonic() < end:
             text = f"Question {number}.{asked}: " + "what is a cache? " * (1 + 7 * number)
