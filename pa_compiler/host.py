@@ -104,10 +104,9 @@ def render(
     target: CpuTarget,
     pipeline: str,
     kernels: Sequence[Kernel],
-    *,
-    shares_prefix: bool = False,
+    **has: bool,
 ) -> str:
-    """The text of host.cc; kernels are the pipeline's and append_kv's. shares_prefix: with attend_shared_prefix."""
+    """The text of host.cc; kernels are the pipeline's and append_kv's. has: shares_prefix, in_tile_registers."""
     fused = pipeline == "fused"
     arrays = [f"input_{each.name}" for each in spec.inputs] + [each.name for each in spec.constants]
     thread_tokens = max(1, _THREAD_FLOPS // (2 * (spec.head_dim + spec.result_dim) * spec.num_heads))
@@ -120,7 +119,7 @@ def render(
         decode_parameters=with_inputs(CPU_ENTRY_POINTS["decode"], spec),
         attend_parameters=with_inputs(CPU_ENTRY_POINTS["attend"], spec),
         shared_prefix_parameters=with_inputs(CPU_ENTRY_POINTS["attend_shared_prefix"], spec),
-        shares_prefix=shares_prefix,
+        **{"shares_prefix": False, "in_tile_registers": False, **has},
         function_values={name: f"functions.{name}" for name in arrays},
         kernels={kernel.name: kernel for kernel in kernels},
         split_blocks=tiling.split_blocks if fused else "INT64_MAX",

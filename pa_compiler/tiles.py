@@ -78,6 +78,8 @@ class Tiling:
     """
 
     strategy: ClassVar[str]
+    in_tile_registers: ClassVar[bool] = False
+    """Whether matmuls multiply whole tiles of pairs by a matrix unit, with what a row does not see in them."""
 
     row_tile: int
     kv_tile: int

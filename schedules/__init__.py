@@ -13,12 +13,20 @@ from tvm import IRModule
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 
-from pa_compiler.schedules.cpu import append_kv, head_dim_in_lanes, heads_in_lanes, merge_parts, tokens_in_lanes
+from pa_compiler.schedules.cpu import (
+    append_kv,
+    head_dim_in_lanes,
+    heads_in_lanes,
+    in_tile_registers,
+    merge_parts,
+    tokens_in_lanes,
+)
 from pa_compiler.schedules.cuda import threads as cuda_threads
 from pa_compiler.tiles import Tiling, VectorTiling
 
 _STRATEGIES = {
     "heads_in_lanes": heads_in_lanes,
+    "in_tile_registers": in_tile_registers,
     "head_dim_in_lanes": head_dim_in_lanes,
     "tokens_in_lanes": tokens_in_lanes,
     "cuda_threads": cuda_threads,

@@ -20,16 +20,27 @@ from pa_compiler.cuda.kernels import launches as cuda
 
 CPUS = {
     name: target.CpuTarget('{"kind": "llvm"}', frozenset(features.split()))
-    for name, features in {"avx2": "avx avx2 fma", "avx512bf16": "avx avx512f avx512vl avx512bf16"}.items()
+    for name, features in {
+        "avx2": "avx avx2 fma",
+        "avx512bf16": "avx avx512f avx512vl avx512bf16",
+        "amx": "avx avx512f avx512vl avx512bf16 amx-tile amx-bf16",
+    }.items()
 }
+IN_TILE_REGISTERS = PagedAttentionSpec(16, 1, 64, 16, "bfloat16")
 HEADS_IN_LANES = PagedAttentionSpec(16, 1, 32, 16, "bfloat16")  # in pairs
 MASKED = {"mask_mod": lambda batch, head, query_pos, key_pos: (key_pos % 3 + head) % 2 == 0}
 WITH_MASKS = [
     dataclasses.replace(spec, **MASKED)
-    for spec in (HEADS_IN_LANES, BASE, PagedAttentionSpec(8, 2, 32, 16, "bfloat16", kv_layout="packed"))
+    for spec in (
+        HEADS_IN_LANES,
+        IN_TILE_REGISTERS,
+        BASE,
+        PagedAttentionSpec(8, 2, 32, 16, "bfloat16", kv_layout="packed"),
+    )
 ]
 WITH_MASKS.append(dataclasses.replace(BASE, mask_mod=lambda b, h, q, k: (k < 4) | (q - k < 40)))  # in two intervals
-ALL_SPECS = [*SPECS.values(), HEADS_IN_LANES, *WITH_MASKS]
+ALL_SPECS = [*SPECS.values(), HEADS_IN_LANES, IN_TILE_REGISTERS, *WITH_MASKS]
+ALL_SPECS.append(dataclasses.replace(IN_TILE_REGISTERS, kv_layout="packed"))
 
 ON_CUDA = PagedAttentionSpec(8, 2, 64, 16, "bfloat16")
 

@@ -251,8 +251,8 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor534.i = alloca [16 x float], align 16
-  %reach555.i = alloca [128 x i32], align 16
+  %factor537.i = alloca [16 x float], align 16
+  %reach558.i = alloca [128 x i32], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -496,8 +496,8 @@ if_end57:                                         ; preds = %if_then55, %if_end5
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor534.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %reach555.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor537.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach558.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -587,41 +587,41 @@ for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end14.i
   br label %for_begin_ax1_0.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
-  %indvars.iv981.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next982.i, %for_body_r.peel.next.i ]
-  %160 = trunc nuw nsw i64 %indvars.iv981.i to i32
+  %indvars.iv985.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next986.i, %for_body_r.peel.next.i ]
+  %160 = trunc nuw nsw i64 %indvars.iv985.i to i32
   %rmod.i = srem i32 %160, %122
   %rdiv39.i = sdiv i32 %160, %122
   %161 = icmp ne i32 %rmod.i, 0
-  %.not585.i = and i1 %147, %161
-  %162 = select i1 %.not585.i, i32 %122, i32 0
+  %.not588.i = and i1 %147, %161
+  %162 = select i1 %.not588.i, i32 %122, i32 0
   %163 = add nsw i32 %162, %rmod.i
   %164 = shl nsw i32 %163, 2
   %165 = shl nsw i32 %163, 4
   %166 = sub nsw i32 %120, %165
   %167 = shl nsw i32 %163, 3
-  %invariant.op668.i = sub i32 %167, %159
-  %168 = sext i1 %.not585.i to i32
+  %invariant.op671.i = sub i32 %167, %159
+  %168 = sext i1 %.not588.i to i32
   %169 = sext i32 %163 to i64
   %170 = shl nsw i64 %169, 2
-  %invariant.op670.i = add nsw i64 %170, %152
+  %invariant.op673.i = add nsw i64 %170, %152
   %171 = sext i32 %166 to i64
-  %172 = shl i64 %indvars.iv981.i, 11
+  %172 = shl i64 %indvars.iv985.i, 11
   %173 = and i64 %172, 4294965248
-  %invariant.gep1323.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
+  %invariant.gep1327.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
   br label %for_begin_ax2_0.preheader.i
 
 for_begin_tile79.preheader.i:                     ; preds = %for_body_r.peel.next.i
-  %174 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 4
+  %174 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 4
   %175 = load <2 x i32>, ptr %174, align 4
-  %exitcond989.peel.not.i = icmp eq i32 %123, 1
+  %exitcond993.peel.not.i = icmp eq i32 %123, 1
   %176 = extractelement <2 x i32> %175, i64 0
   %177 = extractelement <2 x i32> %175, i64 1
-  br i1 %exitcond989.peel.not.i, label %for_end_tile81.i, label %iter.check, !prof !13
+  br i1 %exitcond993.peel.not.i, label %for_end_tile81.i, label %iter.check, !prof !13
 
 iter.check:                                       ; preds = %for_begin_tile79.preheader.i
   %178 = add nsw i64 %wide.trip.count.i, -1
   %min.iters.check = icmp ult i32 %123, 6
-  br i1 %min.iters.check, label %if_end89.i.preheader, label %vector.main.loop.iter.check, !prof !16
+  br i1 %min.iters.check, label %if_end92.i.preheader, label %vector.main.loop.iter.check, !prof !16
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
   %min.iters.check402 = icmp ult i32 %123, 34
@@ -650,10 +650,10 @@ vector.body:                                      ; preds = %vector.body, %vecto
   %182 = shl i64 %index, 4
   %183 = shl i64 %index, 4
   %184 = shl i64 %index, 4
-  %185 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %181
-  %186 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %182
-  %187 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %183
-  %188 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %184
+  %185 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %181
+  %186 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %182
+  %187 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %183
+  %188 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %184
   %189 = getelementptr inbounds nuw i8, ptr %185, i64 20
   %190 = getelementptr inbounds nuw i8, ptr %186, i64 148
   %191 = getelementptr inbounds nuw i8, ptr %187, i64 276
@@ -695,7 +695,7 @@ vec.epilog.iter.check:                            ; preds = %vector.body
   %min.epilog.iters.check = icmp samesign ult i64 %180, 5
   %204 = insertelement <2 x i32> poison, i32 %202, i64 0
   %205 = insertelement <2 x i32> %204, i32 %203, i64 1
-  br i1 %min.epilog.iters.check, label %if_end89.i.preheader, label %vec.epilog.ph, !prof !25
+  br i1 %min.epilog.iters.check, label %if_end92.i.preheader, label %vec.epilog.ph, !prof !25
 
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
@@ -714,7 +714,7 @@ vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.b
   %vec.phi435 = phi <4 x i32> [ %broadcast.splat431, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
   %vec.phi436 = phi <4 x i32> [ %broadcast.splat433, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
   %offset.idx = shl i64 %index434, 4
-  %210 = getelementptr i8, ptr %reach555.i, i64 %offset.idx
+  %210 = getelementptr i8, ptr %reach558.i, i64 %offset.idx
   %211 = getelementptr i8, ptr %210, i64 20
   %wide.vec437 = load <16 x i32>, ptr %211, align 4, !tbaa !17
   %strided.vec438 = shufflevector <16 x i32> %wide.vec437, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
@@ -728,31 +728,31 @@ vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.b
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
   %215 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %212)
   %216 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %213)
-  br label %if_end89.i.preheader
+  br label %if_end92.i.preheader
 
-if_end89.i.preheader:                             ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv985.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
-  %span554.sroa.0.0683.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
-  %span554.sroa.3.0682.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
-  br label %if_end89.i
+if_end92.i.preheader:                             ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv989.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
+  %span557.sroa.0.0687.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
+  %span557.sroa.3.0686.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
+  br label %if_end92.i
 
 for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv968.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next969.i, %for_end_ax2_0.i ]
-  %217 = trunc i64 %indvars.iv968.i to i32
+  %indvars.iv972.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next973.i, %for_end_ax2_0.i ]
+  %217 = trunc i64 %indvars.iv972.i to i32
   %218 = add i32 %164, %217
   %219 = icmp slt i32 %218, %num_query
-  %220 = shl nuw nsw i64 %indvars.iv968.i, 2
+  %220 = shl nuw nsw i64 %indvars.iv972.i, 2
   %221 = or disjoint i64 %220, 1
   %222 = icmp slt i64 %221, %171
   %223 = shl i32 %217, 1
-  %.reass669.i = add i32 %invariant.op668.i, %223
-  %224 = icmp slt i32 %.reass669.i, -1
+  %.reass672.i = add i32 %invariant.op671.i, %223
+  %224 = icmp slt i32 %.reass672.i, -1
   %225 = or disjoint i64 %220, 3
   %226 = icmp slt i64 %225, %171
-  %.reass671.i = add nsw i64 %invariant.op670.i, %indvars.iv968.i
-  %227 = mul nsw i64 %.reass671.i, %q_batch
+  %.reass674.i = add nsw i64 %invariant.op673.i, %indvars.iv972.i
+  %227 = mul nsw i64 %.reass674.i, %q_batch
   %228 = getelementptr i16, ptr %query, i64 %227
-  %invariant.gep1325.i = getelementptr inbounds nuw float, ptr %invariant.gep1323.i, i64 %220
+  %invariant.gep1329.i = getelementptr inbounds nuw float, ptr %invariant.gep1327.i, i64 %220
   br label %for_body_ax2_0.i
 
 for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
@@ -842,7 +842,7 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %310 = add nsw <16 x i32> %position.i, splat (i32 1)
   %311 = select <16 x i1> %158, <16 x i32> %155, <16 x i32> %310
   %312 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %311, <16 x i32> %155)
-  %313 = shl nsw i64 %indvars.iv981.i, 4
+  %313 = shl nsw i64 %indvars.iv985.i, 4
   %314 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %313
   store <16 x i32> %312, ptr %314, align 4, !tbaa !5
   %315 = add nsw <16 x i32> %311, splat (i32 -1)
@@ -853,74 +853,74 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %320 = add nsw <16 x i32> %319, splat (i32 -125)
   %321 = getelementptr inbounds nuw i32, ptr %places.i, i64 %313
   store <16 x i32> %320, ptr %321, align 4, !tbaa !5
-  %322 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %313
+  %322 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %313
   %323 = getelementptr inbounds nuw i8, ptr %322, i64 4
   %324 = getelementptr inbounds nuw i8, ptr %322, i64 8
   %325 = getelementptr inbounds nuw i8, ptr %322, i64 12
   %326 = and i64 %313, 4294967280
   %327 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %326
   %own.peel.i = load i32, ptr %327, align 4, !tbaa !5
-  %gep1328.i = getelementptr inbounds nuw i8, ptr %327, i64 4
-  %own.i = load i32, ptr %gep1328.i, align 4, !tbaa !5
+  %gep1332.i = getelementptr inbounds nuw i8, ptr %327, i64 4
+  %own.i = load i32, ptr %gep1332.i, align 4, !tbaa !5
   %328 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
   %329 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1328.i.1 = getelementptr inbounds nuw i8, ptr %327, i64 8
-  %own.i.1 = load i32, ptr %gep1328.i.1, align 4, !tbaa !5
+  %gep1332.i.1 = getelementptr inbounds nuw i8, ptr %327, i64 8
+  %own.i.1 = load i32, ptr %gep1332.i.1, align 4, !tbaa !5
   %330 = tail call i32 @llvm.smin.i32(i32 %328, i32 %own.i.1)
   %331 = tail call i32 @llvm.smax.i32(i32 %329, i32 %own.i.1)
-  %gep1328.i.2 = getelementptr inbounds nuw i8, ptr %327, i64 12
-  %own.i.2 = load i32, ptr %gep1328.i.2, align 4, !tbaa !5
+  %gep1332.i.2 = getelementptr inbounds nuw i8, ptr %327, i64 12
+  %own.i.2 = load i32, ptr %gep1332.i.2, align 4, !tbaa !5
   %332 = tail call i32 @llvm.smin.i32(i32 %330, i32 %own.i.2)
   %333 = tail call i32 @llvm.smax.i32(i32 %331, i32 %own.i.2)
-  %gep1328.i.3 = getelementptr inbounds nuw i8, ptr %327, i64 16
-  %own.i.3 = load i32, ptr %gep1328.i.3, align 4, !tbaa !5
+  %gep1332.i.3 = getelementptr inbounds nuw i8, ptr %327, i64 16
+  %own.i.3 = load i32, ptr %gep1332.i.3, align 4, !tbaa !5
   %334 = tail call i32 @llvm.smin.i32(i32 %332, i32 %own.i.3)
   %335 = tail call i32 @llvm.smax.i32(i32 %333, i32 %own.i.3)
-  %gep1328.i.4 = getelementptr inbounds nuw i8, ptr %327, i64 20
-  %own.i.4 = load i32, ptr %gep1328.i.4, align 4, !tbaa !5
+  %gep1332.i.4 = getelementptr inbounds nuw i8, ptr %327, i64 20
+  %own.i.4 = load i32, ptr %gep1332.i.4, align 4, !tbaa !5
   %336 = tail call i32 @llvm.smin.i32(i32 %334, i32 %own.i.4)
   %337 = tail call i32 @llvm.smax.i32(i32 %335, i32 %own.i.4)
-  %gep1328.i.5 = getelementptr inbounds nuw i8, ptr %327, i64 24
-  %own.i.5 = load i32, ptr %gep1328.i.5, align 4, !tbaa !5
+  %gep1332.i.5 = getelementptr inbounds nuw i8, ptr %327, i64 24
+  %own.i.5 = load i32, ptr %gep1332.i.5, align 4, !tbaa !5
   %338 = tail call i32 @llvm.smin.i32(i32 %336, i32 %own.i.5)
   %339 = tail call i32 @llvm.smax.i32(i32 %337, i32 %own.i.5)
-  %gep1328.i.6 = getelementptr inbounds nuw i8, ptr %327, i64 28
-  %own.i.6 = load i32, ptr %gep1328.i.6, align 4, !tbaa !5
+  %gep1332.i.6 = getelementptr inbounds nuw i8, ptr %327, i64 28
+  %own.i.6 = load i32, ptr %gep1332.i.6, align 4, !tbaa !5
   %340 = tail call i32 @llvm.smin.i32(i32 %338, i32 %own.i.6)
   %341 = tail call i32 @llvm.smax.i32(i32 %339, i32 %own.i.6)
-  %gep1328.i.7 = getelementptr inbounds nuw i8, ptr %327, i64 32
-  %own.i.7 = load i32, ptr %gep1328.i.7, align 4, !tbaa !5
+  %gep1332.i.7 = getelementptr inbounds nuw i8, ptr %327, i64 32
+  %own.i.7 = load i32, ptr %gep1332.i.7, align 4, !tbaa !5
   %342 = tail call i32 @llvm.smin.i32(i32 %340, i32 %own.i.7)
   %343 = tail call i32 @llvm.smax.i32(i32 %341, i32 %own.i.7)
-  %gep1328.i.8 = getelementptr inbounds nuw i8, ptr %327, i64 36
-  %own.i.8 = load i32, ptr %gep1328.i.8, align 4, !tbaa !5
+  %gep1332.i.8 = getelementptr inbounds nuw i8, ptr %327, i64 36
+  %own.i.8 = load i32, ptr %gep1332.i.8, align 4, !tbaa !5
   %344 = tail call i32 @llvm.smin.i32(i32 %342, i32 %own.i.8)
   %345 = tail call i32 @llvm.smax.i32(i32 %343, i32 %own.i.8)
-  %gep1328.i.9 = getelementptr inbounds nuw i8, ptr %327, i64 40
-  %own.i.9 = load i32, ptr %gep1328.i.9, align 4, !tbaa !5
+  %gep1332.i.9 = getelementptr inbounds nuw i8, ptr %327, i64 40
+  %own.i.9 = load i32, ptr %gep1332.i.9, align 4, !tbaa !5
   %346 = tail call i32 @llvm.smin.i32(i32 %344, i32 %own.i.9)
   %347 = tail call i32 @llvm.smax.i32(i32 %345, i32 %own.i.9)
-  %gep1328.i.10 = getelementptr inbounds nuw i8, ptr %327, i64 44
-  %own.i.10 = load i32, ptr %gep1328.i.10, align 4, !tbaa !5
+  %gep1332.i.10 = getelementptr inbounds nuw i8, ptr %327, i64 44
+  %own.i.10 = load i32, ptr %gep1332.i.10, align 4, !tbaa !5
   %348 = tail call i32 @llvm.smin.i32(i32 %346, i32 %own.i.10)
   %349 = tail call i32 @llvm.smax.i32(i32 %347, i32 %own.i.10)
-  %gep1328.i.11 = getelementptr inbounds nuw i8, ptr %327, i64 48
-  %own.i.11 = load i32, ptr %gep1328.i.11, align 4, !tbaa !5
+  %gep1332.i.11 = getelementptr inbounds nuw i8, ptr %327, i64 48
+  %own.i.11 = load i32, ptr %gep1332.i.11, align 4, !tbaa !5
   %350 = tail call i32 @llvm.smin.i32(i32 %348, i32 %own.i.11)
   %351 = tail call i32 @llvm.smax.i32(i32 %349, i32 %own.i.11)
-  %gep1328.i.12 = getelementptr inbounds nuw i8, ptr %327, i64 52
-  %own.i.12 = load i32, ptr %gep1328.i.12, align 4, !tbaa !5
+  %gep1332.i.12 = getelementptr inbounds nuw i8, ptr %327, i64 52
+  %own.i.12 = load i32, ptr %gep1332.i.12, align 4, !tbaa !5
   %352 = tail call i32 @llvm.smin.i32(i32 %350, i32 %own.i.12)
   %353 = tail call i32 @llvm.smax.i32(i32 %351, i32 %own.i.12)
-  %gep1328.i.13 = getelementptr inbounds nuw i8, ptr %327, i64 56
-  %own.i.13 = load i32, ptr %gep1328.i.13, align 4, !tbaa !5
+  %gep1332.i.13 = getelementptr inbounds nuw i8, ptr %327, i64 56
+  %own.i.13 = load i32, ptr %gep1332.i.13, align 4, !tbaa !5
   %354 = tail call i32 @llvm.smin.i32(i32 %352, i32 %own.i.13)
   %355 = tail call i32 @llvm.smax.i32(i32 %353, i32 %own.i.13)
-  %gep1328.i.14 = getelementptr inbounds nuw i8, ptr %327, i64 60
-  %own.i.14 = load i32, ptr %gep1328.i.14, align 4, !tbaa !5
+  %gep1332.i.14 = getelementptr inbounds nuw i8, ptr %327, i64 60
+  %own.i.14 = load i32, ptr %gep1332.i.14, align 4, !tbaa !5
   %356 = tail call i32 @llvm.smin.i32(i32 %354, i32 %own.i.14)
   %357 = tail call i32 @llvm.smax.i32(i32 %355, i32 %own.i.14)
-  %358 = shl i64 %indvars.iv981.i, 13
+  %358 = shl i64 %indvars.iv985.i, 13
   %359 = and i64 %358, 17179860992
   %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %359
   store i32 %356, ptr %322, align 16, !tbaa !17
@@ -932,18 +932,18 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %361 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %313
   store <16 x float> zeroinitializer, ptr %361, align 4, !tbaa !5
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
-  %indvars.iv.next982.i = add nuw nsw i64 %indvars.iv981.i, 1
-  %exitcond984.not.i = icmp eq i64 %indvars.iv.next982.i, %wide.trip.count.i
-  br i1 %exitcond984.not.i, label %for_begin_tile79.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+  %indvars.iv.next986.i = add nuw nsw i64 %indvars.iv985.i, 1
+  %exitcond988.not.i = icmp eq i64 %indvars.iv.next986.i, %wide.trip.count.i
+  br i1 %exitcond988.not.i, label %for_begin_tile79.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
 
 for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_begin_ax2_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end36.i ]
   br i1 %219, label %if_then16.i, label %if_end17.i
 
 for_end_ax2_0.i:                                  ; preds = %if_end36.i
-  %indvars.iv.next969.i = add nuw nsw i64 %indvars.iv968.i, 1
-  %exitcond972.not.i = icmp eq i64 %indvars.iv.next969.i, 4
-  br i1 %exitcond972.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
+  %indvars.iv.next973.i = add nuw nsw i64 %indvars.iv972.i, 1
+  %exitcond976.not.i = icmp eq i64 %indvars.iv.next973.i, 4
+  br i1 %exitcond976.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
 
 if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %rdiv.i = sdiv i32 %160, %122
@@ -951,8 +951,8 @@ if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %363 = sext i32 %362 to i64
   %364 = add nsw i64 %150, %363
   %365 = mul i64 %151, %364
-  %.idx1243.i = shl i64 %indvars.iv.i, 3
-  %366 = getelementptr i8, ptr %228, i64 %.idx1243.i
+  %.idx1247.i = shl i64 %indvars.iv.i, 3
+  %366 = getelementptr i8, ptr %228, i64 %.idx1247.i
   %367 = getelementptr i16, ptr %366, i64 %365
   %368 = load <4 x i16>, ptr %367, align 2, !tbaa !5
   %369 = zext <4 x i16> %368 to <4 x i32>
@@ -973,8 +973,8 @@ if_then20.i:                                      ; preds = %if_end17.i
   %377 = shl nsw i64 %376, 2
   %378 = or disjoint i64 %377, 1
   %379 = mul nsw i64 %378, %q_head
-  %.idx1244.i = shl i64 %indvars.iv.i, 3
-  %380 = getelementptr i8, ptr %228, i64 %.idx1244.i
+  %.idx1248.i = shl i64 %indvars.iv.i, 3
+  %380 = getelementptr i8, ptr %228, i64 %.idx1248.i
   %381 = getelementptr i16, ptr %380, i64 %379
   %382 = load <4 x i16>, ptr %381, align 2, !tbaa !5
   %383 = zext <4 x i16> %382 to <4 x i32>
@@ -995,8 +995,8 @@ if_then27.i:                                      ; preds = %if_end22.i
   %391 = shl nsw i64 %390, 2
   %392 = or disjoint i64 %391, 2
   %393 = mul nsw i64 %392, %q_head
-  %.idx1245.i = shl i64 %indvars.iv.i, 3
-  %394 = getelementptr i8, ptr %228, i64 %.idx1245.i
+  %.idx1249.i = shl i64 %indvars.iv.i, 3
+  %394 = getelementptr i8, ptr %228, i64 %.idx1249.i
   %395 = getelementptr i16, ptr %394, i64 %393
   %396 = load <4 x i16>, ptr %395, align 2, !tbaa !5
   %397 = zext <4 x i16> %396 to <4 x i32>
@@ -1016,8 +1016,8 @@ if_then34.i:                                      ; preds = %if_end29.i
   %405 = shl nsw i64 %404, 2
   %406 = or disjoint i64 %405, 3
   %407 = mul nsw i64 %406, %q_head
-  %.idx1246.i = shl i64 %indvars.iv.i, 3
-  %408 = getelementptr i8, ptr %228, i64 %.idx1246.i
+  %.idx1250.i = shl i64 %indvars.iv.i, 3
+  %408 = getelementptr i8, ptr %228, i64 %.idx1250.i
   %409 = getelementptr i16, ptr %408, i64 %407
   %410 = load <4 x i16>, ptr %409, align 2, !tbaa !5
   %411 = zext <4 x i16> %410 to <4 x i32>
@@ -1033,34 +1033,34 @@ if_end36.i:                                       ; preds = %if_then34.i, %if_en
   %418 = shufflevector <4 x float> %373, <4 x float> %401, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %419 = shufflevector <4 x float> %387, <4 x float> %415, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %420 = shufflevector <4 x float> %416, <4 x float> %417, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1247.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %gep1326.i = getelementptr inbounds nuw i8, ptr %invariant.gep1325.i, i64 %.idx1247.i
-  store <4 x float> %420, ptr %gep1326.i, align 4, !tbaa !5
+  %.idx1251.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep1330.i = getelementptr inbounds nuw i8, ptr %invariant.gep1329.i, i64 %.idx1251.i
+  store <4 x float> %420, ptr %gep1330.i, align 4, !tbaa !5
   %421 = shufflevector <4 x float> %416, <4 x float> %417, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %422 = getelementptr inbounds nuw i8, ptr %gep1326.i, i64 64
+  %422 = getelementptr inbounds nuw i8, ptr %gep1330.i, i64 64
   store <4 x float> %421, ptr %422, align 4, !tbaa !5
   %423 = shufflevector <4 x float> %418, <4 x float> %419, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %424 = getelementptr inbounds nuw i8, ptr %gep1326.i, i64 128
+  %424 = getelementptr inbounds nuw i8, ptr %gep1330.i, i64 128
   store <4 x float> %423, ptr %424, align 4, !tbaa !5
   %425 = shufflevector <4 x float> %418, <4 x float> %419, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %426 = getelementptr inbounds nuw i8, ptr %gep1326.i, i64 192
+  %426 = getelementptr inbounds nuw i8, ptr %gep1330.i, i64 192
   store <4 x float> %425, ptr %426, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !28
 
-for_end_tile81.i:                                 ; preds = %if_end89.i, %for_begin_tile79.preheader.i, %if_end14.i
-  %span554.sroa.3.0.lcssa.i = phi i32 [ %176, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %471, %if_end89.i ]
-  %span554.sroa.0.0.lcssa.i = phi i32 [ %177, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %468, %if_end89.i ]
+for_end_tile81.i:                                 ; preds = %if_end92.i, %for_begin_tile79.preheader.i, %if_end14.i
+  %span557.sroa.3.0.lcssa.i = phi i32 [ %176, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %471, %if_end92.i ]
+  %span557.sroa.0.0.lcssa.i = phi i32 [ %177, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %468, %if_end92.i ]
   %427 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %427, i32 %span554.sroa.3.0.lcssa.i)
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %427, i32 %span557.sroa.3.0.lcssa.i)
   %428 = shl nsw i32 %block_begin, 4
   %429 = sub nsw i32 %key_end.i, %428
   %430 = tail call i32 @llvm.smax.i32(i32 %429, i32 0)
   %431 = add nuw nsw i32 %430, 4095
   %432 = lshr i32 %431, 12
-  %.not915.i = icmp eq i32 %432, 0
-  br i1 %.not915.i, label %for_begin_tile405.preheader.i, label %for_body_number.lr.ph.i, !prof !16
+  %.not919.i = icmp eq i32 %432, 0
+  br i1 %.not919.i, label %for_begin_tile408.preheader.i, label %for_body_number.lr.ph.i, !prof !16
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
   %433 = mul nsw i64 %row_step, %141
@@ -1085,16 +1085,16 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
   %449 = add i64 %448, %tree_start
   %450 = sub i64 %449, %447
   %451 = mul nsw i64 %437, %v_head
-  %invariant.gep861.i = getelementptr i32, ptr %value_cache, i64 %451
+  %invariant.gep865.i = getelementptr i32, ptr %value_cache, i64 %451
   %452 = zext i32 %443 to i64
   %453 = sext i32 %122 to i64
-  %wide.trip.count1133.i = and i64 %62, 4294967295
-  %wide.trip.count1128.i = zext nneg i32 %122 to i64
+  %wide.trip.count1137.i = and i64 %62, 4294967295
+  %wide.trip.count1132.i = zext nneg i32 %122 to i64
   %454 = getelementptr i8, ptr %tree_mask, i64 %450
-  %wide.trip.count1147.i = zext nneg i32 %123 to i64
+  %wide.trip.count1151.i = zext nneg i32 %123 to i64
   %455 = add i32 %428, %tree_size
   %456 = sub i32 %context_len.i, %455
-  %457 = sub i32 %span554.sroa.0.0.lcssa.i, %428
+  %457 = sub i32 %span557.sroa.0.0.lcssa.i, %428
   %458 = mul i32 %block_begin, -16
   %459 = add i64 %tree_start, %448
   %460 = sub i64 %459, %447
@@ -1104,34 +1104,34 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
   %464 = getelementptr i8, ptr %tree_mask, i64 %460
   br label %for_body_number.i
 
-if_end89.i:                                       ; preds = %if_end89.i, %if_end89.i.preheader
-  %indvars.iv985.i = phi i64 [ %indvars.iv.next986.i, %if_end89.i ], [ %indvars.iv985.i.ph, %if_end89.i.preheader ]
-  %span554.sroa.0.0683.i = phi i32 [ %468, %if_end89.i ], [ %span554.sroa.0.0683.i.ph, %if_end89.i.preheader ]
-  %span554.sroa.3.0682.i = phi i32 [ %471, %if_end89.i ], [ %span554.sroa.3.0682.i.ph, %if_end89.i.preheader ]
-  %.idx1249.i = shl nsw i64 %indvars.iv985.i, 4
-  %465 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %.idx1249.i
+if_end92.i:                                       ; preds = %if_end92.i, %if_end92.i.preheader
+  %indvars.iv989.i = phi i64 [ %indvars.iv.next990.i, %if_end92.i ], [ %indvars.iv989.i.ph, %if_end92.i.preheader ]
+  %span557.sroa.0.0687.i = phi i32 [ %468, %if_end92.i ], [ %span557.sroa.0.0687.i.ph, %if_end92.i.preheader ]
+  %span557.sroa.3.0686.i = phi i32 [ %471, %if_end92.i ], [ %span557.sroa.3.0686.i.ph, %if_end92.i.preheader ]
+  %.idx1253.i = shl nsw i64 %indvars.iv989.i, 4
+  %465 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %.idx1253.i
   %466 = getelementptr inbounds nuw i8, ptr %465, i64 8
   %467 = load i32, ptr %466, align 8, !tbaa !17
-  %468 = tail call i32 @llvm.smin.i32(i32 %span554.sroa.0.0683.i, i32 %467)
+  %468 = tail call i32 @llvm.smin.i32(i32 %span557.sroa.0.0687.i, i32 %467)
   %469 = getelementptr inbounds nuw i8, ptr %465, i64 4
   %470 = load i32, ptr %469, align 4, !tbaa !17
-  %471 = tail call i32 @llvm.smax.i32(i32 %span554.sroa.3.0682.i, i32 %470)
-  %indvars.iv.next986.i = add nuw nsw i64 %indvars.iv985.i, 1
-  %exitcond989.not.i = icmp eq i64 %indvars.iv.next986.i, %wide.trip.count.i
-  br i1 %exitcond989.not.i, label %for_end_tile81.i, label %if_end89.i, !prof !29, !llvm.loop !30
+  %471 = tail call i32 @llvm.smax.i32(i32 %span557.sroa.3.0686.i, i32 %470)
+  %indvars.iv.next990.i = add nuw nsw i64 %indvars.iv989.i, 1
+  %exitcond993.not.i = icmp eq i64 %indvars.iv.next990.i, %wide.trip.count.i
+  br i1 %exitcond993.not.i, label %for_end_tile81.i, label %if_end92.i, !prof !29, !llvm.loop !30
 
-for_begin_number.i:                               ; preds = %if_end400.i
-  %472 = add nuw nsw i32 %number895.i, 1
-  %exitcond1149.not.i = icmp eq i32 %472, %432
+for_begin_number.i:                               ; preds = %if_end403.i
+  %472 = add nuw nsw i32 %number899.i, 1
+  %exitcond1153.not.i = icmp eq i32 %472, %432
   %indvars.iv.next = add i32 %indvars.iv, -4096
   %indvars.iv.next240 = add i32 %indvars.iv239, -4096
   %indvars.iv.next248 = add i32 %indvars.iv247, -4096
-  br i1 %exitcond1149.not.i, label %for_begin_tile405.preheader.i, label %for_body_number.i, !prof !13
+  br i1 %exitcond1153.not.i, label %for_begin_tile408.preheader.i, label %for_body_number.i, !prof !13
 
-for_begin_tile405.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile81.i
-  br i1 %144, label %for_end_tile407.i, label %for_body_tile406.lr.ph.i, !prof !16
+for_begin_tile408.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile81.i
+  br i1 %144, label %for_end_tile410.i, label %for_body_tile409.lr.ph.i, !prof !16
 
-for_body_tile406.lr.ph.i:                         ; preds = %for_begin_tile405.preheader.i
+for_body_tile409.lr.ph.i:                         ; preds = %for_begin_tile408.preheader.i
   %473 = and i64 %68, 2147483648
   %.not = icmp eq i64 %473, 0
   %474 = icmp slt i32 %122, 0
@@ -1139,72 +1139,72 @@ for_body_tile406.lr.ph.i:                         ; preds = %for_begin_tile405.p
   %475 = ashr exact i64 %sext88, 32
   %476 = and i64 %68, 4294967295
   %477 = shl nuw nsw i64 %476, 5
-  %.idx565.i = shl nuw nsw i64 %476, 14
+  %.idx568.i = shl nuw nsw i64 %476, 14
   %sext89 = shl i64 %56, 32
   %478 = ashr exact i64 %sext89, 32
-  %wide.trip.count1204.i = zext nneg i32 %123 to i64
-  br i1 %.not, label %for_body_tile406.i.preheader, label %for_body_tile406.us.i
+  %wide.trip.count1208.i = zext nneg i32 %123 to i64
+  br i1 %.not, label %for_body_tile409.i.preheader, label %for_body_tile409.us.i
 
-for_body_tile406.i.preheader:                     ; preds = %for_body_tile406.lr.ph.i
-  %scevgep515 = getelementptr i8, ptr %partial_acc, i64 %.idx565.i
-  %479 = getelementptr i8, ptr %partial_acc, i64 %.idx565.i
+for_body_tile409.i.preheader:                     ; preds = %for_body_tile409.lr.ph.i
+  %scevgep515 = getelementptr i8, ptr %partial_acc, i64 %.idx568.i
+  %479 = getelementptr i8, ptr %partial_acc, i64 %.idx568.i
   %scevgep518 = getelementptr i8, ptr %479, i64 512
   %scevgep522 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile406.i
+  br label %for_body_tile409.i
 
-for_body_tile406.us.i:                            ; preds = %if_end411.us.i, %for_body_tile406.lr.ph.i
-  %indvars.iv1201.i = phi i64 [ %indvars.iv.next1202.i, %if_end411.us.i ], [ 0, %for_body_tile406.lr.ph.i ]
+for_body_tile409.us.i:                            ; preds = %if_end414.us.i, %for_body_tile409.lr.ph.i
+  %indvars.iv1205.i = phi i64 [ %indvars.iv.next1206.i, %if_end414.us.i ], [ 0, %for_body_tile409.lr.ph.i ]
   %480 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %ordered.us.i = tail call ptr %480(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %481 = icmp eq ptr %ordered.us.i, null
-  br i1 %481, label %fused_attend_compute_.exit, label %if_end414.us.i, !prof !8
+  br i1 %481, label %fused_attend_compute_.exit, label %if_end417.us.i, !prof !8
 
-if_end414.us.i:                                   ; preds = %for_body_tile406.us.i
-  %482 = shl nsw i64 %indvars.iv1201.i, 4
+if_end417.us.i:                                   ; preds = %for_body_tile409.us.i
+  %482 = shl nsw i64 %indvars.iv1205.i, 4
   %483 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %482
   %total.us.i = load <16 x float>, ptr %483, align 4, !tbaa !5
   %484 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
   %485 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
   %486 = select <16 x i1> %485, <16 x float> zeroinitializer, <16 x float> %484
-  store <16 x float> %486, ptr %factor534.i, align 16, !tbaa !31
-  %487 = shl i64 %indvars.iv1201.i, 11
+  store <16 x float> %486, ptr %factor537.i, align 16, !tbaa !31
+  %487 = shl i64 %indvars.iv1205.i, 11
   %488 = and i64 %487, 4294965248
   %invariant.gep170 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %488
-  br label %for_begin_d_0416.preheader.us.i
+  br label %for_begin_d_0419.preheader.us.i
 
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0418.us.i
-  %489 = trunc nuw nsw i64 %indvars.iv1201.i to i32
-  %rmod450.us.i = srem i32 %489, %122
-  %rdiv462.us.i = sdiv i32 %489, %122
-  %490 = icmp ne i32 %rmod450.us.i, 0
-  %.not569.us.i = and i1 %474, %490
-  %491 = select i1 %.not569.us.i, i32 %122, i32 0
-  %492 = add nsw i32 %491, %rmod450.us.i
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0421.us.i
+  %489 = trunc nuw nsw i64 %indvars.iv1205.i to i32
+  %rmod453.us.i = srem i32 %489, %122
+  %rdiv465.us.i = sdiv i32 %489, %122
+  %490 = icmp ne i32 %rmod453.us.i, 0
+  %.not572.us.i = and i1 %474, %490
+  %491 = select i1 %.not572.us.i, i32 %122, i32 0
+  %492 = add nsw i32 %491, %rmod453.us.i
   %493 = shl nsw i32 %492, 4
   %494 = sub nsw i32 %120, %493
   %495 = icmp sgt i32 %494, 0
-  br i1 %495, label %for_begin_d_0456.preheader.lr.ph.us.i, label %for_end_r467.us.i, !prof !3
+  br i1 %495, label %for_begin_d_0459.preheader.lr.ph.us.i, label %for_end_r470.us.i, !prof !3
 
-for_end_r467.us.i:                                ; preds = %if_end472.us.i.1, %for_end_r_0.us.i
+for_end_r470.us.i:                                ; preds = %if_end475.us.i.1, %for_end_r_0.us.i
   %496 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %497 = tail call i32 %496(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not566.us.i = icmp eq i32 %497, 0
-  br i1 %.not566.us.i, label %if_end411.us.i, label %fused_attend_compute_.exit, !prof !38
+  %.not569.us.i = icmp eq i32 %497, 0
+  br i1 %.not569.us.i, label %if_end414.us.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end411.us.i:                                   ; preds = %for_end_r467.us.i
-  %indvars.iv.next1202.i = add nuw nsw i64 %indvars.iv1201.i, 1
-  %exitcond1205.not.i = icmp eq i64 %indvars.iv.next1202.i, %wide.trip.count1204.i
-  br i1 %exitcond1205.not.i, label %for_end_tile407.i, label %for_body_tile406.us.i, !prof !13
+if_end414.us.i:                                   ; preds = %for_end_r470.us.i
+  %indvars.iv.next1206.i = add nuw nsw i64 %indvars.iv1205.i, 1
+  %exitcond1209.not.i = icmp eq i64 %indvars.iv.next1206.i, %wide.trip.count1208.i
+  br i1 %exitcond1209.not.i, label %for_end_tile410.i, label %for_body_tile409.us.i, !prof !13
 
-for_body_r466.us.i:                               ; preds = %for_body_r466.lr.ph.us.i, %if_end472.us.i.1
-  %indvars.iv1195.i = phi i64 [ 0, %for_body_r466.lr.ph.us.i ], [ %indvars.iv.next1196.i.1, %if_end472.us.i.1 ]
-  %498 = add nuw nsw i64 %indvars.iv1195.i, %672
+for_body_r469.us.i:                               ; preds = %for_body_r469.lr.ph.us.i, %if_end475.us.i.1
+  %indvars.iv1199.i = phi i64 [ 0, %for_body_r469.lr.ph.us.i ], [ %indvars.iv.next1200.i.1, %if_end475.us.i.1 ]
+  %498 = add nuw nsw i64 %indvars.iv1199.i, %672
   %499 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %498
   %500 = load float, ptr %499, align 4, !tbaa !5
   %501 = fcmp oeq float %500, 0.000000e+00
-  br i1 %501, label %if_end472.us.i, label %if_else471.us.i
+  br i1 %501, label %if_end475.us.i, label %if_else474.us.i
 
-if_else471.us.i:                                  ; preds = %for_body_r466.us.i
+if_else474.us.i:                                  ; preds = %for_body_r469.us.i
   %502 = getelementptr inbounds nuw i32, ptr %places.i, i64 %498
   %503 = load i32, ptr %502, align 4, !tbaa !5
   %504 = shl i32 %503, 23
@@ -1215,25 +1215,25 @@ if_else471.us.i:                                  ; preds = %for_body_r466.us.i
   %509 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %498
   %510 = load float, ptr %509, align 4, !tbaa !5
   %511 = fadd float %510, %508
-  br label %if_end472.us.i
+  br label %if_end475.us.i
 
-if_end472.us.i:                                   ; preds = %if_else471.us.i, %for_body_r466.us.i
-  %512 = phi float [ %511, %if_else471.us.i ], [ 0xFFF0000000000000, %for_body_r466.us.i ]
-  %513 = and i64 %indvars.iv1195.i, 2
-  %514 = lshr i64 %indvars.iv1195.i, 2
+if_end475.us.i:                                   ; preds = %if_else474.us.i, %for_body_r469.us.i
+  %512 = phi float [ %511, %if_else474.us.i ], [ 0xFFF0000000000000, %for_body_r469.us.i ]
+  %513 = and i64 %indvars.iv1199.i, 2
+  %514 = lshr i64 %indvars.iv1199.i, 2
   %515 = add nsw i64 %514, %669
   %516 = mul nsw i64 %515, %lse_batch
   %517 = getelementptr float, ptr %671, i64 %516
   %518 = getelementptr float, ptr %517, i64 %513
   store float %512, ptr %518, align 4, !tbaa !5
-  %indvars.iv.next1196.i = or disjoint i64 %indvars.iv1195.i, 1
-  %519 = add nuw nsw i64 %indvars.iv.next1196.i, %672
+  %indvars.iv.next1200.i = or disjoint i64 %indvars.iv1199.i, 1
+  %519 = add nuw nsw i64 %indvars.iv.next1200.i, %672
   %520 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %519
   %521 = load float, ptr %520, align 4, !tbaa !5
   %522 = fcmp oeq float %521, 0.000000e+00
-  br i1 %522, label %if_end472.us.i.1, label %if_else471.us.i.1
+  br i1 %522, label %if_end475.us.i.1, label %if_else474.us.i.1
 
-if_else471.us.i.1:                                ; preds = %if_end472.us.i
+if_else474.us.i.1:                                ; preds = %if_end475.us.i
   %523 = getelementptr inbounds nuw i32, ptr %places.i, i64 %519
   %524 = load i32, ptr %523, align 4, !tbaa !5
   %525 = shl i32 %524, 23
@@ -1244,89 +1244,89 @@ if_else471.us.i.1:                                ; preds = %if_end472.us.i
   %530 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %519
   %531 = load float, ptr %530, align 4, !tbaa !5
   %532 = fadd float %531, %529
-  br label %if_end472.us.i.1
+  br label %if_end475.us.i.1
 
-if_end472.us.i.1:                                 ; preds = %if_else471.us.i.1, %if_end472.us.i
-  %533 = phi float [ %532, %if_else471.us.i.1 ], [ 0xFFF0000000000000, %if_end472.us.i ]
-  %534 = and i64 %indvars.iv.next1196.i, 3
-  %535 = lshr i64 %indvars.iv1195.i, 2
+if_end475.us.i.1:                                 ; preds = %if_else474.us.i.1, %if_end475.us.i
+  %533 = phi float [ %532, %if_else474.us.i.1 ], [ 0xFFF0000000000000, %if_end475.us.i ]
+  %534 = and i64 %indvars.iv.next1200.i, 3
+  %535 = lshr i64 %indvars.iv1199.i, 2
   %536 = add nsw i64 %535, %669
   %537 = mul nsw i64 %536, %lse_batch
   %538 = getelementptr float, ptr %671, i64 %537
   %539 = getelementptr float, ptr %538, i64 %534
   store float %533, ptr %539, align 4, !tbaa !5
-  %indvars.iv.next1196.i.1 = add nuw nsw i64 %indvars.iv1195.i, 2
-  %exitcond1200.not.i.1 = icmp eq i64 %indvars.iv.next1196.i.1, %wide.trip.count1193.i
-  br i1 %exitcond1200.not.i.1, label %for_end_r467.us.i, label %for_body_r466.us.i, !prof !13, !llvm.loop !39
+  %indvars.iv.next1200.i.1 = add nuw nsw i64 %indvars.iv1199.i, 2
+  %exitcond1204.not.i.1 = icmp eq i64 %indvars.iv.next1200.i.1, %wide.trip.count1197.i
+  br i1 %exitcond1204.not.i.1, label %for_end_r470.us.i, label %for_body_r469.us.i, !prof !13, !llvm.loop !39
 
-for_end_d_0418.us.i:                              ; preds = %for_begin_ax1_0421.preheader.us.i
-  %indvars.iv.next1181.i = add nuw nsw i64 %indvars.iv1180.i, 1
-  %exitcond1184.not.i = icmp eq i64 %indvars.iv.next1181.i, 4
-  br i1 %exitcond1184.not.i, label %for_end_r_0.us.i, label %for_begin_d_0416.preheader.us.i, !prof !28
+for_end_d_0421.us.i:                              ; preds = %for_begin_ax1_0424.preheader.us.i
+  %indvars.iv.next1185.i = add nuw nsw i64 %indvars.iv1184.i, 1
+  %exitcond1188.not.i = icmp eq i64 %indvars.iv.next1185.i, 4
+  br i1 %exitcond1188.not.i, label %for_end_r_0.us.i, label %for_begin_d_0419.preheader.us.i, !prof !28
 
-for_begin_ax1_0421.preheader.us.i:                ; preds = %for_begin_d_0416.preheader.us.i, %for_begin_ax1_0421.preheader.us.i
-  %indvars.iv1175.i = phi i64 [ 0, %for_begin_d_0416.preheader.us.i ], [ %indvars.iv.next1176.i, %for_begin_ax1_0421.preheader.us.i ]
-  %.idx90 = shl nuw nsw i64 %indvars.iv1175.i, 10
+for_begin_ax1_0424.preheader.us.i:                ; preds = %for_begin_d_0419.preheader.us.i, %for_begin_ax1_0424.preheader.us.i
+  %indvars.iv1179.i = phi i64 [ 0, %for_begin_d_0419.preheader.us.i ], [ %indvars.iv.next1180.i, %for_begin_ax1_0424.preheader.us.i ]
+  %.idx90 = shl nuw nsw i64 %indvars.iv1179.i, 10
   %gep173 = getelementptr inbounds nuw i8, ptr %invariant.gep172, i64 %.idx90
-  %v427.us.i = load <4 x float>, ptr %gep173, align 4, !tbaa !5
+  %v430.us.i = load <4 x float>, ptr %gep173, align 4, !tbaa !5
   %540 = getelementptr inbounds nuw i8, ptr %gep173, i64 64
-  %v429.us.i = load <4 x float>, ptr %540, align 4, !tbaa !5
+  %v432.us.i = load <4 x float>, ptr %540, align 4, !tbaa !5
   %541 = getelementptr inbounds nuw i8, ptr %gep173, i64 128
-  %v431.us.i = load <4 x float>, ptr %541, align 4, !tbaa !5
+  %v434.us.i = load <4 x float>, ptr %541, align 4, !tbaa !5
   %542 = getelementptr inbounds nuw i8, ptr %gep173, i64 192
-  %v433.us.i = load <4 x float>, ptr %542, align 4, !tbaa !5
-  %543 = shufflevector <4 x float> %v427.us.i, <4 x float> %v431.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %544 = shufflevector <4 x float> %v429.us.i, <4 x float> %v433.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %545 = shufflevector <4 x float> %v427.us.i, <4 x float> %v431.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %546 = shufflevector <4 x float> %v429.us.i, <4 x float> %v433.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %v436.us.i = load <4 x float>, ptr %542, align 4, !tbaa !5
+  %543 = shufflevector <4 x float> %v430.us.i, <4 x float> %v434.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %544 = shufflevector <4 x float> %v432.us.i, <4 x float> %v436.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %545 = shufflevector <4 x float> %v430.us.i, <4 x float> %v434.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %546 = shufflevector <4 x float> %v432.us.i, <4 x float> %v436.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %547 = shufflevector <4 x float> %543, <4 x float> %544, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %548 = shufflevector <4 x float> %543, <4 x float> %544, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %549 = shufflevector <4 x float> %545, <4 x float> %546, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %550 = shufflevector <4 x float> %545, <4 x float> %546, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %551 = getelementptr inbounds nuw i8, ptr %gep173, i64 256
-  %v427.us.1.i = load <4 x float>, ptr %551, align 4, !tbaa !5
+  %v430.us.1.i = load <4 x float>, ptr %551, align 4, !tbaa !5
   %552 = getelementptr inbounds nuw i8, ptr %gep173, i64 320
-  %v429.us.1.i = load <4 x float>, ptr %552, align 4, !tbaa !5
+  %v432.us.1.i = load <4 x float>, ptr %552, align 4, !tbaa !5
   %553 = getelementptr inbounds nuw i8, ptr %gep173, i64 384
-  %v431.us.1.i = load <4 x float>, ptr %553, align 4, !tbaa !5
+  %v434.us.1.i = load <4 x float>, ptr %553, align 4, !tbaa !5
   %554 = getelementptr inbounds nuw i8, ptr %gep173, i64 448
-  %v433.us.1.i = load <4 x float>, ptr %554, align 4, !tbaa !5
-  %555 = shufflevector <4 x float> %v427.us.1.i, <4 x float> %v431.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %556 = shufflevector <4 x float> %v429.us.1.i, <4 x float> %v433.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %557 = shufflevector <4 x float> %v427.us.1.i, <4 x float> %v431.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %558 = shufflevector <4 x float> %v429.us.1.i, <4 x float> %v433.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %v436.us.1.i = load <4 x float>, ptr %554, align 4, !tbaa !5
+  %555 = shufflevector <4 x float> %v430.us.1.i, <4 x float> %v434.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %556 = shufflevector <4 x float> %v432.us.1.i, <4 x float> %v436.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %557 = shufflevector <4 x float> %v430.us.1.i, <4 x float> %v434.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %558 = shufflevector <4 x float> %v432.us.1.i, <4 x float> %v436.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %559 = shufflevector <4 x float> %555, <4 x float> %556, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %560 = shufflevector <4 x float> %555, <4 x float> %556, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %561 = shufflevector <4 x float> %557, <4 x float> %558, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %562 = shufflevector <4 x float> %557, <4 x float> %558, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %563 = getelementptr inbounds nuw i8, ptr %gep173, i64 512
-  %v427.us.2.i = load <4 x float>, ptr %563, align 4, !tbaa !5
+  %v430.us.2.i = load <4 x float>, ptr %563, align 4, !tbaa !5
   %564 = getelementptr inbounds nuw i8, ptr %gep173, i64 576
-  %v429.us.2.i = load <4 x float>, ptr %564, align 4, !tbaa !5
+  %v432.us.2.i = load <4 x float>, ptr %564, align 4, !tbaa !5
   %565 = getelementptr inbounds nuw i8, ptr %gep173, i64 640
-  %v431.us.2.i = load <4 x float>, ptr %565, align 4, !tbaa !5
+  %v434.us.2.i = load <4 x float>, ptr %565, align 4, !tbaa !5
   %566 = getelementptr inbounds nuw i8, ptr %gep173, i64 704
-  %v433.us.2.i = load <4 x float>, ptr %566, align 4, !tbaa !5
-  %567 = shufflevector <4 x float> %v427.us.2.i, <4 x float> %v431.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %568 = shufflevector <4 x float> %v429.us.2.i, <4 x float> %v433.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %569 = shufflevector <4 x float> %v427.us.2.i, <4 x float> %v431.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %570 = shufflevector <4 x float> %v429.us.2.i, <4 x float> %v433.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %v436.us.2.i = load <4 x float>, ptr %566, align 4, !tbaa !5
+  %567 = shufflevector <4 x float> %v430.us.2.i, <4 x float> %v434.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %568 = shufflevector <4 x float> %v432.us.2.i, <4 x float> %v436.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %569 = shufflevector <4 x float> %v430.us.2.i, <4 x float> %v434.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %570 = shufflevector <4 x float> %v432.us.2.i, <4 x float> %v436.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %571 = shufflevector <4 x float> %567, <4 x float> %568, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %572 = shufflevector <4 x float> %567, <4 x float> %568, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %573 = shufflevector <4 x float> %569, <4 x float> %570, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %574 = shufflevector <4 x float> %569, <4 x float> %570, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %575 = getelementptr inbounds nuw i8, ptr %gep173, i64 768
-  %v427.us.3.i = load <4 x float>, ptr %575, align 4, !tbaa !5
+  %v430.us.3.i = load <4 x float>, ptr %575, align 4, !tbaa !5
   %576 = getelementptr inbounds nuw i8, ptr %gep173, i64 832
-  %v429.us.3.i = load <4 x float>, ptr %576, align 4, !tbaa !5
+  %v432.us.3.i = load <4 x float>, ptr %576, align 4, !tbaa !5
   %577 = getelementptr inbounds nuw i8, ptr %gep173, i64 896
-  %v431.us.3.i = load <4 x float>, ptr %577, align 4, !tbaa !5
+  %v434.us.3.i = load <4 x float>, ptr %577, align 4, !tbaa !5
   %578 = getelementptr inbounds nuw i8, ptr %gep173, i64 960
-  %v433.us.3.i = load <4 x float>, ptr %578, align 4, !tbaa !5
-  %579 = shufflevector <4 x float> %v427.us.3.i, <4 x float> %v431.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %580 = shufflevector <4 x float> %v429.us.3.i, <4 x float> %v433.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %581 = shufflevector <4 x float> %v427.us.3.i, <4 x float> %v431.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %582 = shufflevector <4 x float> %v429.us.3.i, <4 x float> %v433.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %v436.us.3.i = load <4 x float>, ptr %578, align 4, !tbaa !5
+  %579 = shufflevector <4 x float> %v430.us.3.i, <4 x float> %v434.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %580 = shufflevector <4 x float> %v432.us.3.i, <4 x float> %v436.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %581 = shufflevector <4 x float> %v430.us.3.i, <4 x float> %v434.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %582 = shufflevector <4 x float> %v432.us.3.i, <4 x float> %v436.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %583 = shufflevector <4 x float> %579, <4 x float> %580, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %584 = shufflevector <4 x float> %547, <4 x float> %559, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %585 = shufflevector <4 x float> %571, <4 x float> %583, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
@@ -1344,33 +1344,33 @@ for_begin_ax1_0421.preheader.us.i:                ; preds = %for_begin_d_0416.pr
   %597 = shufflevector <4 x float> %574, <4 x float> %595, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
   %598 = shufflevector <8 x float> %596, <8 x float> %597, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %599 = fmul <16 x float> %649, %586
-  %.idx1258.i = shl nuw nsw i64 %indvars.iv1175.i, 6
-  %gep1336.i = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1258.i
-  store <16 x float> %599, ptr %gep1336.i, align 4, !tbaa !5
+  %.idx1262.i = shl nuw nsw i64 %indvars.iv1179.i, 6
+  %gep1340.i = getelementptr inbounds nuw i8, ptr %invariant.gep1339.i, i64 %.idx1262.i
+  store <16 x float> %599, ptr %gep1340.i, align 4, !tbaa !5
   %600 = fmul <16 x float> %653, %590
-  %601 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 512
+  %601 = getelementptr inbounds nuw i8, ptr %gep1340.i, i64 512
   store <16 x float> %600, ptr %601, align 4, !tbaa !5
   %602 = fmul <16 x float> %657, %594
-  %603 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 1024
+  %603 = getelementptr inbounds nuw i8, ptr %gep1340.i, i64 1024
   store <16 x float> %602, ptr %603, align 4, !tbaa !5
   %604 = fmul <16 x float> %661, %598
-  %605 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 1536
+  %605 = getelementptr inbounds nuw i8, ptr %gep1340.i, i64 1536
   store <16 x float> %604, ptr %605, align 4, !tbaa !5
-  %indvars.iv.next1176.i = add nuw nsw i64 %indvars.iv1175.i, 1
-  %exitcond1179.not.i = icmp eq i64 %indvars.iv.next1176.i, 8
-  br i1 %exitcond1179.not.i, label %for_end_d_0418.us.i, label %for_begin_ax1_0421.preheader.us.i, !prof !28
+  %indvars.iv.next1180.i = add nuw nsw i64 %indvars.iv1179.i, 1
+  %exitcond1183.not.i = icmp eq i64 %indvars.iv.next1180.i, 8
+  br i1 %exitcond1183.not.i, label %for_end_d_0421.us.i, label %for_begin_ax1_0424.preheader.us.i, !prof !28
 
-for_begin_d_0456.preheader.us.i:                  ; preds = %for_begin_d_0456.preheader.lr.ph.us.i, %for_begin_d_0456.preheader.us.i
-  %indvars.iv1189.i = phi i64 [ 0, %for_begin_d_0456.preheader.lr.ph.us.i ], [ %indvars.iv.next1190.i, %for_begin_d_0456.preheader.us.i ]
-  %606 = and i64 %indvars.iv1189.i, 3
+for_begin_d_0459.preheader.us.i:                  ; preds = %for_begin_d_0459.preheader.lr.ph.us.i, %for_begin_d_0459.preheader.us.i
+  %indvars.iv1193.i = phi i64 [ 0, %for_begin_d_0459.preheader.lr.ph.us.i ], [ %indvars.iv.next1194.i, %for_begin_d_0459.preheader.us.i ]
+  %606 = and i64 %indvars.iv1193.i, 3
   %607 = or disjoint i64 %606, %666
   %608 = mul nsw i64 %607, %out_head
-  %609 = lshr i64 %indvars.iv1189.i, 2
+  %609 = lshr i64 %indvars.iv1193.i, 2
   %610 = add nsw i64 %609, %669
   %611 = mul nsw i64 %610, %out_batch
   %612 = getelementptr i16, ptr %out, i64 %611
-  %invariant.gep907.us.i = getelementptr i16, ptr %612, i64 %608
-  %.idx91 = shl nsw i64 %indvars.iv1189.i, 9
+  %invariant.gep911.us.i = getelementptr i16, ptr %612, i64 %608
+  %.idx91 = shl nsw i64 %indvars.iv1193.i, 9
   %613 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx91
   %614 = load <32 x i32>, ptr %613, align 4, !tbaa !5
   %615 = lshr <32 x i32> %614, splat (i32 16)
@@ -1379,7 +1379,7 @@ for_begin_d_0456.preheader.us.i:                  ; preds = %for_begin_d_0456.pr
   %618 = add nuw <32 x i32> %617, %616
   %619 = lshr <32 x i32> %618, splat (i32 16)
   %620 = trunc nuw <32 x i32> %619 to <32 x i16>
-  store <32 x i16> %620, ptr %invariant.gep907.us.i, align 2, !tbaa !5
+  store <32 x i16> %620, ptr %invariant.gep911.us.i, align 2, !tbaa !5
   %621 = getelementptr inbounds nuw i8, ptr %613, i64 128
   %622 = load <32 x i32>, ptr %621, align 4, !tbaa !5
   %623 = lshr <32 x i32> %622, splat (i32 16)
@@ -1388,8 +1388,8 @@ for_begin_d_0456.preheader.us.i:                  ; preds = %for_begin_d_0456.pr
   %626 = add nuw <32 x i32> %625, %624
   %627 = lshr <32 x i32> %626, splat (i32 16)
   %628 = trunc nuw <32 x i32> %627 to <32 x i16>
-  %gep908.us.1.i = getelementptr i8, ptr %invariant.gep907.us.i, i64 64
-  store <32 x i16> %628, ptr %gep908.us.1.i, align 2, !tbaa !5
+  %gep912.us.1.i = getelementptr i8, ptr %invariant.gep911.us.i, i64 64
+  store <32 x i16> %628, ptr %gep912.us.1.i, align 2, !tbaa !5
   %629 = getelementptr inbounds nuw i8, ptr %613, i64 256
   %630 = load <32 x i32>, ptr %629, align 4, !tbaa !5
   %631 = lshr <32 x i32> %630, splat (i32 16)
@@ -1398,8 +1398,8 @@ for_begin_d_0456.preheader.us.i:                  ; preds = %for_begin_d_0456.pr
   %634 = add nuw <32 x i32> %633, %632
   %635 = lshr <32 x i32> %634, splat (i32 16)
   %636 = trunc nuw <32 x i32> %635 to <32 x i16>
-  %gep908.us.2.i = getelementptr i8, ptr %invariant.gep907.us.i, i64 128
-  store <32 x i16> %636, ptr %gep908.us.2.i, align 2, !tbaa !5
+  %gep912.us.2.i = getelementptr i8, ptr %invariant.gep911.us.i, i64 128
+  store <32 x i16> %636, ptr %gep912.us.2.i, align 2, !tbaa !5
   %637 = getelementptr inbounds nuw i8, ptr %613, i64 384
   %638 = load <32 x i32>, ptr %637, align 4, !tbaa !5
   %639 = lshr <32 x i32> %638, splat (i32 16)
@@ -1408,16 +1408,16 @@ for_begin_d_0456.preheader.us.i:                  ; preds = %for_begin_d_0456.pr
   %642 = add nuw <32 x i32> %641, %640
   %643 = lshr <32 x i32> %642, splat (i32 16)
   %644 = trunc nuw <32 x i32> %643 to <32 x i16>
-  %gep908.us.3.i = getelementptr i8, ptr %invariant.gep907.us.i, i64 192
-  store <32 x i16> %644, ptr %gep908.us.3.i, align 2, !tbaa !5
-  %indvars.iv.next1190.i = add nuw nsw i64 %indvars.iv1189.i, 1
-  %exitcond1194.not.i = icmp eq i64 %indvars.iv.next1190.i, %wide.trip.count1193.i
-  br i1 %exitcond1194.not.i, label %for_body_r466.lr.ph.us.i, label %for_begin_d_0456.preheader.us.i, !prof !13
+  %gep912.us.3.i = getelementptr i8, ptr %invariant.gep911.us.i, i64 192
+  store <32 x i16> %644, ptr %gep912.us.3.i, align 2, !tbaa !5
+  %indvars.iv.next1194.i = add nuw nsw i64 %indvars.iv1193.i, 1
+  %exitcond1198.not.i = icmp eq i64 %indvars.iv.next1194.i, %wide.trip.count1197.i
+  br i1 %exitcond1198.not.i, label %for_body_r469.lr.ph.us.i, label %for_begin_d_0459.preheader.us.i, !prof !13
 
-for_begin_d_0416.preheader.us.i:                  ; preds = %for_end_d_0418.us.i, %if_end414.us.i
-  %indvars.iv1180.i = phi i64 [ %indvars.iv.next1181.i, %for_end_d_0418.us.i ], [ 0, %if_end414.us.i ]
-  %645 = shl nuw nsw i64 %indvars.iv1180.i, 2
-  %646 = getelementptr inbounds nuw float, ptr %factor534.i, i64 %645
+for_begin_d_0419.preheader.us.i:                  ; preds = %for_end_d_0421.us.i, %if_end417.us.i
+  %indvars.iv1184.i = phi i64 [ %indvars.iv.next1185.i, %for_end_d_0421.us.i ], [ 0, %if_end417.us.i ]
+  %645 = shl nuw nsw i64 %indvars.iv1184.i, 2
+  %646 = getelementptr inbounds nuw float, ptr %factor537.i, i64 %645
   %647 = load float, ptr %646, align 16, !tbaa !41
   %648 = insertelement <16 x float> poison, float %647, i64 0
   %649 = shufflevector <16 x float> %648, <16 x float> poison, <16 x i32> zeroinitializer
@@ -1433,14 +1433,14 @@ for_begin_d_0416.preheader.us.i:                  ; preds = %for_end_d_0418.us.i
   %659 = load float, ptr %658, align 4, !tbaa !41
   %660 = insertelement <16 x float> poison, float %659, i64 0
   %661 = shufflevector <16 x float> %660, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1259.i = shl nuw nsw i64 %indvars.iv1180.i, 11
-  %invariant.gep1335.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1259.i
+  %.idx1263.i = shl nuw nsw i64 %indvars.iv1184.i, 11
+  %invariant.gep1339.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1263.i
   %invariant.gep172 = getelementptr inbounds nuw float, ptr %invariant.gep170, i64 %645
-  br label %for_begin_ax1_0421.preheader.us.i
+  br label %for_begin_ax1_0424.preheader.us.i
 
-for_begin_d_0456.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %662 = sext i1 %.not569.us.i to i32
-  %663 = add nsw i32 %rdiv462.us.i, %662
+for_begin_d_0459.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %662 = sext i1 %.not572.us.i to i32
+  %663 = add nsw i32 %rdiv465.us.i, %662
   %664 = sext i32 %663 to i64
   %665 = add nsw i64 %475, %664
   %666 = shl nsw i64 %665, 2
@@ -1448,21 +1448,21 @@ for_begin_d_0456.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
   %668 = shl nsw i64 %667, 2
   %669 = add nsw i64 %668, %478
   %670 = tail call i32 @llvm.umin.i32(i32 %494, i32 16)
-  %wide.trip.count1193.i = zext nneg i32 %670 to i64
-  br label %for_begin_d_0456.preheader.us.i
+  %wide.trip.count1197.i = zext nneg i32 %670 to i64
+  br label %for_begin_d_0459.preheader.us.i
 
-for_body_r466.lr.ph.us.i:                         ; preds = %for_begin_d_0456.preheader.us.i
-  %.idx570.us.i = shl nsw i64 %665, 4
-  %671 = getelementptr i8, ptr %lse, i64 %.idx570.us.i
+for_body_r469.lr.ph.us.i:                         ; preds = %for_begin_d_0459.preheader.us.i
+  %.idx573.us.i = shl nsw i64 %665, 4
+  %671 = getelementptr i8, ptr %lse, i64 %.idx573.us.i
   %672 = and i64 %482, 4294967280
-  br label %for_body_r466.us.i
+  br label %for_body_r469.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
   %indvars.iv247 = phi i32 [ %indvars.iv.next248, %for_begin_number.i ], [ %458, %for_body_number.lr.ph.i ]
   %indvars.iv244.in = phi i32 [ %indvars.iv244, %for_begin_number.i ], [ %428, %for_body_number.lr.ph.i ]
   %indvars.iv239 = phi i32 [ %indvars.iv.next240, %for_begin_number.i ], [ %457, %for_body_number.lr.ph.i ]
   %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %456, %for_body_number.lr.ph.i ]
-  %number895.i = phi i32 [ %472, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %number899.i = phi i32 [ %472, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
   %smax493 = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
   %673 = and i32 %smax493, 127
   %674 = add i32 %indvars.iv, %673
@@ -1489,7 +1489,7 @@ for_body_number.i:                                ; preds = %for_begin_number.i,
   %689 = and i32 %smax, 127
   %690 = add i32 %indvars.iv, %689
   %691 = sub i32 %690, %smax
-  %smin = tail call i32 @llvm.smin.i32(i32 %span554.sroa.3.0.lcssa.i, i32 %indvars.iv244)
+  %smin = tail call i32 @llvm.smin.i32(i32 %span557.sroa.3.0.lcssa.i, i32 %indvars.iv244)
   %smin246 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %427)
   %692 = add i32 %smin246, %indvars.iv247
   %693 = add i32 %692, %689
@@ -1499,75 +1499,75 @@ for_body_number.i:                                ; preds = %for_begin_number.i,
   %697 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %row_max.i = tail call ptr %697(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %698 = icmp eq ptr %row_max.i, null
-  br i1 %698, label %fused_attend_compute_.exit, label %if_end91.i, !prof !8
+  br i1 %698, label %fused_attend_compute_.exit, label %if_end94.i, !prof !8
 
-if_end91.i:                                       ; preds = %for_body_number.i
+if_end94.i:                                       ; preds = %for_body_number.i
   %699 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %row_sum.i = tail call ptr %699(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %700 = icmp eq ptr %row_sum.i, null
-  br i1 %700, label %fused_attend_compute_.exit, label %if_end94.i, !prof !8
+  br i1 %700, label %fused_attend_compute_.exit, label %if_end97.i, !prof !8
 
-if_end94.i:                                       ; preds = %if_end91.i
+if_end97.i:                                       ; preds = %if_end94.i
   %701 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %acc.i = tail call ptr %701(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
   %702 = icmp eq ptr %acc.i, null
-  br i1 %702, label %fused_attend_compute_.exit, label %if_end97.i, !prof !8
+  br i1 %702, label %fused_attend_compute_.exit, label %if_end100.i, !prof !8
 
-if_end97.i:                                       ; preds = %if_end94.i
-  %703 = shl nsw i32 %number895.i, 12
+if_end100.i:                                      ; preds = %if_end97.i
+  %703 = shl nsw i32 %number899.i, 12
   %704 = add nsw i32 %703, %428
   %705 = add nsw i32 %704, 4096
-  %706 = sub i32 %span554.sroa.0.0.lcssa.i, %704
+  %706 = sub i32 %span557.sroa.0.0.lcssa.i, %704
   %unseen.i = tail call i32 @llvm.smax.i32(i32 %706, i32 0)
   %707 = and i32 %unseen.i, 127
   %708 = add nsw i32 %unseen.i, %704
   %709 = sub i32 %708, %707
   %710 = tail call i32 @llvm.smin.i32(i32 %705, i32 %key_end.i)
   %711 = sub nsw i32 %710, %709
-  %.fr919.i = freeze i32 %711
-  %712 = icmp slt i32 %.fr919.i, 1
-  %713 = tail call i32 @llvm.smax.i32(i32 %.fr919.i, i32 0)
+  %.fr923.i = freeze i32 %711
+  %712 = icmp slt i32 %.fr923.i, 1
+  %713 = tail call i32 @llvm.smax.i32(i32 %.fr923.i, i32 0)
   %714 = add nuw nsw i32 %713, 127
   %715 = lshr i32 %714, 7
-  %.not916.i = icmp eq i32 %715, 0
-  br i1 %.not916.i, label %for_begin_tile336.preheader.i, label %for_body_step.lr.ph.i, !prof !16
+  %.not920.i = icmp eq i32 %715, 0
+  br i1 %.not920.i, label %for_begin_tile339.preheader.i, label %for_body_step.lr.ph.i, !prof !16
 
-for_body_step.lr.ph.i:                            ; preds = %if_end97.i
+for_body_step.lr.ph.i:                            ; preds = %if_end100.i
   %716 = add nsw i32 %710, -1
   %717 = sext i32 %709 to i64
   %718 = sext i32 %710 to i64
-  %wide.trip.count1138.i = zext nneg i32 %715 to i64
+  %wide.trip.count1142.i = zext nneg i32 %715 to i64
   %invariant.op.i = add nsw i64 %718, -128
   %719 = getelementptr i8, ptr %463, i64 %678
   %720 = getelementptr i8, ptr %464, i64 %685
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end331.i
-  %indvars.iv.next1136.i = add nuw nsw i64 %indvars.iv1135.i, 1
-  %exitcond1139.not.i = icmp eq i64 %indvars.iv.next1136.i, %wide.trip.count1138.i
+for_begin_step.i:                                 ; preds = %if_end334.i
+  %indvars.iv.next1140.i = add nuw nsw i64 %indvars.iv1139.i, 1
+  %exitcond1143.not.i = icmp eq i64 %indvars.iv.next1140.i, %wide.trip.count1142.i
   %indvars.iv.next242 = add i32 %indvars.iv241, -128
   %indvars.iv.next250 = add i32 %indvars.iv249, -128
   %indvars.iv.next252 = add i32 %indvars.iv251, -128
-  br i1 %exitcond1139.not.i, label %for_begin_tile336.preheader.i, label %for_body_step.i, !prof !13
+  br i1 %exitcond1143.not.i, label %for_begin_tile339.preheader.i, label %for_body_step.i, !prof !13
 
-for_begin_tile336.preheader.i:                    ; preds = %for_begin_step.i, %if_end97.i
+for_begin_tile339.preheader.i:                    ; preds = %for_begin_step.i, %if_end100.i
   %brmerge.i = or i1 %144, %712
-  br i1 %brmerge.i, label %for_end_tile338.i, label %for_body_tile337.i, !prof !42
+  br i1 %brmerge.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !42
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
   %indvars.iv251 = phi i32 [ %indvars.iv.next252, %for_begin_step.i ], [ %696, %for_body_step.lr.ph.i ]
   %indvars.iv249 = phi i32 [ %indvars.iv.next250, %for_begin_step.i ], [ %694, %for_body_step.lr.ph.i ]
   %indvars.iv241 = phi i32 [ %indvars.iv.next242, %for_begin_step.i ], [ %691, %for_body_step.lr.ph.i ]
-  %indvars.iv1135.i = phi i64 [ %indvars.iv.next1136.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %indvars.iv1135.i.tr = trunc i64 %indvars.iv1135.i to i32
-  %721 = shl i32 %indvars.iv1135.i.tr, 7
+  %indvars.iv1139.i = phi i64 [ %indvars.iv.next1140.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %indvars.iv1139.i.tr = trunc i64 %indvars.iv1139.i to i32
+  %721 = shl i32 %indvars.iv1139.i.tr, 7
   %722 = add i32 %smax493, %721
   %723 = sub i32 %674, %722
   %smax494 = tail call i32 @llvm.smax.i32(i32 %723, i32 0)
-  %724 = shl nuw nsw i64 %indvars.iv1135.i, 7
+  %724 = shl nuw nsw i64 %indvars.iv1139.i, 7
   %scevgep480 = getelementptr i8, ptr %719, i64 %724
-  %indvars.iv1135.i.tr539 = trunc i64 %indvars.iv1135.i to i32
-  %725 = shl i32 %indvars.iv1135.i.tr539, 7
+  %indvars.iv1139.i.tr539 = trunc i64 %indvars.iv1139.i to i32
+  %725 = shl i32 %indvars.iv1139.i.tr539, 7
   %726 = add i32 %smax479, %725
   %727 = sub i32 %679, %726
   %smax481 = tail call i32 @llvm.smax.i32(i32 %727, i32 0)
@@ -1575,17 +1575,17 @@ for_body_step.i:                                  ; preds = %for_begin_step.i, %
   %729 = shl i32 %smax481, 4
   %730 = sext i32 %729 to i64
   %731 = shl nsw i64 %730, 2
-  %indvars.iv1135.i.tr540 = trunc i64 %indvars.iv1135.i to i32
-  %732 = shl i32 %indvars.iv1135.i.tr540, 7
+  %indvars.iv1139.i.tr540 = trunc i64 %indvars.iv1139.i to i32
+  %732 = shl i32 %indvars.iv1139.i.tr540, 7
   %733 = add i32 %smax469, %732
   %734 = sub i32 %681, %733
   %smax470 = tail call i32 @llvm.smax.i32(i32 %734, i32 0)
   %735 = shl i32 %smax470, 4
   %736 = sext i32 %735 to i64
-  %737 = shl nuw nsw i64 %indvars.iv1135.i, 7
+  %737 = shl nuw nsw i64 %indvars.iv1139.i, 7
   %scevgep = getelementptr i8, ptr %720, i64 %737
-  %indvars.iv1135.i.tr541 = trunc i64 %indvars.iv1135.i to i32
-  %738 = shl i32 %indvars.iv1135.i.tr541, 7
+  %indvars.iv1139.i.tr541 = trunc i64 %indvars.iv1139.i to i32
+  %738 = shl i32 %indvars.iv1139.i.tr541, 7
   %739 = add i32 %smax445, %738
   %740 = sub i32 %686, %739
   %smax446 = tail call i32 @llvm.smax.i32(i32 %740, i32 0)
@@ -1593,8 +1593,8 @@ for_body_step.i:                                  ; preds = %for_begin_step.i, %
   %742 = shl i32 %smax446, 4
   %743 = sext i32 %742 to i64
   %744 = shl nsw i64 %743, 2
-  %indvars.iv1135.i.tr542 = trunc i64 %indvars.iv1135.i to i32
-  %745 = shl i32 %indvars.iv1135.i.tr542, 7
+  %indvars.iv1139.i.tr542 = trunc i64 %indvars.iv1139.i to i32
+  %745 = shl i32 %indvars.iv1139.i.tr542, 7
   %746 = add i32 %smax443, %745
   %747 = sub i32 %688, %746
   %smax444 = tail call i32 @llvm.smax.i32(i32 %747, i32 0)
@@ -1603,16 +1603,16 @@ for_body_step.i:                                  ; preds = %for_begin_step.i, %
   %749 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %key_offsets.i = tail call ptr %749(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %750 = icmp eq ptr %key_offsets.i, null
-  br i1 %750, label %fused_attend_compute_.exit, label %if_end100.i, !prof !8
+  br i1 %750, label %fused_attend_compute_.exit, label %if_end103.i, !prof !8
 
-if_end100.i:                                      ; preds = %for_body_step.i
+if_end103.i:                                      ; preds = %for_body_step.i
   %751 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %value_offsets.i = tail call ptr %751(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %752 = icmp eq ptr %value_offsets.i, null
-  br i1 %752, label %fused_attend_compute_.exit, label %if_end103.i, !prof !8
+  br i1 %752, label %fused_attend_compute_.exit, label %if_end106.i, !prof !8
 
-if_end103.i:                                      ; preds = %if_end100.i
-  %753 = shl nsw i64 %indvars.iv1135.i, 7
+if_end106.i:                                      ; preds = %if_end103.i
+  %753 = shl nsw i64 %indvars.iv1139.i, 7
   %754 = add nsw i64 %753, %717
   %755 = trunc i64 %754 to i32
   %756 = sub i32 %710, %755
@@ -1625,55 +1625,55 @@ if_end103.i:                                      ; preds = %if_end100.i
   %763 = icmp sgt i32 %762, 0
   br i1 %763, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
-for_body_t.lr.ph.i:                               ; preds = %if_end103.i
+for_body_t.lr.ph.i:                               ; preds = %if_end106.i
   %row_start.i = load i32, ptr %434, align 4, !tbaa !5
   %764 = sext i32 %row_start.i to i64
-  %invariant.gep687.i = getelementptr i32, ptr %invariant.gep.i, i64 %764
-  %wide.trip.count994.i = zext nneg i32 %762 to i64
+  %invariant.gep691.i = getelementptr i32, ptr %invariant.gep.i, i64 %764
+  %wide.trip.count998.i = zext nneg i32 %762 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv991.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next992.i.1, %for_body_t.i ]
-  %765 = add nsw i64 %indvars.iv991.i, %754
+  %indvars.iv995.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next996.i.1, %for_body_t.i ]
+  %765 = add nsw i64 %indvars.iv995.i, %754
   %766 = trunc nsw i64 %765 to i32
   %767 = tail call i32 @llvm.smin.i32(i32 %766, i32 %716)
   %768 = sext i32 %767 to i64
   %769 = ashr i64 %768, 4
-  %gep688.i = getelementptr i32, ptr %invariant.gep687.i, i64 %769
-  %770 = load i32, ptr %gep688.i, align 4, !tbaa !5
+  %gep692.i = getelementptr i32, ptr %invariant.gep691.i, i64 %769
+  %770 = load i32, ptr %gep692.i, align 4, !tbaa !5
   %block.i = sext i32 %770 to i64
   %771 = and i64 %768, 15
   %772 = mul nsw i64 %771, %k_row
   %773 = mul nsw i64 %k_block, %block.i
   %774 = add nsw i64 %772, %773
-  %775 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv991.i
+  %775 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv995.i
   store i64 %774, ptr %775, align 8, !tbaa !5
-  %indvars.iv.next992.i = or disjoint i64 %indvars.iv991.i, 1
-  %776 = add nsw i64 %indvars.iv.next992.i, %754
+  %indvars.iv.next996.i = or disjoint i64 %indvars.iv995.i, 1
+  %776 = add nsw i64 %indvars.iv.next996.i, %754
   %777 = trunc nsw i64 %776 to i32
   %778 = tail call i32 @llvm.smin.i32(i32 %777, i32 %716)
   %779 = sext i32 %778 to i64
   %780 = ashr i64 %779, 4
-  %gep688.i.1 = getelementptr i32, ptr %invariant.gep687.i, i64 %780
-  %781 = load i32, ptr %gep688.i.1, align 4, !tbaa !5
+  %gep692.i.1 = getelementptr i32, ptr %invariant.gep691.i, i64 %780
+  %781 = load i32, ptr %gep692.i.1, align 4, !tbaa !5
   %block.i.1 = sext i32 %781 to i64
   %782 = and i64 %779, 15
   %783 = mul nsw i64 %782, %k_row
   %784 = mul nsw i64 %k_block, %block.i.1
   %785 = add nsw i64 %783, %784
-  %786 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next992.i
+  %786 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next996.i
   store i64 %785, ptr %786, align 8, !tbaa !5
-  %indvars.iv.next992.i.1 = add nuw nsw i64 %indvars.iv991.i, 2
-  %exitcond995.not.i.1 = icmp eq i64 %indvars.iv.next992.i.1, %wide.trip.count994.i
-  br i1 %exitcond995.not.i.1, label %for_body_t108.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !43
+  %indvars.iv.next996.i.1 = add nuw nsw i64 %indvars.iv995.i, 2
+  %exitcond999.not.i.1 = icmp eq i64 %indvars.iv.next996.i.1, %wide.trip.count998.i
+  br i1 %exitcond999.not.i.1, label %for_body_t111.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !43
 
-for_body_t108.lr.ph.i:                            ; preds = %for_body_t.i
-  %row_start106.i = load i32, ptr %434, align 4, !tbaa !5
-  %787 = sext i32 %row_start106.i to i64
-  %invariant.gep691.i = getelementptr i32, ptr %invariant.gep.i, i64 %787
-  br label %for_body_t108.i
+for_body_t111.lr.ph.i:                            ; preds = %for_body_t.i
+  %row_start109.i = load i32, ptr %434, align 4, !tbaa !5
+  %787 = sext i32 %row_start109.i to i64
+  %invariant.gep695.i = getelementptr i32, ptr %invariant.gep.i, i64 %787
+  br label %for_body_t111.i
 
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t108.i, %if_end103.i
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t111.i, %if_end106.i
   br i1 %436, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
@@ -1682,10 +1682,10 @@ for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.p
   %790 = sub i32 %context_len.i, %789
   %791 = tail call i32 @llvm.smax.i32(i32 %790, i32 0)
   %792 = zext nneg i32 %791 to i64
-  %793 = icmp eq i64 %indvars.iv1135.i, 0
+  %793 = icmp eq i64 %indvars.iv1139.i, 0
   %794 = insertelement <16 x i1> poison, i1 %793, i64 0
   %795 = shufflevector <16 x i1> %794, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count1008.i = zext nneg i32 %759 to i64
+  %wide.trip.count1012.i = zext nneg i32 %759 to i64
   %796 = getelementptr i8, ptr %454, i64 %754
   %797 = getelementptr i8, ptr %796, i64 %792
   %scevgep447 = getelementptr i8, ptr %scevgep, i64 %741
@@ -1696,1090 +1696,1090 @@ for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.p
   %broadcast.splat462 = shufflevector <8 x i32> %broadcast.splatinsert461, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %for_body_kv_head.i
 
-for_body_t108.i:                                  ; preds = %for_body_t108.i, %for_body_t108.lr.ph.i
-  %indvars.iv996.i = phi i64 [ 0, %for_body_t108.lr.ph.i ], [ %indvars.iv.next997.i.1, %for_body_t108.i ]
-  %798 = add nsw i64 %indvars.iv996.i, %754
+for_body_t111.i:                                  ; preds = %for_body_t111.i, %for_body_t111.lr.ph.i
+  %indvars.iv1000.i = phi i64 [ 0, %for_body_t111.lr.ph.i ], [ %indvars.iv.next1001.i.1, %for_body_t111.i ]
+  %798 = add nsw i64 %indvars.iv1000.i, %754
   %799 = trunc nsw i64 %798 to i32
   %800 = tail call i32 @llvm.smin.i32(i32 %799, i32 %716)
   %801 = sext i32 %800 to i64
   %802 = ashr i64 %801, 4
-  %gep692.i = getelementptr i32, ptr %invariant.gep691.i, i64 %802
-  %803 = load i32, ptr %gep692.i, align 4, !tbaa !5
-  %block115.i = sext i32 %803 to i64
+  %gep696.i = getelementptr i32, ptr %invariant.gep695.i, i64 %802
+  %803 = load i32, ptr %gep696.i, align 4, !tbaa !5
+  %block118.i = sext i32 %803 to i64
   %804 = and i64 %801, 15
   %805 = mul nsw i64 %804, %v_row
-  %806 = mul nsw i64 %v_block, %block115.i
+  %806 = mul nsw i64 %v_block, %block118.i
   %807 = add nsw i64 %805, %806
-  %808 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv996.i
+  %808 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1000.i
   store i64 %807, ptr %808, align 8, !tbaa !5
-  %indvars.iv.next997.i = or disjoint i64 %indvars.iv996.i, 1
-  %809 = add nsw i64 %indvars.iv.next997.i, %754
+  %indvars.iv.next1001.i = or disjoint i64 %indvars.iv1000.i, 1
+  %809 = add nsw i64 %indvars.iv.next1001.i, %754
   %810 = trunc nsw i64 %809 to i32
   %811 = tail call i32 @llvm.smin.i32(i32 %810, i32 %716)
   %812 = sext i32 %811 to i64
   %813 = ashr i64 %812, 4
-  %gep692.i.1 = getelementptr i32, ptr %invariant.gep691.i, i64 %813
-  %814 = load i32, ptr %gep692.i.1, align 4, !tbaa !5
-  %block115.i.1 = sext i32 %814 to i64
+  %gep696.i.1 = getelementptr i32, ptr %invariant.gep695.i, i64 %813
+  %814 = load i32, ptr %gep696.i.1, align 4, !tbaa !5
+  %block118.i.1 = sext i32 %814 to i64
   %815 = and i64 %812, 15
   %816 = mul nsw i64 %815, %v_row
-  %817 = mul nsw i64 %v_block, %block115.i.1
+  %817 = mul nsw i64 %v_block, %block118.i.1
   %818 = add nsw i64 %816, %817
-  %819 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next997.i
+  %819 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1001.i
   store i64 %818, ptr %819, align 8, !tbaa !5
-  %indvars.iv.next997.i.1 = add nuw nsw i64 %indvars.iv996.i, 2
-  %exitcond1000.not.i.1 = icmp eq i64 %indvars.iv.next997.i.1, %wide.trip.count994.i
-  br i1 %exitcond1000.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t108.i, !prof !13, !llvm.loop !44
+  %indvars.iv.next1001.i.1 = add nuw nsw i64 %indvars.iv1000.i, 2
+  %exitcond1004.not.i.1 = icmp eq i64 %indvars.iv.next1001.i.1, %wide.trip.count998.i
+  br i1 %exitcond1004.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t111.i, !prof !13, !llvm.loop !44
 
-for_begin_kv_head.i:                              ; preds = %if_end325.i
-  %indvars.iv.next1131.i = add nuw nsw i64 %indvars.iv1130.i, 1
-  %exitcond1134.not.i = icmp eq i64 %indvars.iv.next1131.i, %wide.trip.count1133.i
-  br i1 %exitcond1134.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+for_begin_kv_head.i:                              ; preds = %if_end328.i
+  %indvars.iv.next1135.i = add nuw nsw i64 %indvars.iv1134.i, 1
+  %exitcond1138.not.i = icmp eq i64 %indvars.iv.next1135.i, %wide.trip.count1137.i
+  br i1 %exitcond1138.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
-  %indvars.iv1130.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1131.i, %for_begin_kv_head.i ]
+  %indvars.iv1134.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1135.i, %for_begin_kv_head.i ]
   %820 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %k_tile.i = tail call ptr %820(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
   %821 = icmp eq ptr %k_tile.i, null
-  br i1 %821, label %fused_attend_compute_.exit, label %if_end119.i, !prof !8
+  br i1 %821, label %fused_attend_compute_.exit, label %if_end122.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
   %822 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %823 = tail call i32 %822(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not574.i = icmp eq i32 %823, 0
-  br i1 %.not574.i, label %if_end331.i, label %fused_attend_compute_.exit, !prof !38
+  %.not577.i = icmp eq i32 %823, 0
+  br i1 %.not577.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end119.i:                                      ; preds = %for_body_kv_head.i
+if_end122.i:                                      ; preds = %for_body_kv_head.i
   %824 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %v_tile.i = tail call ptr %824(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
   %825 = icmp eq ptr %v_tile.i, null
-  br i1 %825, label %fused_attend_compute_.exit, label %if_end122.i, !prof !8
+  br i1 %825, label %fused_attend_compute_.exit, label %if_end125.i, !prof !8
 
-if_end122.i:                                      ; preds = %if_end119.i
-  %826 = add nsw i64 %indvars.iv1130.i, %437
+if_end125.i:                                      ; preds = %if_end122.i
+  %826 = add nsw i64 %indvars.iv1134.i, %437
   br i1 %788, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
 
-for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end122.i
+for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end125.i
   %827 = mul nsw i64 %826, %k_head
-  %invariant.gep693.i = getelementptr i32, ptr %key_cache, i64 %827
+  %invariant.gep697.i = getelementptr i32, ptr %key_cache, i64 %827
   br label %for_begin_ti.preheader.i
 
-for_begin_ti129.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
+for_begin_ti132.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
   %828 = mul nsw i64 %826, %v_head
-  %invariant.gep710.i = getelementptr i32, ptr %value_cache, i64 %828
-  br label %for_begin_ti129.preheader.i
+  %invariant.gep714.i = getelementptr i32, ptr %value_cache, i64 %828
+  br label %for_begin_ti132.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
-  %indvars.iv1005.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next1006.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv1005.i, 6
+  %indvars.iv1009.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next1010.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv1009.i, 6
   %829 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
   %830 = load i64, ptr %829, align 8, !tbaa !5
-  %gep.i = getelementptr i32, ptr %invariant.gep693.i, i64 %830
+  %gep.i = getelementptr i32, ptr %invariant.gep697.i, i64 %830
   %831 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !5
   %832 = shl <16 x i32> %831, splat (i32 16)
-  %.idx79 = shl nsw i64 %indvars.iv1005.i, 12
+  %.idx79 = shl nsw i64 %indvars.iv1009.i, 12
   %833 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx79
   store <16 x i32> %832, ptr %833, align 4, !tbaa !5
   %834 = load i64, ptr %829, align 8, !tbaa !5
-  %gep695.i = getelementptr i32, ptr %invariant.gep693.i, i64 %834
-  %835 = load <16 x i32>, ptr %gep695.i, align 4, !tbaa !5
+  %gep699.i = getelementptr i32, ptr %invariant.gep697.i, i64 %834
+  %835 = load <16 x i32>, ptr %gep699.i, align 4, !tbaa !5
   %836 = and <16 x i32> %835, %441
   %837 = getelementptr inbounds nuw i8, ptr %833, i64 64
   store <16 x i32> %836, ptr %837, align 4, !tbaa !5
   %838 = load i64, ptr %829, align 8, !tbaa !5
-  %gep697.i = getelementptr i32, ptr %invariant.gep693.i, i64 %838
-  %839 = getelementptr i8, ptr %gep697.i, i64 64
+  %gep701.i = getelementptr i32, ptr %invariant.gep697.i, i64 %838
+  %839 = getelementptr i8, ptr %gep701.i, i64 64
   %840 = load <16 x i32>, ptr %839, align 4, !tbaa !5
   %841 = shl <16 x i32> %840, splat (i32 16)
   %842 = getelementptr inbounds nuw i8, ptr %833, i64 128
   store <16 x i32> %841, ptr %842, align 4, !tbaa !5
   %843 = load i64, ptr %829, align 8, !tbaa !5
-  %gep699.i = getelementptr i32, ptr %invariant.gep693.i, i64 %843
-  %844 = getelementptr i8, ptr %gep699.i, i64 64
+  %gep703.i = getelementptr i32, ptr %invariant.gep697.i, i64 %843
+  %844 = getelementptr i8, ptr %gep703.i, i64 64
   %845 = load <16 x i32>, ptr %844, align 4, !tbaa !5
   %846 = and <16 x i32> %845, %441
   %847 = getelementptr inbounds nuw i8, ptr %833, i64 192
   store <16 x i32> %846, ptr %847, align 4, !tbaa !5
   %848 = load i64, ptr %829, align 8, !tbaa !5
-  %gep701.i = getelementptr i32, ptr %invariant.gep693.i, i64 %848
-  %849 = getelementptr i8, ptr %gep701.i, i64 128
+  %gep705.i = getelementptr i32, ptr %invariant.gep697.i, i64 %848
+  %849 = getelementptr i8, ptr %gep705.i, i64 128
   %850 = load <16 x i32>, ptr %849, align 4, !tbaa !5
   %851 = shl <16 x i32> %850, splat (i32 16)
   %852 = getelementptr inbounds nuw i8, ptr %833, i64 256
   store <16 x i32> %851, ptr %852, align 4, !tbaa !5
   %853 = load i64, ptr %829, align 8, !tbaa !5
-  %gep703.i = getelementptr i32, ptr %invariant.gep693.i, i64 %853
-  %854 = getelementptr i8, ptr %gep703.i, i64 128
+  %gep707.i = getelementptr i32, ptr %invariant.gep697.i, i64 %853
+  %854 = getelementptr i8, ptr %gep707.i, i64 128
   %855 = load <16 x i32>, ptr %854, align 4, !tbaa !5
   %856 = and <16 x i32> %855, %441
   %857 = getelementptr inbounds nuw i8, ptr %833, i64 320
   store <16 x i32> %856, ptr %857, align 4, !tbaa !5
   %858 = load i64, ptr %829, align 8, !tbaa !5
-  %gep705.i = getelementptr i32, ptr %invariant.gep693.i, i64 %858
-  %859 = getelementptr i8, ptr %gep705.i, i64 192
+  %gep709.i = getelementptr i32, ptr %invariant.gep697.i, i64 %858
+  %859 = getelementptr i8, ptr %gep709.i, i64 192
   %860 = load <16 x i32>, ptr %859, align 4, !tbaa !5
   %861 = shl <16 x i32> %860, splat (i32 16)
   %862 = getelementptr inbounds nuw i8, ptr %833, i64 384
   store <16 x i32> %861, ptr %862, align 4, !tbaa !5
   %863 = load i64, ptr %829, align 8, !tbaa !5
-  %gep707.i = getelementptr i32, ptr %invariant.gep693.i, i64 %863
-  %864 = getelementptr i8, ptr %gep707.i, i64 192
+  %gep711.i = getelementptr i32, ptr %invariant.gep697.i, i64 %863
+  %864 = getelementptr i8, ptr %gep711.i, i64 192
   %865 = load <16 x i32>, ptr %864, align 4, !tbaa !5
   %866 = and <16 x i32> %865, %441
   %867 = getelementptr inbounds nuw i8, ptr %833, i64 448
   store <16 x i32> %866, ptr %867, align 4, !tbaa !5
   %868 = getelementptr inbounds nuw i8, ptr %829, i64 8
   %869 = load i64, ptr %868, align 8, !tbaa !5
-  %gep.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %869
+  %gep.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %869
   %870 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !5
   %871 = shl <16 x i32> %870, splat (i32 16)
   %872 = getelementptr inbounds nuw i8, ptr %833, i64 512
   store <16 x i32> %871, ptr %872, align 4, !tbaa !5
   %873 = load i64, ptr %868, align 8, !tbaa !5
-  %gep695.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %873
-  %874 = load <16 x i32>, ptr %gep695.1.i, align 4, !tbaa !5
+  %gep699.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %873
+  %874 = load <16 x i32>, ptr %gep699.1.i, align 4, !tbaa !5
   %875 = and <16 x i32> %874, %441
   %876 = getelementptr inbounds nuw i8, ptr %833, i64 576
   store <16 x i32> %875, ptr %876, align 4, !tbaa !5
   %877 = load i64, ptr %868, align 8, !tbaa !5
-  %gep697.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %877
-  %878 = getelementptr i8, ptr %gep697.1.i, i64 64
+  %gep701.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %877
+  %878 = getelementptr i8, ptr %gep701.1.i, i64 64
   %879 = load <16 x i32>, ptr %878, align 4, !tbaa !5
   %880 = shl <16 x i32> %879, splat (i32 16)
   %881 = getelementptr inbounds nuw i8, ptr %833, i64 640
   store <16 x i32> %880, ptr %881, align 4, !tbaa !5
   %882 = load i64, ptr %868, align 8, !tbaa !5
-  %gep699.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %882
-  %883 = getelementptr i8, ptr %gep699.1.i, i64 64
+  %gep703.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %882
+  %883 = getelementptr i8, ptr %gep703.1.i, i64 64
   %884 = load <16 x i32>, ptr %883, align 4, !tbaa !5
   %885 = and <16 x i32> %884, %441
   %886 = getelementptr inbounds nuw i8, ptr %833, i64 704
   store <16 x i32> %885, ptr %886, align 4, !tbaa !5
   %887 = load i64, ptr %868, align 8, !tbaa !5
-  %gep701.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %887
-  %888 = getelementptr i8, ptr %gep701.1.i, i64 128
+  %gep705.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %887
+  %888 = getelementptr i8, ptr %gep705.1.i, i64 128
   %889 = load <16 x i32>, ptr %888, align 4, !tbaa !5
   %890 = shl <16 x i32> %889, splat (i32 16)
   %891 = getelementptr inbounds nuw i8, ptr %833, i64 768
   store <16 x i32> %890, ptr %891, align 4, !tbaa !5
   %892 = load i64, ptr %868, align 8, !tbaa !5
-  %gep703.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %892
-  %893 = getelementptr i8, ptr %gep703.1.i, i64 128
+  %gep707.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %892
+  %893 = getelementptr i8, ptr %gep707.1.i, i64 128
   %894 = load <16 x i32>, ptr %893, align 4, !tbaa !5
   %895 = and <16 x i32> %894, %441
   %896 = getelementptr inbounds nuw i8, ptr %833, i64 832
   store <16 x i32> %895, ptr %896, align 4, !tbaa !5
   %897 = load i64, ptr %868, align 8, !tbaa !5
-  %gep705.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %897
-  %898 = getelementptr i8, ptr %gep705.1.i, i64 192
+  %gep709.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %897
+  %898 = getelementptr i8, ptr %gep709.1.i, i64 192
   %899 = load <16 x i32>, ptr %898, align 4, !tbaa !5
   %900 = shl <16 x i32> %899, splat (i32 16)
   %901 = getelementptr inbounds nuw i8, ptr %833, i64 896
   store <16 x i32> %900, ptr %901, align 4, !tbaa !5
   %902 = load i64, ptr %868, align 8, !tbaa !5
-  %gep707.1.i = getelementptr i32, ptr %invariant.gep693.i, i64 %902
-  %903 = getelementptr i8, ptr %gep707.1.i, i64 192
+  %gep711.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %902
+  %903 = getelementptr i8, ptr %gep711.1.i, i64 192
   %904 = load <16 x i32>, ptr %903, align 4, !tbaa !5
   %905 = and <16 x i32> %904, %441
   %906 = getelementptr inbounds nuw i8, ptr %833, i64 960
   store <16 x i32> %905, ptr %906, align 4, !tbaa !5
   %907 = getelementptr inbounds nuw i8, ptr %829, i64 16
   %908 = load i64, ptr %907, align 8, !tbaa !5
-  %gep.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %908
+  %gep.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %908
   %909 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !5
   %910 = shl <16 x i32> %909, splat (i32 16)
   %911 = getelementptr inbounds nuw i8, ptr %833, i64 1024
   store <16 x i32> %910, ptr %911, align 4, !tbaa !5
   %912 = load i64, ptr %907, align 8, !tbaa !5
-  %gep695.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %912
-  %913 = load <16 x i32>, ptr %gep695.2.i, align 4, !tbaa !5
+  %gep699.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %912
+  %913 = load <16 x i32>, ptr %gep699.2.i, align 4, !tbaa !5
   %914 = and <16 x i32> %913, %441
   %915 = getelementptr inbounds nuw i8, ptr %833, i64 1088
   store <16 x i32> %914, ptr %915, align 4, !tbaa !5
   %916 = load i64, ptr %907, align 8, !tbaa !5
-  %gep697.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %916
-  %917 = getelementptr i8, ptr %gep697.2.i, i64 64
+  %gep701.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %916
+  %917 = getelementptr i8, ptr %gep701.2.i, i64 64
   %918 = load <16 x i32>, ptr %917, align 4, !tbaa !5
   %919 = shl <16 x i32> %918, splat (i32 16)
   %920 = getelementptr inbounds nuw i8, ptr %833, i64 1152
   store <16 x i32> %919, ptr %920, align 4, !tbaa !5
   %921 = load i64, ptr %907, align 8, !tbaa !5
-  %gep699.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %921
-  %922 = getelementptr i8, ptr %gep699.2.i, i64 64
+  %gep703.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %921
+  %922 = getelementptr i8, ptr %gep703.2.i, i64 64
   %923 = load <16 x i32>, ptr %922, align 4, !tbaa !5
   %924 = and <16 x i32> %923, %441
   %925 = getelementptr inbounds nuw i8, ptr %833, i64 1216
   store <16 x i32> %924, ptr %925, align 4, !tbaa !5
   %926 = load i64, ptr %907, align 8, !tbaa !5
-  %gep701.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %926
-  %927 = getelementptr i8, ptr %gep701.2.i, i64 128
+  %gep705.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %926
+  %927 = getelementptr i8, ptr %gep705.2.i, i64 128
   %928 = load <16 x i32>, ptr %927, align 4, !tbaa !5
   %929 = shl <16 x i32> %928, splat (i32 16)
   %930 = getelementptr inbounds nuw i8, ptr %833, i64 1280
   store <16 x i32> %929, ptr %930, align 4, !tbaa !5
   %931 = load i64, ptr %907, align 8, !tbaa !5
-  %gep703.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %931
-  %932 = getelementptr i8, ptr %gep703.2.i, i64 128
+  %gep707.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %931
+  %932 = getelementptr i8, ptr %gep707.2.i, i64 128
   %933 = load <16 x i32>, ptr %932, align 4, !tbaa !5
   %934 = and <16 x i32> %933, %441
   %935 = getelementptr inbounds nuw i8, ptr %833, i64 1344
   store <16 x i32> %934, ptr %935, align 4, !tbaa !5
   %936 = load i64, ptr %907, align 8, !tbaa !5
-  %gep705.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %936
-  %937 = getelementptr i8, ptr %gep705.2.i, i64 192
+  %gep709.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %936
+  %937 = getelementptr i8, ptr %gep709.2.i, i64 192
   %938 = load <16 x i32>, ptr %937, align 4, !tbaa !5
   %939 = shl <16 x i32> %938, splat (i32 16)
   %940 = getelementptr inbounds nuw i8, ptr %833, i64 1408
   store <16 x i32> %939, ptr %940, align 4, !tbaa !5
   %941 = load i64, ptr %907, align 8, !tbaa !5
-  %gep707.2.i = getelementptr i32, ptr %invariant.gep693.i, i64 %941
-  %942 = getelementptr i8, ptr %gep707.2.i, i64 192
+  %gep711.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %941
+  %942 = getelementptr i8, ptr %gep711.2.i, i64 192
   %943 = load <16 x i32>, ptr %942, align 4, !tbaa !5
   %944 = and <16 x i32> %943, %441
   %945 = getelementptr inbounds nuw i8, ptr %833, i64 1472
   store <16 x i32> %944, ptr %945, align 4, !tbaa !5
   %946 = getelementptr inbounds nuw i8, ptr %829, i64 24
   %947 = load i64, ptr %946, align 8, !tbaa !5
-  %gep.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %947
+  %gep.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %947
   %948 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !5
   %949 = shl <16 x i32> %948, splat (i32 16)
   %950 = getelementptr inbounds nuw i8, ptr %833, i64 1536
   store <16 x i32> %949, ptr %950, align 4, !tbaa !5
   %951 = load i64, ptr %946, align 8, !tbaa !5
-  %gep695.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %951
-  %952 = load <16 x i32>, ptr %gep695.3.i, align 4, !tbaa !5
+  %gep699.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %951
+  %952 = load <16 x i32>, ptr %gep699.3.i, align 4, !tbaa !5
   %953 = and <16 x i32> %952, %441
   %954 = getelementptr inbounds nuw i8, ptr %833, i64 1600
   store <16 x i32> %953, ptr %954, align 4, !tbaa !5
   %955 = load i64, ptr %946, align 8, !tbaa !5
-  %gep697.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %955
-  %956 = getelementptr i8, ptr %gep697.3.i, i64 64
+  %gep701.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %955
+  %956 = getelementptr i8, ptr %gep701.3.i, i64 64
   %957 = load <16 x i32>, ptr %956, align 4, !tbaa !5
   %958 = shl <16 x i32> %957, splat (i32 16)
   %959 = getelementptr inbounds nuw i8, ptr %833, i64 1664
   store <16 x i32> %958, ptr %959, align 4, !tbaa !5
   %960 = load i64, ptr %946, align 8, !tbaa !5
-  %gep699.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %960
-  %961 = getelementptr i8, ptr %gep699.3.i, i64 64
+  %gep703.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %960
+  %961 = getelementptr i8, ptr %gep703.3.i, i64 64
   %962 = load <16 x i32>, ptr %961, align 4, !tbaa !5
   %963 = and <16 x i32> %962, %441
   %964 = getelementptr inbounds nuw i8, ptr %833, i64 1728
   store <16 x i32> %963, ptr %964, align 4, !tbaa !5
   %965 = load i64, ptr %946, align 8, !tbaa !5
-  %gep701.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %965
-  %966 = getelementptr i8, ptr %gep701.3.i, i64 128
+  %gep705.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %965
+  %966 = getelementptr i8, ptr %gep705.3.i, i64 128
   %967 = load <16 x i32>, ptr %966, align 4, !tbaa !5
   %968 = shl <16 x i32> %967, splat (i32 16)
   %969 = getelementptr inbounds nuw i8, ptr %833, i64 1792
   store <16 x i32> %968, ptr %969, align 4, !tbaa !5
   %970 = load i64, ptr %946, align 8, !tbaa !5
-  %gep703.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %970
-  %971 = getelementptr i8, ptr %gep703.3.i, i64 128
+  %gep707.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %970
+  %971 = getelementptr i8, ptr %gep707.3.i, i64 128
   %972 = load <16 x i32>, ptr %971, align 4, !tbaa !5
   %973 = and <16 x i32> %972, %441
   %974 = getelementptr inbounds nuw i8, ptr %833, i64 1856
   store <16 x i32> %973, ptr %974, align 4, !tbaa !5
   %975 = load i64, ptr %946, align 8, !tbaa !5
-  %gep705.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %975
-  %976 = getelementptr i8, ptr %gep705.3.i, i64 192
+  %gep709.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %975
+  %976 = getelementptr i8, ptr %gep709.3.i, i64 192
   %977 = load <16 x i32>, ptr %976, align 4, !tbaa !5
   %978 = shl <16 x i32> %977, splat (i32 16)
   %979 = getelementptr inbounds nuw i8, ptr %833, i64 1920
   store <16 x i32> %978, ptr %979, align 4, !tbaa !5
   %980 = load i64, ptr %946, align 8, !tbaa !5
-  %gep707.3.i = getelementptr i32, ptr %invariant.gep693.i, i64 %980
-  %981 = getelementptr i8, ptr %gep707.3.i, i64 192
+  %gep711.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %980
+  %981 = getelementptr i8, ptr %gep711.3.i, i64 192
   %982 = load <16 x i32>, ptr %981, align 4, !tbaa !5
   %983 = and <16 x i32> %982, %441
   %984 = getelementptr inbounds nuw i8, ptr %833, i64 1984
   store <16 x i32> %983, ptr %984, align 4, !tbaa !5
   %985 = getelementptr inbounds nuw i8, ptr %829, i64 32
   %986 = load i64, ptr %985, align 8, !tbaa !5
-  %gep.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %986
+  %gep.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %986
   %987 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !5
   %988 = shl <16 x i32> %987, splat (i32 16)
   %989 = getelementptr inbounds nuw i8, ptr %833, i64 2048
   store <16 x i32> %988, ptr %989, align 4, !tbaa !5
   %990 = load i64, ptr %985, align 8, !tbaa !5
-  %gep695.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %990
-  %991 = load <16 x i32>, ptr %gep695.4.i, align 4, !tbaa !5
+  %gep699.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %990
+  %991 = load <16 x i32>, ptr %gep699.4.i, align 4, !tbaa !5
   %992 = and <16 x i32> %991, %441
   %993 = getelementptr inbounds nuw i8, ptr %833, i64 2112
   store <16 x i32> %992, ptr %993, align 4, !tbaa !5
   %994 = load i64, ptr %985, align 8, !tbaa !5
-  %gep697.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %994
-  %995 = getelementptr i8, ptr %gep697.4.i, i64 64
+  %gep701.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %994
+  %995 = getelementptr i8, ptr %gep701.4.i, i64 64
   %996 = load <16 x i32>, ptr %995, align 4, !tbaa !5
   %997 = shl <16 x i32> %996, splat (i32 16)
   %998 = getelementptr inbounds nuw i8, ptr %833, i64 2176
   store <16 x i32> %997, ptr %998, align 4, !tbaa !5
   %999 = load i64, ptr %985, align 8, !tbaa !5
-  %gep699.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %999
-  %1000 = getelementptr i8, ptr %gep699.4.i, i64 64
+  %gep703.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %999
+  %1000 = getelementptr i8, ptr %gep703.4.i, i64 64
   %1001 = load <16 x i32>, ptr %1000, align 4, !tbaa !5
   %1002 = and <16 x i32> %1001, %441
   %1003 = getelementptr inbounds nuw i8, ptr %833, i64 2240
   store <16 x i32> %1002, ptr %1003, align 4, !tbaa !5
   %1004 = load i64, ptr %985, align 8, !tbaa !5
-  %gep701.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1004
-  %1005 = getelementptr i8, ptr %gep701.4.i, i64 128
+  %gep705.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1004
+  %1005 = getelementptr i8, ptr %gep705.4.i, i64 128
   %1006 = load <16 x i32>, ptr %1005, align 4, !tbaa !5
   %1007 = shl <16 x i32> %1006, splat (i32 16)
   %1008 = getelementptr inbounds nuw i8, ptr %833, i64 2304
   store <16 x i32> %1007, ptr %1008, align 4, !tbaa !5
   %1009 = load i64, ptr %985, align 8, !tbaa !5
-  %gep703.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1009
-  %1010 = getelementptr i8, ptr %gep703.4.i, i64 128
+  %gep707.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1009
+  %1010 = getelementptr i8, ptr %gep707.4.i, i64 128
   %1011 = load <16 x i32>, ptr %1010, align 4, !tbaa !5
   %1012 = and <16 x i32> %1011, %441
   %1013 = getelementptr inbounds nuw i8, ptr %833, i64 2368
   store <16 x i32> %1012, ptr %1013, align 4, !tbaa !5
   %1014 = load i64, ptr %985, align 8, !tbaa !5
-  %gep705.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1014
-  %1015 = getelementptr i8, ptr %gep705.4.i, i64 192
+  %gep709.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1014
+  %1015 = getelementptr i8, ptr %gep709.4.i, i64 192
   %1016 = load <16 x i32>, ptr %1015, align 4, !tbaa !5
   %1017 = shl <16 x i32> %1016, splat (i32 16)
   %1018 = getelementptr inbounds nuw i8, ptr %833, i64 2432
   store <16 x i32> %1017, ptr %1018, align 4, !tbaa !5
   %1019 = load i64, ptr %985, align 8, !tbaa !5
-  %gep707.4.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1019
-  %1020 = getelementptr i8, ptr %gep707.4.i, i64 192
+  %gep711.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1019
+  %1020 = getelementptr i8, ptr %gep711.4.i, i64 192
   %1021 = load <16 x i32>, ptr %1020, align 4, !tbaa !5
   %1022 = and <16 x i32> %1021, %441
   %1023 = getelementptr inbounds nuw i8, ptr %833, i64 2496
   store <16 x i32> %1022, ptr %1023, align 4, !tbaa !5
   %1024 = getelementptr inbounds nuw i8, ptr %829, i64 40
   %1025 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1025
+  %gep.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1025
   %1026 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !5
   %1027 = shl <16 x i32> %1026, splat (i32 16)
   %1028 = getelementptr inbounds nuw i8, ptr %833, i64 2560
   store <16 x i32> %1027, ptr %1028, align 4, !tbaa !5
   %1029 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep695.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1029
-  %1030 = load <16 x i32>, ptr %gep695.5.i, align 4, !tbaa !5
+  %gep699.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1029
+  %1030 = load <16 x i32>, ptr %gep699.5.i, align 4, !tbaa !5
   %1031 = and <16 x i32> %1030, %441
   %1032 = getelementptr inbounds nuw i8, ptr %833, i64 2624
   store <16 x i32> %1031, ptr %1032, align 4, !tbaa !5
   %1033 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep697.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1033
-  %1034 = getelementptr i8, ptr %gep697.5.i, i64 64
+  %gep701.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1033
+  %1034 = getelementptr i8, ptr %gep701.5.i, i64 64
   %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !5
   %1036 = shl <16 x i32> %1035, splat (i32 16)
   %1037 = getelementptr inbounds nuw i8, ptr %833, i64 2688
   store <16 x i32> %1036, ptr %1037, align 4, !tbaa !5
   %1038 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep699.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1038
-  %1039 = getelementptr i8, ptr %gep699.5.i, i64 64
+  %gep703.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1038
+  %1039 = getelementptr i8, ptr %gep703.5.i, i64 64
   %1040 = load <16 x i32>, ptr %1039, align 4, !tbaa !5
   %1041 = and <16 x i32> %1040, %441
   %1042 = getelementptr inbounds nuw i8, ptr %833, i64 2752
   store <16 x i32> %1041, ptr %1042, align 4, !tbaa !5
   %1043 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep701.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1043
-  %1044 = getelementptr i8, ptr %gep701.5.i, i64 128
+  %gep705.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1043
+  %1044 = getelementptr i8, ptr %gep705.5.i, i64 128
   %1045 = load <16 x i32>, ptr %1044, align 4, !tbaa !5
   %1046 = shl <16 x i32> %1045, splat (i32 16)
   %1047 = getelementptr inbounds nuw i8, ptr %833, i64 2816
   store <16 x i32> %1046, ptr %1047, align 4, !tbaa !5
   %1048 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep703.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1048
-  %1049 = getelementptr i8, ptr %gep703.5.i, i64 128
+  %gep707.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1048
+  %1049 = getelementptr i8, ptr %gep707.5.i, i64 128
   %1050 = load <16 x i32>, ptr %1049, align 4, !tbaa !5
   %1051 = and <16 x i32> %1050, %441
   %1052 = getelementptr inbounds nuw i8, ptr %833, i64 2880
   store <16 x i32> %1051, ptr %1052, align 4, !tbaa !5
   %1053 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep705.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1053
-  %1054 = getelementptr i8, ptr %gep705.5.i, i64 192
+  %gep709.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1053
+  %1054 = getelementptr i8, ptr %gep709.5.i, i64 192
   %1055 = load <16 x i32>, ptr %1054, align 4, !tbaa !5
   %1056 = shl <16 x i32> %1055, splat (i32 16)
   %1057 = getelementptr inbounds nuw i8, ptr %833, i64 2944
   store <16 x i32> %1056, ptr %1057, align 4, !tbaa !5
   %1058 = load i64, ptr %1024, align 8, !tbaa !5
-  %gep707.5.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1058
-  %1059 = getelementptr i8, ptr %gep707.5.i, i64 192
+  %gep711.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1058
+  %1059 = getelementptr i8, ptr %gep711.5.i, i64 192
   %1060 = load <16 x i32>, ptr %1059, align 4, !tbaa !5
   %1061 = and <16 x i32> %1060, %441
   %1062 = getelementptr inbounds nuw i8, ptr %833, i64 3008
   store <16 x i32> %1061, ptr %1062, align 4, !tbaa !5
   %1063 = getelementptr inbounds nuw i8, ptr %829, i64 48
   %1064 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1064
+  %gep.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1064
   %1065 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !5
   %1066 = shl <16 x i32> %1065, splat (i32 16)
   %1067 = getelementptr inbounds nuw i8, ptr %833, i64 3072
   store <16 x i32> %1066, ptr %1067, align 4, !tbaa !5
   %1068 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep695.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1068
-  %1069 = load <16 x i32>, ptr %gep695.6.i, align 4, !tbaa !5
+  %gep699.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1068
+  %1069 = load <16 x i32>, ptr %gep699.6.i, align 4, !tbaa !5
   %1070 = and <16 x i32> %1069, %441
   %1071 = getelementptr inbounds nuw i8, ptr %833, i64 3136
   store <16 x i32> %1070, ptr %1071, align 4, !tbaa !5
   %1072 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep697.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1072
-  %1073 = getelementptr i8, ptr %gep697.6.i, i64 64
+  %gep701.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1072
+  %1073 = getelementptr i8, ptr %gep701.6.i, i64 64
   %1074 = load <16 x i32>, ptr %1073, align 4, !tbaa !5
   %1075 = shl <16 x i32> %1074, splat (i32 16)
   %1076 = getelementptr inbounds nuw i8, ptr %833, i64 3200
   store <16 x i32> %1075, ptr %1076, align 4, !tbaa !5
   %1077 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep699.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1077
-  %1078 = getelementptr i8, ptr %gep699.6.i, i64 64
+  %gep703.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1077
+  %1078 = getelementptr i8, ptr %gep703.6.i, i64 64
   %1079 = load <16 x i32>, ptr %1078, align 4, !tbaa !5
   %1080 = and <16 x i32> %1079, %441
   %1081 = getelementptr inbounds nuw i8, ptr %833, i64 3264
   store <16 x i32> %1080, ptr %1081, align 4, !tbaa !5
   %1082 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep701.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1082
-  %1083 = getelementptr i8, ptr %gep701.6.i, i64 128
+  %gep705.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1082
+  %1083 = getelementptr i8, ptr %gep705.6.i, i64 128
   %1084 = load <16 x i32>, ptr %1083, align 4, !tbaa !5
   %1085 = shl <16 x i32> %1084, splat (i32 16)
   %1086 = getelementptr inbounds nuw i8, ptr %833, i64 3328
   store <16 x i32> %1085, ptr %1086, align 4, !tbaa !5
   %1087 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep703.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1087
-  %1088 = getelementptr i8, ptr %gep703.6.i, i64 128
+  %gep707.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1087
+  %1088 = getelementptr i8, ptr %gep707.6.i, i64 128
   %1089 = load <16 x i32>, ptr %1088, align 4, !tbaa !5
   %1090 = and <16 x i32> %1089, %441
   %1091 = getelementptr inbounds nuw i8, ptr %833, i64 3392
   store <16 x i32> %1090, ptr %1091, align 4, !tbaa !5
   %1092 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep705.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1092
-  %1093 = getelementptr i8, ptr %gep705.6.i, i64 192
+  %gep709.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1092
+  %1093 = getelementptr i8, ptr %gep709.6.i, i64 192
   %1094 = load <16 x i32>, ptr %1093, align 4, !tbaa !5
   %1095 = shl <16 x i32> %1094, splat (i32 16)
   %1096 = getelementptr inbounds nuw i8, ptr %833, i64 3456
   store <16 x i32> %1095, ptr %1096, align 4, !tbaa !5
   %1097 = load i64, ptr %1063, align 8, !tbaa !5
-  %gep707.6.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1097
-  %1098 = getelementptr i8, ptr %gep707.6.i, i64 192
+  %gep711.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1097
+  %1098 = getelementptr i8, ptr %gep711.6.i, i64 192
   %1099 = load <16 x i32>, ptr %1098, align 4, !tbaa !5
   %1100 = and <16 x i32> %1099, %441
   %1101 = getelementptr inbounds nuw i8, ptr %833, i64 3520
   store <16 x i32> %1100, ptr %1101, align 4, !tbaa !5
   %1102 = getelementptr inbounds nuw i8, ptr %829, i64 56
   %1103 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1103
+  %gep.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1103
   %1104 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !5
   %1105 = shl <16 x i32> %1104, splat (i32 16)
   %1106 = getelementptr inbounds nuw i8, ptr %833, i64 3584
   store <16 x i32> %1105, ptr %1106, align 4, !tbaa !5
   %1107 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep695.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1107
-  %1108 = load <16 x i32>, ptr %gep695.7.i, align 4, !tbaa !5
+  %gep699.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1107
+  %1108 = load <16 x i32>, ptr %gep699.7.i, align 4, !tbaa !5
   %1109 = and <16 x i32> %1108, %441
   %1110 = getelementptr inbounds nuw i8, ptr %833, i64 3648
   store <16 x i32> %1109, ptr %1110, align 4, !tbaa !5
   %1111 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep697.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1111
-  %1112 = getelementptr i8, ptr %gep697.7.i, i64 64
+  %gep701.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1111
+  %1112 = getelementptr i8, ptr %gep701.7.i, i64 64
   %1113 = load <16 x i32>, ptr %1112, align 4, !tbaa !5
   %1114 = shl <16 x i32> %1113, splat (i32 16)
   %1115 = getelementptr inbounds nuw i8, ptr %833, i64 3712
   store <16 x i32> %1114, ptr %1115, align 4, !tbaa !5
   %1116 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep699.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1116
-  %1117 = getelementptr i8, ptr %gep699.7.i, i64 64
+  %gep703.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1116
+  %1117 = getelementptr i8, ptr %gep703.7.i, i64 64
   %1118 = load <16 x i32>, ptr %1117, align 4, !tbaa !5
   %1119 = and <16 x i32> %1118, %441
   %1120 = getelementptr inbounds nuw i8, ptr %833, i64 3776
   store <16 x i32> %1119, ptr %1120, align 4, !tbaa !5
   %1121 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep701.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1121
-  %1122 = getelementptr i8, ptr %gep701.7.i, i64 128
+  %gep705.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1121
+  %1122 = getelementptr i8, ptr %gep705.7.i, i64 128
   %1123 = load <16 x i32>, ptr %1122, align 4, !tbaa !5
   %1124 = shl <16 x i32> %1123, splat (i32 16)
   %1125 = getelementptr inbounds nuw i8, ptr %833, i64 3840
   store <16 x i32> %1124, ptr %1125, align 4, !tbaa !5
   %1126 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep703.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1126
-  %1127 = getelementptr i8, ptr %gep703.7.i, i64 128
+  %gep707.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1126
+  %1127 = getelementptr i8, ptr %gep707.7.i, i64 128
   %1128 = load <16 x i32>, ptr %1127, align 4, !tbaa !5
   %1129 = and <16 x i32> %1128, %441
   %1130 = getelementptr inbounds nuw i8, ptr %833, i64 3904
   store <16 x i32> %1129, ptr %1130, align 4, !tbaa !5
   %1131 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep705.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1131
-  %1132 = getelementptr i8, ptr %gep705.7.i, i64 192
+  %gep709.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1131
+  %1132 = getelementptr i8, ptr %gep709.7.i, i64 192
   %1133 = load <16 x i32>, ptr %1132, align 4, !tbaa !5
   %1134 = shl <16 x i32> %1133, splat (i32 16)
   %1135 = getelementptr inbounds nuw i8, ptr %833, i64 3968
   store <16 x i32> %1134, ptr %1135, align 4, !tbaa !5
   %1136 = load i64, ptr %1102, align 8, !tbaa !5
-  %gep707.7.i = getelementptr i32, ptr %invariant.gep693.i, i64 %1136
-  %1137 = getelementptr i8, ptr %gep707.7.i, i64 192
+  %gep711.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1136
+  %1137 = getelementptr i8, ptr %gep711.7.i, i64 192
   %1138 = load <16 x i32>, ptr %1137, align 4, !tbaa !5
   %1139 = and <16 x i32> %1138, %441
   %1140 = getelementptr inbounds nuw i8, ptr %833, i64 4032
   store <16 x i32> %1139, ptr %1140, align 4, !tbaa !5
-  %indvars.iv.next1006.i = add nuw nsw i64 %indvars.iv1005.i, 1
-  %exitcond1009.not.i = icmp eq i64 %indvars.iv.next1006.i, %wide.trip.count1008.i
-  br i1 %exitcond1009.not.i, label %for_begin_ti129.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+  %indvars.iv.next1010.i = add nuw nsw i64 %indvars.iv1009.i, 1
+  %exitcond1013.not.i = icmp eq i64 %indvars.iv.next1010.i, %wide.trip.count1012.i
+  br i1 %exitcond1013.not.i, label %for_begin_ti132.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
 
-for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti129.preheader.i, %if_end122.i
-  %1141 = trunc nuw nsw i64 %indvars.iv1130.i to i32
-  %factor.op.mul886.i = shl i32 %1141, 3
+for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti132.preheader.i, %if_end125.i
+  %1141 = trunc nuw nsw i64 %indvars.iv1134.i to i32
+  %factor.op.mul890.i = shl i32 %1141, 3
   br i1 %442, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
 
 for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %1142 = mul nuw nsw i64 %indvars.iv1130.i, %453
+  %1142 = mul nuw nsw i64 %indvars.iv1134.i, %453
   br label %for_body_row_tile.i
 
-for_begin_ti129.preheader.i:                      ; preds = %for_begin_ti129.preheader.i, %for_begin_ti129.preheader.lr.ph.i
-  %indvars.iv1014.i = phi i64 [ 0, %for_begin_ti129.preheader.lr.ph.i ], [ %indvars.iv.next1015.i, %for_begin_ti129.preheader.i ]
-  %.idx80 = shl nsw i64 %indvars.iv1014.i, 6
+for_begin_ti132.preheader.i:                      ; preds = %for_begin_ti132.preheader.i, %for_begin_ti132.preheader.lr.ph.i
+  %indvars.iv1018.i = phi i64 [ 0, %for_begin_ti132.preheader.lr.ph.i ], [ %indvars.iv.next1019.i, %for_begin_ti132.preheader.i ]
+  %.idx80 = shl nsw i64 %indvars.iv1018.i, 6
   %1143 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx80
   %1144 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep711.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1144
-  %1145 = load <16 x i32>, ptr %gep711.i, align 4, !tbaa !5
+  %gep715.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1144
+  %1145 = load <16 x i32>, ptr %gep715.i, align 4, !tbaa !5
   %1146 = shl <16 x i32> %1145, splat (i32 16)
-  %.idx81 = shl nsw i64 %indvars.iv1014.i, 12
+  %.idx81 = shl nsw i64 %indvars.iv1018.i, 12
   %1147 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx81
   store <16 x i32> %1146, ptr %1147, align 4, !tbaa !5
   %1148 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep713.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1148
-  %1149 = load <16 x i32>, ptr %gep713.i, align 4, !tbaa !5
+  %gep717.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1148
+  %1149 = load <16 x i32>, ptr %gep717.i, align 4, !tbaa !5
   %1150 = and <16 x i32> %1149, %441
   %1151 = getelementptr inbounds nuw i8, ptr %1147, i64 64
   store <16 x i32> %1150, ptr %1151, align 4, !tbaa !5
   %1152 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep715.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1152
-  %1153 = getelementptr i8, ptr %gep715.i, i64 64
+  %gep719.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1152
+  %1153 = getelementptr i8, ptr %gep719.i, i64 64
   %1154 = load <16 x i32>, ptr %1153, align 4, !tbaa !5
   %1155 = shl <16 x i32> %1154, splat (i32 16)
   %1156 = getelementptr inbounds nuw i8, ptr %1147, i64 128
   store <16 x i32> %1155, ptr %1156, align 4, !tbaa !5
   %1157 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep717.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1157
-  %1158 = getelementptr i8, ptr %gep717.i, i64 64
+  %gep721.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1157
+  %1158 = getelementptr i8, ptr %gep721.i, i64 64
   %1159 = load <16 x i32>, ptr %1158, align 4, !tbaa !5
   %1160 = and <16 x i32> %1159, %441
   %1161 = getelementptr inbounds nuw i8, ptr %1147, i64 192
   store <16 x i32> %1160, ptr %1161, align 4, !tbaa !5
   %1162 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep719.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1162
-  %1163 = getelementptr i8, ptr %gep719.i, i64 128
+  %gep723.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1162
+  %1163 = getelementptr i8, ptr %gep723.i, i64 128
   %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !5
   %1165 = shl <16 x i32> %1164, splat (i32 16)
   %1166 = getelementptr inbounds nuw i8, ptr %1147, i64 256
   store <16 x i32> %1165, ptr %1166, align 4, !tbaa !5
   %1167 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep721.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1167
-  %1168 = getelementptr i8, ptr %gep721.i, i64 128
+  %gep725.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1167
+  %1168 = getelementptr i8, ptr %gep725.i, i64 128
   %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !5
   %1170 = and <16 x i32> %1169, %441
   %1171 = getelementptr inbounds nuw i8, ptr %1147, i64 320
   store <16 x i32> %1170, ptr %1171, align 4, !tbaa !5
   %1172 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep723.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1172
-  %1173 = getelementptr i8, ptr %gep723.i, i64 192
+  %gep727.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1172
+  %1173 = getelementptr i8, ptr %gep727.i, i64 192
   %1174 = load <16 x i32>, ptr %1173, align 4, !tbaa !5
   %1175 = shl <16 x i32> %1174, splat (i32 16)
   %1176 = getelementptr inbounds nuw i8, ptr %1147, i64 384
   store <16 x i32> %1175, ptr %1176, align 4, !tbaa !5
   %1177 = load i64, ptr %1143, align 8, !tbaa !5
-  %gep725.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1177
-  %1178 = getelementptr i8, ptr %gep725.i, i64 192
+  %gep729.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1177
+  %1178 = getelementptr i8, ptr %gep729.i, i64 192
   %1179 = load <16 x i32>, ptr %1178, align 4, !tbaa !5
   %1180 = and <16 x i32> %1179, %441
   %1181 = getelementptr inbounds nuw i8, ptr %1147, i64 448
   store <16 x i32> %1180, ptr %1181, align 4, !tbaa !5
   %1182 = getelementptr inbounds nuw i8, ptr %1143, i64 8
   %1183 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep711.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1183
-  %1184 = load <16 x i32>, ptr %gep711.1.i, align 4, !tbaa !5
+  %gep715.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1183
+  %1184 = load <16 x i32>, ptr %gep715.1.i, align 4, !tbaa !5
   %1185 = shl <16 x i32> %1184, splat (i32 16)
   %1186 = getelementptr inbounds nuw i8, ptr %1147, i64 512
   store <16 x i32> %1185, ptr %1186, align 4, !tbaa !5
   %1187 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep713.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1187
-  %1188 = load <16 x i32>, ptr %gep713.1.i, align 4, !tbaa !5
+  %gep717.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1187
+  %1188 = load <16 x i32>, ptr %gep717.1.i, align 4, !tbaa !5
   %1189 = and <16 x i32> %1188, %441
   %1190 = getelementptr inbounds nuw i8, ptr %1147, i64 576
   store <16 x i32> %1189, ptr %1190, align 4, !tbaa !5
   %1191 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep715.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1191
-  %1192 = getelementptr i8, ptr %gep715.1.i, i64 64
+  %gep719.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1191
+  %1192 = getelementptr i8, ptr %gep719.1.i, i64 64
   %1193 = load <16 x i32>, ptr %1192, align 4, !tbaa !5
   %1194 = shl <16 x i32> %1193, splat (i32 16)
   %1195 = getelementptr inbounds nuw i8, ptr %1147, i64 640
   store <16 x i32> %1194, ptr %1195, align 4, !tbaa !5
   %1196 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep717.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1196
-  %1197 = getelementptr i8, ptr %gep717.1.i, i64 64
+  %gep721.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1196
+  %1197 = getelementptr i8, ptr %gep721.1.i, i64 64
   %1198 = load <16 x i32>, ptr %1197, align 4, !tbaa !5
   %1199 = and <16 x i32> %1198, %441
   %1200 = getelementptr inbounds nuw i8, ptr %1147, i64 704
   store <16 x i32> %1199, ptr %1200, align 4, !tbaa !5
   %1201 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep719.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1201
-  %1202 = getelementptr i8, ptr %gep719.1.i, i64 128
+  %gep723.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1201
+  %1202 = getelementptr i8, ptr %gep723.1.i, i64 128
   %1203 = load <16 x i32>, ptr %1202, align 4, !tbaa !5
   %1204 = shl <16 x i32> %1203, splat (i32 16)
   %1205 = getelementptr inbounds nuw i8, ptr %1147, i64 768
   store <16 x i32> %1204, ptr %1205, align 4, !tbaa !5
   %1206 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep721.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1206
-  %1207 = getelementptr i8, ptr %gep721.1.i, i64 128
+  %gep725.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1206
+  %1207 = getelementptr i8, ptr %gep725.1.i, i64 128
   %1208 = load <16 x i32>, ptr %1207, align 4, !tbaa !5
   %1209 = and <16 x i32> %1208, %441
   %1210 = getelementptr inbounds nuw i8, ptr %1147, i64 832
   store <16 x i32> %1209, ptr %1210, align 4, !tbaa !5
   %1211 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep723.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1211
-  %1212 = getelementptr i8, ptr %gep723.1.i, i64 192
+  %gep727.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1211
+  %1212 = getelementptr i8, ptr %gep727.1.i, i64 192
   %1213 = load <16 x i32>, ptr %1212, align 4, !tbaa !5
   %1214 = shl <16 x i32> %1213, splat (i32 16)
   %1215 = getelementptr inbounds nuw i8, ptr %1147, i64 896
   store <16 x i32> %1214, ptr %1215, align 4, !tbaa !5
   %1216 = load i64, ptr %1182, align 8, !tbaa !5
-  %gep725.1.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1216
-  %1217 = getelementptr i8, ptr %gep725.1.i, i64 192
+  %gep729.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1216
+  %1217 = getelementptr i8, ptr %gep729.1.i, i64 192
   %1218 = load <16 x i32>, ptr %1217, align 4, !tbaa !5
   %1219 = and <16 x i32> %1218, %441
   %1220 = getelementptr inbounds nuw i8, ptr %1147, i64 960
   store <16 x i32> %1219, ptr %1220, align 4, !tbaa !5
   %1221 = getelementptr inbounds nuw i8, ptr %1143, i64 16
   %1222 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep711.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1222
-  %1223 = load <16 x i32>, ptr %gep711.2.i, align 4, !tbaa !5
+  %gep715.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1222
+  %1223 = load <16 x i32>, ptr %gep715.2.i, align 4, !tbaa !5
   %1224 = shl <16 x i32> %1223, splat (i32 16)
   %1225 = getelementptr inbounds nuw i8, ptr %1147, i64 1024
   store <16 x i32> %1224, ptr %1225, align 4, !tbaa !5
   %1226 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep713.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1226
-  %1227 = load <16 x i32>, ptr %gep713.2.i, align 4, !tbaa !5
+  %gep717.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1226
+  %1227 = load <16 x i32>, ptr %gep717.2.i, align 4, !tbaa !5
   %1228 = and <16 x i32> %1227, %441
   %1229 = getelementptr inbounds nuw i8, ptr %1147, i64 1088
   store <16 x i32> %1228, ptr %1229, align 4, !tbaa !5
   %1230 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep715.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1230
-  %1231 = getelementptr i8, ptr %gep715.2.i, i64 64
+  %gep719.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1230
+  %1231 = getelementptr i8, ptr %gep719.2.i, i64 64
   %1232 = load <16 x i32>, ptr %1231, align 4, !tbaa !5
   %1233 = shl <16 x i32> %1232, splat (i32 16)
   %1234 = getelementptr inbounds nuw i8, ptr %1147, i64 1152
   store <16 x i32> %1233, ptr %1234, align 4, !tbaa !5
   %1235 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep717.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1235
-  %1236 = getelementptr i8, ptr %gep717.2.i, i64 64
+  %gep721.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1235
+  %1236 = getelementptr i8, ptr %gep721.2.i, i64 64
   %1237 = load <16 x i32>, ptr %1236, align 4, !tbaa !5
   %1238 = and <16 x i32> %1237, %441
   %1239 = getelementptr inbounds nuw i8, ptr %1147, i64 1216
   store <16 x i32> %1238, ptr %1239, align 4, !tbaa !5
   %1240 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep719.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1240
-  %1241 = getelementptr i8, ptr %gep719.2.i, i64 128
+  %gep723.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1240
+  %1241 = getelementptr i8, ptr %gep723.2.i, i64 128
   %1242 = load <16 x i32>, ptr %1241, align 4, !tbaa !5
   %1243 = shl <16 x i32> %1242, splat (i32 16)
   %1244 = getelementptr inbounds nuw i8, ptr %1147, i64 1280
   store <16 x i32> %1243, ptr %1244, align 4, !tbaa !5
   %1245 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep721.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1245
-  %1246 = getelementptr i8, ptr %gep721.2.i, i64 128
+  %gep725.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1245
+  %1246 = getelementptr i8, ptr %gep725.2.i, i64 128
   %1247 = load <16 x i32>, ptr %1246, align 4, !tbaa !5
   %1248 = and <16 x i32> %1247, %441
   %1249 = getelementptr inbounds nuw i8, ptr %1147, i64 1344
   store <16 x i32> %1248, ptr %1249, align 4, !tbaa !5
   %1250 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep723.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1250
-  %1251 = getelementptr i8, ptr %gep723.2.i, i64 192
+  %gep727.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1250
+  %1251 = getelementptr i8, ptr %gep727.2.i, i64 192
   %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !5
   %1253 = shl <16 x i32> %1252, splat (i32 16)
   %1254 = getelementptr inbounds nuw i8, ptr %1147, i64 1408
   store <16 x i32> %1253, ptr %1254, align 4, !tbaa !5
   %1255 = load i64, ptr %1221, align 8, !tbaa !5
-  %gep725.2.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1255
-  %1256 = getelementptr i8, ptr %gep725.2.i, i64 192
+  %gep729.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1255
+  %1256 = getelementptr i8, ptr %gep729.2.i, i64 192
   %1257 = load <16 x i32>, ptr %1256, align 4, !tbaa !5
   %1258 = and <16 x i32> %1257, %441
   %1259 = getelementptr inbounds nuw i8, ptr %1147, i64 1472
   store <16 x i32> %1258, ptr %1259, align 4, !tbaa !5
   %1260 = getelementptr inbounds nuw i8, ptr %1143, i64 24
   %1261 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep711.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1261
-  %1262 = load <16 x i32>, ptr %gep711.3.i, align 4, !tbaa !5
+  %gep715.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1261
+  %1262 = load <16 x i32>, ptr %gep715.3.i, align 4, !tbaa !5
   %1263 = shl <16 x i32> %1262, splat (i32 16)
   %1264 = getelementptr inbounds nuw i8, ptr %1147, i64 1536
   store <16 x i32> %1263, ptr %1264, align 4, !tbaa !5
   %1265 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep713.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1265
-  %1266 = load <16 x i32>, ptr %gep713.3.i, align 4, !tbaa !5
+  %gep717.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1265
+  %1266 = load <16 x i32>, ptr %gep717.3.i, align 4, !tbaa !5
   %1267 = and <16 x i32> %1266, %441
   %1268 = getelementptr inbounds nuw i8, ptr %1147, i64 1600
   store <16 x i32> %1267, ptr %1268, align 4, !tbaa !5
   %1269 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep715.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1269
-  %1270 = getelementptr i8, ptr %gep715.3.i, i64 64
+  %gep719.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1269
+  %1270 = getelementptr i8, ptr %gep719.3.i, i64 64
   %1271 = load <16 x i32>, ptr %1270, align 4, !tbaa !5
   %1272 = shl <16 x i32> %1271, splat (i32 16)
   %1273 = getelementptr inbounds nuw i8, ptr %1147, i64 1664
   store <16 x i32> %1272, ptr %1273, align 4, !tbaa !5
   %1274 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep717.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1274
-  %1275 = getelementptr i8, ptr %gep717.3.i, i64 64
+  %gep721.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1274
+  %1275 = getelementptr i8, ptr %gep721.3.i, i64 64
   %1276 = load <16 x i32>, ptr %1275, align 4, !tbaa !5
   %1277 = and <16 x i32> %1276, %441
   %1278 = getelementptr inbounds nuw i8, ptr %1147, i64 1728
   store <16 x i32> %1277, ptr %1278, align 4, !tbaa !5
   %1279 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep719.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1279
-  %1280 = getelementptr i8, ptr %gep719.3.i, i64 128
+  %gep723.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1279
+  %1280 = getelementptr i8, ptr %gep723.3.i, i64 128
   %1281 = load <16 x i32>, ptr %1280, align 4, !tbaa !5
   %1282 = shl <16 x i32> %1281, splat (i32 16)
   %1283 = getelementptr inbounds nuw i8, ptr %1147, i64 1792
   store <16 x i32> %1282, ptr %1283, align 4, !tbaa !5
   %1284 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep721.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1284
-  %1285 = getelementptr i8, ptr %gep721.3.i, i64 128
+  %gep725.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1284
+  %1285 = getelementptr i8, ptr %gep725.3.i, i64 128
   %1286 = load <16 x i32>, ptr %1285, align 4, !tbaa !5
   %1287 = and <16 x i32> %1286, %441
   %1288 = getelementptr inbounds nuw i8, ptr %1147, i64 1856
   store <16 x i32> %1287, ptr %1288, align 4, !tbaa !5
   %1289 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep723.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1289
-  %1290 = getelementptr i8, ptr %gep723.3.i, i64 192
+  %gep727.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1289
+  %1290 = getelementptr i8, ptr %gep727.3.i, i64 192
   %1291 = load <16 x i32>, ptr %1290, align 4, !tbaa !5
   %1292 = shl <16 x i32> %1291, splat (i32 16)
   %1293 = getelementptr inbounds nuw i8, ptr %1147, i64 1920
   store <16 x i32> %1292, ptr %1293, align 4, !tbaa !5
   %1294 = load i64, ptr %1260, align 8, !tbaa !5
-  %gep725.3.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1294
-  %1295 = getelementptr i8, ptr %gep725.3.i, i64 192
+  %gep729.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1294
+  %1295 = getelementptr i8, ptr %gep729.3.i, i64 192
   %1296 = load <16 x i32>, ptr %1295, align 4, !tbaa !5
   %1297 = and <16 x i32> %1296, %441
   %1298 = getelementptr inbounds nuw i8, ptr %1147, i64 1984
   store <16 x i32> %1297, ptr %1298, align 4, !tbaa !5
   %1299 = getelementptr inbounds nuw i8, ptr %1143, i64 32
   %1300 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep711.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1300
-  %1301 = load <16 x i32>, ptr %gep711.4.i, align 4, !tbaa !5
+  %gep715.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1300
+  %1301 = load <16 x i32>, ptr %gep715.4.i, align 4, !tbaa !5
   %1302 = shl <16 x i32> %1301, splat (i32 16)
   %1303 = getelementptr inbounds nuw i8, ptr %1147, i64 2048
   store <16 x i32> %1302, ptr %1303, align 4, !tbaa !5
   %1304 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep713.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1304
-  %1305 = load <16 x i32>, ptr %gep713.4.i, align 4, !tbaa !5
+  %gep717.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1304
+  %1305 = load <16 x i32>, ptr %gep717.4.i, align 4, !tbaa !5
   %1306 = and <16 x i32> %1305, %441
   %1307 = getelementptr inbounds nuw i8, ptr %1147, i64 2112
   store <16 x i32> %1306, ptr %1307, align 4, !tbaa !5
   %1308 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep715.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1308
-  %1309 = getelementptr i8, ptr %gep715.4.i, i64 64
+  %gep719.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1308
+  %1309 = getelementptr i8, ptr %gep719.4.i, i64 64
   %1310 = load <16 x i32>, ptr %1309, align 4, !tbaa !5
   %1311 = shl <16 x i32> %1310, splat (i32 16)
   %1312 = getelementptr inbounds nuw i8, ptr %1147, i64 2176
   store <16 x i32> %1311, ptr %1312, align 4, !tbaa !5
   %1313 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep717.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1313
-  %1314 = getelementptr i8, ptr %gep717.4.i, i64 64
+  %gep721.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1313
+  %1314 = getelementptr i8, ptr %gep721.4.i, i64 64
   %1315 = load <16 x i32>, ptr %1314, align 4, !tbaa !5
   %1316 = and <16 x i32> %1315, %441
   %1317 = getelementptr inbounds nuw i8, ptr %1147, i64 2240
   store <16 x i32> %1316, ptr %1317, align 4, !tbaa !5
   %1318 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep719.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1318
-  %1319 = getelementptr i8, ptr %gep719.4.i, i64 128
+  %gep723.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1318
+  %1319 = getelementptr i8, ptr %gep723.4.i, i64 128
   %1320 = load <16 x i32>, ptr %1319, align 4, !tbaa !5
   %1321 = shl <16 x i32> %1320, splat (i32 16)
   %1322 = getelementptr inbounds nuw i8, ptr %1147, i64 2304
   store <16 x i32> %1321, ptr %1322, align 4, !tbaa !5
   %1323 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep721.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1323
-  %1324 = getelementptr i8, ptr %gep721.4.i, i64 128
+  %gep725.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1323
+  %1324 = getelementptr i8, ptr %gep725.4.i, i64 128
   %1325 = load <16 x i32>, ptr %1324, align 4, !tbaa !5
   %1326 = and <16 x i32> %1325, %441
   %1327 = getelementptr inbounds nuw i8, ptr %1147, i64 2368
   store <16 x i32> %1326, ptr %1327, align 4, !tbaa !5
   %1328 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep723.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1328
-  %1329 = getelementptr i8, ptr %gep723.4.i, i64 192
+  %gep727.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1328
+  %1329 = getelementptr i8, ptr %gep727.4.i, i64 192
   %1330 = load <16 x i32>, ptr %1329, align 4, !tbaa !5
   %1331 = shl <16 x i32> %1330, splat (i32 16)
   %1332 = getelementptr inbounds nuw i8, ptr %1147, i64 2432
   store <16 x i32> %1331, ptr %1332, align 4, !tbaa !5
   %1333 = load i64, ptr %1299, align 8, !tbaa !5
-  %gep725.4.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1333
-  %1334 = getelementptr i8, ptr %gep725.4.i, i64 192
+  %gep729.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1333
+  %1334 = getelementptr i8, ptr %gep729.4.i, i64 192
   %1335 = load <16 x i32>, ptr %1334, align 4, !tbaa !5
   %1336 = and <16 x i32> %1335, %441
   %1337 = getelementptr inbounds nuw i8, ptr %1147, i64 2496
   store <16 x i32> %1336, ptr %1337, align 4, !tbaa !5
   %1338 = getelementptr inbounds nuw i8, ptr %1143, i64 40
   %1339 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep711.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1339
-  %1340 = load <16 x i32>, ptr %gep711.5.i, align 4, !tbaa !5
+  %gep715.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1339
+  %1340 = load <16 x i32>, ptr %gep715.5.i, align 4, !tbaa !5
   %1341 = shl <16 x i32> %1340, splat (i32 16)
   %1342 = getelementptr inbounds nuw i8, ptr %1147, i64 2560
   store <16 x i32> %1341, ptr %1342, align 4, !tbaa !5
   %1343 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep713.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1343
-  %1344 = load <16 x i32>, ptr %gep713.5.i, align 4, !tbaa !5
+  %gep717.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1343
+  %1344 = load <16 x i32>, ptr %gep717.5.i, align 4, !tbaa !5
   %1345 = and <16 x i32> %1344, %441
   %1346 = getelementptr inbounds nuw i8, ptr %1147, i64 2624
   store <16 x i32> %1345, ptr %1346, align 4, !tbaa !5
   %1347 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep715.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1347
-  %1348 = getelementptr i8, ptr %gep715.5.i, i64 64
+  %gep719.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1347
+  %1348 = getelementptr i8, ptr %gep719.5.i, i64 64
   %1349 = load <16 x i32>, ptr %1348, align 4, !tbaa !5
   %1350 = shl <16 x i32> %1349, splat (i32 16)
   %1351 = getelementptr inbounds nuw i8, ptr %1147, i64 2688
   store <16 x i32> %1350, ptr %1351, align 4, !tbaa !5
   %1352 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep717.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1352
-  %1353 = getelementptr i8, ptr %gep717.5.i, i64 64
+  %gep721.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1352
+  %1353 = getelementptr i8, ptr %gep721.5.i, i64 64
   %1354 = load <16 x i32>, ptr %1353, align 4, !tbaa !5
   %1355 = and <16 x i32> %1354, %441
   %1356 = getelementptr inbounds nuw i8, ptr %1147, i64 2752
   store <16 x i32> %1355, ptr %1356, align 4, !tbaa !5
   %1357 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep719.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1357
-  %1358 = getelementptr i8, ptr %gep719.5.i, i64 128
+  %gep723.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1357
+  %1358 = getelementptr i8, ptr %gep723.5.i, i64 128
   %1359 = load <16 x i32>, ptr %1358, align 4, !tbaa !5
   %1360 = shl <16 x i32> %1359, splat (i32 16)
   %1361 = getelementptr inbounds nuw i8, ptr %1147, i64 2816
   store <16 x i32> %1360, ptr %1361, align 4, !tbaa !5
   %1362 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep721.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1362
-  %1363 = getelementptr i8, ptr %gep721.5.i, i64 128
+  %gep725.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1362
+  %1363 = getelementptr i8, ptr %gep725.5.i, i64 128
   %1364 = load <16 x i32>, ptr %1363, align 4, !tbaa !5
   %1365 = and <16 x i32> %1364, %441
   %1366 = getelementptr inbounds nuw i8, ptr %1147, i64 2880
   store <16 x i32> %1365, ptr %1366, align 4, !tbaa !5
   %1367 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep723.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1367
-  %1368 = getelementptr i8, ptr %gep723.5.i, i64 192
+  %gep727.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1367
+  %1368 = getelementptr i8, ptr %gep727.5.i, i64 192
   %1369 = load <16 x i32>, ptr %1368, align 4, !tbaa !5
   %1370 = shl <16 x i32> %1369, splat (i32 16)
   %1371 = getelementptr inbounds nuw i8, ptr %1147, i64 2944
   store <16 x i32> %1370, ptr %1371, align 4, !tbaa !5
   %1372 = load i64, ptr %1338, align 8, !tbaa !5
-  %gep725.5.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1372
-  %1373 = getelementptr i8, ptr %gep725.5.i, i64 192
+  %gep729.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1372
+  %1373 = getelementptr i8, ptr %gep729.5.i, i64 192
   %1374 = load <16 x i32>, ptr %1373, align 4, !tbaa !5
   %1375 = and <16 x i32> %1374, %441
   %1376 = getelementptr inbounds nuw i8, ptr %1147, i64 3008
   store <16 x i32> %1375, ptr %1376, align 4, !tbaa !5
   %1377 = getelementptr inbounds nuw i8, ptr %1143, i64 48
   %1378 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep711.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1378
-  %1379 = load <16 x i32>, ptr %gep711.6.i, align 4, !tbaa !5
+  %gep715.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1378
+  %1379 = load <16 x i32>, ptr %gep715.6.i, align 4, !tbaa !5
   %1380 = shl <16 x i32> %1379, splat (i32 16)
   %1381 = getelementptr inbounds nuw i8, ptr %1147, i64 3072
   store <16 x i32> %1380, ptr %1381, align 4, !tbaa !5
   %1382 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep713.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1382
-  %1383 = load <16 x i32>, ptr %gep713.6.i, align 4, !tbaa !5
+  %gep717.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1382
+  %1383 = load <16 x i32>, ptr %gep717.6.i, align 4, !tbaa !5
   %1384 = and <16 x i32> %1383, %441
   %1385 = getelementptr inbounds nuw i8, ptr %1147, i64 3136
   store <16 x i32> %1384, ptr %1385, align 4, !tbaa !5
   %1386 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep715.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1386
-  %1387 = getelementptr i8, ptr %gep715.6.i, i64 64
+  %gep719.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1386
+  %1387 = getelementptr i8, ptr %gep719.6.i, i64 64
   %1388 = load <16 x i32>, ptr %1387, align 4, !tbaa !5
   %1389 = shl <16 x i32> %1388, splat (i32 16)
   %1390 = getelementptr inbounds nuw i8, ptr %1147, i64 3200
   store <16 x i32> %1389, ptr %1390, align 4, !tbaa !5
   %1391 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep717.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1391
-  %1392 = getelementptr i8, ptr %gep717.6.i, i64 64
+  %gep721.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1391
+  %1392 = getelementptr i8, ptr %gep721.6.i, i64 64
   %1393 = load <16 x i32>, ptr %1392, align 4, !tbaa !5
   %1394 = and <16 x i32> %1393, %441
   %1395 = getelementptr inbounds nuw i8, ptr %1147, i64 3264
   store <16 x i32> %1394, ptr %1395, align 4, !tbaa !5
   %1396 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep719.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1396
-  %1397 = getelementptr i8, ptr %gep719.6.i, i64 128
+  %gep723.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1396
+  %1397 = getelementptr i8, ptr %gep723.6.i, i64 128
   %1398 = load <16 x i32>, ptr %1397, align 4, !tbaa !5
   %1399 = shl <16 x i32> %1398, splat (i32 16)
   %1400 = getelementptr inbounds nuw i8, ptr %1147, i64 3328
   store <16 x i32> %1399, ptr %1400, align 4, !tbaa !5
   %1401 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep721.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1401
-  %1402 = getelementptr i8, ptr %gep721.6.i, i64 128
+  %gep725.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1401
+  %1402 = getelementptr i8, ptr %gep725.6.i, i64 128
   %1403 = load <16 x i32>, ptr %1402, align 4, !tbaa !5
   %1404 = and <16 x i32> %1403, %441
   %1405 = getelementptr inbounds nuw i8, ptr %1147, i64 3392
   store <16 x i32> %1404, ptr %1405, align 4, !tbaa !5
   %1406 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep723.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1406
-  %1407 = getelementptr i8, ptr %gep723.6.i, i64 192
+  %gep727.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1406
+  %1407 = getelementptr i8, ptr %gep727.6.i, i64 192
   %1408 = load <16 x i32>, ptr %1407, align 4, !tbaa !5
   %1409 = shl <16 x i32> %1408, splat (i32 16)
   %1410 = getelementptr inbounds nuw i8, ptr %1147, i64 3456
   store <16 x i32> %1409, ptr %1410, align 4, !tbaa !5
   %1411 = load i64, ptr %1377, align 8, !tbaa !5
-  %gep725.6.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1411
-  %1412 = getelementptr i8, ptr %gep725.6.i, i64 192
+  %gep729.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1411
+  %1412 = getelementptr i8, ptr %gep729.6.i, i64 192
   %1413 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
   %1414 = and <16 x i32> %1413, %441
   %1415 = getelementptr inbounds nuw i8, ptr %1147, i64 3520
   store <16 x i32> %1414, ptr %1415, align 4, !tbaa !5
   %1416 = getelementptr inbounds nuw i8, ptr %1143, i64 56
   %1417 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep711.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1417
-  %1418 = load <16 x i32>, ptr %gep711.7.i, align 4, !tbaa !5
+  %gep715.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1417
+  %1418 = load <16 x i32>, ptr %gep715.7.i, align 4, !tbaa !5
   %1419 = shl <16 x i32> %1418, splat (i32 16)
   %1420 = getelementptr inbounds nuw i8, ptr %1147, i64 3584
   store <16 x i32> %1419, ptr %1420, align 4, !tbaa !5
   %1421 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep713.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1421
-  %1422 = load <16 x i32>, ptr %gep713.7.i, align 4, !tbaa !5
+  %gep717.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1421
+  %1422 = load <16 x i32>, ptr %gep717.7.i, align 4, !tbaa !5
   %1423 = and <16 x i32> %1422, %441
   %1424 = getelementptr inbounds nuw i8, ptr %1147, i64 3648
   store <16 x i32> %1423, ptr %1424, align 4, !tbaa !5
   %1425 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep715.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1425
-  %1426 = getelementptr i8, ptr %gep715.7.i, i64 64
+  %gep719.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1425
+  %1426 = getelementptr i8, ptr %gep719.7.i, i64 64
   %1427 = load <16 x i32>, ptr %1426, align 4, !tbaa !5
   %1428 = shl <16 x i32> %1427, splat (i32 16)
   %1429 = getelementptr inbounds nuw i8, ptr %1147, i64 3712
   store <16 x i32> %1428, ptr %1429, align 4, !tbaa !5
   %1430 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep717.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1430
-  %1431 = getelementptr i8, ptr %gep717.7.i, i64 64
+  %gep721.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1430
+  %1431 = getelementptr i8, ptr %gep721.7.i, i64 64
   %1432 = load <16 x i32>, ptr %1431, align 4, !tbaa !5
   %1433 = and <16 x i32> %1432, %441
   %1434 = getelementptr inbounds nuw i8, ptr %1147, i64 3776
   store <16 x i32> %1433, ptr %1434, align 4, !tbaa !5
   %1435 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep719.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1435
-  %1436 = getelementptr i8, ptr %gep719.7.i, i64 128
+  %gep723.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1435
+  %1436 = getelementptr i8, ptr %gep723.7.i, i64 128
   %1437 = load <16 x i32>, ptr %1436, align 4, !tbaa !5
   %1438 = shl <16 x i32> %1437, splat (i32 16)
   %1439 = getelementptr inbounds nuw i8, ptr %1147, i64 3840
   store <16 x i32> %1438, ptr %1439, align 4, !tbaa !5
   %1440 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep721.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1440
-  %1441 = getelementptr i8, ptr %gep721.7.i, i64 128
+  %gep725.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1440
+  %1441 = getelementptr i8, ptr %gep725.7.i, i64 128
   %1442 = load <16 x i32>, ptr %1441, align 4, !tbaa !5
   %1443 = and <16 x i32> %1442, %441
   %1444 = getelementptr inbounds nuw i8, ptr %1147, i64 3904
   store <16 x i32> %1443, ptr %1444, align 4, !tbaa !5
   %1445 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep723.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1445
-  %1446 = getelementptr i8, ptr %gep723.7.i, i64 192
+  %gep727.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1445
+  %1446 = getelementptr i8, ptr %gep727.7.i, i64 192
   %1447 = load <16 x i32>, ptr %1446, align 4, !tbaa !5
   %1448 = shl <16 x i32> %1447, splat (i32 16)
   %1449 = getelementptr inbounds nuw i8, ptr %1147, i64 3968
   store <16 x i32> %1448, ptr %1449, align 4, !tbaa !5
   %1450 = load i64, ptr %1416, align 8, !tbaa !5
-  %gep725.7.i = getelementptr i32, ptr %invariant.gep710.i, i64 %1450
-  %1451 = getelementptr i8, ptr %gep725.7.i, i64 192
+  %gep729.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1450
+  %1451 = getelementptr i8, ptr %gep729.7.i, i64 192
   %1452 = load <16 x i32>, ptr %1451, align 4, !tbaa !5
   %1453 = and <16 x i32> %1452, %441
   %1454 = getelementptr inbounds nuw i8, ptr %1147, i64 4032
   store <16 x i32> %1453, ptr %1454, align 4, !tbaa !5
-  %indvars.iv.next1015.i = add nuw nsw i64 %indvars.iv1014.i, 1
-  %exitcond1018.not.i = icmp eq i64 %indvars.iv.next1015.i, %wide.trip.count1008.i
-  br i1 %exitcond1018.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti129.preheader.i, !prof !13
+  %indvars.iv.next1019.i = add nuw nsw i64 %indvars.iv1018.i, 1
+  %exitcond1022.not.i = icmp eq i64 %indvars.iv.next1019.i, %wide.trip.count1012.i
+  br i1 %exitcond1022.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti132.preheader.i, !prof !13
 
-for_begin_row_tile.i:                             ; preds = %if_end319.i
-  %indvars.iv.next1126.i = add nuw nsw i64 %indvars.iv1125.i, 1
-  %exitcond1129.not.i = icmp eq i64 %indvars.iv.next1126.i, %wide.trip.count1128.i
-  br i1 %exitcond1129.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+for_begin_row_tile.i:                             ; preds = %if_end322.i
+  %indvars.iv.next1130.i = add nuw nsw i64 %indvars.iv1129.i, 1
+  %exitcond1133.not.i = icmp eq i64 %indvars.iv.next1130.i, %wide.trip.count1132.i
+  br i1 %exitcond1133.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
 
 for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
-  %indvars.iv1125.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1126.i, %for_begin_row_tile.i ]
+  %indvars.iv1129.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1130.i, %for_begin_row_tile.i ]
   %1455 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scores.i = tail call ptr %1455(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1456 = icmp eq ptr %scores.i, null
-  br i1 %1456, label %fused_attend_compute_.exit, label %if_end135.i, !prof !8
+  br i1 %1456, label %fused_attend_compute_.exit, label %if_end138.i, !prof !8
 
 for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
   %1457 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %1458 = tail call i32 %1457(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not576.i = icmp eq i32 %1458, 0
-  br i1 %.not576.i, label %if_end325.i, label %fused_attend_compute_.exit, !prof !38
+  %.not579.i = icmp eq i32 %1458, 0
+  br i1 %.not579.i, label %if_end328.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end135.i:                                      ; preds = %for_body_row_tile.i
+if_end138.i:                                      ; preds = %for_body_row_tile.i
   %1459 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %probs.i = tail call ptr %1459(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1460 = icmp eq ptr %probs.i, null
-  br i1 %1460, label %fused_attend_compute_.exit, label %if_end138.i, !prof !8
+  br i1 %1460, label %fused_attend_compute_.exit, label %if_end141.i, !prof !8
 
-if_end138.i:                                      ; preds = %if_end135.i
+if_end141.i:                                      ; preds = %if_end138.i
   %1461 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %edges.i = tail call ptr %1461(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
   %1462 = icmp eq ptr %edges.i, null
-  br i1 %1462, label %fused_attend_compute_.exit, label %if_end141.i, !prof !8
+  br i1 %1462, label %fused_attend_compute_.exit, label %if_end144.i, !prof !8
 
-if_end141.i:                                      ; preds = %if_end138.i
+if_end144.i:                                      ; preds = %if_end141.i
   %1463 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scaled.i = tail call ptr %1463(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1464 = icmp eq ptr %scaled.i, null
-  br i1 %1464, label %fused_attend_compute_.exit, label %if_end144.i, !prof !8
+  br i1 %1464, label %fused_attend_compute_.exit, label %if_end147.i, !prof !8
 
-if_end144.i:                                      ; preds = %if_end141.i
-  %1465 = icmp eq i64 %indvars.iv1125.i, %452
-  %1466 = add nuw nsw i64 %indvars.iv1125.i, %1142
-  %.idx1250.i = shl i64 %1466, 4
-  %1467 = getelementptr i8, ptr %reach555.i, i64 %.idx1250.i
+if_end147.i:                                      ; preds = %if_end144.i
+  %1465 = icmp eq i64 %indvars.iv1129.i, %452
+  %1466 = add nuw nsw i64 %indvars.iv1129.i, %1142
+  %.idx1254.i = shl i64 %1466, 4
+  %1467 = getelementptr i8, ptr %reach558.i, i64 %.idx1254.i
   %1468 = getelementptr i8, ptr %1467, i64 4
   %1469 = load i32, ptr %1468, align 4, !tbaa !17
   %1470 = sext i32 %1469 to i64
   %1471 = icmp slt i64 %754, %1470
-  br i1 %1471, label %if_then146.i, label %if_end147.i, !prof !8
+  br i1 %1471, label %if_then149.i, label %if_end150.i, !prof !8
 
-if_then146.i:                                     ; preds = %if_end144.i
+if_then149.i:                                     ; preds = %if_end147.i
   %1472 = sub nsw i32 %1469, %755
-  %valid_len149.i = tail call i32 @llvm.smin.i32(i32 %757, i32 %1472)
+  %valid_len152.i = tail call i32 @llvm.smin.i32(i32 %757, i32 %1472)
   %1473 = trunc i64 %1466 to i32
   %1474 = urem i32 %1473, %122
   %1475 = shl i32 %1474, 4
   %1476 = sub i32 %120, %1475
   %1477 = load i32, ptr %1467, align 16, !tbaa !17
   %1478 = sub nsw i32 %1477, %755
-  %1479 = tail call i32 @llvm.smin.i32(i32 %1478, i32 %valid_len149.i)
+  %1479 = tail call i32 @llvm.smin.i32(i32 %1478, i32 %valid_len152.i)
   %1480 = tail call i32 @llvm.smin.i32(i32 %1479, i32 %790)
   %1481 = select i1 %143, i32 %1480, i32 %1479
   %1482 = tail call i32 @llvm.smax.i32(i32 %1481, i32 0)
   %num_full.i = lshr i32 %1482, 3
-  %1483 = add nsw i32 %valid_len149.i, 7
+  %1483 = add nsw i32 %valid_len152.i, 7
   %1484 = ashr i32 %1483, 3
   %1485 = icmp sgt i32 %1484, 0
-  br i1 %1485, label %for_body_to154.lr.ph.i, label %for_end_to155.i, !prof !3
+  br i1 %1485, label %for_body_to157.lr.ph.i, label %for_end_to158.i, !prof !3
 
-if_end147.i:                                      ; preds = %if_end311.i, %if_end144.i
+if_end150.i:                                      ; preds = %if_end314.i, %if_end147.i
   %1486 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %1487 = tail call i32 %1486(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not578.i = icmp eq i32 %1487, 0
-  br i1 %.not578.i, label %if_end313.i, label %fused_attend_compute_.exit, !prof !38
+  %.not581.i = icmp eq i32 %1487, 0
+  br i1 %.not581.i, label %if_end316.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_to154.lr.ph.i:                           ; preds = %if_then146.i
+for_body_to157.lr.ph.i:                           ; preds = %if_then149.i
   %1488 = and i1 %761, %1465
   %1489 = mul nuw nsw i32 %1484, %1141
-  %wide.trip.count1036.i = zext nneg i32 %1484 to i64
+  %wide.trip.count1040.i = zext nneg i32 %1484 to i64
   %invariant.gep.idx = shl i64 %1466, 13
   %invariant.gep = getelementptr i8, ptr %q_tile.i, i64 %invariant.gep.idx
-  br label %for_body_to154.i
+  br label %for_body_to157.i
 
-for_body_to154.i:                                 ; preds = %for_end_d_1.3.i, %for_body_to154.lr.ph.i
-  %indvars.iv1033.i = phi i64 [ 0, %for_body_to154.lr.ph.i ], [ %indvars.iv.next1034.i, %for_end_d_1.3.i ]
-  br i1 %1488, label %for_begin_line.preheader.i, label %if_end159.i, !prof !8
+for_body_to157.i:                                 ; preds = %for_end_d_1.3.i, %for_body_to157.lr.ph.i
+  %indvars.iv1037.i = phi i64 [ 0, %for_body_to157.lr.ph.i ], [ %indvars.iv.next1038.i, %for_end_d_1.3.i ]
+  br i1 %1488, label %for_begin_line.preheader.i, label %if_end162.i, !prof !8
 
-for_begin_line.preheader.i:                       ; preds = %for_body_to154.i
-  %1490 = trunc i64 %indvars.iv1033.i to i32
+for_begin_line.preheader.i:                       ; preds = %for_body_to157.i
+  %1490 = trunc i64 %indvars.iv1037.i to i32
   %1491 = add i32 %1489, %1490
   %1492 = shl i32 %1491, 3
   br label %for_body_line.i
 
-for_end_to155.i:                                  ; preds = %for_end_d_1.3.i, %if_then146.i
-  %.not917.i = icmp eq i32 %num_full.i, 0
-  br i1 %.not917.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti165.preheader.preheader.i, !prof !16
+for_end_to158.i:                                  ; preds = %for_end_d_1.3.i, %if_then149.i
+  %.not921.i = icmp eq i32 %num_full.i, 0
+  br i1 %.not921.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti168.preheader.preheader.i, !prof !16
 
-for_begin_ti165.preheader.preheader.i:            ; preds = %for_end_to155.i
-  %wide.trip.count1048.i = zext nneg i32 %num_full.i to i64
+for_begin_ti168.preheader.preheader.i:            ; preds = %for_end_to158.i
+  %wide.trip.count1052.i = zext nneg i32 %num_full.i to i64
   br label %for_end_ax2.i
 
-if_end159.i:                                      ; preds = %for_body_line.i, %for_body_to154.i
-  %.idx277 = shl nsw i64 %indvars.iv1033.i, 12
+if_end162.i:                                      ; preds = %for_body_line.i, %for_body_to157.i
+  %.idx277 = shl nsw i64 %indvars.iv1037.i, 12
   %1493 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx277
   br label %for_begin_d_2.preheader.i
 
 for_body_line.i:                                  ; preds = %for_body_line.i, %for_begin_line.preheader.i
-  %line728.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1529, %for_body_line.i ]
-  %1494 = lshr i32 %line728.i, 2
+  %line732.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1529, %for_body_line.i ]
+  %1494 = lshr i32 %line732.i, 2
   %1495 = add nuw nsw i32 %1494, %1492
   %1496 = srem i32 %1495, %num_kv_heads
   %1497 = sext i32 %1496 to i64
@@ -2789,7 +2789,7 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1501 = getelementptr i64, ptr %key_offsets.i, i64 %1500
   %1502 = getelementptr i8, ptr %1501, i64 1024
   %1503 = load i64, ptr %1502, align 8, !tbaa !5
-  %1504 = shl nuw nsw i32 %line728.i, 4
+  %1504 = shl nuw nsw i32 %line732.i, 4
   %1505 = and i32 %1504, 32
   %1506 = zext nneg i32 %1505 to i64
   %1507 = getelementptr i32, ptr %key_cache, i64 %1503
@@ -2797,7 +2797,7 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1509 = getelementptr i32, ptr %1508, i64 %444
   %1510 = getelementptr i32, ptr %1509, i64 %1498
   tail call void @llvm.prefetch.p0(ptr readonly %1510, i32 0, i32 2, i32 1)
-  %1511 = lshr i32 %line728.i, 2
+  %1511 = lshr i32 %line732.i, 2
   %1512 = add nuw nsw i32 %1511, %1492
   %1513 = srem i32 %1512, %num_kv_heads
   %1514 = sext i32 %1513 to i64
@@ -2807,7 +2807,7 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1518 = getelementptr i64, ptr %key_offsets.i, i64 %1517
   %1519 = getelementptr i8, ptr %1518, i64 1024
   %1520 = load i64, ptr %1519, align 8, !tbaa !5
-  %1521 = shl i32 %line728.i, 4
+  %1521 = shl i32 %line732.i, 4
   %1522 = and i32 %1521, 32
   %1523 = getelementptr i32, ptr %key_cache, i64 %1520
   %1524 = zext nneg i32 %1522 to i64
@@ -2816,63 +2816,63 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1527 = getelementptr i32, ptr %1526, i64 %444
   %1528 = getelementptr i32, ptr %1527, i64 %1515
   tail call void @llvm.prefetch.p0(ptr readonly %1528, i32 0, i32 2, i32 1)
-  %1529 = add nuw nsw i32 %line728.i, 2
-  %exitcond1019.not.i.1 = icmp eq i32 %1529, 32
-  br i1 %exitcond1019.not.i.1, label %if_end159.i, label %for_body_line.i, !prof !28, !llvm.loop !45
+  %1529 = add nuw nsw i32 %line732.i, 2
+  %exitcond1023.not.i.1 = icmp eq i32 %1529, 32
+  br i1 %exitcond1023.not.i.1, label %if_end162.i, label %for_body_line.i, !prof !28, !llvm.loop !45
 
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %if_end159.i
-  %indvars.iv1024.i = phi i64 [ 0, %if_end159.i ], [ %indvars.iv.next1025.i, %for_begin_d_2.preheader.i ]
-  %scores_global547.sroa.0.1747.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1577, %for_begin_d_2.preheader.i ]
-  %scores_global547.sroa.4.1746.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1582, %for_begin_d_2.preheader.i ]
-  %scores_global547.sroa.8.1745.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1587, %for_begin_d_2.preheader.i ]
-  %scores_global547.sroa.12.1744.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1592, %for_begin_d_2.preheader.i ]
-  %scores_global547.sroa.16.1743.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1597, %for_begin_d_2.preheader.i ]
-  %scores_global547.sroa.20.1742.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1602, %for_begin_d_2.preheader.i ]
-  %scores_global547.sroa.24.1741.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1607, %for_begin_d_2.preheader.i ]
-  %scores_global547.sroa.28.1740.i = phi <16 x float> [ zeroinitializer, %if_end159.i ], [ %1612, %for_begin_d_2.preheader.i ]
-  %.idx82 = shl nuw nsw i64 %indvars.iv1024.i, 7
+for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %if_end162.i
+  %indvars.iv1028.i = phi i64 [ 0, %if_end162.i ], [ %indvars.iv.next1029.i, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.0.1751.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1577, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.4.1750.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1582, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.8.1749.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1587, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.12.1748.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1592, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.16.1747.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1597, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.20.1746.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1602, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.24.1745.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1607, %for_begin_d_2.preheader.i ]
+  %scores_global550.sroa.28.1744.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1612, %for_begin_d_2.preheader.i ]
+  %.idx82 = shl nuw nsw i64 %indvars.iv1028.i, 7
   %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx82
   %1530 = load <16 x float>, ptr %gep, align 4, !tbaa !5
-  %1531 = getelementptr inbounds nuw float, ptr %1493, i64 %indvars.iv1024.i
+  %1531 = getelementptr inbounds nuw float, ptr %1493, i64 %indvars.iv1028.i
   %1532 = load float, ptr %1531, align 4, !tbaa !5
   %1533 = insertelement <16 x float> poison, float %1532, i64 0
   %1534 = shufflevector <16 x float> %1533, <16 x float> poison, <16 x i32> zeroinitializer
-  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1534, <16 x float> %scores_global547.sroa.0.1747.i)
+  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1534, <16 x float> %scores_global550.sroa.0.1751.i)
   %1536 = getelementptr inbounds nuw i8, ptr %1531, i64 512
   %1537 = load float, ptr %1536, align 4, !tbaa !5
   %1538 = insertelement <16 x float> poison, float %1537, i64 0
   %1539 = shufflevector <16 x float> %1538, <16 x float> poison, <16 x i32> zeroinitializer
-  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1539, <16 x float> %scores_global547.sroa.4.1746.i)
+  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1539, <16 x float> %scores_global550.sroa.4.1750.i)
   %1541 = getelementptr inbounds nuw i8, ptr %1531, i64 1024
   %1542 = load float, ptr %1541, align 4, !tbaa !5
   %1543 = insertelement <16 x float> poison, float %1542, i64 0
   %1544 = shufflevector <16 x float> %1543, <16 x float> poison, <16 x i32> zeroinitializer
-  %1545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1544, <16 x float> %scores_global547.sroa.8.1745.i)
+  %1545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1544, <16 x float> %scores_global550.sroa.8.1749.i)
   %1546 = getelementptr inbounds nuw i8, ptr %1531, i64 1536
   %1547 = load float, ptr %1546, align 4, !tbaa !5
   %1548 = insertelement <16 x float> poison, float %1547, i64 0
   %1549 = shufflevector <16 x float> %1548, <16 x float> poison, <16 x i32> zeroinitializer
-  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1549, <16 x float> %scores_global547.sroa.12.1744.i)
+  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1549, <16 x float> %scores_global550.sroa.12.1748.i)
   %1551 = getelementptr inbounds nuw i8, ptr %1531, i64 2048
   %1552 = load float, ptr %1551, align 4, !tbaa !5
   %1553 = insertelement <16 x float> poison, float %1552, i64 0
   %1554 = shufflevector <16 x float> %1553, <16 x float> poison, <16 x i32> zeroinitializer
-  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1554, <16 x float> %scores_global547.sroa.16.1743.i)
+  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1554, <16 x float> %scores_global550.sroa.16.1747.i)
   %1556 = getelementptr inbounds nuw i8, ptr %1531, i64 2560
   %1557 = load float, ptr %1556, align 4, !tbaa !5
   %1558 = insertelement <16 x float> poison, float %1557, i64 0
   %1559 = shufflevector <16 x float> %1558, <16 x float> poison, <16 x i32> zeroinitializer
-  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1559, <16 x float> %scores_global547.sroa.20.1742.i)
+  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1559, <16 x float> %scores_global550.sroa.20.1746.i)
   %1561 = getelementptr inbounds nuw i8, ptr %1531, i64 3072
   %1562 = load float, ptr %1561, align 4, !tbaa !5
   %1563 = insertelement <16 x float> poison, float %1562, i64 0
   %1564 = shufflevector <16 x float> %1563, <16 x float> poison, <16 x i32> zeroinitializer
-  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1564, <16 x float> %scores_global547.sroa.24.1741.i)
+  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1564, <16 x float> %scores_global550.sroa.24.1745.i)
   %1566 = getelementptr inbounds nuw i8, ptr %1531, i64 3584
   %1567 = load float, ptr %1566, align 4, !tbaa !5
   %1568 = insertelement <16 x float> poison, float %1567, i64 0
   %1569 = shufflevector <16 x float> %1568, <16 x float> poison, <16 x i32> zeroinitializer
-  %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1569, <16 x float> %scores_global547.sroa.28.1740.i)
+  %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1569, <16 x float> %scores_global550.sroa.28.1744.i)
   %1571 = getelementptr i8, ptr %gep, i64 64
   %1572 = load <16 x float>, ptr %1571, align 4, !tbaa !5
   %1573 = getelementptr inbounds nuw i8, ptr %1531, i64 64
@@ -2915,68 +2915,68 @@ for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.prehe
   %1610 = insertelement <16 x float> poison, float %1609, i64 0
   %1611 = shufflevector <16 x float> %1610, <16 x float> poison, <16 x i32> zeroinitializer
   %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1611, <16 x float> %1570)
-  %indvars.iv.next1025.i = add nuw nsw i64 %indvars.iv1024.i, 1
-  %exitcond1028.not.i = icmp eq i64 %indvars.iv.next1025.i, 16
-  br i1 %exitcond1028.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
+  %indvars.iv.next1029.i = add nuw nsw i64 %indvars.iv1028.i, 1
+  %exitcond1032.not.i = icmp eq i64 %indvars.iv.next1029.i, 16
+  br i1 %exitcond1032.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
   %1613 = getelementptr inbounds nuw i8, ptr %1493, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv1024.1.i = phi i64 [ %indvars.iv.next1025.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global547.sroa.0.1747.1.i = phi <16 x float> [ %1662, %for_begin_d_2.preheader.1.i ], [ %1577, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global547.sroa.4.1746.1.i = phi <16 x float> [ %1667, %for_begin_d_2.preheader.1.i ], [ %1582, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global547.sroa.8.1745.1.i = phi <16 x float> [ %1672, %for_begin_d_2.preheader.1.i ], [ %1587, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global547.sroa.12.1744.1.i = phi <16 x float> [ %1677, %for_begin_d_2.preheader.1.i ], [ %1592, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global547.sroa.16.1743.1.i = phi <16 x float> [ %1682, %for_begin_d_2.preheader.1.i ], [ %1597, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global547.sroa.20.1742.1.i = phi <16 x float> [ %1687, %for_begin_d_2.preheader.1.i ], [ %1602, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global547.sroa.24.1741.1.i = phi <16 x float> [ %1692, %for_begin_d_2.preheader.1.i ], [ %1607, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global547.sroa.28.1740.1.i = phi <16 x float> [ %1697, %for_begin_d_2.preheader.1.i ], [ %1612, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx83 = shl i64 %indvars.iv1024.1.i, 7
+  %indvars.iv1028.1.i = phi i64 [ %indvars.iv.next1029.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.0.1751.1.i = phi <16 x float> [ %1662, %for_begin_d_2.preheader.1.i ], [ %1577, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.4.1750.1.i = phi <16 x float> [ %1667, %for_begin_d_2.preheader.1.i ], [ %1582, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.8.1749.1.i = phi <16 x float> [ %1672, %for_begin_d_2.preheader.1.i ], [ %1587, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.12.1748.1.i = phi <16 x float> [ %1677, %for_begin_d_2.preheader.1.i ], [ %1592, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.16.1747.1.i = phi <16 x float> [ %1682, %for_begin_d_2.preheader.1.i ], [ %1597, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.20.1746.1.i = phi <16 x float> [ %1687, %for_begin_d_2.preheader.1.i ], [ %1602, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.24.1745.1.i = phi <16 x float> [ %1692, %for_begin_d_2.preheader.1.i ], [ %1607, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global550.sroa.28.1744.1.i = phi <16 x float> [ %1697, %for_begin_d_2.preheader.1.i ], [ %1612, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx83 = shl i64 %indvars.iv1028.1.i, 7
   %gep161 = getelementptr i8, ptr %invariant.gep, i64 %.idx83
   %1614 = getelementptr i8, ptr %gep161, i64 2048
   %1615 = load <16 x float>, ptr %1614, align 4, !tbaa !5
-  %1616 = getelementptr inbounds nuw float, ptr %1613, i64 %indvars.iv1024.1.i
+  %1616 = getelementptr inbounds nuw float, ptr %1613, i64 %indvars.iv1028.1.i
   %1617 = load float, ptr %1616, align 4, !tbaa !5
   %1618 = insertelement <16 x float> poison, float %1617, i64 0
   %1619 = shufflevector <16 x float> %1618, <16 x float> poison, <16 x i32> zeroinitializer
-  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1619, <16 x float> %scores_global547.sroa.0.1747.1.i)
+  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1619, <16 x float> %scores_global550.sroa.0.1751.1.i)
   %1621 = getelementptr inbounds nuw i8, ptr %1616, i64 512
   %1622 = load float, ptr %1621, align 4, !tbaa !5
   %1623 = insertelement <16 x float> poison, float %1622, i64 0
   %1624 = shufflevector <16 x float> %1623, <16 x float> poison, <16 x i32> zeroinitializer
-  %1625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1624, <16 x float> %scores_global547.sroa.4.1746.1.i)
+  %1625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1624, <16 x float> %scores_global550.sroa.4.1750.1.i)
   %1626 = getelementptr inbounds nuw i8, ptr %1616, i64 1024
   %1627 = load float, ptr %1626, align 4, !tbaa !5
   %1628 = insertelement <16 x float> poison, float %1627, i64 0
   %1629 = shufflevector <16 x float> %1628, <16 x float> poison, <16 x i32> zeroinitializer
-  %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1629, <16 x float> %scores_global547.sroa.8.1745.1.i)
+  %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1629, <16 x float> %scores_global550.sroa.8.1749.1.i)
   %1631 = getelementptr inbounds nuw i8, ptr %1616, i64 1536
   %1632 = load float, ptr %1631, align 4, !tbaa !5
   %1633 = insertelement <16 x float> poison, float %1632, i64 0
   %1634 = shufflevector <16 x float> %1633, <16 x float> poison, <16 x i32> zeroinitializer
-  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1634, <16 x float> %scores_global547.sroa.12.1744.1.i)
+  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1634, <16 x float> %scores_global550.sroa.12.1748.1.i)
   %1636 = getelementptr inbounds nuw i8, ptr %1616, i64 2048
   %1637 = load float, ptr %1636, align 4, !tbaa !5
   %1638 = insertelement <16 x float> poison, float %1637, i64 0
   %1639 = shufflevector <16 x float> %1638, <16 x float> poison, <16 x i32> zeroinitializer
-  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1639, <16 x float> %scores_global547.sroa.16.1743.1.i)
+  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1639, <16 x float> %scores_global550.sroa.16.1747.1.i)
   %1641 = getelementptr inbounds nuw i8, ptr %1616, i64 2560
   %1642 = load float, ptr %1641, align 4, !tbaa !5
   %1643 = insertelement <16 x float> poison, float %1642, i64 0
   %1644 = shufflevector <16 x float> %1643, <16 x float> poison, <16 x i32> zeroinitializer
-  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1644, <16 x float> %scores_global547.sroa.20.1742.1.i)
+  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1644, <16 x float> %scores_global550.sroa.20.1746.1.i)
   %1646 = getelementptr inbounds nuw i8, ptr %1616, i64 3072
   %1647 = load float, ptr %1646, align 4, !tbaa !5
   %1648 = insertelement <16 x float> poison, float %1647, i64 0
   %1649 = shufflevector <16 x float> %1648, <16 x float> poison, <16 x i32> zeroinitializer
-  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1649, <16 x float> %scores_global547.sroa.24.1741.1.i)
+  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1649, <16 x float> %scores_global550.sroa.24.1745.1.i)
   %1651 = getelementptr inbounds nuw i8, ptr %1616, i64 3584
   %1652 = load float, ptr %1651, align 4, !tbaa !5
   %1653 = insertelement <16 x float> poison, float %1652, i64 0
   %1654 = shufflevector <16 x float> %1653, <16 x float> poison, <16 x i32> zeroinitializer
-  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1654, <16 x float> %scores_global547.sroa.28.1740.1.i)
+  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1654, <16 x float> %scores_global550.sroa.28.1744.1.i)
   %1656 = getelementptr i8, ptr %gep161, i64 2112
   %1657 = load <16 x float>, ptr %1656, align 4, !tbaa !5
   %1658 = getelementptr inbounds nuw i8, ptr %1616, i64 64
@@ -3019,68 +3019,68 @@ for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.prehe
   %1695 = insertelement <16 x float> poison, float %1694, i64 0
   %1696 = shufflevector <16 x float> %1695, <16 x float> poison, <16 x i32> zeroinitializer
   %1697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1696, <16 x float> %1655)
-  %indvars.iv.next1025.1.i = add nuw nsw i64 %indvars.iv1024.1.i, 1
-  %exitcond1028.1.not.i = icmp eq i64 %indvars.iv.next1025.1.i, 16
-  br i1 %exitcond1028.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
+  %indvars.iv.next1029.1.i = add nuw nsw i64 %indvars.iv1028.1.i, 1
+  %exitcond1032.1.not.i = icmp eq i64 %indvars.iv.next1029.1.i, 16
+  br i1 %exitcond1032.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
   %1698 = getelementptr inbounds nuw i8, ptr %1493, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv1024.2.i = phi i64 [ %indvars.iv.next1025.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global547.sroa.0.1747.2.i = phi <16 x float> [ %1747, %for_begin_d_2.preheader.2.i ], [ %1662, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global547.sroa.4.1746.2.i = phi <16 x float> [ %1752, %for_begin_d_2.preheader.2.i ], [ %1667, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global547.sroa.8.1745.2.i = phi <16 x float> [ %1757, %for_begin_d_2.preheader.2.i ], [ %1672, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global547.sroa.12.1744.2.i = phi <16 x float> [ %1762, %for_begin_d_2.preheader.2.i ], [ %1677, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global547.sroa.16.1743.2.i = phi <16 x float> [ %1767, %for_begin_d_2.preheader.2.i ], [ %1682, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global547.sroa.20.1742.2.i = phi <16 x float> [ %1772, %for_begin_d_2.preheader.2.i ], [ %1687, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global547.sroa.24.1741.2.i = phi <16 x float> [ %1777, %for_begin_d_2.preheader.2.i ], [ %1692, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global547.sroa.28.1740.2.i = phi <16 x float> [ %1782, %for_begin_d_2.preheader.2.i ], [ %1697, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx84 = shl i64 %indvars.iv1024.2.i, 7
+  %indvars.iv1028.2.i = phi i64 [ %indvars.iv.next1029.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.0.1751.2.i = phi <16 x float> [ %1747, %for_begin_d_2.preheader.2.i ], [ %1662, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.4.1750.2.i = phi <16 x float> [ %1752, %for_begin_d_2.preheader.2.i ], [ %1667, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.8.1749.2.i = phi <16 x float> [ %1757, %for_begin_d_2.preheader.2.i ], [ %1672, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.12.1748.2.i = phi <16 x float> [ %1762, %for_begin_d_2.preheader.2.i ], [ %1677, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.16.1747.2.i = phi <16 x float> [ %1767, %for_begin_d_2.preheader.2.i ], [ %1682, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.20.1746.2.i = phi <16 x float> [ %1772, %for_begin_d_2.preheader.2.i ], [ %1687, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.24.1745.2.i = phi <16 x float> [ %1777, %for_begin_d_2.preheader.2.i ], [ %1692, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global550.sroa.28.1744.2.i = phi <16 x float> [ %1782, %for_begin_d_2.preheader.2.i ], [ %1697, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx84 = shl i64 %indvars.iv1028.2.i, 7
   %gep163 = getelementptr i8, ptr %invariant.gep, i64 %.idx84
   %1699 = getelementptr i8, ptr %gep163, i64 4096
   %1700 = load <16 x float>, ptr %1699, align 4, !tbaa !5
-  %1701 = getelementptr inbounds nuw float, ptr %1698, i64 %indvars.iv1024.2.i
+  %1701 = getelementptr inbounds nuw float, ptr %1698, i64 %indvars.iv1028.2.i
   %1702 = load float, ptr %1701, align 4, !tbaa !5
   %1703 = insertelement <16 x float> poison, float %1702, i64 0
   %1704 = shufflevector <16 x float> %1703, <16 x float> poison, <16 x i32> zeroinitializer
-  %1705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1704, <16 x float> %scores_global547.sroa.0.1747.2.i)
+  %1705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1704, <16 x float> %scores_global550.sroa.0.1751.2.i)
   %1706 = getelementptr inbounds nuw i8, ptr %1701, i64 512
   %1707 = load float, ptr %1706, align 4, !tbaa !5
   %1708 = insertelement <16 x float> poison, float %1707, i64 0
   %1709 = shufflevector <16 x float> %1708, <16 x float> poison, <16 x i32> zeroinitializer
-  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1709, <16 x float> %scores_global547.sroa.4.1746.2.i)
+  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1709, <16 x float> %scores_global550.sroa.4.1750.2.i)
   %1711 = getelementptr inbounds nuw i8, ptr %1701, i64 1024
   %1712 = load float, ptr %1711, align 4, !tbaa !5
   %1713 = insertelement <16 x float> poison, float %1712, i64 0
   %1714 = shufflevector <16 x float> %1713, <16 x float> poison, <16 x i32> zeroinitializer
-  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1714, <16 x float> %scores_global547.sroa.8.1745.2.i)
+  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1714, <16 x float> %scores_global550.sroa.8.1749.2.i)
   %1716 = getelementptr inbounds nuw i8, ptr %1701, i64 1536
   %1717 = load float, ptr %1716, align 4, !tbaa !5
   %1718 = insertelement <16 x float> poison, float %1717, i64 0
   %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
-  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1719, <16 x float> %scores_global547.sroa.12.1744.2.i)
+  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1719, <16 x float> %scores_global550.sroa.12.1748.2.i)
   %1721 = getelementptr inbounds nuw i8, ptr %1701, i64 2048
   %1722 = load float, ptr %1721, align 4, !tbaa !5
   %1723 = insertelement <16 x float> poison, float %1722, i64 0
   %1724 = shufflevector <16 x float> %1723, <16 x float> poison, <16 x i32> zeroinitializer
-  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1724, <16 x float> %scores_global547.sroa.16.1743.2.i)
+  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1724, <16 x float> %scores_global550.sroa.16.1747.2.i)
   %1726 = getelementptr inbounds nuw i8, ptr %1701, i64 2560
   %1727 = load float, ptr %1726, align 4, !tbaa !5
   %1728 = insertelement <16 x float> poison, float %1727, i64 0
   %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
-  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1729, <16 x float> %scores_global547.sroa.20.1742.2.i)
+  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1729, <16 x float> %scores_global550.sroa.20.1746.2.i)
   %1731 = getelementptr inbounds nuw i8, ptr %1701, i64 3072
   %1732 = load float, ptr %1731, align 4, !tbaa !5
   %1733 = insertelement <16 x float> poison, float %1732, i64 0
   %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1734, <16 x float> %scores_global547.sroa.24.1741.2.i)
+  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1734, <16 x float> %scores_global550.sroa.24.1745.2.i)
   %1736 = getelementptr inbounds nuw i8, ptr %1701, i64 3584
   %1737 = load float, ptr %1736, align 4, !tbaa !5
   %1738 = insertelement <16 x float> poison, float %1737, i64 0
   %1739 = shufflevector <16 x float> %1738, <16 x float> poison, <16 x i32> zeroinitializer
-  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1739, <16 x float> %scores_global547.sroa.28.1740.2.i)
+  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1739, <16 x float> %scores_global550.sroa.28.1744.2.i)
   %1741 = getelementptr i8, ptr %gep163, i64 4160
   %1742 = load <16 x float>, ptr %1741, align 4, !tbaa !5
   %1743 = getelementptr inbounds nuw i8, ptr %1701, i64 64
@@ -3123,68 +3123,68 @@ for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.prehe
   %1780 = insertelement <16 x float> poison, float %1779, i64 0
   %1781 = shufflevector <16 x float> %1780, <16 x float> poison, <16 x i32> zeroinitializer
   %1782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1781, <16 x float> %1740)
-  %indvars.iv.next1025.2.i = add nuw nsw i64 %indvars.iv1024.2.i, 1
-  %exitcond1028.2.not.i = icmp eq i64 %indvars.iv.next1025.2.i, 16
-  br i1 %exitcond1028.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
+  %indvars.iv.next1029.2.i = add nuw nsw i64 %indvars.iv1028.2.i, 1
+  %exitcond1032.2.not.i = icmp eq i64 %indvars.iv.next1029.2.i, 16
+  br i1 %exitcond1032.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
   %1783 = getelementptr inbounds nuw i8, ptr %1493, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv1024.3.i = phi i64 [ %indvars.iv.next1025.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global547.sroa.0.1747.3.i = phi <16 x float> [ %1832, %for_begin_d_2.preheader.3.i ], [ %1747, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global547.sroa.4.1746.3.i = phi <16 x float> [ %1837, %for_begin_d_2.preheader.3.i ], [ %1752, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global547.sroa.8.1745.3.i = phi <16 x float> [ %1842, %for_begin_d_2.preheader.3.i ], [ %1757, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global547.sroa.12.1744.3.i = phi <16 x float> [ %1847, %for_begin_d_2.preheader.3.i ], [ %1762, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global547.sroa.16.1743.3.i = phi <16 x float> [ %1852, %for_begin_d_2.preheader.3.i ], [ %1767, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global547.sroa.20.1742.3.i = phi <16 x float> [ %1857, %for_begin_d_2.preheader.3.i ], [ %1772, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global547.sroa.24.1741.3.i = phi <16 x float> [ %1862, %for_begin_d_2.preheader.3.i ], [ %1777, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global547.sroa.28.1740.3.i = phi <16 x float> [ %1867, %for_begin_d_2.preheader.3.i ], [ %1782, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx85 = shl i64 %indvars.iv1024.3.i, 7
+  %indvars.iv1028.3.i = phi i64 [ %indvars.iv.next1029.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.0.1751.3.i = phi <16 x float> [ %1832, %for_begin_d_2.preheader.3.i ], [ %1747, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.4.1750.3.i = phi <16 x float> [ %1837, %for_begin_d_2.preheader.3.i ], [ %1752, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.8.1749.3.i = phi <16 x float> [ %1842, %for_begin_d_2.preheader.3.i ], [ %1757, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.12.1748.3.i = phi <16 x float> [ %1847, %for_begin_d_2.preheader.3.i ], [ %1762, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.16.1747.3.i = phi <16 x float> [ %1852, %for_begin_d_2.preheader.3.i ], [ %1767, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.20.1746.3.i = phi <16 x float> [ %1857, %for_begin_d_2.preheader.3.i ], [ %1772, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.24.1745.3.i = phi <16 x float> [ %1862, %for_begin_d_2.preheader.3.i ], [ %1777, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global550.sroa.28.1744.3.i = phi <16 x float> [ %1867, %for_begin_d_2.preheader.3.i ], [ %1782, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx85 = shl i64 %indvars.iv1028.3.i, 7
   %gep165 = getelementptr i8, ptr %invariant.gep, i64 %.idx85
   %1784 = getelementptr i8, ptr %gep165, i64 6144
   %1785 = load <16 x float>, ptr %1784, align 4, !tbaa !5
-  %1786 = getelementptr inbounds nuw float, ptr %1783, i64 %indvars.iv1024.3.i
+  %1786 = getelementptr inbounds nuw float, ptr %1783, i64 %indvars.iv1028.3.i
   %1787 = load float, ptr %1786, align 4, !tbaa !5
   %1788 = insertelement <16 x float> poison, float %1787, i64 0
   %1789 = shufflevector <16 x float> %1788, <16 x float> poison, <16 x i32> zeroinitializer
-  %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1789, <16 x float> %scores_global547.sroa.0.1747.3.i)
+  %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1789, <16 x float> %scores_global550.sroa.0.1751.3.i)
   %1791 = getelementptr inbounds nuw i8, ptr %1786, i64 512
   %1792 = load float, ptr %1791, align 4, !tbaa !5
   %1793 = insertelement <16 x float> poison, float %1792, i64 0
   %1794 = shufflevector <16 x float> %1793, <16 x float> poison, <16 x i32> zeroinitializer
-  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1794, <16 x float> %scores_global547.sroa.4.1746.3.i)
+  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1794, <16 x float> %scores_global550.sroa.4.1750.3.i)
   %1796 = getelementptr inbounds nuw i8, ptr %1786, i64 1024
   %1797 = load float, ptr %1796, align 4, !tbaa !5
   %1798 = insertelement <16 x float> poison, float %1797, i64 0
   %1799 = shufflevector <16 x float> %1798, <16 x float> poison, <16 x i32> zeroinitializer
-  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1799, <16 x float> %scores_global547.sroa.8.1745.3.i)
+  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1799, <16 x float> %scores_global550.sroa.8.1749.3.i)
   %1801 = getelementptr inbounds nuw i8, ptr %1786, i64 1536
   %1802 = load float, ptr %1801, align 4, !tbaa !5
   %1803 = insertelement <16 x float> poison, float %1802, i64 0
   %1804 = shufflevector <16 x float> %1803, <16 x float> poison, <16 x i32> zeroinitializer
-  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1804, <16 x float> %scores_global547.sroa.12.1744.3.i)
+  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1804, <16 x float> %scores_global550.sroa.12.1748.3.i)
   %1806 = getelementptr inbounds nuw i8, ptr %1786, i64 2048
   %1807 = load float, ptr %1806, align 4, !tbaa !5
   %1808 = insertelement <16 x float> poison, float %1807, i64 0
   %1809 = shufflevector <16 x float> %1808, <16 x float> poison, <16 x i32> zeroinitializer
-  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1809, <16 x float> %scores_global547.sroa.16.1743.3.i)
+  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1809, <16 x float> %scores_global550.sroa.16.1747.3.i)
   %1811 = getelementptr inbounds nuw i8, ptr %1786, i64 2560
   %1812 = load float, ptr %1811, align 4, !tbaa !5
   %1813 = insertelement <16 x float> poison, float %1812, i64 0
   %1814 = shufflevector <16 x float> %1813, <16 x float> poison, <16 x i32> zeroinitializer
-  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1814, <16 x float> %scores_global547.sroa.20.1742.3.i)
+  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1814, <16 x float> %scores_global550.sroa.20.1746.3.i)
   %1816 = getelementptr inbounds nuw i8, ptr %1786, i64 3072
   %1817 = load float, ptr %1816, align 4, !tbaa !5
   %1818 = insertelement <16 x float> poison, float %1817, i64 0
   %1819 = shufflevector <16 x float> %1818, <16 x float> poison, <16 x i32> zeroinitializer
-  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1819, <16 x float> %scores_global547.sroa.24.1741.3.i)
+  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1819, <16 x float> %scores_global550.sroa.24.1745.3.i)
   %1821 = getelementptr inbounds nuw i8, ptr %1786, i64 3584
   %1822 = load float, ptr %1821, align 4, !tbaa !5
   %1823 = insertelement <16 x float> poison, float %1822, i64 0
   %1824 = shufflevector <16 x float> %1823, <16 x float> poison, <16 x i32> zeroinitializer
-  %1825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1824, <16 x float> %scores_global547.sroa.28.1740.3.i)
+  %1825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1824, <16 x float> %scores_global550.sroa.28.1744.3.i)
   %1826 = getelementptr i8, ptr %gep165, i64 6208
   %1827 = load <16 x float>, ptr %1826, align 4, !tbaa !5
   %1828 = getelementptr inbounds nuw i8, ptr %1786, i64 64
@@ -3227,13 +3227,13 @@ for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.prehe
   %1865 = insertelement <16 x float> poison, float %1864, i64 0
   %1866 = shufflevector <16 x float> %1865, <16 x float> poison, <16 x i32> zeroinitializer
   %1867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1866, <16 x float> %1825)
-  %indvars.iv.next1025.3.i = add nuw nsw i64 %indvars.iv1024.3.i, 1
-  %exitcond1028.3.not.i = icmp eq i64 %indvars.iv.next1025.3.i, 16
-  br i1 %exitcond1028.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
+  %indvars.iv.next1029.3.i = add nuw nsw i64 %indvars.iv1028.3.i, 1
+  %exitcond1032.3.not.i = icmp eq i64 %indvars.iv.next1029.3.i, 16
+  br i1 %exitcond1032.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx1251.i = shl nsw i64 %indvars.iv1033.i, 9
-  %1868 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1251.i
+  %.idx1255.i = shl nsw i64 %indvars.iv1037.i, 9
+  %1868 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1255.i
   store <16 x float> %1832, ptr %1868, align 4, !tbaa !5
   %1869 = getelementptr inbounds nuw i8, ptr %1868, i64 64
   store <16 x float> %1837, ptr %1869, align 4, !tbaa !5
@@ -3249,34 +3249,34 @@ for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.prehe
   store <16 x float> %1862, ptr %1874, align 4, !tbaa !5
   %1875 = getelementptr inbounds nuw i8, ptr %1868, i64 448
   store <16 x float> %1867, ptr %1875, align 4, !tbaa !5
-  %indvars.iv.next1034.i = add nuw nsw i64 %indvars.iv1033.i, 1
-  %exitcond1037.not.i = icmp eq i64 %indvars.iv.next1034.i, %wide.trip.count1036.i
-  br i1 %exitcond1037.not.i, label %for_end_to155.i, label %for_body_to154.i, !prof !13
+  %indvars.iv.next1038.i = add nuw nsw i64 %indvars.iv1037.i, 1
+  %exitcond1041.not.i = icmp eq i64 %indvars.iv.next1038.i, %wide.trip.count1040.i
+  br i1 %exitcond1041.not.i, label %for_end_to158.i, label %for_body_to157.i, !prof !13
 
-for_begin_ti_1.preheader.i:                       ; preds = %for_end_ax2.i, %for_end_to155.i
-  %.us-phi780.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to155.i ], [ %1945, %for_end_ax2.i ]
-  %.us-phi767778.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to155.i ], [ %1943, %for_end_ax2.i ]
-  %.us-phi768777.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to155.i ], [ %1941, %for_end_ax2.i ]
-  %.us-phi769775.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to155.i ], [ %1939, %for_end_ax2.i ]
-  %1876 = fcmp olt <16 x float> %.us-phi769775.lcssa.i, splat (float 0xC7EFFFFFE0000000)
-  %1877 = select <16 x i1> %1876, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.us-phi769775.lcssa.i
-  %1878 = fcmp ogt <16 x float> %1877, %.us-phi768777.lcssa.i
-  %1879 = select <16 x i1> %1878, <16 x float> %1877, <16 x float> %.us-phi768777.lcssa.i
-  %1880 = fcmp ogt <16 x float> %1879, %.us-phi767778.lcssa.i
-  %1881 = select <16 x i1> %1880, <16 x float> %1879, <16 x float> %.us-phi767778.lcssa.i
-  %1882 = fcmp ogt <16 x float> %1881, %.us-phi780.lcssa.i
-  %1883 = select <16 x i1> %1882, <16 x float> %1881, <16 x float> %.us-phi780.lcssa.i
+for_begin_ti_1.preheader.i:                       ; preds = %for_end_ax2.i, %for_end_to158.i
+  %.us-phi784.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to158.i ], [ %1945, %for_end_ax2.i ]
+  %.us-phi771782.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to158.i ], [ %1943, %for_end_ax2.i ]
+  %.us-phi772781.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to158.i ], [ %1941, %for_end_ax2.i ]
+  %.us-phi773779.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to158.i ], [ %1939, %for_end_ax2.i ]
+  %1876 = fcmp olt <16 x float> %.us-phi773779.lcssa.i, splat (float 0xC7EFFFFFE0000000)
+  %1877 = select <16 x i1> %1876, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.us-phi773779.lcssa.i
+  %1878 = fcmp ogt <16 x float> %1877, %.us-phi772781.lcssa.i
+  %1879 = select <16 x i1> %1878, <16 x float> %1877, <16 x float> %.us-phi772781.lcssa.i
+  %1880 = fcmp ogt <16 x float> %1879, %.us-phi771782.lcssa.i
+  %1881 = select <16 x i1> %1880, <16 x float> %1879, <16 x float> %.us-phi771782.lcssa.i
+  %1882 = fcmp ogt <16 x float> %1881, %.us-phi784.lcssa.i
+  %1883 = select <16 x i1> %1882, <16 x float> %1881, <16 x float> %.us-phi784.lcssa.i
   %1884 = sub nsw i32 %1484, %num_full.i
   %1885 = icmp sgt i32 %1884, 0
-  br i1 %1885, label %for_begin_ti183.preheader.lr.ph.i, label %for_end_to180.i, !prof !3
+  br i1 %1885, label %for_begin_ti186.preheader.lr.ph.i, label %for_end_to183.i, !prof !3
 
-for_end_ax2.i:                                    ; preds = %for_end_ax2.i, %for_begin_ti165.preheader.preheader.i
-  %indvars.iv1045.i = phi i64 [ 0, %for_begin_ti165.preheader.preheader.i ], [ %indvars.iv.next1046.i, %for_end_ax2.i ]
-  %1886 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti165.preheader.preheader.i ], [ %1939, %for_end_ax2.i ]
-  %1887 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti165.preheader.preheader.i ], [ %1941, %for_end_ax2.i ]
-  %1888 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti165.preheader.preheader.i ], [ %1943, %for_end_ax2.i ]
-  %1889 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti165.preheader.preheader.i ], [ %1945, %for_end_ax2.i ]
-  %1890 = shl nsw i64 %indvars.iv1045.i, 7
+for_end_ax2.i:                                    ; preds = %for_end_ax2.i, %for_begin_ti168.preheader.preheader.i
+  %indvars.iv1049.i = phi i64 [ 0, %for_begin_ti168.preheader.preheader.i ], [ %indvars.iv.next1050.i, %for_end_ax2.i ]
+  %1886 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti168.preheader.preheader.i ], [ %1939, %for_end_ax2.i ]
+  %1887 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti168.preheader.preheader.i ], [ %1941, %for_end_ax2.i ]
+  %1888 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti168.preheader.preheader.i ], [ %1943, %for_end_ax2.i ]
+  %1889 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti168.preheader.preheader.i ], [ %1945, %for_end_ax2.i ]
+  %1890 = shl nsw i64 %indvars.iv1049.i, 7
   %1891 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1890
   %1892 = load <16 x float>, ptr %1891, align 4, !tbaa !5
   %1893 = fmul <16 x float> %446, %1892
@@ -3340,21 +3340,21 @@ for_end_ax2.i:                                    ; preds = %for_end_ax2.i, %for
   %1943 = select <16 x i1> %1942, <16 x float> %1935, <16 x float> %1923
   %1944 = fcmp ogt <16 x float> %1937, %1928
   %1945 = select <16 x i1> %1944, <16 x float> %1937, <16 x float> %1928
-  %indvars.iv.next1046.i = add nuw nsw i64 %indvars.iv1045.i, 1
-  %exitcond1049.not.i = icmp eq i64 %indvars.iv.next1046.i, %wide.trip.count1048.i
-  br i1 %exitcond1049.not.i, label %for_begin_ti_1.preheader.i, label %for_end_ax2.i, !prof !13
+  %indvars.iv.next1050.i = add nuw nsw i64 %indvars.iv1049.i, 1
+  %exitcond1053.not.i = icmp eq i64 %indvars.iv.next1050.i, %wide.trip.count1052.i
+  br i1 %exitcond1053.not.i, label %for_begin_ti_1.preheader.i, label %for_end_ax2.i, !prof !13
 
-for_begin_ti183.preheader.lr.ph.i:                ; preds = %for_begin_ti_1.preheader.i
-  %.idx1252.i = shl nsw i64 %1466, 6
-  %1946 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1252.i
+for_begin_ti186.preheader.lr.ph.i:                ; preds = %for_begin_ti_1.preheader.i
+  %.idx1256.i = shl nsw i64 %1466, 6
+  %1946 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1256.i
   %1947 = and i32 %1482, 2147483640
   %1948 = add i32 %1947, %755
-  %wide.trip.count1061.i = zext nneg i32 %1884 to i64
-  br label %for_begin_ti183.preheader.i
+  %wide.trip.count1065.i = zext nneg i32 %1884 to i64
+  br label %for_begin_ti186.preheader.i
 
-for_begin_ti183.preheader.i:                      ; preds = %for_begin_ti183.preheader.i, %for_begin_ti183.preheader.lr.ph.i
-  %indvars.iv1058.i = phi i64 [ 0, %for_begin_ti183.preheader.lr.ph.i ], [ %indvars.iv.next1059.i, %for_begin_ti183.preheader.i ]
-  %1949 = trunc i64 %indvars.iv1058.i to i32
+for_begin_ti186.preheader.i:                      ; preds = %for_begin_ti186.preheader.i, %for_begin_ti186.preheader.lr.ph.i
+  %indvars.iv1062.i = phi i64 [ 0, %for_begin_ti186.preheader.lr.ph.i ], [ %indvars.iv.next1063.i, %for_begin_ti186.preheader.i ]
+  %1949 = trunc i64 %indvars.iv1062.i to i32
   %1950 = add i32 %num_full.i, %1949
   %1951 = shl i32 %1950, 7
   %1952 = shl i32 %1949, 3
@@ -3454,41 +3454,41 @@ for_begin_ti183.preheader.i:                      ; preds = %for_begin_ti183.pre
   %2039 = select <16 x i1> %2038, <16 x float> %2033, <16 x float> splat (float 0xFFF0000000000000)
   %2040 = getelementptr inbounds float, ptr %scaled.i, i64 %2030
   store <16 x float> %2039, ptr %2040, align 4, !tbaa !5
-  %indvars.iv.next1059.i = add nuw nsw i64 %indvars.iv1058.i, 1
-  %exitcond1062.not.i = icmp eq i64 %indvars.iv.next1059.i, %wide.trip.count1061.i
-  br i1 %exitcond1062.not.i, label %for_end_to180.i, label %for_begin_ti183.preheader.i, !prof !13
+  %indvars.iv.next1063.i = add nuw nsw i64 %indvars.iv1062.i, 1
+  %exitcond1066.not.i = icmp eq i64 %indvars.iv.next1063.i, %wide.trip.count1065.i
+  br i1 %exitcond1066.not.i, label %for_end_to183.i, label %for_begin_ti186.preheader.i, !prof !13
 
-for_end_to180.i:                                  ; preds = %for_begin_ti183.preheader.i, %for_begin_ti_1.preheader.i
-  br i1 %143, label %if_then188.i, label %if_end189.i, !prof !8
+for_end_to183.i:                                  ; preds = %for_begin_ti186.preheader.i, %for_begin_ti_1.preheader.i
+  br i1 %143, label %if_then191.i, label %if_end192.i, !prof !8
 
-if_then188.i:                                     ; preds = %for_end_to180.i
+if_then191.i:                                     ; preds = %for_end_to183.i
   %2041 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
   %2042 = icmp sgt i32 %1476, 0
-  br i1 %2042, label %for_body_r191.lr.ph.i, label %if_end189.i, !prof !3
+  br i1 %2042, label %for_body_r194.lr.ph.i, label %if_end192.i, !prof !3
 
-for_body_r191.lr.ph.i:                            ; preds = %if_then188.i
-  %2043 = icmp sgt i32 %valid_len149.i, %791
+for_body_r194.lr.ph.i:                            ; preds = %if_then191.i
+  %2043 = icmp sgt i32 %valid_len152.i, %791
   %2044 = zext nneg i32 %1474 to i64
   %2045 = shl nuw nsw i64 %2044, 2
-  br i1 %2043, label %for_body_r191.us.preheader.i, label %if_end189.i, !prof !3
+  br i1 %2043, label %for_body_r194.us.preheader.i, label %if_end192.i, !prof !3
 
-for_body_r191.us.preheader.i:                     ; preds = %for_body_r191.lr.ph.i
+for_body_r194.us.preheader.i:                     ; preds = %for_body_r194.lr.ph.i
   %2046 = add i32 %indvars.iv251, %1469
   %smin253 = tail call i32 @llvm.smin.i32(i32 %indvars.iv249, i32 %2046)
   %smin254 = tail call i32 @llvm.smin.i32(i32 %smin253, i32 128)
   %2047 = sub i32 %smin254, %smax255
   %2048 = zext i32 %2047 to i64
-  %2049 = sub i32 %valid_len149.i, %smax470
+  %2049 = sub i32 %valid_len152.i, %smax470
   %2050 = zext i32 %2049 to i64
   %2051 = add nsw i64 %2050, -1
-  %2052 = sub i32 %valid_len149.i, %smax481
+  %2052 = sub i32 %valid_len152.i, %smax481
   %2053 = zext i32 %2052 to i64
   %scevgep483 = getelementptr i8, ptr %scevgep482, i64 %2053
   %scevgep485 = getelementptr i8, ptr %scaled.i, i64 %731
   %scevgep486 = getelementptr i8, ptr %scaled.i, i64 -60
   %scevgep487 = getelementptr i8, ptr %scevgep486, i64 %731
   %2054 = shl nuw nsw i64 %2053, 6
-  %2055 = sub i32 %valid_len149.i, %smax494
+  %2055 = sub i32 %valid_len152.i, %smax494
   %2056 = zext i32 %2055 to i64
   %min.iters.check496 = icmp ult i32 %2055, 24
   %2057 = trunc i64 %2051 to i32
@@ -3505,23 +3505,23 @@ for_body_r191.us.preheader.i:                     ; preds = %for_body_r191.lr.ph
   %cmp.n512 = icmp eq i64 %n.vec499, %2056
   %xtraiter = and i64 %2056, 3
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br label %for_body_r191.us.i
+  br label %for_body_r194.us.i
 
-for_body_r191.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r191.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r191.us.preheader.i ]
-  %r194795.us.i = phi i32 [ %2127, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r191.us.preheader.i ]
-  %2063 = lshr i32 %r194795.us.i, 2
+for_body_r194.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r194.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r194.us.preheader.i ]
+  %r197799.us.i = phi i32 [ %2127, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r194.us.preheader.i ]
+  %2063 = lshr i32 %r197799.us.i, 2
   %2064 = zext nneg i32 %2063 to i64
   %2065 = add nuw nsw i64 %2045, %2064
   %2066 = mul nsw i64 %2065, %448
   %2067 = getelementptr i8, ptr %797, i64 %2066
   br i1 %min.iters.check496, label %for_body_c.us.i.preheader, label %vector.scevcheck468, !prof !16
 
-vector.scevcheck468:                              ; preds = %for_body_r191.us.i
+vector.scevcheck468:                              ; preds = %for_body_r194.us.i
   %2068 = add i64 %indvar, %736
   %2069 = shl i64 %2068, 2
   %scevgep474 = getelementptr i8, ptr %scaled.i, i64 %2069
-  %2070 = add i32 %735, %r194795.us.i
+  %2070 = add i32 %735, %r197799.us.i
   %2071 = add i32 %2070, %mul.result472
   %2072 = icmp slt i32 %2071, %2070
   %2073 = or i1 %2072, %2058
@@ -3538,7 +3538,7 @@ vector.memcheck478:                               ; preds = %vector.scevcheck468
   br i1 %found.conflict492, label %for_body_c.us.i.preheader, label %vector.ph497, !prof !16
 
 vector.ph497:                                     ; preds = %vector.memcheck478
-  %broadcast.splatinsert500 = insertelement <8 x i32> poison, i32 %r194795.us.i, i64 0
+  %broadcast.splatinsert500 = insertelement <8 x i32> poison, i32 %r197799.us.i, i64 0
   %broadcast.splat501 = shufflevector <8 x i32> %broadcast.splatinsert500, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body504
 
@@ -3564,169 +3564,169 @@ vector.body504:                                   ; preds = %vector.body504, %ve
 middle.block511:                                  ; preds = %vector.body504
   br i1 %cmp.n512, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
 
-for_body_c.us.i.preheader:                        ; preds = %middle.block511, %vector.memcheck478, %vector.scevcheck468, %for_body_r191.us.i
-  %indvars.iv1063.i.ph = phi i64 [ 0, %vector.memcheck478 ], [ 0, %vector.scevcheck468 ], [ 0, %for_body_r191.us.i ], [ %n.vec499, %middle.block511 ]
+for_body_c.us.i.preheader:                        ; preds = %middle.block511, %vector.memcheck478, %vector.scevcheck468, %for_body_r194.us.i
+  %indvars.iv1067.i.ph = phi i64 [ 0, %vector.memcheck478 ], [ 0, %vector.scevcheck468 ], [ 0, %for_body_r194.us.i ], [ %n.vec499, %middle.block511 ]
   br i1 %lcmp.mod.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
 
-for_body_c.us.i.prol:                             ; preds = %if_end197.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1063.i.prol = phi i64 [ %indvars.iv.next1064.i.prol, %if_end197.us.i.prol ], [ %indvars.iv1063.i.ph, %for_body_c.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end197.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %2085 = getelementptr i8, ptr %2067, i64 %indvars.iv1063.i.prol
+for_body_c.us.i.prol:                             ; preds = %if_end200.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv1067.i.prol = phi i64 [ %indvars.iv.next1068.i.prol, %if_end200.us.i.prol ], [ %indvars.iv1067.i.ph, %for_body_c.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end200.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
+  %2085 = getelementptr i8, ptr %2067, i64 %indvars.iv1067.i.prol
   %2086 = load i8, ptr %2085, align 1, !tbaa !5
   %2087 = icmp eq i8 %2086, 0
-  %2088 = trunc i64 %indvars.iv1063.i.prol to i32
-  %.pre1212.i.prol = add i32 %791, %2088
-  %.pre1214.i.prol = shl i32 %.pre1212.i.prol, 4
-  %.pre1216.i.prol = add nsw i32 %.pre1214.i.prol, %r194795.us.i
-  %.pre1218.i.prol = sext i32 %.pre1216.i.prol to i64
-  br i1 %2087, label %if_end197.us.i.prol, label %if_else196.us.i.prol
+  %2088 = trunc i64 %indvars.iv1067.i.prol to i32
+  %.pre1216.i.prol = add i32 %791, %2088
+  %.pre1218.i.prol = shl i32 %.pre1216.i.prol, 4
+  %.pre1220.i.prol = add nsw i32 %.pre1218.i.prol, %r197799.us.i
+  %.pre1222.i.prol = sext i32 %.pre1220.i.prol to i64
+  br i1 %2087, label %if_end200.us.i.prol, label %if_else199.us.i.prol
 
-if_else196.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %2089 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.prol
+if_else199.us.i.prol:                             ; preds = %for_body_c.us.i.prol
+  %2089 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.prol
   %2090 = load float, ptr %2089, align 4, !tbaa !5
-  br label %if_end197.us.i.prol
+  br label %if_end200.us.i.prol
 
-if_end197.us.i.prol:                              ; preds = %if_else196.us.i.prol, %for_body_c.us.i.prol
-  %2091 = phi float [ %2090, %if_else196.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %2092 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.prol
+if_end200.us.i.prol:                              ; preds = %if_else199.us.i.prol, %for_body_c.us.i.prol
+  %2091 = phi float [ %2090, %if_else199.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
+  %2092 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.prol
   store float %2091, ptr %2092, align 4, !tbaa !5
-  %indvars.iv.next1064.i.prol = add nuw nsw i64 %indvars.iv1063.i.prol, 1
+  %indvars.iv.next1068.i.prol = add nuw nsw i64 %indvars.iv1067.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
   br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !56, !llvm.loop !57
 
-for_body_c.us.i.prol.loopexit:                    ; preds = %if_end197.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1063.i.unr = phi i64 [ %indvars.iv1063.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1064.i.prol, %if_end197.us.i.prol ]
-  %2093 = sub nsw i64 %indvars.iv1063.i.ph, %2056
+for_body_c.us.i.prol.loopexit:                    ; preds = %if_end200.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv1067.i.unr = phi i64 [ %indvars.iv1067.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1068.i.prol, %if_end200.us.i.prol ]
+  %2093 = sub nsw i64 %indvars.iv1067.i.ph, %2056
   %2094 = icmp ugt i64 %2093, -4
   br i1 %2094, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
 
-for_body_c.us.i:                                  ; preds = %if_end197.us.i.3, %for_body_c.us.i.prol.loopexit
-  %indvars.iv1063.i = phi i64 [ %indvars.iv.next1064.i.3, %if_end197.us.i.3 ], [ %indvars.iv1063.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %2095 = getelementptr i8, ptr %2067, i64 %indvars.iv1063.i
+for_body_c.us.i:                                  ; preds = %if_end200.us.i.3, %for_body_c.us.i.prol.loopexit
+  %indvars.iv1067.i = phi i64 [ %indvars.iv.next1068.i.3, %if_end200.us.i.3 ], [ %indvars.iv1067.i.unr, %for_body_c.us.i.prol.loopexit ]
+  %2095 = getelementptr i8, ptr %2067, i64 %indvars.iv1067.i
   %2096 = load i8, ptr %2095, align 1, !tbaa !5
   %2097 = icmp eq i8 %2096, 0
-  %2098 = trunc i64 %indvars.iv1063.i to i32
-  %.pre1212.i = add i32 %791, %2098
-  %.pre1214.i = shl i32 %.pre1212.i, 4
-  %.pre1216.i = add nsw i32 %.pre1214.i, %r194795.us.i
-  %.pre1218.i = sext i32 %.pre1216.i to i64
-  br i1 %2097, label %if_end197.us.i, label %if_else196.us.i
+  %2098 = trunc i64 %indvars.iv1067.i to i32
+  %.pre1216.i = add i32 %791, %2098
+  %.pre1218.i = shl i32 %.pre1216.i, 4
+  %.pre1220.i = add nsw i32 %.pre1218.i, %r197799.us.i
+  %.pre1222.i = sext i32 %.pre1220.i to i64
+  br i1 %2097, label %if_end200.us.i, label %if_else199.us.i
 
-if_else196.us.i:                                  ; preds = %for_body_c.us.i
-  %2099 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i
+if_else199.us.i:                                  ; preds = %for_body_c.us.i
+  %2099 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i
   %2100 = load float, ptr %2099, align 4, !tbaa !5
-  br label %if_end197.us.i
+  br label %if_end200.us.i
 
-if_end197.us.i:                                   ; preds = %if_else196.us.i, %for_body_c.us.i
-  %2101 = phi float [ %2100, %if_else196.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %2102 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i
+if_end200.us.i:                                   ; preds = %if_else199.us.i, %for_body_c.us.i
+  %2101 = phi float [ %2100, %if_else199.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
+  %2102 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i
   store float %2101, ptr %2102, align 4, !tbaa !5
-  %indvars.iv.next1064.i = add nuw nsw i64 %indvars.iv1063.i, 1
-  %2103 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1064.i
+  %indvars.iv.next1068.i = add nuw nsw i64 %indvars.iv1067.i, 1
+  %2103 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1068.i
   %2104 = load i8, ptr %2103, align 1, !tbaa !5
   %2105 = icmp eq i8 %2104, 0
-  %2106 = trunc i64 %indvars.iv.next1064.i to i32
-  %.pre1212.i.1 = add i32 %791, %2106
-  %.pre1214.i.1 = shl i32 %.pre1212.i.1, 4
-  %.pre1216.i.1 = add nsw i32 %.pre1214.i.1, %r194795.us.i
-  %.pre1218.i.1 = sext i32 %.pre1216.i.1 to i64
-  br i1 %2105, label %if_end197.us.i.1, label %if_else196.us.i.1
+  %2106 = trunc i64 %indvars.iv.next1068.i to i32
+  %.pre1216.i.1 = add i32 %791, %2106
+  %.pre1218.i.1 = shl i32 %.pre1216.i.1, 4
+  %.pre1220.i.1 = add nsw i32 %.pre1218.i.1, %r197799.us.i
+  %.pre1222.i.1 = sext i32 %.pre1220.i.1 to i64
+  br i1 %2105, label %if_end200.us.i.1, label %if_else199.us.i.1
 
-if_else196.us.i.1:                                ; preds = %if_end197.us.i
-  %2107 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.1
+if_else199.us.i.1:                                ; preds = %if_end200.us.i
+  %2107 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.1
   %2108 = load float, ptr %2107, align 4, !tbaa !5
-  br label %if_end197.us.i.1
+  br label %if_end200.us.i.1
 
-if_end197.us.i.1:                                 ; preds = %if_else196.us.i.1, %if_end197.us.i
-  %2109 = phi float [ %2108, %if_else196.us.i.1 ], [ 0xFFF0000000000000, %if_end197.us.i ]
-  %2110 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.1
+if_end200.us.i.1:                                 ; preds = %if_else199.us.i.1, %if_end200.us.i
+  %2109 = phi float [ %2108, %if_else199.us.i.1 ], [ 0xFFF0000000000000, %if_end200.us.i ]
+  %2110 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.1
   store float %2109, ptr %2110, align 4, !tbaa !5
-  %indvars.iv.next1064.i.1 = add nuw nsw i64 %indvars.iv1063.i, 2
-  %2111 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1064.i.1
+  %indvars.iv.next1068.i.1 = add nuw nsw i64 %indvars.iv1067.i, 2
+  %2111 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1068.i.1
   %2112 = load i8, ptr %2111, align 1, !tbaa !5
   %2113 = icmp eq i8 %2112, 0
-  %2114 = trunc i64 %indvars.iv.next1064.i.1 to i32
-  %.pre1212.i.2 = add i32 %791, %2114
-  %.pre1214.i.2 = shl i32 %.pre1212.i.2, 4
-  %.pre1216.i.2 = add nsw i32 %.pre1214.i.2, %r194795.us.i
-  %.pre1218.i.2 = sext i32 %.pre1216.i.2 to i64
-  br i1 %2113, label %if_end197.us.i.2, label %if_else196.us.i.2
+  %2114 = trunc i64 %indvars.iv.next1068.i.1 to i32
+  %.pre1216.i.2 = add i32 %791, %2114
+  %.pre1218.i.2 = shl i32 %.pre1216.i.2, 4
+  %.pre1220.i.2 = add nsw i32 %.pre1218.i.2, %r197799.us.i
+  %.pre1222.i.2 = sext i32 %.pre1220.i.2 to i64
+  br i1 %2113, label %if_end200.us.i.2, label %if_else199.us.i.2
 
-if_else196.us.i.2:                                ; preds = %if_end197.us.i.1
-  %2115 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.2
+if_else199.us.i.2:                                ; preds = %if_end200.us.i.1
+  %2115 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.2
   %2116 = load float, ptr %2115, align 4, !tbaa !5
-  br label %if_end197.us.i.2
+  br label %if_end200.us.i.2
 
-if_end197.us.i.2:                                 ; preds = %if_else196.us.i.2, %if_end197.us.i.1
-  %2117 = phi float [ %2116, %if_else196.us.i.2 ], [ 0xFFF0000000000000, %if_end197.us.i.1 ]
-  %2118 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.2
+if_end200.us.i.2:                                 ; preds = %if_else199.us.i.2, %if_end200.us.i.1
+  %2117 = phi float [ %2116, %if_else199.us.i.2 ], [ 0xFFF0000000000000, %if_end200.us.i.1 ]
+  %2118 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.2
   store float %2117, ptr %2118, align 4, !tbaa !5
-  %indvars.iv.next1064.i.2 = add nuw nsw i64 %indvars.iv1063.i, 3
-  %2119 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1064.i.2
+  %indvars.iv.next1068.i.2 = add nuw nsw i64 %indvars.iv1067.i, 3
+  %2119 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1068.i.2
   %2120 = load i8, ptr %2119, align 1, !tbaa !5
   %2121 = icmp eq i8 %2120, 0
-  %2122 = trunc i64 %indvars.iv.next1064.i.2 to i32
-  %.pre1212.i.3 = add i32 %791, %2122
-  %.pre1214.i.3 = shl i32 %.pre1212.i.3, 4
-  %.pre1216.i.3 = add nsw i32 %.pre1214.i.3, %r194795.us.i
-  %.pre1218.i.3 = sext i32 %.pre1216.i.3 to i64
-  br i1 %2121, label %if_end197.us.i.3, label %if_else196.us.i.3
+  %2122 = trunc i64 %indvars.iv.next1068.i.2 to i32
+  %.pre1216.i.3 = add i32 %791, %2122
+  %.pre1218.i.3 = shl i32 %.pre1216.i.3, 4
+  %.pre1220.i.3 = add nsw i32 %.pre1218.i.3, %r197799.us.i
+  %.pre1222.i.3 = sext i32 %.pre1220.i.3 to i64
+  br i1 %2121, label %if_end200.us.i.3, label %if_else199.us.i.3
 
-if_else196.us.i.3:                                ; preds = %if_end197.us.i.2
-  %2123 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.3
+if_else199.us.i.3:                                ; preds = %if_end200.us.i.2
+  %2123 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.3
   %2124 = load float, ptr %2123, align 4, !tbaa !5
-  br label %if_end197.us.i.3
+  br label %if_end200.us.i.3
 
-if_end197.us.i.3:                                 ; preds = %if_else196.us.i.3, %if_end197.us.i.2
-  %2125 = phi float [ %2124, %if_else196.us.i.3 ], [ 0xFFF0000000000000, %if_end197.us.i.2 ]
-  %2126 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1218.i.3
+if_end200.us.i.3:                                 ; preds = %if_else199.us.i.3, %if_end200.us.i.2
+  %2125 = phi float [ %2124, %if_else199.us.i.3 ], [ 0xFFF0000000000000, %if_end200.us.i.2 ]
+  %2126 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.3
   store float %2125, ptr %2126, align 4, !tbaa !5
-  %indvars.iv.next1064.i.3 = add nuw nsw i64 %indvars.iv1063.i, 4
-  %exitcond.not.3 = icmp eq i64 %indvars.iv.next1064.i.3, %2048
+  %indvars.iv.next1068.i.3 = add nuw nsw i64 %indvars.iv1067.i, 4
+  %exitcond.not.3 = icmp eq i64 %indvars.iv.next1068.i.3, %2048
   br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !59, !llvm.loop !60
 
-for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end197.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block511
-  %2127 = add nuw nsw i32 %r194795.us.i, 1
+for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end200.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block511
+  %2127 = add nuw nsw i32 %r197799.us.i, 1
   %2128 = icmp slt i32 %2127, %2041
   %indvar.next = add i64 %indvar, 1
-  br i1 %2128, label %for_body_r191.us.i, label %if_end189.i, !prof !61
+  br i1 %2128, label %for_body_r194.us.i, label %if_end192.i, !prof !61
 
-if_end189.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r191.lr.ph.i, %if_then188.i, %for_end_to180.i
-  br i1 %1885, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1203.preheader.i, !prof !3
+if_end192.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r194.lr.ph.i, %if_then191.i, %for_end_to183.i
+  br i1 %1885, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1206.preheader.i, !prof !3
 
-for_begin_ti_0.preheader.preheader.i:             ; preds = %if_end189.i
-  %wide.trip.count1072.i = zext nneg i32 %1884 to i64
+for_begin_ti_0.preheader.preheader.i:             ; preds = %if_end192.i
+  %wide.trip.count1076.i = zext nneg i32 %1884 to i64
   br label %for_begin_ti_0.preheader.i
 
-for_begin_ti_1203.preheader.i:                    ; preds = %for_begin_ti_0.preheader.i, %if_end189.i
-  %.lcssa798806.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end189.i ], [ %2182, %for_begin_ti_0.preheader.i ]
-  %.lcssa797804.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end189.i ], [ %2178, %for_begin_ti_0.preheader.i ]
-  %.lcssa796802.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end189.i ], [ %2174, %for_begin_ti_0.preheader.i ]
-  %.lcssa800.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end189.i ], [ %2170, %for_begin_ti_0.preheader.i ]
-  %2129 = fcmp olt <16 x float> %.lcssa800.lcssa.i, splat (float 0xC7EFFFFFE0000000)
-  %2130 = select <16 x i1> %2129, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.lcssa800.lcssa.i
-  %2131 = fcmp ogt <16 x float> %2130, %.lcssa796802.lcssa.i
-  %2132 = select <16 x i1> %2131, <16 x float> %2130, <16 x float> %.lcssa796802.lcssa.i
-  %2133 = fcmp ogt <16 x float> %2132, %.lcssa797804.lcssa.i
-  %2134 = select <16 x i1> %2133, <16 x float> %2132, <16 x float> %.lcssa797804.lcssa.i
-  %2135 = fcmp ogt <16 x float> %2134, %.lcssa798806.lcssa.i
-  %2136 = select <16 x i1> %2135, <16 x float> %2134, <16 x float> %.lcssa798806.lcssa.i
+for_begin_ti_1206.preheader.i:                    ; preds = %for_begin_ti_0.preheader.i, %if_end192.i
+  %.lcssa802810.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end192.i ], [ %2182, %for_begin_ti_0.preheader.i ]
+  %.lcssa801808.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end192.i ], [ %2178, %for_begin_ti_0.preheader.i ]
+  %.lcssa800806.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end192.i ], [ %2174, %for_begin_ti_0.preheader.i ]
+  %.lcssa804.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end192.i ], [ %2170, %for_begin_ti_0.preheader.i ]
+  %2129 = fcmp olt <16 x float> %.lcssa804.lcssa.i, splat (float 0xC7EFFFFFE0000000)
+  %2130 = select <16 x i1> %2129, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.lcssa804.lcssa.i
+  %2131 = fcmp ogt <16 x float> %2130, %.lcssa800806.lcssa.i
+  %2132 = select <16 x i1> %2131, <16 x float> %2130, <16 x float> %.lcssa800806.lcssa.i
+  %2133 = fcmp ogt <16 x float> %2132, %.lcssa801808.lcssa.i
+  %2134 = select <16 x i1> %2133, <16 x float> %2132, <16 x float> %.lcssa801808.lcssa.i
+  %2135 = fcmp ogt <16 x float> %2134, %.lcssa802810.lcssa.i
+  %2136 = select <16 x i1> %2135, <16 x float> %2134, <16 x float> %.lcssa802810.lcssa.i
   %2137 = fcmp ogt <16 x float> %1883, %2136
   %2138 = select <16 x i1> %2137, <16 x float> %1883, <16 x float> %2136
-  %2139 = icmp sgt i32 %valid_len149.i, 0
+  %2139 = icmp sgt i32 %valid_len152.i, 0
   %2140 = insertelement <16 x i1> poison, i1 %2139, i64 0
   %2141 = shufflevector <16 x i1> %2140, <16 x i1> poison, <16 x i32> zeroinitializer
   %2142 = select <16 x i1> %2141, <16 x float> %2138, <16 x float> splat (float 0xC6293E5940000000)
-  br i1 %1485, label %for_begin_ti213.preheader.lr.ph.i, label %for_end_to210.i, !prof !3
+  br i1 %1485, label %for_begin_ti216.preheader.lr.ph.i, label %for_end_to213.i, !prof !3
 
 for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_begin_ti_0.preheader.preheader.i
-  %indvars.iv1069.i = phi i64 [ 0, %for_begin_ti_0.preheader.preheader.i ], [ %indvars.iv.next1070.i, %for_begin_ti_0.preheader.i ]
+  %indvars.iv1073.i = phi i64 [ 0, %for_begin_ti_0.preheader.preheader.i ], [ %indvars.iv.next1074.i, %for_begin_ti_0.preheader.i ]
   %2143 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2170, %for_begin_ti_0.preheader.i ]
   %2144 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2174, %for_begin_ti_0.preheader.i ]
   %2145 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2178, %for_begin_ti_0.preheader.i ]
   %2146 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2182, %for_begin_ti_0.preheader.i ]
-  %2147 = trunc i64 %indvars.iv1069.i to i32
+  %2147 = trunc i64 %indvars.iv1073.i to i32
   %2148 = add i32 %num_full.i, %2147
   %2149 = shl i32 %2148, 7
   %2150 = sext i32 %2149 to i64
@@ -3762,23 +3762,23 @@ for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preh
   %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !5
   %2181 = fcmp ogt <16 x float> %2166, %2180
   %2182 = select <16 x i1> %2181, <16 x float> %2166, <16 x float> %2180
-  %indvars.iv.next1070.i = add nuw nsw i64 %indvars.iv1069.i, 1
-  %exitcond1073.not.i = icmp eq i64 %indvars.iv.next1070.i, %wide.trip.count1072.i
-  br i1 %exitcond1073.not.i, label %for_begin_ti_1203.preheader.i, label %for_begin_ti_0.preheader.i, !prof !13
+  %indvars.iv.next1074.i = add nuw nsw i64 %indvars.iv1073.i, 1
+  %exitcond1077.not.i = icmp eq i64 %indvars.iv.next1074.i, %wide.trip.count1076.i
+  br i1 %exitcond1077.not.i, label %for_begin_ti_1206.preheader.i, label %for_begin_ti_0.preheader.i, !prof !13
 
-for_begin_ti213.preheader.lr.ph.i:                ; preds = %for_begin_ti_1203.preheader.i
-  %2183 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1250.i
+for_begin_ti216.preheader.lr.ph.i:                ; preds = %for_begin_ti_1206.preheader.i
+  %2183 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1254.i
   %2184 = load <16 x i32>, ptr %2183, align 4, !tbaa !5
   %2185 = sitofp <16 x i32> %2184 to <16 x float>
   %2186 = fsub <16 x float> splat (float 0x4168000FE0000000), %2185
   %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2185, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  %wide.trip.count1089.i = zext nneg i32 %1484 to i64
-  br label %for_begin_ti213.preheader.i
+  %wide.trip.count1093.i = zext nneg i32 %1484 to i64
+  br label %for_begin_ti216.preheader.i
 
-for_begin_ti213.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti213.preheader.lr.ph.i
-  %indvars.iv1086.i = phi i64 [ 0, %for_begin_ti213.preheader.lr.ph.i ], [ %indvars.iv.next1087.i, %for_end_ax0.i ]
-  %tile_sum551.sroa.0.0818.i = phi <16 x float> [ zeroinitializer, %for_begin_ti213.preheader.lr.ph.i ], [ %.us-phi817.i, %for_end_ax0.i ]
-  %2188 = shl nsw i64 %indvars.iv1086.i, 7
+for_begin_ti216.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti216.preheader.lr.ph.i
+  %indvars.iv1090.i = phi i64 [ 0, %for_begin_ti216.preheader.lr.ph.i ], [ %indvars.iv.next1091.i, %for_end_ax0.i ]
+  %tile_sum554.sroa.0.0822.i = phi <16 x float> [ zeroinitializer, %for_begin_ti216.preheader.lr.ph.i ], [ %.us-phi821.i, %for_end_ax0.i ]
+  %2188 = shl nsw i64 %indvars.iv1090.i, 7
   %2189 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2188
   %2190 = load <16 x float>, ptr %2189, align 4, !tbaa !5
   %arg.i = fsub <16 x float> %2190, %2142
@@ -3978,19 +3978,19 @@ for_begin_ti213.preheader.i:                      ; preds = %for_end_ax0.i, %for
   %2354 = select <16 x i1> %2353, <16 x float> zeroinitializer, <16 x float> %2352
   %2355 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2335
   store <16 x float> %2354, ptr %2355, align 4, !tbaa !5
-  %2356 = icmp samesign ult i64 %indvars.iv1086.i, 16
+  %2356 = icmp samesign ult i64 %indvars.iv1090.i, 16
   br i1 %2356, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
 
-for_end_to210.i:                                  ; preds = %for_end_ax0.i, %for_begin_ti_1203.preheader.i
-  %tile_sum551.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1203.preheader.i ], [ %.us-phi817.i, %for_end_ax0.i ]
-  %2357 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1250.i
+for_end_to213.i:                                  ; preds = %for_end_ax0.i, %for_begin_ti_1206.preheader.i
+  %tile_sum554.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1206.preheader.i ], [ %.us-phi821.i, %for_end_ax0.i ]
+  %2357 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1254.i
   %2358 = load <16 x float>, ptr %2357, align 4, !tbaa !5
   %old_max.i = select <16 x i1> %795, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2358
-  %2359 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1250.i
+  %2359 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1254.i
   %2360 = load <16 x float>, ptr %2359, align 4, !tbaa !5
   %old_sum.i = select <16 x i1> %795, <16 x float> zeroinitializer, <16 x float> %2360
   %2361 = fcmp ogt <16 x float> %old_max.i, %2142
-  %2362 = fcmp oeq <16 x float> %tile_sum551.sroa.0.0.lcssa.i, zeroinitializer
+  %2362 = fcmp oeq <16 x float> %tile_sum554.sroa.0.0.lcssa.i, zeroinitializer
   %2363 = select <16 x i1> %2362, <16 x i1> splat (i1 true), <16 x i1> %2361
   %old_or_both.i = select <16 x i1> %2363, <16 x float> %old_max.i, <16 x float> %2142
   %2364 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
@@ -4017,13 +4017,13 @@ for_end_to210.i:                                  ; preds = %for_end_ax0.i, %for
   %2384 = select <16 x i1> %2383, <16 x float> zeroinitializer, <16 x float> %2382
   %2385 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %2386 = select <16 x i1> %2385, <16 x float> %2384, <16 x float> zeroinitializer
-  %arg237.i = fsub <16 x float> %2142, %m.i
-  %2387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg237.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %arg240.i = fsub <16 x float> %2142, %m.i
+  %2387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg240.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %2388 = bitcast <16 x float> %2387 to <16 x i32>
   %2389 = fadd <16 x float> %2387, splat (float 0xC168000FE0000000)
   %2390 = fmul <16 x float> %2389, splat (float 0x3F2BD01060000000)
   %2391 = fmul <16 x float> %2389, splat (float 0x3FE6300000000000)
-  %2392 = fsub <16 x float> %arg237.i, %2391
+  %2392 = fsub <16 x float> %arg240.i, %2391
   %2393 = fadd <16 x float> %2390, %2392
   %2394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2393, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
   %2395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2394, <16 x float> %2393, <16 x float> splat (float 0x3FA5558F20000000))
@@ -4035,25 +4035,25 @@ for_end_to210.i:                                  ; preds = %for_end_ax0.i, %for
   %2401 = bitcast <16 x i32> %2400 to <16 x float>
   %2402 = fadd <16 x float> %2399, splat (float 1.000000e+00)
   %2403 = fmul <16 x float> %2402, %2401
-  %2404 = fcmp olt <16 x float> %arg237.i, splat (float -8.700000e+01)
+  %2404 = fcmp olt <16 x float> %arg240.i, splat (float -8.700000e+01)
   %2405 = select <16 x i1> %2404, <16 x float> zeroinitializer, <16 x float> %2403
-  %2406 = fcmp one <16 x float> %tile_sum551.sroa.0.0.lcssa.i, zeroinitializer
+  %2406 = fcmp one <16 x float> %tile_sum554.sroa.0.0.lcssa.i, zeroinitializer
   %2407 = select <16 x i1> %2406, <16 x float> %2405, <16 x float> zeroinitializer
   %2408 = fmul <16 x float> %old_sum.i, %2386
-  %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_sum551.sroa.0.0.lcssa.i, <16 x float> %2408)
+  %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_sum554.sroa.0.0.lcssa.i, <16 x float> %2408)
   store <16 x float> %m.i, ptr %2357, align 4, !tbaa !5
   store <16 x float> %2409, ptr %2359, align 4, !tbaa !5
-  br i1 %1885, label %for_begin_ti257.preheader.lr.ph.i, label %for_end_to254.i, !prof !3
+  br i1 %1885, label %for_begin_ti260.preheader.lr.ph.i, label %for_end_to257.i, !prof !3
 
-for_begin_ti257.preheader.lr.ph.i:                ; preds = %for_end_to210.i
-  %2410 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1250.i
+for_begin_ti260.preheader.lr.ph.i:                ; preds = %for_end_to213.i
+  %2410 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1254.i
   %2411 = and i32 %1482, 2147483640
   %2412 = add i32 %2411, %755
-  %wide.trip.count1098.i = zext nneg i32 %1884 to i64
-  br label %for_begin_ti257.preheader.i
+  %wide.trip.count1102.i = zext nneg i32 %1884 to i64
+  br label %for_begin_ti260.preheader.i
 
-for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti213.preheader.i
-  %2413 = fadd <16 x float> %tile_sum551.sroa.0.0818.i, %2207
+for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti216.preheader.i
+  %2413 = fadd <16 x float> %tile_sum554.sroa.0.0822.i, %2207
   %2414 = fadd <16 x float> %2413, %2228
   %2415 = fadd <16 x float> %2414, %2249
   %2416 = fadd <16 x float> %2415, %2270
@@ -4063,18 +4063,18 @@ for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti213.pre
   %2420 = fadd <16 x float> %2419, %2354
   br label %for_end_ax0.i
 
-for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti213.preheader.i
-  %.us-phi817.i = phi <16 x float> [ %2420, %for_body_ax0.us.preheader.i ], [ %tile_sum551.sroa.0.0818.i, %for_begin_ti213.preheader.i ]
-  %indvars.iv.next1087.i = add nuw nsw i64 %indvars.iv1086.i, 1
-  %exitcond1090.not.i = icmp eq i64 %indvars.iv.next1087.i, %wide.trip.count1089.i
-  br i1 %exitcond1090.not.i, label %for_end_to210.i, label %for_begin_ti213.preheader.i, !prof !13
+for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti216.preheader.i
+  %.us-phi821.i = phi <16 x float> [ %2420, %for_body_ax0.us.preheader.i ], [ %tile_sum554.sroa.0.0822.i, %for_begin_ti216.preheader.i ]
+  %indvars.iv.next1091.i = add nuw nsw i64 %indvars.iv1090.i, 1
+  %exitcond1094.not.i = icmp eq i64 %indvars.iv.next1091.i, %wide.trip.count1093.i
+  br i1 %exitcond1094.not.i, label %for_end_to213.i, label %for_begin_ti216.preheader.i, !prof !13
 
-for_begin_ti257.preheader.i:                      ; preds = %for_begin_ti257.preheader.i, %for_begin_ti257.preheader.lr.ph.i
-  %indvars.iv1095.i = phi i64 [ 0, %for_begin_ti257.preheader.lr.ph.i ], [ %indvars.iv.next1096.i, %for_begin_ti257.preheader.i ]
-  %indvars.iv1095.tr.i = trunc i64 %indvars.iv1095.i to i32
-  %2421 = shl i32 %indvars.iv1095.tr.i, 3
+for_begin_ti260.preheader.i:                      ; preds = %for_begin_ti260.preheader.i, %for_begin_ti260.preheader.lr.ph.i
+  %indvars.iv1099.i = phi i64 [ 0, %for_begin_ti260.preheader.lr.ph.i ], [ %indvars.iv.next1100.i, %for_begin_ti260.preheader.i ]
+  %indvars.iv1099.tr.i = trunc i64 %indvars.iv1099.i to i32
+  %2421 = shl i32 %indvars.iv1099.tr.i, 3
   %2422 = add i32 %2412, %2421
-  %2423 = add i32 %num_full.i, %indvars.iv1095.tr.i
+  %2423 = add i32 %num_full.i, %indvars.iv1099.tr.i
   %2424 = shl i32 %2423, 7
   %2425 = sext i32 %2424 to i64
   %2426 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
@@ -4140,32 +4140,32 @@ for_begin_ti257.preheader.i:                      ; preds = %for_begin_ti257.pre
   %2479 = sext <16 x i1> %2478 to <16 x i32>
   %2480 = getelementptr i8, ptr %2431, i64 448
   store <16 x i32> %2479, ptr %2480, align 4, !tbaa !5
-  %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
-  %exitcond1099.not.i = icmp eq i64 %indvars.iv.next1096.i, %wide.trip.count1098.i
-  br i1 %exitcond1099.not.i, label %for_end_to254.i, label %for_begin_ti257.preheader.i, !prof !13
+  %indvars.iv.next1100.i = add nuw nsw i64 %indvars.iv1099.i, 1
+  %exitcond1103.not.i = icmp eq i64 %indvars.iv.next1100.i, %wide.trip.count1102.i
+  br i1 %exitcond1103.not.i, label %for_end_to257.i, label %for_begin_ti260.preheader.i, !prof !13
 
-for_end_to254.i:                                  ; preds = %for_begin_ti257.preheader.i, %for_end_to210.i
-  br i1 %143, label %if_then262.i, label %if_end263.i, !prof !8
+for_end_to257.i:                                  ; preds = %for_begin_ti260.preheader.i, %for_end_to213.i
+  br i1 %143, label %if_then265.i, label %if_end266.i, !prof !8
 
-if_then262.i:                                     ; preds = %for_end_to254.i
+if_then265.i:                                     ; preds = %for_end_to257.i
   %2481 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
   %2482 = icmp sgt i32 %1476, 0
-  br i1 %2482, label %for_body_r265.lr.ph.i, label %if_end263.i, !prof !3
+  br i1 %2482, label %for_body_r268.lr.ph.i, label %if_end266.i, !prof !3
 
-for_body_r265.lr.ph.i:                            ; preds = %if_then262.i
-  %2483 = icmp sgt i32 %valid_len149.i, %791
+for_body_r268.lr.ph.i:                            ; preds = %if_then265.i
+  %2483 = icmp sgt i32 %valid_len152.i, %791
   %2484 = zext nneg i32 %1474 to i64
   %2485 = shl nuw nsw i64 %2484, 2
-  br i1 %2483, label %for_body_r265.us.preheader.i, label %if_end263.i, !prof !3
+  br i1 %2483, label %for_body_r268.us.preheader.i, label %if_end266.i, !prof !3
 
-for_body_r265.us.preheader.i:                     ; preds = %for_body_r265.lr.ph.i
+for_body_r268.us.preheader.i:                     ; preds = %for_body_r268.lr.ph.i
   %2486 = add i32 %indvars.iv251, %1469
   %smin256 = tail call i32 @llvm.smin.i32(i32 %indvars.iv249, i32 %2486)
   %smin257 = tail call i32 @llvm.smin.i32(i32 %smin256, i32 128)
   %2487 = sub i32 %smin257, %smax255
   %2488 = zext i32 %2487 to i64
   %2489 = add nsw i64 %2488, -1
-  %2490 = sub i32 %valid_len149.i, %smax446
+  %2490 = sub i32 %valid_len152.i, %smax446
   %2491 = zext i32 %2490 to i64
   %scevgep448 = getelementptr i8, ptr %scevgep447, i64 %2491
   %scevgep450 = getelementptr i8, ptr %edges.i, i64 %744
@@ -4187,33 +4187,33 @@ for_body_r265.us.preheader.i:                     ; preds = %for_body_r265.lr.ph
   %cmp.n = icmp eq i64 %n.vec458, %2488
   %xtraiter616 = and i64 %2488, 3
   %lcmp.mod617.not = icmp eq i64 %xtraiter616, 0
-  br label %for_body_r265.us.i
+  br label %for_body_r268.us.i
 
-for_body_r265.us.i:                               ; preds = %for_begin_c269.for_end_c271_crit_edge.us.i, %for_body_r265.us.preheader.i
-  %r268824.us.i = phi i32 [ %2571, %for_begin_c269.for_end_c271_crit_edge.us.i ], [ 0, %for_body_r265.us.preheader.i ]
-  %2501 = lshr i32 %r268824.us.i, 2
+for_body_r268.us.i:                               ; preds = %for_begin_c272.for_end_c274_crit_edge.us.i, %for_body_r268.us.preheader.i
+  %r271828.us.i = phi i32 [ %2571, %for_begin_c272.for_end_c274_crit_edge.us.i ], [ 0, %for_body_r268.us.preheader.i ]
+  %2501 = lshr i32 %r271828.us.i, 2
   %2502 = zext nneg i32 %2501 to i64
   %2503 = add nuw nsw i64 %2485, %2502
   %2504 = mul nsw i64 %2503, %448
   %2505 = getelementptr i8, ptr %797, i64 %2504
-  br i1 %min.iters.check455, label %for_body_c270.us.i.preheader, label %vector.scevcheck, !prof !16
+  br i1 %min.iters.check455, label %for_body_c273.us.i.preheader, label %vector.scevcheck, !prof !16
 
-vector.scevcheck:                                 ; preds = %for_body_r265.us.i
-  %2506 = add i32 %748, %r268824.us.i
-  %2507 = add i32 %2495, %r268824.us.i
+vector.scevcheck:                                 ; preds = %for_body_r268.us.i
+  %2506 = add i32 %748, %r271828.us.i
+  %2507 = add i32 %2495, %r271828.us.i
   %2508 = icmp slt i32 %2507, %2506
   %2509 = or i1 %2508, %2496
-  br i1 %2509, label %for_body_c270.us.i.preheader, label %vector.memcheck, !prof !16
+  br i1 %2509, label %for_body_c273.us.i.preheader, label %vector.memcheck, !prof !16
 
 vector.memcheck:                                  ; preds = %vector.scevcheck
   %scevgep449 = getelementptr i8, ptr %scevgep448, i64 %2504
   %bound0 = icmp ult ptr %2505, %scevgep454
   %bound1 = icmp ult ptr %scevgep450, %scevgep449
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_c270.us.i.preheader, label %vector.ph456, !prof !16
+  br i1 %found.conflict, label %for_body_c273.us.i.preheader, label %vector.ph456, !prof !16
 
 vector.ph456:                                     ; preds = %vector.memcheck
-  %broadcast.splatinsert459 = insertelement <8 x i32> poison, i32 %r268824.us.i, i64 0
+  %broadcast.splatinsert459 = insertelement <8 x i32> poison, i32 %r271828.us.i, i64 0
   %broadcast.splat460 = shufflevector <8 x i32> %broadcast.splatinsert459, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body463
 
@@ -4237,104 +4237,104 @@ vector.body463:                                   ; preds = %vector.body463, %ve
   br i1 %2518, label %middle.block466, label %vector.body463, !prof !52, !llvm.loop !67
 
 middle.block466:                                  ; preds = %vector.body463
-  br i1 %cmp.n, label %for_begin_c269.for_end_c271_crit_edge.us.i, label %for_body_c270.us.i.preheader, !prof !55
+  br i1 %cmp.n, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i.preheader, !prof !55
 
-for_body_c270.us.i.preheader:                     ; preds = %middle.block466, %vector.memcheck, %vector.scevcheck, %for_body_r265.us.i
-  %indvars.iv1100.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r265.us.i ], [ %n.vec458, %middle.block466 ]
-  br i1 %lcmp.mod617.not, label %for_body_c270.us.i.prol.loopexit, label %for_body_c270.us.i.prol, !prof !3
+for_body_c273.us.i.preheader:                     ; preds = %middle.block466, %vector.memcheck, %vector.scevcheck, %for_body_r268.us.i
+  %indvars.iv1104.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r268.us.i ], [ %n.vec458, %middle.block466 ]
+  br i1 %lcmp.mod617.not, label %for_body_c273.us.i.prol.loopexit, label %for_body_c273.us.i.prol, !prof !3
 
-for_body_c270.us.i.prol:                          ; preds = %for_body_c270.us.i.prol, %for_body_c270.us.i.preheader
-  %indvars.iv1100.i.prol = phi i64 [ %indvars.iv.next1101.i.prol, %for_body_c270.us.i.prol ], [ %indvars.iv1100.i.ph, %for_body_c270.us.i.preheader ]
-  %prol.iter618 = phi i64 [ %prol.iter618.next, %for_body_c270.us.i.prol ], [ 0, %for_body_c270.us.i.preheader ]
-  %2519 = getelementptr i8, ptr %2505, i64 %indvars.iv1100.i.prol
+for_body_c273.us.i.prol:                          ; preds = %for_body_c273.us.i.prol, %for_body_c273.us.i.preheader
+  %indvars.iv1104.i.prol = phi i64 [ %indvars.iv.next1105.i.prol, %for_body_c273.us.i.prol ], [ %indvars.iv1104.i.ph, %for_body_c273.us.i.preheader ]
+  %prol.iter618 = phi i64 [ %prol.iter618.next, %for_body_c273.us.i.prol ], [ 0, %for_body_c273.us.i.preheader ]
+  %2519 = getelementptr i8, ptr %2505, i64 %indvars.iv1104.i.prol
   %2520 = load i8, ptr %2519, align 1, !tbaa !5
-  %.not582.us.i.prol = icmp eq i8 %2520, 0
-  %2521 = trunc i64 %indvars.iv1100.i.prol to i32
+  %.not585.us.i.prol = icmp eq i8 %2520, 0
+  %2521 = trunc i64 %indvars.iv1104.i.prol to i32
   %2522 = add i32 %791, %2521
   %2523 = shl i32 %2522, 4
-  %2524 = add nsw i32 %2523, %r268824.us.i
+  %2524 = add nsw i32 %2523, %r271828.us.i
   %2525 = sext i32 %2524 to i64
   %2526 = getelementptr inbounds i32, ptr %edges.i, i64 %2525
   %2527 = load i32, ptr %2526, align 4, !tbaa !5
-  %2528 = select i1 %.not582.us.i.prol, i32 0, i32 %2527
+  %2528 = select i1 %.not585.us.i.prol, i32 0, i32 %2527
   store i32 %2528, ptr %2526, align 4, !tbaa !5
-  %indvars.iv.next1101.i.prol = add nuw nsw i64 %indvars.iv1100.i.prol, 1
+  %indvars.iv.next1105.i.prol = add nuw nsw i64 %indvars.iv1104.i.prol, 1
   %prol.iter618.next = add i64 %prol.iter618, 1
   %prol.iter618.cmp.not = icmp eq i64 %prol.iter618.next, %xtraiter616
-  br i1 %prol.iter618.cmp.not, label %for_body_c270.us.i.prol.loopexit, label %for_body_c270.us.i.prol, !prof !56, !llvm.loop !68
+  br i1 %prol.iter618.cmp.not, label %for_body_c273.us.i.prol.loopexit, label %for_body_c273.us.i.prol, !prof !56, !llvm.loop !68
 
-for_body_c270.us.i.prol.loopexit:                 ; preds = %for_body_c270.us.i.prol, %for_body_c270.us.i.preheader
-  %indvars.iv1100.i.unr = phi i64 [ %indvars.iv1100.i.ph, %for_body_c270.us.i.preheader ], [ %indvars.iv.next1101.i.prol, %for_body_c270.us.i.prol ]
-  %2529 = sub nsw i64 %indvars.iv1100.i.ph, %2488
+for_body_c273.us.i.prol.loopexit:                 ; preds = %for_body_c273.us.i.prol, %for_body_c273.us.i.preheader
+  %indvars.iv1104.i.unr = phi i64 [ %indvars.iv1104.i.ph, %for_body_c273.us.i.preheader ], [ %indvars.iv.next1105.i.prol, %for_body_c273.us.i.prol ]
+  %2529 = sub nsw i64 %indvars.iv1104.i.ph, %2488
   %2530 = icmp ugt i64 %2529, -4
-  br i1 %2530, label %for_begin_c269.for_end_c271_crit_edge.us.i, label %for_body_c270.us.i, !prof !16
+  br i1 %2530, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i, !prof !16
 
-for_body_c270.us.i:                               ; preds = %for_body_c270.us.i, %for_body_c270.us.i.prol.loopexit
-  %indvars.iv1100.i = phi i64 [ %indvars.iv.next1101.i.3, %for_body_c270.us.i ], [ %indvars.iv1100.i.unr, %for_body_c270.us.i.prol.loopexit ]
-  %2531 = getelementptr i8, ptr %2505, i64 %indvars.iv1100.i
+for_body_c273.us.i:                               ; preds = %for_body_c273.us.i, %for_body_c273.us.i.prol.loopexit
+  %indvars.iv1104.i = phi i64 [ %indvars.iv.next1105.i.3, %for_body_c273.us.i ], [ %indvars.iv1104.i.unr, %for_body_c273.us.i.prol.loopexit ]
+  %2531 = getelementptr i8, ptr %2505, i64 %indvars.iv1104.i
   %2532 = load i8, ptr %2531, align 1, !tbaa !5
-  %.not582.us.i = icmp eq i8 %2532, 0
-  %2533 = trunc i64 %indvars.iv1100.i to i32
+  %.not585.us.i = icmp eq i8 %2532, 0
+  %2533 = trunc i64 %indvars.iv1104.i to i32
   %2534 = add i32 %791, %2533
   %2535 = shl i32 %2534, 4
-  %2536 = add nsw i32 %2535, %r268824.us.i
+  %2536 = add nsw i32 %2535, %r271828.us.i
   %2537 = sext i32 %2536 to i64
   %2538 = getelementptr inbounds i32, ptr %edges.i, i64 %2537
   %2539 = load i32, ptr %2538, align 4, !tbaa !5
-  %2540 = select i1 %.not582.us.i, i32 0, i32 %2539
+  %2540 = select i1 %.not585.us.i, i32 0, i32 %2539
   store i32 %2540, ptr %2538, align 4, !tbaa !5
-  %indvars.iv.next1101.i = add nuw nsw i64 %indvars.iv1100.i, 1
-  %2541 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1101.i
+  %indvars.iv.next1105.i = add nuw nsw i64 %indvars.iv1104.i, 1
+  %2541 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1105.i
   %2542 = load i8, ptr %2541, align 1, !tbaa !5
-  %.not582.us.i.1 = icmp eq i8 %2542, 0
-  %2543 = trunc i64 %indvars.iv.next1101.i to i32
+  %.not585.us.i.1 = icmp eq i8 %2542, 0
+  %2543 = trunc i64 %indvars.iv.next1105.i to i32
   %2544 = add i32 %791, %2543
   %2545 = shl i32 %2544, 4
-  %2546 = add nsw i32 %2545, %r268824.us.i
+  %2546 = add nsw i32 %2545, %r271828.us.i
   %2547 = sext i32 %2546 to i64
   %2548 = getelementptr inbounds i32, ptr %edges.i, i64 %2547
   %2549 = load i32, ptr %2548, align 4, !tbaa !5
-  %2550 = select i1 %.not582.us.i.1, i32 0, i32 %2549
+  %2550 = select i1 %.not585.us.i.1, i32 0, i32 %2549
   store i32 %2550, ptr %2548, align 4, !tbaa !5
-  %indvars.iv.next1101.i.1 = add nuw nsw i64 %indvars.iv1100.i, 2
-  %2551 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1101.i.1
+  %indvars.iv.next1105.i.1 = add nuw nsw i64 %indvars.iv1104.i, 2
+  %2551 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1105.i.1
   %2552 = load i8, ptr %2551, align 1, !tbaa !5
-  %.not582.us.i.2 = icmp eq i8 %2552, 0
-  %2553 = trunc i64 %indvars.iv.next1101.i.1 to i32
+  %.not585.us.i.2 = icmp eq i8 %2552, 0
+  %2553 = trunc i64 %indvars.iv.next1105.i.1 to i32
   %2554 = add i32 %791, %2553
   %2555 = shl i32 %2554, 4
-  %2556 = add nsw i32 %2555, %r268824.us.i
+  %2556 = add nsw i32 %2555, %r271828.us.i
   %2557 = sext i32 %2556 to i64
   %2558 = getelementptr inbounds i32, ptr %edges.i, i64 %2557
   %2559 = load i32, ptr %2558, align 4, !tbaa !5
-  %2560 = select i1 %.not582.us.i.2, i32 0, i32 %2559
+  %2560 = select i1 %.not585.us.i.2, i32 0, i32 %2559
   store i32 %2560, ptr %2558, align 4, !tbaa !5
-  %indvars.iv.next1101.i.2 = add nuw nsw i64 %indvars.iv1100.i, 3
-  %2561 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1101.i.2
+  %indvars.iv.next1105.i.2 = add nuw nsw i64 %indvars.iv1104.i, 3
+  %2561 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1105.i.2
   %2562 = load i8, ptr %2561, align 1, !tbaa !5
-  %.not582.us.i.3 = icmp eq i8 %2562, 0
-  %2563 = trunc i64 %indvars.iv.next1101.i.2 to i32
+  %.not585.us.i.3 = icmp eq i8 %2562, 0
+  %2563 = trunc i64 %indvars.iv.next1105.i.2 to i32
   %2564 = add i32 %791, %2563
   %2565 = shl i32 %2564, 4
-  %2566 = add nsw i32 %2565, %r268824.us.i
+  %2566 = add nsw i32 %2565, %r271828.us.i
   %2567 = sext i32 %2566 to i64
   %2568 = getelementptr inbounds i32, ptr %edges.i, i64 %2567
   %2569 = load i32, ptr %2568, align 4, !tbaa !5
-  %2570 = select i1 %.not582.us.i.3, i32 0, i32 %2569
+  %2570 = select i1 %.not585.us.i.3, i32 0, i32 %2569
   store i32 %2570, ptr %2568, align 4, !tbaa !5
-  %indvars.iv.next1101.i.3 = add nuw nsw i64 %indvars.iv1100.i, 4
-  %exitcond258.not.3 = icmp eq i64 %indvars.iv.next1101.i.3, %2488
-  br i1 %exitcond258.not.3, label %for_begin_c269.for_end_c271_crit_edge.us.i, label %for_body_c270.us.i, !prof !59, !llvm.loop !69
+  %indvars.iv.next1105.i.3 = add nuw nsw i64 %indvars.iv1104.i, 4
+  %exitcond258.not.3 = icmp eq i64 %indvars.iv.next1105.i.3, %2488
+  br i1 %exitcond258.not.3, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i, !prof !59, !llvm.loop !69
 
-for_begin_c269.for_end_c271_crit_edge.us.i:       ; preds = %for_body_c270.us.i, %for_body_c270.us.i.prol.loopexit, %middle.block466
-  %2571 = add nuw nsw i32 %r268824.us.i, 1
+for_begin_c272.for_end_c274_crit_edge.us.i:       ; preds = %for_body_c273.us.i, %for_body_c273.us.i.prol.loopexit, %middle.block466
+  %2571 = add nuw nsw i32 %r271828.us.i, 1
   %2572 = icmp slt i32 %2571, %2481
-  br i1 %2572, label %for_body_r265.us.i, label %if_end263.i, !prof !61
+  br i1 %2572, label %for_body_r268.us.i, label %if_end266.i, !prof !61
 
-if_end263.i:                                      ; preds = %for_begin_c269.for_end_c271_crit_edge.us.i, %for_body_r265.lr.ph.i, %if_then262.i, %for_end_to254.i
-  %factor.op.mul.reass.i = mul i32 %factor.op.mul886.i, %num_full.i
+if_end266.i:                                      ; preds = %for_begin_c272.for_end_c274_crit_edge.us.i, %for_body_r268.lr.ph.i, %if_then265.i, %for_end_to257.i
+  %factor.op.mul.reass.i = mul i32 %factor.op.mul890.i, %num_full.i
   %2573 = and i32 %1482, 2147483640
-  %2574 = icmp sgt i32 %valid_len149.i, %2573
+  %2574 = icmp sgt i32 %valid_len152.i, %2573
   %2575 = and i1 %761, %1465
   %2576 = shl nuw nsw i32 %num_full.i, 7
   %2577 = shl nuw nsw i32 %num_full.i, 10
@@ -4350,36 +4350,36 @@ if_end263.i:                                      ; preds = %for_begin_c269.for_
   %2586 = shl nuw nsw i64 %2582, 3
   %2587 = sub nsw i64 %smin260, %2586
   %smax261 = tail call i64 @llvm.smax.i64(i64 %2587, i64 1)
-  br label %for_begin_to274.preheader.i
+  br label %for_begin_to277.preheader.i
 
-for_begin_to274.preheader.i:                      ; preds = %if_end311.i, %if_end263.i
-  %indvars.iv1121.i = phi i64 [ 0, %if_end263.i ], [ %indvars.iv.next1122.i, %if_end311.i ]
-  br i1 %.not917.i, label %for_end_to276.i, label %for_body_to275.lr.ph.i, !prof !16
+for_begin_to277.preheader.i:                      ; preds = %if_end314.i, %if_end266.i
+  %indvars.iv1125.i = phi i64 [ 0, %if_end266.i ], [ %indvars.iv.next1126.i, %if_end314.i ]
+  br i1 %.not921.i, label %for_end_to279.i, label %for_body_to278.lr.ph.i, !prof !16
 
-for_body_to275.lr.ph.i:                           ; preds = %for_begin_to274.preheader.i
-  %2588 = mul nuw nsw i64 %indvars.iv1121.i, %2582
-  %2589 = shl i64 %indvars.iv1121.i, 2
+for_body_to278.lr.ph.i:                           ; preds = %for_begin_to277.preheader.i
+  %2588 = mul nuw nsw i64 %indvars.iv1125.i, %2582
+  %2589 = shl i64 %indvars.iv1125.i, 2
   %2590 = and i64 %2589, 12
-  %2591 = shl i64 %indvars.iv1121.i, 3
+  %2591 = shl i64 %indvars.iv1125.i, 3
   %2592 = and i64 %2591, 96
   %invariant.gep166 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2592
   %invariant.gep168 = getelementptr inbounds nuw float, ptr %invariant.gep166, i64 %2590
-  br label %for_body_to275.i
+  br label %for_body_to278.i
 
-for_body_to275.i:                                 ; preds = %if_end280.i, %for_body_to275.lr.ph.i
-  %indvars.iv1111.i = phi i64 [ 0, %for_body_to275.lr.ph.i ], [ %indvars.iv.next1112.i, %if_end280.i ]
-  %full_acc539.sroa.28.0851.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2946, %if_end280.i ]
-  %full_acc539.sroa.24.0850.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2941, %if_end280.i ]
-  %full_acc539.sroa.20.0849.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2936, %if_end280.i ]
-  %full_acc539.sroa.16.0848.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2931, %if_end280.i ]
-  %full_acc539.sroa.12.0847.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2926, %if_end280.i ]
-  %full_acc539.sroa.8.0846.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2921, %if_end280.i ]
-  %full_acc539.sroa.4.0845.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2916, %if_end280.i ]
-  %full_acc539.sroa.0.0844.i = phi <16 x float> [ zeroinitializer, %for_body_to275.lr.ph.i ], [ %2911, %if_end280.i ]
-  br i1 %2575, label %for_begin_line281.preheader.i, label %if_end280.i, !prof !8
+for_body_to278.i:                                 ; preds = %if_end283.i, %for_body_to278.lr.ph.i
+  %indvars.iv1115.i = phi i64 [ 0, %for_body_to278.lr.ph.i ], [ %indvars.iv.next1116.i, %if_end283.i ]
+  %full_acc542.sroa.28.0855.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2946, %if_end283.i ]
+  %full_acc542.sroa.24.0854.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2941, %if_end283.i ]
+  %full_acc542.sroa.20.0853.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2936, %if_end283.i ]
+  %full_acc542.sroa.16.0852.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2931, %if_end283.i ]
+  %full_acc542.sroa.12.0851.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2926, %if_end283.i ]
+  %full_acc542.sroa.8.0850.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2921, %if_end283.i ]
+  %full_acc542.sroa.4.0849.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2916, %if_end283.i ]
+  %full_acc542.sroa.0.0848.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2911, %if_end283.i ]
+  br i1 %2575, label %for_begin_line284.preheader.i, label %if_end283.i, !prof !8
 
-for_begin_line281.preheader.i:                    ; preds = %for_body_to275.i
-  %2593 = add nuw nsw i64 %indvars.iv1111.i, %2588
+for_begin_line284.preheader.i:                    ; preds = %for_body_to278.i
+  %2593 = add nuw nsw i64 %indvars.iv1115.i, %2588
   %2594 = trunc nuw nsw i64 %2593 to i32
   %2595 = lshr i32 %2594, 1
   %2596 = add nuw nsw i32 %2595, %factor.op.mul.reass.i
@@ -4393,82 +4393,82 @@ for_begin_line281.preheader.i:                    ; preds = %for_body_to275.i
   %2604 = load i64, ptr %2603, align 8, !tbaa !5
   %2605 = shl i64 %2593, 5
   %2606 = and i64 %2605, 32
-  %gep862.i = getelementptr i32, ptr %invariant.gep861.i, i64 %2604
-  %invariant.gep827.i = getelementptr i32, ptr %gep862.i, i64 %2599
-  %gep828.i = getelementptr i32, ptr %invariant.gep827.i, i64 %2606
-  tail call void @llvm.prefetch.p0(ptr readonly %gep828.i, i32 0, i32 2, i32 1)
-  %gep828.1.i = getelementptr i8, ptr %gep828.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep828.1.i, i32 0, i32 2, i32 1)
-  br label %if_end280.i
+  %gep866.i = getelementptr i32, ptr %invariant.gep865.i, i64 %2604
+  %invariant.gep831.i = getelementptr i32, ptr %gep866.i, i64 %2599
+  %gep832.i = getelementptr i32, ptr %invariant.gep831.i, i64 %2606
+  tail call void @llvm.prefetch.p0(ptr readonly %gep832.i, i32 0, i32 2, i32 1)
+  %gep832.1.i = getelementptr i8, ptr %gep832.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep832.1.i, i32 0, i32 2, i32 1)
+  br label %if_end283.i
 
-for_end_to276.i:                                  ; preds = %if_end280.i, %for_begin_to274.preheader.i
-  %full_acc539.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2911, %if_end280.i ]
-  %full_acc539.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2916, %if_end280.i ]
-  %full_acc539.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2921, %if_end280.i ]
-  %full_acc539.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2926, %if_end280.i ]
-  %full_acc539.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2931, %if_end280.i ]
-  %full_acc539.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2936, %if_end280.i ]
-  %full_acc539.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2941, %if_end280.i ]
-  %full_acc539.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to274.preheader.i ], [ %2946, %if_end280.i ]
-  br i1 %2574, label %for_body_ti292.lr.ph.i, label %for_end_ti293.i, !prof !3
+for_end_to279.i:                                  ; preds = %if_end283.i, %for_begin_to277.preheader.i
+  %full_acc542.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2911, %if_end283.i ]
+  %full_acc542.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2916, %if_end283.i ]
+  %full_acc542.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2921, %if_end283.i ]
+  %full_acc542.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2926, %if_end283.i ]
+  %full_acc542.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2931, %if_end283.i ]
+  %full_acc542.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2936, %if_end283.i ]
+  %full_acc542.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2941, %if_end283.i ]
+  %full_acc542.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2946, %if_end283.i ]
+  br i1 %2574, label %for_body_ti295.lr.ph.i, label %for_end_ti296.i, !prof !3
 
-for_body_ti292.lr.ph.i:                           ; preds = %for_end_to276.i
-  %indvars.iv1121.tr.i = trunc i64 %indvars.iv1121.i to i32
-  %2607 = shl i32 %indvars.iv1121.tr.i, 2
+for_body_ti295.lr.ph.i:                           ; preds = %for_end_to279.i
+  %indvars.iv1125.tr.i = trunc i64 %indvars.iv1125.i to i32
+  %2607 = shl i32 %indvars.iv1125.tr.i, 2
   %2608 = and i32 %2607, 12
-  %2609 = shl i32 %indvars.iv1121.tr.i, 3
+  %2609 = shl i32 %indvars.iv1125.tr.i, 3
   %2610 = and i32 %2609, 96
-  %invariant.op881.i = or disjoint i32 %2610, %2577
-  %invariant.op883.i = or disjoint i32 %invariant.op881.i, %2608
-  %2611 = zext nneg i32 %invariant.op883.i to i64
-  %invariant.gep1331.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2611
-  br label %for_body_ti292.i
+  %invariant.op885.i = or disjoint i32 %2610, %2577
+  %invariant.op887.i = or disjoint i32 %invariant.op885.i, %2608
+  %2611 = zext nneg i32 %invariant.op887.i to i64
+  %invariant.gep1335.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2611
+  br label %for_body_ti295.i
 
-if_end280.i:                                      ; preds = %for_begin_line281.preheader.i, %for_body_to275.i
-  %.idx86 = shl nsw i64 %indvars.iv1111.i, 9
+if_end283.i:                                      ; preds = %for_begin_line284.preheader.i, %for_body_to278.i
+  %.idx86 = shl nsw i64 %indvars.iv1115.i, 9
   %2612 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx86
   %2613 = load <16 x float>, ptr %2612, align 4, !tbaa !5
-  %.idx87 = shl nsw i64 %indvars.iv1111.i, 12
+  %.idx87 = shl nsw i64 %indvars.iv1115.i, 12
   %gep169 = getelementptr inbounds nuw i8, ptr %invariant.gep168, i64 %.idx87
   %2614 = load float, ptr %gep169, align 4, !tbaa !5
   %2615 = insertelement <16 x float> poison, float %2614, i64 0
   %2616 = shufflevector <16 x float> %2615, <16 x float> poison, <16 x i32> zeroinitializer
-  %2617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2616, <16 x float> %full_acc539.sroa.0.0844.i)
+  %2617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2616, <16 x float> %full_acc542.sroa.0.0848.i)
   %2618 = getelementptr inbounds nuw i8, ptr %gep169, i64 64
   %2619 = load float, ptr %2618, align 4, !tbaa !5
   %2620 = insertelement <16 x float> poison, float %2619, i64 0
   %2621 = shufflevector <16 x float> %2620, <16 x float> poison, <16 x i32> zeroinitializer
-  %2622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2621, <16 x float> %full_acc539.sroa.4.0845.i)
+  %2622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2621, <16 x float> %full_acc542.sroa.4.0849.i)
   %2623 = getelementptr inbounds nuw i8, ptr %gep169, i64 4
   %2624 = load float, ptr %2623, align 4, !tbaa !5
   %2625 = insertelement <16 x float> poison, float %2624, i64 0
   %2626 = shufflevector <16 x float> %2625, <16 x float> poison, <16 x i32> zeroinitializer
-  %2627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2626, <16 x float> %full_acc539.sroa.8.0846.i)
+  %2627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2626, <16 x float> %full_acc542.sroa.8.0850.i)
   %2628 = getelementptr inbounds nuw i8, ptr %gep169, i64 68
   %2629 = load float, ptr %2628, align 4, !tbaa !5
   %2630 = insertelement <16 x float> poison, float %2629, i64 0
   %2631 = shufflevector <16 x float> %2630, <16 x float> poison, <16 x i32> zeroinitializer
-  %2632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2631, <16 x float> %full_acc539.sroa.12.0847.i)
+  %2632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2631, <16 x float> %full_acc542.sroa.12.0851.i)
   %2633 = getelementptr inbounds nuw i8, ptr %gep169, i64 8
   %2634 = load float, ptr %2633, align 4, !tbaa !5
   %2635 = insertelement <16 x float> poison, float %2634, i64 0
   %2636 = shufflevector <16 x float> %2635, <16 x float> poison, <16 x i32> zeroinitializer
-  %2637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2636, <16 x float> %full_acc539.sroa.16.0848.i)
+  %2637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2636, <16 x float> %full_acc542.sroa.16.0852.i)
   %2638 = getelementptr inbounds nuw i8, ptr %gep169, i64 72
   %2639 = load float, ptr %2638, align 4, !tbaa !5
   %2640 = insertelement <16 x float> poison, float %2639, i64 0
   %2641 = shufflevector <16 x float> %2640, <16 x float> poison, <16 x i32> zeroinitializer
-  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2641, <16 x float> %full_acc539.sroa.20.0849.i)
+  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2641, <16 x float> %full_acc542.sroa.20.0853.i)
   %2643 = getelementptr inbounds nuw i8, ptr %gep169, i64 12
   %2644 = load float, ptr %2643, align 4, !tbaa !5
   %2645 = insertelement <16 x float> poison, float %2644, i64 0
   %2646 = shufflevector <16 x float> %2645, <16 x float> poison, <16 x i32> zeroinitializer
-  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2646, <16 x float> %full_acc539.sroa.24.0850.i)
+  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2646, <16 x float> %full_acc542.sroa.24.0854.i)
   %2648 = getelementptr inbounds nuw i8, ptr %gep169, i64 76
   %2649 = load float, ptr %2648, align 4, !tbaa !5
   %2650 = insertelement <16 x float> poison, float %2649, i64 0
   %2651 = shufflevector <16 x float> %2650, <16 x float> poison, <16 x i32> zeroinitializer
-  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2651, <16 x float> %full_acc539.sroa.28.0851.i)
+  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2651, <16 x float> %full_acc542.sroa.28.0855.i)
   %2653 = getelementptr inbounds nuw i8, ptr %2612, i64 64
   %2654 = load <16 x float>, ptr %2653, align 4, !tbaa !5
   %2655 = getelementptr inbounds nuw i8, ptr %gep169, i64 512
@@ -4763,235 +4763,235 @@ if_end280.i:                                      ; preds = %for_begin_line281.p
   %2944 = insertelement <16 x float> poison, float %2943, i64 0
   %2945 = shufflevector <16 x float> %2944, <16 x float> poison, <16 x i32> zeroinitializer
   %2946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2945, <16 x float> %2904)
-  %indvars.iv.next1112.i = add nuw nsw i64 %indvars.iv1111.i, 1
-  %exitcond1116.not.i = icmp eq i64 %indvars.iv.next1112.i, %2582
-  br i1 %exitcond1116.not.i, label %for_end_to276.i, label %for_body_to275.i, !prof !13
+  %indvars.iv.next1116.i = add nuw nsw i64 %indvars.iv1115.i, 1
+  %exitcond1120.not.i = icmp eq i64 %indvars.iv.next1116.i, %2582
+  br i1 %exitcond1120.not.i, label %for_end_to279.i, label %for_body_to278.i, !prof !13
 
-for_body_ti292.i:                                 ; preds = %for_body_ti292.i, %for_body_ti292.lr.ph.i
-  %indvars.iv1117.i = phi i64 [ 0, %for_body_ti292.lr.ph.i ], [ %indvars.iv.next1118.i, %for_body_ti292.i ]
-  %tile_acc540.sroa.31.0871.i = phi <16 x float> [ %full_acc539.sroa.28.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %3007, %for_body_ti292.i ]
-  %tile_acc540.sroa.0.0870.i = phi <16 x float> [ %full_acc539.sroa.0.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %2958, %for_body_ti292.i ]
-  %tile_acc540.sroa.4.0869.i = phi <16 x float> [ %full_acc539.sroa.4.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %2965, %for_body_ti292.i ]
-  %tile_acc540.sroa.9.0868.i = phi <16 x float> [ %full_acc539.sroa.8.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %2972, %for_body_ti292.i ]
-  %tile_acc540.sroa.13.0867.i = phi <16 x float> [ %full_acc539.sroa.12.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %2979, %for_body_ti292.i ]
-  %tile_acc540.sroa.18.0866.i = phi <16 x float> [ %full_acc539.sroa.16.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %2986, %for_body_ti292.i ]
-  %tile_acc540.sroa.22.0865.i = phi <16 x float> [ %full_acc539.sroa.20.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %2993, %for_body_ti292.i ]
-  %tile_acc540.sroa.27.0864.i = phi <16 x float> [ %full_acc539.sroa.24.0.lcssa.i, %for_body_ti292.lr.ph.i ], [ %3000, %for_body_ti292.i ]
-  %2947 = shl nsw i64 %indvars.iv1117.i, 4
+for_body_ti295.i:                                 ; preds = %for_body_ti295.i, %for_body_ti295.lr.ph.i
+  %indvars.iv1121.i = phi i64 [ 0, %for_body_ti295.lr.ph.i ], [ %indvars.iv.next1122.i, %for_body_ti295.i ]
+  %tile_acc543.sroa.31.0875.i = phi <16 x float> [ %full_acc542.sroa.28.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %3007, %for_body_ti295.i ]
+  %tile_acc543.sroa.0.0874.i = phi <16 x float> [ %full_acc542.sroa.0.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2958, %for_body_ti295.i ]
+  %tile_acc543.sroa.4.0873.i = phi <16 x float> [ %full_acc542.sroa.4.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2965, %for_body_ti295.i ]
+  %tile_acc543.sroa.9.0872.i = phi <16 x float> [ %full_acc542.sroa.8.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2972, %for_body_ti295.i ]
+  %tile_acc543.sroa.13.0871.i = phi <16 x float> [ %full_acc542.sroa.12.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2979, %for_body_ti295.i ]
+  %tile_acc543.sroa.18.0870.i = phi <16 x float> [ %full_acc542.sroa.16.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2986, %for_body_ti295.i ]
+  %tile_acc543.sroa.22.0869.i = phi <16 x float> [ %full_acc542.sroa.20.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2993, %for_body_ti295.i ]
+  %tile_acc543.sroa.27.0868.i = phi <16 x float> [ %full_acc542.sroa.24.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %3000, %for_body_ti295.i ]
+  %2947 = shl nsw i64 %indvars.iv1121.i, 4
   %2948 = add nuw nsw i64 %2947, %2579
   %2949 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2948
   %2950 = load <16 x float>, ptr %2949, align 4, !tbaa !5
   %2951 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2948
   %2952 = load <16 x i32>, ptr %2951, align 4, !tbaa !5
-  %.idx1255.i = shl nsw i64 %indvars.iv1117.i, 9
-  %gep1332.i = getelementptr inbounds nuw i8, ptr %invariant.gep1331.i, i64 %.idx1255.i
-  %2953 = load i32, ptr %gep1332.i, align 4, !tbaa !5
+  %.idx1259.i = shl nsw i64 %indvars.iv1121.i, 9
+  %gep1336.i = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1259.i
+  %2953 = load i32, ptr %gep1336.i, align 4, !tbaa !5
   %2954 = insertelement <16 x i32> poison, i32 %2953, i64 0
   %2955 = shufflevector <16 x i32> %2954, <16 x i32> poison, <16 x i32> zeroinitializer
   %2956 = and <16 x i32> %2955, %2952
   %2957 = bitcast <16 x i32> %2956 to <16 x float>
-  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2957, <16 x float> %tile_acc540.sroa.0.0870.i)
-  %2959 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 64
+  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2957, <16 x float> %tile_acc543.sroa.0.0874.i)
+  %2959 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 64
   %2960 = load i32, ptr %2959, align 4, !tbaa !5
   %2961 = insertelement <16 x i32> poison, i32 %2960, i64 0
   %2962 = shufflevector <16 x i32> %2961, <16 x i32> poison, <16 x i32> zeroinitializer
   %2963 = and <16 x i32> %2962, %2952
   %2964 = bitcast <16 x i32> %2963 to <16 x float>
-  %2965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2964, <16 x float> %tile_acc540.sroa.4.0869.i)
-  %2966 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 4
+  %2965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2964, <16 x float> %tile_acc543.sroa.4.0873.i)
+  %2966 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 4
   %2967 = load i32, ptr %2966, align 4, !tbaa !5
   %2968 = insertelement <16 x i32> poison, i32 %2967, i64 0
   %2969 = shufflevector <16 x i32> %2968, <16 x i32> poison, <16 x i32> zeroinitializer
   %2970 = and <16 x i32> %2969, %2952
   %2971 = bitcast <16 x i32> %2970 to <16 x float>
-  %2972 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2971, <16 x float> %tile_acc540.sroa.9.0868.i)
-  %2973 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 68
+  %2972 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2971, <16 x float> %tile_acc543.sroa.9.0872.i)
+  %2973 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 68
   %2974 = load i32, ptr %2973, align 4, !tbaa !5
   %2975 = insertelement <16 x i32> poison, i32 %2974, i64 0
   %2976 = shufflevector <16 x i32> %2975, <16 x i32> poison, <16 x i32> zeroinitializer
   %2977 = and <16 x i32> %2976, %2952
   %2978 = bitcast <16 x i32> %2977 to <16 x float>
-  %2979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2978, <16 x float> %tile_acc540.sroa.13.0867.i)
-  %2980 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 8
+  %2979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2978, <16 x float> %tile_acc543.sroa.13.0871.i)
+  %2980 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 8
   %2981 = load i32, ptr %2980, align 4, !tbaa !5
   %2982 = insertelement <16 x i32> poison, i32 %2981, i64 0
   %2983 = shufflevector <16 x i32> %2982, <16 x i32> poison, <16 x i32> zeroinitializer
   %2984 = and <16 x i32> %2983, %2952
   %2985 = bitcast <16 x i32> %2984 to <16 x float>
-  %2986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2985, <16 x float> %tile_acc540.sroa.18.0866.i)
-  %2987 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 72
+  %2986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2985, <16 x float> %tile_acc543.sroa.18.0870.i)
+  %2987 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 72
   %2988 = load i32, ptr %2987, align 4, !tbaa !5
   %2989 = insertelement <16 x i32> poison, i32 %2988, i64 0
   %2990 = shufflevector <16 x i32> %2989, <16 x i32> poison, <16 x i32> zeroinitializer
   %2991 = and <16 x i32> %2990, %2952
   %2992 = bitcast <16 x i32> %2991 to <16 x float>
-  %2993 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2992, <16 x float> %tile_acc540.sroa.22.0865.i)
-  %2994 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 12
+  %2993 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2992, <16 x float> %tile_acc543.sroa.22.0869.i)
+  %2994 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 12
   %2995 = load i32, ptr %2994, align 4, !tbaa !5
   %2996 = insertelement <16 x i32> poison, i32 %2995, i64 0
   %2997 = shufflevector <16 x i32> %2996, <16 x i32> poison, <16 x i32> zeroinitializer
   %2998 = and <16 x i32> %2997, %2952
   %2999 = bitcast <16 x i32> %2998 to <16 x float>
-  %3000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2999, <16 x float> %tile_acc540.sroa.27.0864.i)
-  %3001 = getelementptr inbounds nuw i8, ptr %gep1332.i, i64 76
+  %3000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2999, <16 x float> %tile_acc543.sroa.27.0868.i)
+  %3001 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 76
   %3002 = load i32, ptr %3001, align 4, !tbaa !5
   %3003 = insertelement <16 x i32> poison, i32 %3002, i64 0
   %3004 = shufflevector <16 x i32> %3003, <16 x i32> poison, <16 x i32> zeroinitializer
   %3005 = and <16 x i32> %3004, %2952
   %3006 = bitcast <16 x i32> %3005 to <16 x float>
-  %3007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %3006, <16 x float> %tile_acc540.sroa.31.0871.i)
-  %indvars.iv.next1118.i = add nuw nsw i64 %indvars.iv1117.i, 1
-  %exitcond262.not = icmp eq i64 %indvars.iv.next1118.i, %smax261
-  br i1 %exitcond262.not, label %for_end_ti293.i, label %for_body_ti292.i, !prof !13
+  %3007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %3006, <16 x float> %tile_acc543.sroa.31.0875.i)
+  %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
+  %exitcond262.not = icmp eq i64 %indvars.iv.next1122.i, %smax261
+  br i1 %exitcond262.not, label %for_end_ti296.i, label %for_body_ti295.i, !prof !13
 
-for_end_ti293.i:                                  ; preds = %for_body_ti292.i, %for_end_to276.i
-  %tile_acc540.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.24.0.lcssa.i, %for_end_to276.i ], [ %3000, %for_body_ti292.i ]
-  %tile_acc540.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.20.0.lcssa.i, %for_end_to276.i ], [ %2993, %for_body_ti292.i ]
-  %tile_acc540.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.16.0.lcssa.i, %for_end_to276.i ], [ %2986, %for_body_ti292.i ]
-  %tile_acc540.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.12.0.lcssa.i, %for_end_to276.i ], [ %2979, %for_body_ti292.i ]
-  %tile_acc540.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.8.0.lcssa.i, %for_end_to276.i ], [ %2972, %for_body_ti292.i ]
-  %tile_acc540.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.4.0.lcssa.i, %for_end_to276.i ], [ %2965, %for_body_ti292.i ]
-  %tile_acc540.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.0.0.lcssa.i, %for_end_to276.i ], [ %2958, %for_body_ti292.i ]
-  %tile_acc540.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc539.sroa.28.0.lcssa.i, %for_end_to276.i ], [ %3007, %for_body_ti292.i ]
-  %3008 = shl nuw nsw i64 %indvars.iv1121.i, 7
+for_end_ti296.i:                                  ; preds = %for_body_ti295.i, %for_end_to279.i
+  %tile_acc543.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.24.0.lcssa.i, %for_end_to279.i ], [ %3000, %for_body_ti295.i ]
+  %tile_acc543.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.20.0.lcssa.i, %for_end_to279.i ], [ %2993, %for_body_ti295.i ]
+  %tile_acc543.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.16.0.lcssa.i, %for_end_to279.i ], [ %2986, %for_body_ti295.i ]
+  %tile_acc543.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.12.0.lcssa.i, %for_end_to279.i ], [ %2979, %for_body_ti295.i ]
+  %tile_acc543.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.8.0.lcssa.i, %for_end_to279.i ], [ %2972, %for_body_ti295.i ]
+  %tile_acc543.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.4.0.lcssa.i, %for_end_to279.i ], [ %2965, %for_body_ti295.i ]
+  %tile_acc543.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.0.0.lcssa.i, %for_end_to279.i ], [ %2958, %for_body_ti295.i ]
+  %tile_acc543.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.28.0.lcssa.i, %for_end_to279.i ], [ %3007, %for_body_ti295.i ]
+  %3008 = shl nuw nsw i64 %indvars.iv1125.i, 7
   %3009 = add nuw nsw i64 %3008, %2581
   %3010 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3009
-  br i1 %793, label %if_then310.i, label %if_end309.i, !prof !8
+  br i1 %793, label %if_then313.i, label %if_end312.i, !prof !8
 
-if_end309.i:                                      ; preds = %for_end_ti293.i
+if_end312.i:                                      ; preds = %for_end_ti296.i
   %3011 = load <16 x float>, ptr %3010, align 4, !tbaa !5
   %3012 = fmul <16 x float> %2386, %3011
-  %3013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.0.0.lcssa.i, <16 x float> %3012)
+  %3013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.0.0.lcssa.i, <16 x float> %3012)
   store <16 x float> %3013, ptr %3010, align 4, !tbaa !5
   %3014 = getelementptr i8, ptr %3010, i64 64
   %3015 = load <16 x float>, ptr %3014, align 4, !tbaa !5
   %3016 = fmul <16 x float> %2386, %3015
-  %3017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.4.0.lcssa.i, <16 x float> %3016)
+  %3017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.4.0.lcssa.i, <16 x float> %3016)
   store <16 x float> %3017, ptr %3014, align 4, !tbaa !5
   %3018 = getelementptr i8, ptr %3010, i64 128
   %3019 = load <16 x float>, ptr %3018, align 4, !tbaa !5
   %3020 = fmul <16 x float> %2386, %3019
-  %3021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.9.0.lcssa.i, <16 x float> %3020)
+  %3021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.9.0.lcssa.i, <16 x float> %3020)
   store <16 x float> %3021, ptr %3018, align 4, !tbaa !5
   %3022 = getelementptr i8, ptr %3010, i64 192
   %3023 = load <16 x float>, ptr %3022, align 4, !tbaa !5
   %3024 = fmul <16 x float> %2386, %3023
-  %3025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.13.0.lcssa.i, <16 x float> %3024)
+  %3025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.13.0.lcssa.i, <16 x float> %3024)
   store <16 x float> %3025, ptr %3022, align 4, !tbaa !5
   %3026 = getelementptr i8, ptr %3010, i64 256
   %3027 = load <16 x float>, ptr %3026, align 4, !tbaa !5
   %3028 = fmul <16 x float> %2386, %3027
-  %3029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.18.0.lcssa.i, <16 x float> %3028)
+  %3029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.18.0.lcssa.i, <16 x float> %3028)
   store <16 x float> %3029, ptr %3026, align 4, !tbaa !5
   %3030 = getelementptr i8, ptr %3010, i64 320
   %3031 = load <16 x float>, ptr %3030, align 4, !tbaa !5
   %3032 = fmul <16 x float> %2386, %3031
-  %3033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.22.0.lcssa.i, <16 x float> %3032)
+  %3033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.22.0.lcssa.i, <16 x float> %3032)
   store <16 x float> %3033, ptr %3030, align 4, !tbaa !5
   %3034 = getelementptr i8, ptr %3010, i64 384
   %3035 = load <16 x float>, ptr %3034, align 4, !tbaa !5
   %3036 = fmul <16 x float> %2386, %3035
-  %3037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.27.0.lcssa.i, <16 x float> %3036)
+  %3037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.27.0.lcssa.i, <16 x float> %3036)
   store <16 x float> %3037, ptr %3034, align 4, !tbaa !5
   %.phi.trans.insert.i = getelementptr i8, ptr %3010, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre1209.i = fmul <16 x float> %2386, %.pre.i
-  br label %if_end311.i
+  %.pre1213.i = fmul <16 x float> %2386, %.pre.i
+  br label %if_end314.i
 
-if_then310.i:                                     ; preds = %for_end_ti293.i
-  %3038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.0.0.lcssa.i, <16 x float> %2578)
+if_then313.i:                                     ; preds = %for_end_ti296.i
+  %3038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.0.0.lcssa.i, <16 x float> %2578)
   store <16 x float> %3038, ptr %3010, align 4, !tbaa !5
   %3039 = getelementptr i8, ptr %3010, i64 64
-  %3040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.4.0.lcssa.i, <16 x float> %2578)
+  %3040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.4.0.lcssa.i, <16 x float> %2578)
   store <16 x float> %3040, ptr %3039, align 4, !tbaa !5
   %3041 = getelementptr i8, ptr %3010, i64 128
-  %3042 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.9.0.lcssa.i, <16 x float> %2578)
+  %3042 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.9.0.lcssa.i, <16 x float> %2578)
   store <16 x float> %3042, ptr %3041, align 4, !tbaa !5
   %3043 = getelementptr i8, ptr %3010, i64 192
-  %3044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.13.0.lcssa.i, <16 x float> %2578)
+  %3044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.13.0.lcssa.i, <16 x float> %2578)
   store <16 x float> %3044, ptr %3043, align 4, !tbaa !5
   %3045 = getelementptr i8, ptr %3010, i64 256
-  %3046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.18.0.lcssa.i, <16 x float> %2578)
+  %3046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.18.0.lcssa.i, <16 x float> %2578)
   store <16 x float> %3046, ptr %3045, align 4, !tbaa !5
   %3047 = getelementptr i8, ptr %3010, i64 320
-  %3048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.22.0.lcssa.i, <16 x float> %2578)
+  %3048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.22.0.lcssa.i, <16 x float> %2578)
   store <16 x float> %3048, ptr %3047, align 4, !tbaa !5
   %3049 = getelementptr i8, ptr %3010, i64 384
-  %3050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.27.0.lcssa.i, <16 x float> %2578)
+  %3050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.27.0.lcssa.i, <16 x float> %2578)
   store <16 x float> %3050, ptr %3049, align 4, !tbaa !5
-  br label %if_end311.i
+  br label %if_end314.i
 
-if_end311.i:                                      ; preds = %if_then310.i, %if_end309.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1209.i, %if_end309.i ], [ %2578, %if_then310.i ]
+if_end314.i:                                      ; preds = %if_then313.i, %if_end312.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1213.i, %if_end312.i ], [ %2578, %if_then313.i ]
   %3051 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3009
   %3052 = getelementptr i8, ptr %3051, i64 448
-  %3053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc540.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  %3053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
   store <16 x float> %3053, ptr %3052, align 4, !tbaa !5
-  %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
-  %exitcond1124.not.i = icmp eq i64 %indvars.iv.next1122.i, 16
-  br i1 %exitcond1124.not.i, label %if_end147.i, label %for_begin_to274.preheader.i, !prof !28
+  %indvars.iv.next1126.i = add nuw nsw i64 %indvars.iv1125.i, 1
+  %exitcond1128.not.i = icmp eq i64 %indvars.iv.next1126.i, 16
+  br i1 %exitcond1128.not.i, label %if_end150.i, label %for_begin_to277.preheader.i, !prof !28
 
-if_end313.i:                                      ; preds = %if_end147.i
+if_end316.i:                                      ; preds = %if_end150.i
   %3054 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %3055 = tail call i32 %3054(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not579.i = icmp eq i32 %3055, 0
-  br i1 %.not579.i, label %if_end316.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end316.i:                                      ; preds = %if_end313.i
-  %3056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3057 = tail call i32 %3056(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not580.i = icmp eq i32 %3057, 0
-  br i1 %.not580.i, label %if_end319.i, label %fused_attend_compute_.exit, !prof !38
+  %.not582.i = icmp eq i32 %3055, 0
+  br i1 %.not582.i, label %if_end319.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end319.i:                                      ; preds = %if_end316.i
+  %3056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3057 = tail call i32 %3056(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not583.i = icmp eq i32 %3057, 0
+  br i1 %.not583.i, label %if_end322.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end322.i:                                      ; preds = %if_end319.i
   %3058 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %3059 = tail call i32 %3058(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not581.i = icmp eq i32 %3059, 0
-  br i1 %.not581.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
+  %.not584.i = icmp eq i32 %3059, 0
+  br i1 %.not584.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end325.i:                                      ; preds = %for_end_row_tile.i
+if_end328.i:                                      ; preds = %for_end_row_tile.i
   %3060 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %3061 = tail call i32 %3060(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not577.i = icmp eq i32 %3061, 0
-  br i1 %.not577.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
+  %.not580.i = icmp eq i32 %3061, 0
+  br i1 %.not580.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end331.i:                                      ; preds = %for_end_kv_head.i
+if_end334.i:                                      ; preds = %for_end_kv_head.i
   %3062 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %3063 = tail call i32 %3062(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not575.i = icmp eq i32 %3063, 0
-  br i1 %.not575.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
+  %.not578.i = icmp eq i32 %3063, 0
+  br i1 %.not578.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_tile337.i:                               ; preds = %if_end342.i, %for_begin_tile336.preheader.i
-  %indvars.iv1144.i = phi i64 [ %indvars.iv.next1145.i, %if_end342.i ], [ 0, %for_begin_tile336.preheader.i ]
-  %.idx1256.i = shl nsw i64 %indvars.iv1144.i, 4
-  %3064 = getelementptr inbounds nuw i8, ptr %reach555.i, i64 %.idx1256.i
+for_body_tile340.i:                               ; preds = %if_end345.i, %for_begin_tile339.preheader.i
+  %indvars.iv1148.i = phi i64 [ %indvars.iv.next1149.i, %if_end345.i ], [ 0, %for_begin_tile339.preheader.i ]
+  %.idx1260.i = shl nsw i64 %indvars.iv1148.i, 4
+  %3064 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %.idx1260.i
   %3065 = getelementptr inbounds nuw i8, ptr %3064, i64 4
   %3066 = load i32, ptr %3065, align 4, !tbaa !17
   %3067 = icmp slt i32 %709, %3066
-  br i1 %3067, label %if_then341.i, label %if_end342.i, !prof !8
+  br i1 %3067, label %if_then344.i, label %if_end345.i, !prof !8
 
-for_end_tile338.i:                                ; preds = %if_end342.i, %for_begin_tile336.preheader.i
+for_end_tile341.i:                                ; preds = %if_end345.i, %for_begin_tile339.preheader.i
   %3068 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %3069 = tail call i32 %3068(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not571.i = icmp eq i32 %3069, 0
-  br i1 %.not571.i, label %if_end397.i, label %fused_attend_compute_.exit, !prof !38
+  %.not574.i = icmp eq i32 %3069, 0
+  br i1 %.not574.i, label %if_end400.i, label %fused_attend_compute_.exit, !prof !38
 
-if_then341.i:                                     ; preds = %for_body_tile337.i
-  %3070 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1256.i
-  %old_max348.i = load <16 x float>, ptr %3070, align 4, !tbaa !5
-  %3071 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1256.i
-  %old_sum350.i = load <16 x float>, ptr %3071, align 4, !tbaa !5
-  %3072 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1256.i
+if_then344.i:                                     ; preds = %for_body_tile340.i
+  %3070 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1260.i
+  %old_max351.i = load <16 x float>, ptr %3070, align 4, !tbaa !5
+  %3071 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1260.i
+  %old_sum353.i = load <16 x float>, ptr %3071, align 4, !tbaa !5
+  %3072 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1260.i
   %3073 = load <16 x float>, ptr %3072, align 4, !tbaa !5
-  %3074 = fcmp ogt <16 x float> %old_max348.i, %3073
-  %3075 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1256.i
+  %3074 = fcmp ogt <16 x float> %old_max351.i, %3073
+  %3075 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1260.i
   %3076 = load <16 x float>, ptr %3075, align 4, !tbaa !5
   %3077 = fcmp oeq <16 x float> %3076, zeroinitializer
   %3078 = select <16 x i1> %3077, <16 x i1> splat (i1 true), <16 x i1> %3074
-  %old_or_both354.i = select <16 x i1> %3078, <16 x float> %old_max348.i, <16 x float> %3073
-  %3079 = fcmp oeq <16 x float> %old_sum350.i, zeroinitializer
-  %m356.i = select <16 x i1> %3079, <16 x float> %3073, <16 x float> %old_or_both354.i
-  %3080 = fsub <16 x float> %old_max348.i, %m356.i
+  %old_or_both357.i = select <16 x i1> %3078, <16 x float> %old_max351.i, <16 x float> %3073
+  %3079 = fcmp oeq <16 x float> %old_sum353.i, zeroinitializer
+  %m359.i = select <16 x i1> %3079, <16 x float> %3073, <16 x float> %old_or_both357.i
+  %3080 = fsub <16 x float> %old_max351.i, %m359.i
   %3081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3080, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %3082 = bitcast <16 x float> %3081 to <16 x i32>
   %3083 = fadd <16 x float> %3081, splat (float 0xC168000FE0000000)
@@ -5011,15 +5011,15 @@ if_then341.i:                                     ; preds = %for_body_tile337.i
   %3097 = fmul <16 x float> %3096, %3095
   %3098 = fcmp olt <16 x float> %3080, splat (float -8.700000e+01)
   %3099 = select <16 x i1> %3098, <16 x float> zeroinitializer, <16 x float> %3097
-  %3100 = fcmp one <16 x float> %old_sum350.i, zeroinitializer
+  %3100 = fcmp one <16 x float> %old_sum353.i, zeroinitializer
   %3101 = select <16 x i1> %3100, <16 x float> %3099, <16 x float> zeroinitializer
-  %arg374.i = fsub <16 x float> %3073, %m356.i
-  %3102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg374.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %arg377.i = fsub <16 x float> %3073, %m359.i
+  %3102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg377.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %3103 = bitcast <16 x float> %3102 to <16 x i32>
   %3104 = fadd <16 x float> %3102, splat (float 0xC168000FE0000000)
   %3105 = fmul <16 x float> %3104, splat (float 0x3F2BD01060000000)
   %3106 = fmul <16 x float> %3104, splat (float 0x3FE6300000000000)
-  %3107 = fsub <16 x float> %arg374.i, %3106
+  %3107 = fsub <16 x float> %arg377.i, %3106
   %3108 = fadd <16 x float> %3105, %3107
   %3109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3108, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
   %3110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3109, <16 x float> %3108, <16 x float> splat (float 0x3FA5558F20000000))
@@ -5031,26 +5031,26 @@ if_then341.i:                                     ; preds = %for_body_tile337.i
   %3116 = bitcast <16 x i32> %3115 to <16 x float>
   %3117 = fadd <16 x float> %3114, splat (float 1.000000e+00)
   %3118 = fmul <16 x float> %3117, %3116
-  %3119 = fcmp olt <16 x float> %arg374.i, splat (float -8.700000e+01)
+  %3119 = fcmp olt <16 x float> %arg377.i, splat (float -8.700000e+01)
   %3120 = select <16 x i1> %3119, <16 x float> zeroinitializer, <16 x float> %3118
   %3121 = fcmp one <16 x float> %3076, zeroinitializer
   %3122 = select <16 x i1> %3121, <16 x float> %3120, <16 x float> zeroinitializer
-  %3123 = fmul <16 x float> %old_sum350.i, %3101
+  %3123 = fmul <16 x float> %old_sum353.i, %3101
   %3124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3076, <16 x float> %3123)
-  store <16 x float> %m356.i, ptr %3070, align 4, !tbaa !5
+  store <16 x float> %m359.i, ptr %3070, align 4, !tbaa !5
   store <16 x float> %3124, ptr %3071, align 4, !tbaa !5
-  %3125 = shl i64 %indvars.iv1144.i, 11
+  %3125 = shl i64 %indvars.iv1148.i, 11
   %3126 = and i64 %3125, 4294965248
-  br label %for_body_d392.i
+  br label %for_body_d395.i
 
-if_end342.i:                                      ; preds = %for_body_d392.i, %for_body_tile337.i
-  %indvars.iv.next1145.i = add nuw nsw i64 %indvars.iv1144.i, 1
-  %exitcond1148.not.i = icmp eq i64 %indvars.iv.next1145.i, %wide.trip.count1147.i
-  br i1 %exitcond1148.not.i, label %for_end_tile338.i, label %for_body_tile337.i, !prof !13
+if_end345.i:                                      ; preds = %for_body_d395.i, %for_body_tile340.i
+  %indvars.iv.next1149.i = add nuw nsw i64 %indvars.iv1148.i, 1
+  %exitcond1152.not.i = icmp eq i64 %indvars.iv.next1149.i, %wide.trip.count1151.i
+  br i1 %exitcond1152.not.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !13
 
-for_body_d392.i:                                  ; preds = %for_body_d392.i, %if_then341.i
-  %indvars.iv1140.i = phi i64 [ 0, %if_then341.i ], [ %indvars.iv.next1141.i.3, %for_body_d392.i ]
-  %3127 = shl nuw nsw i64 %indvars.iv1140.i, 4
+for_body_d395.i:                                  ; preds = %for_body_d395.i, %if_then344.i
+  %indvars.iv1144.i = phi i64 [ 0, %if_then344.i ], [ %indvars.iv.next1145.i.3, %for_body_d395.i ]
+  %3127 = shl nuw nsw i64 %indvars.iv1144.i, 4
   %3128 = add nuw nsw i64 %3127, %3126
   %3129 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3128
   %3130 = load <16 x float>, ptr %3129, align 4, !tbaa !5
@@ -5059,8 +5059,8 @@ for_body_d392.i:                                  ; preds = %for_body_d392.i, %i
   %3133 = fmul <16 x float> %3101, %3132
   %3134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3130, <16 x float> %3133)
   store <16 x float> %3134, ptr %3131, align 4, !tbaa !5
-  %indvars.iv.next1141.i = shl i64 %indvars.iv1140.i, 4
-  %3135 = or disjoint i64 %indvars.iv.next1141.i, 16
+  %indvars.iv.next1145.i = shl i64 %indvars.iv1144.i, 4
+  %3135 = or disjoint i64 %indvars.iv.next1145.i, 16
   %3136 = add nuw nsw i64 %3135, %3126
   %3137 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3136
   %3138 = load <16 x float>, ptr %3137, align 4, !tbaa !5
@@ -5069,8 +5069,8 @@ for_body_d392.i:                                  ; preds = %for_body_d392.i, %i
   %3141 = fmul <16 x float> %3101, %3140
   %3142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3138, <16 x float> %3141)
   store <16 x float> %3142, ptr %3139, align 4, !tbaa !5
-  %indvars.iv.next1141.i.1 = shl i64 %indvars.iv1140.i, 4
-  %3143 = or disjoint i64 %indvars.iv.next1141.i.1, 32
+  %indvars.iv.next1145.i.1 = shl i64 %indvars.iv1144.i, 4
+  %3143 = or disjoint i64 %indvars.iv.next1145.i.1, 32
   %3144 = add nuw nsw i64 %3143, %3126
   %3145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3144
   %3146 = load <16 x float>, ptr %3145, align 4, !tbaa !5
@@ -5079,8 +5079,8 @@ for_body_d392.i:                                  ; preds = %for_body_d392.i, %i
   %3149 = fmul <16 x float> %3101, %3148
   %3150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3146, <16 x float> %3149)
   store <16 x float> %3150, ptr %3147, align 4, !tbaa !5
-  %indvars.iv.next1141.i.2 = shl i64 %indvars.iv1140.i, 4
-  %3151 = or disjoint i64 %indvars.iv.next1141.i.2, 48
+  %indvars.iv.next1145.i.2 = shl i64 %indvars.iv1144.i, 4
+  %3151 = or disjoint i64 %indvars.iv.next1145.i.2, 48
   %3152 = add nuw nsw i64 %3151, %3126
   %3153 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3152
   %3154 = load <16 x float>, ptr %3153, align 4, !tbaa !5
@@ -5089,90 +5089,90 @@ for_body_d392.i:                                  ; preds = %for_body_d392.i, %i
   %3157 = fmul <16 x float> %3101, %3156
   %3158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3154, <16 x float> %3157)
   store <16 x float> %3158, ptr %3155, align 4, !tbaa !5
-  %indvars.iv.next1141.i.3 = add nuw nsw i64 %indvars.iv1140.i, 4
-  %exitcond1143.not.i.3 = icmp eq i64 %indvars.iv.next1141.i.3, 128
-  br i1 %exitcond1143.not.i.3, label %if_end342.i, label %for_body_d392.i, !prof !28, !llvm.loop !70
+  %indvars.iv.next1145.i.3 = add nuw nsw i64 %indvars.iv1144.i, 4
+  %exitcond1147.not.i.3 = icmp eq i64 %indvars.iv.next1145.i.3, 128
+  br i1 %exitcond1147.not.i.3, label %if_end345.i, label %for_body_d395.i, !prof !28, !llvm.loop !70
 
-if_end397.i:                                      ; preds = %for_end_tile338.i
+if_end400.i:                                      ; preds = %for_end_tile341.i
   %3159 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %3160 = tail call i32 %3159(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not572.i = icmp eq i32 %3160, 0
-  br i1 %.not572.i, label %if_end400.i, label %fused_attend_compute_.exit, !prof !38
+  %.not575.i = icmp eq i32 %3160, 0
+  br i1 %.not575.i, label %if_end403.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end400.i:                                      ; preds = %if_end397.i
+if_end403.i:                                      ; preds = %if_end400.i
   %3161 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %3162 = tail call i32 %3161(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not573.i = icmp eq i32 %3162, 0
-  br i1 %.not573.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
+  %.not576.i = icmp eq i32 %3162, 0
+  br i1 %.not576.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
 
-for_body_tile406.i:                               ; preds = %if_end411.loopexit.i, %for_body_tile406.i.preheader
-  %indvars.iv1165.i = phi i64 [ %indvars.iv.next1166.i, %if_end411.loopexit.i ], [ 0, %for_body_tile406.i.preheader ]
-  %3163 = shl i64 %indvars.iv1165.i, 13
+for_body_tile409.i:                               ; preds = %if_end414.loopexit.i, %for_body_tile409.i.preheader
+  %indvars.iv1169.i = phi i64 [ %indvars.iv.next1170.i, %if_end414.loopexit.i ], [ 0, %for_body_tile409.i.preheader ]
+  %3163 = shl i64 %indvars.iv1169.i, 13
   %3164 = and i64 %3163, 17179860992
   %scevgep521 = getelementptr i8, ptr %total_acc.i, i64 %3164
-  %3165 = trunc nuw nsw i64 %indvars.iv1165.i to i32
-  %rmod479.i = srem i32 %3165, %122
-  %rdiv486.i = sdiv i32 %3165, %122
-  %3166 = icmp ne i32 %rmod479.i, 0
-  %.not563.i = and i1 %474, %3166
-  %3167 = select i1 %.not563.i, i32 %122, i32 0
-  %3168 = add nsw i32 %3167, %rmod479.i
+  %3165 = trunc nuw nsw i64 %indvars.iv1169.i to i32
+  %rmod482.i = srem i32 %3165, %122
+  %rdiv489.i = sdiv i32 %3165, %122
+  %3166 = icmp ne i32 %rmod482.i, 0
+  %.not566.i = and i1 %474, %3166
+  %3167 = select i1 %.not566.i, i32 %122, i32 0
+  %3168 = add nsw i32 %3167, %rmod482.i
   %3169 = shl nsw i32 %3168, 4
   %3170 = sub nsw i32 %120, %3169
   %3171 = icmp sgt i32 %3170, 0
-  br i1 %3171, label %for_body_r481.lr.ph.i, label %if_end411.loopexit.i, !prof !3
+  br i1 %3171, label %for_body_r484.lr.ph.i, label %if_end414.loopexit.i, !prof !3
 
-for_end_tile407.i:                                ; preds = %if_end411.loopexit.i, %if_end411.us.i, %for_begin_tile405.preheader.i
+for_end_tile410.i:                                ; preds = %if_end414.loopexit.i, %if_end414.us.i, %for_begin_tile408.preheader.i
   %3172 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %3173 = tail call i32 %3172(i32 1, i32 %dev_id, ptr nonnull %places.i)
   %.not.i = icmp eq i32 %3173, 0
-  br i1 %.not.i, label %if_end506.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not.i, label %if_end509.i, label %fused_attend_compute_.exit, !prof !38
 
-if_end411.loopexit.i:                             ; preds = %for_end_d499.i, %for_body_tile406.i
-  %indvars.iv.next1166.i = add nuw nsw i64 %indvars.iv1165.i, 1
-  %exitcond1169.not.i = icmp eq i64 %indvars.iv.next1166.i, %wide.trip.count1204.i
-  br i1 %exitcond1169.not.i, label %for_end_tile407.i, label %for_body_tile406.i, !prof !13
+if_end414.loopexit.i:                             ; preds = %for_end_d502.i, %for_body_tile409.i
+  %indvars.iv.next1170.i = add nuw nsw i64 %indvars.iv1169.i, 1
+  %exitcond1173.not.i = icmp eq i64 %indvars.iv.next1170.i, %wide.trip.count1208.i
+  br i1 %exitcond1173.not.i, label %for_end_tile410.i, label %for_body_tile409.i, !prof !13
 
-for_body_r481.lr.ph.i:                            ; preds = %for_body_tile406.i
-  %3174 = sext i1 %.not563.i to i32
-  %3175 = add nsw i32 %rdiv486.i, %3174
+for_body_r484.lr.ph.i:                            ; preds = %for_body_tile409.i
+  %3174 = sext i1 %.not566.i to i32
+  %3175 = add nsw i32 %rdiv489.i, %3174
   %3176 = sext i32 %3175 to i64
   %3177 = sext i32 %3168 to i64
   %3178 = shl nsw i64 %3177, 7
   %3179 = add nsw i64 %475, %3176
   %3180 = shl nsw i64 %3179, 2
   %3181 = add nsw i64 %3178, %477
-  %3182 = shl i64 %indvars.iv1165.i, 4
+  %3182 = shl i64 %indvars.iv1169.i, 4
   %3183 = and i64 %3182, 4294967280
   %3184 = tail call i32 @llvm.umin.i32(i32 %3170, i32 16)
-  %wide.trip.count1153.i = zext nneg i32 %3184 to i64
+  %wide.trip.count1157.i = zext nneg i32 %3184 to i64
   %3185 = add nsw i64 %3181, %3180
-  br label %for_body_r481.i
+  br label %for_body_r484.i
 
-for_begin_d497.preheader.lr.ph.i:                 ; preds = %for_body_r481.i
+for_begin_d500.preheader.lr.ph.i:                 ; preds = %for_body_r484.i
   %.idx.i = shl nsw i64 %3179, 11
   %3186 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx564.i = shl nsw i64 %3177, 16
-  %3187 = getelementptr i8, ptr %3186, i64 %.idx564.i
-  %invariant.gep899.i = getelementptr i8, ptr %3187, i64 %.idx565.i
-  %3188 = shl i64 %indvars.iv1165.i, 11
+  %.idx567.i = shl nsw i64 %3177, 16
+  %3187 = getelementptr i8, ptr %3186, i64 %.idx567.i
+  %invariant.gep903.i = getelementptr i8, ptr %3187, i64 %.idx568.i
+  %3188 = shl i64 %indvars.iv1169.i, 11
   %3189 = and i64 %3188, 4294965248
-  %invariant.gep1333.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3189
-  %3190 = add nsw i64 %.idx564.i, %.idx.i
+  %invariant.gep1337.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3189
+  %3190 = add nsw i64 %.idx567.i, %.idx.i
   %scevgep516 = getelementptr i8, ptr %scevgep515, i64 %3190
   %scevgep519 = getelementptr i8, ptr %scevgep518, i64 %3190
-  %3191 = shl nuw nsw i64 %wide.trip.count1153.i, 2
+  %3191 = shl nuw nsw i64 %wide.trip.count1157.i, 2
   %3192 = getelementptr i8, ptr %scevgep522, i64 %3164
   %scevgep523 = getelementptr i8, ptr %3192, i64 %3191
-  br label %for_begin_d497.preheader.i
+  br label %for_begin_d500.preheader.i
 
-for_body_r481.i:                                  ; preds = %for_body_r481.i, %for_body_r481.lr.ph.i
-  %indvars.iv1150.i = phi i64 [ 0, %for_body_r481.lr.ph.i ], [ %indvars.iv.next1151.i.1, %for_body_r481.i ]
-  %3193 = add nuw nsw i64 %indvars.iv1150.i, %3183
+for_body_r484.i:                                  ; preds = %for_body_r484.i, %for_body_r484.lr.ph.i
+  %indvars.iv1154.i = phi i64 [ 0, %for_body_r484.lr.ph.i ], [ %indvars.iv.next1155.i.1, %for_body_r484.i ]
+  %3193 = add nuw nsw i64 %indvars.iv1154.i, %3183
   %3194 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3193
   %3195 = load float, ptr %3194, align 4, !tbaa !5
-  %3196 = and i64 %indvars.iv1150.i, 2
-  %3197 = shl nuw nsw i64 %indvars.iv1150.i, 3
+  %3196 = and i64 %indvars.iv1154.i, 2
+  %3197 = shl nuw nsw i64 %indvars.iv1154.i, 3
   %3198 = and i64 %3197, 17179869152
   %3199 = or disjoint i64 %3185, %3196
   %3200 = add nsw i64 %3199, %3198
@@ -5182,12 +5182,12 @@ for_body_r481.i:                                  ; preds = %for_body_r481.i, %f
   %3203 = load float, ptr %3202, align 4, !tbaa !5
   %3204 = getelementptr inbounds float, ptr %partial_sum, i64 %3200
   store float %3203, ptr %3204, align 4, !tbaa !5
-  %indvars.iv.next1151.i = or disjoint i64 %indvars.iv1150.i, 1
-  %3205 = add nuw nsw i64 %indvars.iv.next1151.i, %3183
+  %indvars.iv.next1155.i = or disjoint i64 %indvars.iv1154.i, 1
+  %3205 = add nuw nsw i64 %indvars.iv.next1155.i, %3183
   %3206 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3205
   %3207 = load float, ptr %3206, align 4, !tbaa !5
-  %3208 = and i64 %indvars.iv.next1151.i, 3
-  %3209 = shl nuw nsw i64 %indvars.iv1150.i, 3
+  %3208 = and i64 %indvars.iv.next1155.i, 3
+  %3209 = shl nuw nsw i64 %indvars.iv1154.i, 3
   %3210 = and i64 %3209, 17179869152
   %3211 = or disjoint i64 %3185, %3208
   %3212 = add nsw i64 %3211, %3210
@@ -5197,22 +5197,22 @@ for_body_r481.i:                                  ; preds = %for_body_r481.i, %f
   %3215 = load float, ptr %3214, align 4, !tbaa !5
   %3216 = getelementptr inbounds float, ptr %partial_sum, i64 %3212
   store float %3215, ptr %3216, align 4, !tbaa !5
-  %indvars.iv.next1151.i.1 = add nuw nsw i64 %indvars.iv1150.i, 2
-  %exitcond1154.not.i.1 = icmp eq i64 %indvars.iv.next1151.i.1, %wide.trip.count1153.i
-  br i1 %exitcond1154.not.i.1, label %for_begin_d497.preheader.lr.ph.i, label %for_body_r481.i, !prof !13, !llvm.loop !72
+  %indvars.iv.next1155.i.1 = add nuw nsw i64 %indvars.iv1154.i, 2
+  %exitcond1158.not.i.1 = icmp eq i64 %indvars.iv.next1155.i.1, %wide.trip.count1157.i
+  br i1 %exitcond1158.not.i.1, label %for_begin_d500.preheader.lr.ph.i, label %for_body_r484.i, !prof !13, !llvm.loop !72
 
-for_begin_d497.preheader.i:                       ; preds = %for_end_d499.i, %for_begin_d497.preheader.lr.ph.i
-  %indvars.iv1159.i = phi i64 [ 0, %for_begin_d497.preheader.lr.ph.i ], [ %indvars.iv.next1160.i, %for_end_d499.i ]
-  %3217 = shl nuw nsw i64 %indvars.iv1159.i, 7
+for_begin_d500.preheader.i:                       ; preds = %for_end_d502.i, %for_begin_d500.preheader.lr.ph.i
+  %indvars.iv1163.i = phi i64 [ 0, %for_begin_d500.preheader.lr.ph.i ], [ %indvars.iv.next1164.i, %for_end_d502.i ]
+  %3217 = shl nuw nsw i64 %indvars.iv1163.i, 7
   %3218 = and i64 %3217, 384
-  %3219 = shl nuw nsw i64 %indvars.iv1159.i, 10
+  %3219 = shl nuw nsw i64 %indvars.iv1163.i, 10
   %3220 = and i64 %3219, 2199023251456
-  %gep900.i = getelementptr float, ptr %invariant.gep899.i, i64 %3220
-  %3221 = getelementptr float, ptr %gep900.i, i64 %3218
-  %gep1334.i = getelementptr inbounds nuw float, ptr %invariant.gep1333.i, i64 %indvars.iv1159.i
-  %3222 = shl i64 %indvars.iv1159.i, 12
+  %gep904.i = getelementptr float, ptr %invariant.gep903.i, i64 %3220
+  %3221 = getelementptr float, ptr %gep904.i, i64 %3218
+  %gep1338.i = getelementptr inbounds nuw float, ptr %invariant.gep1337.i, i64 %indvars.iv1163.i
+  %3222 = shl i64 %indvars.iv1163.i, 12
   %3223 = and i64 %3222, 8796093005824
-  %3224 = shl i64 %indvars.iv1159.i, 9
+  %3224 = shl i64 %indvars.iv1163.i, 9
   %3225 = and i64 %3224, 1536
   %3226 = or disjoint i64 %3223, %3225
   %scevgep520 = getelementptr i8, ptr %scevgep519, i64 %3226
@@ -5220,13 +5220,13 @@ for_begin_d497.preheader.i:                       ; preds = %for_end_d499.i, %fo
   %bound0524 = icmp ult ptr %scevgep517, %scevgep523
   %bound1525 = icmp ult ptr %scevgep521, %scevgep520
   %found.conflict526 = and i1 %bound0524, %bound1525
-  br i1 %found.conflict526, label %for_body_d498.i, label %vector.body529, !prof !16
+  br i1 %found.conflict526, label %for_body_d501.i, label %vector.body529, !prof !16
 
-vector.body529:                                   ; preds = %for_begin_d497.preheader.i
-  %3227 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3228 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3229 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3230 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+vector.body529:                                   ; preds = %for_begin_d500.preheader.i
+  %3227 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3228 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3229 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3230 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %wide.masked.gather532 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
   %wide.masked.gather533 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3228, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
   %wide.masked.gather534 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
@@ -5238,10 +5238,10 @@ vector.body529:                                   ; preds = %for_begin_d497.preh
   store <8 x float> %wide.masked.gather533, ptr %3231, align 4, !tbaa !5, !alias.scope !76, !noalias !73
   store <8 x float> %wide.masked.gather534, ptr %3232, align 4, !tbaa !5, !alias.scope !76, !noalias !73
   store <8 x float> %wide.masked.gather535, ptr %3233, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3234 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3235 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3236 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3237 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3234 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3235 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3236 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3237 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %wide.masked.gather532.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3234, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
   %wide.masked.gather533.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3235, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
   %wide.masked.gather534.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3236, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
@@ -5254,10 +5254,10 @@ vector.body529:                                   ; preds = %for_begin_d497.preh
   store <8 x float> %wide.masked.gather533.1, ptr %3239, align 4, !tbaa !5, !alias.scope !76, !noalias !73
   store <8 x float> %wide.masked.gather534.1, ptr %3240, align 4, !tbaa !5, !alias.scope !76, !noalias !73
   store <8 x float> %wide.masked.gather535.1, ptr %3241, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3242 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3243 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3244 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3245 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3242 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3243 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3244 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3245 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %wide.masked.gather532.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
   %wide.masked.gather533.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
   %wide.masked.gather534.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3244, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
@@ -5270,10 +5270,10 @@ vector.body529:                                   ; preds = %for_begin_d497.preh
   store <8 x float> %wide.masked.gather533.2, ptr %3247, align 4, !tbaa !5, !alias.scope !76, !noalias !73
   store <8 x float> %wide.masked.gather534.2, ptr %3248, align 4, !tbaa !5, !alias.scope !76, !noalias !73
   store <8 x float> %wide.masked.gather535.2, ptr %3249, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  %3250 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3251 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3252 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3253 = getelementptr inbounds nuw i8, ptr %gep1334.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3250 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3251 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3252 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3253 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %wide.masked.gather532.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
   %wide.masked.gather533.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3251, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
   %wide.masked.gather534.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3252, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
@@ -5286,101 +5286,101 @@ vector.body529:                                   ; preds = %for_begin_d497.preh
   store <8 x float> %wide.masked.gather533.3, ptr %3255, align 4, !tbaa !5, !alias.scope !76, !noalias !73
   store <8 x float> %wide.masked.gather534.3, ptr %3256, align 4, !tbaa !5, !alias.scope !76, !noalias !73
   store <8 x float> %wide.masked.gather535.3, ptr %3257, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  br label %for_end_d499.i
+  br label %for_end_d502.i
 
-for_body_d498.i:                                  ; preds = %for_body_d498.i, %for_begin_d497.preheader.i
-  %indvars.iv1155.i = phi i64 [ %indvars.iv.next1156.i.7, %for_body_d498.i ], [ 0, %for_begin_d497.preheader.i ]
-  %.idx1257.i = shl nuw nsw i64 %indvars.iv1155.i, 6
-  %3258 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i
+for_body_d501.i:                                  ; preds = %for_body_d501.i, %for_begin_d500.preheader.i
+  %indvars.iv1159.i = phi i64 [ %indvars.iv.next1160.i.7, %for_body_d501.i ], [ 0, %for_begin_d500.preheader.i ]
+  %.idx1261.i = shl nuw nsw i64 %indvars.iv1159.i, 6
+  %3258 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i
   %3259 = load float, ptr %3258, align 4, !tbaa !5
-  %3260 = getelementptr float, ptr %3221, i64 %indvars.iv1155.i
+  %3260 = getelementptr float, ptr %3221, i64 %indvars.iv1159.i
   store float %3259, ptr %3260, align 4, !tbaa !5
-  %indvars.iv.next1156.i = or disjoint i64 %indvars.iv1155.i, 1
-  %.idx1257.i.1 = shl nuw nsw i64 %indvars.iv.next1156.i, 6
-  %3261 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.1
+  %indvars.iv.next1160.i = or disjoint i64 %indvars.iv1159.i, 1
+  %.idx1261.i.1 = shl nuw nsw i64 %indvars.iv.next1160.i, 6
+  %3261 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.1
   %3262 = load float, ptr %3261, align 4, !tbaa !5
-  %3263 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i
+  %3263 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i
   store float %3262, ptr %3263, align 4, !tbaa !5
-  %indvars.iv.next1156.i.1 = or disjoint i64 %indvars.iv1155.i, 2
-  %.idx1257.i.2 = shl nuw nsw i64 %indvars.iv.next1156.i.1, 6
-  %3264 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.2
+  %indvars.iv.next1160.i.1 = or disjoint i64 %indvars.iv1159.i, 2
+  %.idx1261.i.2 = shl nuw nsw i64 %indvars.iv.next1160.i.1, 6
+  %3264 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.2
   %3265 = load float, ptr %3264, align 4, !tbaa !5
-  %3266 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i.1
+  %3266 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.1
   store float %3265, ptr %3266, align 4, !tbaa !5
-  %indvars.iv.next1156.i.2 = or disjoint i64 %indvars.iv1155.i, 3
-  %.idx1257.i.3 = shl nuw nsw i64 %indvars.iv.next1156.i.2, 6
-  %3267 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.3
+  %indvars.iv.next1160.i.2 = or disjoint i64 %indvars.iv1159.i, 3
+  %.idx1261.i.3 = shl nuw nsw i64 %indvars.iv.next1160.i.2, 6
+  %3267 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.3
   %3268 = load float, ptr %3267, align 4, !tbaa !5
-  %3269 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i.2
+  %3269 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.2
   store float %3268, ptr %3269, align 4, !tbaa !5
-  %indvars.iv.next1156.i.3 = or disjoint i64 %indvars.iv1155.i, 4
-  %.idx1257.i.4 = shl nuw nsw i64 %indvars.iv.next1156.i.3, 6
-  %3270 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.4
+  %indvars.iv.next1160.i.3 = or disjoint i64 %indvars.iv1159.i, 4
+  %.idx1261.i.4 = shl nuw nsw i64 %indvars.iv.next1160.i.3, 6
+  %3270 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.4
   %3271 = load float, ptr %3270, align 4, !tbaa !5
-  %3272 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i.3
+  %3272 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.3
   store float %3271, ptr %3272, align 4, !tbaa !5
-  %indvars.iv.next1156.i.4 = or disjoint i64 %indvars.iv1155.i, 5
-  %.idx1257.i.5 = shl nuw nsw i64 %indvars.iv.next1156.i.4, 6
-  %3273 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.5
+  %indvars.iv.next1160.i.4 = or disjoint i64 %indvars.iv1159.i, 5
+  %.idx1261.i.5 = shl nuw nsw i64 %indvars.iv.next1160.i.4, 6
+  %3273 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.5
   %3274 = load float, ptr %3273, align 4, !tbaa !5
-  %3275 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i.4
+  %3275 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.4
   store float %3274, ptr %3275, align 4, !tbaa !5
-  %indvars.iv.next1156.i.5 = or disjoint i64 %indvars.iv1155.i, 6
-  %.idx1257.i.6 = shl nuw nsw i64 %indvars.iv.next1156.i.5, 6
-  %3276 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.6
+  %indvars.iv.next1160.i.5 = or disjoint i64 %indvars.iv1159.i, 6
+  %.idx1261.i.6 = shl nuw nsw i64 %indvars.iv.next1160.i.5, 6
+  %3276 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.6
   %3277 = load float, ptr %3276, align 4, !tbaa !5
-  %3278 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i.5
+  %3278 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.5
   store float %3277, ptr %3278, align 4, !tbaa !5
-  %indvars.iv.next1156.i.6 = or disjoint i64 %indvars.iv1155.i, 7
-  %.idx1257.i.7 = shl nuw nsw i64 %indvars.iv.next1156.i.6, 6
-  %3279 = getelementptr inbounds nuw i8, ptr %gep1334.i, i64 %.idx1257.i.7
+  %indvars.iv.next1160.i.6 = or disjoint i64 %indvars.iv1159.i, 7
+  %.idx1261.i.7 = shl nuw nsw i64 %indvars.iv.next1160.i.6, 6
+  %3279 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.7
   %3280 = load float, ptr %3279, align 4, !tbaa !5
-  %3281 = getelementptr float, ptr %3221, i64 %indvars.iv.next1156.i.6
+  %3281 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.6
   store float %3280, ptr %3281, align 4, !tbaa !5
-  %indvars.iv.next1156.i.7 = add nuw nsw i64 %indvars.iv1155.i, 8
-  %exitcond1158.not.i.7 = icmp eq i64 %indvars.iv.next1156.i.7, 128
-  br i1 %exitcond1158.not.i.7, label %for_end_d499.i, label %for_body_d498.i, !prof !29, !llvm.loop !78
+  %indvars.iv.next1160.i.7 = add nuw nsw i64 %indvars.iv1159.i, 8
+  %exitcond1162.not.i.7 = icmp eq i64 %indvars.iv.next1160.i.7, 128
+  br i1 %exitcond1162.not.i.7, label %for_end_d502.i, label %for_body_d501.i, !prof !29, !llvm.loop !78
 
-for_end_d499.i:                                   ; preds = %for_body_d498.i, %vector.body529
-  %indvars.iv.next1160.i = add nuw nsw i64 %indvars.iv1159.i, 1
-  %exitcond1164.not.i = icmp eq i64 %indvars.iv.next1160.i, %wide.trip.count1153.i
-  br i1 %exitcond1164.not.i, label %if_end411.loopexit.i, label %for_begin_d497.preheader.i, !prof !13
+for_end_d502.i:                                   ; preds = %for_body_d501.i, %vector.body529
+  %indvars.iv.next1164.i = add nuw nsw i64 %indvars.iv1163.i, 1
+  %exitcond1168.not.i = icmp eq i64 %indvars.iv.next1164.i, %wide.trip.count1157.i
+  br i1 %exitcond1168.not.i, label %if_end414.loopexit.i, label %for_begin_d500.preheader.i, !prof !13
 
-if_end506.i:                                      ; preds = %for_end_tile407.i
+if_end509.i:                                      ; preds = %for_end_tile410.i
   %3282 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %3283 = tail call i32 %3282(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not556.i = icmp eq i32 %3283, 0
-  br i1 %.not556.i, label %if_end509.i, label %fused_attend_compute_.exit, !prof !38
-
-if_end509.i:                                      ; preds = %if_end506.i
-  %3284 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3285 = tail call i32 %3284(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not557.i = icmp eq i32 %3285, 0
-  br i1 %.not557.i, label %if_end512.i, label %fused_attend_compute_.exit, !prof !38
+  %.not559.i = icmp eq i32 %3283, 0
+  br i1 %.not559.i, label %if_end512.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end512.i:                                      ; preds = %if_end509.i
-  %3286 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3287 = tail call i32 %3286(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not558.i = icmp eq i32 %3287, 0
-  br i1 %.not558.i, label %if_end515.i, label %fused_attend_compute_.exit, !prof !38
+  %3284 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3285 = tail call i32 %3284(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not560.i = icmp eq i32 %3285, 0
+  br i1 %.not560.i, label %if_end515.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end515.i:                                      ; preds = %if_end512.i
-  %3288 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %3289 = tail call i32 %3288(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not559.i = icmp eq i32 %3289, 0
-  br i1 %.not559.i, label %if_end518.i, label %fused_attend_compute_.exit, !prof !38
+  %3286 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3287 = tail call i32 %3286(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not561.i = icmp eq i32 %3287, 0
+  br i1 %.not561.i, label %if_end518.i, label %fused_attend_compute_.exit, !prof !38
 
 if_end518.i:                                      ; preds = %if_end515.i
+  %3288 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3289 = tail call i32 %3288(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not562.i = icmp eq i32 %3289, 0
+  br i1 %.not562.i, label %if_end521.i, label %fused_attend_compute_.exit, !prof !38
+
+if_end521.i:                                      ; preds = %if_end518.i
   %3290 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %3291 = tail call i32 %3290(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not560.i = icmp ne i32 %3291, 0
-  %..i = sext i1 %.not560.i to i32
+  %.not563.i = icmp ne i32 %3291, 0
+  %..i = sext i1 %.not563.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end518.i, %if_end515.i, %if_end512.i, %if_end509.i, %if_end506.i, %for_end_tile407.i, %if_end400.i, %if_end397.i, %for_end_tile338.i, %if_end331.i, %if_end325.i, %if_end319.i, %if_end316.i, %if_end313.i, %if_end147.i, %if_end141.i, %if_end138.i, %if_end135.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end119.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end100.i, %for_body_step.i, %if_end94.i, %if_end91.i, %for_body_number.i, %for_end_r467.us.i, %for_body_tile406.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end57
-  %common.ret.op.i = phi i32 [ -1, %if_end515.i ], [ -1, %if_end57 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end512.i ], [ %..i, %if_end518.i ], [ -1, %for_end_tile407.i ], [ -1, %for_body_tile406.us.i ], [ -1, %if_end506.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end509.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r467.us.i ], [ -1, %if_end319.i ], [ -1, %if_end316.i ], [ -1, %if_end313.i ], [ -1, %if_end147.i ], [ -1, %if_end141.i ], [ -1, %if_end138.i ], [ -1, %if_end135.i ], [ -1, %if_end325.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end119.i ], [ -1, %if_end331.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end100.i ], [ -1, %if_end400.i ], [ -1, %if_end397.i ], [ -1, %for_end_tile338.i ], [ -1, %if_end94.i ], [ -1, %if_end91.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor534.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %reach555.i)
+fused_attend_compute_.exit:                       ; preds = %if_end521.i, %if_end518.i, %if_end515.i, %if_end512.i, %if_end509.i, %for_end_tile410.i, %if_end403.i, %if_end400.i, %for_end_tile341.i, %if_end334.i, %if_end328.i, %if_end322.i, %if_end319.i, %if_end316.i, %if_end150.i, %if_end144.i, %if_end141.i, %if_end138.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end122.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end103.i, %for_body_step.i, %if_end97.i, %if_end94.i, %for_body_number.i, %for_end_r470.us.i, %for_body_tile409.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end57
+  %common.ret.op.i = phi i32 [ -1, %if_end518.i ], [ -1, %if_end57 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end515.i ], [ %..i, %if_end521.i ], [ -1, %for_end_tile410.i ], [ -1, %for_body_tile409.us.i ], [ -1, %if_end509.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end512.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r470.us.i ], [ -1, %if_end322.i ], [ -1, %if_end319.i ], [ -1, %if_end316.i ], [ -1, %if_end150.i ], [ -1, %if_end144.i ], [ -1, %if_end141.i ], [ -1, %if_end138.i ], [ -1, %if_end328.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end122.i ], [ -1, %if_end334.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end103.i ], [ -1, %if_end403.i ], [ -1, %if_end400.i ], [ -1, %for_end_tile341.i ], [ -1, %if_end97.i ], [ -1, %if_end94.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor537.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach558.i)
   ret i32 %common.ret.op.i
 }
 

@@ -65,7 +65,7 @@ class Module:
         limits = T.sblock_alloc_buffer((32, 16), "int32")
         places = T.sblock_alloc_buffer((32, 16), "int32")
         reach = T.sblock_alloc_buffer((32, 4), "int32")
-        span = T.sblock_alloc_buffer((2,), "int32")
+        span = T.sblock_alloc_buffer((3,), "int32")
         context_len: T.let[T.int32] = context_lens[seq]
         head_tiles: T.let[T.int32] = (num_query * 4 + 16 - 1) // 16
         num_tiles: T.let[T.int32] = num_kv_heads * head_tiles
@@ -155,9 +155,10 @@ class Module:
             with T.sblock("span"):
                 vtile = T.axis.opaque(num_tiles, tile)
                 T.reads(reach[vtile, 0:4])
-                T.writes(span[0:2])
+                T.writes(span[0:3])
                 span[0] = T.Select(vtile == 0, reach[vtile, 2], T.min(span[0], reach[vtile, 2]))
                 span[1] = T.Select(vtile == 0, reach[vtile, 1], T.max(span[1], reach[vtile, 1]))
+                span[2] = T.Select(vtile == 0, reach[vtile, 0], T.min(span[2], reach[vtile, 0]))
         first_key: T.let[T.int32] = block_begin * 16
         key_end: T.let[T.int32] = T.min(block_end * 16, span[1])
         num_ranges: T.let[T.int32] = (T.max(key_end - first_key, 0) + 4096 - 1) // 4096

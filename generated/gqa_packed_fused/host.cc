@@ -17,6 +17,7 @@
 #include "cpu/features.h"
 #include "cpu/kernel_call.h"
 #include "cpu/partials.h"
+#include "cpu/tile_registers.h"
 
 // The kernels, compiled by TVM from TensorIR.
 extern "C" pa::KernelFunction __tvm_ffi_fused_decode, __tvm_ffi_merge_partials, __tvm_ffi_append_key,
@@ -141,6 +142,7 @@ void Decode(const Inputs& in, TVMFFIAny*) {
 
 // The same of a work item of several query tokens.
 void Compute(const AttendItem& item, const AttendArguments& args, const Partials<Spec>& partials) {
+  const TileRegisters registers;
   Call(FusedAttend{
       .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
       .block_table = args.block_table.entries, .row_starts = args.block_table.row_starts,
@@ -167,6 +169,7 @@ void MergeToken(int64_t token, int64_t num_keys, const TokenPartials& of, const 
 // attend: attention of any number of query tokens per sequence, those of one token as decode has them.
 void Attend(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
+  CheckTileRegisters();
   const AttendCall<Spec, AttendParameters> attend(in);
   const AttendArguments& args = attend.args;
   const AttendPlan<Spec>& plan = attend.plan;

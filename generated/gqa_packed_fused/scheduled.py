@@ -85,7 +85,7 @@ class Module:
         limits = T.sblock_alloc_buffer((32, 16), "int32")
         places = T.sblock_alloc_buffer((32, 16), "int32")
         reach = T.sblock_alloc_buffer((32, 4), "int32")
-        span = T.sblock_alloc_buffer((2,), "int32")
+        span = T.sblock_alloc_buffer((3,), "int32")
         context_len: T.let[T.int32] = context_lens[seq]
         head_tiles: T.let[T.int32] = (num_query * 4 + 16 - 1) // 16
         num_tiles: T.let[T.int32] = num_kv_heads * head_tiles
@@ -173,9 +173,10 @@ class Module:
             with T.sblock("span"):
                 vtile = T.axis.opaque(num_tiles, tile)
                 T.reads(reach[vtile, 0:4])
-                T.writes(span[0:2])
+                T.writes(span[0:3])
                 span[0] = T.Select(vtile == 0, reach[vtile, 2], T.min(span[0], reach[vtile, 2]))
                 span[1] = T.Select(vtile == 0, reach[vtile, 1], T.max(span[1], reach[vtile, 1]))
+                span[2] = T.Select(vtile == 0, reach[vtile, 0], T.min(span[2], reach[vtile, 0]))
         first_key: T.let[T.int32] = block_begin * 16
         key_end: T.let[T.int32] = T.min(block_end * 16, span[1])
         num_ranges: T.let[T.int32] = (T.max(key_end - first_key, 0) + 256 - 1) // 256
@@ -199,7 +200,7 @@ class Module:
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
                         has_next: T.let[T.bool] = tile_start + 128 < key_end
-                        num_read: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
+                        num_read: T.let[T.int32] = (valid_len + 64 - 1) // 64 * 64
                         num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_read)
                         last: T.let[T.int32] = key_end - 1
                         with T.sblock("token_offsets"):
@@ -233,11 +234,292 @@ class Module:
                                 vkv = T.axis.spatial(num_kv_heads, kv_head)
                                 T.reads()
                                 T.writes()
+                                k_tile = T.sblock_alloc_buffer((128, 64), "int32")
+                                v_tile = T.sblock_alloc_buffer((128, 64), "int32")
+                                infinite = T.sblock_alloc_buffer((1,), "int32")
                                 is_last: T.let[T.bool] = vkv == num_kv_heads - 1
                                 next_tile: T.let[T.int32] = T.Select(is_last, 128, 0)
                                 next_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
+                                with T.sblock("load_keys"):
+                                    T.reads(key_cache[0:k_span], key_offsets[0:256])
+                                    T.writes(k_tile[0:128, 0:64])
+                                    for to in range((valid_len + 64 - 1) // 64):
+                                        with T.sblock("load_keys_element_o"):
+                                            vt_o = T.axis.spatial((valid_len + 64 - 1) // 64, to)
+                                            vd_o = T.axis.spatial(1, 0)
+                                            T.reads(key_cache[0:k_span], key_offsets[0:256])
+                                            T.writes(k_tile[vt_o * 64:vt_o * 64 + 64, 0:64])
+                                            k_tile_global = T.sblock_alloc_buffer((4, 64, 16), "int32")
+                                            for ax0_0, ax1_0 in T.grid(4, 4):
+                                                for ax1 in T.unroll(16):
+                                                    for ax0 in T.vectorized(16):
+                                                        with T.sblock("load_keys_element"):
+                                                            vt_i = T.axis.spatial(64, ax1_0 * 16 + ax0)
+                                                            vd_i = T.axis.spatial(64, ax0_0 * 16 + ax1)
+                                                            T.reads(key_cache[0:k_span], key_offsets[0:256])
+                                                            T.writes(k_tile_global[vt_i // 16, vd_i, vt_i % 16])
+                                                            k_tile_global[vt_i // 16, vd_i, vt_i % 16] = key_cache[key_offsets[vt_o * 64 + vt_i // 16 * 16] + key_head + T.Cast("int64", vd_i) * k_row + T.Cast("int64", vt_i) % T.int64(16)]
+                                                with T.sblock("k_tile_global_o"):
+                                                    v0_o, v1_o = T.axis.remap("SS", [ax0_0, ax1_0])
+                                                    T.reads(k_tile_global[v1_o, v0_o * 16:v0_o * 16 + 16, 0:16])
+                                                    T.writes(k_tile[vt_o * 64 + v1_o * 16:vt_o * 64 + v1_o * 16 + 16, v0_o * 16:v0_o * 16 + 16])
+                                                    turned = T.match_buffer(k_tile[vt_o * 64 + v1_o * 16:vt_o * 64 + v1_o * 16 + 16, v0_o * 16:v0_o * 16 + 16], (16, 16), "int32", strides=("turned_row", 1), offset_factor=1)
+                                                    block = T.match_buffer(k_tile_global[v1_o, v0_o * 16:v0_o * 16 + 16, 0:16], (16, 16), "int32", strides=("block_row", 1), offset_factor=1)
+                                                    v: T.let[T.int32x16] = block[0, T.Ramp(0, 1, 16)]
+                                                    v_1: T.let[T.int32x16] = block[1, T.Ramp(0, 1, 16)]
+                                                    v_2: T.let[T.int32x16] = block[2, T.Ramp(0, 1, 16)]
+                                                    v_3: T.let[T.int32x16] = block[3, T.Ramp(0, 1, 16)]
+                                                    v_4: T.let[T.int32x16] = block[4, T.Ramp(0, 1, 16)]
+                                                    v_5: T.let[T.int32x16] = block[5, T.Ramp(0, 1, 16)]
+                                                    v_6: T.let[T.int32x16] = block[6, T.Ramp(0, 1, 16)]
+                                                    v_7: T.let[T.int32x16] = block[7, T.Ramp(0, 1, 16)]
+                                                    v_8: T.let[T.int32x16] = block[8, T.Ramp(0, 1, 16)]
+                                                    v_9: T.let[T.int32x16] = block[9, T.Ramp(0, 1, 16)]
+                                                    v_10: T.let[T.int32x16] = block[10, T.Ramp(0, 1, 16)]
+                                                    v_11: T.let[T.int32x16] = block[11, T.Ramp(0, 1, 16)]
+                                                    v_12: T.let[T.int32x16] = block[12, T.Ramp(0, 1, 16)]
+                                                    v_13: T.let[T.int32x16] = block[13, T.Ramp(0, 1, 16)]
+                                                    v_14: T.let[T.int32x16] = block[14, T.Ramp(0, 1, 16)]
+                                                    v_15: T.let[T.int32x16] = block[15, T.Ramp(0, 1, 16)]
+                                                    v_16: T.let[T.int32x16] = T.Shuffle([v, v_8], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_17: T.let[T.int32x16] = T.Shuffle([v, v_8], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_18: T.let[T.int32x16] = T.Shuffle([v_1, v_9], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_19: T.let[T.int32x16] = T.Shuffle([v_1, v_9], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_20: T.let[T.int32x16] = T.Shuffle([v_2, v_10], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_21: T.let[T.int32x16] = T.Shuffle([v_2, v_10], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_22: T.let[T.int32x16] = T.Shuffle([v_3, v_11], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_23: T.let[T.int32x16] = T.Shuffle([v_3, v_11], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_24: T.let[T.int32x16] = T.Shuffle([v_4, v_12], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_25: T.let[T.int32x16] = T.Shuffle([v_4, v_12], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_26: T.let[T.int32x16] = T.Shuffle([v_5, v_13], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_27: T.let[T.int32x16] = T.Shuffle([v_5, v_13], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_28: T.let[T.int32x16] = T.Shuffle([v_6, v_14], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_29: T.let[T.int32x16] = T.Shuffle([v_6, v_14], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_30: T.let[T.int32x16] = T.Shuffle([v_7, v_15], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_31: T.let[T.int32x16] = T.Shuffle([v_7, v_15], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_32: T.let[T.int32x16] = T.Shuffle([v_16, v_24], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_33: T.let[T.int32x16] = T.Shuffle([v_16, v_24], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_34: T.let[T.int32x16] = T.Shuffle([v_17, v_25], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_35: T.let[T.int32x16] = T.Shuffle([v_17, v_25], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_36: T.let[T.int32x16] = T.Shuffle([v_18, v_26], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_37: T.let[T.int32x16] = T.Shuffle([v_18, v_26], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_38: T.let[T.int32x16] = T.Shuffle([v_19, v_27], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_39: T.let[T.int32x16] = T.Shuffle([v_19, v_27], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_40: T.let[T.int32x16] = T.Shuffle([v_20, v_28], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_41: T.let[T.int32x16] = T.Shuffle([v_20, v_28], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_42: T.let[T.int32x16] = T.Shuffle([v_21, v_29], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_43: T.let[T.int32x16] = T.Shuffle([v_21, v_29], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_44: T.let[T.int32x16] = T.Shuffle([v_22, v_30], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_45: T.let[T.int32x16] = T.Shuffle([v_22, v_30], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_46: T.let[T.int32x16] = T.Shuffle([v_23, v_31], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_47: T.let[T.int32x16] = T.Shuffle([v_23, v_31], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_48: T.let[T.int32x16] = T.Shuffle([v_32, v_40], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_49: T.let[T.int32x16] = T.Shuffle([v_32, v_40], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_50: T.let[T.int32x16] = T.Shuffle([v_33, v_41], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_51: T.let[T.int32x16] = T.Shuffle([v_33, v_41], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_52: T.let[T.int32x16] = T.Shuffle([v_34, v_42], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_53: T.let[T.int32x16] = T.Shuffle([v_34, v_42], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_54: T.let[T.int32x16] = T.Shuffle([v_35, v_43], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_55: T.let[T.int32x16] = T.Shuffle([v_35, v_43], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_56: T.let[T.int32x16] = T.Shuffle([v_36, v_44], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_57: T.let[T.int32x16] = T.Shuffle([v_36, v_44], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_58: T.let[T.int32x16] = T.Shuffle([v_37, v_45], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_59: T.let[T.int32x16] = T.Shuffle([v_37, v_45], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_60: T.let[T.int32x16] = T.Shuffle([v_38, v_46], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_61: T.let[T.int32x16] = T.Shuffle([v_38, v_46], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_62: T.let[T.int32x16] = T.Shuffle([v_39, v_47], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_63: T.let[T.int32x16] = T.Shuffle([v_39, v_47], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_64: T.let[T.int32x16] = T.Shuffle([v_48, v_56], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_65: T.let[T.int32x16] = T.Shuffle([v_48, v_56], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_66: T.let[T.int32x16] = T.Shuffle([v_49, v_57], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_67: T.let[T.int32x16] = T.Shuffle([v_49, v_57], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_68: T.let[T.int32x16] = T.Shuffle([v_50, v_58], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_69: T.let[T.int32x16] = T.Shuffle([v_50, v_58], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_70: T.let[T.int32x16] = T.Shuffle([v_51, v_59], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_71: T.let[T.int32x16] = T.Shuffle([v_51, v_59], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_72: T.let[T.int32x16] = T.Shuffle([v_52, v_60], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_73: T.let[T.int32x16] = T.Shuffle([v_52, v_60], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_74: T.let[T.int32x16] = T.Shuffle([v_53, v_61], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_75: T.let[T.int32x16] = T.Shuffle([v_53, v_61], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_76: T.let[T.int32x16] = T.Shuffle([v_54, v_62], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_77: T.let[T.int32x16] = T.Shuffle([v_54, v_62], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_78: T.let[T.int32x16] = T.Shuffle([v_55, v_63], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_79: T.let[T.int32x16] = T.Shuffle([v_55, v_63], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    turned[0, 0:16] = v_64
+                                                    turned[1, 0:16] = v_65
+                                                    turned[2, 0:16] = v_66
+                                                    turned[3, 0:16] = v_67
+                                                    turned[4, 0:16] = v_68
+                                                    turned[5, 0:16] = v_69
+                                                    turned[6, 0:16] = v_70
+                                                    turned[7, 0:16] = v_71
+                                                    turned[8, 0:16] = v_72
+                                                    turned[9, 0:16] = v_73
+                                                    turned[10, 0:16] = v_74
+                                                    turned[11, 0:16] = v_75
+                                                    turned[12, 0:16] = v_76
+                                                    turned[13, 0:16] = v_77
+                                                    turned[14, 0:16] = v_78
+                                                    turned[15, 0:16] = v_79
+                                with T.sblock("load_values"):
+                                    T.reads(value_cache[0:v_span], value_offsets[0:256])
+                                    T.writes(v_tile[0:128, 0:(valid_len + 63) // 64 * 32])
+                                    for to in range((valid_len + 64 - 1) // 64):
+                                        with T.sblock("load_values_element_o"):
+                                            vt_o = T.axis.spatial((valid_len + 64 - 1) // 64, to)
+                                            vd_o = T.axis.spatial(1, 0)
+                                            T.reads(value_cache[0:v_span], value_offsets[0:256])
+                                            T.writes(v_tile[0:128, vt_o * 32:vt_o * 32 + 32])
+                                            v_tile_global = T.sblock_alloc_buffer((8, 32, 16), "int32")
+                                            for ax0_0, ax1_0 in T.grid(2, 8):
+                                                for ax0 in T.unroll(16):
+                                                    for ax1 in T.vectorized(16):
+                                                        with T.sblock("load_values_element"):
+                                                            vt_i = T.axis.spatial(32, ax0_0 * 16 + ax0)
+                                                            vd_i = T.axis.spatial(128, ax1_0 * 16 + ax1)
+                                                            T.reads(value_cache[0:v_span], value_offsets[0:256])
+                                                            T.writes(v_tile_global[vd_i // 16, vt_i, vd_i % 16])
+                                                            v_tile_global[vd_i // 16, vt_i, vd_i % 16] = value_cache[value_offsets[vt_o * 64 + vt_i * 2] + value_head + T.Cast("int64", vd_i)]
+                                                with T.sblock("v_tile_global_o"):
+                                                    v0_o, v1_o = T.axis.remap("SS", [ax0_0, ax1_0])
+                                                    T.reads(v_tile_global[v1_o, v0_o * 16:v0_o * 16 + 16, 0:16])
+                                                    T.writes(v_tile[v1_o * 16:v1_o * 16 + 16, vt_o * 32 + v0_o * 16:vt_o * 32 + v0_o * 16 + 16])
+                                                    turned = T.match_buffer(v_tile[v1_o * 16:v1_o * 16 + 16, vt_o * 32 + v0_o * 16:vt_o * 32 + v0_o * 16 + 16], (16, 16), "int32", strides=("turned_row", 1), offset_factor=1)
+                                                    block = T.match_buffer(v_tile_global[v1_o, v0_o * 16:v0_o * 16 + 16, 0:16], (16, 16), "int32", strides=("block_row", 1), offset_factor=1)
+                                                    v: T.let[T.int32x16] = block[0, T.Ramp(0, 1, 16)]
+                                                    v_1: T.let[T.int32x16] = block[1, T.Ramp(0, 1, 16)]
+                                                    v_2: T.let[T.int32x16] = block[2, T.Ramp(0, 1, 16)]
+                                                    v_3: T.let[T.int32x16] = block[3, T.Ramp(0, 1, 16)]
+                                                    v_4: T.let[T.int32x16] = block[4, T.Ramp(0, 1, 16)]
+                                                    v_5: T.let[T.int32x16] = block[5, T.Ramp(0, 1, 16)]
+                                                    v_6: T.let[T.int32x16] = block[6, T.Ramp(0, 1, 16)]
+                                                    v_7: T.let[T.int32x16] = block[7, T.Ramp(0, 1, 16)]
+                                                    v_8: T.let[T.int32x16] = block[8, T.Ramp(0, 1, 16)]
+                                                    v_9: T.let[T.int32x16] = block[9, T.Ramp(0, 1, 16)]
+                                                    v_10: T.let[T.int32x16] = block[10, T.Ramp(0, 1, 16)]
+                                                    v_11: T.let[T.int32x16] = block[11, T.Ramp(0, 1, 16)]
+                                                    v_12: T.let[T.int32x16] = block[12, T.Ramp(0, 1, 16)]
+                                                    v_13: T.let[T.int32x16] = block[13, T.Ramp(0, 1, 16)]
+                                                    v_14: T.let[T.int32x16] = block[14, T.Ramp(0, 1, 16)]
+                                                    v_15: T.let[T.int32x16] = block[15, T.Ramp(0, 1, 16)]
+                                                    v_16: T.let[T.int32x16] = T.Shuffle([v, v_8], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_17: T.let[T.int32x16] = T.Shuffle([v, v_8], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_18: T.let[T.int32x16] = T.Shuffle([v_1, v_9], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_19: T.let[T.int32x16] = T.Shuffle([v_1, v_9], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_20: T.let[T.int32x16] = T.Shuffle([v_2, v_10], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_21: T.let[T.int32x16] = T.Shuffle([v_2, v_10], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_22: T.let[T.int32x16] = T.Shuffle([v_3, v_11], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_23: T.let[T.int32x16] = T.Shuffle([v_3, v_11], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_24: T.let[T.int32x16] = T.Shuffle([v_4, v_12], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_25: T.let[T.int32x16] = T.Shuffle([v_4, v_12], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_26: T.let[T.int32x16] = T.Shuffle([v_5, v_13], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_27: T.let[T.int32x16] = T.Shuffle([v_5, v_13], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_28: T.let[T.int32x16] = T.Shuffle([v_6, v_14], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_29: T.let[T.int32x16] = T.Shuffle([v_6, v_14], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_30: T.let[T.int32x16] = T.Shuffle([v_7, v_15], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_31: T.let[T.int32x16] = T.Shuffle([v_7, v_15], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_32: T.let[T.int32x16] = T.Shuffle([v_16, v_24], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_33: T.let[T.int32x16] = T.Shuffle([v_16, v_24], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_34: T.let[T.int32x16] = T.Shuffle([v_17, v_25], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_35: T.let[T.int32x16] = T.Shuffle([v_17, v_25], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_36: T.let[T.int32x16] = T.Shuffle([v_18, v_26], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_37: T.let[T.int32x16] = T.Shuffle([v_18, v_26], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_38: T.let[T.int32x16] = T.Shuffle([v_19, v_27], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_39: T.let[T.int32x16] = T.Shuffle([v_19, v_27], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_40: T.let[T.int32x16] = T.Shuffle([v_20, v_28], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_41: T.let[T.int32x16] = T.Shuffle([v_20, v_28], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_42: T.let[T.int32x16] = T.Shuffle([v_21, v_29], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_43: T.let[T.int32x16] = T.Shuffle([v_21, v_29], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_44: T.let[T.int32x16] = T.Shuffle([v_22, v_30], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_45: T.let[T.int32x16] = T.Shuffle([v_22, v_30], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_46: T.let[T.int32x16] = T.Shuffle([v_23, v_31], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_47: T.let[T.int32x16] = T.Shuffle([v_23, v_31], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_48: T.let[T.int32x16] = T.Shuffle([v_32, v_40], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_49: T.let[T.int32x16] = T.Shuffle([v_32, v_40], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_50: T.let[T.int32x16] = T.Shuffle([v_33, v_41], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_51: T.let[T.int32x16] = T.Shuffle([v_33, v_41], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_52: T.let[T.int32x16] = T.Shuffle([v_34, v_42], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_53: T.let[T.int32x16] = T.Shuffle([v_34, v_42], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_54: T.let[T.int32x16] = T.Shuffle([v_35, v_43], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_55: T.let[T.int32x16] = T.Shuffle([v_35, v_43], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_56: T.let[T.int32x16] = T.Shuffle([v_36, v_44], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_57: T.let[T.int32x16] = T.Shuffle([v_36, v_44], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_58: T.let[T.int32x16] = T.Shuffle([v_37, v_45], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_59: T.let[T.int32x16] = T.Shuffle([v_37, v_45], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_60: T.let[T.int32x16] = T.Shuffle([v_38, v_46], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_61: T.let[T.int32x16] = T.Shuffle([v_38, v_46], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_62: T.let[T.int32x16] = T.Shuffle([v_39, v_47], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_63: T.let[T.int32x16] = T.Shuffle([v_39, v_47], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_64: T.let[T.int32x16] = T.Shuffle([v_48, v_56], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_65: T.let[T.int32x16] = T.Shuffle([v_48, v_56], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_66: T.let[T.int32x16] = T.Shuffle([v_49, v_57], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_67: T.let[T.int32x16] = T.Shuffle([v_49, v_57], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_68: T.let[T.int32x16] = T.Shuffle([v_50, v_58], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_69: T.let[T.int32x16] = T.Shuffle([v_50, v_58], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_70: T.let[T.int32x16] = T.Shuffle([v_51, v_59], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_71: T.let[T.int32x16] = T.Shuffle([v_51, v_59], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_72: T.let[T.int32x16] = T.Shuffle([v_52, v_60], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_73: T.let[T.int32x16] = T.Shuffle([v_52, v_60], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_74: T.let[T.int32x16] = T.Shuffle([v_53, v_61], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_75: T.let[T.int32x16] = T.Shuffle([v_53, v_61], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_76: T.let[T.int32x16] = T.Shuffle([v_54, v_62], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_77: T.let[T.int32x16] = T.Shuffle([v_54, v_62], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    v_78: T.let[T.int32x16] = T.Shuffle([v_55, v_63], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                    v_79: T.let[T.int32x16] = T.Shuffle([v_55, v_63], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                    turned[0, 0:16] = v_64
+                                                    turned[1, 0:16] = v_65
+                                                    turned[2, 0:16] = v_66
+                                                    turned[3, 0:16] = v_67
+                                                    turned[4, 0:16] = v_68
+                                                    turned[5, 0:16] = v_69
+                                                    turned[6, 0:16] = v_70
+                                                    turned[7, 0:16] = v_71
+                                                    turned[8, 0:16] = v_72
+                                                    turned[9, 0:16] = v_73
+                                                    turned[10, 0:16] = v_74
+                                                    turned[11, 0:16] = v_75
+                                                    turned[12, 0:16] = v_76
+                                                    turned[13, 0:16] = v_77
+                                                    turned[14, 0:16] = v_78
+                                                    turned[15, 0:16] = v_79
+                                if valid_len % 2 == 1:
+                                    for t, d in T.grid((valid_len + 64 - 1) // 64 * 32 - valid_len // 2, 128):
+                                        with T.sblock("unused_value"):
+                                            vt = T.axis.spatial(64, valid_len // 2 + t)
+                                            vd = T.axis.spatial(128, d)
+                                            T.reads(v_tile[vd, vt])
+                                            T.writes(v_tile[vd, vt])
+                                            v_tile[vd, vt] = v_tile[vd, vt] & 65535
+                                with T.sblock("find_infinite"):
+                                    T.reads(v_tile[0:128, 0:T.max(0, (valid_len + 63) // 64) * 32])
+                                    T.writes(infinite[0])
+                                    largest = T.sblock_alloc_buffer((16,), "int32")
+                                    for lane_init in T.vectorized(16):
+                                        with T.sblock("largest_init"):
+                                            vlane = T.axis.spatial(16, lane_init)
+                                            T.reads()
+                                            T.writes(largest[vlane])
+                                            largest[vlane] = 0
+                                    for d, to, ti in T.grid(128, T.Select(tree_start >= T.int64(0) or span[2] < tile_start + valid_len, (valid_len + 64 - 1) // 64, 0), 2):
+                                        for lane in T.vectorized(16):
+                                            with T.sblock("largest_update"):
+                                                vlane, vd = T.axis.remap("SR", [lane, d])
+                                                vt = T.axis.reduce(4, to * 2 + ti)
+                                                T.reads(largest[vlane], v_tile[vd, vt * 16 + vlane])
+                                                T.writes(largest[vlane])
+                                                largest[vlane] = T.max(largest[vlane], T.max(v_tile[vd, vt * 16 + vlane] << 16 & 2139095040, v_tile[vd, vt * 16 + vlane] & 2139095040))
+                                    with T.sblock("infinite_init"):
+                                        T.reads()
+                                        T.writes(infinite[0])
+                                        infinite[0] = 0
+                                    for lane in range(16):
+                                        with T.sblock("infinite_update"):
+                                            vlane = T.axis.reduce(16, lane)
+                                            T.reads(infinite[0], largest[vlane])
+                                            T.writes(infinite[0])
+                                            infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
                                 for row_tile in range(head_tiles):
                                     with T.sblock("row_tile"):
                                         vrt = T.axis.spatial(head_tiles, row_tile)
@@ -258,88 +540,59 @@ class Module:
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
                                             num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))
-                                            num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8)
-                                            if num_rows <= 8:
-                                                with T.sblock("few_qk_matmul"):
-                                                    T.reads(q_tile[first, 0:64, 0:8], key_cache[0:k_span], key_offsets[0:256])
-                                                    T.writes(scores[0, 0:(valid_len_1 + 15) // 16 * 16, 0:8])
-                                                    scores_global = T.sblock_alloc_buffer((1, (valid_len_1 + 15) // 16 * 16, 8))
-                                                    for i, to in T.grid(1, ((valid_len_1 + 8 - 1) // 8 + 2 - 1) // 2):
-                                                        for ti_init in T.unroll(16):
-                                                            for r_init in T.vectorized(8):
-                                                                with T.sblock("few_scores_init"):
-                                                                    vt = T.axis.spatial(128, to * 16 + ti_init)
-                                                                    vi, vr = T.axis.remap("SS", [i, r_init])
-                                                                    T.reads()
-                                                                    T.writes(scores_global[0, vt, vr])
-                                                                    scores_global[0, vt, vr] = T.float32(0.0)
-                                                        for d_0, d_1_0 in T.grid(4, 2):
-                                                            if wanted:
-                                                                for line in range(8):
-                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 64 + ((d_0 * 2 + d_1_0) * 8 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 64 + ((d_0 * 2 + d_1_0) * 8 + line)) % 64, 63)) * k_row]), 0, 2, 1)
-                                                            for d_1_1 in T.unroll(8):
-                                                                for d_2 in range(1):
-                                                                    for ti in T.unroll(16):
-                                                                        for r in T.vectorized(8):
-                                                                            with T.sblock("few_scores_update"):
-                                                                                vt = T.axis.spatial(128, to * 16 + ti)
-                                                                                vi, vr = T.axis.remap("SS", [i, r])
-                                                                                vd = T.axis.reduce(64, d_0 * 16 + d_1_0 * 8 + d_1_1 + d_2)
-                                                                                T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
-                                                                                T.writes(scores_global[0, vt, vr])
-                                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + (T.reinterpret("float32", q_tile[first, vd, vr] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first, vd, vr] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
-                                                        for ax0 in range(1):
-                                                            for ax1 in T.unroll(16):
-                                                                for ax2 in T.vectorized(8):
-                                                                    with T.sblock("scores_global"):
-                                                                        v0 = T.axis.spatial(1, ax0)
-                                                                        v1 = T.axis.spatial((valid_len_1 + 15) // 16 * 16, to * 16 + ax1)
-                                                                        v2 = T.axis.spatial(8, ax2)
-                                                                        T.reads(scores_global[v0, v1, v2])
-                                                                        T.writes(scores[v0, v1, v2])
-                                                                        scores[v0, v1, v2] = scores_global[v0, v1, v2]
-                                            else:
-                                                with T.sblock("qk_matmul"):
-                                                    T.reads(q_tile[first, 0:64, 0:16], key_cache[0:k_span], key_offsets[0:256])
-                                                    T.writes(scores[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16])
-                                                    scores_global = T.sblock_alloc_buffer((1, (valid_len_1 + 7) // 8 * 8, 16))
-                                                    for i, to in T.grid(1, (valid_len_1 + 8 - 1) // 8):
-                                                        for ti_init in T.unroll(8):
-                                                            for r_init in T.vectorized(16):
-                                                                with T.sblock("scores_init"):
-                                                                    vt = T.axis.spatial(128, to * 8 + ti_init)
-                                                                    vi, vr = T.axis.remap("SS", [i, r_init])
-                                                                    T.reads()
-                                                                    T.writes(scores_global[0, vt, vr])
-                                                                    scores_global[0, vt, vr] = T.float32(0.0)
-                                                        for d_0, d_1_0 in T.grid(4, 2):
-                                                            if wanted:
-                                                                for line in range(4):
-                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 32 + ((d_0 * 2 + d_1_0) * 4 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 32 + ((d_0 * 2 + d_1_0) * 4 + line)) % 64, 63)) * k_row]), 0, 2, 1)
-                                                            for d_1_1 in T.unroll(8):
-                                                                for d_2 in range(1):
-                                                                    for ti in T.unroll(8):
-                                                                        for r in T.vectorized(16):
-                                                                            with T.sblock("scores_update"):
-                                                                                vt = T.axis.spatial(128, to * 8 + ti)
-                                                                                vi, vr = T.axis.remap("SS", [i, r])
-                                                                                vd = T.axis.reduce(64, d_0 * 16 + d_1_0 * 8 + d_1_1 + d_2)
-                                                                                T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
-                                                                                T.writes(scores_global[0, vt, vr])
-                                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + (T.reinterpret("float32", q_tile[first, vd, vr] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first, vd, vr] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
-                                                        for ax0 in range(1):
-                                                            for ax1 in T.unroll(8):
-                                                                for ax2 in T.vectorized(16):
-                                                                    with T.sblock("scores_global"):
-                                                                        v0 = T.axis.spatial(1, ax0)
-                                                                        v1 = T.axis.spatial((valid_len_1 + 7) // 8 * 8, to * 8 + ax1)
-                                                                        v2 = T.axis.spatial(16, ax2)
-                                                                        T.reads(scores_global[v0, v1, v2])
-                                                                        T.writes(scores[v0, v1, v2])
-                                                                        scores[v0, v1, v2] = scores_global[v0, v1, v2]
+                                            num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 64)
+                                            with T.sblock("qk_matmul"):
+                                                T.reads(q_tile[first, 0:64, 0:16], k_tile[0:128, 0:64], key_offsets[0:256])
+                                                T.writes(scores[0, 0:(valid_len_1 + 63) // 64 * 64, 0:16])
+                                                scores_global = T.sblock_alloc_buffer((1, (valid_len_1 + 63) // 64 * 64, 16))
+                                                for i, to in T.grid(1, (valid_len_1 + 64 - 1) // 64):
+                                                    with T.sblock("scores_init_o"):
+                                                        vt_o, vi_o = T.axis.remap("SS", [to, i])
+                                                        vr_o = T.axis.spatial(1, 0)
+                                                        T.reads()
+                                                        T.writes(scores_global[0, vt_o * 64:vt_o * 64 + 64, 0:16])
+                                                        sums = T.match_buffer(scores_global[0, vt_o * 64:vt_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                    for d_0 in range(4):
+                                                        if wanted:
+                                                            for line in range(64):
+                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 256 + (d_0 * 64 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 256 + (d_0 * 64 + line)) % 64, 63)) * k_row]), 0, 2, 1)
+                                                        with T.sblock("scores_update_o"):
+                                                            vt_o, vi_o = T.axis.remap("SS", [to, i])
+                                                            vr_o = T.axis.spatial(1, 0)
+                                                            vd_o = T.axis.reduce(4, d_0)
+                                                            T.reads(scores_global[0, vt_o * 64:vt_o * 64 + 64, 0:16], q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:16], k_tile[vt_o * 64:vt_o * 64 + 64, vd_o * 16:vd_o * 16 + 16])
+                                                            T.writes(scores_global[0, vt_o * 64:vt_o * 64 + 64, 0:16])
+                                                            sums = T.match_buffer(scores_global[0, vt_o * 64:vt_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
+                                                            right = T.match_buffer(q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:16], (16, 16), "int32", strides=("right_row", 1), offset_factor=1)
+                                                            left = T.match_buffer(k_tile[vt_o * 64:vt_o * 64 + 64, vd_o * 16:vd_o * 16 + 16], (64, 16), "int32", strides=("left_row", 1), offset_factor=1)
+                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(5), T.int8(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[32, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(5), T.int8(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[48, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(6), T.int8(4))
+                                                    for ax0 in range(1):
+                                                        with T.sblock("scores_global_o"):
+                                                            v0_o, v1_o = T.axis.remap("SS", [ax0, to])
+                                                            v2_o = T.axis.spatial(1, 0)
+                                                            T.reads(scores_global[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
+                                                            T.writes(scores[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
+                                                            stored = T.match_buffer(scores[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("stored_row", 1), offset_factor=1)
+                                                            sums = T.match_buffer(scores_global[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[32, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[48, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
                                             with T.sblock("full_scores"):
-                                                T.reads(scores[0, 0:num_full * 8, 0:16])
-                                                T.writes(scaled[0:num_full * 8, 0:16], full_peak[0:16])
+                                                T.reads(scores[0, 0:num_full * 64, 0:16])
+                                                T.writes(scaled[0:num_full * 64, 0:16], full_peak[0:16])
                                                 full_peak_rf = T.sblock_alloc_buffer((4, 16))
                                                 for ax0_init in T.unroll(4):
                                                     for ax3_init in T.vectorized(16):
@@ -349,25 +602,25 @@ class Module:
                                                             T.writes(full_peak_rf[vti_1, vr])
                                                             full_peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
                                                 for to in range(num_full):
-                                                    for ti in range(8):
+                                                    for ti in range(64):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("full_scaled"):
-                                                                vt = T.axis.spatial(128, to * 8 + ti)
+                                                                vt = T.axis.spatial(128, to * 64 + ti)
                                                                 vr = T.axis.spatial(16, r)
                                                                 T.reads(scores[0, vt, vr])
                                                                 T.writes(scaled[vt, vr])
                                                                 scaled[vt, vr] = scores[0, vt, vr] * score_scale
-                                                    for ax2, ax1 in T.grid(2, 1):
+                                                    for ax2, ax1 in T.grid(16, 1):
                                                         for ax0 in T.unroll(4):
                                                             for ax3 in T.vectorized(16):
                                                                 with T.sblock("full_peak_rf_update"):
                                                                     vti_1 = T.axis.spatial(4, ax0)
                                                                     vto = T.axis.reduce(num_full, to + ax1)
                                                                     vti_0, vr = T.axis.remap("RS", [ax2, ax3])
-                                                                    T.where(to <= 15)
-                                                                    T.reads(full_peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1, vr])
+                                                                    T.where(to <= 1)
+                                                                    T.reads(full_peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1, vr])
                                                                     T.writes(full_peak_rf[vti_1, vr])
-                                                                    full_peak_rf[vti_1, vr] = T.max(full_peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1, vr])
+                                                                    full_peak_rf[vti_1, vr] = T.max(full_peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1, vr])
                                                 for r_init in T.vectorized(16):
                                                     with T.sblock("full_peak_init"):
                                                         vr = T.axis.spatial(16, r_init)
@@ -382,16 +635,16 @@ class Module:
                                                             T.writes(full_peak[vr])
                                                             full_peak[vr] = T.max(full_peak[vr], full_peak_rf[vti_1, vr])
                                             with T.sblock("seen_scores"):
-                                                T.reads(scores[0, num_full * 8:num_full * 8 + ((valid_len_1 + 7) // 8 * 8 - num_full * 8), 0:16])
-                                                T.writes(scaled[T.min(num_full * 8, T.max(context_len - tree_size - tile_start, 0)):T.min(num_full * 8, T.max(context_len - tree_size - tile_start, 0)) + (T.max((valid_len_1 + 7) // 8 * 8, T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0))) - T.min(num_full * 8, T.max(context_len - tree_size - tile_start, 0))), 0:16])
-                                                for to, ti in T.grid((valid_len_1 + 8 - 1) // 8 - num_full, 8):
+                                                T.reads(scores[0, num_full * 64:num_full * 64 + ((valid_len_1 + 63) // 64 * 64 - num_full * 64), 0:16])
+                                                T.writes(scaled[T.min(num_full * 64, T.max(context_len - tree_size - tile_start, 0)):T.min(num_full * 64, T.max(context_len - tree_size - tile_start, 0)) + (T.max((valid_len_1 + 63) // 64 * 64, T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0))) - T.min(num_full * 64, T.max(context_len - tree_size - tile_start, 0))), 0:16])
+                                                for to, ti in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 64):
                                                     for r in T.vectorized(16):
                                                         with T.sblock("scaled"):
-                                                            vo = T.axis.spatial(16, num_full + to)
+                                                            vo = T.axis.spatial(2, num_full + to)
                                                             vi, vr = T.axis.remap("SS", [ti, r])
-                                                            T.reads(limits[first, vr], scores[0, vo * 8 + vi, vr])
-                                                            T.writes(scaled[vo * 8 + vi, vr])
-                                                            scaled[vo * 8 + vi, vr] = T.Select(tile_start + vo * 8 + vi < limits[first, vr], scores[0, vo * 8 + vi, vr] * score_scale, T.float32("-inf"))
+                                                            T.reads(limits[first, vr], scores[0, vo * 64 + vi, vr])
+                                                            T.writes(scaled[vo * 64 + vi, vr])
+                                                            scaled[vo * 64 + vi, vr] = T.Select(tile_start + vo * 64 + vi < limits[first, vr], scores[0, vo * 64 + vi, vr] * score_scale, T.float32("-inf"))
                                                 if tree_start >= T.int64(0):
                                                     for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_scores"):
@@ -401,12 +654,12 @@ class Module:
                                                             T.writes(scaled[vc, vr])
                                                             scaled[vc, vr] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vc, vr])
                                             with T.sblock("softmax_prepare"):
-                                                T.reads(scaled[T.min(num_full, 0) * 8:T.min(num_full, 0) * 8 + ((valid_len_1 + 7) // 8 * 8 - T.min(num_full, 0) * 8), 0:16], full_peak[0:16])
-                                                T.writes(probs[0, 0:(valid_len_1 + 7) // 8 * 8, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16], prob_pairs[0, 0:(valid_len_1 + 7) // 8 * 4, 0:16])
+                                                T.reads(scaled[T.min(num_full, 0) * 64:T.min(num_full, 0) * 64 + ((valid_len_1 + 63) // 64 * 64 - T.min(num_full, 0) * 64), 0:16], full_peak[0:16])
+                                                T.writes(probs[0, 0:(valid_len_1 + 63) // 64 * 64, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16], prob_pairs[0, 0:(valid_len_1 + 63) // 64 * 32, 0:16])
                                                 peak = T.sblock_alloc_buffer((16,))
                                                 room = T.sblock_alloc_buffer((1, 16), "int32")
                                                 peak_rf = T.sblock_alloc_buffer((4, 16))
-                                                tile_sum_rf = T.sblock_alloc_buffer((1, 4, 16))
+                                                tile_sum_rf = T.sblock_alloc_buffer((1, 32, 16))
                                                 for ti_1_init in T.unroll(4):
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("peak_rf_init"):
@@ -414,14 +667,14 @@ class Module:
                                                             T.reads()
                                                             T.writes(peak_rf[vti_1, vr])
                                                             peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                for to, ti_0 in T.grid((valid_len_1 + 8 - 1) // 8 - num_full, 2):
+                                                for to, ti_0 in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 16):
                                                     for ti_1 in T.unroll(4):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("peak_rf_update"):
                                                                 vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
-                                                                T.reads(peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1 + num_full * 8, vr])
+                                                                T.reads(peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1 + num_full * 64, vr])
                                                                 T.writes(peak_rf[vti_1, vr])
-                                                                peak_rf[vti_1, vr] = T.max(peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1 + num_full * 8, vr])
+                                                                peak_rf[vti_1, vr] = T.max(peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1 + num_full * 64, vr])
                                                 for r_init in T.vectorized(16):
                                                     with T.sblock("peak_init"):
                                                         vr = T.axis.spatial(16, r_init)
@@ -447,18 +700,18 @@ class Module:
                                                         T.reads(places[first, vr])
                                                         T.writes(room[0, vr])
                                                         room[0, vr] = places[first, vr]
-                                                for ax0_init in T.unroll(4):
+                                                for ax0_init in T.unroll(32):
                                                     for ax2_init in T.vectorized(16):
                                                         with T.sblock("tile_sum_rf_init"):
                                                             vti, vr = T.axis.remap("SS", [ax0_init, ax2_init])
                                                             T.reads()
                                                             T.writes(tile_sum_rf[0, vti, vr])
                                                             tile_sum_rf[0, vti, vr] = T.float32(0.0)
-                                                for to in range((valid_len_1 + 8 - 1) // 8):
-                                                    for ti in range(8):
+                                                for to in range((valid_len_1 + 64 - 1) // 64):
+                                                    for ti in range(64):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("probs"):
-                                                                vt = T.axis.spatial(128, to * 8 + ti)
+                                                                vt = T.axis.spatial(128, to * 64 + ti)
                                                                 vr = T.axis.spatial(16, r)
                                                                 T.reads(scaled[vt, vr], tile_max[0, vr], room[0, vr])
                                                                 T.writes(probs[0, vt, vr])
@@ -469,33 +722,33 @@ class Module:
                                                                 series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                                 probs[0, vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                    for ax0 in range(4):
+                                                    for ax0 in range(32):
                                                         for ax1 in T.vectorized(16):
                                                             with T.sblock("pairs"):
-                                                                vt = T.axis.spatial(64, to * 4 + ax0)
+                                                                vt = T.axis.spatial(64, to * 32 + ax0)
                                                                 vr = T.axis.spatial(16, ax1)
-                                                                T.where(to < 16)
+                                                                T.where(to < 2)
                                                                 T.reads(probs[0, vt * 2:vt * 2 + 2, vr])
                                                                 T.writes(prob_pairs[0, vt, vr])
                                                                 prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[0, vt * 2, vr]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[0, vt * 2 + 1, vr]) + 32768 & -65536
-                                                    for ax0 in T.unroll(4):
+                                                    for ax0 in T.unroll(32):
                                                         for ax1 in range(1):
                                                             for ax2 in T.vectorized(16):
                                                                 with T.sblock("tile_sum_rf_update"):
-                                                                    vti = T.axis.spatial(4, ax0)
-                                                                    vto = T.axis.reduce((valid_len_1 + 8 - 1) // 8, to + ax1)
+                                                                    vti = T.axis.spatial(32, ax0)
+                                                                    vto = T.axis.reduce((valid_len_1 + 64 - 1) // 64, to + ax1)
                                                                     vr = T.axis.spatial(16, ax2)
-                                                                    T.where(to <= 15 and to < (valid_len_1 + 7) // 8)
-                                                                    T.reads(tile_sum_rf[0, vti, vr], prob_pairs[0, vto * 4 + vti, vr])
+                                                                    T.where(to <= 1 and to < (valid_len_1 + 63) // 64)
+                                                                    T.reads(tile_sum_rf[0, vti, vr], prob_pairs[0, vto * 32 + vti, vr])
                                                                     T.writes(tile_sum_rf[0, vti, vr])
-                                                                    tile_sum_rf[0, vti, vr] = tile_sum_rf[0, vti, vr] + (T.reinterpret("float32", prob_pairs[0, vto * 4 + vti, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vto * 4 + vti, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
+                                                                    tile_sum_rf[0, vti, vr] = tile_sum_rf[0, vti, vr] + (T.reinterpret("float32", prob_pairs[0, vto * 32 + vti, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vto * 32 + vti, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
                                                 for r_init in T.vectorized(16):
                                                     with T.sblock("tile_sum_init"):
                                                         vr = T.axis.spatial(16, r_init)
                                                         T.reads()
                                                         T.writes(tile_sum[0, vr])
                                                         tile_sum[0, vr] = T.float32(0.0)
-                                                for ti in T.unroll(4):
+                                                for ti in T.unroll(32):
                                                     for r in T.vectorized(16):
                                                         with T.sblock("tile_sum_update"):
                                                             vti, vr = T.axis.remap("RS", [ti, r])
@@ -552,11 +805,11 @@ class Module:
                                                         row_sum[first, vr] = new_sum[vr]
                                             with T.sblock("edges"):
                                                 T.reads()
-                                                T.writes(edges[T.min(num_full * 4, T.max(context_len - tree_size - tile_start, 0) // 2):T.min(num_full * 4, T.max(context_len - tree_size - tile_start, 0) // 2) + (T.max((valid_len_1 + 7) // 8 * 4, (T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0)) - 1) // 2 + 1) - T.min(num_full * 4, T.max(context_len - tree_size - tile_start, 0) // 2)), 0:16])
-                                                for to, ti in T.grid((valid_len_1 + 8 - 1) // 8 - num_full, 4):
+                                                T.writes(edges[T.min(num_full * 32, T.max(context_len - tree_size - tile_start, 0) // 2):T.min(num_full * 32, T.max(context_len - tree_size - tile_start, 0) // 2) + (T.max((valid_len_1 + 63) // 64 * 32, (T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0)) - 1) // 2 + 1) - T.min(num_full * 32, T.max(context_len - tree_size - tile_start, 0) // 2)), 0:16])
+                                                for to, ti in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 32):
                                                     for r in T.vectorized(16):
                                                         with T.sblock("edge"):
-                                                            vt = T.axis.spatial(64, (num_full + to) * 4 + ti)
+                                                            vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(limits[first, vr])
                                                             T.writes(edges[vt, vr])
@@ -569,122 +822,147 @@ class Module:
                                                             T.reads(edges[vc // 2, vr], tree_mask[0:tree_cells])
                                                             T.writes(edges[vc // 2, vr])
                                                             edges[vc // 2, vr] = edges[vc // 2, vr] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
-                                            if num_rows <= 8:
-                                                with T.sblock("few_pv_update"):
-                                                    T.reads()
-                                                    T.writes()
-                                                    tile_acc = T.sblock_alloc_buffer((1, 128, 8))
-                                                    full_acc = T.sblock_alloc_buffer((1, 128, 8))
-                                                    for i_m, d_0_m in T.grid(1, 8):
-                                                        for d_1_init in T.unroll(16):
-                                                            for r_init in T.vectorized(8):
-                                                                with T.sblock("few_full_groups_init"):
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                                    vd = T.axis.spatial(128, d_0_m * 16 + d_1_init)
-                                                                    T.reads()
-                                                                    T.writes(full_acc[vi, vd, vr])
-                                                                    full_acc[vi, vd, vr] = T.float32(0.0)
-                                                        for to in range(num_full):
-                                                            if wanted:
-                                                                for line in range(4):
-                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * num_full + to) * 4 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((d_0_m * num_full + to) * 4 + line) // 4) % 2 * 4 + ((d_0_m * num_full + to) * 4 + line) % 4) * 16)]), 0, 2, 1)
-                                                            for ti in range(4):
-                                                                for d_1 in T.unroll(16):
-                                                                    for r in T.vectorized(8):
-                                                                        with T.sblock("few_full_groups_update"):
-                                                                            vt = T.axis.reduce(64, to * 4 + ti)
-                                                                            vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                            vd = T.axis.spatial(128, d_0_m * 16 + d_1)
-                                                                            T.reads(full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                                            T.writes(full_acc[vi, vd, vr])
-                                                                            full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                                        for d_1_init in T.unroll(16):
-                                                            for r_init in T.vectorized(8):
-                                                                with T.sblock("few_tile_acc_init"):
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                                    vd = T.axis.spatial(128, d_0_m * 16 + d_1_init)
-                                                                    T.reads()
-                                                                    T.writes(tile_acc[0, vd, vr])
-                                                                    tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
-                                                        for ti in range((valid_len_1 - num_full * 8 + 2 - 1) // 2):
-                                                            for d_1 in T.unroll(16):
-                                                                for r in T.vectorized(8):
-                                                                    with T.sblock("few_tile_acc_update"):
-                                                                        vt = T.axis.reduce(64, ti + num_full * 4)
-                                                                        vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                        vd = T.axis.spatial(128, d_0_m * 16 + d_1)
-                                                                        T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vt, vr])
-                                                                        T.writes(tile_acc[0, vd, vr])
-                                                                        tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr]) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr] & -65536))
-                                                        for d_1 in T.unroll(16):
-                                                            for r in T.vectorized(8):
-                                                                with T.sblock("few_acc"):
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                    vd = T.axis.spatial(128, d_0_m * 16 + d_1)
-                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
-                                                                    T.writes(acc[first, vd, vr])
-                                                                    with T.init():
-                                                                        acc[first, vd, vr] = T.float32(0.0)
-                                                                    acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
-                                            else:
-                                                with T.sblock("pv_update"):
-                                                    T.reads()
-                                                    T.writes()
-                                                    tile_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                                    full_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                                    for i_m, d_0_m in T.grid(1, 16):
-                                                        for d_1_init in T.unroll(8):
-                                                            for r_init in T.vectorized(16):
-                                                                with T.sblock("full_groups_init"):
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
-                                                                    T.reads()
-                                                                    T.writes(full_acc[vi, vd, vr])
-                                                                    full_acc[vi, vd, vr] = T.float32(0.0)
-                                                        for to in range(num_full):
-                                                            if wanted:
-                                                                for line in range(2):
-                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * num_full + to) * 2 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((d_0_m * num_full + to) * 2 + line) // 4) % 2 * 4 + ((d_0_m * num_full + to) * 2 + line) % 4) * 16)]), 0, 2, 1)
-                                                            for ti in range(4):
-                                                                for d_1 in T.unroll(8):
-                                                                    for r in T.vectorized(16):
-                                                                        with T.sblock("full_groups_update"):
-                                                                            vt = T.axis.reduce(64, to * 4 + ti)
-                                                                            vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                            T.reads(full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                                            T.writes(full_acc[vi, vd, vr])
-                                                                            full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                                        for d_1_init in T.unroll(8):
-                                                            for r_init in T.vectorized(16):
-                                                                with T.sblock("tile_acc_init"):
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
-                                                                    T.reads()
-                                                                    T.writes(tile_acc[0, vd, vr])
-                                                                    tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
-                                                        for ti in range((valid_len_1 - num_full * 8 + 2 - 1) // 2):
-                                                            for d_1 in T.unroll(8):
-                                                                for r in T.vectorized(16):
-                                                                    with T.sblock("tile_acc_update"):
-                                                                        vt = T.axis.reduce(64, ti + num_full * 4)
-                                                                        vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                        vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                        T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], prob_pairs[0, vt, vr], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vt, vr])
-                                                                        T.writes(tile_acc[0, vd, vr])
-                                                                        tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr]) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vt, vr] & -65536))
-                                                        for d_1 in T.unroll(8):
-                                                            for r in T.vectorized(16):
-                                                                with T.sblock("acc"):
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
-                                                                    T.writes(acc[first, vd, vr])
-                                                                    with T.init():
-                                                                        acc[first, vd, vr] = T.float32(0.0)
-                                                                    acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
+                                            with T.sblock("pv_update"):
+                                                T.reads()
+                                                T.writes()
+                                                tile_acc = T.sblock_alloc_buffer((1, 128, 16))
+                                                if infinite[0] == 0:
+                                                    with T.sblock("whole_products"):
+                                                        T.reads(prob_pairs[0, 0:(valid_len_1 + 63) // 64 * 32, 0:16], v_tile[0:128, 0:(valid_len_1 + 63) // 64 * 32])
+                                                        T.writes(tile_acc[0, 0:128, 0:16])
+                                                        tile_acc_global = T.sblock_alloc_buffer((1, 128, 16))
+                                                        for d_0 in range(2):
+                                                            with T.sblock("whole_sum_init_o"):
+                                                                vd_o = T.axis.spatial(2, d_0)
+                                                                vr_o = T.axis.spatial(1, 0)
+                                                                T.reads()
+                                                                T.writes(tile_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16])
+                                                                sums = T.match_buffer(tile_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                            for to in range((valid_len_1 + 64 - 1) // 64):
+                                                                if wanted:
+                                                                    for line in range(128):
+                                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0 * ((valid_len_1 + 64 - 1) // 64) + to) * 128 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((d_0 * ((valid_len_1 + 64 - 1) // 64) + to) * 128 + line) // 4) % 2 * 4 + ((d_0 * ((valid_len_1 + 64 - 1) // 64) + to) * 128 + line) % 4) * 16)]), 0, 2, 1)
+                                                                for ti_0 in range(2):
+                                                                    with T.sblock("whole_sum_update_o"):
+                                                                        vd_o = T.axis.spatial(2, d_0)
+                                                                        vr_o = T.axis.spatial(1, 0)
+                                                                        vt_o = T.axis.reduce(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
+                                                                        T.reads(tile_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16], prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:16], v_tile[vd_o * 64:vd_o * 64 + 64, vt_o * 16:vt_o * 16 + 16])
+                                                                        T.writes(tile_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16])
+                                                                        sums = T.match_buffer(tile_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
+                                                                        right = T.match_buffer(prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:16], (16, 16), "int32", strides=("right_row", 1), offset_factor=1)
+                                                                        left = T.match_buffer(v_tile[vd_o * 64:vd_o * 64 + 64, vt_o * 16:vt_o * 16 + 16], (64, 16), "int32", strides=("left_row", 1), offset_factor=1)
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(5), T.int8(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[32, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(5), T.int8(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[48, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(6), T.int8(4))
+                                                            for ax0 in range(1):
+                                                                with T.sblock("tile_acc_global_o"):
+                                                                    v0_o, v1_o = T.axis.remap("SS", [ax0, d_0])
+                                                                    v2_o = T.axis.spatial(1, 0)
+                                                                    T.reads(tile_acc_global[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
+                                                                    T.writes(tile_acc[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
+                                                                    stored = T.match_buffer(tile_acc[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("stored_row", 1), offset_factor=1)
+                                                                    sums = T.match_buffer(tile_acc_global[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[32, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[48, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                else:
+                                                    for row in range(16):
+                                                        with T.sblock("row_apart"):
+                                                            vrow = T.axis.spatial(16, row)
+                                                            T.reads()
+                                                            T.writes()
+                                                            row_values = T.sblock_alloc_buffer((128, 64), "int32")
+                                                            row_acc = T.sblock_alloc_buffer((1, 128, 16))
+                                                            with T.sblock("row_values"):
+                                                                T.reads()
+                                                                T.writes(row_values[0:128, 0:(valid_len_1 + 63) // 64 * 32])
+                                                                for to, ti, d in T.grid((valid_len_1 + 64 - 1) // 64, 32, 128):
+                                                                    with T.sblock("row_value"):
+                                                                        vt = T.axis.spatial(64, to * 32 + ti)
+                                                                        vd = T.axis.spatial(128, d)
+                                                                        T.reads(v_tile[vd, vt], edges[vt, vrow])
+                                                                        T.writes(row_values[vd, vt])
+                                                                        row_values[vd, vt] = v_tile[vd, vt] & T.Select(vt < num_full * 32, -1, edges[vt, vrow])
+                                                            with T.sblock("apart_products"):
+                                                                T.reads(prob_pairs[0, 0:(valid_len_1 + 63) // 64 * 32, 0:16], row_values[0:128, 0:(valid_len_1 + 63) // 64 * 32])
+                                                                T.writes(row_acc[0, 0:128, 0:16])
+                                                                row_acc_global = T.sblock_alloc_buffer((1, 128, 16))
+                                                                for d_0 in range(2):
+                                                                    with T.sblock("apart_sum_init_o"):
+                                                                        vd_o = T.axis.spatial(2, d_0)
+                                                                        vr_o = T.axis.spatial(1, 0)
+                                                                        T.reads()
+                                                                        T.writes(row_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16])
+                                                                        sums = T.match_buffer(row_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                                    for to, ti_0 in T.grid((valid_len_1 + 64 - 1) // 64, 2):
+                                                                        with T.sblock("apart_sum_update_o"):
+                                                                            vd_o = T.axis.spatial(2, d_0)
+                                                                            vr_o = T.axis.spatial(1, 0)
+                                                                            vt_o = T.axis.reduce(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
+                                                                            T.reads(row_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16], prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:16], row_values[vd_o * 64:vd_o * 64 + 64, vt_o * 16:vt_o * 16 + 16])
+                                                                            T.writes(row_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16])
+                                                                            sums = T.match_buffer(row_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
+                                                                            right = T.match_buffer(prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:16], (16, 16), "int32", strides=("right_row", 1), offset_factor=1)
+                                                                            left = T.match_buffer(row_values[vd_o * 64:vd_o * 64 + 64, vt_o * 16:vt_o * 16 + 16], (64, 16), "int32", strides=("left_row", 1), offset_factor=1)
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(5), T.int8(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[32, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(5), T.int8(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[48, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(6), T.int8(4))
+                                                                    for ax0 in range(1):
+                                                                        with T.sblock("row_acc_global_o"):
+                                                                            v0_o, v1_o = T.axis.remap("SS", [ax0, d_0])
+                                                                            v2_o = T.axis.spatial(1, 0)
+                                                                            T.reads(row_acc_global[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
+                                                                            T.writes(row_acc[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
+                                                                            stored = T.match_buffer(row_acc[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("stored_row", 1), offset_factor=1)
+                                                                            sums = T.match_buffer(row_acc_global[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[32, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[48, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                            with T.sblock("row_of_acc"):
+                                                                T.reads(row_acc[0, 0:128, vrow])
+                                                                T.writes(tile_acc[0, 0:128, vrow])
+                                                                for d in range(128):
+                                                                    with T.sblock("row_output"):
+                                                                        vd = T.axis.spatial(128, d)
+                                                                        T.reads(row_acc[0, vd, vrow])
+                                                                        T.writes(tile_acc[0, vd, vrow])
+                                                                        tile_acc[0, vd, vrow] = row_acc[0, vd, vrow]
+                                                with T.sblock("fold"):
+                                                    T.reads(tile_acc[0, 0:128, 0:16], alpha[0, 0:16], beta[0, 0:16])
+                                                    T.writes(acc[first, 0:128, 0:16])
+                                                    for i, d in T.grid(1, 128):
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("acc"):
+                                                                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                                vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
+                                                                T.writes(acc[first, vd, vr])
+                                                                with T.init():
+                                                                    acc[first, vd, vr] = T.float32(0.0)
+                                                                acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
                 for tile in range(num_tiles):
                     with T.sblock("range_state"):
                         vtile = T.axis.spatial(num_tiles, tile)
@@ -1064,8 +1342,8 @@ class Module:
                                                 with T.sblock("pair_probs"):
                                                     T.reads(probs[vslot, 0:4, 0:128])
                                                     T.writes(prob_pairs[vslot, 0:4, 0:64], tile_sum[vslot, 0:4])
-                                                    tile_sum_rf = T.sblock_alloc_buffer((1, 4, 4))
-                                                    tile_sum_rf_global = T.sblock_alloc_buffer((1, 4, 4))
+                                                    tile_sum_rf = T.sblock_alloc_buffer((1, 4, 8))
+                                                    tile_sum_rf_global = T.sblock_alloc_buffer((1, 4, 8))
                                                     for r, to in T.grid(4, (valid_len + 32 - 1) // 32):
                                                         with T.sblock("pairs_o"):
                                                             vt_o, vr_o = T.axis.remap("SS", [to, r])
@@ -1078,31 +1356,31 @@ class Module:
                                                             low: T.let[T.int32x16] = T.reinterpret("int32x16", evens) >> T.Broadcast(16, 16) & T.Broadcast(65535, 16)
                                                             pairs[0:16] = low | T.reinterpret("int32x16", odds)
                                                     for r in range(4):
-                                                        for ax0_init in T.vectorized(4):
+                                                        for ax0_init in T.vectorized(8):
                                                             for ax3_init in range(1):
                                                                 with T.sblock("tile_sum_rf_init"):
-                                                                    vti_1 = T.axis.spatial(4, ax0_init)
+                                                                    vti_1 = T.axis.spatial(8, ax0_init)
                                                                     vr = T.axis.spatial(4, r + ax3_init)
                                                                     T.reads()
                                                                     T.writes(tile_sum_rf_global[vslot, vr, vti_1])
                                                                     tile_sum_rf_global[vslot, vr, vti_1] = T.float32(0.0)
-                                                        for ax1, ax2 in T.grid((valid_len + 31) // 32, 4):
-                                                            for ax0 in T.vectorized(4):
+                                                        for ax1, ax2 in T.grid((valid_len + 31) // 32, 2):
+                                                            for ax0 in T.vectorized(8):
                                                                 for ax3 in range(1):
                                                                     with T.sblock("tile_sum_rf_update"):
-                                                                        vti_1 = T.axis.spatial(4, ax0)
+                                                                        vti_1 = T.axis.spatial(8, ax0)
                                                                         vto = T.axis.reduce((valid_len + 32 - 1) // 32, ax1)
-                                                                        vti_0 = T.axis.reduce(4, ax2)
+                                                                        vti_0 = T.axis.reduce(2, ax2)
                                                                         vr = T.axis.spatial(4, r + ax3)
-                                                                        T.reads(tile_sum_rf_global[vslot, vr, vti_1], prob_pairs[vslot, vr, vto * 16 + vti_0 * 4 + vti_1])
+                                                                        T.reads(tile_sum_rf_global[vslot, vr, vti_1], prob_pairs[vslot, vr, vto * 16 + vti_0 * 8 + vti_1])
                                                                         T.writes(tile_sum_rf_global[vslot, vr, vti_1])
-                                                                        tile_sum_rf_global[vslot, vr, vti_1] = tile_sum_rf_global[vslot, vr, vti_1] + (T.reinterpret("float32", prob_pairs[vslot, vr, vto * 16 + vti_0 * 4 + vti_1] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[vslot, vr, vto * 16 + vti_0 * 4 + vti_1] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
+                                                                        tile_sum_rf_global[vslot, vr, vti_1] = tile_sum_rf_global[vslot, vr, vti_1] + (T.reinterpret("float32", prob_pairs[vslot, vr, vto * 16 + vti_0 * 8 + vti_1] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[vslot, vr, vto * 16 + vti_0 * 8 + vti_1] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
                                                         for ax0, ax1 in T.grid(1, 1):
-                                                            for ax2 in T.vectorized(4):
+                                                            for ax2 in T.vectorized(8):
                                                                 with T.sblock("tile_sum.rf_global"):
                                                                     v0 = T.axis.spatial(1, vslot + ax0)
                                                                     v1 = T.axis.spatial(4, r + ax1)
-                                                                    v2 = T.axis.spatial(4, ax2)
+                                                                    v2 = T.axis.spatial(8, ax2)
                                                                     T.reads(tile_sum_rf_global[v0, v1, v2])
                                                                     T.writes(tile_sum_rf[v0, v1, v2])
                                                                     tile_sum_rf[v0, v1, v2] = tile_sum_rf_global[v0, v1, v2]
@@ -1111,7 +1389,7 @@ class Module:
                                                             T.reads()
                                                             T.writes(tile_sum[vslot, vr])
                                                             tile_sum[vslot, vr] = T.float32(0.0)
-                                                        for ti_1 in T.unroll(4):
+                                                        for ti_1 in T.unroll(8):
                                                             with T.sblock("tile_sum_update"):
                                                                 vti_1, vr = T.axis.remap("RS", [ti_1, r])
                                                                 T.reads(tile_sum[vslot, vr], tile_sum_rf[vslot, vr, vti_1])

@@ -81,7 +81,7 @@ class Module:
         limits = T.sblock_alloc_buffer((32, 16), "int32")
         places = T.sblock_alloc_buffer((32, 16), "int32")
         reach = T.sblock_alloc_buffer((32, 4), "int32")
-        span = T.sblock_alloc_buffer((2,), "int32")
+        span = T.sblock_alloc_buffer((3,), "int32")
         context_len: T.let[T.int32] = context_lens[seq]
         head_tiles: T.let[T.int32] = (num_query * 4 + 16 - 1) // 16
         num_tiles: T.let[T.int32] = num_kv_heads * head_tiles
@@ -144,9 +144,10 @@ class Module:
             with T.sblock("span"):
                 vtile = T.axis.opaque(num_tiles, tile)
                 T.reads(reach[vtile, 0:4])
-                T.writes(span[0:2])
+                T.writes(span[0:3])
                 span[0] = T.Select(vtile == 0, reach[vtile, 2], T.min(span[0], reach[vtile, 2]))
                 span[1] = T.Select(vtile == 0, reach[vtile, 1], T.max(span[1], reach[vtile, 1]))
+                span[2] = T.Select(vtile == 0, reach[vtile, 0], T.min(span[2], reach[vtile, 0]))
         first_key: T.let[T.int32] = block_begin * 16
         key_end: T.let[T.int32] = T.min(block_end * 16, span[1])
         num_ranges: T.let[T.int32] = (T.max(key_end - first_key, 0) + 256 - 1) // 256
@@ -170,7 +171,7 @@ class Module:
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
                         has_next: T.let[T.bool] = tile_start + 128 < key_end
-                        num_read: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
+                        num_read: T.let[T.int32] = (valid_len + 64 - 1) // 64 * 64
                         num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_read)
                         last: T.let[T.int32] = key_end - 1
                         with T.sblock("token_offsets"):
@@ -204,11 +205,63 @@ class Module:
                                 vkv = T.axis.spatial(num_kv_heads, kv_head)
                                 T.reads()
                                 T.writes()
+                                k_tile = T.sblock_alloc_buffer((128, 64), "int32")
+                                v_tile = T.sblock_alloc_buffer((64, 128), "int32")
+                                infinite = T.sblock_alloc_buffer((1,), "int32")
                                 is_last: T.let[T.bool] = vkv == num_kv_heads - 1
                                 next_tile: T.let[T.int32] = T.Select(is_last, 128, 0)
                                 next_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
+                                with T.sblock("load_keys"):
+                                    T.reads(key_cache[0:k_span], key_offsets[0:256])
+                                    T.writes(k_tile[0:128, 0:64])
+                                    for to, ti, d in T.grid((valid_len + 64 - 1) // 64, 64, 64):
+                                        with T.sblock("load_keys_element"):
+                                            vt = T.axis.spatial(128, to * 64 + ti)
+                                            vd = T.axis.spatial(64, d)
+                                            T.reads(key_cache[0:k_span], key_offsets[0:256])
+                                            T.writes(k_tile[vt, vd])
+                                            k_tile[vt, vd] = key_cache[key_offsets[vt // 16 * 16] + key_head + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))]
+                                with T.sblock("load_values"):
+                                    T.reads(value_cache[0:v_span], value_offsets[0:256])
+                                    T.writes(v_tile[0:64, 0:128])
+                                    for to, ti, d in T.grid((valid_len + 64 - 1) // 64, 32, 128):
+                                        with T.sblock("load_values_element"):
+                                            vt = T.axis.spatial(64, to * 32 + ti)
+                                            vd = T.axis.spatial(128, d)
+                                            T.reads(value_cache[0:v_span], value_offsets[0:256])
+                                            T.writes(v_tile[vt, vd])
+                                            v_tile[vt, vd] = value_cache[value_offsets[2 * vt] + value_head + T.Cast("int64", vd)]
+                                if valid_len % 2 == 1:
+                                    for t, d in T.grid((valid_len + 64 - 1) // 64 * 32 - valid_len // 2, 128):
+                                        with T.sblock("unused_value"):
+                                            vt = T.axis.spatial(64, valid_len // 2 + t)
+                                            vd = T.axis.spatial(128, d)
+                                            T.reads(v_tile[vt, vd])
+                                            T.writes(v_tile[vt, vd])
+                                            v_tile[vt, vd] = v_tile[vt, vd] & 65535
+                                with T.sblock("find_infinite"):
+                                    T.reads(v_tile[0:64, 0:128])
+                                    T.writes(infinite[0])
+                                    largest = T.sblock_alloc_buffer((16,), "int32")
+                                    for lane, d, to, ti in T.grid(16, 128, T.Select(tree_start >= T.int64(0) or span[2] < tile_start + valid_len, (valid_len + 64 - 1) // 64, 0), 2):
+                                        with T.sblock("largest"):
+                                            vlane, vd = T.axis.remap("SR", [lane, d])
+                                            vt = T.axis.reduce(4, to * 2 + ti)
+                                            T.reads(v_tile[vt * 16 + vlane, vd])
+                                            T.writes(largest[vlane])
+                                            with T.init():
+                                                largest[vlane] = 0
+                                            largest[vlane] = T.max(largest[vlane], T.max(v_tile[vt * 16 + vlane, vd] << 16 & 2139095040, v_tile[vt * 16 + vlane, vd] & 2139095040))
+                                    for lane in range(16):
+                                        with T.sblock("infinite"):
+                                            vlane = T.axis.reduce(16, lane)
+                                            T.reads(largest[vlane])
+                                            T.writes(infinite[0])
+                                            with T.init():
+                                                infinite[0] = 0
+                                            infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
                                 for row_tile in range(head_tiles):
                                     with T.sblock("row_tile"):
                                         vrt = T.axis.spatial(head_tiles, row_tile)
@@ -237,46 +290,32 @@ class Module:
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
                                             num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))
-                                            num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8)
-                                            if num_rows <= 8:
-                                                with T.sblock("few_qk_matmul"):
-                                                    T.reads(q_tile[first, 0:8, 0:64], key_cache[0:k_span], key_offsets[0:256])
-                                                    T.writes(scores[0, 0:8, 0:128])
-                                                    for i, to, ti, r, d in T.grid(1, ((valid_len_1 + 8 - 1) // 8 + 2 - 1) // 2, 16, 8, 64):
-                                                        with T.sblock("few_scores"):
-                                                            vt = T.axis.spatial(128, to * 16 + ti)
-                                                            vi, vr, vd = T.axis.remap("SSR", [i, r, d])
-                                                            T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
-                                                            T.writes(scores[0, vr, vt])
-                                                            with T.init():
-                                                                scores[0, vr, vt] = T.float32(0.0)
-                                                            scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
-                                            else:
-                                                with T.sblock("qk_matmul"):
-                                                    T.reads(q_tile[first, 0:16, 0:64], key_cache[0:k_span], key_offsets[0:256])
-                                                    T.writes(scores[0, 0:16, 0:128])
-                                                    for i, to, ti, r, d in T.grid(1, (valid_len_1 + 8 - 1) // 8, 8, 16, 64):
-                                                        with T.sblock("scores"):
-                                                            vt = T.axis.spatial(128, to * 8 + ti)
-                                                            vi, vr, vd = T.axis.remap("SSR", [i, r, d])
-                                                            T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
-                                                            T.writes(scores[0, vr, vt])
-                                                            with T.init():
-                                                                scores[0, vr, vt] = T.float32(0.0)
-                                                            scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
+                                            num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 64)
+                                            with T.sblock("qk_matmul"):
+                                                T.reads(q_tile[first, 0:16, 0:64], k_tile[0:128, 0:64], key_offsets[0:256])
+                                                T.writes(scores[0, 0:16, 0:128])
+                                                for i, to, ti, r, d in T.grid(1, (valid_len_1 + 64 - 1) // 64, 64, 16, 64):
+                                                    with T.sblock("scores"):
+                                                        vt = T.axis.spatial(128, to * 64 + ti)
+                                                        vi, vr, vd = T.axis.remap("SSR", [i, r, d])
+                                                        T.reads(q_tile[first + vi, vr, vd], k_tile[vt, vd])
+                                                        T.writes(scores[0, vr, vt])
+                                                        with T.init():
+                                                            scores[0, vr, vt] = T.float32(0.0)
+                                                        scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", k_tile[vt, vd] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", k_tile[vt, vd] & -65536))
                                             with T.sblock("full_scores"):
                                                 T.reads(scores[0, 0:16, 0:128])
                                                 T.writes(scaled[0:16, 0:128], full_peak[0:16])
-                                                for r, to, ti in T.grid(16, num_full, 8):
+                                                for r, to, ti in T.grid(16, num_full, 64):
                                                     with T.sblock("full_scaled"):
-                                                        vt = T.axis.spatial(128, to * 8 + ti)
+                                                        vt = T.axis.spatial(128, to * 64 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(scores[0, vr, vt])
                                                         T.writes(scaled[vr, vt])
                                                         scaled[vr, vt] = scores[0, vr, vt] * score_scale
-                                                for r, to, ti in T.grid(16, num_full, 8):
+                                                for r, to, ti in T.grid(16, num_full, 64):
                                                     with T.sblock("full_peak"):
-                                                        vt = T.axis.reduce(128, to * 8 + ti)
+                                                        vt = T.axis.reduce(128, to * 64 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(scaled[vr, vt])
                                                         T.writes(full_peak[vr])
@@ -286,13 +325,13 @@ class Module:
                                             with T.sblock("seen_scores"):
                                                 T.reads(scores[0, 0:16, 0:128])
                                                 T.writes(scaled[0:16, 0:128])
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8 - num_full, 8):
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full, 64):
                                                     with T.sblock("scaled"):
-                                                        vo = T.axis.spatial(16, num_full + to)
+                                                        vo = T.axis.spatial(2, num_full + to)
                                                         vi, vr = T.axis.remap("SS", [ti, r])
-                                                        T.reads(limits[first, vr], scores[0, vr, vo * 8 + vi])
-                                                        T.writes(scaled[vr, vo * 8 + vi])
-                                                        scaled[vr, vo * 8 + vi] = T.Select(tile_start + vo * 8 + vi < limits[first, vr], scores[0, vr, vo * 8 + vi] * score_scale, T.float32("-inf"))
+                                                        T.reads(limits[first, vr], scores[0, vr, vo * 64 + vi])
+                                                        T.writes(scaled[vr, vo * 64 + vi])
+                                                        scaled[vr, vo * 64 + vi] = T.Select(tile_start + vo * 64 + vi < limits[first, vr], scores[0, vr, vo * 64 + vi] * score_scale, T.float32("-inf"))
                                                 if tree_start >= T.int64(0):
                                                     for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_scores"):
@@ -306,9 +345,9 @@ class Module:
                                                 T.writes(probs[0, 0:16, 0:128], tile_max[0, 0:16], tile_sum[0, 0:16], prob_pairs[0, 0:16, 0:64])
                                                 peak = T.sblock_alloc_buffer((16,))
                                                 room = T.sblock_alloc_buffer((1, 16), "int32")
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8 - num_full, 8):
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full, 64):
                                                     with T.sblock("peak"):
-                                                        vt = T.axis.reduce(128, (num_full + to) * 8 + ti)
+                                                        vt = T.axis.reduce(128, (num_full + to) * 64 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(scaled[vr, vt])
                                                         T.writes(peak[vr])
@@ -327,9 +366,9 @@ class Module:
                                                         T.reads(places[first, vr])
                                                         T.writes(room[0, vr])
                                                         room[0, vr] = places[first, vr]
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64, 64):
                                                     with T.sblock("probs"):
-                                                        vt = T.axis.spatial(128, to * 8 + ti)
+                                                        vt = T.axis.spatial(128, to * 64 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(scaled[vr, vt], tile_max[0, vr], room[0, vr])
                                                         T.writes(probs[0, vr, vt])
@@ -340,16 +379,16 @@ class Module:
                                                         series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
                                                         power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                         probs[0, vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 4):
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64, 32):
                                                     with T.sblock("pairs"):
-                                                        vt = T.axis.spatial(64, to * 4 + ti)
+                                                        vt = T.axis.spatial(64, to * 32 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(probs[0, vr, vt * 2:vt * 2 + 2])
                                                         T.writes(prob_pairs[0, vr, vt])
                                                         prob_pairs[0, vr, vt] = T.reinterpret("int32", probs[0, vr, 2 * vt]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[0, vr, 2 * vt + 1]) + 32768 & -65536
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 4):
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64, 32):
                                                     with T.sblock("tile_sum"):
-                                                        vt = T.axis.reduce(64, to * 4 + ti)
+                                                        vt = T.axis.reduce(64, to * 32 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(prob_pairs[0, vr, vt])
                                                         T.writes(tile_sum[0, vr])
@@ -407,9 +446,9 @@ class Module:
                                             with T.sblock("edges"):
                                                 T.reads()
                                                 T.writes(edges[0:16, 0:64])
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8 - num_full, 4):
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full, 32):
                                                     with T.sblock("edge"):
-                                                        vt = T.axis.spatial(64, (num_full + to) * 4 + ti)
+                                                        vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(limits[first, vr])
                                                         T.writes(edges[vr, vt])
@@ -422,63 +461,65 @@ class Module:
                                                             T.reads(edges[vr, vc // 2], tree_mask[0:tree_cells])
                                                             T.writes(edges[vr, vc // 2])
                                                             edges[vr, vc // 2] = edges[vr, vc // 2] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
-                                            if num_rows <= 8:
-                                                with T.sblock("few_pv_update"):
-                                                    T.reads()
-                                                    T.writes()
-                                                    tile_acc = T.sblock_alloc_buffer((1, 8, 128))
-                                                    full_acc = T.sblock_alloc_buffer((1, 8, 128))
-                                                    for i, to, ti, r, d in T.grid(1, num_full, 4, 8, 128):
-                                                        with T.sblock("few_full_groups"):
-                                                            vt = T.axis.reduce(64, to * 4 + ti)
-                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                            T.reads(prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                            T.writes(full_acc[vi, vr, vd])
-                                                            with T.init():
-                                                                full_acc[vi, vr, vd] = T.float32(0.0)
-                                                            full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                                    for i, ti, r, d in T.grid(1, (valid_len_1 - num_full * 8 + 2 - 1) // 2, 8, 128):
-                                                        with T.sblock("few_tile_acc"):
-                                                            vt = T.axis.reduce(64, num_full * 4 + ti)
-                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                            T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vr, vt])
-                                                            T.writes(tile_acc[0, vr, vd])
-                                                            with T.init():
-                                                                tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                            tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt]) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt] & -65536))
-                                                    for i, r, d in T.grid(1, 8, 128):
-                                                        with T.sblock("few_acc"):
-                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                            T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
-                                                            T.writes(acc[first + vi, vr, vd])
-                                                            with T.init():
-                                                                acc[first + vi, vr, vd] = T.float32(0.0)
-                                                            acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
-                                            else:
-                                                with T.sblock("pv_update"):
-                                                    T.reads()
-                                                    T.writes()
-                                                    tile_acc = T.sblock_alloc_buffer((1, 16, 128))
-                                                    full_acc = T.sblock_alloc_buffer((1, 16, 128))
-                                                    for i, to, ti, r, d in T.grid(1, num_full, 4, 16, 128):
-                                                        with T.sblock("full_groups"):
-                                                            vt = T.axis.reduce(64, to * 4 + ti)
-                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                            T.reads(prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                            T.writes(full_acc[vi, vr, vd])
-                                                            with T.init():
-                                                                full_acc[vi, vr, vd] = T.float32(0.0)
-                                                            full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                                    for i, ti, r, d in T.grid(1, (valid_len_1 - num_full * 8 + 2 - 1) // 2, 16, 128):
-                                                        with T.sblock("tile_acc"):
-                                                            vt = T.axis.reduce(64, num_full * 4 + ti)
-                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                            T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], edges[vr, vt])
-                                                            T.writes(tile_acc[0, vr, vd])
-                                                            with T.init():
-                                                                tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                            tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt]) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & edges[vr, vt] & -65536))
+                                            with T.sblock("pv_update"):
+                                                T.reads()
+                                                T.writes()
+                                                tile_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                if infinite[0] == 0:
+                                                    with T.sblock("whole_products"):
+                                                        T.reads(prob_pairs[0, 0:16, 0:64], v_tile[0:64, 0:128])
+                                                        T.writes(tile_acc[0, 0:16, 0:128])
+                                                        for to, d, r, ti in T.grid((valid_len_1 + 64 - 1) // 64, 128, 16, 32):
+                                                            with T.sblock("whole_sum"):
+                                                                vd, vr = T.axis.remap("SS", [d, r])
+                                                                vt = T.axis.reduce(64, to * 32 + ti)
+                                                                T.reads(prob_pairs[0, vr, vt], v_tile[vt, vd])
+                                                                T.writes(tile_acc[0, vr, vd])
+                                                                with T.init():
+                                                                    tile_acc[0, vr, vd] = T.float32(0.0)
+                                                                tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", v_tile[vt, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", v_tile[vt, vd] & -65536))
+                                                else:
+                                                    for row in range(16):
+                                                        with T.sblock("row_apart"):
+                                                            vrow = T.axis.spatial(16, row)
+                                                            T.reads()
+                                                            T.writes()
+                                                            row_values = T.sblock_alloc_buffer((64, 128), "int32")
+                                                            row_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                            with T.sblock("row_values"):
+                                                                T.reads()
+                                                                T.writes(row_values[0:64, 0:128])
+                                                                for to, ti, d in T.grid((valid_len_1 + 64 - 1) // 64, 32, 128):
+                                                                    with T.sblock("row_value"):
+                                                                        vt = T.axis.spatial(64, to * 32 + ti)
+                                                                        vd = T.axis.spatial(128, d)
+                                                                        T.reads(v_tile[vt, vd], edges[vrow, vt])
+                                                                        T.writes(row_values[vt, vd])
+                                                                        row_values[vt, vd] = v_tile[vt, vd] & T.Select(vt < num_full * 32, -1, edges[vrow, vt])
+                                                            with T.sblock("apart_products"):
+                                                                T.reads(prob_pairs[0, 0:16, 0:64], row_values[0:64, 0:128])
+                                                                T.writes(row_acc[0, 0:16, 0:128])
+                                                                for to, d, r, ti in T.grid((valid_len_1 + 64 - 1) // 64, 128, 16, 32):
+                                                                    with T.sblock("apart_sum"):
+                                                                        vd, vr = T.axis.remap("SS", [d, r])
+                                                                        vt = T.axis.reduce(64, to * 32 + ti)
+                                                                        T.reads(prob_pairs[0, vr, vt], row_values[vt, vd])
+                                                                        T.writes(row_acc[0, vr, vd])
+                                                                        with T.init():
+                                                                            row_acc[0, vr, vd] = T.float32(0.0)
+                                                                        row_acc[0, vr, vd] = row_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", row_values[vt, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", row_values[vt, vd] & -65536))
+                                                            with T.sblock("row_of_acc"):
+                                                                T.reads(row_acc[0, vrow, 0:128])
+                                                                T.writes(tile_acc[0, vrow, 0:128])
+                                                                for d in range(128):
+                                                                    with T.sblock("row_output"):
+                                                                        vd = T.axis.spatial(128, d)
+                                                                        T.reads(row_acc[0, vrow, vd])
+                                                                        T.writes(tile_acc[0, vrow, vd])
+                                                                        tile_acc[0, vrow, vd] = row_acc[0, vrow, vd]
+                                                with T.sblock("fold"):
+                                                    T.reads(tile_acc[0, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
+                                                    T.writes(acc[first, 0:16, 0:128])
                                                     for i, r, d in T.grid(1, 16, 128):
                                                         with T.sblock("acc"):
                                                             vi, vr, vd = T.axis.remap("SSS", [i, r, d])

@@ -22,7 +22,8 @@ class Counts(NamedTuple):
     Attributes:
         instructions: All of them.
         fmas: Fused multiply-adds, of vectors and of scalars.
-        dots: Dot products of pairs of bfloat16, vdpbf16ps: of two fused multiply-adds each.
+        dots: Dot products of pairs of bfloat16, vdpbf16ps: of two fused multiply-adds each; and products of tiles of
+            them, tdpbf16ps.
         arithmetic: Other float32 additions, products, divisions, minima and maxima.
         loads: Vector registers and operands that are read from memory as they lie there, from the stack too.
         broadcasts: Instructions that do nothing but copy one element to all lanes.
@@ -46,7 +47,7 @@ class Counts(NamedTuple):
 
 
 _FMA = re.compile(r"vfn?m(add|sub)\d+[ps]s\s")
-_DOT = re.compile(r"vdpbf16ps\s")
+_DOT = re.compile(r"v?t?dpbf16ps\s")
 _ARITHMETIC = re.compile(r"v?(add|sub|mul|div|min|max)[ps]s\s")
 _LOAD = re.compile(r"(?!kmov).*\).*,\s*%([xyz]mm|k)\d+[^,()]*$")
 _BROADCAST = re.compile(r"v?p?broadcast\w+\s")

@@ -88,10 +88,15 @@ def host_text(
     tiles: Tiling,
     pipeline: str,
     unscheduled: IRModule,
+    of_attend: Tiling | None,
     shares_prefix: bool = False,
 ) -> str:
     """spec, and the parameters of its kernels -> host."""
-    return host.render(spec, tiles, cpu, pipeline, host.kernels(unscheduled), shares_prefix=shares_prefix)
+    in_tile_registers = of_attend is not None and of_attend.in_tile_registers
+    kernels = host.kernels(unscheduled)
+    return host.render(
+        spec, tiles, cpu, pipeline, kernels, shares_prefix=shares_prefix, in_tile_registers=in_tile_registers
+    )
 
 
 def attends(pipeline: str) -> bool:
@@ -132,7 +137,7 @@ def emit(
     tiles = tiling.choose(spec, cpu, pipeline)
     of_attend = _tiles_of_attend(spec, cpu, pipeline, extras)
     unscheduled = build_kernels(spec, tiles, pipeline, of_attend, extras.merge_states)
-    text = host_text(spec, cpu, tiles, pipeline, unscheduled, extras.shared_prefix)
+    text = host_text(spec, cpu, tiles, pipeline, unscheduled, of_attend, extras.shared_prefix)
     lowered = lower(unscheduled, spec, tiles, of_attend)
     compiled = _build.compile_kernels(instructions.select(lowered.mod, cpu, tiles), cpu, directory)
     return _texts(lowered, text, compiled)
@@ -157,7 +162,7 @@ def build_with_tiles(
 ) -> Built:
     """Lower, compile and link. The library and intermediate files lie in directory. attend: where it has tiles."""
     unscheduled = build_kernels(spec, tiles, pipeline, of_attend, extras.merge_states)
-    text = host_text(spec, cpu, tiles, pipeline, unscheduled, extras.shared_prefix)
+    text = host_text(spec, cpu, tiles, pipeline, unscheduled, of_attend, extras.shared_prefix)
     interrupts.check()
     with native.compiling_host(text, directory, host.headers(text)) as compiling:  # while TVM works
         lowered = lower(unscheduled, spec, tiles, of_attend)

@@ -16,6 +16,7 @@ from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.assembly import Counts, Loop, count, inner_loops
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles import CpuTiling
+from pa_compiler.cpu.tiles.in_tile_registers import TILES
 from pa_compiler.key_ranges import decodes_by_attend
 from pa_compiler.runtime import threads
 from pa_compiler.spec import PagedAttentionSpec
@@ -43,7 +44,7 @@ _LEGEND = {
     "n": "loops that are alike; the other numbers are of one pass through one of them",
     "all": "instructions",
     "FMA": "fused multiply-adds",
-    "dot": "dot products of pairs of bfloat16, two FMAs each",
+    "dot": "dot products of pairs of bfloat16, two FMAs each; a product of two tiles of AMX is 4,096 of them",
     "math": "other float32 arithmetic",
     "load": "vectors read from memory",
     "bcast": "broadcasts",
@@ -97,7 +98,9 @@ def explain(
 
 def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> list[tuple[str, str]]:
     """The tiles: of rows and tokens, and what of them lies in registers."""
-    if tiles.keys.terms == 2:
+    if tiles.in_tile_registers:
+        read = "tiles copied to scratch once for all their rows, values turned, and multiplied by AMX"
+    elif tiles.keys.terms == 2:
         values = "values paired in scratch, once for all their rows" if tiles.copy_values else "values too"
         read = f"keys read in place and multiplied as pairs of bfloat16, {values}"
     elif tiles.copy_keys:
@@ -109,6 +112,9 @@ def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> li
     row_tiles = counted(tiles.row_tiles(spec), "tile")
     qk, pv = tiles.qk_sums(cpu.vector_lanes), tiles.pv_sums(cpu.vector_lanes)
     of_all = f"in {{}} of {cpu.vector_registers} registers".format
+    if tiles.in_tile_registers:
+        qk = pv = TILES
+        of_all = "in {} of 8 tile registers".format
     return [
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {counted(spec.group, 'row')} of a kv head"),
         ("tokens", f"kv_tile {tiles.kv_tile}, token_group {tiles.token_group}"),

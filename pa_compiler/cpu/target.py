@@ -52,6 +52,11 @@ class CpuTarget:
         """Whether there is vdpbf16ps, the dot product of pairs of bfloat16, for vectors of every size."""
         return {"avx512bf16", "avx512vl"} <= self.features
 
+    @property
+    def tile_registers(self) -> bool:
+        """Whether there is AMX with tdpbf16ps, the product of two matrices of pairs of bfloat16."""
+        return self.dot_pairs and {"amx-tile", "amx-bf16"} <= self.features
+
 
 def normalize(target: Mapping[str, Any]) -> dict[str, Any]:
     """Check a target dict of kind "llvm". The kind alone stands for this machine's CPU with all its features.

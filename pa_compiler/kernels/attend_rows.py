@@ -13,6 +13,7 @@ from pa_compiler import tvmscript as script
 from pa_compiler.kernels import state
 from pa_compiler.kernels.computed import allocate_visible, compute_visible
 from pa_compiler.kernels.pv_matmul import pv_matmul
+from pa_compiler.kernels.pv_whole import pv_whole
 from pa_compiler.kernels.qk_matmul import qk_matmul
 from pa_compiler.kernels.rows import OfRows, TokenRows
 from pa_compiler.kernels.score_functions import ScoreFunctions
@@ -58,6 +59,8 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     in_pairs, rows_of = terms == 2, rows_of_item(spec, tiling)
     qk_stage = _by_rows(tiling, lambda few: qk_matmul(spec, tiling, few))
     update_stage = _by_rows(tiling, lambda few: _pv_update(spec, tiling, few))
+    if tiling.in_tile_registers:
+        update_stage = _pv_update_whole(spec, tiling)
     softmax_stage, rescale_stage = softmax_prepare(spec, tiling), state.rescale(rows)
     functions = ScoreFunctions(spec, many_tokens=True)
     visible_stage, edges_stage = compute_visible(functions, tiling), find_edges(tiling)
@@ -73,7 +76,9 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         return T.Select(tile.sight.reach(LAST_BEGIN) <= tile.start, count, 0)
 
     @script.inline
-    def stage(q_tile, first, keys, key_head, values, value_head, whole, running, step, num_steps, item, given):
+    def stage(
+        q_tile, first, keys, key_head, values, value_head, whole, running, step, num_steps, item, given, infinite=None
+    ):
         scores = T.sblock_alloc_buffer((1, rows, tokens), "float32")
         probs = T.sblock_alloc_buffer((1, rows, tokens), "float32")
         tile_max = T.sblock_alloc_buffer((1, rows), "float32")
@@ -104,7 +109,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         edges_stage(edges, tile, num_full)
         update_stage(
             num_rows, weights, values, value_head, tile, num_full, computed, edges, Factors(alpha, beta, 0),
-            running._replace(slot=first), step, num_steps,
+            running._replace(slot=first), step, num_steps, *([] if infinite is None else [infinite]),
         )  # fmt: skip
 
     return stage
@@ -141,6 +146,40 @@ def _pv_update(spec: PagedAttentionSpec, tiling: Tiling, few: bool) -> Callable[
             tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
             pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, computed, edges)
             fold_stage(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
+
+    return stage
+
+
+def _pv_update_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """The same by whole tiles of values, of which infinite says whether some are not finite."""
+    rows, dim = tiling.row_tile, spec.result_dim
+    pv_stage, fold_stage = pv_whole(spec, tiling), state.fold(1, rows, dim)
+
+    @script.inline
+    def stage(
+        num_rows,
+        weights,
+        values,
+        value_head,
+        tile,
+        num_full,
+        computed,
+        edges,
+        factors,
+        running,
+        step,
+        num_steps,
+        infinite,
+    ):
+        with T.sblock("pv_update"):
+            T.reads()
+            T.writes()
+            tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
+            pv_stage(weights, values.memory, infinite, tile_acc, tile.num_groups, num_full, computed, edges)
+            with T.sblock("fold"):
+                T.reads(tile_acc[0, 0:rows, 0:dim], factors.running[0, 0:rows], factors.added[0, 0:rows])
+                T.writes(running.acc[running.slot, 0:rows, 0:dim])
+                fold_stage(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
 
     return stage
 

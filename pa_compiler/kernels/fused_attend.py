@@ -14,9 +14,10 @@ from pa_compiler.kernels.attend_rows import Item, attend_rows, finish_item, rows
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import compute_columns
 from pa_compiler.kernels.load_query import load_query
+from pa_compiler.kernels.pv_whole import load_whole
 from pa_compiler.kernels.rows import begins_late
 from pa_compiler.kernels.score_functions import ScoreFunctions
-from pa_compiler.kernels.sight import BEGIN, LIMIT, Bounds, Tree, find_bounds, find_runs
+from pa_compiler.kernels.sight import BEGIN, LEAST_LIMIT, LIMIT, Bounds, Tree, find_bounds, find_runs
 from pa_compiler.kernels.state import EMPTY_ROW_MAX, State
 from pa_compiler.kernels.tokens import Tile, token_offsets
 from pa_compiler.key_ranges import attend_range_blocks, attend_tiles, decodes_in_step
@@ -121,7 +122,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             if spec.wide_range:
                 places = T.sblock_alloc_buffer((tiles, rows), "int32")
             reach = T.sblock_alloc_buffer((tiles, 4), "int32")
-            span = T.sblock_alloc_buffer((2,), "int32")
+            span = T.sblock_alloc_buffer((3,), "int32")
             context_len: T.let = context_lens[seq]
             head_tiles: T.let = T.ceildiv(num_query * spec.group, rows)
             num_tiles: T.let = num_kv_heads * head_tiles
@@ -164,7 +165,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                             attend(
                                 q_tile, keys, values, table, of_functions, item, running, vstep, num_steps,
                                 read_begin + vstep * kv_tile, range_end, key_end if looks_beyond else range_end,
-                                span[0] if late else None, runs, context_len,
+                                span[0] if late else None, runs, context_len, span[2],
                             )  # fmt: skip
                     for tile in range(num_tiles):
                         with T.sblock("range_state"):
@@ -215,9 +216,10 @@ def _start(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             with T.sblock("span"):
                 vtile = T.axis.opaque(num_tiles, tile)
                 T.reads(reach[vtile, 0:4])
-                T.writes(span[0:2])
+                T.writes(span[0:3])
                 span[0] = T.Select(vtile == 0, reach[vtile, BEGIN], T.min(span[0], reach[vtile, BEGIN]))
                 span[1] = T.Select(vtile == 0, reach[vtile, LIMIT], T.max(span[1], reach[vtile, LIMIT]))
+                span[2] = T.Select(vtile == 0, reach[vtile, LEAST_LIMIT], T.min(span[2], reach[vtile, LEAST_LIMIT]))
 
     return stage
 
@@ -231,13 +233,14 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")
     attend, k_dtype, v_dtype = attend_rows(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
     columns_stage = compute_columns(ScoreFunctions(spec, many_tokens=True), tiling)
-    by_token = spec.kv_layout == "NHD"
+    load_all = load_whole(spec, tiling)
+    by_token = spec.kv_layout == "NHD" and not tiling.in_tile_registers
     announce_keys, announce_values = ahead.announce(ahead.KEYS), ahead.announce(ahead.VALUES)
 
     @script.inline
     def stage(
         q_tile, key_cache, value_cache, table, of_functions, item, running, step, num_steps, start, range_end, key_end,
-        first_token, runs, context_len,
+        first_token, runs, context_len, seen_by_all,
     ):  # fmt: skip
         tile_start: T.let = script.opaque(start)
         valid_len: T.let = script.opaque(T.min(range_end - tile_start, tiling.kv_tile))
@@ -268,7 +271,11 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                     load_keys(key_cache, k_tile, key_head, tile.num_groups)
                 if tiling.copy_values:
                     v_tile = T.sblock_alloc_buffer(value_copy, v_dtype)
-                    load_values(value_cache, v_tile, value_head, tile.num_groups)
+                    if tiling.in_tile_registers:
+                        infinite = T.sblock_alloc_buffer((1,), "int32")
+                        load_all(value_cache, v_tile, infinite, value_head, tile, seen_by_all, item.tree)
+                    else:
+                        load_values(value_cache, v_tile, value_head, tile.num_groups)
                 keys = T.meta_var(key_cache._replace(memory=k_tile) if tiling.copy_keys else key_cache)
                 values = T.meta_var(value_cache._replace(memory=v_tile) if tiling.copy_values else value_cache)
                 for row_tile in range(item.head_tiles):
@@ -286,6 +293,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                             attend(
                                 q_tile, first, keys, key_head, values, value_head, tile,
                                 running._replace(slot=first), step, num_steps, item, computed,
+                                infinite if tiling.in_tile_registers else None,
                             )  # fmt: skip
 
     return stage

@@ -27,7 +27,7 @@ from pa_compiler.tiles import Element, VectorTiling, largest_divisor
 def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     """A transposed copy of the query."""
     rows = sch.cache_write("q_tile", 0, "global")
-    _rows_last(sch, rows)
+    rows_last(sch, rows)
     if tiling.keys.terms == 2:  # LLVM loads whole vectors of pairs, where it would load every second element by itself
         turn(sch, rows, 4, 4)
         return
@@ -49,7 +49,7 @@ def load_values(sch: Schedule, tiling: VectorTiling) -> None:
 
 def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """Scores of a token group in registers."""
-    _rows_last(sch, "scores")
+    rows_last(sch, "scores")
     group, shares = _sum_scores(sch, tiling, "scores")
     fetch(sch, KEYS, group, shares=shares if tiling.keys.terms == 2 else [])
 
@@ -84,7 +84,7 @@ def _sum_scores(sch: Schedule, tiling: VectorTiling, name: str) -> tuple[LoopRV,
 def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
     """What a mask shows each row: vertical too."""
     for name in functions.visible_steps(sch, tiling):
-        _rows_last(sch, name)
+        rows_last(sch, name)
         row, group, token = sch.get_loops(name)[-3:]
         sch.reorder(group, token, row)
         sch.vectorize(row)
@@ -95,7 +95,7 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
     steps = functions.score_steps(sch, tiling)
     pairs = ("pairs",) if tiling.values.terms == 2 and tiling.many_tokens else ()
-    _rows_last(sch, *steps, "scaled", *exact, "probs", *pairs)
+    rows_last(sch, *steps, "scaled", *exact, "probs", *pairs)
     _four_maxima(sch, "peak")
     for name in (*steps, "scaled", *exact, "probs", *pairs, "tile_sum"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
@@ -150,7 +150,7 @@ def _sum_by_token(sch: Schedule) -> None:
     """A sum for each token of a group, beside the exponentials of the next one, and at last the sum of these."""
     total = sch.get_sblock("tile_sum")
     parts = sch.rfactor(sch.get_loops(total)[-2], factor_axis=2)
-    _rows_last(sch, parts)
+    rows_last(sch, parts)
     sch.reverse_compute_at(parts, sch.get_loops("probs")[-3], preserve_unit_loops=True)
     group, token, *_, row = sch.get_loops(parts)[-4:]
     sch.unroll(token)
@@ -164,7 +164,7 @@ def _sum_by_token(sch: Schedule) -> None:
 
 def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical too."""
-    _rows_last(sch, "pairs")
+    rows_last(sch, "pairs")
     row, group, token = sch.get_loops("pairs")[-3:]
     sch.reorder(group, token, row)
     sch.vectorize(row)
@@ -172,7 +172,7 @@ def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
 
 def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
     """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
-    _rows_last(sch, "acc")
+    rows_last(sch, "acc")
     _sum_outputs(sch, "", tiling.pv_dims)
 
 
@@ -185,7 +185,7 @@ def few_pv_update(sch: Schedule, tiling: VectorTiling) -> None:
 def _sum_outputs(sch: Schedule, of: str, dims: int) -> None:
     """With the sums of some elements of value_dim at a time in registers."""
     full, passes = sch.get_sblock(f"{of}full_groups"), []
-    _rows_last(sch, full, f"{of}tile_acc")
+    rows_last(sch, full, f"{of}tile_acc")
     for name in (f"{of}full_groups", f"{of}tile_acc", f"{of}acc"):
         _, *tokens, row, dim = sch.get_loops(name)
         dim_outer, dim = sch.split(dim, [None, dims])
@@ -208,7 +208,7 @@ def normalize(sch: Schedule, tiling: VectorTiling) -> None:
         stored = "ordered"
         sch.vectorize(sch.split(sch.get_loops("out")[-1], [None, tiling.pv_lanes * tiling.values.halves])[1])
     in_order = sch.cache_read(stored, 0, "global")
-    _rows_last(sch, in_order)
+    rows_last(sch, in_order)
     row, dim = sch.get_loops(stored)[-2:]
     row_outer, row = sch.split(row, [None, 4 if isinstance(sch.get(row).extent, IntImm) else 1])
     dim_outer, lane = sch.split(dim, [None, tiling.pv_lanes])
@@ -222,13 +222,13 @@ def normalize(sch: Schedule, tiling: VectorTiling) -> None:
 def empty_state(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical."""
     vectorize_rows(sch, "empty_row")
-    _rows_last(sch, "empty_acc")
-    _vertical(sch, "empty_acc")
+    rows_last(sch, "empty_acc")
+    vertical(sch, "empty_acc")
 
 
 def edges(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical."""
-    _rows_last(sch, "edge")
+    rows_last(sch, "edge")
     row, group, token = sch.get_loops("edge")[-3:]
     sch.reorder(group, token, row)
     sch.vectorize(row)
@@ -236,7 +236,7 @@ def edges(sch: Schedule, tiling: VectorTiling) -> None:
 
 def range_fold(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical; empty_state has laid out what is written."""
-    _vertical(sch, "range_acc")
+    vertical(sch, "range_acc")
 
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
@@ -270,7 +270,7 @@ SCALAR = (
 """The sblocks that run as they are written, and why."""
 
 
-def _rows_last(sch: Schedule, *sblocks: str | SBlockRV) -> None:
+def rows_last(sch: Schedule, *sblocks: str | SBlockRV) -> None:
     """Lay the buffer that an sblock writes out with its last two axes exchanged, for all who read it."""
     for name in sblocks:
         sch.transform_layout(name, ("write", 0), lambda *axes: (*axes[:-2], axes[-1], axes[-2]))
@@ -281,7 +281,7 @@ def _names(sch: Schedule) -> set[str]:
     return {sch.get(each).name_hint for each in sch.get_child_blocks(sch.get_sblock("softmax_prepare"))}
 
 
-def _vertical(sch: Schedule, sblock: str) -> None:
+def vertical(sch: Schedule, sblock: str) -> None:
     """Rows in lanes, where the last two loops are over rows and value_dim."""
     row, dim = sch.get_loops(sblock)[-2:]
     sch.reorder(dim, row)

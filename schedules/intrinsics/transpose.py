@@ -1,5 +1,6 @@
-"""A tensor intrinsic: a small block of 32-bit elements turned, by shuffles of vectors of four."""
+"""A tensor intrinsic: a small block of 32-bit elements turned, by shuffles of vectors of 4 or of 16."""
 
+from tvm.ir import Expr
 from tvm.s_tir import Schedule, TensorIntrin
 from tvm.s_tir.schedule import SBlockRV
 from tvm.script import tirx as T
@@ -30,7 +31,7 @@ def turn(sch: Schedule, copy: SBlockRV, rows: int, columns: int, producer: str |
 def transpose(rows: int, columns: int, dtype: str) -> str:
     """Register the intrinsic turned[c, r] = block[r, c] for powers of 2 whose product is at least 8; return its name.
 
-    Rows of fewer than four elements, of either, must lie one after another.
+    Rows of fewer than four elements, of either, must lie one after another. Of 16 by 16, vectors are whole rows.
     """
     name = f"pa_compiler.transpose_{rows}_{columns}_{dtype}"
     if TensorIntrin.get(name, allow_missing=True) is None:
@@ -38,8 +39,24 @@ def transpose(rows: int, columns: int, dtype: str) -> str:
     return name
 
 
+def turned_vectors(vectors: list[Expr], rows: int) -> list[Expr]:
+    """The elements of a block of `rows` rows, of which vectors have one row after another, column after column.
+
+    To interleave the first half of all elements with the second turns the binary digits of their numbers by one place:
+    after as many times as a row's number has digits, it comes last.
+    """
+    width, count = vectors[0].ty.dtype.lanes, len(vectors)
+    low = [lane + width * of for lane in range(width // 2) for of in range(2)]
+    high = [lane + width // 2 for lane in low]
+    for _ in range(rows.bit_length() - 1):
+        pairs = zip(vectors[: count // 2], vectors[count // 2 :], strict=True)
+        vectors = [T.bind(Shuffle([a, b], chosen)) for a, b in pairs for chosen in (low, high)]
+    return vectors
+
+
 def _transpose(rows: int, columns: int, dtype: str) -> tuple[PrimFunc, PrimFunc]:
-    count = rows * columns // 4
+    width = 16 if rows == columns == 16 else 4
+    count = rows * columns // width
 
     @script.prim_func(s_tir=True)
     def description(turned_handle: T.handle, block_handle: T.handle) -> None:
@@ -55,15 +72,10 @@ def _transpose(rows: int, columns: int, dtype: str) -> tuple[PrimFunc, PrimFunc]
                     turned[vj, vi] = block[vi, vj]
 
     def store(turned: Buffer, block: Buffer) -> None:
-        # To interleave the first half of all elements with the second turns the binary digits of their numbers by one
-        # place: after as many times as a row's number has digits, it comes last.
         # Each is bound: what is loaded or shuffled within the stores is so anew for each of them, which may alias it.
-        vectors = [T.bind(block[4 * i // columns, T.ramp(4 * i % columns, 1, 4)]) for i in range(count)]
-        for _ in range(rows.bit_length() - 1):
-            pairs = zip(vectors[: count // 2], vectors[count // 2 :], strict=True)
-            vectors = [T.bind(Shuffle([a, b], half)) for a, b in pairs for half in ([0, 4, 1, 5], [2, 6, 3, 7])]
-        for i, vector in enumerate(vectors):
-            T.buffer_store(turned, vector, [4 * i // rows, T.ramp(4 * i % rows, 1, 4)])
+        vectors = [T.bind(block[width * i // columns, T.ramp(width * i % columns, 1, width)]) for i in range(count)]
+        for i, vector in enumerate(turned_vectors(vectors, rows)):
+            T.buffer_store(turned, vector, [width * i // rows, T.ramp(width * i % rows, 1, width)])
 
     @script.prim_func(s_tir=True)
     def implementation(turned_handle: T.handle, block_handle: T.handle) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import numpy as np
+import tile_registers
 import tvm
 from attend_calls import Call
 from inputs import DTYPES
@@ -38,6 +39,8 @@ class Kernels:
 
     def _call(self, kernel, arrays, numbers):
         given = arrays | numbers
+        if self.tiles.in_tile_registers:
+            tile_registers.shape()
         self.executable[kernel](*(given[name] for name in self.params[kernel]))
 
     def strides(self, call: Call) -> dict[str, int]:

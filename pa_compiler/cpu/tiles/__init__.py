@@ -12,6 +12,7 @@ from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles.basis import Basis, CpuTiling, basis, rows
 from pa_compiler.cpu.tiles.head_dim_in_lanes import HeadDimInLanes
 from pa_compiler.cpu.tiles.heads_in_lanes import HeadsInLanes
+from pa_compiler.cpu.tiles.in_tile_registers import InTileRegisters
 from pa_compiler.cpu.tiles.tokens_in_lanes import TokensInLanes
 from pa_compiler.key_ranges import ATTEND_KV_TILE, ATTEND_ROWS, decodes_in_step
 from pa_compiler.spec import ITEMSIZES, PACKED_TOKENS, PagedAttentionSpec
@@ -69,6 +70,8 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     if pipeline == "staged":
         return dataclasses.replace(choose(spec, target, pipeline), attends=True)
     known = basis(spec, target, "fused")._replace(rows=ATTEND_ROWS)
+    if InTileRegisters.takes(known)[0]:
+        return InTileRegisters.choose(known)
     packed, as_they_lie = spec.kv_layout == "packed", known.dot_pairs or spec.dtype == "float32"
     strategy = TokensInLanes if packed and not as_they_lie else HeadsInLanes
     elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim

@@ -1,0 +1,168 @@
+"""CPU strategy of attend: matmuls by a matrix unit (AMX), everything else as where rows lie in the lanes of a vector.
+
+    qk_matmul    64 tokens x 16 rows of scores in four tile registers, one step for 16 pairs of head_dim
+    pv_matmul    64 elements of value_dim x 16 rows of outputs in four tile registers, one step for 16 pairs of tokens
+
+The left operands are the copies of a tile of keys, as they lie in rows of tokens, and of values, transposed. The right
+ones are the query and the weights, whose rows lie side by side for the softmax.
+"""
+
+from collections.abc import Callable
+
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+from pa_compiler.kernels.ahead import KEYS, VALUES
+from pa_compiler.schedules.cpu import heads_in_lanes
+from pa_compiler.schedules.cpu.heads_in_lanes import rows_last, vertical
+from pa_compiler.schedules.fetch import fetch
+from pa_compiler.schedules.intrinsics.tile_products import TILE, TILES, add_tiles, clear_tiles, store_tiles
+from pa_compiler.schedules.intrinsics.transpose import transpose
+from pa_compiler.schedules.intrinsics.turn_pairs import turn_pairs
+from pa_compiler.tiles import VectorTiling
+
+
+def load_keys(sch: Schedule, tiling: VectorTiling) -> None:
+    """Rows of the cache as vectors; packed, where tokens lie side by side, they are turned."""
+    if _is_packed(tiling):
+        _load_turned(sch, "load_keys_element", 0)
+    else:
+        _, lane = sch.split(sch.get_loops("load_keys_element")[-1], [None, TILE])
+        sch.vectorize(lane)
+
+
+def load_rows(sch: Schedule, tiling: VectorTiling) -> None:
+    """Rows of the cache as vectors."""
+    _, lane = sch.split(sch.get_loops("load_rows_element")[-1], [None, TILE])
+    sch.vectorize(lane)
+
+
+def load_values(sch: Schedule, tiling: VectorTiling) -> None:
+    """Turned: pairs of tokens, as they lie packed, or as their rows have them."""
+    if _is_packed(tiling):
+        sch.transform_layout("load_values_element", ("write", 0), lambda pair, dim: (dim, pair))
+        _load_turned(sch, "load_values_element", 1)
+        return
+    rows_last(sch, "load_values_element")
+    pair, dim = sch.get_loops("load_values_element")[-2:]
+    pair_outer, pair = sch.split(pair, [None, TILE])
+    dim_outer, dim = sch.split(dim, [None, 2 * TILE])
+    sch.reorder(pair_outer, dim_outer, pair, dim)
+    sch.tensorize(pair, turn_pairs())
+
+
+def _is_packed(tiling: VectorTiling) -> bool:
+    """Whether a word of the values has an element of two tokens."""
+    return tiling.values.halves == 1
+
+
+def _load_turned(sch: Schedule, name: str, first: int) -> None:
+    """Words that lie side by side in the cache along the first axis of a copy, which is the sblock's nth loop."""
+    sch.blockize(sch.get_loops(name)[-2])  # a token group: how many there are is known at run time only
+    turned = sch.cache_write(name, 0, "global")
+    sch.transform_layout(name, ("write", 0), lambda i, j: (i // TILE, j, i % TILE))
+    sch.transform_block_layout(turned, lambda i, j: (j, i))
+    outer, tile = zip(*(sch.split(loop, [None, TILE]) for loop in sch.get_loops(turned)[-2:]), strict=True)
+    sch.reorder(*outer, *tile)
+    sch.compute_at(name, outer[-1], preserve_unit_loops=True)
+    sch.tensorize(tile[0], transpose(TILE, TILE, "int32"))
+    loops = sch.get_loops(name)[-2:]
+    lane = loops.pop(first)
+    sch.reorder(*loops, lane)
+    sch.unroll(*loops)
+    sch.vectorize(lane)
+
+
+def find_infinite(sch: Schedule, tiling: VectorTiling) -> None:
+    """Token pairs in lanes."""
+    lane, *around = sch.get_loops("largest")[-4:]
+    sch.reorder(*around, lane)
+    sch.vectorize(lane)
+    sch.decompose_reduction("largest", around[0])
+    (lane,) = sch.get_loops("infinite")[-1:]
+    sch.decompose_reduction("infinite", lane)
+
+
+def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
+    """Scores of a token group in tile registers."""
+    rows_last(sch, "scores")
+    scores = sch.get_sblock("scores")
+    sums = sch.cache_write(scores, 0, "global")
+    group, token, row, dim = sch.get_loops(scores)[-4:]
+    dim, step = sch.split(dim, [None, TILE])
+    sch.reorder(group, dim, token, row, step)
+    sch.reverse_compute_at(sums, group, preserve_unit_loops=True)
+    _in_tile_registers(sch, "scores", sums, dim, token)
+    fetch(sch, KEYS, group, shares=[dim])
+
+
+def _in_tile_registers(sch: Schedule, name: str, sums: SBlockRV, steps: LoopRV, block: LoopRV) -> None:
+    """A block of sums: cleared before the loop over steps, added to by the loops from block on, and at last stored."""
+    cleared = sch.decompose_reduction(name, steps)
+    for loop, intrinsic in (
+        (sch.get_loops(cleared)[-2], clear_tiles()),
+        (block, add_tiles()),
+        (sch.get_loops(sums)[-2], store_tiles()),
+    ):
+        sch.tensorize(loop, intrinsic)
+
+
+def whole_products(sch: Schedule, tiling: VectorTiling) -> None:
+    """Outputs in tile registers."""
+    group, dim = _products(sch, tiling, "whole")
+    fetch(sch, VALUES, group, passes=[dim])
+
+
+def apart_products(sch: Schedule, tiling: VectorTiling) -> None:
+    """The same of the values that one row sees."""
+    _products(sch, tiling, "apart")
+
+
+def _products(sch: Schedule, tiling: VectorTiling, of: str) -> tuple[LoopRV, LoopRV]:
+    block = sch.get_sblock(f"{of}_sum")
+    rows_last(sch, block)
+    sums = sch.cache_write(block, 0, "global")
+    group, dim, row, token = sch.get_loops(block)[-4:]
+    dim_outer, dim = sch.split(dim, [None, TILES * TILE])
+    token_outer, token = sch.split(token, [None, TILE])
+    sch.reorder(dim_outer, group, token_outer, dim, row, token)
+    sch.reverse_compute_at(sums, dim_outer, preserve_unit_loops=True)
+    _in_tile_registers(sch, f"{of}_sum", sums, group, dim)
+    return group, dim_outer
+
+
+def row_values(sch: Schedule, tiling: VectorTiling) -> None:
+    """As the copy of values lies."""
+    rows_last(sch, "row_value")
+
+
+def fold(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical."""
+    rows_last(sch, "acc")
+    vertical(sch, "acc")
+
+
+STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
+    name: apply
+    for name, apply in heads_in_lanes.STAGES.items()
+    if name not in ("few_qk_matmul", "few_pv_update", "pv_update", "pair_probs")
+} | {
+    "load_keys": load_keys,
+    "load_rows": load_rows,
+    "load_values": load_values,
+    "find_infinite": find_infinite,
+    "qk_matmul": qk_matmul,
+    "whole_products": whole_products,
+    "row_values": row_values,
+    "apart_products": apart_products,
+    "fold": fold,
+}
+"""How each stage is scheduled, by the name of its sblock."""
+
+SCALAR = heads_in_lanes.SCALAR | {
+    "pv_update": "around stages",
+    "row_apart": "around stages",
+    "unused_value": "half of some words, at the end of a sequence",
+    "row_of_acc": "a row of outputs where values are infinite or NaN",
+}
+"""The sblocks that run as they are written, and why."""
