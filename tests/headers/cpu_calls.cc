@@ -1,12 +1,14 @@
-// Tests of cpu/chunk.h, cpu/partials.h, and of the calls in cpu/decode.h and cpu/append.h.
+// Tests of cpu/chunk.h, cpu/partials.h, cpu/tile_registers.h, and of the calls in cpu/decode.h and cpu/append.h.
 
 #include <atomic>
 
 #include "cpu/append.h"
 #include "cpu/chunk.h"
 #include "cpu/decode.h"
+#include "cpu/features.h"
 #include "cpu/kernel_call.h"
 #include "cpu/partials.h"
+#include "cpu/tile_registers.h"
 #include "expect.h"
 
 using namespace pa;
@@ -38,6 +40,37 @@ void TestChunk() {
     for (const Array* other : arrays) EXPECT(one == other || !Overlap(*one, *other));
   }
   EXPECT(chunk.scores.shape[2] == 8 && chunk.acc.shape[2] == Spec::kValueDim && chunk.row_max.tensor.ndim == 2);
+}
+
+// The shapes of this thread's tile registers: the palette at 0, rows from 48 on.
+struct alignas(64) Shapes {
+  uint8_t bytes[64] = {};
+
+  static Shapes Now() {
+    Shapes now;
+    asm volatile("sttilecfg %0" : "=m"(now));
+    return now;
+  }
+};
+
+// Kernels have sixteen rows, and a caller gets back what he had, be it none. On a CPU that has them.
+void TestTileRegisters() {
+  if (!CpuFlags().Has("amx_tile")) return;
+  CheckTileRegisters();
+  {
+    const TileRegisters registers;
+    EXPECT(Shapes::Now().bytes[0] == 1 && Shapes::Now().bytes[48] == 16 && Shapes::Now().bytes[55] == 16);
+  }
+  EXPECT(Shapes::Now().bytes[0] == 0);
+  Shapes callers;
+  callers.bytes[0] = 1, callers.bytes[16] = 32, callers.bytes[48] = 5;
+  asm volatile("ldtilecfg %0" : : "m"(callers));
+  {
+    const TileRegisters registers;
+    EXPECT(Shapes::Now().bytes[48] == 16);
+  }
+  EXPECT(std::memcmp(&callers, Shapes::Now().bytes, sizeof callers) == 0);
+  asm volatile("tilerelease");
 }
 
 // A call of decode with int64 indices, from arrays that are contiguous.
@@ -108,6 +141,7 @@ void TestAppendCall() {
 int main() {
   TestPartials();
   TestChunk();
+  TestTileRegisters();
   TestDecodeCall();
   TestAppendCall();
   return failures;
