@@ -58,9 +58,10 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     rows, tokens, terms = tiling.row_tile, tiling.padded_kv_tile, tiling.values.terms
     in_pairs, rows_of = terms == 2, rows_of_item(spec, tiling)
     qk_stage = _by_rows(tiling, lambda few: qk_matmul(spec, tiling, few))
-    update_stage = _by_rows(tiling, lambda few: _pv_update(spec, tiling, few))
     if tiling.in_tile_registers:
         update_stage = _pv_update_whole(spec, tiling)
+    else:
+        update_stage = _by_rows(tiling, lambda few: _pv_update(spec, tiling, few))
     softmax_stage, rescale_stage = softmax_prepare(spec, tiling), state.rescale(rows)
     functions = ScoreFunctions(spec, many_tokens=True)
     visible_stage, edges_stage = compute_visible(functions, tiling), find_edges(tiling)

@@ -3,20 +3,17 @@
 By two shuffles, of the numbers in even and in odd lanes; strided loads would be taken apart into single elements.
 """
 
-from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Shuffle
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels.elements import pair_floats
+from pa_compiler.schedules.intrinsics import registered
 
 
 def pair_lanes(words: int) -> str:
     """Register the intrinsic that makes so many words at once, and return its name."""
-    name = f"pa_compiler.pair_lanes_{words}"
-    if TensorIntrin.get(name, allow_missing=True) is None:
-        TensorIntrin.register(name, *_pair_lanes(words))
-    return name
+    return registered(f"pa_compiler.pair_lanes_{words}", lambda: _pair_lanes(words))
 
 
 def _pair_lanes(words: int) -> tuple[PrimFunc, PrimFunc]:

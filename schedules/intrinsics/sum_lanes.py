@@ -6,19 +6,16 @@ are loaded, which takes no shuffles, and nothing crosses 128 bits.
 """
 
 from tvm.ir import Expr
-from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, Let, PrimFunc, Shuffle, Var
 
 from pa_compiler import tvmscript as script
+from pa_compiler.schedules.intrinsics import registered
 
 
 def sum_lanes(lanes: int) -> str:
     """Register the intrinsic for vectors of 1, 2, 4, 8 or 16 float32 lanes, and return its name."""
-    name = f"pa_compiler.sum_lanes_{lanes}"
-    if TensorIntrin.get(name, allow_missing=True) is None:
-        TensorIntrin.register(name, *_sum_lanes(lanes))
-    return name
+    return registered(f"pa_compiler.sum_lanes_{lanes}", lambda: _sum_lanes(lanes))
 
 
 _QUARTER = 4

@@ -9,15 +9,13 @@ The sums of a block lie in the registers from 0 on, and in no memory until they 
 buffer is never read or written.
 """
 
-from collections.abc import Callable
-
 from tvm.ir import Expr
-from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels.elements import dot_pairs
+from pa_compiler.schedules.intrinsics import registered
 
 TILE = 16
 """Rows of a tile register, float32 sums or pairs in one of its rows, and columns of pairs."""
@@ -31,25 +29,19 @@ def _call(name: str, *arguments: Expr) -> None:
     T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *arguments))
 
 
-def _register(name: str, make: Callable[[], tuple[PrimFunc, PrimFunc]]) -> str:
-    if TensorIntrin.get(name, allow_missing=True) is None:
-        TensorIntrin.register(name, *make())
-    return name
-
-
 def clear_tiles() -> str:
     """Register the intrinsic sums[m, n] = 0 for TILES * TILE rows of TILE sums; return its name."""
-    return _register("pa_compiler.clear_tiles", _clear)
+    return registered("pa_compiler.clear_tiles", _clear)
 
 
 def add_tiles() -> str:
     """Register the intrinsic sums[m, n] += sum over 16 k of dot_pairs(right[k, n], left[m, k]); return its name."""
-    return _register("pa_compiler.add_tiles", _add)
+    return registered("pa_compiler.add_tiles", _add)
 
 
 def store_tiles() -> str:
     """Register the intrinsic stored[m, n] = sums[m, n]; return its name."""
-    return _register("pa_compiler.store_tiles", _store)
+    return registered("pa_compiler.store_tiles", _store)
 
 
 def _clear() -> tuple[PrimFunc, PrimFunc]:

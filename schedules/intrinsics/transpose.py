@@ -1,12 +1,13 @@
 """A tensor intrinsic: a small block of 32-bit elements turned, by shuffles of vectors of 4 or of 16."""
 
 from tvm.ir import Expr
-from tvm.s_tir import Schedule, TensorIntrin
+from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, IntImm, PrimFunc, Shuffle
 
 from pa_compiler import tvmscript as script
+from pa_compiler.schedules.intrinsics import registered
 
 
 def turn(sch: Schedule, copy: SBlockRV, rows: int, columns: int, producer: str | None = None) -> None:
@@ -33,10 +34,7 @@ def transpose(rows: int, columns: int, dtype: str) -> str:
 
     Rows of fewer than four elements, of either, must lie one after another. Of 16 by 16, vectors are whole rows.
     """
-    name = f"pa_compiler.transpose_{rows}_{columns}_{dtype}"
-    if TensorIntrin.get(name, allow_missing=True) is None:
-        TensorIntrin.register(name, *_transpose(rows, columns, dtype))
-    return name
+    return registered(f"pa_compiler.transpose_{rows}_{columns}_{dtype}", lambda: _transpose(rows, columns, dtype))
 
 
 def turned_vectors(vectors: list[Expr], rows: int) -> list[Expr]:

@@ -1,11 +1,11 @@
 """A tensor intrinsic: rows of tokens as pairs of these, turned, so that a row has one element of all pairs."""
 
-from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels.elements import HIGH, LOW, pair_halves
+from pa_compiler.schedules.intrinsics import registered
 from pa_compiler.schedules.intrinsics.transpose import turned_vectors
 
 LANES = 16
@@ -16,10 +16,7 @@ def turn_pairs() -> str:
 
     For 16 pairs p of tokens and 32 elements d, of words of two.
     """
-    name = "pa_compiler.turn_pairs"
-    if TensorIntrin.get(name, allow_missing=True) is None:
-        TensorIntrin.register(name, *_turn_pairs())
-    return name
+    return registered("pa_compiler.turn_pairs", _turn_pairs)
 
 
 def _turn_pairs() -> tuple[PrimFunc, PrimFunc]:
