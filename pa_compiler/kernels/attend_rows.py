@@ -20,6 +20,7 @@ from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import Scoring
 from pa_compiler.kernels.sight import LAST_BEGIN, LEAST_LIMIT, LIMIT, Bounds, Sight, Tree, find_edges
 from pa_compiler.kernels.softmax import softmax_prepare
+from pa_compiler.kernels.softmax_whole import softmax_whole
 from pa_compiler.kernels.state import Factors, State
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -62,7 +63,9 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         update_stage = _pv_update_whole(spec, tiling)
     else:
         update_stage = _by_rows(tiling, lambda few: _pv_update(spec, tiling, few))
-    softmax_stage, rescale_stage = softmax_prepare(spec, tiling), state.rescale(rows)
+    in_whole = tiling.in_tile_registers
+    softmax_stage = softmax_whole(spec, tiling) if in_whole else softmax_prepare(spec, tiling)
+    rescale_stage = state.rescale(rows)
     functions = ScoreFunctions(spec, many_tokens=True)
     visible_stage, edges_stage = compute_visible(functions, tiling), find_edges(tiling)
 
@@ -81,7 +84,8 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         q_tile, first, keys, key_head, values, value_head, whole, running, step, num_steps, item, given, infinite=None
     ):
         scores = T.sblock_alloc_buffer((1, rows, tokens), "float32")
-        probs = T.sblock_alloc_buffer((1, rows, tokens), "float32")
+        if not in_whole:
+            probs = T.sblock_alloc_buffer((1, rows, tokens), "float32")
         tile_max = T.sblock_alloc_buffer((1, rows), "float32")
         tile_sum = T.sblock_alloc_buffer((1, rows), "float32")
         alpha = T.sblock_alloc_buffer((1, rows), "float32")
@@ -103,11 +107,12 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         scoring = T.meta_var(Scoring(of, query_pos, item.slopes, computed))
         visible_stage(computed, of, 0, tile.num_groups)
         softmax_stage(
-            scores, probs, added, item.scale, item.bounds.headroom(first), tile, tile.num_groups, scoring,
-            weights if in_pairs else None, num_full,
+            scores, *([] if in_whole else [probs]), added, item.scale, item.bounds.headroom(first), tile,
+            tile.num_groups, scoring, weights if in_pairs else None, num_full,
         )  # fmt: skip
         rescale_stage(added, running, Factors(alpha, beta, 0), step)
-        edges_stage(edges, tile, num_full)
+        if not in_whole:
+            edges_stage(edges, tile, num_full)
         update_stage(
             num_rows, weights, values, value_head, tile, num_full, computed, edges, Factors(alpha, beta, 0),
             running._replace(slot=first), step, num_steps, *([] if infinite is None else [infinite]),
@@ -153,8 +158,7 @@ def _pv_update(spec: PagedAttentionSpec, tiling: Tiling, few: bool) -> Callable[
 
 def _pv_update_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The same by whole tiles of values, of which infinite says whether some are not finite."""
-    rows, dim = tiling.row_tile, spec.result_dim
-    pv_stage, fold_stage = pv_whole(spec, tiling), state.fold(1, rows, dim)
+    pv_stage = pv_whole(spec, tiling)
 
     @script.inline
     def stage(
@@ -175,12 +179,9 @@ def _pv_update_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., 
         with T.sblock("pv_update"):
             T.reads()
             T.writes()
-            tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
-            pv_stage(weights, values.memory, infinite, tile_acc, tile.num_groups, num_full, computed, edges)
-            with T.sblock("fold"):
-                T.reads(tile_acc[0, 0:rows, 0:dim], factors.running[0, 0:rows], factors.added[0, 0:rows])
-                T.writes(running.acc[running.slot, 0:rows, 0:dim])
-                fold_stage(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
+            pv_stage(
+                weights, values.memory, infinite, tile, num_full, computed, edges, factors, running, step, num_steps
+            )
 
     return stage
 

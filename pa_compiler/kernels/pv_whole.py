@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
+from pa_compiler.kernels import state
 from pa_compiler.kernels.caches import copy_shape, load_tile, value_access, whole
 from pa_compiler.kernels.computed import words_of
 from pa_compiler.kernels.elements import LOW, dot_pairs, pair_halves
 from pa_compiler.kernels.rows import begins_late
+from pa_compiler.kernels.sight import find_edges
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
@@ -136,14 +138,15 @@ def _clear_unused(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
 
 
 def pv_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """tile_acc[0, r, d] = sum over t of dot_pairs(weights[0, r, t], values[t, d]) over all columns that a row sees.
+    """acc = alpha * acc + beta * the sum over t of dot_pairs(weights[0, r, t], values[t, d]): state.fold of the sums.
 
-    In the caller's sblock, for num_groups whole token groups; weights are 0 of what a row does not see. infinite: what
-    load_whole says. edges has the words of the columns after the first num_full groups, and computed those of a
-    mask.
+    In the caller's sblock, for the tile's whole token groups; weights are 0 of what a row does not see. infinite: what
+    load_whole says. edges gets the words of the columns after the first num_full groups where it is needed, and
+    computed has those of a mask.
     """
     rows, dim, pairs, group = tiling.row_tile, spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
-    products, products_apart = _products(spec, tiling, "whole"), _products(spec, tiling, "apart")
+    products, products_apart = _products(spec, tiling), _products_apart(spec, tiling)
+    edges_stage, fold_apart = find_edges(tiling), state.fold(1, rows, dim, "apart_")
 
     def seen(value, computed, edges, row, t, num_full):
         for word in words_of(computed, 0, row, t):
@@ -151,10 +154,12 @@ def pv_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         return T.bitwise_and(value, T.Select(t < num_full * group, T.int32(-1), edges[row, t]))
 
     @inline
-    def stage(weights, values, infinite, tile_acc, num_groups, num_full, computed, edges):
+    def stage(weights, values, infinite, tile, num_full, computed, edges, factors, running, step, num_steps):
         if infinite[0] == 0:
-            products(weights, values, tile_acc, num_groups)
+            products(weights, values, tile.num_groups, factors, running, step, num_steps)
         else:
+            tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
+            edges_stage(edges, tile, num_full)
             for row in range(rows):
                 with T.sblock("row_apart"):
                     vrow = T.axis.spatial(rows, row)
@@ -165,14 +170,14 @@ def pv_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     with T.sblock("row_values"):
                         T.reads()
                         T.writes(row_values[0:pairs, 0:dim])
-                        for to, ti, d in T.grid(num_groups, group, dim):
+                        for to, ti, d in T.grid(tile.num_groups, group, dim):
                             with T.sblock("row_value"):
                                 vt = T.axis.spatial(pairs, to * group + ti)
                                 vd = T.axis.spatial(dim, d)
                                 T.reads(values[vt, vd], edges[vrow, vt], *words_of(computed, 0, vrow, vt))
                                 T.writes(row_values[vt, vd])
                                 row_values[vt, vd] = seen(values[vt, vd], computed, edges, vrow, vt, num_full)
-                    products_apart(weights, row_values, row_acc, num_groups)
+                    products_apart(weights, row_values, row_acc, tile.num_groups)
                     with T.sblock("row_of_acc"):
                         T.reads(row_acc[0, vrow, 0:dim])
                         T.writes(tile_acc[0, vrow, 0:dim])
@@ -180,25 +185,63 @@ def pv_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                             with T.sblock("row_output"):
                                 vd = T.axis.spatial(dim, d)
                                 tile_acc[0, vrow, vd] = row_acc[0, vrow, vd]
+            with T.sblock("apart_fold"):
+                T.reads(tile_acc[0, 0:rows, 0:dim], factors.running[0, 0:rows], factors.added[0, 0:rows])
+                T.writes(running.acc[running.slot, 0:rows, 0:dim])
+                fold_apart(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
 
     return stage
 
 
-def _products(spec: PagedAttentionSpec, tiling: Tiling, of: str) -> Callable[..., None]:
-    """The sblock `of`_products: acc[0, r, d] of all rows, the sum over num_groups token groups."""
+def _products(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """The sblock whole_products: the sums over num_groups token groups, each folded as soon as it is known."""
+    rows, dim, pairs, group = tiling.row_tile, spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
+    sums, fold_stage = _sums(spec, tiling, "whole"), state.fold(1, rows, dim)
+
+    @inline
+    def stage(weights, values, num_groups, factors, running, step, num_steps):
+        with T.sblock("whole_products"):
+            T.reads(
+                weights[0, 0:rows, 0:pairs],
+                values[0:pairs, 0:dim],
+                factors.running[0, 0:rows],
+                factors.added[0, 0:rows],
+            )
+            T.writes(running.acc[running.slot, 0:rows, 0:dim])
+            tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
+            sums(weights, values, tile_acc, num_groups)
+            fold_stage(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
+
+    return stage
+
+
+def _products_apart(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """The sblock apart_products: acc[0, r, d] of all rows, the sum over num_groups token groups."""
+    rows, dim, pairs = tiling.row_tile, spec.result_dim, tiling.padded_kv_tile // 2
+    sums = _sums(spec, tiling, "apart")
+
+    @inline
+    def stage(weights, values, acc, num_groups):
+        with T.sblock("apart_products"):
+            T.reads(weights[0, 0:rows, 0:pairs], values[0:pairs, 0:dim])
+            T.writes(acc[0, 0:rows, 0:dim])
+            sums(weights, values, acc, num_groups)
+
+    return stage
+
+
+def _sums(spec: PagedAttentionSpec, tiling: Tiling, of: str) -> Callable[..., None]:
+    """acc[0, r, d] of all rows, the sum over num_groups token groups, in the caller's sblock."""
     rows, dim, pairs, group = tiling.row_tile, spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
 
     @inline
     def stage(weights, values, acc, num_groups):
-        with T.sblock(f"{of}_products"):
-            T.reads(weights[0, 0:rows, 0:pairs], values[0:pairs, 0:dim])
-            T.writes(acc[0, 0:rows, 0:dim])
-            for to, d, r, ti in T.grid(num_groups, dim, rows, group):
-                with T.sblock(f"{of}_sum"):
-                    vd, vr = T.axis.remap("SS", [d, r])
-                    vt = T.axis.reduce(pairs, to * group + ti)
-                    with T.init():
-                        acc[0, vr, vd] = T.float32(0)
-                    acc[0, vr, vd] = acc[0, vr, vd] + dot_pairs(weights[0, vr, vt], values[vt, vd])
+        for to, d, r, ti in T.grid(num_groups, dim, rows, group):
+            with T.sblock(f"{of}_sum"):
+                vd, vr = T.axis.remap("SS", [d, r])
+                vt = T.axis.reduce(pairs, to * group + ti)
+                with T.init():
+                    acc[0, vr, vd] = T.float32(0)
+                acc[0, vr, vd] = acc[0, vr, vd] + dot_pairs(weights[0, vr, vt], values[vt, vd])
 
     return stage

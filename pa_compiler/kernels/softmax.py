@@ -38,7 +38,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     with a sight see the first num_full token groups.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
-    scale_stage, full_stage, hide_stage = _scale(spec, tiling), _scale_full(tiling), hide_scores()
+    scale_stage, full_stage, hide_stage = scale_scores(spec, tiling), _scale_full(tiling), hide_scores()
 
     # keys that all rows see have a form of their own; beside functions of scores the comparison weighs little
     in_two, of_rows = tiling.many_tokens and are_products(spec), tiling.many_tokens and spec.wide_range
@@ -167,7 +167,7 @@ def _scale_full(tiling: Tiling) -> Callable[..., None]:
     return stage
 
 
-def _scale(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+def scale_scores(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """scaled = scored(scale * scores), or -inf where a row does not see the key; in the caller's sblock.
 
     Of the token groups from begin to end; begin is 0 where there are functions of scores.

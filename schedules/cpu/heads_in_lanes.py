@@ -96,7 +96,7 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     steps = functions.score_steps(sch, tiling)
     pairs = ("pairs",) if tiling.values.terms == 2 and tiling.many_tokens else ()
     rows_last(sch, *steps, "scaled", *exact, "probs", *pairs)
-    _four_maxima(sch, "peak")
+    four_maxima(sch, "peak")
     for name in (*steps, "scaled", *exact, "probs", *pairs, "tile_sum"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
         sch.reorder(group, token, row)
@@ -110,7 +110,7 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
         sch.vectorize(row)
         if name == "tile_sum":
             sch.decompose_reduction(sch.get_sblock(name), group)
-    vectorize_rows(sch, "tile_max", *(("room",) if "room" in _names(sch) else ()))
+    vectorize_rows(sch, "tile_max", *(("room",) if "room" in names_in(sch, "softmax_prepare") else ()))
 
 
 def full_scores(sch: Schedule, tiling: VectorTiling) -> None:
@@ -118,10 +118,10 @@ def full_scores(sch: Schedule, tiling: VectorTiling) -> None:
     row, group, token = sch.get_loops("full_scaled")[-3:]
     sch.reorder(group, token, row)
     sch.vectorize(row)
-    _four_maxima(sch, "full_peak", group)
+    four_maxima(sch, "full_peak", group)
 
 
-def _four_maxima(sch: Schedule, name: str, beside: LoopRV | None = None) -> None:
+def four_maxima(sch: Schedule, name: str, beside: LoopRV | None = None) -> None:
     """The maximum as that of four, of which none waits for another: a maximum takes two cycles or more.
 
     beside: The loop over token groups in whose body it is taken; None: one of its own.
@@ -276,9 +276,9 @@ def rows_last(sch: Schedule, *sblocks: str | SBlockRV) -> None:
         sch.transform_layout(name, ("write", 0), lambda *axes: (*axes[:-2], axes[-1], axes[-2]))
 
 
-def _names(sch: Schedule) -> set[str]:
-    """What is in the softmax."""
-    return {sch.get(each).name_hint for each in sch.get_child_blocks(sch.get_sblock("softmax_prepare"))}
+def names_in(sch: Schedule, stage: str) -> set[str]:
+    """The names of the sblocks of a stage."""
+    return {sch.get(each).name_hint for each in sch.get_child_blocks(sch.get_sblock(stage))}
 
 
 def vertical(sch: Schedule, sblock: str) -> None:

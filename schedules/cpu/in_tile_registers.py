@@ -13,8 +13,9 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import heads_in_lanes
-from pa_compiler.schedules.cpu.heads_in_lanes import rows_last, vertical
+from pa_compiler.schedules.cpu import functions, heads_in_lanes
+from pa_compiler.schedules.cpu.head_dim_in_lanes import vectorize_rows
+from pa_compiler.schedules.cpu.heads_in_lanes import four_maxima, names_in, rows_last, vertical
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.tile_products import TILE, TILES, add_tiles, clear_tiles, store_tiles
 from pa_compiler.schedules.intrinsics.transpose import transpose
@@ -107,9 +108,55 @@ def _in_tile_registers(sch: Schedule, name: str, sums: SBlockRV, steps: LoopRV, 
         sch.tensorize(loop, intrinsic)
 
 
+def full_scores(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical."""
+    four_maxima(sch, "full_peak")
+
+
+def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical."""
+    steps = functions.score_steps(sch, tiling)
+    rows_last(sch, *steps, "scaled", "pairs")
+    for name in (*steps, "scaled"):
+        row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
+        sch.reorder(group, token, row)
+        sch.vectorize(row)
+    four_maxima(sch, "peak")
+    vectorize_rows(sch, "tile_max", "room")
+
+
+def full_weights(sch: Schedule, tiling: VectorTiling) -> None:
+    """Of two tokens from scores to the word of their weights in registers."""
+    _weights(sch, "full_")
+
+
+def weights(sch: Schedule, tiling: VectorTiling) -> None:
+    """The same."""
+    _weights(sch, "")
+
+
+def _weights(sch: Schedule, of: str) -> None:
+    rows_last(sch, f"{of}probs")
+    row, group, pair = sch.get_loops(f"{of}pairs")[-3:]
+    sch.reorder(group, pair, row)
+    sch.compute_at(f"{of}probs", pair, preserve_unit_loops=True)
+    sch.reverse_compute_at(f"{of}tile_sum", pair, preserve_unit_loops=True)
+    token, lane = sch.get_loops(f"{of}probs")[-2:]
+    sch.unroll(token)
+    for each in (lane, row, sch.get_loops(f"{of}tile_sum")[-1]):
+        sch.vectorize(each)
+    sch.decompose_reduction(f"{of}tile_sum", group)
+
+
 def whole_products(sch: Schedule, tiling: VectorTiling) -> None:
-    """Outputs in tile registers."""
+    """Outputs in tile registers, folded as soon as they leave them."""
     group, dim = _products(sch, tiling, "whole")
+    rows_last(sch, "acc")
+    tile, row, acc_dim = sch.get_loops("acc")[-3:]
+    outer, inner = sch.split(acc_dim, [None, TILES * TILE])
+    sch.reorder(outer, tile, inner, row)
+    sch.vectorize(row)
+    dim = sch.merge(dim, outer)
     fetch(sch, VALUES, group, passes=[dim])
 
 
@@ -136,10 +183,9 @@ def row_values(sch: Schedule, tiling: VectorTiling) -> None:
     rows_last(sch, "row_value")
 
 
-def fold(sch: Schedule, tiling: VectorTiling) -> None:
-    """Vertical."""
-    rows_last(sch, "acc")
-    vertical(sch, "acc")
+def apart_fold(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical; whole_products has laid out what is written."""
+    vertical(sch, "apart_acc")
 
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
@@ -155,7 +201,11 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "whole_products": whole_products,
     "row_values": row_values,
     "apart_products": apart_products,
-    "fold": fold,
+    "apart_fold": apart_fold,
+    "full_scores": full_scores,
+    "softmax_prepare": softmax_prepare,
+    "full_weights": full_weights,
+    "weights": weights,
 }
 """How each stage is scheduled, by the name of its sblock."""
 
