@@ -59,15 +59,19 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     rows, tokens, terms = tiling.row_tile, tiling.padded_kv_tile, tiling.values.terms
     in_pairs, rows_of = terms == 2, rows_of_item(spec, tiling)
     qk_stage = _by_rows(tiling, lambda few: qk_matmul(spec, tiling, few))
-    if tiling.in_tile_registers:
+    in_whole = tiling.in_tile_registers
+    if in_whole:
         update_stage = _pv_update_whole(spec, tiling)
     else:
         update_stage = _by_rows(tiling, lambda few: _pv_update(spec, tiling, few))
-    in_whole = tiling.in_tile_registers
     softmax_stage = softmax_whole(spec, tiling) if in_whole else softmax_prepare(spec, tiling)
     rescale_stage = state.rescale(rows)
     functions = ScoreFunctions(spec, many_tokens=True)
     visible_stage, edges_stage = compute_visible(functions, tiling), find_edges(tiling)
+
+    def parts_of(num_rows):
+        """Parts of few_rows rows that there are."""
+        return T.ceildiv(num_rows, tiling.few_rows) if tiling.few_rows else 1
 
     def full_groups(tile):
         """Token groups that all rows see whole, but for what a tree or a mask hides."""
@@ -109,6 +113,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         softmax_stage(
             scores, *([] if in_whole else [probs]), added, item.scale, item.bounds.headroom(first), tile,
             tile.num_groups, scoring, weights if in_pairs else None, num_full,
+            *([parts_of(num_rows)] if in_whole else []),
         )  # fmt: skip
         rescale_stage(added, running, Factors(alpha, beta, 0), step)
         if not in_whole:
@@ -180,7 +185,8 @@ def _pv_update_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., 
             T.reads()
             T.writes()
             pv_stage(
-                weights, values.memory, infinite, tile, num_full, computed, edges, factors, running, step, num_steps
+                num_rows, weights, values.memory, infinite, tile, num_full, computed, edges, factors, running, step,
+                num_steps
             )
 
     return stage

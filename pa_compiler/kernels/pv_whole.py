@@ -145,7 +145,8 @@ def pv_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     computed has those of a mask.
     """
     rows, dim, pairs, group = tiling.row_tile, spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
-    products, products_apart = _products(spec, tiling), _products_apart(spec, tiling)
+    products, few_products = (_products(spec, tiling, few) for few in (False, True))
+    products_apart, few = _products_apart(spec, tiling), tiling.few_rows
     edges_stage, fold_apart = find_edges(tiling), state.fold(1, rows, dim, "apart_")
 
     def seen(value, computed, edges, row, t, num_full):
@@ -154,13 +155,16 @@ def pv_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         return T.bitwise_and(value, T.Select(t < num_full * group, T.int32(-1), edges[row, t]))
 
     @inline
-    def stage(weights, values, infinite, tile, num_full, computed, edges, factors, running, step, num_steps):
+    def stage(num_rows, weights, values, infinite, tile, num_full, computed, edges, factors, running, step, num_steps):
         if infinite[0] == 0:
-            products(weights, values, tile.num_groups, factors, running, step, num_steps)
+            if num_rows <= few:
+                few_products(weights, values, tile.num_groups, factors, running, step, num_steps)
+            else:
+                products(weights, values, tile.num_groups, factors, running, step, num_steps)
         else:
             tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
             edges_stage(edges, tile, num_full)
-            for row in range(rows):
+            for row in range(num_rows):
                 with T.sblock("row_apart"):
                     vrow = T.axis.spatial(rows, row)
                     T.reads()
@@ -193,14 +197,18 @@ def pv_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     return stage
 
 
-def _products(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """The sblock whole_products: the sums over num_groups token groups, each folded as soon as it is known."""
-    rows, dim, pairs, group = tiling.row_tile, spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
-    sums, fold_stage = _sums(spec, tiling, "whole"), state.fold(1, rows, dim)
+def _products(spec: PagedAttentionSpec, tiling: Tiling, few: bool) -> Callable[..., None]:
+    """The sblock whole_products: the sums over num_groups token groups, each folded as soon as it is known.
+
+    few: few_whole_products, of the first few_rows rows alone.
+    """
+    of, rows = ("few_", tiling.few_rows) if few else ("", tiling.row_tile)
+    dim, pairs = spec.result_dim, tiling.padded_kv_tile // 2
+    sums, fold_stage = _sums(spec, tiling, f"{of}whole", rows), state.fold(1, rows, dim, of)
 
     @inline
     def stage(weights, values, num_groups, factors, running, step, num_steps):
-        with T.sblock("whole_products"):
+        with T.sblock(f"{of}whole_products"):
             T.reads(
                 weights[0, 0:rows, 0:pairs],
                 values[0:pairs, 0:dim],
@@ -218,7 +226,7 @@ def _products(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
 def _products_apart(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The sblock apart_products: acc[0, r, d] of all rows, the sum over num_groups token groups."""
     rows, dim, pairs = tiling.row_tile, spec.result_dim, tiling.padded_kv_tile // 2
-    sums = _sums(spec, tiling, "apart")
+    sums = _sums(spec, tiling, "apart", rows)
 
     @inline
     def stage(weights, values, acc, num_groups):
@@ -230,9 +238,9 @@ def _products_apart(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     return stage
 
 
-def _sums(spec: PagedAttentionSpec, tiling: Tiling, of: str) -> Callable[..., None]:
-    """acc[0, r, d] of all rows, the sum over num_groups token groups, in the caller's sblock."""
-    rows, dim, pairs, group = tiling.row_tile, spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
+def _sums(spec: PagedAttentionSpec, tiling: Tiling, of: str, rows: int) -> Callable[..., None]:
+    """acc[0, r, d] of so many rows, the sum over num_groups token groups, in the caller's sblock."""
+    dim, pairs, group = spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
 
     @inline
     def stage(weights, values, acc, num_groups):

@@ -26,9 +26,11 @@ def softmax_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     """As softmax_prepare, with weights as the words of pairs of tokens, pairs[slot, r, t], and nowhere else.
 
     Scores of the first num_full token groups, which all rows see, are scaled twice, for the maximum and for the
-    exponential; the others, and all where they are more than products, are kept scaled.
+    exponential; the others, and all where they are more than products, are kept scaled. Of the first num_parts parts of
+    Tiling.few_rows rows; the others become empty states, whatever their scores.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
+    part = tiling.few_rows or rows
     scale_stage, hide_stage, in_two = scale_scores(spec, tiling), hide_scores(), are_products(spec)
     full_weights, weights = _weights(tiling, "full_"), _weights(tiling, "")
 
@@ -37,7 +39,7 @@ def softmax_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         return tiling.fence(scores[slot, row, column] * scale)
 
     @inline
-    def stage(scores, state, scale, headroom, tile, num_groups, scoring, pairs, num_full):
+    def stage(scores, state, scale, headroom, tile, num_groups, scoring, pairs, num_full, num_parts):
         slot = T.meta_var(state.slot)
         tile_max = T.meta_var(state.row_max)
         tile_sum = T.meta_var(state.row_sum)
@@ -48,10 +50,10 @@ def softmax_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
             with T.sblock("full_scores"):
                 T.reads(scores[slot, 0:rows, 0:tokens])
                 T.writes(full_peak[0:rows])
-                for r, to, ti in T.grid(rows, num_full, group):
+                for p, r, to, ti in T.grid(num_parts, part, num_full, group):
                     with T.sblock("full_peak"):
                         vt = T.axis.reduce(tokens, to * group + ti)
-                        vr = T.axis.spatial(rows, r)
+                        vr = T.axis.spatial(rows, p * part + r)
                         with T.init():
                             full_peak[vr] = T.min_value("float32")
                         full_peak[vr] = T.max(full_peak[vr], scores[slot, vr, vt] * scale)
@@ -63,18 +65,23 @@ def softmax_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         room = T.sblock_alloc_buffer((1, rows), "int32")
         with T.sblock("softmax_prepare"):
             T.reads(scaled[0:rows, 0:tokens], *([full_peak[0:rows]] if in_two else []))
-            T.writes(tile_max[slot, 0:rows], room[0, 0:rows])
+            T.writes(tile_max[slot, 0:rows], tile_sum[slot, 0:rows], room[0, 0:rows])
             peak = T.sblock_alloc_buffer((rows,), "float32")
-            for r, to, ti in T.grid(rows, num_groups - num_done, group):
+            for r in range(rows):
+                with T.sblock("empty"):
+                    vr = T.axis.spatial(rows, r)
+                    tile_max[slot, vr] = T.float32(EMPTY_ROW_MAX)
+                    tile_sum[slot, vr] = T.float32(0)
+            for p, r, to, ti in T.grid(num_parts, part, num_groups - num_done, group):
                 with T.sblock("peak"):
                     vt = T.axis.reduce(tokens, (num_done + to) * group + ti)
-                    vr = T.axis.spatial(rows, r)
+                    vr = T.axis.spatial(rows, p * part + r)
                     with T.init():
                         peak[vr] = T.min_value("float32")
                     peak[vr] = T.max(peak[vr], scaled[vr, vt])
-            for r in range(rows):
+            for p, r in T.grid(num_parts, part):
                 with T.sblock("tile_max"):
-                    vr = T.axis.spatial(rows, r)
+                    vr = T.axis.spatial(rows, p * part + r)
                     most = T.meta_var(T.max(full_peak[vr], peak[vr]) if in_two else peak[vr])
                     tile_max[slot, vr] = T.Select(0 < tile.valid_len, most, T.float32(EMPTY_ROW_MAX))
             for r in range(rows):
@@ -87,11 +94,12 @@ def softmax_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
             full_score = T.meta_var(lambda row, column: product(scores, slot, scale, row, column))
             full_weights(
                 [scores[slot, 0:rows, 0:tokens], room[0, 0:rows]], full_score, tile_max, pairs, full_sum, slot, places,
-                0, num_full, T.float32(0),
+                num_parts, 0, num_full, T.float32(0),
             )  # fmt: skip
         weights(
             [scaled[0:rows, 0:tokens], room[0, 0:rows], *([full_sum[slot, 0:rows]] if in_two else [])],
-            lambda row, column: scaled[row, column], tile_max, pairs, tile_sum, slot, places, num_done, num_groups,
+            lambda row, column: scaled[row, column], tile_max, pairs, tile_sum, slot, places, num_parts, num_done,
+            num_groups,
             (lambda row: full_sum[slot, row]) if in_two else T.float32(0),
         )  # fmt: skip
 
@@ -104,31 +112,31 @@ def _weights(tiling: Tiling, of: str) -> Callable[..., None]:
     score(row, column) is a scaled score, for which it reads what reads says.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
-    half = group // 2
+    half, part = group // 2, tiling.few_rows or rows
 
     def first_of(before: Expr | Callable[[Expr], Expr], row: Expr) -> Expr:
         return before(row) if callable(before) else before
 
     @inline
-    def stage(reads, score, tile_max, pairs, total, slot, places, begin, end, before):
+    def stage(reads, score, tile_max, pairs, total, slot, places, num_parts, begin, end, before):
         with T.sblock(f"{of}weights"):
             T.reads(*reads, tile_max[slot, 0:rows])
             T.writes(pairs[slot, 0:rows, 0 : tokens // 2], total[slot, 0:rows])
             probs = T.sblock_alloc_buffer((rows, tokens), "float32")
-            for r, to, ti in T.grid(rows, end - begin, group):
+            for p, r, to, ti in T.grid(num_parts, part, end - begin, group):
                 with T.sblock(f"{of}probs"):
                     vt = T.axis.spatial(tokens, (begin + to) * group + ti)
-                    vr = T.axis.spatial(rows, r)
+                    vr = T.axis.spatial(rows, p * part + r)
                     store_weight(probs, (vr, vt), score(vr, vt) - tile_max[slot, vr], of_row(places, vr))
-            for r, to, ti in T.grid(rows, end - begin, half):
+            for p, r, to, ti in T.grid(num_parts, part, end - begin, half):
                 with T.sblock(f"{of}pairs"):
                     vt = T.axis.spatial(tokens // 2, (begin + to) * half + ti)
-                    vr = T.axis.spatial(rows, r)
+                    vr = T.axis.spatial(rows, p * part + r)
                     pairs[slot, vr, vt] = pair_rounded(probs[vr, 2 * vt], probs[vr, 2 * vt + 1])
-            for r, to, ti in T.grid(rows, end - begin, half):
+            for p, r, to, ti in T.grid(num_parts, part, end - begin, half):
                 with T.sblock(f"{of}tile_sum"):
                     vt = T.axis.reduce(tokens // 2, (begin + to) * half + ti)
-                    vr = T.axis.spatial(rows, r)
+                    vr = T.axis.spatial(rows, p * part + r)
                     with T.init():
                         total[slot, vr] = first_of(before, vr)
                     total[slot, vr] += dot_pairs(pairs[slot, vr, vt], opaque(T.int32(PAIR_OF_ONES)))

@@ -134,6 +134,10 @@ def four_maxima(sch: Schedule, name: str, beside: LoopRV | None = None) -> None:
         sch.reverse_compute_at(parts, beside, preserve_unit_loops=True)
         part, _, token, row = sch.get_loops(parts)[-4:]
         sch.reorder(token, part)
+    elif around := sch.get_loops(peak)[:-2]:  # parts of the rows
+        sch.compute_at(parts, around[-1], preserve_unit_loops=True)
+        part, beside, token, row = sch.get_loops(parts)[-4:]
+        sch.reorder(beside, token, part)
     else:
         row, beside, token, part = sch.get_loops(parts)[-4:]
         sch.reorder(beside, token, part, row)

@@ -17,7 +17,7 @@ from pa_compiler.schedules.cpu import functions, heads_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import vectorize_rows
 from pa_compiler.schedules.cpu.heads_in_lanes import four_maxima, names_in, rows_last, vertical
 from pa_compiler.schedules.fetch import fetch
-from pa_compiler.schedules.intrinsics.tile_products import TILE, TILES, add_tiles, clear_tiles, store_tiles
+from pa_compiler.schedules.intrinsics.tile_products import SCOPE, TILE, TILES, add_tiles, clear_tiles, store_tiles
 from pa_compiler.schedules.intrinsics.transpose import transpose
 from pa_compiler.schedules.intrinsics.turn_pairs import turn_pairs
 from pa_compiler.tiles import VectorTiling
@@ -85,25 +85,43 @@ def find_infinite(sch: Schedule, tiling: VectorTiling) -> None:
 
 
 def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
-    """Scores of a token group in tile registers."""
+    """Scores of a part of a token group in tile registers."""
     rows_last(sch, "scores")
-    scores = sch.get_sblock("scores")
-    sums = sch.cache_write(scores, 0, "global")
+    _scores(sch, "scores")
+
+
+def few_qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
+    """The same of a part of the rows; qk_matmul has laid out what is written."""
+    _scores(sch, "few_scores")
+
+
+def _scores(sch: Schedule, name: str) -> None:
+    scores = sch.get_sblock(name)
+    across = _across(sch, scores, 2)
+    sums = sch.cache_write(scores, 0, SCOPE)
     group, token, row, dim = sch.get_loops(scores)[-4:]
+    part, token = sch.split(token, [None, TILES // across * TILE])
     dim, step = sch.split(dim, [None, TILE])
-    sch.reorder(group, dim, token, row, step)
-    sch.reverse_compute_at(sums, group, preserve_unit_loops=True)
-    _in_tile_registers(sch, "scores", sums, dim, token)
-    fetch(sch, KEYS, group, shares=[dim])
+    sch.reorder(group, part, dim, token, row, step)
+    sch.reverse_compute_at(sums, part, preserve_unit_loops=True)
+    _in_tile_registers(sch, name, sums, dim, token, across)
+    fetch(sch, KEYS, group, shares=[part, dim])
 
 
-def _in_tile_registers(sch: Schedule, name: str, sums: SBlockRV, steps: LoopRV, block: LoopRV) -> None:
+def _across(sch: Schedule, block: SBlockRV, row: int) -> int:
+    """Tile registers side by side that have the sums of all rows, which are the row-th last loop but one."""
+    return int(sch.get(sch.get_loops(block)[-row]).extent) // TILE
+
+
+def _in_tile_registers(
+    sch: Schedule, name: str, sums: SBlockRV, steps: LoopRV, block: LoopRV, across: int
+) -> None:
     """A block of sums: cleared before the loop over steps, added to by the loops from block on, and at last stored."""
     cleared = sch.decompose_reduction(name, steps)
     for loop, intrinsic in (
-        (sch.get_loops(cleared)[-2], clear_tiles()),
-        (block, add_tiles()),
-        (sch.get_loops(sums)[-2], store_tiles()),
+        (sch.get_loops(cleared)[-2], clear_tiles(across)),
+        (block, add_tiles(across)),
+        (sch.get_loops(sums)[-2], store_tiles(across)),
     ):
         sch.tensorize(loop, intrinsic)
 
@@ -122,7 +140,7 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
         sch.reorder(group, token, row)
         sch.vectorize(row)
     four_maxima(sch, "peak")
-    vectorize_rows(sch, "tile_max", "room")
+    vectorize_rows(sch, "tile_max", "room", "empty")
 
 
 def full_weights(sch: Schedule, tiling: VectorTiling) -> None:
@@ -137,23 +155,34 @@ def weights(sch: Schedule, tiling: VectorTiling) -> None:
 
 def _weights(sch: Schedule, of: str) -> None:
     rows_last(sch, f"{of}probs")
+    sums = sch.cache_write(f"{of}tile_sum", 0, "global")
     row, group, pair = sch.get_loops(f"{of}pairs")[-3:]
     sch.reorder(group, pair, row)
     sch.compute_at(f"{of}probs", pair, preserve_unit_loops=True)
     sch.reverse_compute_at(f"{of}tile_sum", pair, preserve_unit_loops=True)
+    sch.reverse_compute_at(sums, sch.get_loops(f"{of}pairs")[-4], preserve_unit_loops=True)
     token, lane = sch.get_loops(f"{of}probs")[-2:]
     sch.unroll(token)
-    for each in (lane, row, sch.get_loops(f"{of}tile_sum")[-1]):
+    for each in (lane, row, sch.get_loops(f"{of}tile_sum")[-1], sch.get_loops(sums)[-1]):
         sch.vectorize(each)
     sch.decompose_reduction(f"{of}tile_sum", group)
 
 
 def whole_products(sch: Schedule, tiling: VectorTiling) -> None:
     """Outputs in tile registers, folded as soon as they leave them."""
-    group, dim = _products(sch, tiling, "whole")
     rows_last(sch, "acc")
-    tile, row, acc_dim = sch.get_loops("acc")[-3:]
-    outer, inner = sch.split(acc_dim, [None, TILES * TILE])
+    _folded_products(sch, tiling, "")
+
+
+def few_whole_products(sch: Schedule, tiling: VectorTiling) -> None:
+    """The same of a part of the rows; whole_products has laid out what is written."""
+    _folded_products(sch, tiling, "few_")
+
+
+def _folded_products(sch: Schedule, tiling: VectorTiling, of: str) -> None:
+    group, dim = _products(sch, tiling, f"{of}whole")
+    tile, row, acc_dim = sch.get_loops(f"{of}acc")[-3:]
+    outer, inner = sch.split(acc_dim, [int(sch.get(dim).extent), None])
     sch.reorder(outer, tile, inner, row)
     sch.vectorize(row)
     dim = sch.merge(dim, outer)
@@ -168,13 +197,14 @@ def apart_products(sch: Schedule, tiling: VectorTiling) -> None:
 def _products(sch: Schedule, tiling: VectorTiling, of: str) -> tuple[LoopRV, LoopRV]:
     block = sch.get_sblock(f"{of}_sum")
     rows_last(sch, block)
-    sums = sch.cache_write(block, 0, "global")
+    across = _across(sch, block, 2)
+    sums = sch.cache_write(block, 0, SCOPE)
     group, dim, row, token = sch.get_loops(block)[-4:]
-    dim_outer, dim = sch.split(dim, [None, TILES * TILE])
+    dim_outer, dim = sch.split(dim, [None, TILES // across * TILE])
     token_outer, token = sch.split(token, [None, TILE])
     sch.reorder(dim_outer, group, token_outer, dim, row, token)
     sch.reverse_compute_at(sums, dim_outer, preserve_unit_loops=True)
-    _in_tile_registers(sch, f"{of}_sum", sums, group, dim)
+    _in_tile_registers(sch, f"{of}_sum", sums, group, dim, across)
     return group, dim_outer
 
 
@@ -191,14 +221,16 @@ def apart_fold(sch: Schedule, tiling: VectorTiling) -> None:
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     name: apply
     for name, apply in heads_in_lanes.STAGES.items()
-    if name not in ("few_qk_matmul", "few_pv_update", "pv_update", "pair_probs")
+    if name not in ("few_pv_update", "pv_update", "pair_probs")
 } | {
     "load_keys": load_keys,
     "load_rows": load_rows,
     "load_values": load_values,
     "find_infinite": find_infinite,
     "qk_matmul": qk_matmul,
+    "few_qk_matmul": few_qk_matmul,
     "whole_products": whole_products,
+    "few_whole_products": few_whole_products,
     "row_values": row_values,
     "apart_products": apart_products,
     "apart_fold": apart_fold,

@@ -39,21 +39,26 @@ class InTileRegisters(CpuTiling):
 
     @classmethod
     def choose(cls, basis: Basis) -> InTileRegisters:
-        """Copies of keys and values of a tile that fit in the second-level cache, in whole blocks of sums."""
+        """Copies of keys and values of a tile that fit in the second-level cache, in whole blocks of sums.
+
+        Two tile registers of rows share what is loaded of keys and values; one where there are no more rows.
+        """
         spec = basis.spec
         bytes_of_token = 2 * (spec.head_dim + spec.result_dim)
         most = max(basis.machine.second_level // bytes_of_token, _SUMS)
+        rows = 2 * basis.rows
         kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= most)
         return cls(
-            **{**basis.common(_SUMS, None), "kv_tile": kv_tile, "prefetches": True},
+            **{**basis.common(_SUMS, None), "row_tile": rows, "kv_tile": kv_tile, "prefetches": True},
             copy_keys=True,
             copy_values=True,
             streams=1,
             attends=True,
             many_tokens=True,
+            few_rows=basis.rows,
             weight_sums=math.gcd(_SUMS, PACKED_TOKENS) if decodes_in_step(spec) else 0,
-            qk_rows=basis.rows,
+            qk_rows=rows,
             qk_tokens=_SUMS,
-            pv_rows=basis.rows,
+            pv_rows=rows,
             pv_dims=_SUMS,
         )
