@@ -69,10 +69,6 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     functions = ScoreFunctions(spec, many_tokens=True)
     visible_stage, edges_stage = compute_visible(functions, tiling), find_edges(tiling)
 
-    def parts_of(num_rows):
-        """Parts of few_rows rows that there are."""
-        return T.ceildiv(num_rows, tiling.few_rows) if tiling.few_rows else 1
-
     def full_groups(tile):
         """Token groups that all rows see whole, but for what a tree or a mask hides."""
         least = T.min(tile.sight.reach(LEAST_LIMIT) - tile.start, tile.valid_len)
@@ -113,7 +109,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         softmax_stage(
             scores, *([] if in_whole else [probs]), added, item.scale, item.bounds.headroom(first), tile,
             tile.num_groups, scoring, weights if in_pairs else None, num_full,
-            *([parts_of(num_rows)] if in_whole else []),
+            *([num_rows] if in_whole else []),
         )  # fmt: skip
         rescale_stage(added, running, Factors(alpha, beta, 0), step)
         if not in_whole:
@@ -185,8 +181,18 @@ def _pv_update_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., 
             T.reads()
             T.writes()
             pv_stage(
-                num_rows, weights, values.memory, infinite, tile, num_full, computed, edges, factors, running, step,
-                num_steps
+                num_rows,
+                weights,
+                values.memory,
+                infinite,
+                tile,
+                num_full,
+                computed,
+                edges,
+                factors,
+                running,
+                step,
+                num_steps,
             )
 
     return stage

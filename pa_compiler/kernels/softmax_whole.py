@@ -26,66 +26,95 @@ def softmax_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     """As softmax_prepare, with weights as the words of pairs of tokens, pairs[slot, r, t], and nowhere else.
 
     Scores of the first num_full token groups, which all rows see, are scaled twice, for the maximum and for the
-    exponential; the others, and all where they are more than products, are kept scaled. Of the first num_parts parts of
-    Tiling.few_rows rows; the others become empty states, whatever their scores.
+    exponential; the others, and all where they are more than products, are kept scaled. With num_rows up to few_rows
+    the rows after these become empty states, whatever their scores.
     """
-    rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
-    part = tiling.few_rows or rows
-    scale_stage, hide_stage, in_two = scale_scores(spec, tiling), hide_scores(), are_products(spec)
-    full_weights, weights = _weights(tiling, "full_"), _weights(tiling, "")
+    rows, tokens, few, in_two = tiling.row_tile, tiling.padded_kv_tile, tiling.few_rows, are_products(spec)
+    scale_stage, hide_stage, empty_stage = scale_scores(spec, tiling), hide_scores(), _empty_states(tiling)
+    weigh, weigh_few = _softmax(spec, tiling, "", rows), _softmax(spec, tiling, "few_", few)
+
+    @inline
+    def stage(scores, state, scale, headroom, tile, num_groups, scoring, pairs, num_full, num_rows):
+        slot = T.meta_var(state.slot)
+        num_done = T.meta_var(num_full if in_two else 0)
+        scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
+        with T.sblock("seen_scores"):
+            T.reads(scores[slot, 0:rows, 0:tokens], *scoring.regions)
+            T.writes(scaled[0:rows, 0:tokens])
+            scale_stage(scores, scaled, slot, scale, tile, num_done, num_groups, scoring)
+            hide_stage(scaled, tile)
+        if num_rows <= few:
+            empty_stage(state)
+            weigh_few(scores, scaled, state, scale, headroom, tile.valid_len, num_done, num_groups, pairs)
+        else:
+            weigh(scores, scaled, state, scale, headroom, tile.valid_len, num_done, num_groups, pairs)
+
+    return stage
+
+
+def _empty_states(tiling: Tiling) -> Callable[..., None]:
+    """Empty states of the rows after the first few_rows."""
+    few, rows = tiling.few_rows, tiling.row_tile
+
+    @inline
+    def stage(state):
+        with T.sblock("empty_rest"):
+            T.reads()
+            T.writes(state.row_max[state.slot, few:rows], state.row_sum[state.slot, few:rows])
+            for r in range(rows - few):
+                with T.sblock("empty_row_of_rest"):
+                    vr = T.axis.spatial(rows, few + r)
+                    state.row_max[state.slot, vr] = T.float32(EMPTY_ROW_MAX)
+                    state.row_sum[state.slot, vr] = T.float32(0)
+
+    return stage
+
+
+def _softmax(spec: PagedAttentionSpec, tiling: Tiling, of: str, rows: int) -> Callable[..., None]:
+    """The maxima, weights and sums of the first `rows` rows; `of` comes before the names of the sblocks."""
+    group, tokens, in_two = tiling.token_group, tiling.padded_kv_tile, are_products(spec)
+    full_weights, weights = (_weights(tiling, f"{of}{part}", rows) for part in ("full_", ""))
 
     def product(scores, slot, scale, row, column):
         """A scaled score, rounded before anything is subtracted from it."""
         return tiling.fence(scores[slot, row, column] * scale)
 
     @inline
-    def stage(scores, state, scale, headroom, tile, num_groups, scoring, pairs, num_full, num_parts):
+    def stage(scores, scaled, state, scale, headroom, valid_len, num_full, num_groups, pairs):
         slot = T.meta_var(state.slot)
         tile_max = T.meta_var(state.row_max)
         tile_sum = T.meta_var(state.row_sum)
-        num_done = T.meta_var(num_full if in_two else 0)
-        scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
         if in_two:
             full_peak = T.sblock_alloc_buffer((rows,), "float32")
-            with T.sblock("full_scores"):
+            with T.sblock(f"{of}full_scores"):
                 T.reads(scores[slot, 0:rows, 0:tokens])
                 T.writes(full_peak[0:rows])
-                for p, r, to, ti in T.grid(num_parts, part, num_full, group):
-                    with T.sblock("full_peak"):
+                for r, to, ti in T.grid(rows, num_full, group):
+                    with T.sblock(f"{of}full_peak"):
                         vt = T.axis.reduce(tokens, to * group + ti)
-                        vr = T.axis.spatial(rows, p * part + r)
+                        vr = T.axis.spatial(rows, r)
                         with T.init():
                             full_peak[vr] = T.min_value("float32")
                         full_peak[vr] = T.max(full_peak[vr], scores[slot, vr, vt] * scale)
-        with T.sblock("seen_scores"):
-            T.reads(scores[slot, 0:rows, 0:tokens], *scoring.regions)
-            T.writes(scaled[0:rows, 0:tokens])
-            scale_stage(scores, scaled, slot, scale, tile, num_done, num_groups, scoring)
-            hide_stage(scaled, tile)
         room = T.sblock_alloc_buffer((1, rows), "int32")
-        with T.sblock("softmax_prepare"):
+        with T.sblock(f"{of}maxima"):
             T.reads(scaled[0:rows, 0:tokens], *([full_peak[0:rows]] if in_two else []))
-            T.writes(tile_max[slot, 0:rows], tile_sum[slot, 0:rows], room[0, 0:rows])
+            T.writes(tile_max[slot, 0:rows], room[0, 0:rows])
             peak = T.sblock_alloc_buffer((rows,), "float32")
-            for r in range(rows):
-                with T.sblock("empty"):
+            for r, to, ti in T.grid(rows, num_groups - num_full, group):
+                with T.sblock(f"{of}peak"):
+                    vt = T.axis.reduce(tokens, (num_full + to) * group + ti)
                     vr = T.axis.spatial(rows, r)
-                    tile_max[slot, vr] = T.float32(EMPTY_ROW_MAX)
-                    tile_sum[slot, vr] = T.float32(0)
-            for p, r, to, ti in T.grid(num_parts, part, num_groups - num_done, group):
-                with T.sblock("peak"):
-                    vt = T.axis.reduce(tokens, (num_done + to) * group + ti)
-                    vr = T.axis.spatial(rows, p * part + r)
                     with T.init():
                         peak[vr] = T.min_value("float32")
                     peak[vr] = T.max(peak[vr], scaled[vr, vt])
-            for p, r in T.grid(num_parts, part):
-                with T.sblock("tile_max"):
-                    vr = T.axis.spatial(rows, p * part + r)
-                    most = T.meta_var(T.max(full_peak[vr], peak[vr]) if in_two else peak[vr])
-                    tile_max[slot, vr] = T.Select(0 < tile.valid_len, most, T.float32(EMPTY_ROW_MAX))
             for r in range(rows):
-                with T.sblock("room"):
+                with T.sblock(f"{of}tile_max"):
+                    vr = T.axis.spatial(rows, r)
+                    most = T.meta_var(T.max(full_peak[vr], peak[vr]) if in_two else peak[vr])
+                    tile_max[slot, vr] = T.Select(0 < valid_len, most, T.float32(EMPTY_ROW_MAX))
+            for r in range(rows):
+                with T.sblock(f"{of}room"):
                     vr = T.axis.spatial(rows, r)
                     room[0, vr] = of_row(headroom, vr)
         places = T.meta_var(OfRows(room, 0) if spec.wide_range else headroom)
@@ -94,49 +123,48 @@ def softmax_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
             full_score = T.meta_var(lambda row, column: product(scores, slot, scale, row, column))
             full_weights(
                 [scores[slot, 0:rows, 0:tokens], room[0, 0:rows]], full_score, tile_max, pairs, full_sum, slot, places,
-                num_parts, 0, num_full, T.float32(0),
+                0, num_full, T.float32(0),
             )  # fmt: skip
         weights(
             [scaled[0:rows, 0:tokens], room[0, 0:rows], *([full_sum[slot, 0:rows]] if in_two else [])],
-            lambda row, column: scaled[row, column], tile_max, pairs, tile_sum, slot, places, num_parts, num_done,
-            num_groups,
+            lambda row, column: scaled[row, column], tile_max, pairs, tile_sum, slot, places, num_full, num_groups,
             (lambda row: full_sum[slot, row]) if in_two else T.float32(0),
         )  # fmt: skip
 
     return stage
 
 
-def _weights(tiling: Tiling, of: str) -> Callable[..., None]:
-    """The sblock weights: pairs of the token groups from begin to end, and total[slot, r], what is in them added up from `before` on.
+def _weights(tiling: Tiling, of: str, rows: int) -> Callable[..., None]:
+    """The sblock weights: pairs of the token groups from begin to end, and total[slot, r], their sum from `before` on.
 
     score(row, column) is a scaled score, for which it reads what reads says.
     """
-    rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
-    half, part = group // 2, tiling.few_rows or rows
+    group, tokens = tiling.token_group, tiling.padded_kv_tile
+    half = group // 2
 
     def first_of(before: Expr | Callable[[Expr], Expr], row: Expr) -> Expr:
         return before(row) if callable(before) else before
 
     @inline
-    def stage(reads, score, tile_max, pairs, total, slot, places, num_parts, begin, end, before):
+    def stage(reads, score, tile_max, pairs, total, slot, places, begin, end, before):
         with T.sblock(f"{of}weights"):
             T.reads(*reads, tile_max[slot, 0:rows])
             T.writes(pairs[slot, 0:rows, 0 : tokens // 2], total[slot, 0:rows])
             probs = T.sblock_alloc_buffer((rows, tokens), "float32")
-            for p, r, to, ti in T.grid(num_parts, part, end - begin, group):
+            for r, to, ti in T.grid(rows, end - begin, group):
                 with T.sblock(f"{of}probs"):
                     vt = T.axis.spatial(tokens, (begin + to) * group + ti)
-                    vr = T.axis.spatial(rows, p * part + r)
+                    vr = T.axis.spatial(rows, r)
                     store_weight(probs, (vr, vt), score(vr, vt) - tile_max[slot, vr], of_row(places, vr))
-            for p, r, to, ti in T.grid(num_parts, part, end - begin, half):
+            for r, to, ti in T.grid(rows, end - begin, half):
                 with T.sblock(f"{of}pairs"):
                     vt = T.axis.spatial(tokens // 2, (begin + to) * half + ti)
-                    vr = T.axis.spatial(rows, p * part + r)
+                    vr = T.axis.spatial(rows, r)
                     pairs[slot, vr, vt] = pair_rounded(probs[vr, 2 * vt], probs[vr, 2 * vt + 1])
-            for p, r, to, ti in T.grid(num_parts, part, end - begin, half):
+            for r, to, ti in T.grid(rows, end - begin, half):
                 with T.sblock(f"{of}tile_sum"):
                     vt = T.axis.reduce(tokens // 2, (begin + to) * half + ti)
-                    vr = T.axis.spatial(rows, p * part + r)
+                    vr = T.axis.spatial(rows, r)
                     with T.init():
                         total[slot, vr] = first_of(before, vr)
                     total[slot, vr] += dot_pairs(pairs[slot, vr, vt], opaque(T.int32(PAIR_OF_ONES)))

@@ -110,7 +110,7 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
         sch.vectorize(row)
         if name == "tile_sum":
             sch.decompose_reduction(sch.get_sblock(name), group)
-    vectorize_rows(sch, "tile_max", *(("room",) if "room" in names_in(sch, "softmax_prepare") else ()))
+    vectorize_rows(sch, "tile_max", *(("room",) if "room" in _names(sch) else ()))
 
 
 def full_scores(sch: Schedule, tiling: VectorTiling) -> None:
@@ -134,10 +134,6 @@ def four_maxima(sch: Schedule, name: str, beside: LoopRV | None = None) -> None:
         sch.reverse_compute_at(parts, beside, preserve_unit_loops=True)
         part, _, token, row = sch.get_loops(parts)[-4:]
         sch.reorder(token, part)
-    elif around := sch.get_loops(peak)[:-2]:  # parts of the rows
-        sch.compute_at(parts, around[-1], preserve_unit_loops=True)
-        part, beside, token, row = sch.get_loops(parts)[-4:]
-        sch.reorder(beside, token, part)
     else:
         row, beside, token, part = sch.get_loops(parts)[-4:]
         sch.reorder(beside, token, part, row)
@@ -280,9 +276,9 @@ def rows_last(sch: Schedule, *sblocks: str | SBlockRV) -> None:
         sch.transform_layout(name, ("write", 0), lambda *axes: (*axes[:-2], axes[-1], axes[-2]))
 
 
-def names_in(sch: Schedule, stage: str) -> set[str]:
-    """The names of the sblocks of a stage."""
-    return {sch.get(each).name_hint for each in sch.get_child_blocks(sch.get_sblock(stage))}
+def _names(sch: Schedule) -> set[str]:
+    """What is in the softmax."""
+    return {sch.get(each).name_hint for each in sch.get_child_blocks(sch.get_sblock("softmax_prepare"))}
 
 
 def vertical(sch: Schedule, sblock: str) -> None:

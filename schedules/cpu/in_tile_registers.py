@@ -7,6 +7,7 @@ The left operands are the copies of a tile of keys, as they lie in rows of token
 ones are the query and the weights, whose rows lie side by side for the softmax.
 """
 
+import functools
 from collections.abc import Callable
 
 from tvm.s_tir import Schedule
@@ -15,7 +16,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.cpu import functions, heads_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import vectorize_rows
-from pa_compiler.schedules.cpu.heads_in_lanes import four_maxima, names_in, rows_last, vertical
+from pa_compiler.schedules.cpu.heads_in_lanes import four_maxima, rows_last, vertical
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.tile_products import SCOPE, TILE, TILES, add_tiles, clear_tiles, store_tiles
 from pa_compiler.schedules.intrinsics.transpose import transpose
@@ -86,7 +87,7 @@ def find_infinite(sch: Schedule, tiling: VectorTiling) -> None:
 
 def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """Scores of a part of a token group in tile registers."""
-    rows_last(sch, "scores")
+    rows_last(sch, "scores", "pairs")
     _scores(sch, "scores")
 
 
@@ -113,9 +114,7 @@ def _across(sch: Schedule, block: SBlockRV, row: int) -> int:
     return int(sch.get(sch.get_loops(block)[-row]).extent) // TILE
 
 
-def _in_tile_registers(
-    sch: Schedule, name: str, sums: SBlockRV, steps: LoopRV, block: LoopRV, across: int
-) -> None:
+def _in_tile_registers(sch: Schedule, name: str, sums: SBlockRV, steps: LoopRV, block: LoopRV, across: int) -> None:
     """A block of sums: cleared before the loop over steps, added to by the loops from block on, and at last stored."""
     cleared = sch.decompose_reduction(name, steps)
     for loop, intrinsic in (
@@ -126,44 +125,47 @@ def _in_tile_registers(
         sch.tensorize(loop, intrinsic)
 
 
-def full_scores(sch: Schedule, tiling: VectorTiling) -> None:
-    """Vertical."""
-    four_maxima(sch, "full_peak")
-
-
-def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
+def seen_scores(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical."""
     steps = functions.score_steps(sch, tiling)
-    rows_last(sch, *steps, "scaled", "pairs")
+    rows_last(sch, *steps, "scaled")
     for name in (*steps, "scaled"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
         sch.reorder(group, token, row)
         sch.vectorize(row)
-    four_maxima(sch, "peak")
-    vectorize_rows(sch, "tile_max", "room", "empty")
 
 
-def full_weights(sch: Schedule, tiling: VectorTiling) -> None:
+def empty_rest(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical."""
+    vectorize_rows(sch, "empty_row_of_rest")
+
+
+def full_scores(sch: Schedule, tiling: VectorTiling, of: str = "") -> None:
+    """Vertical."""
+    four_maxima(sch, f"{of}full_peak")
+
+
+def maxima(sch: Schedule, tiling: VectorTiling, of: str = "") -> None:
+    """Vertical."""
+    four_maxima(sch, f"{of}peak")
+    vectorize_rows(sch, f"{of}tile_max", f"{of}room")
+
+
+def full_weights(sch: Schedule, tiling: VectorTiling, of: str = "") -> None:
     """Of two tokens from scores to the word of their weights in registers."""
-    _weights(sch, "full_")
+    weights(sch, tiling, f"{of}full_")
 
 
-def weights(sch: Schedule, tiling: VectorTiling) -> None:
-    """The same."""
-    _weights(sch, "")
-
-
-def _weights(sch: Schedule, of: str) -> None:
+def weights(sch: Schedule, tiling: VectorTiling, of: str = "") -> None:
+    """The same; qk_matmul has laid out what is written."""
     rows_last(sch, f"{of}probs")
-    sums = sch.cache_write(f"{of}tile_sum", 0, "global")
     row, group, pair = sch.get_loops(f"{of}pairs")[-3:]
     sch.reorder(group, pair, row)
     sch.compute_at(f"{of}probs", pair, preserve_unit_loops=True)
     sch.reverse_compute_at(f"{of}tile_sum", pair, preserve_unit_loops=True)
-    sch.reverse_compute_at(sums, sch.get_loops(f"{of}pairs")[-4], preserve_unit_loops=True)
     token, lane = sch.get_loops(f"{of}probs")[-2:]
     sch.unroll(token)
-    for each in (lane, row, sch.get_loops(f"{of}tile_sum")[-1], sch.get_loops(sums)[-1]):
+    for each in (lane, row, sch.get_loops(f"{of}tile_sum")[-1]):
         sch.vectorize(each)
     sch.decompose_reduction(f"{of}tile_sum", group)
 
@@ -218,27 +220,36 @@ def apart_fold(sch: Schedule, tiling: VectorTiling) -> None:
     vertical(sch, "apart_acc")
 
 
-STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
-    name: apply
-    for name, apply in heads_in_lanes.STAGES.items()
-    if name not in ("few_pv_update", "pv_update", "pair_probs")
-} | {
-    "load_keys": load_keys,
-    "load_rows": load_rows,
-    "load_values": load_values,
-    "find_infinite": find_infinite,
-    "qk_matmul": qk_matmul,
-    "few_qk_matmul": few_qk_matmul,
-    "whole_products": whole_products,
-    "few_whole_products": few_whole_products,
-    "row_values": row_values,
-    "apart_products": apart_products,
-    "apart_fold": apart_fold,
-    "full_scores": full_scores,
-    "softmax_prepare": softmax_prepare,
-    "full_weights": full_weights,
-    "weights": weights,
-}
+STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = (
+    {
+        name: apply
+        for name, apply in heads_in_lanes.STAGES.items()
+        if name not in ("few_pv_update", "pv_update", "pair_probs", "softmax_prepare")
+    }
+    | {
+        "seen_scores": seen_scores,
+        "load_keys": load_keys,
+        "load_rows": load_rows,
+        "load_values": load_values,
+        "find_infinite": find_infinite,
+        "qk_matmul": qk_matmul,
+        "few_qk_matmul": few_qk_matmul,
+        "whole_products": whole_products,
+        "few_whole_products": few_whole_products,
+        "row_values": row_values,
+        "apart_products": apart_products,
+        "apart_fold": apart_fold,
+        "empty_rest": empty_rest,
+        "full_scores": full_scores,
+        "maxima": maxima,
+        "full_weights": full_weights,
+        "weights": weights,
+    }
+    | {
+        f"few_{stage.__name__}": functools.partial(stage, of="few_")
+        for stage in (full_scores, maxima, full_weights, weights)
+    }
+)
 """How each stage is scheduled, by the name of its sblock."""
 
 SCALAR = heads_in_lanes.SCALAR | {
