@@ -33,10 +33,10 @@ def _load_pairs(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
 
     @inline
     def stage(cache, copy, head_offset, num_groups):
-        rows = T.sblock_alloc_buffer((tokens, words), "int32")
-        with T.sblock("load_rows"):
+        with T.sblock("load_values"):
             T.reads(whole(cache.memory), whole(cache.offsets))
-            T.writes(rows[0:tokens, 0:words])
+            T.writes(copy[0 : tokens // 2, 0:dim])
+            rows = T.sblock_alloc_buffer((tokens, words), "int32")
             for to, ti, w in T.grid(num_groups, group, words):
                 with T.sblock("load_rows_element"):
                     vt = T.axis.spatial(tokens, to * group + ti)
@@ -44,9 +44,6 @@ def _load_pairs(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
                     T.reads(whole(cache.memory), whole(cache.offsets))
                     T.writes(rows[vt, vw])
                     rows[vt, vw] = cache.memory[cache.offsets[vt] + head_offset + T.Cast("int64", vw)]
-        with T.sblock("load_values"):
-            T.reads(rows[0:tokens, 0:words])
-            T.writes(copy[0 : tokens // 2, 0:dim])
             for to, ti, d in T.grid(num_groups, group // 2, dim):
                 with T.sblock("load_values_element"):
                     vp = T.axis.spatial(tokens // 2, to * (group // 2) + ti)

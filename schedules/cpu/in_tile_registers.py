@@ -33,12 +33,6 @@ def load_keys(sch: Schedule, tiling: VectorTiling) -> None:
         sch.vectorize(lane)
 
 
-def load_rows(sch: Schedule, tiling: VectorTiling) -> None:
-    """Rows of the cache as vectors."""
-    _, lane = sch.split(sch.get_loops("load_rows_element")[-1], [None, TILE])
-    sch.vectorize(lane)
-
-
 def load_values(sch: Schedule, tiling: VectorTiling) -> None:
     """Turned: pairs of tokens, as they lie packed, or as their rows have them."""
     if _is_packed(tiling):
@@ -50,6 +44,9 @@ def load_values(sch: Schedule, tiling: VectorTiling) -> None:
     pair_outer, pair = sch.split(pair, [None, TILE])
     dim_outer, dim = sch.split(dim, [None, 2 * TILE])
     sch.reorder(pair_outer, dim_outer, pair, dim)
+    sch.compute_at("load_rows_element", pair_outer, preserve_unit_loops=True)
+    _, lane = sch.split(sch.get_loops("load_rows_element")[-1], [None, TILE])
+    sch.vectorize(lane)
     sch.tensorize(pair, turn_pairs())
 
 
@@ -229,7 +226,6 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = (
     | {
         "seen_scores": seen_scores,
         "load_keys": load_keys,
-        "load_rows": load_rows,
         "load_values": load_values,
         "find_infinite": find_infinite,
         "qk_matmul": qk_matmul,
