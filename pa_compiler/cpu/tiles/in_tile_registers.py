@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar
 
 from pa_compiler.cpu.tiles.basis import Basis, CpuTiling
 from pa_compiler.key_ranges import ATTEND_KV_TILE, decodes_in_step
-from pa_compiler.spec import PACKED_TOKENS
 from pa_compiler.tiles import divisors
 
 TILES = 4
@@ -39,14 +37,10 @@ class InTileRegisters(CpuTiling):
 
     @classmethod
     def choose(cls, basis: Basis) -> InTileRegisters:
-        """Copies of keys and values of a tile that fit in the second-level cache, in whole blocks of sums.
-
-        Two tile registers of rows share what is loaded of keys and values; one where there are no more rows.
-        """
-        spec = basis.spec
+        """Copies of keys and values of a tile that fit in the second-level cache, in whole blocks of sums."""
+        spec, rows = basis.spec, 2 * basis.rows
         bytes_of_token = 2 * (spec.head_dim + spec.result_dim)
         most = max(basis.machine.second_level // bytes_of_token, _SUMS)
-        rows = 2 * basis.rows
         kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= most)
         return cls(
             **{**basis.common(_SUMS, None), "row_tile": rows, "kv_tile": kv_tile, "prefetches": True},
@@ -56,9 +50,8 @@ class InTileRegisters(CpuTiling):
             attends=True,
             many_tokens=True,
             few_rows=basis.rows,
-            weight_sums=math.gcd(_SUMS, PACKED_TOKENS) if decodes_in_step(spec) else 0,
             qk_rows=rows,
-            qk_tokens=_SUMS,
+            qk_tokens=_SUMS // 2,
             pv_rows=rows,
-            pv_dims=_SUMS,
+            pv_dims=_SUMS // 2,
         )
