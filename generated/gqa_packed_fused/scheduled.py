@@ -74,20 +74,20 @@ class Module:
     @T.prim_func(s_tir=True)
     def fused_attend(query: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), token_positions: T.Buffer((num_tokens,), "int32", align=4), tree_mask: T.Buffer((tree_cells,), "uint8", align=1), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, seq: T.int32, token_begin: T.int32, num_query: T.int32, kv_head_begin: T.int32, num_kv_heads: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, causal: T.int32, tree_start: T.int64, tree_size: T.int32, query_scale: T.float32, score_scale: T.float32):
         # with T.sblock("root"):
-        q_tile = T.sblock_alloc_buffer((32, 64, 16), "int32")
-        row_max = T.sblock_alloc_buffer((32, 16))
-        row_sum = T.sblock_alloc_buffer((32, 16))
-        acc = T.sblock_alloc_buffer((32, 128, 16))
-        total_max = T.sblock_alloc_buffer((32, 16))
-        total_sum = T.sblock_alloc_buffer((32, 16))
-        total_acc = T.sblock_alloc_buffer((32, 128, 16))
-        positions = T.sblock_alloc_buffer((32, 16), "int32")
-        limits = T.sblock_alloc_buffer((32, 16), "int32")
-        places = T.sblock_alloc_buffer((32, 16), "int32")
+        q_tile = T.sblock_alloc_buffer((32, 64, 32), "int32")
+        row_max = T.sblock_alloc_buffer((32, 32))
+        row_sum = T.sblock_alloc_buffer((32, 32))
+        acc = T.sblock_alloc_buffer((32, 128, 32))
+        total_max = T.sblock_alloc_buffer((32, 32))
+        total_sum = T.sblock_alloc_buffer((32, 32))
+        total_acc = T.sblock_alloc_buffer((32, 128, 32))
+        positions = T.sblock_alloc_buffer((32, 32), "int32")
+        limits = T.sblock_alloc_buffer((32, 32), "int32")
+        places = T.sblock_alloc_buffer((32, 32), "int32")
         reach = T.sblock_alloc_buffer((32, 4), "int32")
         span = T.sblock_alloc_buffer((3,), "int32")
         context_len: T.let[T.int32] = context_lens[seq]
-        head_tiles: T.let[T.int32] = (num_query * 4 + 16 - 1) // 16
+        head_tiles: T.let[T.int32] = (num_query * 4 + 32 - 1) // 32
         num_tiles: T.let[T.int32] = num_kv_heads * head_tiles
         sees_all: T.let[T.bool] = causal == 0 or tree_start >= T.int64(0)
         for tile in range(num_tiles):
@@ -97,15 +97,15 @@ class Module:
                 T.writes()
                 with T.sblock("load_query"):
                     T.reads(query[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128])
-                    T.writes(q_tile[vtile, 0:64, 0:16])
-                    q_tile_global = T.sblock_alloc_buffer((1, 16, 64), "int32")
-                    for r, d in T.grid(16, 64):
+                    T.writes(q_tile[vtile, 0:64, 0:32])
+                    q_tile_global = T.sblock_alloc_buffer((1, 32, 64), "int32")
+                    for r, d in T.grid(32, 64):
                         with T.sblock("q_tile"):
                             vr, vd = T.axis.remap("SS", [r, d])
-                            T.reads(query[vtile % head_tiles * 4 + vr // 4 + token_begin, kv_head_begin * 4 + vtile // head_tiles * 4 + vr % 4, vd * 2:vd * 2 + 2])
+                            T.reads(query[vtile % head_tiles * 8 + vr // 4 + token_begin, kv_head_begin * 4 + vtile // head_tiles * 4 + vr % 4, vd * 2:vd * 2 + 2])
                             T.writes(q_tile_global[0, vr, vd])
-                            q_tile_global[0, vr, vd] = T.if_then_else(vr < T.min(num_query * 4 - vtile % head_tiles * 16, 16), T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd + 1]) * query_scale), 0)
-                    for ax0, ax1_0, ax2_0 in T.grid(1, 4, 16):
+                            q_tile_global[0, vr, vd] = T.if_then_else(vr < T.min(num_query * 4 - vtile % head_tiles * 32, 32), T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, 2 * vd + 1]) * query_scale), 0)
+                    for ax0, ax1_0, ax2_0 in T.grid(1, 8, 16):
                         with T.sblock("q_tile_global_o"):
                             v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
                             T.reads(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
@@ -130,20 +130,20 @@ class Module:
                             turned[3, 0:4] = v_11
                 with T.sblock("bounds"):
                     T.reads(token_positions[token_begin:token_begin + num_query])
-                    T.writes(positions[vtile, 0:16], limits[vtile, 0:16], reach[vtile, 0:4])
-                    for r in T.vectorized(16):
+                    T.writes(positions[vtile, 0:32], limits[vtile, 0:32], reach[vtile, 0:4])
+                    for r in T.vectorized(32):
                         with T.sblock("row_bounds"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(token_positions[token_begin + (vtile % head_tiles * 16 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 16, 16) - 1)) // 4])
+                            vr = T.axis.spatial(32, r)
+                            T.reads(token_positions[token_begin + (vtile % head_tiles * 32 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 32, 32) - 1)) // 4])
                             T.writes(positions[vtile, vr], limits[vtile, vr], places[vtile, vr])
-                            position: T.let[T.int32] = token_positions[token_begin + (vtile % head_tiles * 16 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 16, 16) - 1)) // 4]
+                            position: T.let[T.int32] = token_positions[token_begin + (vtile % head_tiles * 32 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 32, 32) - 1)) // 4]
                             seen: T.let[T.int32] = T.Select(sees_all, context_len, position + 1)
                             positions[vtile, vr] = position
                             limits[vtile, vr] = T.min(seen, context_len)
                             places[vtile, vr] = T.max((T.reinterpret("int32", T.Cast("float32", seen - 1)) >> 23) - 125, 0)
-                    for r in range(16):
+                    for r in range(32):
                         with T.sblock("reach"):
-                            vr = T.axis.opaque(16, r)
+                            vr = T.axis.opaque(32, r)
                             T.reads(limits[vtile, vr], reach[vtile, 0:4])
                             T.writes(reach[vtile, 0:4])
                             own: T.let[T.int32] = limits[vtile, vr]
@@ -154,16 +154,16 @@ class Module:
                             reach[vtile, 3] = T.Select(vr == 0, begin, T.max(reach[vtile, 3], begin))
                 with T.sblock("empty_state"):
                     T.reads()
-                    T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:128, 0:16])
-                    for r in T.vectorized(16):
+                    T.writes(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:128, 0:32])
+                    for r in T.vectorized(32):
                         with T.sblock("empty_row"):
-                            vr = T.axis.spatial(16, r)
+                            vr = T.axis.spatial(32, r)
                             T.reads()
                             T.writes(total_max[vtile, vr], total_sum[vtile, vr])
                             total_max[vtile, vr] = T.float32(-1000000000000000019884624838656.0)
                             total_sum[vtile, vr] = T.float32(0.0)
                     for d in range(128):
-                        for r in T.vectorized(16):
+                        for r in T.vectorized(32):
                             with T.sblock("empty_acc"):
                                 vr, vd = T.axis.remap("SS", [r, d])
                                 T.reads()
@@ -525,120 +525,135 @@ class Module:
                                         vrt = T.axis.spatial(head_tiles, row_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 128, 16))
-                                        probs = T.sblock_alloc_buffer((1, 128, 16))
-                                        tile_max = T.sblock_alloc_buffer((1, 16))
-                                        tile_sum = T.sblock_alloc_buffer((1, 16))
-                                        alpha = T.sblock_alloc_buffer((1, 16))
-                                        beta = T.sblock_alloc_buffer((1, 16))
-                                        edges = T.sblock_alloc_buffer((64, 16), "int32")
-                                        prob_pairs = T.sblock_alloc_buffer((1, 64, 16), "int32")
-                                        scaled = T.sblock_alloc_buffer((128, 16))
+                                        scores = T.sblock_alloc_buffer((1, 128, 32))
+                                        tile_max = T.sblock_alloc_buffer((1, 32))
+                                        tile_sum = T.sblock_alloc_buffer((1, 32))
+                                        alpha = T.sblock_alloc_buffer((1, 32))
+                                        beta = T.sblock_alloc_buffer((1, 32))
+                                        edges = T.sblock_alloc_buffer((64, 32), "int32")
+                                        prob_pairs = T.sblock_alloc_buffer((1, 64, 32), "int32")
+                                        scaled = T.sblock_alloc_buffer((128, 32))
                                         full_peak = T.sblock_alloc_buffer((16,))
+                                        room = T.sblock_alloc_buffer((1, 16), "int32")
+                                        full_sum = T.sblock_alloc_buffer((1, 16))
+                                        full_peak_1 = T.sblock_alloc_buffer((32,))
+                                        room_1 = T.sblock_alloc_buffer((1, 32), "int32")
+                                        full_sum_1 = T.sblock_alloc_buffer((1, 32))
                                         first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
                                         wanted: T.let[T.bool] = vrt == head_tiles - 1 and (has_next or not is_last)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
-                                            num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))
+                                            num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 32, 32))
                                             num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 64)
-                                            with T.sblock("qk_matmul"):
-                                                T.reads(q_tile[first, 0:64, 0:16], k_tile[0:128, 0:64], key_offsets[0:256])
-                                                T.writes(scores[0, 0:(valid_len_1 + 63) // 64 * 64, 0:16])
-                                                scores_global = T.sblock_alloc_buffer((1, (valid_len_1 + 63) // 64 * 64, 16))
-                                                for i, to in T.grid(1, (valid_len_1 + 64 - 1) // 64):
-                                                    with T.sblock("scores_init_o"):
-                                                        vt_o, vi_o = T.axis.remap("SS", [to, i])
-                                                        vr_o = T.axis.spatial(1, 0)
-                                                        T.reads()
-                                                        T.writes(scores_global[0, vt_o * 64:vt_o * 64 + 64, 0:16])
-                                                        sums = T.match_buffer(scores_global[0, vt_o * 64:vt_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
-                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
-                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
-                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
-                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
-                                                    for d_0 in range(4):
-                                                        if wanted:
-                                                            for line in range(64):
-                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 256 + (d_0 * 64 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 256 + (d_0 * 64 + line)) % 64, 63)) * k_row]), 0, 2, 1)
-                                                        with T.sblock("scores_update_o"):
-                                                            vt_o, vi_o = T.axis.remap("SS", [to, i])
+                                            if num_rows <= 16:
+                                                with T.sblock("few_qk_matmul"):
+                                                    T.reads(q_tile[first, 0:64, 0:16], k_tile[0:128, 0:64], key_offsets[0:256])
+                                                    T.writes(scores[0, 0:(valid_len_1 + 63) // 64 * 64, 0:16])
+                                                    scores_local = T.sblock_alloc_buffer((1, (valid_len_1 + 63) // 64 * 64, 16), scope="local")
+                                                    for i, to, ti_0 in T.grid(1, (valid_len_1 + 64 - 1) // 64, 1):
+                                                        with T.sblock("few_scores_init_o"):
+                                                            vt_o = T.axis.spatial((valid_len_1 + 64 - 1) // 64, to + ti_0)
+                                                            vi_o = T.axis.spatial(1, i)
                                                             vr_o = T.axis.spatial(1, 0)
-                                                            vd_o = T.axis.reduce(4, d_0)
-                                                            T.reads(scores_global[0, vt_o * 64:vt_o * 64 + 64, 0:16], q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:16], k_tile[vt_o * 64:vt_o * 64 + 64, vd_o * 16:vd_o * 16 + 16])
-                                                            T.writes(scores_global[0, vt_o * 64:vt_o * 64 + 64, 0:16])
-                                                            sums = T.match_buffer(scores_global[0, vt_o * 64:vt_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
-                                                            right = T.match_buffer(q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:16], (16, 16), "int32", strides=("right_row", 1), offset_factor=1)
-                                                            left = T.match_buffer(k_tile[vt_o * 64:vt_o * 64 + 64, vd_o * 16:vd_o * 16 + 16], (64, 16), "int32", strides=("left_row", 1), offset_factor=1)
-                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(5), T.int8(4))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(4))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[32, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(5), T.int8(4))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[48, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(6), T.int8(4))
-                                                    for ax0 in range(1):
-                                                        with T.sblock("scores_global_o"):
-                                                            v0_o, v1_o = T.axis.remap("SS", [ax0, to])
-                                                            v2_o = T.axis.spatial(1, 0)
-                                                            T.reads(scores_global[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
-                                                            T.writes(scores[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
-                                                            stored = T.match_buffer(scores[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("stored_row", 1), offset_factor=1)
-                                                            sums = T.match_buffer(scores_global[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
-                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[32, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[48, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                            with T.sblock("full_scores"):
-                                                T.reads(scores[0, 0:num_full * 64, 0:16])
-                                                T.writes(scaled[0:num_full * 64, 0:16], full_peak[0:16])
-                                                full_peak_rf = T.sblock_alloc_buffer((4, 16))
-                                                for ax0_init in T.unroll(4):
-                                                    for ax3_init in T.vectorized(16):
-                                                        with T.sblock("full_peak_rf_init"):
-                                                            vti_1, vr = T.axis.remap("SS", [ax0_init, ax3_init])
                                                             T.reads()
-                                                            T.writes(full_peak_rf[vti_1, vr])
-                                                            full_peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                for to in range(num_full):
-                                                    for ti in range(64):
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("full_scaled"):
-                                                                vt = T.axis.spatial(128, to * 64 + ti)
-                                                                vr = T.axis.spatial(16, r)
-                                                                T.reads(scores[0, vt, vr])
-                                                                T.writes(scaled[vt, vr])
-                                                                scaled[vt, vr] = scores[0, vt, vr] * score_scale
-                                                    for ax2, ax1 in T.grid(16, 1):
-                                                        for ax0 in T.unroll(4):
-                                                            for ax3 in T.vectorized(16):
-                                                                with T.sblock("full_peak_rf_update"):
-                                                                    vti_1 = T.axis.spatial(4, ax0)
-                                                                    vto = T.axis.reduce(num_full, to + ax1)
-                                                                    vti_0, vr = T.axis.remap("RS", [ax2, ax3])
-                                                                    T.where(to <= 1)
-                                                                    T.reads(full_peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1, vr])
-                                                                    T.writes(full_peak_rf[vti_1, vr])
-                                                                    full_peak_rf[vti_1, vr] = T.max(full_peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1, vr])
-                                                for r_init in T.vectorized(16):
-                                                    with T.sblock("full_peak_init"):
-                                                        vr = T.axis.spatial(16, r_init)
-                                                        T.reads()
-                                                        T.writes(full_peak[vr])
-                                                        full_peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                for ti_1 in range(4):
-                                                    for r in T.vectorized(16):
-                                                        with T.sblock("full_peak_update"):
-                                                            vti_1, vr = T.axis.remap("RS", [ti_1, r])
-                                                            T.reads(full_peak[vr], full_peak_rf[vti_1, vr])
-                                                            T.writes(full_peak[vr])
-                                                            full_peak[vr] = T.max(full_peak[vr], full_peak_rf[vti_1, vr])
+                                                            T.writes(scores_local[0, vt_o * 64:vt_o * 64 + 64, 0:16])
+                                                            sums = T.match_buffer(scores_local[0, vt_o * 64:vt_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                        for d_0 in range(4):
+                                                            if wanted:
+                                                                for line in range(64):
+                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 256 + ((ti_0 * 4 + d_0) * 64 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 256 + ((ti_0 * 4 + d_0) * 64 + line)) % 64, 63)) * k_row]), 0, 2, 1)
+                                                            with T.sblock("few_scores_update_o"):
+                                                                vt_o = T.axis.spatial((valid_len_1 + 64 - 1) // 64, to + ti_0)
+                                                                vi_o = T.axis.spatial(1, i)
+                                                                vr_o = T.axis.spatial(1, 0)
+                                                                vd_o = T.axis.reduce(4, d_0)
+                                                                T.reads(scores_local[0, vt_o * 64:vt_o * 64 + 64, 0:16], q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:16], k_tile[vt_o * 64:vt_o * 64 + 64, vd_o * 16:vd_o * 16 + 16])
+                                                                T.writes(scores_local[0, vt_o * 64:vt_o * 64 + 64, 0:16])
+                                                                sums = T.match_buffer(scores_local[0, vt_o * 64:vt_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                                right = T.match_buffer(q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:16], (16, 16), "int32", strides=("right_row", 1), offset_factor=1)
+                                                                left = T.match_buffer(k_tile[vt_o * 64:vt_o * 64 + 64, vd_o * 16:vd_o * 16 + 16], (64, 16), "int32", strides=("left_row", 1), offset_factor=1)
+                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(5), T.int8(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(left[32, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(7), T.int8(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[48, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(5), T.int8(4))
+                                                        for ax0 in range(1):
+                                                            with T.sblock("scores_local_o"):
+                                                                v0_o, v1_o = T.axis.remap("SS", [ax0, to])
+                                                                v2_o = T.axis.spatial(1, 0)
+                                                                T.reads(scores_local[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
+                                                                T.writes(scores[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
+                                                                stored = T.match_buffer(scores[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("stored_row", 1), offset_factor=1)
+                                                                sums = T.match_buffer(scores_local[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[32, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[48, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                            else:
+                                                with T.sblock("qk_matmul"):
+                                                    T.reads(q_tile[first, 0:64, 0:32], k_tile[0:128, 0:64], key_offsets[0:256])
+                                                    T.writes(scores[0, 0:(valid_len_1 + 63) // 64 * 64, 0:32])
+                                                    scores_local = T.sblock_alloc_buffer((1, (valid_len_1 + 63) // 64 * 64, 32), scope="local")
+                                                    for i, to, ti_0 in T.grid(1, (valid_len_1 + 64 - 1) // 64, 2):
+                                                        with T.sblock("scores_init_o"):
+                                                            vt_o = T.axis.spatial(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
+                                                            vi_o = T.axis.spatial(1, i)
+                                                            vr_o = T.axis.spatial(1, 0)
+                                                            T.reads()
+                                                            T.writes(scores_local[0, vt_o * 32:vt_o * 32 + 32, 0:32])
+                                                            sums = T.match_buffer(scores_local[0, vt_o * 32:vt_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                        for d_0 in range(4):
+                                                            if wanted:
+                                                                for line in range(32):
+                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 256 + ((ti_0 * 4 + d_0) * 32 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 256 + ((ti_0 * 4 + d_0) * 32 + line)) % 64, 63)) * k_row]), 0, 2, 1)
+                                                            with T.sblock("scores_update_o"):
+                                                                vt_o = T.axis.spatial(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
+                                                                vi_o = T.axis.spatial(1, i)
+                                                                vr_o = T.axis.spatial(1, 0)
+                                                                vd_o = T.axis.reduce(4, d_0)
+                                                                T.reads(scores_local[0, vt_o * 32:vt_o * 32 + 32, 0:32], q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:32], k_tile[vt_o * 32:vt_o * 32 + 32, vd_o * 16:vd_o * 16 + 16])
+                                                                T.writes(scores_local[0, vt_o * 32:vt_o * 32 + 32, 0:32])
+                                                                sums = T.match_buffer(scores_local[0, vt_o * 32:vt_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                                right = T.match_buffer(q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:32], (16, 32), "int32", strides=("right_row", 1), offset_factor=1)
+                                                                left = T.match_buffer(k_tile[vt_o * 32:vt_o * 32 + 32, vd_o * 16:vd_o * 16 + 16], (32, 16), "int32", strides=("left_row", 1), offset_factor=1)
+                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(6), T.int8(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(right[0, 16]), T.Cast("int64", right.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(5))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(7), T.int8(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(7), T.int8(5))
+                                                        for ax0 in range(1):
+                                                            with T.sblock("scores_local_o"):
+                                                                v0_o = T.axis.spatial(1, ax0)
+                                                                v1_o = T.axis.spatial(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
+                                                                v2_o = T.axis.spatial(1, 0)
+                                                                T.reads(scores_local[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32])
+                                                                T.writes(scores[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32])
+                                                                stored = T.match_buffer(scores[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32], (32, 32), strides=("stored_row", 1), offset_factor=1)
+                                                                sums = T.match_buffer(scores_local[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[0, 16]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[16, 16]), T.Cast("int64", stored.strides[0]) * T.int64(4))
                                             with T.sblock("seen_scores"):
-                                                T.reads(scores[0, num_full * 64:num_full * 64 + ((valid_len_1 + 63) // 64 * 64 - num_full * 64), 0:16])
-                                                T.writes(scaled[T.min(num_full * 64, T.max(context_len - tree_size - tile_start, 0)):T.min(num_full * 64, T.max(context_len - tree_size - tile_start, 0)) + (T.max((valid_len_1 + 63) // 64 * 64, T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0))) - T.min(num_full * 64, T.max(context_len - tree_size - tile_start, 0))), 0:16])
+                                                T.reads(scores[0, num_full * 64:num_full * 64 + ((valid_len_1 + 63) // 64 * 64 - num_full * 64), 0:32])
+                                                T.writes(scaled[T.min(num_full * 64, T.max(context_len - tree_size - tile_start, 0)):T.min(num_full * 64, T.max(context_len - tree_size - tile_start, 0)) + (T.max((valid_len_1 + 63) // 64 * 64, T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0))) - T.min(num_full * 64, T.max(context_len - tree_size - tile_start, 0))), 0:32])
                                                 for to, ti in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 64):
-                                                    for r in T.vectorized(16):
+                                                    for r in T.vectorized(32):
                                                         with T.sblock("scaled"):
                                                             vo = T.axis.spatial(2, num_full + to)
                                                             vi, vr = T.axis.remap("SS", [ti, r])
@@ -646,123 +661,355 @@ class Module:
                                                             T.writes(scaled[vo * 64 + vi, vr])
                                                             scaled[vo * 64 + vi, vr] = T.Select(tile_start + vo * 64 + vi < limits[first, vr], scores[0, vo * 64 + vi, vr] * score_scale, T.float32("-inf"))
                                                 if tree_start >= T.int64(0):
-                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
+                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 32, 32), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_scores"):
-                                                            vr = T.axis.opaque(16, r)
+                                                            vr = T.axis.opaque(32, r)
                                                             vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
                                                             T.reads(scaled[vc, vr], tree_mask[0:tree_cells])
                                                             T.writes(scaled[vc, vr])
-                                                            scaled[vc, vr] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vc, vr])
-                                            with T.sblock("softmax_prepare"):
-                                                T.reads(scaled[T.min(num_full, 0) * 64:T.min(num_full, 0) * 64 + ((valid_len_1 + 63) // 64 * 64 - T.min(num_full, 0) * 64), 0:16], full_peak[0:16])
-                                                T.writes(probs[0, 0:(valid_len_1 + 63) // 64 * 64, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16], prob_pairs[0, 0:(valid_len_1 + 63) // 64 * 32, 0:16])
-                                                peak = T.sblock_alloc_buffer((16,))
-                                                room = T.sblock_alloc_buffer((1, 16), "int32")
-                                                peak_rf = T.sblock_alloc_buffer((4, 16))
-                                                tile_sum_rf = T.sblock_alloc_buffer((1, 32, 16))
-                                                for ti_1_init in T.unroll(4):
+                                                            scaled[vc, vr] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 32 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vc, vr])
+                                            if num_rows <= 16:
+                                                with T.sblock("empty_rest"):
+                                                    T.reads()
+                                                    T.writes(tile_max[0, 16:32], tile_sum[0, 16:32])
+                                                    for r in T.vectorized(16):
+                                                        with T.sblock("empty_row_of_rest"):
+                                                            vr = T.axis.spatial(32, 16 + r)
+                                                            T.reads()
+                                                            T.writes(tile_max[0, vr], tile_sum[0, vr])
+                                                            tile_max[0, vr] = T.float32(-1000000000000000019884624838656.0)
+                                                            tile_sum[0, vr] = T.float32(0.0)
+                                                with T.sblock("few_full_scores"):
+                                                    T.reads(scores[0, 0:num_full * 64, 0:16])
+                                                    T.writes(full_peak[0:16])
+                                                    full_peak_rf = T.sblock_alloc_buffer((4, 16))
+                                                    for ti_1_init in T.unroll(4):
+                                                        for r_init in T.vectorized(16):
+                                                            with T.sblock("few_full_peak_rf_init"):
+                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r_init])
+                                                                T.reads()
+                                                                T.writes(full_peak_rf[vti_1, vr])
+                                                                full_peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                    for to, ti_0 in T.grid(num_full, 16):
+                                                        for ti_1 in T.unroll(4):
+                                                            for r in T.vectorized(16):
+                                                                with T.sblock("few_full_peak_rf_update"):
+                                                                    vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
+                                                                    T.reads(full_peak_rf[vti_1, vr], scores[0, vto * 64 + vti_0 * 4 + vti_1, vr])
+                                                                    T.writes(full_peak_rf[vti_1, vr])
+                                                                    full_peak_rf[vti_1, vr] = T.max(full_peak_rf[vti_1, vr], scores[0, vto * 64 + vti_0 * 4 + vti_1, vr] * score_scale)
                                                     for r_init in T.vectorized(16):
-                                                        with T.sblock("peak_rf_init"):
-                                                            vti_1, vr = T.axis.remap("SS", [ti_1_init, r_init])
+                                                        with T.sblock("few_full_peak_init"):
+                                                            vr = T.axis.spatial(16, r_init)
                                                             T.reads()
-                                                            T.writes(peak_rf[vti_1, vr])
-                                                            peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                for to, ti_0 in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 16):
-                                                    for ti_1 in T.unroll(4):
+                                                            T.writes(full_peak[vr])
+                                                            full_peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                    for ti_1 in range(4):
                                                         for r in T.vectorized(16):
-                                                            with T.sblock("peak_rf_update"):
-                                                                vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
-                                                                T.reads(peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1 + num_full * 64, vr])
+                                                            with T.sblock("few_full_peak_update"):
+                                                                vti_1, vr = T.axis.remap("RS", [ti_1, r])
+                                                                T.reads(full_peak[vr], full_peak_rf[vti_1, vr])
+                                                                T.writes(full_peak[vr])
+                                                                full_peak[vr] = T.max(full_peak[vr], full_peak_rf[vti_1, vr])
+                                                with T.sblock("few_maxima"):
+                                                    T.reads(scaled[num_full * 64:num_full * 64 + ((valid_len_1 + 63) // 64 * 64 - num_full * 64), 0:16], full_peak[0:16])
+                                                    T.writes(tile_max[0, 0:16], room[0, 0:16])
+                                                    peak = T.sblock_alloc_buffer((16,))
+                                                    peak_rf = T.sblock_alloc_buffer((4, 16))
+                                                    for ti_1_init in T.unroll(4):
+                                                        for r_init in T.vectorized(16):
+                                                            with T.sblock("few_peak_rf_init"):
+                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r_init])
+                                                                T.reads()
                                                                 T.writes(peak_rf[vti_1, vr])
-                                                                peak_rf[vti_1, vr] = T.max(peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1 + num_full * 64, vr])
-                                                for r_init in T.vectorized(16):
-                                                    with T.sblock("peak_init"):
-                                                        vr = T.axis.spatial(16, r_init)
-                                                        T.reads()
-                                                        T.writes(peak[vr])
-                                                        peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                for ti_1 in range(4):
-                                                    for r in T.vectorized(16):
-                                                        with T.sblock("peak_update"):
-                                                            vti_1, vr = T.axis.remap("RS", [ti_1, r])
-                                                            T.reads(peak[vr], peak_rf[vti_1, vr])
-                                                            T.writes(peak[vr])
-                                                            peak[vr] = T.max(peak[vr], peak_rf[vti_1, vr])
-                                                for r in T.vectorized(16):
-                                                    with T.sblock("tile_max"):
-                                                        vr = T.axis.spatial(16, r)
-                                                        T.reads(full_peak[vr], peak[vr])
-                                                        T.writes(tile_max[0, vr])
-                                                        tile_max[0, vr] = T.Select(0 < valid_len_1, T.max(full_peak[vr], peak[vr]), T.float32(-1000000000000000019884624838656.0))
-                                                for r in T.vectorized(16):
-                                                    with T.sblock("room"):
-                                                        vr = T.axis.spatial(16, r)
-                                                        T.reads(places[first, vr])
-                                                        T.writes(room[0, vr])
-                                                        room[0, vr] = places[first, vr]
-                                                for ax0_init in T.unroll(32):
-                                                    for ax2_init in T.vectorized(16):
-                                                        with T.sblock("tile_sum_rf_init"):
-                                                            vti, vr = T.axis.remap("SS", [ax0_init, ax2_init])
+                                                                peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                    for to, ti_0 in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 16):
+                                                        for ti_1 in T.unroll(4):
+                                                            for r in T.vectorized(16):
+                                                                with T.sblock("few_peak_rf_update"):
+                                                                    vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
+                                                                    T.reads(peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1 + num_full * 64, vr])
+                                                                    T.writes(peak_rf[vti_1, vr])
+                                                                    peak_rf[vti_1, vr] = T.max(peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1 + num_full * 64, vr])
+                                                    for r_init in T.vectorized(16):
+                                                        with T.sblock("few_peak_init"):
+                                                            vr = T.axis.spatial(16, r_init)
                                                             T.reads()
-                                                            T.writes(tile_sum_rf[0, vti, vr])
-                                                            tile_sum_rf[0, vti, vr] = T.float32(0.0)
-                                                for to in range((valid_len_1 + 64 - 1) // 64):
-                                                    for ti in range(64):
+                                                            T.writes(peak[vr])
+                                                            peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                    for ti_1 in range(4):
                                                         for r in T.vectorized(16):
-                                                            with T.sblock("probs"):
-                                                                vt = T.axis.spatial(128, to * 64 + ti)
-                                                                vr = T.axis.spatial(16, r)
-                                                                T.reads(scaled[vt, vr], tile_max[0, vr], room[0, vr])
-                                                                T.writes(probs[0, vt, vr])
-                                                                arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
-                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
-                                                                f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
-                                                                high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
-                                                                series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
-                                                                power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                probs[0, vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                    for ax0 in range(32):
-                                                        for ax1 in T.vectorized(16):
-                                                            with T.sblock("pairs"):
-                                                                vt = T.axis.spatial(64, to * 32 + ax0)
-                                                                vr = T.axis.spatial(16, ax1)
-                                                                T.where(to < 2)
-                                                                T.reads(probs[0, vt * 2:vt * 2 + 2, vr])
-                                                                T.writes(prob_pairs[0, vt, vr])
-                                                                prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[0, vt * 2, vr]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[0, vt * 2 + 1, vr]) + 32768 & -65536
-                                                    for ax0 in T.unroll(32):
-                                                        for ax1 in range(1):
-                                                            for ax2 in T.vectorized(16):
-                                                                with T.sblock("tile_sum_rf_update"):
-                                                                    vti = T.axis.spatial(32, ax0)
-                                                                    vto = T.axis.reduce((valid_len_1 + 64 - 1) // 64, to + ax1)
-                                                                    vr = T.axis.spatial(16, ax2)
-                                                                    T.where(to <= 1 and to < (valid_len_1 + 63) // 64)
-                                                                    T.reads(tile_sum_rf[0, vti, vr], prob_pairs[0, vto * 32 + vti, vr])
-                                                                    T.writes(tile_sum_rf[0, vti, vr])
-                                                                    tile_sum_rf[0, vti, vr] = tile_sum_rf[0, vti, vr] + (T.reinterpret("float32", prob_pairs[0, vto * 32 + vti, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vto * 32 + vti, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
-                                                for r_init in T.vectorized(16):
-                                                    with T.sblock("tile_sum_init"):
-                                                        vr = T.axis.spatial(16, r_init)
-                                                        T.reads()
-                                                        T.writes(tile_sum[0, vr])
-                                                        tile_sum[0, vr] = T.float32(0.0)
-                                                for ti in T.unroll(32):
+                                                            with T.sblock("few_peak_update"):
+                                                                vti_1, vr = T.axis.remap("RS", [ti_1, r])
+                                                                T.reads(peak[vr], peak_rf[vti_1, vr])
+                                                                T.writes(peak[vr])
+                                                                peak[vr] = T.max(peak[vr], peak_rf[vti_1, vr])
                                                     for r in T.vectorized(16):
-                                                        with T.sblock("tile_sum_update"):
-                                                            vti, vr = T.axis.remap("RS", [ti, r])
-                                                            T.reads(tile_sum[0, vr], tile_sum_rf[0, vti, vr])
+                                                        with T.sblock("few_tile_max"):
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(full_peak[vr], peak[vr])
+                                                            T.writes(tile_max[0, vr])
+                                                            tile_max[0, vr] = T.Select(0 < valid_len_1, T.max(full_peak[vr], peak[vr]), T.float32(-1000000000000000019884624838656.0))
+                                                    for r in T.vectorized(16):
+                                                        with T.sblock("few_room"):
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(places[first, vr])
+                                                            T.writes(room[0, vr])
+                                                            room[0, vr] = places[first, vr]
+                                                with T.sblock("few_full_weights"):
+                                                    T.reads(scores[0, 0:num_full * 64, 0:16], room[0, 0:16], tile_max[0, 0:16])
+                                                    T.writes(prob_pairs[0, 0:num_full * 32, 0:16], full_sum[0, 0:16])
+                                                    probs = T.sblock_alloc_buffer((128, 16))
+                                                    for ax1_init in T.vectorized(16):
+                                                        with T.sblock("few_full_tile_sum_init"):
+                                                            vr = T.axis.spatial(16, ax1_init)
+                                                            T.reads()
+                                                            T.writes(full_sum[0, vr])
+                                                            full_sum[0, vr] = T.float32(0.0)
+                                                    for to, ti in T.grid(num_full, 32):
+                                                        for ax0 in T.unroll(2):
+                                                            for ax1 in T.vectorized(16):
+                                                                with T.sblock("few_full_probs"):
+                                                                    vt = T.axis.spatial(128, to * 64 + ti * 2 + ax0)
+                                                                    vr = T.axis.spatial(16, ax1)
+                                                                    T.where(to < 2)
+                                                                    T.reads(scores[0, vt, vr], tile_max[0, vr], room[0, vr])
+                                                                    T.writes(probs[vt, vr])
+                                                                    arg: T.let[T.float32] = T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", scores[0, vt, vr] * score_scale) - tile_max[0, vr]
+                                                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                                    f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                                    high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
+                                                                    series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
+                                                                    power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
+                                                                    probs[vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("few_full_pairs"):
+                                                                vt = T.axis.spatial(64, to * 32 + ti)
+                                                                vr = T.axis.spatial(16, r)
+                                                                T.reads(probs[vt * 2:vt * 2 + 2, vr])
+                                                                T.writes(prob_pairs[0, vt, vr])
+                                                                prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[vt * 2, vr]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[vt * 2 + 1, vr]) + 32768 & -65536
+                                                        for ax0 in range(1):
+                                                            for ax1 in T.vectorized(16):
+                                                                with T.sblock("few_full_tile_sum_update"):
+                                                                    vt = T.axis.reduce(64, to * 32 + ti + ax0)
+                                                                    vr = T.axis.spatial(16, ax1)
+                                                                    T.where(to < 2)
+                                                                    T.reads(full_sum[0, vr], prob_pairs[0, vt, vr])
+                                                                    T.writes(full_sum[0, vr])
+                                                                    full_sum[0, vr] = full_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
+                                                with T.sblock("few_weights"):
+                                                    T.reads(scaled[num_full * 64:num_full * 64 + ((valid_len_1 + 63) // 64 * 64 - num_full * 64), 0:16], room[0, 0:16], full_sum[0, 0:16], tile_max[0, 0:16])
+                                                    T.writes(prob_pairs[0, num_full * 32:num_full * 32 + ((valid_len_1 + 63) // 64 * 32 - num_full * 32), 0:16], tile_sum[0, 0:16])
+                                                    probs = T.sblock_alloc_buffer((128, 16))
+                                                    for ax1_init in T.vectorized(16):
+                                                        with T.sblock("few_tile_sum_init"):
+                                                            vr = T.axis.spatial(16, ax1_init)
+                                                            T.reads()
                                                             T.writes(tile_sum[0, vr])
-                                                            tile_sum[0, vr] = tile_sum[0, vr] + tile_sum_rf[0, vti, vr]
+                                                            tile_sum[0, vr] = full_sum[0, vr]
+                                                    for to, ti in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 32):
+                                                        for ax0 in T.unroll(2):
+                                                            for ax1 in T.vectorized(16):
+                                                                with T.sblock("few_probs"):
+                                                                    vt = T.axis.spatial(128, num_full * 64 + to * 64 + ti * 2 + ax0)
+                                                                    vr = T.axis.spatial(16, ax1)
+                                                                    T.where(0 <= num_full * 64 + to * 64 + ti * 2 + ax0 and num_full + to < 2)
+                                                                    T.reads(scaled[vt, vr], tile_max[0, vr], room[0, vr])
+                                                                    T.writes(probs[vt, vr])
+                                                                    arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
+                                                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                                    f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                                    high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
+                                                                    series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
+                                                                    power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
+                                                                    probs[vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("few_pairs"):
+                                                                vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
+                                                                vr = T.axis.spatial(16, r)
+                                                                T.reads(probs[vt * 2:vt * 2 + 2, vr])
+                                                                T.writes(prob_pairs[0, vt, vr])
+                                                                prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[vt * 2, vr]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[vt * 2 + 1, vr]) + 32768 & -65536
+                                                        for ax0 in range(1):
+                                                            for ax1 in T.vectorized(16):
+                                                                with T.sblock("few_tile_sum_update"):
+                                                                    vt = T.axis.reduce(64, num_full * 32 + to * 32 + ti + ax0)
+                                                                    vr = T.axis.spatial(16, ax1)
+                                                                    T.where(0 <= num_full * 32 + to * 32 + ti and num_full + to < 2)
+                                                                    T.reads(tile_sum[0, vr], full_sum[0, vr], prob_pairs[0, vt, vr])
+                                                                    T.writes(tile_sum[0, vr])
+                                                                    tile_sum[0, vr] = tile_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
+                                            else:
+                                                with T.sblock("full_scores"):
+                                                    T.reads(scores[0, 0:num_full * 64, 0:32])
+                                                    T.writes(full_peak_1[0:32])
+                                                    full_peak_rf = T.sblock_alloc_buffer((4, 32))
+                                                    for ti_1_init in T.unroll(4):
+                                                        for r_init in T.vectorized(32):
+                                                            with T.sblock("full_peak_rf_init"):
+                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r_init])
+                                                                T.reads()
+                                                                T.writes(full_peak_rf[vti_1, vr])
+                                                                full_peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                    for to, ti_0 in T.grid(num_full, 16):
+                                                        for ti_1 in T.unroll(4):
+                                                            for r in T.vectorized(32):
+                                                                with T.sblock("full_peak_rf_update"):
+                                                                    vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
+                                                                    T.reads(full_peak_rf[vti_1, vr], scores[0, vto * 64 + vti_0 * 4 + vti_1, vr])
+                                                                    T.writes(full_peak_rf[vti_1, vr])
+                                                                    full_peak_rf[vti_1, vr] = T.max(full_peak_rf[vti_1, vr], scores[0, vto * 64 + vti_0 * 4 + vti_1, vr] * score_scale)
+                                                    for r_init in T.vectorized(32):
+                                                        with T.sblock("full_peak_init"):
+                                                            vr = T.axis.spatial(32, r_init)
+                                                            T.reads()
+                                                            T.writes(full_peak_1[vr])
+                                                            full_peak_1[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                    for ti_1 in range(4):
+                                                        for r in T.vectorized(32):
+                                                            with T.sblock("full_peak_update"):
+                                                                vti_1, vr = T.axis.remap("RS", [ti_1, r])
+                                                                T.reads(full_peak_1[vr], full_peak_rf[vti_1, vr])
+                                                                T.writes(full_peak_1[vr])
+                                                                full_peak_1[vr] = T.max(full_peak_1[vr], full_peak_rf[vti_1, vr])
+                                                with T.sblock("maxima"):
+                                                    T.reads(scaled[num_full * 64:num_full * 64 + ((valid_len_1 + 63) // 64 * 64 - num_full * 64), 0:32], full_peak_1[0:32])
+                                                    T.writes(tile_max[0, 0:32], room_1[0, 0:32])
+                                                    peak = T.sblock_alloc_buffer((32,))
+                                                    peak_rf = T.sblock_alloc_buffer((4, 32))
+                                                    for ti_1_init in T.unroll(4):
+                                                        for r_init in T.vectorized(32):
+                                                            with T.sblock("peak_rf_init"):
+                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r_init])
+                                                                T.reads()
+                                                                T.writes(peak_rf[vti_1, vr])
+                                                                peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                    for to, ti_0 in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 16):
+                                                        for ti_1 in T.unroll(4):
+                                                            for r in T.vectorized(32):
+                                                                with T.sblock("peak_rf_update"):
+                                                                    vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
+                                                                    T.reads(peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1 + num_full * 64, vr])
+                                                                    T.writes(peak_rf[vti_1, vr])
+                                                                    peak_rf[vti_1, vr] = T.max(peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1 + num_full * 64, vr])
+                                                    for r_init in T.vectorized(32):
+                                                        with T.sblock("peak_init"):
+                                                            vr = T.axis.spatial(32, r_init)
+                                                            T.reads()
+                                                            T.writes(peak[vr])
+                                                            peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                    for ti_1 in range(4):
+                                                        for r in T.vectorized(32):
+                                                            with T.sblock("peak_update"):
+                                                                vti_1, vr = T.axis.remap("RS", [ti_1, r])
+                                                                T.reads(peak[vr], peak_rf[vti_1, vr])
+                                                                T.writes(peak[vr])
+                                                                peak[vr] = T.max(peak[vr], peak_rf[vti_1, vr])
+                                                    for r in T.vectorized(32):
+                                                        with T.sblock("tile_max"):
+                                                            vr = T.axis.spatial(32, r)
+                                                            T.reads(full_peak_1[vr], peak[vr])
+                                                            T.writes(tile_max[0, vr])
+                                                            tile_max[0, vr] = T.Select(0 < valid_len_1, T.max(full_peak_1[vr], peak[vr]), T.float32(-1000000000000000019884624838656.0))
+                                                    for r in T.vectorized(32):
+                                                        with T.sblock("room"):
+                                                            vr = T.axis.spatial(32, r)
+                                                            T.reads(places[first, vr])
+                                                            T.writes(room_1[0, vr])
+                                                            room_1[0, vr] = places[first, vr]
+                                                with T.sblock("full_weights"):
+                                                    T.reads(scores[0, 0:num_full * 64, 0:32], room_1[0, 0:32], tile_max[0, 0:32])
+                                                    T.writes(prob_pairs[0, 0:num_full * 32, 0:32], full_sum_1[0, 0:32])
+                                                    probs = T.sblock_alloc_buffer((128, 32))
+                                                    for ax1_init in T.vectorized(32):
+                                                        with T.sblock("full_tile_sum_init"):
+                                                            vr = T.axis.spatial(32, ax1_init)
+                                                            T.reads()
+                                                            T.writes(full_sum_1[0, vr])
+                                                            full_sum_1[0, vr] = T.float32(0.0)
+                                                    for to, ti in T.grid(num_full, 32):
+                                                        for ax0 in T.unroll(2):
+                                                            for ax1 in T.vectorized(32):
+                                                                with T.sblock("full_probs"):
+                                                                    vt = T.axis.spatial(128, to * 64 + ti * 2 + ax0)
+                                                                    vr = T.axis.spatial(32, ax1)
+                                                                    T.where(to < 2)
+                                                                    T.reads(scores[0, vt, vr], tile_max[0, vr], room_1[0, vr])
+                                                                    T.writes(probs[vt, vr])
+                                                                    arg: T.let[T.float32] = T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", scores[0, vt, vr] * score_scale) - tile_max[0, vr]
+                                                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room_1[0, vr])))
+                                                                    f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room_1[0, vr])))
+                                                                    high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
+                                                                    series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
+                                                                    power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
+                                                                    probs[vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room_1[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
+                                                        for r in T.vectorized(32):
+                                                            with T.sblock("full_pairs"):
+                                                                vt = T.axis.spatial(64, to * 32 + ti)
+                                                                vr = T.axis.spatial(32, r)
+                                                                T.reads(probs[vt * 2:vt * 2 + 2, vr])
+                                                                T.writes(prob_pairs[0, vt, vr])
+                                                                prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[vt * 2, vr]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[vt * 2 + 1, vr]) + 32768 & -65536
+                                                        for ax0 in range(1):
+                                                            for ax1 in T.vectorized(32):
+                                                                with T.sblock("full_tile_sum_update"):
+                                                                    vt = T.axis.reduce(64, to * 32 + ti + ax0)
+                                                                    vr = T.axis.spatial(32, ax1)
+                                                                    T.where(to < 2)
+                                                                    T.reads(full_sum_1[0, vr], prob_pairs[0, vt, vr])
+                                                                    T.writes(full_sum_1[0, vr])
+                                                                    full_sum_1[0, vr] = full_sum_1[0, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
+                                                with T.sblock("weights"):
+                                                    T.reads(scaled[num_full * 64:num_full * 64 + ((valid_len_1 + 63) // 64 * 64 - num_full * 64), 0:32], room_1[0, 0:32], full_sum_1[0, 0:32], tile_max[0, 0:32])
+                                                    T.writes(prob_pairs[0, num_full * 32:num_full * 32 + ((valid_len_1 + 63) // 64 * 32 - num_full * 32), 0:32], tile_sum[0, 0:32])
+                                                    probs = T.sblock_alloc_buffer((128, 32))
+                                                    for ax1_init in T.vectorized(32):
+                                                        with T.sblock("tile_sum_init"):
+                                                            vr = T.axis.spatial(32, ax1_init)
+                                                            T.reads()
+                                                            T.writes(tile_sum[0, vr])
+                                                            tile_sum[0, vr] = full_sum_1[0, vr]
+                                                    for to, ti in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 32):
+                                                        for ax0 in T.unroll(2):
+                                                            for ax1 in T.vectorized(32):
+                                                                with T.sblock("probs"):
+                                                                    vt = T.axis.spatial(128, num_full * 64 + to * 64 + ti * 2 + ax0)
+                                                                    vr = T.axis.spatial(32, ax1)
+                                                                    T.where(0 <= num_full * 64 + to * 64 + ti * 2 + ax0 and num_full + to < 2)
+                                                                    T.reads(scaled[vt, vr], tile_max[0, vr], room_1[0, vr])
+                                                                    T.writes(probs[vt, vr])
+                                                                    arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
+                                                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room_1[0, vr])))
+                                                                    f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room_1[0, vr])))
+                                                                    high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
+                                                                    series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
+                                                                    power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
+                                                                    probs[vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room_1[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
+                                                        for r in T.vectorized(32):
+                                                            with T.sblock("pairs"):
+                                                                vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
+                                                                vr = T.axis.spatial(32, r)
+                                                                T.reads(probs[vt * 2:vt * 2 + 2, vr])
+                                                                T.writes(prob_pairs[0, vt, vr])
+                                                                prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[vt * 2, vr]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[vt * 2 + 1, vr]) + 32768 & -65536
+                                                        for ax0 in range(1):
+                                                            for ax1 in T.vectorized(32):
+                                                                with T.sblock("tile_sum_update"):
+                                                                    vt = T.axis.reduce(64, num_full * 32 + to * 32 + ti + ax0)
+                                                                    vr = T.axis.spatial(32, ax1)
+                                                                    T.where(0 <= num_full * 32 + to * 32 + ti and num_full + to < 2)
+                                                                    T.reads(tile_sum[0, vr], full_sum_1[0, vr], prob_pairs[0, vt, vr])
+                                                                    T.writes(tile_sum[0, vr])
+                                                                    tile_sum[0, vr] = tile_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
                                             with T.sblock("rescale"):
-                                                T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], row_max[first, 0:16], row_sum[first, 0:16])
-                                                T.writes(row_max[first, 0:16], row_sum[first, 0:16], alpha[0, 0:16], beta[0, 0:16])
-                                                new_max = T.sblock_alloc_buffer((16,))
-                                                new_sum = T.sblock_alloc_buffer((16,))
-                                                for r in T.vectorized(16):
+                                                T.reads(tile_max[0, 0:32], tile_sum[0, 0:32], row_max[first, 0:32], row_sum[first, 0:32])
+                                                T.writes(row_max[first, 0:32], row_sum[first, 0:32], alpha[0, 0:32], beta[0, 0:32])
+                                                new_max = T.sblock_alloc_buffer((32,))
+                                                new_sum = T.sblock_alloc_buffer((32,))
+                                                for r in T.vectorized(32):
                                                     with T.sblock("factors"):
-                                                        vr = T.axis.spatial(16, r)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(row_max[first, vr], row_sum[first, vr], tile_max[0, vr], tile_sum[0, vr])
                                                         T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
                                                         old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first, vr])
@@ -789,102 +1036,177 @@ class Module:
                                                         series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                                         power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                                         beta[0, vr] = T.Select(tile_sum[0, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                                                for r in T.vectorized(16):
+                                                for r in T.vectorized(32):
                                                     with T.sblock("new_sum"):
-                                                        vr = T.axis.spatial(16, r)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(row_sum[first, vr], alpha[0, vr], beta[0, vr], tile_sum[0, vr])
                                                         T.writes(new_sum[vr])
                                                         previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first, vr])
                                                         new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * tile_sum[0, vr]
-                                                for r in T.vectorized(16):
+                                                for r in T.vectorized(32):
                                                     with T.sblock("row"):
-                                                        vr = T.axis.spatial(16, r)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(new_max[vr], new_sum[vr])
                                                         T.writes(row_max[first, vr], row_sum[first, vr])
                                                         row_max[first, vr] = new_max[vr]
                                                         row_sum[first, vr] = new_sum[vr]
-                                            with T.sblock("edges"):
-                                                T.reads()
-                                                T.writes(edges[T.min(num_full * 32, T.max(context_len - tree_size - tile_start, 0) // 2):T.min(num_full * 32, T.max(context_len - tree_size - tile_start, 0) // 2) + (T.max((valid_len_1 + 63) // 64 * 32, (T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0)) - 1) // 2 + 1) - T.min(num_full * 32, T.max(context_len - tree_size - tile_start, 0) // 2)), 0:16])
-                                                for to, ti in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 32):
-                                                    for r in T.vectorized(16):
-                                                        with T.sblock("edge"):
-                                                            vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(limits[first, vr])
-                                                            T.writes(edges[vt, vr])
-                                                            edges[vt, vr] = T.Select(tile_start + vt * 2 < limits[first, vr], -1, 0) & 65535 | T.Select(tile_start + vt * 2 + 1 < limits[first, vr], -1, 0) & -65536
-                                                if tree_start >= T.int64(0):
-                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
-                                                        with T.sblock("hidden_words"):
-                                                            vr = T.axis.opaque(16, r)
-                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
-                                                            T.reads(edges[vc // 2, vr], tree_mask[0:tree_cells])
-                                                            T.writes(edges[vc // 2, vr])
-                                                            edges[vc // 2, vr] = edges[vc // 2, vr] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
                                             with T.sblock("pv_update"):
                                                 T.reads()
                                                 T.writes()
-                                                tile_acc = T.sblock_alloc_buffer((1, 128, 16))
+                                                tile_acc = T.sblock_alloc_buffer((1, 32, 128))
                                                 if infinite[0] == 0:
-                                                    with T.sblock("whole_products"):
-                                                        T.reads(prob_pairs[0, 0:(valid_len_1 + 63) // 64 * 32, 0:16], v_tile[0:128, 0:(valid_len_1 + 63) // 64 * 32])
-                                                        T.writes(tile_acc[0, 0:128, 0:16])
-                                                        tile_acc_global = T.sblock_alloc_buffer((1, 128, 16))
-                                                        for d_0 in range(2):
-                                                            with T.sblock("whole_sum_init_o"):
-                                                                vd_o = T.axis.spatial(2, d_0)
-                                                                vr_o = T.axis.spatial(1, 0)
-                                                                T.reads()
-                                                                T.writes(tile_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16])
-                                                                sums = T.match_buffer(tile_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
-                                                                T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
-                                                            for to in range((valid_len_1 + 64 - 1) // 64):
-                                                                if wanted:
-                                                                    for line in range(128):
-                                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0 * ((valid_len_1 + 64 - 1) // 64) + to) * 128 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((d_0 * ((valid_len_1 + 64 - 1) // 64) + to) * 128 + line) // 4) % 2 * 4 + ((d_0 * ((valid_len_1 + 64 - 1) // 64) + to) * 128 + line) % 4) * 16)]), 0, 2, 1)
-                                                                for ti_0 in range(2):
-                                                                    with T.sblock("whole_sum_update_o"):
-                                                                        vd_o = T.axis.spatial(2, d_0)
-                                                                        vr_o = T.axis.spatial(1, 0)
-                                                                        vt_o = T.axis.reduce(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
-                                                                        T.reads(tile_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16], prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:16], v_tile[vd_o * 64:vd_o * 64 + 64, vt_o * 16:vt_o * 16 + 16])
-                                                                        T.writes(tile_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16])
-                                                                        sums = T.match_buffer(tile_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
-                                                                        right = T.match_buffer(prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:16], (16, 16), "int32", strides=("right_row", 1), offset_factor=1)
-                                                                        left = T.match_buffer(v_tile[vd_o * 64:vd_o * 64 + 64, vt_o * 16:vt_o * 16 + 16], (64, 16), "int32", strides=("left_row", 1), offset_factor=1)
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(5), T.int8(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[32, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(5), T.int8(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[48, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(6), T.int8(4))
-                                                            for ax0 in range(1):
-                                                                with T.sblock("tile_acc_global_o"):
-                                                                    v0_o, v1_o = T.axis.remap("SS", [ax0, d_0])
-                                                                    v2_o = T.axis.spatial(1, 0)
-                                                                    T.reads(tile_acc_global[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
-                                                                    T.writes(tile_acc[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
-                                                                    stored = T.match_buffer(tile_acc[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("stored_row", 1), offset_factor=1)
-                                                                    sums = T.match_buffer(tile_acc_global[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
-                                                                    T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                    T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                    T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[32, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                    T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[48, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                    if num_rows <= 16:
+                                                        with T.sblock("few_whole_products"):
+                                                            T.reads(prob_pairs[0, 0:(valid_len_1 + 63) // 64 * 32, 0:16], v_tile[0:128, 0:(valid_len_1 + 63) // 64 * 32], alpha[0, 0:16], beta[0, 0:16])
+                                                            T.writes(acc[first, 0:128, 0:16])
+                                                            tile_acc_1 = T.sblock_alloc_buffer((1, 128, 16))
+                                                            tile_acc_local = T.sblock_alloc_buffer((1, 128, 16), scope="local")
+                                                            for d_0_m in range(2):
+                                                                with T.sblock("few_whole_sum_init_o"):
+                                                                    vd_o = T.axis.spatial(2, d_0_m)
+                                                                    vr_o = T.axis.spatial(1, 0)
+                                                                    T.reads()
+                                                                    T.writes(tile_acc_local[0, vd_o * 64:vd_o * 64 + 64, 0:16])
+                                                                    sums = T.match_buffer(tile_acc_local[0, vd_o * 64:vd_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                                for to in range((valid_len_1 + 64 - 1) // 64):
+                                                                    if wanted:
+                                                                        for line in range(128):
+                                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * ((valid_len_1 + 64 - 1) // 64) + to) * 128 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((d_0_m * ((valid_len_1 + 64 - 1) // 64) + to) * 128 + line) // 4) % 2 * 4 + ((d_0_m * ((valid_len_1 + 64 - 1) // 64) + to) * 128 + line) % 4) * 16)]), 0, 2, 1)
+                                                                    for ti_0 in range(2):
+                                                                        with T.sblock("few_whole_sum_update_o"):
+                                                                            vd_o = T.axis.spatial(2, d_0_m)
+                                                                            vr_o = T.axis.spatial(1, 0)
+                                                                            vt_o = T.axis.reduce(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
+                                                                            T.reads(tile_acc_local[0, vd_o * 64:vd_o * 64 + 64, 0:16], prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:16], v_tile[vd_o * 64:vd_o * 64 + 64, vt_o * 16:vt_o * 16 + 16])
+                                                                            T.writes(tile_acc_local[0, vd_o * 64:vd_o * 64 + 64, 0:16])
+                                                                            sums = T.match_buffer(tile_acc_local[0, vd_o * 64:vd_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                                            right = T.match_buffer(prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:16], (16, 16), "int32", strides=("right_row", 1), offset_factor=1)
+                                                                            left = T.match_buffer(v_tile[vd_o * 64:vd_o * 64 + 64, vt_o * 16:vt_o * 16 + 16], (64, 16), "int32", strides=("left_row", 1), offset_factor=1)
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(5), T.int8(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(left[32, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(7), T.int8(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[48, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(5), T.int8(4))
+                                                                for ax0 in range(1):
+                                                                    with T.sblock("tile_acc_local_o"):
+                                                                        v0_o, v1_o = T.axis.remap("SS", [ax0, d_0_m])
+                                                                        v2_o = T.axis.spatial(1, 0)
+                                                                        T.reads(tile_acc_local[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
+                                                                        T.writes(tile_acc_1[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
+                                                                        stored = T.match_buffer(tile_acc_1[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("stored_row", 1), offset_factor=1)
+                                                                        sums = T.match_buffer(tile_acc_local[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[32, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[48, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                for i, d_1 in T.grid(1, 64):
+                                                                    for r in T.vectorized(16):
+                                                                        with T.sblock("few_acc"):
+                                                                            vi, vr = T.axis.remap("SS", [i, r])
+                                                                            vd = T.axis.spatial(128, d_0_m * 64 + d_1)
+                                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                            T.reads(alpha[vi, vr], beta[vi, vr], tile_acc_1[vi, vd, vr])
+                                                                            T.writes(acc[first, vd, vr])
+                                                                            with T.init():
+                                                                                acc[first, vd, vr] = T.float32(0.0)
+                                                                            acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc_1[vi, vd, vr]
+                                                    else:
+                                                        with T.sblock("whole_products"):
+                                                            T.reads(prob_pairs[0, 0:(valid_len_1 + 63) // 64 * 32, 0:32], v_tile[0:128, 0:(valid_len_1 + 63) // 64 * 32], alpha[0, 0:32], beta[0, 0:32])
+                                                            T.writes(acc[first, 0:128, 0:32])
+                                                            tile_acc_1 = T.sblock_alloc_buffer((1, 128, 32))
+                                                            tile_acc_local = T.sblock_alloc_buffer((1, 128, 32), scope="local")
+                                                            for d_0_m in range(4):
+                                                                with T.sblock("whole_sum_init_o"):
+                                                                    vd_o = T.axis.spatial(4, d_0_m)
+                                                                    vr_o = T.axis.spatial(1, 0)
+                                                                    T.reads()
+                                                                    T.writes(tile_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32])
+                                                                    sums = T.match_buffer(tile_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                                for to in range((valid_len_1 + 64 - 1) // 64):
+                                                                    if wanted:
+                                                                        for line in range(64):
+                                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * ((valid_len_1 + 64 - 1) // 64) + to) * 64 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((d_0_m * ((valid_len_1 + 64 - 1) // 64) + to) * 64 + line) // 4) % 2 * 4 + ((d_0_m * ((valid_len_1 + 64 - 1) // 64) + to) * 64 + line) % 4) * 16)]), 0, 2, 1)
+                                                                    for ti_0 in range(2):
+                                                                        with T.sblock("whole_sum_update_o"):
+                                                                            vd_o = T.axis.spatial(4, d_0_m)
+                                                                            vr_o = T.axis.spatial(1, 0)
+                                                                            vt_o = T.axis.reduce(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
+                                                                            T.reads(tile_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32], prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:32], v_tile[vd_o * 32:vd_o * 32 + 32, vt_o * 16:vt_o * 16 + 16])
+                                                                            T.writes(tile_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32])
+                                                                            sums = T.match_buffer(tile_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                                            right = T.match_buffer(prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:32], (16, 32), "int32", strides=("right_row", 1), offset_factor=1)
+                                                                            left = T.match_buffer(v_tile[vd_o * 32:vd_o * 32 + 32, vt_o * 16:vt_o * 16 + 16], (32, 16), "int32", strides=("left_row", 1), offset_factor=1)
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(6), T.int8(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(right[0, 16]), T.Cast("int64", right.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(5))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(7), T.int8(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(7), T.int8(5))
+                                                                for ax0 in range(1):
+                                                                    with T.sblock("tile_acc_local_o"):
+                                                                        v0_o, v1_o = T.axis.remap("SS", [ax0, d_0_m])
+                                                                        v2_o = T.axis.spatial(1, 0)
+                                                                        T.reads(tile_acc_local[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32])
+                                                                        T.writes(tile_acc_1[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32])
+                                                                        stored = T.match_buffer(tile_acc_1[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32], (32, 32), strides=("stored_row", 1), offset_factor=1)
+                                                                        sums = T.match_buffer(tile_acc_local[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[0, 16]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[16, 16]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                for i, d_1 in T.grid(1, 32):
+                                                                    for r in T.vectorized(32):
+                                                                        with T.sblock("acc"):
+                                                                            vi, vr = T.axis.remap("SS", [i, r])
+                                                                            vd = T.axis.spatial(128, d_0_m * 32 + d_1)
+                                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                            T.reads(alpha[vi, vr], beta[vi, vr], tile_acc_1[vi, vd, vr])
+                                                                            T.writes(acc[first, vd, vr])
+                                                                            with T.init():
+                                                                                acc[first, vd, vr] = T.float32(0.0)
+                                                                            acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc_1[vi, vd, vr]
                                                 else:
-                                                    for row in range(16):
+                                                    with T.sblock("edges"):
+                                                        T.reads()
+                                                        T.writes(edges[T.min(num_full * 32, T.max(context_len - tree_size - tile_start, 0) // 2):T.min(num_full * 32, T.max(context_len - tree_size - tile_start, 0) // 2) + (T.max((valid_len_1 + 63) // 64 * 32, (T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0)) - 1) // 2 + 1) - T.min(num_full * 32, T.max(context_len - tree_size - tile_start, 0) // 2)), 0:32])
+                                                        for to, ti in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 32):
+                                                            for r in T.vectorized(32):
+                                                                with T.sblock("edge"):
+                                                                    vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
+                                                                    vr = T.axis.spatial(32, r)
+                                                                    T.reads(limits[first, vr])
+                                                                    T.writes(edges[vt, vr])
+                                                                    edges[vt, vr] = T.Select(tile_start + vt * 2 < limits[first, vr], -1, 0) & 65535 | T.Select(tile_start + vt * 2 + 1 < limits[first, vr], -1, 0) & -65536
+                                                        if tree_start >= T.int64(0):
+                                                            for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 32, 32), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
+                                                                with T.sblock("hidden_words"):
+                                                                    vr = T.axis.opaque(32, r)
+                                                                    vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                                    T.reads(edges[vc // 2, vr], tree_mask[0:tree_cells])
+                                                                    T.writes(edges[vc // 2, vr])
+                                                                    edges[vc // 2, vr] = edges[vc // 2, vr] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 32 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
+                                                    for row in range(num_rows):
                                                         with T.sblock("row_apart"):
-                                                            vrow = T.axis.spatial(16, row)
+                                                            vrow = T.axis.spatial(32, row)
                                                             T.reads()
                                                             T.writes()
                                                             row_values = T.sblock_alloc_buffer((128, 64), "int32")
-                                                            row_acc = T.sblock_alloc_buffer((1, 128, 16))
+                                                            row_acc = T.sblock_alloc_buffer((1, 128, 32))
                                                             with T.sblock("row_values"):
                                                                 T.reads()
                                                                 T.writes(row_values[0:128, 0:(valid_len_1 + 63) // 64 * 32])
@@ -896,73 +1218,72 @@ class Module:
                                                                         T.writes(row_values[vd, vt])
                                                                         row_values[vd, vt] = v_tile[vd, vt] & T.Select(vt < num_full * 32, -1, edges[vt, vrow])
                                                             with T.sblock("apart_products"):
-                                                                T.reads(prob_pairs[0, 0:(valid_len_1 + 63) // 64 * 32, 0:16], row_values[0:128, 0:(valid_len_1 + 63) // 64 * 32])
-                                                                T.writes(row_acc[0, 0:128, 0:16])
-                                                                row_acc_global = T.sblock_alloc_buffer((1, 128, 16))
-                                                                for d_0 in range(2):
+                                                                T.reads(prob_pairs[0, 0:(valid_len_1 + 63) // 64 * 32, 0:32], row_values[0:128, 0:(valid_len_1 + 63) // 64 * 32])
+                                                                T.writes(row_acc[0, 0:128, 0:32])
+                                                                row_acc_local = T.sblock_alloc_buffer((1, 128, 32), scope="local")
+                                                                for d_0 in range(4):
                                                                     with T.sblock("apart_sum_init_o"):
-                                                                        vd_o = T.axis.spatial(2, d_0)
+                                                                        vd_o = T.axis.spatial(4, d_0)
                                                                         vr_o = T.axis.spatial(1, 0)
                                                                         T.reads()
-                                                                        T.writes(row_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16])
-                                                                        sums = T.match_buffer(row_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
+                                                                        T.writes(row_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32])
+                                                                        sums = T.match_buffer(row_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
                                                                         T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
                                                                         T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
                                                                         T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
                                                                         T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
                                                                     for to, ti_0 in T.grid((valid_len_1 + 64 - 1) // 64, 2):
                                                                         with T.sblock("apart_sum_update_o"):
-                                                                            vd_o = T.axis.spatial(2, d_0)
+                                                                            vd_o = T.axis.spatial(4, d_0)
                                                                             vr_o = T.axis.spatial(1, 0)
                                                                             vt_o = T.axis.reduce(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
-                                                                            T.reads(row_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16], prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:16], row_values[vd_o * 64:vd_o * 64 + 64, vt_o * 16:vt_o * 16 + 16])
-                                                                            T.writes(row_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16])
-                                                                            sums = T.match_buffer(row_acc_global[0, vd_o * 64:vd_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
-                                                                            right = T.match_buffer(prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:16], (16, 16), "int32", strides=("right_row", 1), offset_factor=1)
-                                                                            left = T.match_buffer(row_values[vd_o * 64:vd_o * 64 + 64, vt_o * 16:vt_o * 16 + 16], (64, 16), "int32", strides=("left_row", 1), offset_factor=1)
+                                                                            T.reads(row_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32], prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:32], row_values[vd_o * 32:vd_o * 32 + 32, vt_o * 16:vt_o * 16 + 16])
+                                                                            T.writes(row_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32])
+                                                                            sums = T.match_buffer(row_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                                            right = T.match_buffer(prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:32], (16, 32), "int32", strides=("right_row", 1), offset_factor=1)
+                                                                            left = T.match_buffer(row_values[vd_o * 32:vd_o * 32 + 32, vt_o * 16:vt_o * 16 + 16], (32, 16), "int32", strides=("left_row", 1), offset_factor=1)
                                                                             T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(5), T.int8(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[32, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(5), T.int8(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[48, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(6), T.int8(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(6), T.int8(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(right[0, 16]), T.Cast("int64", right.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(5))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(7), T.int8(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(7), T.int8(5))
                                                                     for ax0 in range(1):
-                                                                        with T.sblock("row_acc_global_o"):
+                                                                        with T.sblock("row_acc_local_o"):
                                                                             v0_o, v1_o = T.axis.remap("SS", [ax0, d_0])
                                                                             v2_o = T.axis.spatial(1, 0)
-                                                                            T.reads(row_acc_global[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
-                                                                            T.writes(row_acc[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
-                                                                            stored = T.match_buffer(row_acc[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("stored_row", 1), offset_factor=1)
-                                                                            sums = T.match_buffer(row_acc_global[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), offset_factor=1)
+                                                                            T.reads(row_acc_local[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32])
+                                                                            T.writes(row_acc[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32])
+                                                                            stored = T.match_buffer(row_acc[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32], (32, 32), strides=("stored_row", 1), offset_factor=1)
+                                                                            sums = T.match_buffer(row_acc_local[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
                                                                             T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[32, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[48, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[0, 16]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[16, 16]), T.Cast("int64", stored.strides[0]) * T.int64(4))
                                                             with T.sblock("row_of_acc"):
                                                                 T.reads(row_acc[0, 0:128, vrow])
-                                                                T.writes(tile_acc[0, 0:128, vrow])
+                                                                T.writes(tile_acc[0, vrow, 0:128])
                                                                 for d in range(128):
                                                                     with T.sblock("row_output"):
                                                                         vd = T.axis.spatial(128, d)
                                                                         T.reads(row_acc[0, vd, vrow])
-                                                                        T.writes(tile_acc[0, vd, vrow])
-                                                                        tile_acc[0, vd, vrow] = row_acc[0, vd, vrow]
-                                                with T.sblock("fold"):
-                                                    T.reads(tile_acc[0, 0:128, 0:16], alpha[0, 0:16], beta[0, 0:16])
-                                                    T.writes(acc[first, 0:128, 0:16])
-                                                    for i, d in T.grid(1, 128):
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("acc"):
-                                                                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                                vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
-                                                                T.writes(acc[first, vd, vr])
-                                                                with T.init():
-                                                                    acc[first, vd, vr] = T.float32(0.0)
-                                                                acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
+                                                                        T.writes(tile_acc[0, vrow, vd])
+                                                                        tile_acc[0, vrow, vd] = row_acc[0, vd, vrow]
+                                                    with T.sblock("apart_fold"):
+                                                        T.reads(tile_acc[0, 0:32, 0:128], alpha[0, 0:32], beta[0, 0:32])
+                                                        T.writes(acc[first, 0:128, 0:32])
+                                                        for i, d in T.grid(1, 128):
+                                                            for r in T.vectorized(32):
+                                                                with T.sblock("apart_acc"):
+                                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                                    T.writes(acc[first, vd, vr])
+                                                                    with T.init():
+                                                                        acc[first, vd, vr] = T.float32(0.0)
+                                                                    acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vr, vd]
                 for tile in range(num_tiles):
                     with T.sblock("range_state"):
                         vtile = T.axis.spatial(num_tiles, tile)
@@ -970,18 +1291,18 @@ class Module:
                         T.writes()
                         if num_steps > 0 and read_begin < reach[vtile, 1]:
                             with T.sblock("online_update"):
-                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16], total_max[vtile, 0:16], total_sum[vtile, 0:16])
-                                T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:128, 0:16])
-                                alpha = T.sblock_alloc_buffer((1, 16))
-                                beta = T.sblock_alloc_buffer((1, 16))
+                                T.reads(row_max[vtile, 0:32], row_sum[vtile, 0:32], acc[vtile, 0:128, 0:32], total_max[vtile, 0:32], total_sum[vtile, 0:32])
+                                T.writes(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:128, 0:32])
+                                alpha = T.sblock_alloc_buffer((1, 32))
+                                beta = T.sblock_alloc_buffer((1, 32))
                                 with T.sblock("range_rescale"):
-                                    T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], total_max[vtile, 0:16], total_sum[vtile, 0:16])
-                                    T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], alpha[0, 0:16], beta[0, 0:16])
-                                    new_max = T.sblock_alloc_buffer((16,))
-                                    new_sum = T.sblock_alloc_buffer((16,))
-                                    for r in T.vectorized(16):
+                                    T.reads(row_max[vtile, 0:32], row_sum[vtile, 0:32], total_max[vtile, 0:32], total_sum[vtile, 0:32])
+                                    T.writes(total_max[vtile, 0:32], total_sum[vtile, 0:32], alpha[0, 0:32], beta[0, 0:32])
+                                    new_max = T.sblock_alloc_buffer((32,))
+                                    new_sum = T.sblock_alloc_buffer((32,))
+                                    for r in T.vectorized(32):
                                         with T.sblock("range_factors"):
-                                            vr = T.axis.spatial(16, r)
+                                            vr = T.axis.spatial(32, r)
                                             T.reads(total_max[vtile, vr], total_sum[vtile, vr], row_max[vtile, vr], row_sum[vtile, vr])
                                             T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
                                             old_max: T.let[T.float32] = total_max[vtile, vr]
@@ -1008,25 +1329,25 @@ class Module:
                                             series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                             beta[0, vr] = T.Select(row_sum[vtile, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                                    for r in T.vectorized(16):
+                                    for r in T.vectorized(32):
                                         with T.sblock("range_new_sum"):
-                                            vr = T.axis.spatial(16, r)
+                                            vr = T.axis.spatial(32, r)
                                             T.reads(total_sum[vtile, vr], alpha[0, vr], beta[0, vr], row_sum[vtile, vr])
                                             T.writes(new_sum[vr])
                                             previous: T.let[T.float32] = total_sum[vtile, vr]
                                             new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * row_sum[vtile, vr]
-                                    for r in T.vectorized(16):
+                                    for r in T.vectorized(32):
                                         with T.sblock("range_row"):
-                                            vr = T.axis.spatial(16, r)
+                                            vr = T.axis.spatial(32, r)
                                             T.reads(new_max[vr], new_sum[vr])
                                             T.writes(total_max[vtile, vr], total_sum[vtile, vr])
                                             total_max[vtile, vr] = new_max[vr]
                                             total_sum[vtile, vr] = new_sum[vr]
                                 with T.sblock("range_fold"):
-                                    T.reads(acc[vtile, 0:128, 0:16], alpha[0, 0:16], beta[0, 0:16])
-                                    T.writes(total_acc[vtile, 0:128, 0:16])
+                                    T.reads(acc[vtile, 0:128, 0:32], alpha[0, 0:32], beta[0, 0:32])
+                                    T.writes(total_acc[vtile, 0:128, 0:32])
                                     for i, d in T.grid(1, 128):
-                                        for r in T.vectorized(16):
+                                        for r in T.vectorized(32):
                                             with T.sblock("range_acc"):
                                                 vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                                 vstep = T.axis.reduce(2, 1)
@@ -1042,24 +1363,24 @@ class Module:
                 T.writes()
                 if partial_start < 0:
                     with T.sblock("normalize"):
-                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:128, 0:16])
+                        T.reads(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:128, 0:32])
                         T.writes(out[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128], lse[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4])
-                        factor = T.sblock_alloc_buffer((16,))
-                        ordered = T.sblock_alloc_buffer((16, 128))
-                        total_acc_global = T.sblock_alloc_buffer((1, 16, 128))
-                        for r in T.vectorized(16):
+                        factor = T.sblock_alloc_buffer((32,))
+                        ordered = T.sblock_alloc_buffer((32, 128))
+                        total_acc_global = T.sblock_alloc_buffer((1, 32, 128))
+                        for r in T.vectorized(32):
                             with T.sblock("factor"):
-                                vr = T.axis.spatial(16, r)
+                                vr = T.axis.spatial(32, r)
                                 T.reads(total_sum[vtile, vr])
                                 T.writes(factor[vr])
                                 total: T.let[T.float32] = total_sum[vtile, vr]
                                 factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-                        for r_0, d_0 in T.grid(4, 8):
+                        for r_0, d_0 in T.grid(8, 8):
                             for ax0, ax1_0, ax2_0 in T.grid(1, 4, 1):
                                 with T.sblock("total_acc_global_o"):
                                     v0_o = T.axis.spatial(1, ax0)
                                     v1_o = T.axis.spatial(32, d_0 * 4 + ax1_0)
-                                    v2_o = T.axis.spatial(4, r_0 + ax2_0)
+                                    v2_o = T.axis.spatial(8, r_0 + ax2_0)
                                     T.reads(total_acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
                                     T.writes(total_acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
                                     turned = T.match_buffer(total_acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
@@ -1083,43 +1404,43 @@ class Module:
                             for r_1 in T.unroll(4):
                                 for d_1 in T.vectorized(16):
                                     with T.sblock("ordered"):
-                                        vr = T.axis.spatial(16, r_0 * 4 + r_1)
+                                        vr = T.axis.spatial(32, r_0 * 4 + r_1)
                                         vd = T.axis.spatial(128, d_0 * 16 + d_1)
                                         T.reads(total_acc_global[0, vr, vd], factor[vr])
                                         T.writes(ordered[vr, vd])
                                         ordered[vr, vd] = total_acc_global[0, vr, vd] * factor[vr]
-                        for r, d_0 in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 8):
+                        for r, d_0 in T.grid(T.min(num_query * 4 - vtile % head_tiles * 32, 32), 8):
                             for d_1 in T.vectorized(16):
                                 with T.sblock("out"):
-                                    vr = T.axis.spatial(16, r)
+                                    vr = T.axis.spatial(32, r)
                                     vd = T.axis.spatial(128, d_0 * 16 + d_1)
                                     T.reads(ordered[vr, vd])
-                                    T.writes(out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
-                                    out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = T.Cast("bfloat16", ordered[vr, vd])
-                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
+                                    T.writes(out[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd])
+                                    out[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd] = T.Cast("bfloat16", ordered[vr, vd])
+                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 32, 32)):
                             with T.sblock("lse"):
-                                vr = T.axis.spatial(16, r)
+                                vr = T.axis.spatial(32, r)
                                 T.reads(total_sum[vtile, vr], total_max[vtile, vr], places[vtile, vr])
-                                T.writes(lse[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4])
-                                lse[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = T.Select(total_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), total_max[vtile, vr] + T.log(total_sum[vtile, vr] * T.reinterpret("float32", places[vtile, vr] + 127 << 23)))
+                                T.writes(lse[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4])
+                                lse[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4] = T.Select(total_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), total_max[vtile, vr] + T.log(total_sum[vtile, vr] * T.reinterpret("float32", places[vtile, vr] + 127 << 23)))
                 else:
                     with T.sblock("store_partial"):
-                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:128, 0:T.min(num_query * 4 - vtile % head_tiles * 16, 16)])
+                        T.reads(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:128, 0:T.min(num_query * 4 - vtile % head_tiles * 32, 32)])
                         T.writes(partial_max[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4], partial_sum[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4], partial_acc[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128])
-                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
+                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 32, 32)):
                             with T.sblock("store_row"):
-                                vr = T.axis.spatial(16, r)
+                                vr = T.axis.spatial(32, r)
                                 T.reads(total_max[vtile, vr], total_sum[vtile, vr])
-                                T.writes(partial_max[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4], partial_sum[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4])
-                                partial_max[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = total_max[vtile, vr]
-                                partial_sum[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = total_sum[vtile, vr]
-                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 128):
+                                T.writes(partial_max[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4], partial_sum[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4])
+                                partial_max[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4] = total_max[vtile, vr]
+                                partial_sum[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4] = total_sum[vtile, vr]
+                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 32, 32), 128):
                             with T.sblock("store_acc"):
-                                vr = T.axis.spatial(16, r)
+                                vr = T.axis.spatial(32, r)
                                 vd = T.axis.spatial(128, d)
                                 T.reads(total_acc[vtile, vd, vr])
-                                T.writes(partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
-                                partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = total_acc[vtile, vd, vr]
+                                T.writes(partial_acc[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd])
+                                partial_acc[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd] = total_acc[vtile, vd, vr]
 
     @T.prim_func(s_tir=True)
     def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, query_scale: T.float32, score_scale: T.float32):

@@ -33,6 +33,7 @@ def insert(sch: Schedule, spec: PagedAttentionSpec, tiling: Tiling, function: st
 
     sch.work_on(function)
     accesses = {ahead.KEYS: key_access(spec, tiling), ahead.VALUES: value_access(spec, tiling)}
+    accesses[ahead.EARLY_KEYS] = accesses[ahead.KEYS]
     said = [sblock for sblock in sblocks(sch) if sch.get(sblock).name_hint in accesses]
     for sblock in said:
         name = sch.get(sblock).name_hint

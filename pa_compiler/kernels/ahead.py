@@ -16,8 +16,8 @@ from tvm.tirx import Evaluate
 from pa_compiler.kernels.caches import Cache
 from pa_compiler.tvmscript import inline
 
-KEYS, VALUES = "next_keys", "next_values"
-"""The sblocks that say it of each cache."""
+KEYS, VALUES, EARLY_KEYS = "next_keys", "next_values", "early_keys"
+"""The sblocks that say it of each cache; of keys too where they are fetched before the matmuls."""
 
 _OP = "next_tile"
 

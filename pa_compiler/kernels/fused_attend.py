@@ -236,6 +236,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     load_all = load_whole(spec, tiling)
     by_token = spec.kv_layout == "NHD" and not tiling.in_tile_registers
     announce_keys, announce_values = ahead.announce(ahead.KEYS), ahead.announce(ahead.VALUES)
+    early, announce_early = tiling.in_tile_registers and spec.kv_layout != "packed", ahead.announce(ahead.EARLY_KEYS)
 
     @script.inline
     def stage(
@@ -266,6 +267,9 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                 shares = T.meta_var((item.num_kv_heads, vkv) if by_token else ())
                 key_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * key_cache.head
                 value_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * value_cache.head
+                if early:
+                    in_copies: T.let = T.And(item.head_tiles == 1, T.Or(has_next, T.Not(is_last)))
+                    announce_early(key_cache, next_tile, next_head * key_cache.head, in_copies)
                 if tiling.copy_keys:
                     k_tile = T.sblock_alloc_buffer(key_copy, k_dtype)
                     load_keys(key_cache, k_tile, key_head, tile.num_groups)
@@ -286,7 +290,8 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                         first: T.let = script.opaque(vkv * item.head_tiles + vrt)
                         if tiling.prefetches:
                             wanted: T.let = T.And(vrt == item.head_tiles - 1, T.Or(has_next, T.Not(is_last)))
-                            announce_keys(key_cache, next_tile, next_head * key_cache.head, wanted, *shares)
+                            keys_wanted: T.let = T.And(wanted, item.head_tiles > 1) if early else wanted
+                            announce_keys(key_cache, next_tile, next_head * key_cache.head, keys_wanted, *shares)
                             if not spec.shared_kv:
                                 announce_values(value_cache, next_tile, next_head * value_cache.head, wanted, *shares)
                         if tile_start < item.bounds.reach[first, LIMIT]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from pa_compiler.kernels.ahead import KEYS, VALUES
+from pa_compiler.kernels.ahead import EARLY_KEYS, KEYS, VALUES
 from pa_compiler.schedules.cpu import functions, heads_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import vectorize_rows
 from pa_compiler.schedules.cpu.heads_in_lanes import four_maxima, rows_last, vertical
@@ -48,6 +48,8 @@ def load_values(sch: Schedule, tiling: VectorTiling) -> None:
     _, lane = sch.split(sch.get_loops("load_rows_element")[-1], [None, TILE])
     sch.vectorize(lane)
     sch.tensorize(pair, turn_pairs())
+    group = sch.get_loops("load_rows_element")[0]
+    fetch(sch, EARLY_KEYS, group, shares=[pair_outer, dim_outer])
 
 
 def _is_packed(tiling: VectorTiling) -> bool:
@@ -249,6 +251,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = (
 """How each stage is scheduled, by the name of its sblock."""
 
 SCALAR = heads_in_lanes.SCALAR | {
+    EARLY_KEYS: "taken out again",
     "pv_update": "around stages",
     "row_apart": "around stages",
     "unused_value": "half of some words, at the end of a sequence",
