@@ -290,7 +290,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                         first: T.let = script.opaque(vkv * item.head_tiles + vrt)
                         if tiling.prefetches:
                             wanted: T.let = T.And(vrt == item.head_tiles - 1, T.Or(has_next, T.Not(is_last)))
-                            keys_wanted: T.let = T.And(wanted, item.head_tiles > 1) if early else wanted
+                            keys_wanted = T.meta_var(T.And(wanted, item.head_tiles > 1) if early else wanted)
                             announce_keys(key_cache, next_tile, next_head * key_cache.head, keys_wanted, *shares)
                             if not spec.shared_kv:
                                 announce_values(value_cache, next_tile, next_head * value_cache.head, wanted, *shares)

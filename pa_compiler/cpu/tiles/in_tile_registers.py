@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from pa_compiler.cpu.tiles.basis import Basis, CpuTiling
 from pa_compiler.key_ranges import ATTEND_KV_TILE, decodes_in_step
+from pa_compiler.spec import PACKED_TOKENS
 from pa_compiler.tiles import divisors
 
 TILES = 4
@@ -50,6 +52,7 @@ class InTileRegisters(CpuTiling):
             attends=True,
             many_tokens=True,
             few_rows=basis.rows,
+            weight_sums=math.gcd(_SUMS, PACKED_TOKENS) if decodes_in_step(spec) else 0,  # of decode: here in one sum
             qk_rows=rows,
             qk_tokens=_SUMS // 2,
             pv_rows=rows,
