@@ -10387,77 +10387,78 @@ if_end123:                                        ; preds = %if_end120
   %1384 = and i64 %indvars.iv.next2375, 4294967295
   %1385 = select i1 %1383, i64 0, i64 %1384
   %1386 = add nsw i64 %indvars.iv2374, %777
+  %1387 = icmp slt i64 %indvars.iv.next2375, %791
   br i1 %1300, label %for_begin_ax0_0.preheader.lr.ph, label %for_end_to298, !prof !3
 
 for_begin_ax0_0.preheader.lr.ph:                  ; preds = %if_end123
-  %1387 = mul nsw i64 %1386, %k_head
-  %invariant.gep1633 = getelementptr i32, ptr %key_cache, i64 %1387
+  %1388 = mul nsw i64 %1386, %k_head
+  %invariant.gep1633 = getelementptr i32, ptr %key_cache, i64 %1388
   br label %for_begin_ax0_0.preheader
 
 for_begin_ax0_0301.preheader.lr.ph:               ; preds = %for_end_ax0_0
-  %1388 = mul nsw i64 %1386, %v_head
+  %1389 = mul nsw i64 %1386, %v_head
   br label %for_begin_ax0_0301.preheader
 
 for_begin_ax0_0.preheader:                        ; preds = %for_end_ax0_0, %for_begin_ax0_0.preheader.lr.ph
   %indvars.iv2055 = phi i64 [ 0, %for_begin_ax0_0.preheader.lr.ph ], [ %indvars.iv.next2056, %for_end_ax0_0 ]
-  %1389 = shl i64 %indvars.iv2055, 12
-  %1390 = and i64 %1389, 4294963200
+  %1390 = shl i64 %indvars.iv2055, 12
+  %1391 = and i64 %1390, 4294963200
   %.idx2518 = shl nsw i64 %indvars.iv2055, 9
   %invariant.gep2653 = getelementptr inbounds nuw i8, ptr %key_offsets, i64 %.idx2518
-  %invariant.gep2655 = getelementptr inbounds nuw i32, ptr %k_tile, i64 %1390
+  %invariant.gep2655 = getelementptr inbounds nuw i32, ptr %k_tile, i64 %1391
   br label %for_begin_ax1_0125.preheader
 
 for_begin_ax1_0125.preheader:                     ; preds = %for_end_ax1_0127, %for_begin_ax0_0.preheader
   %indvars.iv2050 = phi i64 [ 0, %for_begin_ax0_0.preheader ], [ %indvars.iv.next2051, %for_end_ax1_0127 ]
   %.idx1300 = mul i64 %778, %indvars.iv2050
   %gep1634 = getelementptr i8, ptr %invariant.gep1633, i64 %.idx1300
-  %1391 = shl nuw nsw i64 %indvars.iv2050, 4
-  %1392 = or disjoint i64 %1391, 1
-  %1393 = mul nsw i64 %1392, %k_row
-  %invariant.gep1573 = getelementptr i32, ptr %invariant.gep1633, i64 %1393
-  %1394 = or disjoint i64 %1391, 2
-  %1395 = mul nsw i64 %1394, %k_row
-  %invariant.gep1577 = getelementptr i32, ptr %invariant.gep1633, i64 %1395
-  %1396 = or disjoint i64 %1391, 3
-  %1397 = mul nsw i64 %1396, %k_row
-  %invariant.gep1581 = getelementptr i32, ptr %invariant.gep1633, i64 %1397
-  %1398 = or disjoint i64 %1391, 4
-  %1399 = mul nsw i64 %1398, %k_row
-  %invariant.gep1585 = getelementptr i32, ptr %invariant.gep1633, i64 %1399
-  %1400 = or disjoint i64 %1391, 5
-  %1401 = mul nsw i64 %1400, %k_row
-  %invariant.gep1589 = getelementptr i32, ptr %invariant.gep1633, i64 %1401
-  %1402 = or disjoint i64 %1391, 6
-  %1403 = mul nsw i64 %1402, %k_row
-  %invariant.gep1593 = getelementptr i32, ptr %invariant.gep1633, i64 %1403
-  %1404 = or disjoint i64 %1391, 7
-  %1405 = mul nsw i64 %1404, %k_row
-  %invariant.gep1597 = getelementptr i32, ptr %invariant.gep1633, i64 %1405
-  %1406 = or disjoint i64 %1391, 8
-  %1407 = mul nsw i64 %1406, %k_row
-  %invariant.gep1601 = getelementptr i32, ptr %invariant.gep1633, i64 %1407
-  %1408 = or disjoint i64 %1391, 9
-  %1409 = mul nsw i64 %1408, %k_row
-  %invariant.gep1605 = getelementptr i32, ptr %invariant.gep1633, i64 %1409
-  %1410 = or disjoint i64 %1391, 10
-  %1411 = mul nsw i64 %1410, %k_row
-  %invariant.gep1609 = getelementptr i32, ptr %invariant.gep1633, i64 %1411
-  %1412 = or disjoint i64 %1391, 11
-  %1413 = mul nsw i64 %1412, %k_row
-  %invariant.gep1613 = getelementptr i32, ptr %invariant.gep1633, i64 %1413
-  %1414 = or disjoint i64 %1391, 12
-  %1415 = mul nsw i64 %1414, %k_row
-  %invariant.gep1617 = getelementptr i32, ptr %invariant.gep1633, i64 %1415
-  %1416 = or disjoint i64 %1391, 13
-  %1417 = mul nsw i64 %1416, %k_row
-  %invariant.gep1621 = getelementptr i32, ptr %invariant.gep1633, i64 %1417
-  %1418 = or disjoint i64 %1391, 14
-  %1419 = mul nsw i64 %1418, %k_row
-  %invariant.gep1625 = getelementptr i32, ptr %invariant.gep1633, i64 %1419
-  %1420 = or disjoint i64 %1391, 15
-  %1421 = mul nsw i64 %1420, %k_row
-  %invariant.gep1629 = getelementptr i32, ptr %invariant.gep1633, i64 %1421
-  %invariant.gep2657 = getelementptr inbounds nuw i32, ptr %invariant.gep2655, i64 %1391
+  %1392 = shl nuw nsw i64 %indvars.iv2050, 4
+  %1393 = or disjoint i64 %1392, 1
+  %1394 = mul nsw i64 %1393, %k_row
+  %invariant.gep1573 = getelementptr i32, ptr %invariant.gep1633, i64 %1394
+  %1395 = or disjoint i64 %1392, 2
+  %1396 = mul nsw i64 %1395, %k_row
+  %invariant.gep1577 = getelementptr i32, ptr %invariant.gep1633, i64 %1396
+  %1397 = or disjoint i64 %1392, 3
+  %1398 = mul nsw i64 %1397, %k_row
+  %invariant.gep1581 = getelementptr i32, ptr %invariant.gep1633, i64 %1398
+  %1399 = or disjoint i64 %1392, 4
+  %1400 = mul nsw i64 %1399, %k_row
+  %invariant.gep1585 = getelementptr i32, ptr %invariant.gep1633, i64 %1400
+  %1401 = or disjoint i64 %1392, 5
+  %1402 = mul nsw i64 %1401, %k_row
+  %invariant.gep1589 = getelementptr i32, ptr %invariant.gep1633, i64 %1402
+  %1403 = or disjoint i64 %1392, 6
+  %1404 = mul nsw i64 %1403, %k_row
+  %invariant.gep1593 = getelementptr i32, ptr %invariant.gep1633, i64 %1404
+  %1405 = or disjoint i64 %1392, 7
+  %1406 = mul nsw i64 %1405, %k_row
+  %invariant.gep1597 = getelementptr i32, ptr %invariant.gep1633, i64 %1406
+  %1407 = or disjoint i64 %1392, 8
+  %1408 = mul nsw i64 %1407, %k_row
+  %invariant.gep1601 = getelementptr i32, ptr %invariant.gep1633, i64 %1408
+  %1409 = or disjoint i64 %1392, 9
+  %1410 = mul nsw i64 %1409, %k_row
+  %invariant.gep1605 = getelementptr i32, ptr %invariant.gep1633, i64 %1410
+  %1411 = or disjoint i64 %1392, 10
+  %1412 = mul nsw i64 %1411, %k_row
+  %invariant.gep1609 = getelementptr i32, ptr %invariant.gep1633, i64 %1412
+  %1413 = or disjoint i64 %1392, 11
+  %1414 = mul nsw i64 %1413, %k_row
+  %invariant.gep1613 = getelementptr i32, ptr %invariant.gep1633, i64 %1414
+  %1415 = or disjoint i64 %1392, 12
+  %1416 = mul nsw i64 %1415, %k_row
+  %invariant.gep1617 = getelementptr i32, ptr %invariant.gep1633, i64 %1416
+  %1417 = or disjoint i64 %1392, 13
+  %1418 = mul nsw i64 %1417, %k_row
+  %invariant.gep1621 = getelementptr i32, ptr %invariant.gep1633, i64 %1418
+  %1419 = or disjoint i64 %1392, 14
+  %1420 = mul nsw i64 %1419, %k_row
+  %invariant.gep1625 = getelementptr i32, ptr %invariant.gep1633, i64 %1420
+  %1421 = or disjoint i64 %1392, 15
+  %1422 = mul nsw i64 %1421, %k_row
+  %invariant.gep1629 = getelementptr i32, ptr %invariant.gep1633, i64 %1422
+  %invariant.gep2657 = getelementptr inbounds nuw i32, ptr %invariant.gep2655, i64 %1392
   br label %for_body_ax1_0126
 
 for_end_ax0_0:                                    ; preds = %for_end_ax1_0127
@@ -10472,10 +10473,10 @@ for_begin_ax1_0125:                               ; preds = %if_end131
 
 for_body_ax1_0126:                                ; preds = %for_begin_ax1_0125, %for_begin_ax1_0125.preheader
   %indvars.iv2045 = phi i64 [ 0, %for_begin_ax1_0125.preheader ], [ %indvars.iv.next2046, %for_begin_ax1_0125 ]
-  %1422 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %k_tile_global = tail call ptr %1422(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
-  %1423 = icmp eq ptr %k_tile_global, null
-  br i1 %1423, label %common.ret, label %if_end131, !prof !7
+  %1423 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %k_tile_global = tail call ptr %1423(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
+  %1424 = icmp eq ptr %k_tile_global, null
+  br i1 %1424, label %common.ret, label %if_end131, !prof !7
 
 for_end_ax1_0127:                                 ; preds = %for_begin_ax1_0125
   %indvars.iv.next2051 = add nuw nsw i64 %indvars.iv2050, 1
@@ -10485,185 +10486,185 @@ for_end_ax1_0127:                                 ; preds = %for_begin_ax1_0125
 if_end131:                                        ; preds = %for_body_ax1_0126
   %.idx2517 = shl nuw nsw i64 %indvars.iv2045, 7
   %gep2654 = getelementptr inbounds nuw i8, ptr %invariant.gep2653, i64 %.idx2517
-  %1424 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1570 = getelementptr i32, ptr %gep1634, i64 %1424
-  %1425 = load <16 x i32>, ptr %gep1570, align 4, !tbaa !4
-  store <16 x i32> %1425, ptr %k_tile_global, align 4, !tbaa !4
-  %1426 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1574 = getelementptr i32, ptr %invariant.gep1573, i64 %1426
-  %1427 = load <16 x i32>, ptr %gep1574, align 4, !tbaa !4
-  %1428 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 64
-  store <16 x i32> %1427, ptr %1428, align 4, !tbaa !4
-  %1429 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1578 = getelementptr i32, ptr %invariant.gep1577, i64 %1429
-  %1430 = load <16 x i32>, ptr %gep1578, align 4, !tbaa !4
-  %1431 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 128
-  store <16 x i32> %1430, ptr %1431, align 4, !tbaa !4
-  %1432 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1582 = getelementptr i32, ptr %invariant.gep1581, i64 %1432
-  %1433 = load <16 x i32>, ptr %gep1582, align 4, !tbaa !4
-  %1434 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 192
-  store <16 x i32> %1433, ptr %1434, align 4, !tbaa !4
-  %1435 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1586 = getelementptr i32, ptr %invariant.gep1585, i64 %1435
-  %1436 = load <16 x i32>, ptr %gep1586, align 4, !tbaa !4
-  %1437 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 256
-  store <16 x i32> %1436, ptr %1437, align 4, !tbaa !4
-  %1438 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1590 = getelementptr i32, ptr %invariant.gep1589, i64 %1438
-  %1439 = load <16 x i32>, ptr %gep1590, align 4, !tbaa !4
-  %1440 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 320
-  store <16 x i32> %1439, ptr %1440, align 4, !tbaa !4
-  %1441 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1594 = getelementptr i32, ptr %invariant.gep1593, i64 %1441
-  %1442 = load <16 x i32>, ptr %gep1594, align 4, !tbaa !4
-  %1443 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 384
-  store <16 x i32> %1442, ptr %1443, align 4, !tbaa !4
-  %1444 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1598 = getelementptr i32, ptr %invariant.gep1597, i64 %1444
-  %1445 = load <16 x i32>, ptr %gep1598, align 4, !tbaa !4
-  %1446 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 448
-  store <16 x i32> %1445, ptr %1446, align 4, !tbaa !4
-  %1447 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1602 = getelementptr i32, ptr %invariant.gep1601, i64 %1447
-  %1448 = load <16 x i32>, ptr %gep1602, align 4, !tbaa !4
-  %1449 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 512
-  store <16 x i32> %1448, ptr %1449, align 4, !tbaa !4
-  %1450 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1606 = getelementptr i32, ptr %invariant.gep1605, i64 %1450
-  %1451 = load <16 x i32>, ptr %gep1606, align 4, !tbaa !4
-  %1452 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 576
-  store <16 x i32> %1451, ptr %1452, align 4, !tbaa !4
-  %1453 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1610 = getelementptr i32, ptr %invariant.gep1609, i64 %1453
-  %1454 = load <16 x i32>, ptr %gep1610, align 4, !tbaa !4
-  %1455 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 640
-  store <16 x i32> %1454, ptr %1455, align 4, !tbaa !4
-  %1456 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1614 = getelementptr i32, ptr %invariant.gep1613, i64 %1456
-  %1457 = load <16 x i32>, ptr %gep1614, align 4, !tbaa !4
-  %1458 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 704
-  store <16 x i32> %1457, ptr %1458, align 4, !tbaa !4
-  %1459 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1618 = getelementptr i32, ptr %invariant.gep1617, i64 %1459
-  %1460 = load <16 x i32>, ptr %gep1618, align 4, !tbaa !4
-  %1461 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 768
-  store <16 x i32> %1460, ptr %1461, align 4, !tbaa !4
-  %1462 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1622 = getelementptr i32, ptr %invariant.gep1621, i64 %1462
-  %1463 = load <16 x i32>, ptr %gep1622, align 4, !tbaa !4
-  %1464 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 832
-  store <16 x i32> %1463, ptr %1464, align 4, !tbaa !4
-  %1465 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1626 = getelementptr i32, ptr %invariant.gep1625, i64 %1465
-  %1466 = load <16 x i32>, ptr %gep1626, align 4, !tbaa !4
-  %1467 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 896
-  store <16 x i32> %1466, ptr %1467, align 4, !tbaa !4
-  %1468 = load i64, ptr %gep2654, align 8, !tbaa !4
-  %gep1630 = getelementptr i32, ptr %invariant.gep1629, i64 %1468
-  %1469 = load <16 x i32>, ptr %gep1630, align 4, !tbaa !4
-  %1470 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 960
-  store <16 x i32> %1469, ptr %1470, align 4, !tbaa !4
-  %1471 = shufflevector <16 x i32> %1425, <16 x i32> %1448, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1472 = shufflevector <16 x i32> %1436, <16 x i32> %1460, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1473 = shufflevector <16 x i32> %1425, <16 x i32> %1448, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1474 = shufflevector <16 x i32> %1436, <16 x i32> %1460, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1475 = shufflevector <16 x i32> %1427, <16 x i32> %1451, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1476 = shufflevector <16 x i32> %1439, <16 x i32> %1463, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1477 = shufflevector <16 x i32> %1427, <16 x i32> %1451, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1478 = shufflevector <16 x i32> %1439, <16 x i32> %1463, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1479 = shufflevector <16 x i32> %1430, <16 x i32> %1454, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1480 = shufflevector <16 x i32> %1442, <16 x i32> %1466, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1481 = shufflevector <16 x i32> %1430, <16 x i32> %1454, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1482 = shufflevector <16 x i32> %1442, <16 x i32> %1466, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1483 = shufflevector <16 x i32> %1433, <16 x i32> %1457, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1484 = shufflevector <16 x i32> %1445, <16 x i32> %1469, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1485 = shufflevector <16 x i32> %1433, <16 x i32> %1457, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1486 = shufflevector <16 x i32> %1445, <16 x i32> %1469, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1487 = shufflevector <16 x i32> %1471, <16 x i32> %1472, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1488 = shufflevector <16 x i32> %1479, <16 x i32> %1480, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1489 = shufflevector <16 x i32> %1471, <16 x i32> %1472, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1490 = shufflevector <16 x i32> %1479, <16 x i32> %1480, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1491 = shufflevector <16 x i32> %1473, <16 x i32> %1474, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1492 = shufflevector <16 x i32> %1481, <16 x i32> %1482, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1493 = shufflevector <16 x i32> %1473, <16 x i32> %1474, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1494 = shufflevector <16 x i32> %1481, <16 x i32> %1482, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1495 = shufflevector <16 x i32> %1475, <16 x i32> %1476, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1496 = shufflevector <16 x i32> %1483, <16 x i32> %1484, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1497 = shufflevector <16 x i32> %1475, <16 x i32> %1476, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1498 = shufflevector <16 x i32> %1483, <16 x i32> %1484, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1499 = shufflevector <16 x i32> %1477, <16 x i32> %1478, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1500 = shufflevector <16 x i32> %1485, <16 x i32> %1486, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1501 = shufflevector <16 x i32> %1477, <16 x i32> %1478, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1502 = shufflevector <16 x i32> %1485, <16 x i32> %1486, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1503 = shufflevector <16 x i32> %1487, <16 x i32> %1488, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1504 = shufflevector <16 x i32> %1495, <16 x i32> %1496, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1505 = shufflevector <16 x i32> %1487, <16 x i32> %1488, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1506 = shufflevector <16 x i32> %1495, <16 x i32> %1496, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1507 = shufflevector <16 x i32> %1489, <16 x i32> %1490, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1508 = shufflevector <16 x i32> %1497, <16 x i32> %1498, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1509 = shufflevector <16 x i32> %1489, <16 x i32> %1490, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1510 = shufflevector <16 x i32> %1497, <16 x i32> %1498, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1511 = shufflevector <16 x i32> %1491, <16 x i32> %1492, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1512 = shufflevector <16 x i32> %1499, <16 x i32> %1500, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1513 = shufflevector <16 x i32> %1491, <16 x i32> %1492, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1514 = shufflevector <16 x i32> %1499, <16 x i32> %1500, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1515 = shufflevector <16 x i32> %1493, <16 x i32> %1494, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1516 = shufflevector <16 x i32> %1501, <16 x i32> %1502, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1517 = shufflevector <16 x i32> %1493, <16 x i32> %1494, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1518 = shufflevector <16 x i32> %1501, <16 x i32> %1502, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1519 = shufflevector <16 x i32> %1503, <16 x i32> %1504, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1425 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1570 = getelementptr i32, ptr %gep1634, i64 %1425
+  %1426 = load <16 x i32>, ptr %gep1570, align 4, !tbaa !4
+  store <16 x i32> %1426, ptr %k_tile_global, align 4, !tbaa !4
+  %1427 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1574 = getelementptr i32, ptr %invariant.gep1573, i64 %1427
+  %1428 = load <16 x i32>, ptr %gep1574, align 4, !tbaa !4
+  %1429 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 64
+  store <16 x i32> %1428, ptr %1429, align 4, !tbaa !4
+  %1430 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1578 = getelementptr i32, ptr %invariant.gep1577, i64 %1430
+  %1431 = load <16 x i32>, ptr %gep1578, align 4, !tbaa !4
+  %1432 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 128
+  store <16 x i32> %1431, ptr %1432, align 4, !tbaa !4
+  %1433 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1582 = getelementptr i32, ptr %invariant.gep1581, i64 %1433
+  %1434 = load <16 x i32>, ptr %gep1582, align 4, !tbaa !4
+  %1435 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 192
+  store <16 x i32> %1434, ptr %1435, align 4, !tbaa !4
+  %1436 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1586 = getelementptr i32, ptr %invariant.gep1585, i64 %1436
+  %1437 = load <16 x i32>, ptr %gep1586, align 4, !tbaa !4
+  %1438 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 256
+  store <16 x i32> %1437, ptr %1438, align 4, !tbaa !4
+  %1439 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1590 = getelementptr i32, ptr %invariant.gep1589, i64 %1439
+  %1440 = load <16 x i32>, ptr %gep1590, align 4, !tbaa !4
+  %1441 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 320
+  store <16 x i32> %1440, ptr %1441, align 4, !tbaa !4
+  %1442 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1594 = getelementptr i32, ptr %invariant.gep1593, i64 %1442
+  %1443 = load <16 x i32>, ptr %gep1594, align 4, !tbaa !4
+  %1444 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 384
+  store <16 x i32> %1443, ptr %1444, align 4, !tbaa !4
+  %1445 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1598 = getelementptr i32, ptr %invariant.gep1597, i64 %1445
+  %1446 = load <16 x i32>, ptr %gep1598, align 4, !tbaa !4
+  %1447 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 448
+  store <16 x i32> %1446, ptr %1447, align 4, !tbaa !4
+  %1448 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1602 = getelementptr i32, ptr %invariant.gep1601, i64 %1448
+  %1449 = load <16 x i32>, ptr %gep1602, align 4, !tbaa !4
+  %1450 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 512
+  store <16 x i32> %1449, ptr %1450, align 4, !tbaa !4
+  %1451 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1606 = getelementptr i32, ptr %invariant.gep1605, i64 %1451
+  %1452 = load <16 x i32>, ptr %gep1606, align 4, !tbaa !4
+  %1453 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 576
+  store <16 x i32> %1452, ptr %1453, align 4, !tbaa !4
+  %1454 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1610 = getelementptr i32, ptr %invariant.gep1609, i64 %1454
+  %1455 = load <16 x i32>, ptr %gep1610, align 4, !tbaa !4
+  %1456 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 640
+  store <16 x i32> %1455, ptr %1456, align 4, !tbaa !4
+  %1457 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1614 = getelementptr i32, ptr %invariant.gep1613, i64 %1457
+  %1458 = load <16 x i32>, ptr %gep1614, align 4, !tbaa !4
+  %1459 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 704
+  store <16 x i32> %1458, ptr %1459, align 4, !tbaa !4
+  %1460 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1618 = getelementptr i32, ptr %invariant.gep1617, i64 %1460
+  %1461 = load <16 x i32>, ptr %gep1618, align 4, !tbaa !4
+  %1462 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 768
+  store <16 x i32> %1461, ptr %1462, align 4, !tbaa !4
+  %1463 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1622 = getelementptr i32, ptr %invariant.gep1621, i64 %1463
+  %1464 = load <16 x i32>, ptr %gep1622, align 4, !tbaa !4
+  %1465 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 832
+  store <16 x i32> %1464, ptr %1465, align 4, !tbaa !4
+  %1466 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1626 = getelementptr i32, ptr %invariant.gep1625, i64 %1466
+  %1467 = load <16 x i32>, ptr %gep1626, align 4, !tbaa !4
+  %1468 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 896
+  store <16 x i32> %1467, ptr %1468, align 4, !tbaa !4
+  %1469 = load i64, ptr %gep2654, align 8, !tbaa !4
+  %gep1630 = getelementptr i32, ptr %invariant.gep1629, i64 %1469
+  %1470 = load <16 x i32>, ptr %gep1630, align 4, !tbaa !4
+  %1471 = getelementptr inbounds nuw i8, ptr %k_tile_global, i64 960
+  store <16 x i32> %1470, ptr %1471, align 4, !tbaa !4
+  %1472 = shufflevector <16 x i32> %1426, <16 x i32> %1449, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1473 = shufflevector <16 x i32> %1437, <16 x i32> %1461, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1474 = shufflevector <16 x i32> %1426, <16 x i32> %1449, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1475 = shufflevector <16 x i32> %1437, <16 x i32> %1461, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1476 = shufflevector <16 x i32> %1428, <16 x i32> %1452, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1477 = shufflevector <16 x i32> %1440, <16 x i32> %1464, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1478 = shufflevector <16 x i32> %1428, <16 x i32> %1452, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1479 = shufflevector <16 x i32> %1440, <16 x i32> %1464, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1480 = shufflevector <16 x i32> %1431, <16 x i32> %1455, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1481 = shufflevector <16 x i32> %1443, <16 x i32> %1467, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1482 = shufflevector <16 x i32> %1431, <16 x i32> %1455, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1483 = shufflevector <16 x i32> %1443, <16 x i32> %1467, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1484 = shufflevector <16 x i32> %1434, <16 x i32> %1458, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1485 = shufflevector <16 x i32> %1446, <16 x i32> %1470, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1486 = shufflevector <16 x i32> %1434, <16 x i32> %1458, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1487 = shufflevector <16 x i32> %1446, <16 x i32> %1470, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1488 = shufflevector <16 x i32> %1472, <16 x i32> %1473, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1489 = shufflevector <16 x i32> %1480, <16 x i32> %1481, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1490 = shufflevector <16 x i32> %1472, <16 x i32> %1473, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1491 = shufflevector <16 x i32> %1480, <16 x i32> %1481, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1492 = shufflevector <16 x i32> %1474, <16 x i32> %1475, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1493 = shufflevector <16 x i32> %1482, <16 x i32> %1483, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1494 = shufflevector <16 x i32> %1474, <16 x i32> %1475, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1495 = shufflevector <16 x i32> %1482, <16 x i32> %1483, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1496 = shufflevector <16 x i32> %1476, <16 x i32> %1477, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1497 = shufflevector <16 x i32> %1484, <16 x i32> %1485, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1498 = shufflevector <16 x i32> %1476, <16 x i32> %1477, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1499 = shufflevector <16 x i32> %1484, <16 x i32> %1485, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1500 = shufflevector <16 x i32> %1478, <16 x i32> %1479, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1501 = shufflevector <16 x i32> %1486, <16 x i32> %1487, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1502 = shufflevector <16 x i32> %1478, <16 x i32> %1479, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1503 = shufflevector <16 x i32> %1486, <16 x i32> %1487, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1504 = shufflevector <16 x i32> %1488, <16 x i32> %1489, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1505 = shufflevector <16 x i32> %1496, <16 x i32> %1497, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1506 = shufflevector <16 x i32> %1488, <16 x i32> %1489, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1507 = shufflevector <16 x i32> %1496, <16 x i32> %1497, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1508 = shufflevector <16 x i32> %1490, <16 x i32> %1491, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1509 = shufflevector <16 x i32> %1498, <16 x i32> %1499, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1510 = shufflevector <16 x i32> %1490, <16 x i32> %1491, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1511 = shufflevector <16 x i32> %1498, <16 x i32> %1499, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1512 = shufflevector <16 x i32> %1492, <16 x i32> %1493, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1513 = shufflevector <16 x i32> %1500, <16 x i32> %1501, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1514 = shufflevector <16 x i32> %1492, <16 x i32> %1493, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1515 = shufflevector <16 x i32> %1500, <16 x i32> %1501, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1516 = shufflevector <16 x i32> %1494, <16 x i32> %1495, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1517 = shufflevector <16 x i32> %1502, <16 x i32> %1503, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1518 = shufflevector <16 x i32> %1494, <16 x i32> %1495, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1519 = shufflevector <16 x i32> %1502, <16 x i32> %1503, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1520 = shufflevector <16 x i32> %1504, <16 x i32> %1505, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %.idx2519 = shl nuw nsw i64 %indvars.iv2045, 12
   %gep2658 = getelementptr inbounds nuw i8, ptr %invariant.gep2657, i64 %.idx2519
-  store <16 x i32> %1519, ptr %gep2658, align 4, !tbaa !4
-  %1520 = shufflevector <16 x i32> %1503, <16 x i32> %1504, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1521 = getelementptr inbounds nuw i8, ptr %gep2658, i64 256
-  store <16 x i32> %1520, ptr %1521, align 4, !tbaa !4
-  %1522 = shufflevector <16 x i32> %1505, <16 x i32> %1506, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1523 = getelementptr inbounds nuw i8, ptr %gep2658, i64 512
-  store <16 x i32> %1522, ptr %1523, align 4, !tbaa !4
-  %1524 = shufflevector <16 x i32> %1505, <16 x i32> %1506, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1525 = getelementptr inbounds nuw i8, ptr %gep2658, i64 768
-  store <16 x i32> %1524, ptr %1525, align 4, !tbaa !4
-  %1526 = shufflevector <16 x i32> %1507, <16 x i32> %1508, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1527 = getelementptr inbounds nuw i8, ptr %gep2658, i64 1024
-  store <16 x i32> %1526, ptr %1527, align 4, !tbaa !4
-  %1528 = shufflevector <16 x i32> %1507, <16 x i32> %1508, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1529 = getelementptr inbounds nuw i8, ptr %gep2658, i64 1280
-  store <16 x i32> %1528, ptr %1529, align 4, !tbaa !4
-  %1530 = shufflevector <16 x i32> %1509, <16 x i32> %1510, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1531 = getelementptr inbounds nuw i8, ptr %gep2658, i64 1536
-  store <16 x i32> %1530, ptr %1531, align 4, !tbaa !4
-  %1532 = shufflevector <16 x i32> %1509, <16 x i32> %1510, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1533 = getelementptr inbounds nuw i8, ptr %gep2658, i64 1792
-  store <16 x i32> %1532, ptr %1533, align 4, !tbaa !4
-  %1534 = shufflevector <16 x i32> %1511, <16 x i32> %1512, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1535 = getelementptr inbounds nuw i8, ptr %gep2658, i64 2048
-  store <16 x i32> %1534, ptr %1535, align 4, !tbaa !4
-  %1536 = shufflevector <16 x i32> %1511, <16 x i32> %1512, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1537 = getelementptr inbounds nuw i8, ptr %gep2658, i64 2304
-  store <16 x i32> %1536, ptr %1537, align 4, !tbaa !4
-  %1538 = shufflevector <16 x i32> %1513, <16 x i32> %1514, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1539 = getelementptr inbounds nuw i8, ptr %gep2658, i64 2560
-  store <16 x i32> %1538, ptr %1539, align 4, !tbaa !4
-  %1540 = shufflevector <16 x i32> %1513, <16 x i32> %1514, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1541 = getelementptr inbounds nuw i8, ptr %gep2658, i64 2816
-  store <16 x i32> %1540, ptr %1541, align 4, !tbaa !4
-  %1542 = shufflevector <16 x i32> %1515, <16 x i32> %1516, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1543 = getelementptr inbounds nuw i8, ptr %gep2658, i64 3072
-  store <16 x i32> %1542, ptr %1543, align 4, !tbaa !4
-  %1544 = shufflevector <16 x i32> %1515, <16 x i32> %1516, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1545 = getelementptr inbounds nuw i8, ptr %gep2658, i64 3328
-  store <16 x i32> %1544, ptr %1545, align 4, !tbaa !4
-  %1546 = shufflevector <16 x i32> %1517, <16 x i32> %1518, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1547 = getelementptr inbounds nuw i8, ptr %gep2658, i64 3584
-  store <16 x i32> %1546, ptr %1547, align 4, !tbaa !4
-  %1548 = shufflevector <16 x i32> %1517, <16 x i32> %1518, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1549 = getelementptr inbounds nuw i8, ptr %gep2658, i64 3840
-  store <16 x i32> %1548, ptr %1549, align 4, !tbaa !4
-  %1550 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1551 = tail call i32 %1550(i32 1, i32 %dev_id, ptr nonnull %k_tile_global)
-  %.not1301 = icmp eq i32 %1551, 0
+  store <16 x i32> %1520, ptr %gep2658, align 4, !tbaa !4
+  %1521 = shufflevector <16 x i32> %1504, <16 x i32> %1505, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1522 = getelementptr inbounds nuw i8, ptr %gep2658, i64 256
+  store <16 x i32> %1521, ptr %1522, align 4, !tbaa !4
+  %1523 = shufflevector <16 x i32> %1506, <16 x i32> %1507, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1524 = getelementptr inbounds nuw i8, ptr %gep2658, i64 512
+  store <16 x i32> %1523, ptr %1524, align 4, !tbaa !4
+  %1525 = shufflevector <16 x i32> %1506, <16 x i32> %1507, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1526 = getelementptr inbounds nuw i8, ptr %gep2658, i64 768
+  store <16 x i32> %1525, ptr %1526, align 4, !tbaa !4
+  %1527 = shufflevector <16 x i32> %1508, <16 x i32> %1509, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1528 = getelementptr inbounds nuw i8, ptr %gep2658, i64 1024
+  store <16 x i32> %1527, ptr %1528, align 4, !tbaa !4
+  %1529 = shufflevector <16 x i32> %1508, <16 x i32> %1509, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1530 = getelementptr inbounds nuw i8, ptr %gep2658, i64 1280
+  store <16 x i32> %1529, ptr %1530, align 4, !tbaa !4
+  %1531 = shufflevector <16 x i32> %1510, <16 x i32> %1511, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1532 = getelementptr inbounds nuw i8, ptr %gep2658, i64 1536
+  store <16 x i32> %1531, ptr %1532, align 4, !tbaa !4
+  %1533 = shufflevector <16 x i32> %1510, <16 x i32> %1511, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1534 = getelementptr inbounds nuw i8, ptr %gep2658, i64 1792
+  store <16 x i32> %1533, ptr %1534, align 4, !tbaa !4
+  %1535 = shufflevector <16 x i32> %1512, <16 x i32> %1513, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1536 = getelementptr inbounds nuw i8, ptr %gep2658, i64 2048
+  store <16 x i32> %1535, ptr %1536, align 4, !tbaa !4
+  %1537 = shufflevector <16 x i32> %1512, <16 x i32> %1513, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1538 = getelementptr inbounds nuw i8, ptr %gep2658, i64 2304
+  store <16 x i32> %1537, ptr %1538, align 4, !tbaa !4
+  %1539 = shufflevector <16 x i32> %1514, <16 x i32> %1515, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1540 = getelementptr inbounds nuw i8, ptr %gep2658, i64 2560
+  store <16 x i32> %1539, ptr %1540, align 4, !tbaa !4
+  %1541 = shufflevector <16 x i32> %1514, <16 x i32> %1515, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1542 = getelementptr inbounds nuw i8, ptr %gep2658, i64 2816
+  store <16 x i32> %1541, ptr %1542, align 4, !tbaa !4
+  %1543 = shufflevector <16 x i32> %1516, <16 x i32> %1517, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1544 = getelementptr inbounds nuw i8, ptr %gep2658, i64 3072
+  store <16 x i32> %1543, ptr %1544, align 4, !tbaa !4
+  %1545 = shufflevector <16 x i32> %1516, <16 x i32> %1517, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1546 = getelementptr inbounds nuw i8, ptr %gep2658, i64 3328
+  store <16 x i32> %1545, ptr %1546, align 4, !tbaa !4
+  %1547 = shufflevector <16 x i32> %1518, <16 x i32> %1519, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1548 = getelementptr inbounds nuw i8, ptr %gep2658, i64 3584
+  store <16 x i32> %1547, ptr %1548, align 4, !tbaa !4
+  %1549 = shufflevector <16 x i32> %1518, <16 x i32> %1519, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1550 = getelementptr inbounds nuw i8, ptr %gep2658, i64 3840
+  store <16 x i32> %1549, ptr %1550, align 4, !tbaa !4
+  %1551 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1552 = tail call i32 %1551(i32 1, i32 %dev_id, ptr nonnull %k_tile_global)
+  %.not1301 = icmp eq i32 %1552, 0
   br i1 %.not1301, label %for_begin_ax1_0125, label %common.ret, !prof !40
 
 for_begin_ax0_0301.preheader:                     ; preds = %for_end_ax0_0303, %for_begin_ax0_0301.preheader.lr.ph
@@ -10678,25 +10679,25 @@ for_end_to298:                                    ; preds = %for_end_ax0_0303, %
   br i1 %brmerge, label %if_end478, label %for_begin_d484.preheader, !prof !185
 
 for_begin_ax1_0306.preheader:                     ; preds = %for_end_ax1_0308, %for_begin_ax0_0301.preheader
-  %1552 = phi i1 [ true, %for_begin_ax0_0301.preheader ], [ false, %for_end_ax1_0308 ]
+  %1553 = phi i1 [ true, %for_begin_ax0_0301.preheader ], [ false, %for_end_ax1_0308 ]
   %indvars.iv2065 = phi i64 [ 0, %for_begin_ax0_0301.preheader ], [ 1, %for_end_ax1_0308 ]
   %.idx2520 = shl nuw nsw i64 %indvars.iv2065, 8
   %gep2664 = getelementptr inbounds nuw i8, ptr %invariant.gep2663, i64 %.idx2520
-  %1553 = getelementptr inbounds nuw i8, ptr %gep2664, i64 16
-  %1554 = getelementptr inbounds nuw i8, ptr %gep2664, i64 32
-  %1555 = getelementptr inbounds nuw i8, ptr %gep2664, i64 48
-  %1556 = getelementptr inbounds nuw i8, ptr %gep2664, i64 64
-  %1557 = getelementptr inbounds nuw i8, ptr %gep2664, i64 80
-  %1558 = getelementptr inbounds nuw i8, ptr %gep2664, i64 96
-  %1559 = getelementptr inbounds nuw i8, ptr %gep2664, i64 112
-  %1560 = getelementptr inbounds nuw i8, ptr %gep2664, i64 128
-  %1561 = getelementptr inbounds nuw i8, ptr %gep2664, i64 144
-  %1562 = getelementptr inbounds nuw i8, ptr %gep2664, i64 160
-  %1563 = getelementptr inbounds nuw i8, ptr %gep2664, i64 176
-  %1564 = getelementptr inbounds nuw i8, ptr %gep2664, i64 192
-  %1565 = getelementptr inbounds nuw i8, ptr %gep2664, i64 208
-  %1566 = getelementptr inbounds nuw i8, ptr %gep2664, i64 224
-  %1567 = getelementptr inbounds nuw i8, ptr %gep2664, i64 240
+  %1554 = getelementptr inbounds nuw i8, ptr %gep2664, i64 16
+  %1555 = getelementptr inbounds nuw i8, ptr %gep2664, i64 32
+  %1556 = getelementptr inbounds nuw i8, ptr %gep2664, i64 48
+  %1557 = getelementptr inbounds nuw i8, ptr %gep2664, i64 64
+  %1558 = getelementptr inbounds nuw i8, ptr %gep2664, i64 80
+  %1559 = getelementptr inbounds nuw i8, ptr %gep2664, i64 96
+  %1560 = getelementptr inbounds nuw i8, ptr %gep2664, i64 112
+  %1561 = getelementptr inbounds nuw i8, ptr %gep2664, i64 128
+  %1562 = getelementptr inbounds nuw i8, ptr %gep2664, i64 144
+  %1563 = getelementptr inbounds nuw i8, ptr %gep2664, i64 160
+  %1564 = getelementptr inbounds nuw i8, ptr %gep2664, i64 176
+  %1565 = getelementptr inbounds nuw i8, ptr %gep2664, i64 192
+  %1566 = getelementptr inbounds nuw i8, ptr %gep2664, i64 208
+  %1567 = getelementptr inbounds nuw i8, ptr %gep2664, i64 224
+  %1568 = getelementptr inbounds nuw i8, ptr %gep2664, i64 240
   %.idx2524 = shl nuw nsw i64 %indvars.iv2065, 6
   %invariant.gep2661 = getelementptr inbounds nuw i8, ptr %invariant.gep2659, i64 %.idx2524
   br label %for_body_ax1_0307
@@ -10713,227 +10714,227 @@ for_begin_ax1_0306:                               ; preds = %if_end312
 
 for_body_ax1_0307:                                ; preds = %for_begin_ax1_0306, %for_begin_ax1_0306.preheader
   %indvars.iv2060 = phi i64 [ 0, %for_begin_ax1_0306.preheader ], [ %indvars.iv.next2061, %for_begin_ax1_0306 ]
-  %1568 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %v_tile_global = tail call ptr %1568(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
-  %1569 = icmp eq ptr %v_tile_global, null
-  br i1 %1569, label %common.ret, label %if_end312, !prof !7
+  %1569 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %v_tile_global = tail call ptr %1569(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
+  %1570 = icmp eq ptr %v_tile_global, null
+  br i1 %1570, label %common.ret, label %if_end312, !prof !7
 
 for_end_ax1_0308:                                 ; preds = %for_begin_ax1_0306
-  br i1 %1552, label %for_begin_ax1_0306.preheader, label %for_end_ax0_0303, !prof !188
+  br i1 %1553, label %for_begin_ax1_0306.preheader, label %for_end_ax0_0303, !prof !188
 
 if_end312:                                        ; preds = %for_body_ax1_0307
-  %1570 = load i64, ptr %gep2664, align 8, !tbaa !4
-  %1571 = shl nuw nsw i64 %indvars.iv2060, 4
-  %1572 = getelementptr i32, ptr %value_cache, i64 %1570
-  %1573 = getelementptr i32, ptr %1572, i64 %1571
-  %1574 = getelementptr i32, ptr %1573, i64 %1388
-  %1575 = load <16 x i32>, ptr %1574, align 4, !tbaa !4
-  store <16 x i32> %1575, ptr %v_tile_global, align 4, !tbaa !4
-  %1576 = load i64, ptr %1553, align 8, !tbaa !4
-  %1577 = getelementptr i32, ptr %value_cache, i64 %1576
-  %1578 = getelementptr i32, ptr %1577, i64 %1571
-  %1579 = getelementptr i32, ptr %1578, i64 %1388
-  %1580 = load <16 x i32>, ptr %1579, align 4, !tbaa !4
-  %1581 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 64
-  store <16 x i32> %1580, ptr %1581, align 4, !tbaa !4
-  %1582 = load i64, ptr %1554, align 8, !tbaa !4
-  %1583 = getelementptr i32, ptr %value_cache, i64 %1582
-  %1584 = getelementptr i32, ptr %1583, i64 %1571
-  %1585 = getelementptr i32, ptr %1584, i64 %1388
-  %1586 = load <16 x i32>, ptr %1585, align 4, !tbaa !4
-  %1587 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 128
-  store <16 x i32> %1586, ptr %1587, align 4, !tbaa !4
-  %1588 = load i64, ptr %1555, align 8, !tbaa !4
-  %1589 = getelementptr i32, ptr %value_cache, i64 %1588
-  %1590 = getelementptr i32, ptr %1589, i64 %1571
-  %1591 = getelementptr i32, ptr %1590, i64 %1388
-  %1592 = load <16 x i32>, ptr %1591, align 4, !tbaa !4
-  %1593 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 192
-  store <16 x i32> %1592, ptr %1593, align 4, !tbaa !4
-  %1594 = load i64, ptr %1556, align 8, !tbaa !4
-  %1595 = getelementptr i32, ptr %value_cache, i64 %1594
-  %1596 = getelementptr i32, ptr %1595, i64 %1571
-  %1597 = getelementptr i32, ptr %1596, i64 %1388
-  %1598 = load <16 x i32>, ptr %1597, align 4, !tbaa !4
-  %1599 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 256
-  store <16 x i32> %1598, ptr %1599, align 4, !tbaa !4
-  %1600 = load i64, ptr %1557, align 8, !tbaa !4
-  %1601 = getelementptr i32, ptr %value_cache, i64 %1600
-  %1602 = getelementptr i32, ptr %1601, i64 %1571
-  %1603 = getelementptr i32, ptr %1602, i64 %1388
-  %1604 = load <16 x i32>, ptr %1603, align 4, !tbaa !4
-  %1605 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 320
-  store <16 x i32> %1604, ptr %1605, align 4, !tbaa !4
-  %1606 = load i64, ptr %1558, align 8, !tbaa !4
-  %1607 = getelementptr i32, ptr %value_cache, i64 %1606
-  %1608 = getelementptr i32, ptr %1607, i64 %1571
-  %1609 = getelementptr i32, ptr %1608, i64 %1388
-  %1610 = load <16 x i32>, ptr %1609, align 4, !tbaa !4
-  %1611 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 384
-  store <16 x i32> %1610, ptr %1611, align 4, !tbaa !4
-  %1612 = load i64, ptr %1559, align 8, !tbaa !4
-  %1613 = getelementptr i32, ptr %value_cache, i64 %1612
-  %1614 = getelementptr i32, ptr %1613, i64 %1571
-  %1615 = getelementptr i32, ptr %1614, i64 %1388
-  %1616 = load <16 x i32>, ptr %1615, align 4, !tbaa !4
-  %1617 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 448
-  store <16 x i32> %1616, ptr %1617, align 4, !tbaa !4
-  %1618 = load i64, ptr %1560, align 8, !tbaa !4
-  %1619 = getelementptr i32, ptr %value_cache, i64 %1618
-  %1620 = getelementptr i32, ptr %1619, i64 %1571
-  %1621 = getelementptr i32, ptr %1620, i64 %1388
-  %1622 = load <16 x i32>, ptr %1621, align 4, !tbaa !4
-  %1623 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 512
-  store <16 x i32> %1622, ptr %1623, align 4, !tbaa !4
-  %1624 = load i64, ptr %1561, align 8, !tbaa !4
-  %1625 = getelementptr i32, ptr %value_cache, i64 %1624
-  %1626 = getelementptr i32, ptr %1625, i64 %1571
-  %1627 = getelementptr i32, ptr %1626, i64 %1388
-  %1628 = load <16 x i32>, ptr %1627, align 4, !tbaa !4
-  %1629 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 576
-  store <16 x i32> %1628, ptr %1629, align 4, !tbaa !4
-  %1630 = load i64, ptr %1562, align 8, !tbaa !4
-  %1631 = getelementptr i32, ptr %value_cache, i64 %1630
-  %1632 = getelementptr i32, ptr %1631, i64 %1571
-  %1633 = getelementptr i32, ptr %1632, i64 %1388
-  %1634 = load <16 x i32>, ptr %1633, align 4, !tbaa !4
-  %1635 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 640
-  store <16 x i32> %1634, ptr %1635, align 4, !tbaa !4
-  %1636 = load i64, ptr %1563, align 8, !tbaa !4
-  %1637 = getelementptr i32, ptr %value_cache, i64 %1636
-  %1638 = getelementptr i32, ptr %1637, i64 %1571
-  %1639 = getelementptr i32, ptr %1638, i64 %1388
-  %1640 = load <16 x i32>, ptr %1639, align 4, !tbaa !4
-  %1641 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 704
-  store <16 x i32> %1640, ptr %1641, align 4, !tbaa !4
-  %1642 = load i64, ptr %1564, align 8, !tbaa !4
-  %1643 = getelementptr i32, ptr %value_cache, i64 %1642
-  %1644 = getelementptr i32, ptr %1643, i64 %1571
-  %1645 = getelementptr i32, ptr %1644, i64 %1388
-  %1646 = load <16 x i32>, ptr %1645, align 4, !tbaa !4
-  %1647 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 768
-  store <16 x i32> %1646, ptr %1647, align 4, !tbaa !4
-  %1648 = load i64, ptr %1565, align 8, !tbaa !4
-  %1649 = getelementptr i32, ptr %value_cache, i64 %1648
-  %1650 = getelementptr i32, ptr %1649, i64 %1571
-  %1651 = getelementptr i32, ptr %1650, i64 %1388
-  %1652 = load <16 x i32>, ptr %1651, align 4, !tbaa !4
-  %1653 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 832
-  store <16 x i32> %1652, ptr %1653, align 4, !tbaa !4
-  %1654 = load i64, ptr %1566, align 8, !tbaa !4
-  %1655 = getelementptr i32, ptr %value_cache, i64 %1654
-  %1656 = getelementptr i32, ptr %1655, i64 %1571
-  %1657 = getelementptr i32, ptr %1656, i64 %1388
-  %1658 = load <16 x i32>, ptr %1657, align 4, !tbaa !4
-  %1659 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 896
-  store <16 x i32> %1658, ptr %1659, align 4, !tbaa !4
-  %1660 = load i64, ptr %1567, align 8, !tbaa !4
-  %1661 = getelementptr i32, ptr %value_cache, i64 %1660
-  %1662 = getelementptr i32, ptr %1661, i64 %1571
-  %1663 = getelementptr i32, ptr %1662, i64 %1388
-  %1664 = load <16 x i32>, ptr %1663, align 4, !tbaa !4
-  %1665 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 960
-  store <16 x i32> %1664, ptr %1665, align 4, !tbaa !4
-  %1666 = shufflevector <16 x i32> %1575, <16 x i32> %1622, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1667 = shufflevector <16 x i32> %1598, <16 x i32> %1646, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1668 = shufflevector <16 x i32> %1575, <16 x i32> %1622, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1669 = shufflevector <16 x i32> %1598, <16 x i32> %1646, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1670 = shufflevector <16 x i32> %1580, <16 x i32> %1628, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1671 = shufflevector <16 x i32> %1604, <16 x i32> %1652, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1672 = shufflevector <16 x i32> %1580, <16 x i32> %1628, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1673 = shufflevector <16 x i32> %1604, <16 x i32> %1652, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1674 = shufflevector <16 x i32> %1586, <16 x i32> %1634, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1675 = shufflevector <16 x i32> %1610, <16 x i32> %1658, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1676 = shufflevector <16 x i32> %1586, <16 x i32> %1634, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1677 = shufflevector <16 x i32> %1610, <16 x i32> %1658, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1678 = shufflevector <16 x i32> %1592, <16 x i32> %1640, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1679 = shufflevector <16 x i32> %1616, <16 x i32> %1664, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1680 = shufflevector <16 x i32> %1592, <16 x i32> %1640, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1681 = shufflevector <16 x i32> %1616, <16 x i32> %1664, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1682 = shufflevector <16 x i32> %1666, <16 x i32> %1667, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1683 = shufflevector <16 x i32> %1674, <16 x i32> %1675, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1684 = shufflevector <16 x i32> %1666, <16 x i32> %1667, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1685 = shufflevector <16 x i32> %1674, <16 x i32> %1675, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1686 = shufflevector <16 x i32> %1668, <16 x i32> %1669, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1687 = shufflevector <16 x i32> %1676, <16 x i32> %1677, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1688 = shufflevector <16 x i32> %1668, <16 x i32> %1669, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1689 = shufflevector <16 x i32> %1676, <16 x i32> %1677, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1690 = shufflevector <16 x i32> %1670, <16 x i32> %1671, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1691 = shufflevector <16 x i32> %1678, <16 x i32> %1679, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1692 = shufflevector <16 x i32> %1670, <16 x i32> %1671, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1693 = shufflevector <16 x i32> %1678, <16 x i32> %1679, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1694 = shufflevector <16 x i32> %1672, <16 x i32> %1673, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1695 = shufflevector <16 x i32> %1680, <16 x i32> %1681, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1696 = shufflevector <16 x i32> %1672, <16 x i32> %1673, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1697 = shufflevector <16 x i32> %1680, <16 x i32> %1681, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1698 = shufflevector <16 x i32> %1682, <16 x i32> %1683, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1699 = shufflevector <16 x i32> %1690, <16 x i32> %1691, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1700 = shufflevector <16 x i32> %1682, <16 x i32> %1683, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1701 = shufflevector <16 x i32> %1690, <16 x i32> %1691, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1702 = shufflevector <16 x i32> %1684, <16 x i32> %1685, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1703 = shufflevector <16 x i32> %1692, <16 x i32> %1693, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1704 = shufflevector <16 x i32> %1684, <16 x i32> %1685, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1705 = shufflevector <16 x i32> %1692, <16 x i32> %1693, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1706 = shufflevector <16 x i32> %1686, <16 x i32> %1687, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1707 = shufflevector <16 x i32> %1694, <16 x i32> %1695, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1708 = shufflevector <16 x i32> %1686, <16 x i32> %1687, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1709 = shufflevector <16 x i32> %1694, <16 x i32> %1695, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1710 = shufflevector <16 x i32> %1688, <16 x i32> %1689, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1711 = shufflevector <16 x i32> %1696, <16 x i32> %1697, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1712 = shufflevector <16 x i32> %1688, <16 x i32> %1689, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1713 = shufflevector <16 x i32> %1696, <16 x i32> %1697, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1714 = shufflevector <16 x i32> %1698, <16 x i32> %1699, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1571 = load i64, ptr %gep2664, align 8, !tbaa !4
+  %1572 = shl nuw nsw i64 %indvars.iv2060, 4
+  %1573 = getelementptr i32, ptr %value_cache, i64 %1571
+  %1574 = getelementptr i32, ptr %1573, i64 %1572
+  %1575 = getelementptr i32, ptr %1574, i64 %1389
+  %1576 = load <16 x i32>, ptr %1575, align 4, !tbaa !4
+  store <16 x i32> %1576, ptr %v_tile_global, align 4, !tbaa !4
+  %1577 = load i64, ptr %1554, align 8, !tbaa !4
+  %1578 = getelementptr i32, ptr %value_cache, i64 %1577
+  %1579 = getelementptr i32, ptr %1578, i64 %1572
+  %1580 = getelementptr i32, ptr %1579, i64 %1389
+  %1581 = load <16 x i32>, ptr %1580, align 4, !tbaa !4
+  %1582 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 64
+  store <16 x i32> %1581, ptr %1582, align 4, !tbaa !4
+  %1583 = load i64, ptr %1555, align 8, !tbaa !4
+  %1584 = getelementptr i32, ptr %value_cache, i64 %1583
+  %1585 = getelementptr i32, ptr %1584, i64 %1572
+  %1586 = getelementptr i32, ptr %1585, i64 %1389
+  %1587 = load <16 x i32>, ptr %1586, align 4, !tbaa !4
+  %1588 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 128
+  store <16 x i32> %1587, ptr %1588, align 4, !tbaa !4
+  %1589 = load i64, ptr %1556, align 8, !tbaa !4
+  %1590 = getelementptr i32, ptr %value_cache, i64 %1589
+  %1591 = getelementptr i32, ptr %1590, i64 %1572
+  %1592 = getelementptr i32, ptr %1591, i64 %1389
+  %1593 = load <16 x i32>, ptr %1592, align 4, !tbaa !4
+  %1594 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 192
+  store <16 x i32> %1593, ptr %1594, align 4, !tbaa !4
+  %1595 = load i64, ptr %1557, align 8, !tbaa !4
+  %1596 = getelementptr i32, ptr %value_cache, i64 %1595
+  %1597 = getelementptr i32, ptr %1596, i64 %1572
+  %1598 = getelementptr i32, ptr %1597, i64 %1389
+  %1599 = load <16 x i32>, ptr %1598, align 4, !tbaa !4
+  %1600 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 256
+  store <16 x i32> %1599, ptr %1600, align 4, !tbaa !4
+  %1601 = load i64, ptr %1558, align 8, !tbaa !4
+  %1602 = getelementptr i32, ptr %value_cache, i64 %1601
+  %1603 = getelementptr i32, ptr %1602, i64 %1572
+  %1604 = getelementptr i32, ptr %1603, i64 %1389
+  %1605 = load <16 x i32>, ptr %1604, align 4, !tbaa !4
+  %1606 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 320
+  store <16 x i32> %1605, ptr %1606, align 4, !tbaa !4
+  %1607 = load i64, ptr %1559, align 8, !tbaa !4
+  %1608 = getelementptr i32, ptr %value_cache, i64 %1607
+  %1609 = getelementptr i32, ptr %1608, i64 %1572
+  %1610 = getelementptr i32, ptr %1609, i64 %1389
+  %1611 = load <16 x i32>, ptr %1610, align 4, !tbaa !4
+  %1612 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 384
+  store <16 x i32> %1611, ptr %1612, align 4, !tbaa !4
+  %1613 = load i64, ptr %1560, align 8, !tbaa !4
+  %1614 = getelementptr i32, ptr %value_cache, i64 %1613
+  %1615 = getelementptr i32, ptr %1614, i64 %1572
+  %1616 = getelementptr i32, ptr %1615, i64 %1389
+  %1617 = load <16 x i32>, ptr %1616, align 4, !tbaa !4
+  %1618 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 448
+  store <16 x i32> %1617, ptr %1618, align 4, !tbaa !4
+  %1619 = load i64, ptr %1561, align 8, !tbaa !4
+  %1620 = getelementptr i32, ptr %value_cache, i64 %1619
+  %1621 = getelementptr i32, ptr %1620, i64 %1572
+  %1622 = getelementptr i32, ptr %1621, i64 %1389
+  %1623 = load <16 x i32>, ptr %1622, align 4, !tbaa !4
+  %1624 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 512
+  store <16 x i32> %1623, ptr %1624, align 4, !tbaa !4
+  %1625 = load i64, ptr %1562, align 8, !tbaa !4
+  %1626 = getelementptr i32, ptr %value_cache, i64 %1625
+  %1627 = getelementptr i32, ptr %1626, i64 %1572
+  %1628 = getelementptr i32, ptr %1627, i64 %1389
+  %1629 = load <16 x i32>, ptr %1628, align 4, !tbaa !4
+  %1630 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 576
+  store <16 x i32> %1629, ptr %1630, align 4, !tbaa !4
+  %1631 = load i64, ptr %1563, align 8, !tbaa !4
+  %1632 = getelementptr i32, ptr %value_cache, i64 %1631
+  %1633 = getelementptr i32, ptr %1632, i64 %1572
+  %1634 = getelementptr i32, ptr %1633, i64 %1389
+  %1635 = load <16 x i32>, ptr %1634, align 4, !tbaa !4
+  %1636 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 640
+  store <16 x i32> %1635, ptr %1636, align 4, !tbaa !4
+  %1637 = load i64, ptr %1564, align 8, !tbaa !4
+  %1638 = getelementptr i32, ptr %value_cache, i64 %1637
+  %1639 = getelementptr i32, ptr %1638, i64 %1572
+  %1640 = getelementptr i32, ptr %1639, i64 %1389
+  %1641 = load <16 x i32>, ptr %1640, align 4, !tbaa !4
+  %1642 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 704
+  store <16 x i32> %1641, ptr %1642, align 4, !tbaa !4
+  %1643 = load i64, ptr %1565, align 8, !tbaa !4
+  %1644 = getelementptr i32, ptr %value_cache, i64 %1643
+  %1645 = getelementptr i32, ptr %1644, i64 %1572
+  %1646 = getelementptr i32, ptr %1645, i64 %1389
+  %1647 = load <16 x i32>, ptr %1646, align 4, !tbaa !4
+  %1648 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 768
+  store <16 x i32> %1647, ptr %1648, align 4, !tbaa !4
+  %1649 = load i64, ptr %1566, align 8, !tbaa !4
+  %1650 = getelementptr i32, ptr %value_cache, i64 %1649
+  %1651 = getelementptr i32, ptr %1650, i64 %1572
+  %1652 = getelementptr i32, ptr %1651, i64 %1389
+  %1653 = load <16 x i32>, ptr %1652, align 4, !tbaa !4
+  %1654 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 832
+  store <16 x i32> %1653, ptr %1654, align 4, !tbaa !4
+  %1655 = load i64, ptr %1567, align 8, !tbaa !4
+  %1656 = getelementptr i32, ptr %value_cache, i64 %1655
+  %1657 = getelementptr i32, ptr %1656, i64 %1572
+  %1658 = getelementptr i32, ptr %1657, i64 %1389
+  %1659 = load <16 x i32>, ptr %1658, align 4, !tbaa !4
+  %1660 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 896
+  store <16 x i32> %1659, ptr %1660, align 4, !tbaa !4
+  %1661 = load i64, ptr %1568, align 8, !tbaa !4
+  %1662 = getelementptr i32, ptr %value_cache, i64 %1661
+  %1663 = getelementptr i32, ptr %1662, i64 %1572
+  %1664 = getelementptr i32, ptr %1663, i64 %1389
+  %1665 = load <16 x i32>, ptr %1664, align 4, !tbaa !4
+  %1666 = getelementptr inbounds nuw i8, ptr %v_tile_global, i64 960
+  store <16 x i32> %1665, ptr %1666, align 4, !tbaa !4
+  %1667 = shufflevector <16 x i32> %1576, <16 x i32> %1623, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1668 = shufflevector <16 x i32> %1599, <16 x i32> %1647, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1669 = shufflevector <16 x i32> %1576, <16 x i32> %1623, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1670 = shufflevector <16 x i32> %1599, <16 x i32> %1647, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1671 = shufflevector <16 x i32> %1581, <16 x i32> %1629, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1672 = shufflevector <16 x i32> %1605, <16 x i32> %1653, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1673 = shufflevector <16 x i32> %1581, <16 x i32> %1629, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1674 = shufflevector <16 x i32> %1605, <16 x i32> %1653, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1675 = shufflevector <16 x i32> %1587, <16 x i32> %1635, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1676 = shufflevector <16 x i32> %1611, <16 x i32> %1659, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1677 = shufflevector <16 x i32> %1587, <16 x i32> %1635, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1678 = shufflevector <16 x i32> %1611, <16 x i32> %1659, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1679 = shufflevector <16 x i32> %1593, <16 x i32> %1641, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1680 = shufflevector <16 x i32> %1617, <16 x i32> %1665, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1681 = shufflevector <16 x i32> %1593, <16 x i32> %1641, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1682 = shufflevector <16 x i32> %1617, <16 x i32> %1665, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1683 = shufflevector <16 x i32> %1667, <16 x i32> %1668, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1684 = shufflevector <16 x i32> %1675, <16 x i32> %1676, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1685 = shufflevector <16 x i32> %1667, <16 x i32> %1668, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1686 = shufflevector <16 x i32> %1675, <16 x i32> %1676, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1687 = shufflevector <16 x i32> %1669, <16 x i32> %1670, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1688 = shufflevector <16 x i32> %1677, <16 x i32> %1678, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1689 = shufflevector <16 x i32> %1669, <16 x i32> %1670, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1690 = shufflevector <16 x i32> %1677, <16 x i32> %1678, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1691 = shufflevector <16 x i32> %1671, <16 x i32> %1672, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1692 = shufflevector <16 x i32> %1679, <16 x i32> %1680, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1693 = shufflevector <16 x i32> %1671, <16 x i32> %1672, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1694 = shufflevector <16 x i32> %1679, <16 x i32> %1680, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1695 = shufflevector <16 x i32> %1673, <16 x i32> %1674, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1696 = shufflevector <16 x i32> %1681, <16 x i32> %1682, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1697 = shufflevector <16 x i32> %1673, <16 x i32> %1674, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1698 = shufflevector <16 x i32> %1681, <16 x i32> %1682, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1699 = shufflevector <16 x i32> %1683, <16 x i32> %1684, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1700 = shufflevector <16 x i32> %1691, <16 x i32> %1692, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1701 = shufflevector <16 x i32> %1683, <16 x i32> %1684, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1702 = shufflevector <16 x i32> %1691, <16 x i32> %1692, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1703 = shufflevector <16 x i32> %1685, <16 x i32> %1686, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1704 = shufflevector <16 x i32> %1693, <16 x i32> %1694, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1705 = shufflevector <16 x i32> %1685, <16 x i32> %1686, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1706 = shufflevector <16 x i32> %1693, <16 x i32> %1694, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1707 = shufflevector <16 x i32> %1687, <16 x i32> %1688, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1708 = shufflevector <16 x i32> %1695, <16 x i32> %1696, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1709 = shufflevector <16 x i32> %1687, <16 x i32> %1688, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1710 = shufflevector <16 x i32> %1695, <16 x i32> %1696, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1711 = shufflevector <16 x i32> %1689, <16 x i32> %1690, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1712 = shufflevector <16 x i32> %1697, <16 x i32> %1698, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1713 = shufflevector <16 x i32> %1689, <16 x i32> %1690, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1714 = shufflevector <16 x i32> %1697, <16 x i32> %1698, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1715 = shufflevector <16 x i32> %1699, <16 x i32> %1700, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %.idx2522 = shl nuw nsw i64 %indvars.iv2060, 12
   %gep2662 = getelementptr inbounds nuw i8, ptr %invariant.gep2661, i64 %.idx2522
-  store <16 x i32> %1714, ptr %gep2662, align 4, !tbaa !4
-  %1715 = shufflevector <16 x i32> %1698, <16 x i32> %1699, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1716 = getelementptr inbounds nuw i8, ptr %gep2662, i64 256
-  store <16 x i32> %1715, ptr %1716, align 4, !tbaa !4
-  %1717 = shufflevector <16 x i32> %1700, <16 x i32> %1701, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1718 = getelementptr inbounds nuw i8, ptr %gep2662, i64 512
-  store <16 x i32> %1717, ptr %1718, align 4, !tbaa !4
-  %1719 = shufflevector <16 x i32> %1700, <16 x i32> %1701, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1720 = getelementptr inbounds nuw i8, ptr %gep2662, i64 768
-  store <16 x i32> %1719, ptr %1720, align 4, !tbaa !4
-  %1721 = shufflevector <16 x i32> %1702, <16 x i32> %1703, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1722 = getelementptr inbounds nuw i8, ptr %gep2662, i64 1024
-  store <16 x i32> %1721, ptr %1722, align 4, !tbaa !4
-  %1723 = shufflevector <16 x i32> %1702, <16 x i32> %1703, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1724 = getelementptr inbounds nuw i8, ptr %gep2662, i64 1280
-  store <16 x i32> %1723, ptr %1724, align 4, !tbaa !4
-  %1725 = shufflevector <16 x i32> %1704, <16 x i32> %1705, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1726 = getelementptr inbounds nuw i8, ptr %gep2662, i64 1536
-  store <16 x i32> %1725, ptr %1726, align 4, !tbaa !4
-  %1727 = shufflevector <16 x i32> %1704, <16 x i32> %1705, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1728 = getelementptr inbounds nuw i8, ptr %gep2662, i64 1792
-  store <16 x i32> %1727, ptr %1728, align 4, !tbaa !4
-  %1729 = shufflevector <16 x i32> %1706, <16 x i32> %1707, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1730 = getelementptr inbounds nuw i8, ptr %gep2662, i64 2048
-  store <16 x i32> %1729, ptr %1730, align 4, !tbaa !4
-  %1731 = shufflevector <16 x i32> %1706, <16 x i32> %1707, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1732 = getelementptr inbounds nuw i8, ptr %gep2662, i64 2304
-  store <16 x i32> %1731, ptr %1732, align 4, !tbaa !4
-  %1733 = shufflevector <16 x i32> %1708, <16 x i32> %1709, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1734 = getelementptr inbounds nuw i8, ptr %gep2662, i64 2560
-  store <16 x i32> %1733, ptr %1734, align 4, !tbaa !4
-  %1735 = shufflevector <16 x i32> %1708, <16 x i32> %1709, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1736 = getelementptr inbounds nuw i8, ptr %gep2662, i64 2816
-  store <16 x i32> %1735, ptr %1736, align 4, !tbaa !4
-  %1737 = shufflevector <16 x i32> %1710, <16 x i32> %1711, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1738 = getelementptr inbounds nuw i8, ptr %gep2662, i64 3072
-  store <16 x i32> %1737, ptr %1738, align 4, !tbaa !4
-  %1739 = shufflevector <16 x i32> %1710, <16 x i32> %1711, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1740 = getelementptr inbounds nuw i8, ptr %gep2662, i64 3328
-  store <16 x i32> %1739, ptr %1740, align 4, !tbaa !4
-  %1741 = shufflevector <16 x i32> %1712, <16 x i32> %1713, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1742 = getelementptr inbounds nuw i8, ptr %gep2662, i64 3584
-  store <16 x i32> %1741, ptr %1742, align 4, !tbaa !4
-  %1743 = shufflevector <16 x i32> %1712, <16 x i32> %1713, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1744 = getelementptr inbounds nuw i8, ptr %gep2662, i64 3840
-  store <16 x i32> %1743, ptr %1744, align 4, !tbaa !4
-  %1745 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1746 = tail call i32 %1745(i32 1, i32 %dev_id, ptr nonnull %v_tile_global)
-  %.not1299 = icmp eq i32 %1746, 0
+  store <16 x i32> %1715, ptr %gep2662, align 4, !tbaa !4
+  %1716 = shufflevector <16 x i32> %1699, <16 x i32> %1700, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1717 = getelementptr inbounds nuw i8, ptr %gep2662, i64 256
+  store <16 x i32> %1716, ptr %1717, align 4, !tbaa !4
+  %1718 = shufflevector <16 x i32> %1701, <16 x i32> %1702, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1719 = getelementptr inbounds nuw i8, ptr %gep2662, i64 512
+  store <16 x i32> %1718, ptr %1719, align 4, !tbaa !4
+  %1720 = shufflevector <16 x i32> %1701, <16 x i32> %1702, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1721 = getelementptr inbounds nuw i8, ptr %gep2662, i64 768
+  store <16 x i32> %1720, ptr %1721, align 4, !tbaa !4
+  %1722 = shufflevector <16 x i32> %1703, <16 x i32> %1704, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1723 = getelementptr inbounds nuw i8, ptr %gep2662, i64 1024
+  store <16 x i32> %1722, ptr %1723, align 4, !tbaa !4
+  %1724 = shufflevector <16 x i32> %1703, <16 x i32> %1704, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1725 = getelementptr inbounds nuw i8, ptr %gep2662, i64 1280
+  store <16 x i32> %1724, ptr %1725, align 4, !tbaa !4
+  %1726 = shufflevector <16 x i32> %1705, <16 x i32> %1706, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1727 = getelementptr inbounds nuw i8, ptr %gep2662, i64 1536
+  store <16 x i32> %1726, ptr %1727, align 4, !tbaa !4
+  %1728 = shufflevector <16 x i32> %1705, <16 x i32> %1706, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1729 = getelementptr inbounds nuw i8, ptr %gep2662, i64 1792
+  store <16 x i32> %1728, ptr %1729, align 4, !tbaa !4
+  %1730 = shufflevector <16 x i32> %1707, <16 x i32> %1708, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1731 = getelementptr inbounds nuw i8, ptr %gep2662, i64 2048
+  store <16 x i32> %1730, ptr %1731, align 4, !tbaa !4
+  %1732 = shufflevector <16 x i32> %1707, <16 x i32> %1708, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1733 = getelementptr inbounds nuw i8, ptr %gep2662, i64 2304
+  store <16 x i32> %1732, ptr %1733, align 4, !tbaa !4
+  %1734 = shufflevector <16 x i32> %1709, <16 x i32> %1710, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1735 = getelementptr inbounds nuw i8, ptr %gep2662, i64 2560
+  store <16 x i32> %1734, ptr %1735, align 4, !tbaa !4
+  %1736 = shufflevector <16 x i32> %1709, <16 x i32> %1710, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1737 = getelementptr inbounds nuw i8, ptr %gep2662, i64 2816
+  store <16 x i32> %1736, ptr %1737, align 4, !tbaa !4
+  %1738 = shufflevector <16 x i32> %1711, <16 x i32> %1712, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1739 = getelementptr inbounds nuw i8, ptr %gep2662, i64 3072
+  store <16 x i32> %1738, ptr %1739, align 4, !tbaa !4
+  %1740 = shufflevector <16 x i32> %1711, <16 x i32> %1712, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1741 = getelementptr inbounds nuw i8, ptr %gep2662, i64 3328
+  store <16 x i32> %1740, ptr %1741, align 4, !tbaa !4
+  %1742 = shufflevector <16 x i32> %1713, <16 x i32> %1714, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1743 = getelementptr inbounds nuw i8, ptr %gep2662, i64 3584
+  store <16 x i32> %1742, ptr %1743, align 4, !tbaa !4
+  %1744 = shufflevector <16 x i32> %1713, <16 x i32> %1714, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1745 = getelementptr inbounds nuw i8, ptr %gep2662, i64 3840
+  store <16 x i32> %1744, ptr %1745, align 4, !tbaa !4
+  %1746 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1747 = tail call i32 %1746(i32 1, i32 %dev_id, ptr nonnull %v_tile_global)
+  %.not1299 = icmp eq i32 %1747, 0
   br i1 %.not1299, label %for_begin_ax1_0306, label %common.ret, !prof !40
 
 if_end478:                                        ; preds = %for_end_d486, %for_end_to298
@@ -10941,85 +10942,85 @@ if_end478:                                        ; preds = %for_end_d486, %for_
 
 for_body_d490.us.us:                              ; preds = %for_begin_to494.for_end_to496_crit_edge.split.us.us, %if_end478
   %indvars.iv2094 = phi i64 [ %indvars.iv.next2095, %for_begin_to494.for_end_to496_crit_edge.split.us.us ], [ 0, %if_end478 ]
-  %1747 = phi <16 x i32> [ %.lcssa, %for_begin_to494.for_end_to496_crit_edge.split.us.us ], [ zeroinitializer, %if_end478 ]
-  %1748 = shl nuw nsw i64 %indvars.iv2094, 6
+  %1748 = phi <16 x i32> [ %.lcssa, %for_begin_to494.for_end_to496_crit_edge.split.us.us ], [ zeroinitializer, %if_end478 ]
+  %1749 = shl nuw nsw i64 %indvars.iv2094, 6
   br i1 %1322, label %for_begin_ti.preheader.us.us.epil.preheader, label %for_begin_ti.preheader.us.us, !prof !48
 
 for_begin_ti.preheader.us.us:                     ; preds = %for_begin_ti.preheader.us.us, %for_body_d490.us.us
   %indvars.iv2089 = phi i64 [ %indvars.iv.next2090.3, %for_begin_ti.preheader.us.us ], [ 0, %for_body_d490.us.us ]
-  %1749 = phi <16 x i32> [ %1817, %for_begin_ti.preheader.us.us ], [ %1747, %for_body_d490.us.us ]
+  %1750 = phi <16 x i32> [ %1818, %for_begin_ti.preheader.us.us ], [ %1748, %for_body_d490.us.us ]
   %niter = phi i64 [ %niter.next.3, %for_begin_ti.preheader.us.us ], [ 0, %for_body_d490.us.us ]
-  %1750 = shl nsw i64 %indvars.iv2089, 5
-  %1751 = add nuw nsw i64 %1750, %1748
-  %1752 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1751
-  %1753 = load <16 x i32>, ptr %1752, align 4, !tbaa !4
-  %1754 = shl <16 x i32> %1753, splat (i32 16)
-  %1755 = and <16 x i32> %1754, splat (i32 2139095040)
-  %1756 = and <16 x i32> %1753, splat (i32 2139095040)
-  %1757 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1755, <16 x i32> %1756)
-  %1758 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1749, <16 x i32> %1757)
-  %1759 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1751
-  %1760 = getelementptr inbounds nuw i8, ptr %1759, i64 64
-  %1761 = load <16 x i32>, ptr %1760, align 4, !tbaa !4
-  %1762 = shl <16 x i32> %1761, splat (i32 16)
-  %1763 = and <16 x i32> %1762, splat (i32 2139095040)
-  %1764 = and <16 x i32> %1761, splat (i32 2139095040)
-  %1765 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1763, <16 x i32> %1764)
-  %1766 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1758, <16 x i32> %1765)
+  %1751 = shl nsw i64 %indvars.iv2089, 5
+  %1752 = add nuw nsw i64 %1751, %1749
+  %1753 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1752
+  %1754 = load <16 x i32>, ptr %1753, align 4, !tbaa !4
+  %1755 = shl <16 x i32> %1754, splat (i32 16)
+  %1756 = and <16 x i32> %1755, splat (i32 2139095040)
+  %1757 = and <16 x i32> %1754, splat (i32 2139095040)
+  %1758 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1756, <16 x i32> %1757)
+  %1759 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1750, <16 x i32> %1758)
+  %1760 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1752
+  %1761 = getelementptr inbounds nuw i8, ptr %1760, i64 64
+  %1762 = load <16 x i32>, ptr %1761, align 4, !tbaa !4
+  %1763 = shl <16 x i32> %1762, splat (i32 16)
+  %1764 = and <16 x i32> %1763, splat (i32 2139095040)
+  %1765 = and <16 x i32> %1762, splat (i32 2139095040)
+  %1766 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1764, <16 x i32> %1765)
+  %1767 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1759, <16 x i32> %1766)
   %indvars.iv.next2090 = shl i64 %indvars.iv2089, 5
-  %1767 = or disjoint i64 %indvars.iv.next2090, 32
-  %1768 = add nuw nsw i64 %1767, %1748
-  %1769 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1768
-  %1770 = load <16 x i32>, ptr %1769, align 4, !tbaa !4
-  %1771 = shl <16 x i32> %1770, splat (i32 16)
-  %1772 = and <16 x i32> %1771, splat (i32 2139095040)
-  %1773 = and <16 x i32> %1770, splat (i32 2139095040)
-  %1774 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1772, <16 x i32> %1773)
-  %1775 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1766, <16 x i32> %1774)
-  %1776 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1768
-  %1777 = getelementptr inbounds nuw i8, ptr %1776, i64 64
-  %1778 = load <16 x i32>, ptr %1777, align 4, !tbaa !4
-  %1779 = shl <16 x i32> %1778, splat (i32 16)
-  %1780 = and <16 x i32> %1779, splat (i32 2139095040)
-  %1781 = and <16 x i32> %1778, splat (i32 2139095040)
-  %1782 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1780, <16 x i32> %1781)
-  %1783 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1775, <16 x i32> %1782)
+  %1768 = or disjoint i64 %indvars.iv.next2090, 32
+  %1769 = add nuw nsw i64 %1768, %1749
+  %1770 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1769
+  %1771 = load <16 x i32>, ptr %1770, align 4, !tbaa !4
+  %1772 = shl <16 x i32> %1771, splat (i32 16)
+  %1773 = and <16 x i32> %1772, splat (i32 2139095040)
+  %1774 = and <16 x i32> %1771, splat (i32 2139095040)
+  %1775 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1773, <16 x i32> %1774)
+  %1776 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1767, <16 x i32> %1775)
+  %1777 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1769
+  %1778 = getelementptr inbounds nuw i8, ptr %1777, i64 64
+  %1779 = load <16 x i32>, ptr %1778, align 4, !tbaa !4
+  %1780 = shl <16 x i32> %1779, splat (i32 16)
+  %1781 = and <16 x i32> %1780, splat (i32 2139095040)
+  %1782 = and <16 x i32> %1779, splat (i32 2139095040)
+  %1783 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1781, <16 x i32> %1782)
+  %1784 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1776, <16 x i32> %1783)
   %indvars.iv.next2090.1 = shl i64 %indvars.iv2089, 5
-  %1784 = or disjoint i64 %indvars.iv.next2090.1, 64
-  %1785 = add nuw nsw i64 %1784, %1748
-  %1786 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1785
-  %1787 = load <16 x i32>, ptr %1786, align 4, !tbaa !4
-  %1788 = shl <16 x i32> %1787, splat (i32 16)
-  %1789 = and <16 x i32> %1788, splat (i32 2139095040)
-  %1790 = and <16 x i32> %1787, splat (i32 2139095040)
-  %1791 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1789, <16 x i32> %1790)
-  %1792 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1783, <16 x i32> %1791)
-  %1793 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1785
-  %1794 = getelementptr inbounds nuw i8, ptr %1793, i64 64
-  %1795 = load <16 x i32>, ptr %1794, align 4, !tbaa !4
-  %1796 = shl <16 x i32> %1795, splat (i32 16)
-  %1797 = and <16 x i32> %1796, splat (i32 2139095040)
-  %1798 = and <16 x i32> %1795, splat (i32 2139095040)
-  %1799 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1797, <16 x i32> %1798)
-  %1800 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1792, <16 x i32> %1799)
+  %1785 = or disjoint i64 %indvars.iv.next2090.1, 64
+  %1786 = add nuw nsw i64 %1785, %1749
+  %1787 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1786
+  %1788 = load <16 x i32>, ptr %1787, align 4, !tbaa !4
+  %1789 = shl <16 x i32> %1788, splat (i32 16)
+  %1790 = and <16 x i32> %1789, splat (i32 2139095040)
+  %1791 = and <16 x i32> %1788, splat (i32 2139095040)
+  %1792 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1790, <16 x i32> %1791)
+  %1793 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1784, <16 x i32> %1792)
+  %1794 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1786
+  %1795 = getelementptr inbounds nuw i8, ptr %1794, i64 64
+  %1796 = load <16 x i32>, ptr %1795, align 4, !tbaa !4
+  %1797 = shl <16 x i32> %1796, splat (i32 16)
+  %1798 = and <16 x i32> %1797, splat (i32 2139095040)
+  %1799 = and <16 x i32> %1796, splat (i32 2139095040)
+  %1800 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1798, <16 x i32> %1799)
+  %1801 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1793, <16 x i32> %1800)
   %indvars.iv.next2090.2 = shl i64 %indvars.iv2089, 5
-  %1801 = or disjoint i64 %indvars.iv.next2090.2, 96
-  %1802 = add nuw nsw i64 %1801, %1748
-  %1803 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1802
-  %1804 = load <16 x i32>, ptr %1803, align 4, !tbaa !4
-  %1805 = shl <16 x i32> %1804, splat (i32 16)
-  %1806 = and <16 x i32> %1805, splat (i32 2139095040)
-  %1807 = and <16 x i32> %1804, splat (i32 2139095040)
-  %1808 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1806, <16 x i32> %1807)
-  %1809 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1800, <16 x i32> %1808)
-  %1810 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1802
-  %1811 = getelementptr inbounds nuw i8, ptr %1810, i64 64
-  %1812 = load <16 x i32>, ptr %1811, align 4, !tbaa !4
-  %1813 = shl <16 x i32> %1812, splat (i32 16)
-  %1814 = and <16 x i32> %1813, splat (i32 2139095040)
-  %1815 = and <16 x i32> %1812, splat (i32 2139095040)
-  %1816 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1814, <16 x i32> %1815)
-  %1817 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1809, <16 x i32> %1816)
+  %1802 = or disjoint i64 %indvars.iv.next2090.2, 96
+  %1803 = add nuw nsw i64 %1802, %1749
+  %1804 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1803
+  %1805 = load <16 x i32>, ptr %1804, align 4, !tbaa !4
+  %1806 = shl <16 x i32> %1805, splat (i32 16)
+  %1807 = and <16 x i32> %1806, splat (i32 2139095040)
+  %1808 = and <16 x i32> %1805, splat (i32 2139095040)
+  %1809 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1807, <16 x i32> %1808)
+  %1810 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1801, <16 x i32> %1809)
+  %1811 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1803
+  %1812 = getelementptr inbounds nuw i8, ptr %1811, i64 64
+  %1813 = load <16 x i32>, ptr %1812, align 4, !tbaa !4
+  %1814 = shl <16 x i32> %1813, splat (i32 16)
+  %1815 = and <16 x i32> %1814, splat (i32 2139095040)
+  %1816 = and <16 x i32> %1813, splat (i32 2139095040)
+  %1817 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1815, <16 x i32> %1816)
+  %1818 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1810, <16 x i32> %1817)
   %indvars.iv.next2090.3 = add nuw nsw i64 %indvars.iv2089, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
@@ -11030,275 +11031,274 @@ for_begin_to494.for_end_to496_crit_edge.split.us.us.unr-lcssa: ; preds = %for_be
 
 for_begin_ti.preheader.us.us.epil.preheader:      ; preds = %for_begin_to494.for_end_to496_crit_edge.split.us.us.unr-lcssa, %for_body_d490.us.us
   %indvars.iv2089.epil.init = phi i64 [ 0, %for_body_d490.us.us ], [ %indvars.iv.next2090.3, %for_begin_to494.for_end_to496_crit_edge.split.us.us.unr-lcssa ]
-  %.epil.init = phi <16 x i32> [ %1747, %for_body_d490.us.us ], [ %1817, %for_begin_to494.for_end_to496_crit_edge.split.us.us.unr-lcssa ]
+  %.epil.init = phi <16 x i32> [ %1748, %for_body_d490.us.us ], [ %1818, %for_begin_to494.for_end_to496_crit_edge.split.us.us.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod381)
   br label %for_begin_ti.preheader.us.us.epil
 
 for_begin_ti.preheader.us.us.epil:                ; preds = %for_begin_ti.preheader.us.us.epil, %for_begin_ti.preheader.us.us.epil.preheader
   %indvars.iv2089.epil = phi i64 [ %indvars.iv2089.epil.init, %for_begin_ti.preheader.us.us.epil.preheader ], [ %indvars.iv.next2090.epil, %for_begin_ti.preheader.us.us.epil ]
-  %1818 = phi <16 x i32> [ %.epil.init, %for_begin_ti.preheader.us.us.epil.preheader ], [ %1835, %for_begin_ti.preheader.us.us.epil ]
+  %1819 = phi <16 x i32> [ %.epil.init, %for_begin_ti.preheader.us.us.epil.preheader ], [ %1836, %for_begin_ti.preheader.us.us.epil ]
   %epil.iter = phi i64 [ 0, %for_begin_ti.preheader.us.us.epil.preheader ], [ %epil.iter.next, %for_begin_ti.preheader.us.us.epil ]
-  %1819 = shl nsw i64 %indvars.iv2089.epil, 5
-  %1820 = add nuw nsw i64 %1819, %1748
-  %1821 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1820
-  %1822 = load <16 x i32>, ptr %1821, align 4, !tbaa !4
-  %1823 = shl <16 x i32> %1822, splat (i32 16)
-  %1824 = and <16 x i32> %1823, splat (i32 2139095040)
-  %1825 = and <16 x i32> %1822, splat (i32 2139095040)
-  %1826 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1824, <16 x i32> %1825)
-  %1827 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1818, <16 x i32> %1826)
-  %1828 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1820
-  %1829 = getelementptr inbounds nuw i8, ptr %1828, i64 64
-  %1830 = load <16 x i32>, ptr %1829, align 4, !tbaa !4
-  %1831 = shl <16 x i32> %1830, splat (i32 16)
-  %1832 = and <16 x i32> %1831, splat (i32 2139095040)
-  %1833 = and <16 x i32> %1830, splat (i32 2139095040)
-  %1834 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1832, <16 x i32> %1833)
-  %1835 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1827, <16 x i32> %1834)
+  %1820 = shl nsw i64 %indvars.iv2089.epil, 5
+  %1821 = add nuw nsw i64 %1820, %1749
+  %1822 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1821
+  %1823 = load <16 x i32>, ptr %1822, align 4, !tbaa !4
+  %1824 = shl <16 x i32> %1823, splat (i32 16)
+  %1825 = and <16 x i32> %1824, splat (i32 2139095040)
+  %1826 = and <16 x i32> %1823, splat (i32 2139095040)
+  %1827 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1825, <16 x i32> %1826)
+  %1828 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %1819, <16 x i32> %1827)
+  %1829 = getelementptr inbounds nuw i32, ptr %v_tile, i64 %1821
+  %1830 = getelementptr inbounds nuw i8, ptr %1829, i64 64
+  %1831 = load <16 x i32>, ptr %1830, align 4, !tbaa !4
+  %1832 = shl <16 x i32> %1831, splat (i32 16)
+  %1833 = and <16 x i32> %1832, splat (i32 2139095040)
+  %1834 = and <16 x i32> %1831, splat (i32 2139095040)
+  %1835 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1833, <16 x i32> %1834)
+  %1836 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %1828, <16 x i32> %1835)
   %indvars.iv.next2090.epil = add nuw nsw i64 %indvars.iv2089.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
   br i1 %epil.iter.cmp.not, label %for_begin_to494.for_end_to496_crit_edge.split.us.us, label %for_begin_ti.preheader.us.us.epil, !prof !53, !llvm.loop !190
 
 for_begin_to494.for_end_to496_crit_edge.split.us.us: ; preds = %for_begin_ti.preheader.us.us.epil, %for_begin_to494.for_end_to496_crit_edge.split.us.us.unr-lcssa
-  %.lcssa = phi <16 x i32> [ %1817, %for_begin_to494.for_end_to496_crit_edge.split.us.us.unr-lcssa ], [ %1835, %for_begin_ti.preheader.us.us.epil ]
+  %.lcssa = phi <16 x i32> [ %1818, %for_begin_to494.for_end_to496_crit_edge.split.us.us.unr-lcssa ], [ %1836, %for_begin_ti.preheader.us.us.epil ]
   %indvars.iv.next2095 = add nuw nsw i64 %indvars.iv2094, 1
   %exitcond2097.not = icmp eq i64 %indvars.iv.next2095, 128
   br i1 %exitcond2097.not, label %for_begin_lane.preheader.loopexit, label %for_body_d490.us.us, !prof !39
 
 for_begin_d484.preheader:                         ; preds = %for_end_d486, %for_end_to298
-  %t4831643 = phi i32 [ %1958, %for_end_d486 ], [ 0, %for_end_to298 ]
-  %1836 = add i32 %t4831643, %1302
-  %1837 = add i32 %1302, %t4831643
-  %1838 = icmp sgt i32 %1837, 2147475519
-  br i1 %1838, label %for_body_d485, label %vector.body263, !prof !11
+  %t4831643 = phi i32 [ %1959, %for_end_d486 ], [ 0, %for_end_to298 ]
+  %1837 = add i32 %t4831643, %1302
+  %1838 = add i32 %1302, %t4831643
+  %1839 = icmp sgt i32 %1838, 2147475519
+  br i1 %1839, label %for_body_d485, label %vector.body263, !prof !11
 
 vector.body263:                                   ; preds = %for_begin_d484.preheader
-  %broadcast.splatinsert261 = insertelement <8 x i32> poison, i32 %1836, i64 0
+  %broadcast.splatinsert261 = insertelement <8 x i32> poison, i32 %1837, i64 0
   %broadcast.splat262 = shufflevector <8 x i32> %broadcast.splatinsert261, <8 x i32> poison, <8 x i32> zeroinitializer
-  %1839 = add <8 x i32> %broadcast.splat262, <i32 0, i32 64, i32 128, i32 192, i32 256, i32 320, i32 384, i32 448>
-  %1840 = sext <8 x i32> %1839 to <8 x i64>
-  %1841 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1840
-  %wide.masked.gather266 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1841, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1842 = and <8 x i32> %wide.masked.gather266, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1842, <8 x ptr> align 4 %1841, <8 x i1> splat (i1 true)), !tbaa !4
-  %1843 = add <8 x i32> %broadcast.splat262, <i32 512, i32 576, i32 640, i32 704, i32 768, i32 832, i32 896, i32 960>
-  %1844 = sext <8 x i32> %1843 to <8 x i64>
-  %1845 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1844
-  %wide.masked.gather266.1 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1845, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1846 = and <8 x i32> %wide.masked.gather266.1, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1846, <8 x ptr> align 4 %1845, <8 x i1> splat (i1 true)), !tbaa !4
-  %1847 = add <8 x i32> %broadcast.splat262, <i32 1024, i32 1088, i32 1152, i32 1216, i32 1280, i32 1344, i32 1408, i32 1472>
-  %1848 = sext <8 x i32> %1847 to <8 x i64>
-  %1849 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1848
-  %wide.masked.gather266.2 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1849, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1850 = and <8 x i32> %wide.masked.gather266.2, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1850, <8 x ptr> align 4 %1849, <8 x i1> splat (i1 true)), !tbaa !4
-  %1851 = add <8 x i32> %broadcast.splat262, <i32 1536, i32 1600, i32 1664, i32 1728, i32 1792, i32 1856, i32 1920, i32 1984>
-  %1852 = sext <8 x i32> %1851 to <8 x i64>
-  %1853 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1852
-  %wide.masked.gather266.3 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1853, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1854 = and <8 x i32> %wide.masked.gather266.3, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1854, <8 x ptr> align 4 %1853, <8 x i1> splat (i1 true)), !tbaa !4
-  %1855 = add <8 x i32> %broadcast.splat262, <i32 2048, i32 2112, i32 2176, i32 2240, i32 2304, i32 2368, i32 2432, i32 2496>
-  %1856 = sext <8 x i32> %1855 to <8 x i64>
-  %1857 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1856
-  %wide.masked.gather266.4 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1857, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1858 = and <8 x i32> %wide.masked.gather266.4, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1858, <8 x ptr> align 4 %1857, <8 x i1> splat (i1 true)), !tbaa !4
-  %1859 = add <8 x i32> %broadcast.splat262, <i32 2560, i32 2624, i32 2688, i32 2752, i32 2816, i32 2880, i32 2944, i32 3008>
-  %1860 = sext <8 x i32> %1859 to <8 x i64>
-  %1861 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1860
-  %wide.masked.gather266.5 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1861, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1862 = and <8 x i32> %wide.masked.gather266.5, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1862, <8 x ptr> align 4 %1861, <8 x i1> splat (i1 true)), !tbaa !4
-  %1863 = add <8 x i32> %broadcast.splat262, <i32 3072, i32 3136, i32 3200, i32 3264, i32 3328, i32 3392, i32 3456, i32 3520>
-  %1864 = sext <8 x i32> %1863 to <8 x i64>
-  %1865 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1864
-  %wide.masked.gather266.6 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1865, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1866 = and <8 x i32> %wide.masked.gather266.6, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1866, <8 x ptr> align 4 %1865, <8 x i1> splat (i1 true)), !tbaa !4
-  %1867 = add <8 x i32> %broadcast.splat262, <i32 3584, i32 3648, i32 3712, i32 3776, i32 3840, i32 3904, i32 3968, i32 4032>
-  %1868 = sext <8 x i32> %1867 to <8 x i64>
-  %1869 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1868
-  %wide.masked.gather266.7 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1869, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1870 = and <8 x i32> %wide.masked.gather266.7, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1870, <8 x ptr> align 4 %1869, <8 x i1> splat (i1 true)), !tbaa !4
-  %1871 = add <8 x i32> %broadcast.splat262, <i32 4096, i32 4160, i32 4224, i32 4288, i32 4352, i32 4416, i32 4480, i32 4544>
-  %1872 = sext <8 x i32> %1871 to <8 x i64>
-  %1873 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1872
-  %wide.masked.gather266.8 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1873, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1874 = and <8 x i32> %wide.masked.gather266.8, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1874, <8 x ptr> align 4 %1873, <8 x i1> splat (i1 true)), !tbaa !4
-  %1875 = add <8 x i32> %broadcast.splat262, <i32 4608, i32 4672, i32 4736, i32 4800, i32 4864, i32 4928, i32 4992, i32 5056>
-  %1876 = sext <8 x i32> %1875 to <8 x i64>
-  %1877 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1876
-  %wide.masked.gather266.9 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1877, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1878 = and <8 x i32> %wide.masked.gather266.9, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1878, <8 x ptr> align 4 %1877, <8 x i1> splat (i1 true)), !tbaa !4
-  %1879 = add <8 x i32> %broadcast.splat262, <i32 5120, i32 5184, i32 5248, i32 5312, i32 5376, i32 5440, i32 5504, i32 5568>
-  %1880 = sext <8 x i32> %1879 to <8 x i64>
-  %1881 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1880
-  %wide.masked.gather266.10 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1881, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1882 = and <8 x i32> %wide.masked.gather266.10, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1882, <8 x ptr> align 4 %1881, <8 x i1> splat (i1 true)), !tbaa !4
-  %1883 = add <8 x i32> %broadcast.splat262, <i32 5632, i32 5696, i32 5760, i32 5824, i32 5888, i32 5952, i32 6016, i32 6080>
-  %1884 = sext <8 x i32> %1883 to <8 x i64>
-  %1885 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1884
-  %wide.masked.gather266.11 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1885, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1886 = and <8 x i32> %wide.masked.gather266.11, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1886, <8 x ptr> align 4 %1885, <8 x i1> splat (i1 true)), !tbaa !4
-  %1887 = add <8 x i32> %broadcast.splat262, <i32 6144, i32 6208, i32 6272, i32 6336, i32 6400, i32 6464, i32 6528, i32 6592>
-  %1888 = sext <8 x i32> %1887 to <8 x i64>
-  %1889 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1888
-  %wide.masked.gather266.12 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1889, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1890 = and <8 x i32> %wide.masked.gather266.12, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1890, <8 x ptr> align 4 %1889, <8 x i1> splat (i1 true)), !tbaa !4
-  %1891 = add <8 x i32> %broadcast.splat262, <i32 6656, i32 6720, i32 6784, i32 6848, i32 6912, i32 6976, i32 7040, i32 7104>
-  %1892 = sext <8 x i32> %1891 to <8 x i64>
-  %1893 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1892
-  %wide.masked.gather266.13 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1893, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1894 = and <8 x i32> %wide.masked.gather266.13, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1894, <8 x ptr> align 4 %1893, <8 x i1> splat (i1 true)), !tbaa !4
-  %1895 = add <8 x i32> %broadcast.splat262, <i32 7168, i32 7232, i32 7296, i32 7360, i32 7424, i32 7488, i32 7552, i32 7616>
-  %1896 = sext <8 x i32> %1895 to <8 x i64>
-  %1897 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1896
-  %wide.masked.gather266.14 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1897, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1898 = and <8 x i32> %wide.masked.gather266.14, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1898, <8 x ptr> align 4 %1897, <8 x i1> splat (i1 true)), !tbaa !4
-  %1899 = add <8 x i32> %broadcast.splat262, <i32 7680, i32 7744, i32 7808, i32 7872, i32 7936, i32 8000, i32 8064, i32 8128>
-  %1900 = sext <8 x i32> %1899 to <8 x i64>
-  %1901 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1900
-  %wide.masked.gather266.15 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1901, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
-  %1902 = and <8 x i32> %wide.masked.gather266.15, splat (i32 65535)
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1902, <8 x ptr> align 4 %1901, <8 x i1> splat (i1 true)), !tbaa !4
+  %1840 = add <8 x i32> %broadcast.splat262, <i32 0, i32 64, i32 128, i32 192, i32 256, i32 320, i32 384, i32 448>
+  %1841 = sext <8 x i32> %1840 to <8 x i64>
+  %1842 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1841
+  %wide.masked.gather266 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1842, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1843 = and <8 x i32> %wide.masked.gather266, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1843, <8 x ptr> align 4 %1842, <8 x i1> splat (i1 true)), !tbaa !4
+  %1844 = add <8 x i32> %broadcast.splat262, <i32 512, i32 576, i32 640, i32 704, i32 768, i32 832, i32 896, i32 960>
+  %1845 = sext <8 x i32> %1844 to <8 x i64>
+  %1846 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1845
+  %wide.masked.gather266.1 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1846, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1847 = and <8 x i32> %wide.masked.gather266.1, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1847, <8 x ptr> align 4 %1846, <8 x i1> splat (i1 true)), !tbaa !4
+  %1848 = add <8 x i32> %broadcast.splat262, <i32 1024, i32 1088, i32 1152, i32 1216, i32 1280, i32 1344, i32 1408, i32 1472>
+  %1849 = sext <8 x i32> %1848 to <8 x i64>
+  %1850 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1849
+  %wide.masked.gather266.2 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1850, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1851 = and <8 x i32> %wide.masked.gather266.2, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1851, <8 x ptr> align 4 %1850, <8 x i1> splat (i1 true)), !tbaa !4
+  %1852 = add <8 x i32> %broadcast.splat262, <i32 1536, i32 1600, i32 1664, i32 1728, i32 1792, i32 1856, i32 1920, i32 1984>
+  %1853 = sext <8 x i32> %1852 to <8 x i64>
+  %1854 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1853
+  %wide.masked.gather266.3 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1854, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1855 = and <8 x i32> %wide.masked.gather266.3, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1855, <8 x ptr> align 4 %1854, <8 x i1> splat (i1 true)), !tbaa !4
+  %1856 = add <8 x i32> %broadcast.splat262, <i32 2048, i32 2112, i32 2176, i32 2240, i32 2304, i32 2368, i32 2432, i32 2496>
+  %1857 = sext <8 x i32> %1856 to <8 x i64>
+  %1858 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1857
+  %wide.masked.gather266.4 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1858, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1859 = and <8 x i32> %wide.masked.gather266.4, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1859, <8 x ptr> align 4 %1858, <8 x i1> splat (i1 true)), !tbaa !4
+  %1860 = add <8 x i32> %broadcast.splat262, <i32 2560, i32 2624, i32 2688, i32 2752, i32 2816, i32 2880, i32 2944, i32 3008>
+  %1861 = sext <8 x i32> %1860 to <8 x i64>
+  %1862 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1861
+  %wide.masked.gather266.5 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1862, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1863 = and <8 x i32> %wide.masked.gather266.5, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1863, <8 x ptr> align 4 %1862, <8 x i1> splat (i1 true)), !tbaa !4
+  %1864 = add <8 x i32> %broadcast.splat262, <i32 3072, i32 3136, i32 3200, i32 3264, i32 3328, i32 3392, i32 3456, i32 3520>
+  %1865 = sext <8 x i32> %1864 to <8 x i64>
+  %1866 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1865
+  %wide.masked.gather266.6 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1866, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1867 = and <8 x i32> %wide.masked.gather266.6, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1867, <8 x ptr> align 4 %1866, <8 x i1> splat (i1 true)), !tbaa !4
+  %1868 = add <8 x i32> %broadcast.splat262, <i32 3584, i32 3648, i32 3712, i32 3776, i32 3840, i32 3904, i32 3968, i32 4032>
+  %1869 = sext <8 x i32> %1868 to <8 x i64>
+  %1870 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1869
+  %wide.masked.gather266.7 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1870, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1871 = and <8 x i32> %wide.masked.gather266.7, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1871, <8 x ptr> align 4 %1870, <8 x i1> splat (i1 true)), !tbaa !4
+  %1872 = add <8 x i32> %broadcast.splat262, <i32 4096, i32 4160, i32 4224, i32 4288, i32 4352, i32 4416, i32 4480, i32 4544>
+  %1873 = sext <8 x i32> %1872 to <8 x i64>
+  %1874 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1873
+  %wide.masked.gather266.8 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1874, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1875 = and <8 x i32> %wide.masked.gather266.8, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1875, <8 x ptr> align 4 %1874, <8 x i1> splat (i1 true)), !tbaa !4
+  %1876 = add <8 x i32> %broadcast.splat262, <i32 4608, i32 4672, i32 4736, i32 4800, i32 4864, i32 4928, i32 4992, i32 5056>
+  %1877 = sext <8 x i32> %1876 to <8 x i64>
+  %1878 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1877
+  %wide.masked.gather266.9 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1878, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1879 = and <8 x i32> %wide.masked.gather266.9, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1879, <8 x ptr> align 4 %1878, <8 x i1> splat (i1 true)), !tbaa !4
+  %1880 = add <8 x i32> %broadcast.splat262, <i32 5120, i32 5184, i32 5248, i32 5312, i32 5376, i32 5440, i32 5504, i32 5568>
+  %1881 = sext <8 x i32> %1880 to <8 x i64>
+  %1882 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1881
+  %wide.masked.gather266.10 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1882, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1883 = and <8 x i32> %wide.masked.gather266.10, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1883, <8 x ptr> align 4 %1882, <8 x i1> splat (i1 true)), !tbaa !4
+  %1884 = add <8 x i32> %broadcast.splat262, <i32 5632, i32 5696, i32 5760, i32 5824, i32 5888, i32 5952, i32 6016, i32 6080>
+  %1885 = sext <8 x i32> %1884 to <8 x i64>
+  %1886 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1885
+  %wide.masked.gather266.11 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1886, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1887 = and <8 x i32> %wide.masked.gather266.11, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1887, <8 x ptr> align 4 %1886, <8 x i1> splat (i1 true)), !tbaa !4
+  %1888 = add <8 x i32> %broadcast.splat262, <i32 6144, i32 6208, i32 6272, i32 6336, i32 6400, i32 6464, i32 6528, i32 6592>
+  %1889 = sext <8 x i32> %1888 to <8 x i64>
+  %1890 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1889
+  %wide.masked.gather266.12 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1890, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1891 = and <8 x i32> %wide.masked.gather266.12, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1891, <8 x ptr> align 4 %1890, <8 x i1> splat (i1 true)), !tbaa !4
+  %1892 = add <8 x i32> %broadcast.splat262, <i32 6656, i32 6720, i32 6784, i32 6848, i32 6912, i32 6976, i32 7040, i32 7104>
+  %1893 = sext <8 x i32> %1892 to <8 x i64>
+  %1894 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1893
+  %wide.masked.gather266.13 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1894, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1895 = and <8 x i32> %wide.masked.gather266.13, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1895, <8 x ptr> align 4 %1894, <8 x i1> splat (i1 true)), !tbaa !4
+  %1896 = add <8 x i32> %broadcast.splat262, <i32 7168, i32 7232, i32 7296, i32 7360, i32 7424, i32 7488, i32 7552, i32 7616>
+  %1897 = sext <8 x i32> %1896 to <8 x i64>
+  %1898 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1897
+  %wide.masked.gather266.14 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1898, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1899 = and <8 x i32> %wide.masked.gather266.14, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1899, <8 x ptr> align 4 %1898, <8 x i1> splat (i1 true)), !tbaa !4
+  %1900 = add <8 x i32> %broadcast.splat262, <i32 7680, i32 7744, i32 7808, i32 7872, i32 7936, i32 8000, i32 8064, i32 8128>
+  %1901 = sext <8 x i32> %1900 to <8 x i64>
+  %1902 = getelementptr inbounds i32, ptr %v_tile, <8 x i64> %1901
+  %wide.masked.gather266.15 = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %1902, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !4
+  %1903 = and <8 x i32> %wide.masked.gather266.15, splat (i32 65535)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1903, <8 x ptr> align 4 %1902, <8 x i1> splat (i1 true)), !tbaa !4
   br label %for_end_d486
 
 for_body_d485:                                    ; preds = %for_body_d485, %for_begin_d484.preheader
   %indvars.iv2074 = phi i64 [ %indvars.iv.next2075.7, %for_body_d485 ], [ 0, %for_begin_d484.preheader ]
   %indvars.iv2074.tr = trunc i64 %indvars.iv2074 to i32
-  %1903 = shl i32 %indvars.iv2074.tr, 6
-  %1904 = add i32 %1836, %1903
-  %1905 = sext i32 %1904 to i64
-  %1906 = getelementptr inbounds i32, ptr %v_tile, i64 %1905
-  %1907 = load i32, ptr %1906, align 4, !tbaa !4
-  %1908 = and i32 %1907, 65535
-  store i32 %1908, ptr %1906, align 4, !tbaa !4
-  %1909 = trunc i64 %indvars.iv2074 to i32
-  %indvars.iv2074.tr.1 = shl i32 %1909, 6
-  %1910 = or disjoint i32 %indvars.iv2074.tr.1, 64
-  %1911 = add i32 %1836, %1910
-  %1912 = sext i32 %1911 to i64
-  %1913 = getelementptr inbounds i32, ptr %v_tile, i64 %1912
-  %1914 = load i32, ptr %1913, align 4, !tbaa !4
-  %1915 = and i32 %1914, 65535
-  store i32 %1915, ptr %1913, align 4, !tbaa !4
-  %1916 = trunc i64 %indvars.iv2074 to i32
-  %indvars.iv2074.tr.2 = shl i32 %1916, 6
-  %1917 = or disjoint i32 %indvars.iv2074.tr.2, 128
-  %1918 = add i32 %1836, %1917
-  %1919 = sext i32 %1918 to i64
-  %1920 = getelementptr inbounds i32, ptr %v_tile, i64 %1919
-  %1921 = load i32, ptr %1920, align 4, !tbaa !4
-  %1922 = and i32 %1921, 65535
-  store i32 %1922, ptr %1920, align 4, !tbaa !4
-  %1923 = trunc i64 %indvars.iv2074 to i32
-  %indvars.iv2074.tr.3 = shl i32 %1923, 6
-  %1924 = or disjoint i32 %indvars.iv2074.tr.3, 192
-  %1925 = add i32 %1836, %1924
-  %1926 = sext i32 %1925 to i64
-  %1927 = getelementptr inbounds i32, ptr %v_tile, i64 %1926
-  %1928 = load i32, ptr %1927, align 4, !tbaa !4
-  %1929 = and i32 %1928, 65535
-  store i32 %1929, ptr %1927, align 4, !tbaa !4
-  %1930 = trunc i64 %indvars.iv2074 to i32
-  %indvars.iv2074.tr.4 = shl i32 %1930, 6
-  %1931 = or disjoint i32 %indvars.iv2074.tr.4, 256
-  %1932 = add i32 %1836, %1931
-  %1933 = sext i32 %1932 to i64
-  %1934 = getelementptr inbounds i32, ptr %v_tile, i64 %1933
-  %1935 = load i32, ptr %1934, align 4, !tbaa !4
-  %1936 = and i32 %1935, 65535
-  store i32 %1936, ptr %1934, align 4, !tbaa !4
-  %1937 = trunc i64 %indvars.iv2074 to i32
-  %indvars.iv2074.tr.5 = shl i32 %1937, 6
-  %1938 = or disjoint i32 %indvars.iv2074.tr.5, 320
-  %1939 = add i32 %1836, %1938
-  %1940 = sext i32 %1939 to i64
-  %1941 = getelementptr inbounds i32, ptr %v_tile, i64 %1940
-  %1942 = load i32, ptr %1941, align 4, !tbaa !4
-  %1943 = and i32 %1942, 65535
-  store i32 %1943, ptr %1941, align 4, !tbaa !4
-  %1944 = trunc i64 %indvars.iv2074 to i32
-  %indvars.iv2074.tr.6 = shl i32 %1944, 6
-  %1945 = or disjoint i32 %indvars.iv2074.tr.6, 384
-  %1946 = add i32 %1836, %1945
-  %1947 = sext i32 %1946 to i64
-  %1948 = getelementptr inbounds i32, ptr %v_tile, i64 %1947
-  %1949 = load i32, ptr %1948, align 4, !tbaa !4
-  %1950 = and i32 %1949, 65535
-  store i32 %1950, ptr %1948, align 4, !tbaa !4
-  %1951 = trunc i64 %indvars.iv2074 to i32
-  %indvars.iv2074.tr.7 = shl i32 %1951, 6
-  %1952 = or disjoint i32 %indvars.iv2074.tr.7, 448
-  %1953 = add i32 %1836, %1952
-  %1954 = sext i32 %1953 to i64
-  %1955 = getelementptr inbounds i32, ptr %v_tile, i64 %1954
-  %1956 = load i32, ptr %1955, align 4, !tbaa !4
-  %1957 = and i32 %1956, 65535
-  store i32 %1957, ptr %1955, align 4, !tbaa !4
+  %1904 = shl i32 %indvars.iv2074.tr, 6
+  %1905 = add i32 %1837, %1904
+  %1906 = sext i32 %1905 to i64
+  %1907 = getelementptr inbounds i32, ptr %v_tile, i64 %1906
+  %1908 = load i32, ptr %1907, align 4, !tbaa !4
+  %1909 = and i32 %1908, 65535
+  store i32 %1909, ptr %1907, align 4, !tbaa !4
+  %1910 = trunc i64 %indvars.iv2074 to i32
+  %indvars.iv2074.tr.1 = shl i32 %1910, 6
+  %1911 = or disjoint i32 %indvars.iv2074.tr.1, 64
+  %1912 = add i32 %1837, %1911
+  %1913 = sext i32 %1912 to i64
+  %1914 = getelementptr inbounds i32, ptr %v_tile, i64 %1913
+  %1915 = load i32, ptr %1914, align 4, !tbaa !4
+  %1916 = and i32 %1915, 65535
+  store i32 %1916, ptr %1914, align 4, !tbaa !4
+  %1917 = trunc i64 %indvars.iv2074 to i32
+  %indvars.iv2074.tr.2 = shl i32 %1917, 6
+  %1918 = or disjoint i32 %indvars.iv2074.tr.2, 128
+  %1919 = add i32 %1837, %1918
+  %1920 = sext i32 %1919 to i64
+  %1921 = getelementptr inbounds i32, ptr %v_tile, i64 %1920
+  %1922 = load i32, ptr %1921, align 4, !tbaa !4
+  %1923 = and i32 %1922, 65535
+  store i32 %1923, ptr %1921, align 4, !tbaa !4
+  %1924 = trunc i64 %indvars.iv2074 to i32
+  %indvars.iv2074.tr.3 = shl i32 %1924, 6
+  %1925 = or disjoint i32 %indvars.iv2074.tr.3, 192
+  %1926 = add i32 %1837, %1925
+  %1927 = sext i32 %1926 to i64
+  %1928 = getelementptr inbounds i32, ptr %v_tile, i64 %1927
+  %1929 = load i32, ptr %1928, align 4, !tbaa !4
+  %1930 = and i32 %1929, 65535
+  store i32 %1930, ptr %1928, align 4, !tbaa !4
+  %1931 = trunc i64 %indvars.iv2074 to i32
+  %indvars.iv2074.tr.4 = shl i32 %1931, 6
+  %1932 = or disjoint i32 %indvars.iv2074.tr.4, 256
+  %1933 = add i32 %1837, %1932
+  %1934 = sext i32 %1933 to i64
+  %1935 = getelementptr inbounds i32, ptr %v_tile, i64 %1934
+  %1936 = load i32, ptr %1935, align 4, !tbaa !4
+  %1937 = and i32 %1936, 65535
+  store i32 %1937, ptr %1935, align 4, !tbaa !4
+  %1938 = trunc i64 %indvars.iv2074 to i32
+  %indvars.iv2074.tr.5 = shl i32 %1938, 6
+  %1939 = or disjoint i32 %indvars.iv2074.tr.5, 320
+  %1940 = add i32 %1837, %1939
+  %1941 = sext i32 %1940 to i64
+  %1942 = getelementptr inbounds i32, ptr %v_tile, i64 %1941
+  %1943 = load i32, ptr %1942, align 4, !tbaa !4
+  %1944 = and i32 %1943, 65535
+  store i32 %1944, ptr %1942, align 4, !tbaa !4
+  %1945 = trunc i64 %indvars.iv2074 to i32
+  %indvars.iv2074.tr.6 = shl i32 %1945, 6
+  %1946 = or disjoint i32 %indvars.iv2074.tr.6, 384
+  %1947 = add i32 %1837, %1946
+  %1948 = sext i32 %1947 to i64
+  %1949 = getelementptr inbounds i32, ptr %v_tile, i64 %1948
+  %1950 = load i32, ptr %1949, align 4, !tbaa !4
+  %1951 = and i32 %1950, 65535
+  store i32 %1951, ptr %1949, align 4, !tbaa !4
+  %1952 = trunc i64 %indvars.iv2074 to i32
+  %indvars.iv2074.tr.7 = shl i32 %1952, 6
+  %1953 = or disjoint i32 %indvars.iv2074.tr.7, 448
+  %1954 = add i32 %1837, %1953
+  %1955 = sext i32 %1954 to i64
+  %1956 = getelementptr inbounds i32, ptr %v_tile, i64 %1955
+  %1957 = load i32, ptr %1956, align 4, !tbaa !4
+  %1958 = and i32 %1957, 65535
+  store i32 %1958, ptr %1956, align 4, !tbaa !4
   %indvars.iv.next2075.7 = add nuw nsw i64 %indvars.iv2074, 8
   %exitcond2077.not.7 = icmp eq i64 %indvars.iv.next2075.7, 128
   br i1 %exitcond2077.not.7, label %for_end_d486, label %for_body_d485, !prof !17, !llvm.loop !191
 
 for_end_d486:                                     ; preds = %for_body_d485, %vector.body263
-  %1958 = add nuw nsw i32 %t4831643, 1
-  %exitcond2078.not = icmp eq i32 %1958, %1304
+  %1959 = add nuw nsw i32 %t4831643, 1
+  %exitcond2078.not = icmp eq i32 %1959, %1304
   br i1 %exitcond2078.not, label %if_end478, label %for_begin_d484.preheader, !prof !8
 
 for_begin_lane.preheader.loopexit:                ; preds = %for_begin_to494.for_end_to496_crit_edge.split.us.us
-  %1959 = icmp ne <16 x i32> %.lcssa, splat (i32 2139095040)
+  %1960 = icmp ne <16 x i32> %.lcssa, splat (i32 2139095040)
   br label %for_begin_lane.preheader
 
 for_begin_lane.preheader:                         ; preds = %for_begin_lane.preheader.loopexit, %if_end478
-  %.us-phi1661 = phi <16 x i1> [ splat (i1 true), %if_end478 ], [ %1959, %for_begin_lane.preheader.loopexit ]
+  %.us-phi1661 = phi <16 x i1> [ splat (i1 true), %if_end478 ], [ %1960, %for_begin_lane.preheader.loopexit ]
   br i1 %779, label %for_body_row_tile.lr.ph, label %for_end_row_tile, !prof !3
 
 for_body_row_tile.lr.ph:                          ; preds = %for_begin_lane.preheader
-  %1960 = extractelement <16 x i1> %.us-phi1661, i64 14
-  %1961 = extractelement <16 x i1> %.us-phi1661, i64 15
-  %.not2549 = select i1 %1961, i1 %1960, i1 false
-  %1962 = extractelement <16 x i1> %.us-phi1661, i64 13
-  %.not2546 = select i1 %.not2549, i1 %1962, i1 false
-  %1963 = extractelement <16 x i1> %.us-phi1661, i64 12
-  %.not2543 = select i1 %.not2546, i1 %1963, i1 false
-  %1964 = extractelement <16 x i1> %.us-phi1661, i64 11
-  %.not2540 = select i1 %.not2543, i1 %1964, i1 false
-  %1965 = extractelement <16 x i1> %.us-phi1661, i64 10
-  %.not2537 = select i1 %.not2540, i1 %1965, i1 false
-  %1966 = extractelement <16 x i1> %.us-phi1661, i64 9
-  %.not2534 = select i1 %.not2537, i1 %1966, i1 false
-  %1967 = extractelement <16 x i1> %.us-phi1661, i64 8
-  %1968 = select i1 %.not2534, i1 %1967, i1 false
-  %1969 = extractelement <16 x i1> %.us-phi1661, i64 7
-  %1970 = select i1 %1968, i1 %1969, i1 false
-  %1971 = extractelement <16 x i1> %.us-phi1661, i64 6
-  %1972 = select i1 %1970, i1 %1971, i1 false
-  %1973 = extractelement <16 x i1> %.us-phi1661, i64 5
-  %1974 = select i1 %1972, i1 %1973, i1 false
-  %1975 = extractelement <16 x i1> %.us-phi1661, i64 4
-  %1976 = select i1 %1974, i1 %1975, i1 false
-  %1977 = extractelement <16 x i1> %.us-phi1661, i64 3
-  %1978 = select i1 %1976, i1 %1977, i1 false
-  %1979 = extractelement <16 x i1> %.us-phi1661, i64 2
-  %1980 = select i1 %1978, i1 %1979, i1 false
-  %1981 = extractelement <16 x i1> %.us-phi1661, i64 1
-  %1982 = select i1 %1980, i1 %1981, i1 false
-  %1983 = extractelement <16 x i1> %.us-phi1661, i64 0
-  %narrow = select i1 %1982, i1 %1983, i1 false
-  %1984 = mul nuw nsw i64 %indvars.iv2374, %790
-  %1985 = icmp slt i64 %indvars.iv.next2375, %791
-  %1986 = or i1 %1263, %1985
+  %1961 = extractelement <16 x i1> %.us-phi1661, i64 14
+  %1962 = extractelement <16 x i1> %.us-phi1661, i64 15
+  %.not2549 = select i1 %1962, i1 %1961, i1 false
+  %1963 = extractelement <16 x i1> %.us-phi1661, i64 13
+  %.not2546 = select i1 %.not2549, i1 %1963, i1 false
+  %1964 = extractelement <16 x i1> %.us-phi1661, i64 12
+  %.not2543 = select i1 %.not2546, i1 %1964, i1 false
+  %1965 = extractelement <16 x i1> %.us-phi1661, i64 11
+  %.not2540 = select i1 %.not2543, i1 %1965, i1 false
+  %1966 = extractelement <16 x i1> %.us-phi1661, i64 10
+  %.not2537 = select i1 %.not2540, i1 %1966, i1 false
+  %1967 = extractelement <16 x i1> %.us-phi1661, i64 9
+  %.not2534 = select i1 %.not2537, i1 %1967, i1 false
+  %1968 = extractelement <16 x i1> %.us-phi1661, i64 8
+  %1969 = select i1 %.not2534, i1 %1968, i1 false
+  %1970 = extractelement <16 x i1> %.us-phi1661, i64 7
+  %1971 = select i1 %1969, i1 %1970, i1 false
+  %1972 = extractelement <16 x i1> %.us-phi1661, i64 6
+  %1973 = select i1 %1971, i1 %1972, i1 false
+  %1974 = extractelement <16 x i1> %.us-phi1661, i64 5
+  %1975 = select i1 %1973, i1 %1974, i1 false
+  %1976 = extractelement <16 x i1> %.us-phi1661, i64 4
+  %1977 = select i1 %1975, i1 %1976, i1 false
+  %1978 = extractelement <16 x i1> %.us-phi1661, i64 3
+  %1979 = select i1 %1977, i1 %1978, i1 false
+  %1980 = extractelement <16 x i1> %.us-phi1661, i64 2
+  %1981 = select i1 %1979, i1 %1980, i1 false
+  %1982 = extractelement <16 x i1> %.us-phi1661, i64 1
+  %1983 = select i1 %1981, i1 %1982, i1 false
+  %1984 = extractelement <16 x i1> %.us-phi1661, i64 0
+  %narrow = select i1 %1983, i1 %1984, i1 false
+  %1985 = mul nuw nsw i64 %indvars.iv2374, %790
+  %1986 = or i1 %1263, %1387
   %1987 = add nsw i64 %1385, %777
   %1988 = mul nsw i64 %1987, %k_head
   %1989 = select i1 %1383, i32 128, i32 0
@@ -11338,7 +11338,7 @@ if_end506:                                        ; preds = %if_end503
 
 if_end509:                                        ; preds = %if_end506
   %1999 = icmp eq i64 %indvars.iv2369, %789
-  %2000 = add nuw nsw i64 %indvars.iv2369, %1984
+  %2000 = add nuw nsw i64 %indvars.iv2369, %1985
   %.idx2550 = shl i64 %2000, 4
   %2001 = getelementptr i8, ptr %reach1258, i64 %.idx2550
   %2002 = getelementptr i8, ptr %2001, i64 4

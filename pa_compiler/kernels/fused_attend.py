@@ -233,10 +233,9 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")
     attend, k_dtype, v_dtype = attend_rows(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
     columns_stage = compute_columns(ScoreFunctions(spec, many_tokens=True), tiling)
-    load_all = load_whole(spec, tiling)
+    load_all, early = load_whole(spec, tiling), tiling.in_tile_registers and spec.kv_layout != "packed"
     by_token = spec.kv_layout == "NHD" and not tiling.in_tile_registers
-    announce_keys, announce_values = ahead.announce(ahead.KEYS), ahead.announce(ahead.VALUES)
-    early, announce_early = tiling.in_tile_registers and spec.kv_layout != "packed", ahead.announce(ahead.EARLY_KEYS)
+    announce_keys, announce_values, announce_early = map(ahead.announce, (ahead.KEYS, ahead.VALUES, ahead.EARLY_KEYS))
 
     @script.inline
     def stage(
@@ -248,12 +247,10 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         tile = T.meta_var(Tile(tiling, tile_start, valid_len))
         has_next: T.let = tile_start + tiling.kv_tile < key_end
         at_once = T.meta_var(tiling.few_groups * tiling.token_group)
-        num_read: T.let = T.ceildiv(valid_len, at_once) * at_once
-        num_offsets: T.let = T.Select(has_next, tiling.num_offsets, num_read)
-        last: T.let = key_end - 1
-        key_offsets_stage(table, key_cache, tile, item.seq, last, num_offsets, first_token, runs)
+        num_offsets: T.let = T.Select(has_next, tiling.num_offsets, T.ceildiv(valid_len, at_once) * at_once)
+        key_offsets_stage(table, key_cache, tile, item.seq, key_end - 1, num_offsets, first_token, runs)
         if not spec.shared_kv:
-            value_offsets_stage(table, value_cache, tile, item.seq, last, num_offsets, first_token, runs)
+            value_offsets_stage(table, value_cache, tile, item.seq, key_end - 1, num_offsets, first_token, runs)
         computed = T.meta_var(columns_stage(of_functions, item.seq, context_len, tile, tile.num_groups))
         for kv_head in range(item.num_kv_heads):
             with T.sblock("kv_head"):
@@ -267,9 +264,9 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                 shares = T.meta_var((item.num_kv_heads, vkv) if by_token else ())
                 key_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * key_cache.head
                 value_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * value_cache.head
+                more: T.let = T.Or(has_next, T.Not(is_last))
                 if early:
-                    in_copies: T.let = T.And(item.head_tiles == 1, T.Or(has_next, T.Not(is_last)))
-                    announce_early(key_cache, next_tile, next_head * key_cache.head, in_copies)
+                    announce_early(key_cache, next_tile, next_head * key_cache.head, T.And(item.head_tiles == 1, more))
                 if tiling.copy_keys:
                     k_tile = T.sblock_alloc_buffer(key_copy, k_dtype)
                     load_keys(key_cache, k_tile, key_head, tile.num_groups)
@@ -289,16 +286,15 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                         T.writes()
                         first: T.let = script.opaque(vkv * item.head_tiles + vrt)
                         if tiling.prefetches:
-                            wanted: T.let = T.And(vrt == item.head_tiles - 1, T.Or(has_next, T.Not(is_last)))
-                            keys_wanted = T.meta_var(T.And(wanted, item.head_tiles > 1) if early else wanted)
-                            announce_keys(key_cache, next_tile, next_head * key_cache.head, keys_wanted, *shares)
+                            wanted: T.let = T.And(vrt == item.head_tiles - 1, more)
+                            of_keys = T.meta_var(T.And(wanted, item.head_tiles > 1) if early else wanted)
+                            announce_keys(key_cache, next_tile, next_head * key_cache.head, of_keys, *shares)
                             if not spec.shared_kv:
                                 announce_values(value_cache, next_tile, next_head * value_cache.head, wanted, *shares)
                         if tile_start < item.bounds.reach[first, LIMIT]:
                             attend(
-                                q_tile, first, keys, key_head, values, value_head, tile,
-                                running._replace(slot=first), step, num_steps, item, computed,
-                                infinite if tiling.in_tile_registers else None,
+                                q_tile, first, keys, key_head, values, value_head, tile, running._replace(slot=first),
+                                step, num_steps, item, computed, infinite if tiling.in_tile_registers else None,
                             )  # fmt: skip
 
     return stage
