@@ -71,7 +71,8 @@ class Tiling:
         attends: Whether the tiles are for attend, where a query token need not be the last token of its sequence.
         many_tokens: Whether the rows of a tile are those of several query tokens, row_tile pairs of a token and a head:
             in the fused attend.
-        few_rows: Rows of a tile up to which the matmuls take no more of it; 0 where they take a tile whole.
+        few_rows: Rows of a tile up to which the matmuls take no more of it, and in tile registers the softmax; 0 where
+            they take a tile whole.
         few_groups: Token groups that qk_matmul takes at a time for few_rows.
         weight_sums: In how many sums the weights of a tile are added up at first, of every so many tokens: the same in
             decode and attend where both give the same bits. 0: as a schedule has it, and decode steps as it likes.
