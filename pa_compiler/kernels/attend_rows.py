@@ -59,7 +59,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     rows, tokens, terms = tiling.row_tile, tiling.padded_kv_tile, tiling.values.terms
     in_pairs, rows_of = terms == 2, rows_of_item(spec, tiling)
     qk_stage = _by_rows(tiling, lambda few: qk_matmul(spec, tiling, few))
-    in_whole = tiling.in_tile_registers
+    in_whole = tiling.in_tile_registers and tiling.copy_values
     if in_whole:
         update_stage = _pv_update_whole(spec, tiling)
     else:
