@@ -75,8 +75,8 @@ class Tiling:
         few_groups: Token groups that qk_matmul takes at a time for few_rows.
         weight_sums: In how many sums the weights of a tile are added up at first, of every so many tokens: the same in
             decode and attend where both give the same bits. 0: as a schedule has it, and decode steps as it likes.
-        value_pairs: Pairs of tokens that a matrix unit adds up at a time where it multiplies packed values as they lie in
-            the cache: they are in one block. 0: it does not.
+        value_pairs: Pairs of tokens, all of one block, that a matrix unit adds up at a time where it multiplies packed
+            values as they lie in the cache. 0: it does not.
         value_dims: Elements of value_dim whose sums it holds then.
     """
 
@@ -120,7 +120,7 @@ class Tiling:
 
     @property
     def tile_shape(self) -> tuple[int, int] | None:
-        """Rows of sums in a tile register, and the pairs of tokens that a product adds up; None where there are none."""
+        """Rows of sums in a tile register, and the pairs of tokens that a product adds up; None without them."""
         if not self.in_tile_registers:
             return None
         return (self.row_tile, self.value_pairs) if self.value_pairs else (16, 16)

@@ -142,7 +142,7 @@ def _pair_of_rows(cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
 
 
 def value_rows(cache: Cache, first: Expr, row: Expr, head_offset: Expr, d: Expr) -> Expr:
-    """The word of element d, of packed values, in a row after that of the token in column `first`, in the same block."""
+    """The word of element d in a row of packed values, from that of the token in column `first` on, in its block."""
     in_block = T.Cast("int64", row) * cache.row + T.Cast("int64", d)
     return cache.memory[cache.offsets[first] + head_offset + in_block]
 

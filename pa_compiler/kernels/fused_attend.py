@@ -293,7 +293,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                             attend(
                                 q_tile, first, keys, key_head, values, value_head, tile,
                                 running._replace(slot=first), step, num_steps, item, computed,
-                                infinite if tiling.in_tile_registers else None,
+                                infinite if tiling.in_tile_registers and tiling.copy_values else None,
                             )  # fmt: skip
 
     return stage

@@ -11,10 +11,10 @@ are right operands of the unit's products. The left ones are the query and the w
 from collections.abc import Callable
 
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import tokens_in_lanes
-from pa_compiler.schedules.cpu.head_dim_in_lanes import vectorize_in_order
+from pa_compiler.schedules.cpu import in_tile_registers, tokens_in_lanes
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.tile_nests import COLUMNS, Registers, clear, multiply, store
 from pa_compiler.tiles import VectorTiling
@@ -42,55 +42,61 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     fetch(sch, KEYS, group, shares=[step])
 
 
-def clear_sums(sch: Schedule, tiling: VectorTiling) -> None:
-    """In tile registers."""
-    row, dim = sch.get_loops("no_sum")[-2:]
+def _clear_sums(sch: Schedule, of: str) -> None:
+    clear(sch, _tiles(sch, f"{of}no_sum"))
+
+
+def _whole_sum(sch: Schedule, of: str) -> None:
+    pass_, group = sch.get_loops(f"{of}whole_sum")[-6:-4]
+    multiply(sch, _tiles(sch, f"{of}whole_sum"), _OF_VALUES)
+    if not of:
+        fetch(sch, VALUES, group, passes=[pass_])
+
+
+def _edge_group(sch: Schedule, of: str) -> None:
+    sch.vectorize(sch.split(sch.get_loops(f"{of}edge_value")[-1], [None, COLUMNS])[1])
+    multiply(sch, _tiles(sch, f"{of}edge_sum"), _OF_VALUES)
+
+
+def _store_sums(sch: Schedule, of: str) -> None:
+    store(sch, _tiles(sch, f"{of}stored_sum"))
+
+
+def _tiles(sch: Schedule, name: str) -> LoopRV:
+    """The loop over tiles of columns, of an sblock whose loops over rows and columns may have one over pairs after them."""
+    loops = sch.get_loops(name)
+    row, dim, *pair = loops[-3:] if name.endswith(("whole_sum", "edge_sum")) else loops[-2:]
     tile, column = sch.split(dim, [None, COLUMNS])
-    sch.reorder(tile, row, column)
-    clear(sch, tile)
+    sch.reorder(tile, row, column, *pair)
+    return tile
 
 
-def whole_sum(sch: Schedule, tiling: VectorTiling) -> None:
-    """Of values in the cache."""
-    pass_, group = sch.get_loops("whole_sum")[-6:-4]
-    _products(sch, "whole_sum")
-    fetch(sch, VALUES, group, passes=[pass_])
-
-
-def edge_group(sch: Schedule, tiling: VectorTiling) -> None:
-    """Of values in the copy, whose rows are made as vectors."""
-    sch.vectorize(sch.split(sch.get_loops("edge_value")[-1], [None, COLUMNS])[1])
-    _products(sch, "edge_sum")
-
-
-def _products(sch: Schedule, name: str) -> None:
-    row, dim, pair = sch.get_loops(name)[-3:]
-    tile, column = sch.split(dim, [None, COLUMNS])
-    sch.reorder(tile, row, column, pair)
-    multiply(sch, tile, _OF_VALUES)
-
-
-def store_sums(sch: Schedule, tiling: VectorTiling) -> None:
-    """From tile registers."""
-    row, dim = sch.get_loops("stored_sum")[-2:]
-    tile, column = sch.split(dim, [None, COLUMNS])
-    sch.reorder(tile, row, column)
-    store(sch, tile)
+_OF_SUMS = {
+    "clear_sums": _clear_sums,
+    "whole_sum": _whole_sum,
+    "edge_group": _edge_group,
+    "store_sums": _store_sums,
+}
 
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     name: apply for name, apply in tokens_in_lanes.STAGES.items() if name not in ("pv_matmul", "pv_update")
 } | {
     "qk_matmul": qk_matmul,
-    "clear_sums": clear_sums,
-    "whole_sum": whole_sum,
-    "edge_group": edge_group,
-    "store_sums": store_sums,
+    "find_infinite": in_tile_registers.find_infinite,
+    **{
+        of + name: lambda sch, _, apply=apply, of=of: apply(sch, of)
+        for of in ("", "row_")
+        for name, apply in _OF_SUMS.items()
+    },
 }
 """How each stage is scheduled, by the name of its sblock."""
 
 SCALAR = tokens_in_lanes.SCALAR | {
     "pv_update": "around stages",
     "edge_group": "around stages",
+    "row_edge_group": "around stages",
+    "row_apart": "around stages",
+    "row_of_acc": "a row of outputs where values are infinite or NaN",
 }
 """The sblocks that run as they are written, and why."""

@@ -71,6 +71,8 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     if pipeline == "staged":
         return dataclasses.replace(choose(spec, target, pipeline), attends=True)
     known = basis(spec, target, "fused")._replace(rows=ATTEND_ROWS)
+    if TokensInTiles.takes(known)[0]:
+        return TokensInTiles.choose_attend(known)
     if InTileRegisters.takes(known)[0]:
         return InTileRegisters.choose(known)
     packed, as_they_lie = spec.kv_layout == "packed", known.dot_pairs or spec.dtype == "float32"

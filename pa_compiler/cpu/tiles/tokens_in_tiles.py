@@ -7,9 +7,9 @@ import math
 from typing import ClassVar
 
 from pa_compiler.cpu.tiles.basis import Basis, CpuTiling
-from pa_compiler.key_ranges import decodes_in_step
+from pa_compiler.key_ranges import ATTEND_KV_TILE, decodes_in_step
 from pa_compiler.spec import PACKED_TOKENS
-from pa_compiler.tiles import equal_tile, largest_divisor
+from pa_compiler.tiles import divisors, equal_tile, largest_divisor
 
 TILES = 4
 """Tile registers that a block of sums has."""
@@ -34,7 +34,7 @@ class TokensInTiles(CpuTiling):
         if spec.head_dim % (2 * _PAIRS) or spec.result_dim % _COLUMNS:
             return False, f"tile registers take head_dim in steps of {2 * _PAIRS}, value_dim in steps of {_COLUMNS}."
         if not decodes_in_step(spec):
-            return False, "tile registers take whole steps of tokens from the first position on, as decode does not here."
+            return False, "tile registers take whole steps of tokens from the first position on."
         return True, "AMX multiplies packed bfloat16 as it lies in the caches."
 
     @classmethod
@@ -55,4 +55,14 @@ class TokensInTiles(CpuTiling):
             value_pairs=math.gcd(spec.block_size // 2, _PAIRS),
             value_dims=largest_divisor(spec.result_dim // _COLUMNS, TILES) * _COLUMNS,
             weight_sums=PACKED_TOKENS,
+        )
+
+    @classmethod
+    def choose_attend(cls, basis: Basis) -> TokensInTiles:
+        """The same of rows that are pairs of a query token and a head, in steps that the second-level cache holds."""
+        spec, group = basis.spec, TILES * _COLUMNS
+        most = max(basis.machine.second_level // (2 * (spec.head_dim + spec.result_dim)), group)
+        kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= most)
+        return dataclasses.replace(
+            cls.choose(basis), kv_tile=kv_tile, prefetches=True, attends=True, many_tokens=True
         )
