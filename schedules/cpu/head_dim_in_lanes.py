@@ -78,12 +78,17 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
 
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
+    weigh_scores(sch, tiling, lambda name: by_lanes(sch, name, 1))
+
+
+def weigh_scores(sch: Schedule, tiling: VectorTiling, maxima: Callable[[str], None]) -> None:
+    """The same, where maxima schedules the sblock of maxima that it is given the name of."""
     exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
     for name in (*functions.score_steps(sch, tiling), "scaled", *exact, "probs"):
         sch.vectorize(sch.get_loops(name)[-1])
-    by_lanes(sch, "peak", 1)
     if tiling.many_tokens or not tiling.pairs_weights:
         by_lanes(sch, "tile_sum", 2, tiling.weight_sums)
+    maxima("peak")
 
 
 def by_lanes(sch: Schedule, name: str, axis: int, lanes: int = 0) -> None:

@@ -15,7 +15,9 @@ from tvm.s_tir.schedule import LoopRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.cpu import in_tile_registers, tokens_in_lanes
+from pa_compiler.schedules.cpu.head_dim_in_lanes import weigh_scores
 from pa_compiler.schedules.fetch import fetch
+from pa_compiler.schedules.intrinsics.max_lanes import max_lanes
 from pa_compiler.schedules.intrinsics.tile_nests import COLUMNS, Registers, clear, multiply, store
 from pa_compiler.tiles import VectorTiling
 
@@ -40,6 +42,34 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     multiply(sch, tile, _OF_KEYS)
     store(sch, stored)
     fetch(sch, KEYS, group, shares=[step])
+
+
+def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
+    """As where tokens lie in lanes, with the maxima of all rows together."""
+    weigh_scores(sch, tiling, lambda name: _maxima(sch, name))
+
+
+def full_scores(sch: Schedule, tiling: VectorTiling) -> None:
+    """The same of the scores that all rows see."""
+    sch.vectorize(sch.get_loops("full_scaled")[-1])
+    _maxima(sch, "full_peak")
+
+
+def _maxima(sch: Schedule, name: str) -> None:
+    """Of a row first lane by lane, then of the lanes of all rows."""
+    total = sch.get_sblock(name)
+    row, group, token = sch.get_loops(total)[-3:]
+    vector, lane = sch.split(token, [None, COLUMNS])
+    parts = sch.rfactor(lane, factor_axis=1)
+    sums = sch.cache_write(parts, 0, "global")
+    row, group, _, lane = sch.get_loops(parts)[-4:]
+    sch.vectorize(lane)
+    sch.reverse_compute_at(sums, row)
+    sch.vectorize(sch.get_loops(sums)[-1])
+    sch.decompose_reduction(parts, group)
+    row, lane = sch.get_loops(total)[-2:]
+    sch.vectorize(sch.get_loops(sch.decompose_reduction(total, row))[-1])
+    sch.tensorize(row, max_lanes(int(sch.get(row).extent)))
 
 
 def _clear_sums(sch: Schedule, of: str) -> None:
@@ -83,6 +113,8 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     name: apply for name, apply in tokens_in_lanes.STAGES.items() if name not in ("pv_matmul", "pv_update")
 } | {
     "qk_matmul": qk_matmul,
+    "softmax_prepare": softmax_prepare,
+    "full_scores": full_scores,
     "find_infinite": in_tile_registers.find_infinite,
     **{
         of + name: lambda sch, _, apply=apply, of=of: apply(sch, of)
