@@ -6,7 +6,6 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pa_compiler import installation
@@ -105,10 +104,9 @@ def render(
     target: CpuTarget,
     pipeline: str,
     kernels: Sequence[Kernel],
-    shares_prefix: bool = False,
-    tile_shapes: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    **has: Any,
 ) -> str:
-    """The text of host.cc; kernels are the pipeline's and append_kv's. tile_shapes: of kernels in tile registers."""
+    """The text of host.cc; kernels are the pipeline's and append_kv's. has: shares_prefix, tile_shapes by kernel."""
     fused = pipeline == "fused"
     arrays = [f"input_{each.name}" for each in spec.inputs] + [each.name for each in spec.constants]
     thread_tokens = max(1, _THREAD_FLOPS // (2 * (spec.head_dim + spec.result_dim) * spec.num_heads))
@@ -121,8 +119,7 @@ def render(
         decode_parameters=with_inputs(CPU_ENTRY_POINTS["decode"], spec),
         attend_parameters=with_inputs(CPU_ENTRY_POINTS["attend"], spec),
         shared_prefix_parameters=with_inputs(CPU_ENTRY_POINTS["attend_shared_prefix"], spec),
-        shares_prefix=shares_prefix,
-        tile_shapes=tile_shapes,
+        **{"shares_prefix": False, "tile_shapes": {}, **has},
         function_values={name: f"functions.{name}" for name in arrays},
         kernels={kernel.name: kernel for kernel in kernels},
         split_blocks=tiling.split_blocks if fused else "INT64_MAX",

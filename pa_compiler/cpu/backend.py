@@ -95,7 +95,7 @@ def host_text(
     kernels = host.kernels(unscheduled)
     tilings = {"fused_decode": tiles, "fused_attend": of_attend}
     shapes = {each.name: shape for each in kernels if (of := tilings.get(each.name)) and (shape := of.tile_shape)}
-    return host.render(spec, tiles, cpu, pipeline, kernels, shares_prefix, shapes)
+    return host.render(spec, tiles, cpu, pipeline, kernels, shares_prefix=shares_prefix, tile_shapes=shapes)
 
 
 def attends(pipeline: str) -> bool:

@@ -98,7 +98,9 @@ def explain(
 
 def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> list[tuple[str, str]]:
     """The tiles: of rows and tokens, and what of them lies in registers."""
-    if tiles.in_tile_registers:
+    if tiles.value_pairs:
+        read = "read in place and multiplied by AMX, but for copies of values at the ends of what is seen"
+    elif tiles.in_tile_registers:
         read = "tiles copied to scratch once for all their rows, values turned, and multiplied by AMX"
     elif tiles.keys.terms == 2:
         values = "values paired in scratch, once for all their rows" if tiles.copy_values else "values too"

@@ -15,7 +15,7 @@ from pa_compiler.kernels.computed import allocate_visible, compute_columns, comp
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.pv_in_place import update_in_place
-from pa_compiler.kernels.pv_matmul import pv_matmul
+from pa_compiler.kernels.pv_matmul import pv_update
 from pa_compiler.kernels.qk_matmul import qk_matmul
 from pa_compiler.kernels.rows import begins_late, first_of_range, first_seen, limit, masks_first_tile, rows_of_tiles
 from pa_compiler.kernels.score_functions import ScoreFunctions
@@ -238,7 +238,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     num_tiles, rows, tokens = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile
     in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
     qk_stage, softmax_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling)
-    update_stage = update_in_place(spec, tiling) if tiling.value_pairs else _pv_update(spec, tiling)
+    update_stage = update_in_place(spec, tiling) if tiling.value_pairs else pv_update(spec, tiling)
     pairs_stage, rescale_stage = pair_probs(tiling), state.rescale(rows)
     functions = ScoreFunctions(spec)
     visible_stage = compute_visible(functions, tiling)
@@ -273,24 +273,6 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             weights, values, value_head, tile, Factors(alpha, beta, 0), running._replace(slot=first), step, num_steps,
             computed,
         )  # fmt: skip
-
-    return stage
-
-
-def _pv_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """The outputs of the head tiles, and their fold into the running state."""
-    num_tiles, rows, dim = tiling.pass_tiles(spec), tiling.row_tile, spec.result_dim
-    pv_stage, fold_stage = pv_matmul(spec, tiling), state.fold(num_tiles, rows, dim)
-
-    @script.inline
-    def stage(weights, values, value_head, tile, factors, running, step, num_steps, computed):
-        num_full: T.let = tile.num_full
-        with T.sblock("pv_update"):
-            T.reads()
-            T.writes()
-            tile_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
-            pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, computed)
-            fold_stage(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
 
     return stage
 

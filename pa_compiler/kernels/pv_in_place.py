@@ -1,9 +1,9 @@
 """Stage 3 where a matrix unit multiplies packed values as they lie in the cache: tile_acc = probs @ value tile.
 
-A row of packed values has a pair of tokens, and is a row of the unit's right operand. Token groups of which all rows see
-all are read in place. Of the others, at the ends of what is seen, what no row sees is 0 in a copy: a weight of 0 would
-not leave out a value that is infinite or NaN. Where only some rows see such a value, the products are made a row at a
-time, with values of 0 in place of what the row does not see. Either way a row gets the same bits: a product of 0 changes
+A row of packed values has a pair of tokens, and is a row of the unit's right operand. Token groups that all rows see
+whole are read in place. Of the others, at the ends of what is seen, what no row sees is 0 in a copy: a weight of 0
+would leave in a value that is infinite or NaN. Where only some rows see such a value, products are made a row at a
+time, with values of 0 in place of what the row does not see. Either way a row has the same bits: a product of 0 changes
 no sum.
 """
 
@@ -86,9 +86,7 @@ def _by_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         find_infinite(values, head_offset, tile, num_full, infinite)
         is_whole = T.meta_var(lambda group: group < num_full)
         if infinite[0] == 0:
-            sum_stage(
-                weights, values, head_offset, tile, tile_acc, is_whole, lambda word, pair: seen(tile, word, pair)
-            )
+            sum_stage(weights, values, head_offset, tile, tile_acc, is_whole, lambda word, pair: seen(tile, word, pair))
         else:
             for row in range(rows):
                 with T.sblock("row_apart"):
@@ -98,7 +96,7 @@ def _by_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     row_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
                     row_stage(
                         weights, values, head_offset, tile, row_acc, is_whole,
-                        lambda word, pair: seen_by(edges, vrow, word, pair),
+                        lambda word, pair: seen_by(edges, vrow, word, pair),  # noqa: B023
                     )  # fmt: skip
                     with T.sblock("row_of_acc"):
                         T.reads(row_acc[0, vrow, 0:dim])
@@ -122,7 +120,7 @@ def _ones(tile, pair):
 
 
 def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """infinite[0] = 1 where values after the first num_full groups that some row sees have an infinity or a NaN, else 0."""
+    """infinite[0] = 1 where values that some row sees, after num_full groups, have an infinity or a NaN, else 0."""
     dim, pairs, group = spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
     read = value_access(spec, tiling).pair
 

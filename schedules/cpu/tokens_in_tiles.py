@@ -14,8 +14,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import in_tile_registers, tokens_in_lanes
-from pa_compiler.schedules.cpu.head_dim_in_lanes import weigh_scores
+from pa_compiler.schedules.cpu import head_dim_in_lanes, in_tile_registers, tokens_in_lanes
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.max_lanes import max_lanes
 from pa_compiler.schedules.intrinsics.tile_nests import COLUMNS, Registers, clear, multiply, store
@@ -46,7 +45,7 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
 
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """As where tokens lie in lanes, with the maxima of all rows together."""
-    weigh_scores(sch, tiling, lambda name: _maxima(sch, name))
+    head_dim_in_lanes.softmax_prepare(sch, tiling, _maxima)
 
 
 def full_scores(sch: Schedule, tiling: VectorTiling) -> None:
@@ -59,7 +58,7 @@ def _maxima(sch: Schedule, name: str) -> None:
     """Of a row first lane by lane, then of the lanes of all rows."""
     total = sch.get_sblock(name)
     row, group, token = sch.get_loops(total)[-3:]
-    vector, lane = sch.split(token, [None, COLUMNS])
+    _, lane = sch.split(token, [None, COLUMNS])
     parts = sch.rfactor(lane, factor_axis=1)
     sums = sch.cache_write(parts, 0, "global")
     row, group, _, lane = sch.get_loops(parts)[-4:]
@@ -93,7 +92,7 @@ def _store_sums(sch: Schedule, of: str) -> None:
 
 
 def _tiles(sch: Schedule, name: str) -> LoopRV:
-    """The loop over tiles of columns, of an sblock whose loops over rows and columns may have one over pairs after them."""
+    """The loop over tiles of columns: of loops over rows and columns, and of products over pairs."""
     loops = sch.get_loops(name)
     row, dim, *pair = loops[-3:] if name.endswith(("whole_sum", "edge_sum")) else loops[-2:]
     tile, column = sch.split(dim, [None, COLUMNS])

@@ -1,7 +1,6 @@
 """A tensor intrinsic: the maxima across the lanes of up to 16 vectors of 16 lanes, of all vectors together.
 
-By rounds of shuffles that each join two vectors, as in sum_lanes.py. Where there are fewer vectors than a round joins, one
-is joined with itself.
+By rounds of shuffles that each join two vectors, as in sum_lanes.py; one that is left alone is joined with itself.
 """
 
 from tvm.ir import Expr

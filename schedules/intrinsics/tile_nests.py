@@ -14,11 +14,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import tvm_ffi
-from tvm.sym import Analyzer
 from tvm.ir import Call, Expr, Range
 from tvm.s_tir import MatchBufferRegion, SBlock, Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV, StmtSRef
 from tvm.script import tirx as T
+from tvm.sym import Analyzer
 from tvm.tirx import (
     Add,
     Buffer,

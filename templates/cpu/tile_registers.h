@@ -22,8 +22,8 @@ inline void CheckTileRegisters() {
   }
 }
 
-// While it lives this thread has eight tile registers of rows of 64 bytes: 0 to 3 for sums of so many rows, 4 and 5 for a
-// left and a right operand of 16 pairs, 6 and 7 for those of so many pairs. With 16 of both all are of 16 rows. A
+// While it lives this thread has eight tile registers of rows of 64 bytes: 0 to 3 for sums of so many rows, 4 and 5 for
+// a left and a right operand of 16 pairs, 6 and 7 for those of so many pairs. With 16 of both all are of 16 rows. A
 // caller's shapes come back after it, with zeros in the registers, which no function has to keep.
 class TileRegisters {
  public:

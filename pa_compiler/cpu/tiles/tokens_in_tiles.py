@@ -63,6 +63,4 @@ class TokensInTiles(CpuTiling):
         spec, group = basis.spec, TILES * _COLUMNS
         most = max(basis.machine.second_level // (2 * (spec.head_dim + spec.result_dim)), group)
         kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= most)
-        return dataclasses.replace(
-            cls.choose(basis), kv_tile=kv_tile, prefetches=True, attends=True, many_tokens=True
-        )
+        return dataclasses.replace(cls.choose(basis), kv_tile=kv_tile, prefetches=True, attends=True, many_tokens=True)
