@@ -40,7 +40,7 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     clear(sch, sch.get_loops(cleared)[-3])
     multiply(sch, tile, _OF_KEYS)
     store(sch, stored)
-    fetch(sch, KEYS, group, shares=[step])
+    fetch(sch, KEYS, group, shares=[step, tile])
 
 
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
@@ -76,10 +76,11 @@ def _clear_sums(sch: Schedule, of: str) -> None:
 
 
 def _whole_sum(sch: Schedule, of: str) -> None:
-    pass_, group = sch.get_loops(f"{of}whole_sum")[-6:-4]
-    multiply(sch, _tiles(sch, f"{of}whole_sum"), _OF_VALUES)
+    pass_, group, step = sch.get_loops(f"{of}whole_sum")[-6:-3]
+    tile = _tiles(sch, f"{of}whole_sum")
+    multiply(sch, tile, _OF_VALUES)
     if not of:
-        fetch(sch, VALUES, group, passes=[pass_])
+        fetch(sch, VALUES, group, passes=[pass_], shares=[step, tile])
 
 
 def _edge_group(sch: Schedule, of: str) -> None:

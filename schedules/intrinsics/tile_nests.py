@@ -28,6 +28,7 @@ from tvm.tirx import (
     Cast,
     Evaluate,
     For,
+    IfThenElse,
     LShift,
     Mul,
     SeqStmt,
@@ -64,9 +65,11 @@ def multiply(sch: Schedule, tiles: LoopRV, registers: Registers) -> None:
     Raises:
         ValueError: the nest is of another form.
     """
-    sblock = sch.blockize(tiles)
-    nest = _nest(sch, sblock, 4)
-    tile, row, column, pair = nest.loops
+    count, (row, *_) = int(sch.get(tiles).extent), _inner(sch, tiles)
+    sch.unroll(tiles)
+    sblock = sch.blockize(row)
+    nest = _nest(sch, sblock, 3)
+    row, column, pair = nest.loops
     match nest.body:
         case BufferStore(value=Add(b=Add(a=Mul(a=Call(args=[LShift(a=a)]), b=Call(args=[LShift(a=b)]))) as product)):
             pass
@@ -76,13 +79,21 @@ def multiply(sch: Schedule, tiles: LoopRV, registers: Registers) -> None:
         raise ValueError(f"nest: expected a dot product of pairs, got {product}")
     left, right = (a, b) if nest.goes_by(b, column) else (b, a)
     rows, columns = _rows(nest, left, row, pair), _rows(nest, right, pair, column)
-    statements = [_instruction("tileloadd64", T.int8(registers.left), *rows.at(0))]
-    for i in range(int(tile.extent)):
-        statements += [
-            _instruction("tileloadd64", T.int8(registers.right), *columns.at(i)),
-            _instruction("tdpbf16ps", T.int8(i), T.int8(registers.left), T.int8(registers.right)),
-        ]
+    number = T.floormod(T.floordiv(nest.at(nest.body.indices[-1]), COLUMNS), count)
+    of_left, of_right = T.int8(registers.left), T.int8(registers.right)
+    statements = [
+        IfThenElse(number == 0, _instruction("tileloadd64", of_left, *rows.at(0)), None),
+        _instruction("tileloadd64", of_right, *columns.at(0)),
+        _instruction("tdpbf16ps", T.Cast("int8", number), of_left, of_right),
+    ]
     _become(sch, sblock, statements, [*rows.matched, *columns.matched], nest.body.buffer)
+
+
+def _inner(sch: Schedule, loop: LoopRV) -> list[LoopRV]:
+    """The loops within a loop around one sblock."""
+    (sblock,) = sch.get_child_blocks(loop)
+    loops = sch.get_loops(sblock)
+    return loops[[sch.get(each).same_as(sch.get(loop)) for each in loops].index(True) + 1 :]
 
 
 def store(sch: Schedule, tiles: LoopRV) -> None:
@@ -90,7 +101,7 @@ def store(sch: Schedule, tiles: LoopRV) -> None:
     sblock = sch.blockize(tiles)
     nest = _nest(sch, sblock, 3)
     tile, row, column = nest.loops
-    stored = _rows(nest, BufferLoad(nest.body.buffer, nest.body.indices), row, column)
+    stored = _rows(nest, BufferLoad(nest.body.buffer, nest.body.indices), row, column, tile)
     count = int(tile.extent)
     statements = [_instruction("tilestored64", T.int8(i), *stored.at(i)) for i in range(count)]
     sums = nest.body.value.source
@@ -114,8 +125,8 @@ class _Nest(NamedTuple):
             for variable in undefined_vars(expression)
         )
 
-    def at(self, expression: Expr, tile: int) -> Expr:
-        """An expression at the first row, column and pair of a tile."""
+    def at(self, expression: Expr, tile: int = 0) -> Expr:
+        """An expression at the first row, column and pair of a tile, which is a loop's if there are several."""
         analyzer = Analyzer()
         for i, loop in enumerate(self.loops):
             analyzer.bind(loop.loop_var, T.int32(0 if i else tile))
@@ -153,9 +164,9 @@ class _Rows(NamedTuple):
         return T.address_of(self.first[number]), T.Cast("int64", self.row) * T.int64(4)
 
 
-def _rows(nest: _Nest, load: BufferLoad, row: For, column: For) -> _Rows:
+def _rows(nest: _Nest, load: BufferLoad, row: For, column: For, tiles: For | None = None) -> _Rows:
     """An operand of which load is an element. A buffer of several axes is matched: its strides are not known yet."""
-    numbers = range(int(nest.loops[0].extent))
+    numbers = range(int(tiles.extent) if tiles else 1)
     if len(load.source.shape) == 1:
         (index,) = load.indices
         return _Rows([BufferLoad(load.source, [nest.at(index, i)]) for i in numbers], nest.step(index, row), [])
