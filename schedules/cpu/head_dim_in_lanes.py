@@ -83,7 +83,7 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling, maxima: Maxima | None =
     for name in (*functions.score_steps(sch, tiling), "scaled", *exact, "probs"):
         sch.vectorize(sch.get_loops(name)[-1])
     if tiling.many_tokens or not tiling.pairs_weights:
-        by_lanes(sch, "tile_sum", 2, tiling.weight_sums)
+        by_lanes(sch, "tile_sum", 2, tiling.weight_sums // tiling.values.terms)
     maxima(sch, "peak") if maxima else by_lanes(sch, "peak", 1)
 
 
