@@ -16,7 +16,9 @@ from tvm.s_tir.schedule import LoopRV
 from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.cpu import head_dim_in_lanes, in_tile_registers, tokens_in_lanes
 from pa_compiler.schedules.fetch import fetch
+from pa_compiler.schedules.intrinsics.add_lanes import ROWS, add_lanes
 from pa_compiler.schedules.intrinsics.max_lanes import max_lanes
+from pa_compiler.schedules.intrinsics.round_lanes import round_lanes
 from pa_compiler.schedules.intrinsics.tile_nests import COLUMNS, Registers, clear, multiply, store
 from pa_compiler.tiles import VectorTiling
 
@@ -45,30 +47,39 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
 
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """As where tokens lie in lanes, with the maxima of all rows together."""
-    head_dim_in_lanes.softmax_prepare(sch, tiling, _maxima)
+    head_dim_in_lanes.softmax_prepare(sch, tiling, _of_rows)
+    if tiling.many_tokens:
+        token = sch.get_loops("pairs")[-1]
+        sch.tensorize(token, round_lanes(int(sch.get(token).extent)))
 
 
 def full_scores(sch: Schedule, tiling: VectorTiling) -> None:
     """The same of the scores that all rows see."""
     sch.vectorize(sch.get_loops("full_scaled")[-1])
-    _maxima(sch, "full_peak")
+    _of_rows(sch, "full_peak", 1, 0)
 
 
-def _maxima(sch: Schedule, name: str) -> None:
-    """Of a row first lane by lane, then of the lanes of all rows."""
+def _of_rows(sch: Schedule, name: str, axis: int, lanes: int) -> None:
+    """What is made of a row's tokens first lane by lane, then of the lanes of all rows together."""
     total = sch.get_sblock(name)
-    row, group, token = sch.get_loops(total)[-3:]
-    _, lane = sch.split(token, [None, COLUMNS])
-    parts = sch.rfactor(lane, factor_axis=1)
+    rows, is_sum = int(sch.get(sch.get_loops(total)[-3]).extent), name == "tile_sum"
+    lanes = lanes or COLUMNS
+    if rows == 1 or (is_sum and rows != ROWS):
+        head_dim_in_lanes.by_lanes(sch, name, axis, lanes)
+        return
+    _, lane = sch.split(sch.get_loops(total)[-1], [None, lanes])
+    parts = sch.rfactor(lane, factor_axis=axis)
     sums = sch.cache_write(parts, 0, "global")
-    row, group, _, lane = sch.get_loops(parts)[-4:]
+    row, group, vector, lane = sch.get_loops(parts)[-4:]
     sch.vectorize(lane)
+    sch.unroll(vector)
     sch.reverse_compute_at(sums, row)
     sch.vectorize(sch.get_loops(sums)[-1])
     sch.decompose_reduction(parts, group)
-    row, lane = sch.get_loops(total)[-2:]
+    row = sch.get_loops(total)[-2]
     sch.vectorize(sch.get_loops(sch.decompose_reduction(total, row))[-1])
-    sch.tensorize(row, max_lanes(int(sch.get(row).extent)))
+    _, row = sch.split(row, [None, rows])  # the loop that stays is what rfactor of other sblocks steps over
+    sch.tensorize(row, add_lanes(lanes) if is_sum else max_lanes(rows))
 
 
 def _clear_sums(sch: Schedule, of: str) -> None:
