@@ -121,7 +121,9 @@ _OF_SUMS = {
 
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
-    name: apply for name, apply in tokens_in_lanes.STAGES.items() if name not in ("pv_matmul", "pv_update")
+    name: apply
+    for name, apply in tokens_in_lanes.STAGES.items()
+    if name not in ("columns", "visible_rows", "pv_matmul", "pv_update")
 } | {
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
@@ -137,8 +139,6 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
 
 SCALAR = tokens_in_lanes.SCALAR | {
     "pv_update": "around stages",
-    "edge_group": "around stages",
-    "row_edge_group": "around stages",
     "row_apart": "around stages",
     "row_of_acc": "a row of outputs where values are infinite or NaN",
 }
