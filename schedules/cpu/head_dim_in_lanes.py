@@ -108,12 +108,12 @@ def by_lanes(sch: Schedule, name: str, axis: int, lanes: int = 0) -> None:
     sch.decompose_reduction(total, lane)
 
 
-def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
-    """Pairs of tokens in lanes."""
+def pair_probs(sch: Schedule, tiling: VectorTiling, reduce: Reduce | None = None) -> None:
+    """Pairs of tokens in lanes; their sums as in softmax_prepare."""
     token = sch.get_loops("pairs")[-1]
     sch.tensorize(token, pair_lanes(int(sch.get(token).extent)))
     if tiling.pairs_weights:
-        by_lanes(sch, "tile_sum", 2, tiling.weight_sums // 2)
+        (reduce or by_lanes)(sch, "tile_sum", 2, tiling.weight_sums // 2)
 
 
 def pv_matmul(sch: Schedule, tiling: VectorTiling) -> None:

@@ -53,6 +53,11 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
         sch.tensorize(token, round_lanes(int(sch.get(token).extent)))
 
 
+def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
+    """As where tokens lie in lanes, with the sums of sixteen rows together."""
+    head_dim_in_lanes.pair_probs(sch, tiling, _of_rows)
+
+
 def full_scores(sch: Schedule, tiling: VectorTiling) -> None:
     """The same of the scores that all rows see."""
     sch.vectorize(sch.get_loops("full_scaled")[-1])
@@ -127,6 +132,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
 } | {
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
+    "pair_probs": pair_probs,
     "full_scores": full_scores,
     "find_infinite": in_tile_registers.find_infinite,
     **{
