@@ -205,63 +205,11 @@ class Module:
                                 vkv = T.axis.spatial(num_kv_heads, kv_head)
                                 T.reads()
                                 T.writes()
-                                k_tile = T.sblock_alloc_buffer((128, 64), "int32")
-                                v_tile = T.sblock_alloc_buffer((64, 128), "int32")
-                                infinite = T.sblock_alloc_buffer((1,), "int32")
                                 is_last: T.let[T.bool] = vkv == num_kv_heads - 1
                                 next_tile: T.let[T.int32] = T.Select(is_last, 128, 0)
                                 next_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
-                                with T.sblock("load_keys"):
-                                    T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                    T.writes(k_tile[0:128, 0:64])
-                                    for to, ti, d in T.grid((valid_len + 64 - 1) // 64, 64, 64):
-                                        with T.sblock("load_keys_element"):
-                                            vt = T.axis.spatial(128, to * 64 + ti)
-                                            vd = T.axis.spatial(64, d)
-                                            T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                            T.writes(k_tile[vt, vd])
-                                            k_tile[vt, vd] = key_cache[key_offsets[vt // 16 * 16] + key_head + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))]
-                                with T.sblock("load_values"):
-                                    T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                    T.writes(v_tile[0:64, 0:128])
-                                    for to, ti, d in T.grid((valid_len + 64 - 1) // 64, 32, 128):
-                                        with T.sblock("load_values_element"):
-                                            vt = T.axis.spatial(64, to * 32 + ti)
-                                            vd = T.axis.spatial(128, d)
-                                            T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                            T.writes(v_tile[vt, vd])
-                                            v_tile[vt, vd] = value_cache[value_offsets[2 * vt] + value_head + T.Cast("int64", vd)]
-                                if valid_len % 2 == 1:
-                                    for t, d in T.grid((valid_len + 64 - 1) // 64 * 32 - valid_len // 2, 128):
-                                        with T.sblock("unused_value"):
-                                            vt = T.axis.spatial(64, valid_len // 2 + t)
-                                            vd = T.axis.spatial(128, d)
-                                            T.reads(v_tile[vt, vd])
-                                            T.writes(v_tile[vt, vd])
-                                            v_tile[vt, vd] = v_tile[vt, vd] & 65535
-                                with T.sblock("find_infinite"):
-                                    T.reads(v_tile[0:64, 0:128])
-                                    T.writes(infinite[0])
-                                    largest = T.sblock_alloc_buffer((16,), "int32")
-                                    for lane, d, to, ti in T.grid(16, 128, T.Select(tree_start >= T.int64(0) or span[2] < tile_start + valid_len, (valid_len + 64 - 1) // 64, 0), 2):
-                                        with T.sblock("largest"):
-                                            vlane, vd = T.axis.remap("SR", [lane, d])
-                                            vt = T.axis.reduce(4, to * 2 + ti)
-                                            T.reads(v_tile[vt * 16 + vlane, vd])
-                                            T.writes(largest[vlane])
-                                            with T.init():
-                                                largest[vlane] = 0
-                                            largest[vlane] = T.max(largest[vlane], T.max(v_tile[vt * 16 + vlane, vd] << 16 & 2139095040, v_tile[vt * 16 + vlane, vd] & 2139095040))
-                                    for lane in range(16):
-                                        with T.sblock("infinite"):
-                                            vlane = T.axis.reduce(16, lane)
-                                            T.reads(largest[vlane])
-                                            T.writes(infinite[0])
-                                            with T.init():
-                                                infinite[0] = 0
-                                            infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
                                 for row_tile in range(head_tiles):
                                     with T.sblock("row_tile"):
                                         vrt = T.axis.spatial(head_tiles, row_tile)
@@ -292,17 +240,17 @@ class Module:
                                             num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))
                                             num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 64)
                                             with T.sblock("qk_matmul"):
-                                                T.reads(q_tile[first, 0:16, 0:64], k_tile[0:128, 0:64], key_offsets[0:256])
+                                                T.reads(q_tile[first, 0:16, 0:64], key_cache[0:k_span], key_offsets[0:256])
                                                 T.writes(scores[0, 0:16, 0:128])
                                                 for i, to, ti, r, d in T.grid(1, (valid_len_1 + 64 - 1) // 64, 64, 16, 64):
                                                     with T.sblock("scores"):
                                                         vt = T.axis.spatial(128, to * 64 + ti)
                                                         vi, vr, vd = T.axis.remap("SSR", [i, r, d])
-                                                        T.reads(q_tile[first + vi, vr, vd], k_tile[vt, vd])
+                                                        T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
                                                         T.writes(scores[0, vr, vt])
                                                         with T.init():
                                                             scores[0, vr, vt] = T.float32(0.0)
-                                                        scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", k_tile[vt, vd] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", k_tile[vt, vd] & -65536))
+                                                        scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
                                             with T.sblock("full_scores"):
                                                 T.reads(scores[0, 0:16, 0:128])
                                                 T.writes(scaled[0:16, 0:128], full_peak[0:16])
@@ -465,49 +413,139 @@ class Module:
                                                 T.reads()
                                                 T.writes()
                                                 tile_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                infinite = T.sblock_alloc_buffer((1,), "int32")
+                                                sums = T.sblock_alloc_buffer((16, 64))
+                                                with T.sblock("find_infinite"):
+                                                    T.reads()
+                                                    T.writes(infinite[0])
+                                                    largest = T.sblock_alloc_buffer((16,), "int32")
+                                                    for lane, to, ti, d in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full, 32, 8):
+                                                        with T.sblock("largest"):
+                                                            vlane = T.axis.spatial(16, lane)
+                                                            vt = T.axis.reduce(64, (num_full + to) * 32 + ti)
+                                                            vd = T.axis.reduce(8, d)
+                                                            T.reads(value_cache[T.Cast("int64", vd) * T.int64(16) + value_offsets[vt * 2] + value_head + T.Cast("int64", vlane)], value_offsets[vt * 2])
+                                                            T.writes(largest[vlane])
+                                                            with T.init():
+                                                                largest[vlane] = 0
+                                                            largest[vlane] = T.max(largest[vlane], T.max((value_cache[value_offsets[2 * vt] + value_head + T.Cast("int64", vd * 16 + vlane)] & (T.Select(2 * vt < valid_len_1, -1, 0) & 65535 | T.Select(2 * vt + 1 < valid_len_1, -1, 0) & -65536)) << 16 & 2139095040, value_cache[value_offsets[2 * vt] + value_head + T.Cast("int64", vd * 16 + vlane)] & (T.Select(2 * vt < valid_len_1, -1, 0) & 65535 | T.Select(2 * vt + 1 < valid_len_1, -1, 0) & -65536) & 2139095040))
+                                                    for lane in range(16):
+                                                        with T.sblock("infinite"):
+                                                            vlane = T.axis.reduce(16, lane)
+                                                            T.reads(largest[vlane])
+                                                            T.writes(infinite[0])
+                                                            with T.init():
+                                                                infinite[0] = 0
+                                                            infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
                                                 if infinite[0] == 0:
-                                                    with T.sblock("whole_products"):
-                                                        T.reads(prob_pairs[0, 0:16, 0:64], v_tile[0:64, 0:128])
-                                                        T.writes(tile_acc[0, 0:16, 0:128])
-                                                        for to, d, r, ti in T.grid((valid_len_1 + 64 - 1) // 64, 128, 16, 32):
-                                                            with T.sblock("whole_sum"):
-                                                                vd, vr = T.axis.remap("SS", [d, r])
-                                                                vt = T.axis.reduce(64, to * 32 + ti)
-                                                                T.reads(prob_pairs[0, vr, vt], v_tile[vt, vd])
-                                                                T.writes(tile_acc[0, vr, vd])
-                                                                with T.init():
-                                                                    tile_acc[0, vr, vd] = T.float32(0.0)
-                                                                tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", v_tile[vt, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", v_tile[vt, vd] & -65536))
+                                                    for p in range(2):
+                                                        with T.sblock("clear_sums"):
+                                                            vp = T.axis.spatial(2, p)
+                                                            T.reads()
+                                                            T.writes(sums[0:16, 0:64])
+                                                            for r, d in T.grid(16, 64):
+                                                                with T.sblock("no_sum"):
+                                                                    vr, vd = T.axis.remap("SS", [r, d])
+                                                                    T.reads()
+                                                                    T.writes(sums[vr, vd])
+                                                                    sums[vr, vd] = T.float32(0.0)
+                                                        for to in range((valid_len_1 + 63) // 64):
+                                                            if to < num_full:
+                                                                for s, r, d, k in T.grid(4, 16, 64, 8):
+                                                                    with T.sblock("whole_sum"):
+                                                                        vp = T.axis.spatial(2, p)
+                                                                        vs = T.axis.reduce(8, to * 4 + s)
+                                                                        vr, vd, vk = T.axis.remap("SSR", [r, d, k])
+                                                                        T.reads(sums[vr, vd], prob_pairs[0, vr, vs * 8 + vk], value_cache[T.Cast("int64", vp) * T.int64(64) + value_offsets[vs * 16] + value_head + T.Cast("int64", vk) * v_row + T.Cast("int64", vd)], value_offsets[vs * 16])
+                                                                        T.writes(sums[vr, vd])
+                                                                        sums[vr, vd] = sums[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vs * 8 + vk] << 16) * T.reinterpret("float32", value_cache[value_offsets[vs * 2 * 8] + value_head + (T.Cast("int64", vk) * v_row + T.Cast("int64", vp * 64 + vd))] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vs * 8 + vk] & -65536) * T.reinterpret("float32", value_cache[value_offsets[vs * 2 * 8] + value_head + (T.Cast("int64", vk) * v_row + T.Cast("int64", vp * 64 + vd))] & -65536))
+                                                            else:
+                                                                with T.sblock("edge_group"):
+                                                                    vp = T.axis.spatial(2, p)
+                                                                    vto = T.axis.opaque(2, to)
+                                                                    T.reads()
+                                                                    T.writes()
+                                                                    edge = T.sblock_alloc_buffer((32, 64), "int32")
+                                                                    for i, d in T.grid(32, 64):
+                                                                        with T.sblock("edge_value"):
+                                                                            vi, vd = T.axis.remap("SS", [i, d])
+                                                                            T.reads(value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)], value_offsets[2 * (vto * 32 + vi)])
+                                                                            T.writes(edge[vi, vd])
+                                                                            edge[vi, vd] = value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)] & (T.Select(2 * (vto * 32 + vi) < valid_len_1, -1, 0) & 65535 | T.Select(2 * (vto * 32 + vi) + 1 < valid_len_1, -1, 0) & -65536)
+                                                                    for s, r, d, k in T.grid(4, 16, 64, 8):
+                                                                        with T.sblock("edge_sum"):
+                                                                            vs, vr, vd, vk = T.axis.remap("RSSR", [s, r, d, k])
+                                                                            T.reads(sums[vr, vd], prob_pairs[0, vr, vto * 32 + vs * 8 + vk], edge[vs * 8 + vk, vd])
+                                                                            T.writes(sums[vr, vd])
+                                                                            sums[vr, vd] = sums[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vs * 8 + vk] << 16) * T.reinterpret("float32", edge[vs * 8 + vk, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vs * 8 + vk] & -65536) * T.reinterpret("float32", edge[vs * 8 + vk, vd] & -65536))
+                                                        with T.sblock("store_sums"):
+                                                            vp = T.axis.spatial(2, p)
+                                                            T.reads(sums[0:16, 0:64])
+                                                            T.writes(tile_acc[0, 0:16, vp * 64:vp * 64 + 64])
+                                                            for r, d in T.grid(16, 64):
+                                                                with T.sblock("stored_sum"):
+                                                                    vr, vd = T.axis.remap("SS", [r, d])
+                                                                    T.reads(sums[vr, vd])
+                                                                    T.writes(tile_acc[0, vr, vp * 64 + vd])
+                                                                    tile_acc[0, vr, vp * 64 + vd] = sums[vr, vd]
                                                 else:
                                                     for row in range(16):
                                                         with T.sblock("row_apart"):
                                                             vrow = T.axis.spatial(16, row)
                                                             T.reads()
                                                             T.writes()
-                                                            row_values = T.sblock_alloc_buffer((64, 128), "int32")
                                                             row_acc = T.sblock_alloc_buffer((1, 16, 128))
-                                                            with T.sblock("row_values"):
-                                                                T.reads()
-                                                                T.writes(row_values[0:64, 0:128])
-                                                                for to, ti, d in T.grid((valid_len_1 + 64 - 1) // 64, 32, 128):
-                                                                    with T.sblock("row_value"):
-                                                                        vt = T.axis.spatial(64, to * 32 + ti)
-                                                                        vd = T.axis.spatial(128, d)
-                                                                        T.reads(v_tile[vt, vd], edges[vrow, vt])
-                                                                        T.writes(row_values[vt, vd])
-                                                                        row_values[vt, vd] = v_tile[vt, vd] & T.Select(vt < num_full * 32, -1, edges[vrow, vt])
-                                                            with T.sblock("apart_products"):
-                                                                T.reads(prob_pairs[0, 0:16, 0:64], row_values[0:64, 0:128])
-                                                                T.writes(row_acc[0, 0:16, 0:128])
-                                                                for to, d, r, ti in T.grid((valid_len_1 + 64 - 1) // 64, 128, 16, 32):
-                                                                    with T.sblock("apart_sum"):
-                                                                        vd, vr = T.axis.remap("SS", [d, r])
-                                                                        vt = T.axis.reduce(64, to * 32 + ti)
-                                                                        T.reads(prob_pairs[0, vr, vt], row_values[vt, vd])
-                                                                        T.writes(row_acc[0, vr, vd])
-                                                                        with T.init():
-                                                                            row_acc[0, vr, vd] = T.float32(0.0)
-                                                                        row_acc[0, vr, vd] = row_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", row_values[vt, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", row_values[vt, vd] & -65536))
+                                                            sums_1 = T.sblock_alloc_buffer((16, 64))
+                                                            for p in range(2):
+                                                                with T.sblock("row_clear_sums"):
+                                                                    vp = T.axis.spatial(2, p)
+                                                                    T.reads()
+                                                                    T.writes(sums_1[0:16, 0:64])
+                                                                    for r, d in T.grid(16, 64):
+                                                                        with T.sblock("row_no_sum"):
+                                                                            vr, vd = T.axis.remap("SS", [r, d])
+                                                                            T.reads()
+                                                                            T.writes(sums_1[vr, vd])
+                                                                            sums_1[vr, vd] = T.float32(0.0)
+                                                                for to in range((valid_len_1 + 63) // 64):
+                                                                    if to < num_full:
+                                                                        for s, r, d, k in T.grid(4, 16, 64, 8):
+                                                                            with T.sblock("row_whole_sum"):
+                                                                                vp = T.axis.spatial(2, p)
+                                                                                vs = T.axis.reduce(8, to * 4 + s)
+                                                                                vr, vd, vk = T.axis.remap("SSR", [r, d, k])
+                                                                                T.reads(sums_1[vr, vd], prob_pairs[0, vr, vs * 8 + vk], value_cache[T.Cast("int64", vp) * T.int64(64) + value_offsets[vs * 16] + value_head + T.Cast("int64", vk) * v_row + T.Cast("int64", vd)], value_offsets[vs * 16])
+                                                                                T.writes(sums_1[vr, vd])
+                                                                                sums_1[vr, vd] = sums_1[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vs * 8 + vk] << 16) * T.reinterpret("float32", value_cache[value_offsets[vs * 2 * 8] + value_head + (T.Cast("int64", vk) * v_row + T.Cast("int64", vp * 64 + vd))] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vs * 8 + vk] & -65536) * T.reinterpret("float32", value_cache[value_offsets[vs * 2 * 8] + value_head + (T.Cast("int64", vk) * v_row + T.Cast("int64", vp * 64 + vd))] & -65536))
+                                                                    else:
+                                                                        with T.sblock("row_edge_group"):
+                                                                            vp = T.axis.spatial(2, p)
+                                                                            vto = T.axis.opaque(2, to)
+                                                                            T.reads()
+                                                                            T.writes()
+                                                                            edge = T.sblock_alloc_buffer((32, 64), "int32")
+                                                                            for i, d in T.grid(32, 64):
+                                                                                with T.sblock("row_edge_value"):
+                                                                                    vi, vd = T.axis.remap("SS", [i, d])
+                                                                                    T.reads(value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)], value_offsets[2 * (vto * 32 + vi)], edges[vrow, vto * 32 + vi])
+                                                                                    T.writes(edge[vi, vd])
+                                                                                    edge[vi, vd] = value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)] & edges[vrow, vto * 32 + vi]
+                                                                            for s, r, d, k in T.grid(4, 16, 64, 8):
+                                                                                with T.sblock("row_edge_sum"):
+                                                                                    vs, vr, vd, vk = T.axis.remap("RSSR", [s, r, d, k])
+                                                                                    T.reads(sums_1[vr, vd], prob_pairs[0, vr, vto * 32 + vs * 8 + vk], edge[vs * 8 + vk, vd])
+                                                                                    T.writes(sums_1[vr, vd])
+                                                                                    sums_1[vr, vd] = sums_1[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vs * 8 + vk] << 16) * T.reinterpret("float32", edge[vs * 8 + vk, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vs * 8 + vk] & -65536) * T.reinterpret("float32", edge[vs * 8 + vk, vd] & -65536))
+                                                                with T.sblock("row_store_sums"):
+                                                                    vp = T.axis.spatial(2, p)
+                                                                    T.reads(sums_1[0:16, 0:64])
+                                                                    T.writes(row_acc[0, 0:16, vp * 64:vp * 64 + 64])
+                                                                    for r, d in T.grid(16, 64):
+                                                                        with T.sblock("row_stored_sum"):
+                                                                            vr, vd = T.axis.remap("SS", [r, d])
+                                                                            T.reads(sums_1[vr, vd])
+                                                                            T.writes(row_acc[0, vr, vp * 64 + vd])
+                                                                            row_acc[0, vr, vp * 64 + vd] = sums_1[vr, vd]
                                                             with T.sblock("row_of_acc"):
                                                                 T.reads(row_acc[0, vrow, 0:128])
                                                                 T.writes(tile_acc[0, vrow, 0:128])
@@ -697,7 +735,7 @@ class Module:
                         tile_start: T.let[T.int32] = range_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
                         has_next: T.let[T.bool] = vstep < num_steps - 1
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 32 - 1) // 32 * 32)
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 64 - 1) // 64 * 64)
                         last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
@@ -759,9 +797,9 @@ class Module:
                                         with T.sblock("qk_matmul"):
                                             T.reads(q_tile[first, 0:4, 0:64], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:4, 0:128])
-                                            for i, to, ti, r, d in T.grid(1, (valid_len + 32 - 1) // 32, 32, 4, 64):
+                                            for i, to, ti, r, d in T.grid(1, (valid_len + 64 - 1) // 64, 64, 4, 64):
                                                 with T.sblock("scores"):
-                                                    vt = T.axis.spatial(128, to * 32 + ti)
+                                                    vt = T.axis.spatial(128, to * 64 + ti)
                                                     vi, vr, vd = T.axis.remap("SSR", [i, r, d])
                                                     T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
                                                     T.writes(scores[0, vr, vt])
@@ -779,16 +817,16 @@ class Module:
                                                     scaled = T.sblock_alloc_buffer((4, 128))
                                                     peak = T.sblock_alloc_buffer((4,))
                                                     exact = T.sblock_alloc_buffer((4, 128))
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
+                                                    for r, to, ti in T.grid(4, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("scaled"):
-                                                            vo = T.axis.spatial(4, to)
+                                                            vo = T.axis.spatial(2, to)
                                                             vi, vr = T.axis.remap("SS", [ti, r])
-                                                            T.reads(scores[vslot, vr, vo * 32 + vi])
-                                                            T.writes(scaled[vr, vo * 32 + vi])
-                                                            scaled[vr, vo * 32 + vi] = T.Select(vi < valid_len - vo * 32, scores[vslot, vr, vo * 32 + vi] * score_scale, T.float32("-inf"))
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
+                                                            T.reads(scores[vslot, vr, vo * 64 + vi])
+                                                            T.writes(scaled[vr, vo * 64 + vi])
+                                                            scaled[vr, vo * 64 + vi] = T.Select(vi < valid_len - vo * 64, scores[vslot, vr, vo * 64 + vi] * score_scale, T.float32("-inf"))
+                                                    for r, to, ti in T.grid(4, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("peak"):
-                                                            vt = T.axis.reduce(128, to * 32 + ti)
+                                                            vt = T.axis.reduce(128, to * 64 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(scaled[vr, vt])
                                                             T.writes(peak[vr])
@@ -801,9 +839,9 @@ class Module:
                                                             T.reads(peak[vr])
                                                             T.writes(tile_max[vslot, vr])
                                                             tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
+                                                    for r, to, ti in T.grid(4, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("exact"):
-                                                            vt = T.axis.spatial(128, to * 32 + ti)
+                                                            vt = T.axis.spatial(128, to * 64 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(scaled[vr, vt], tile_max[vslot, vr])
                                                             T.writes(exact[vr, vt])
@@ -814,9 +852,9 @@ class Module:
                                                             series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                             exact[vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
+                                                    for r, to, ti in T.grid(4, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("probs"):
-                                                            vt = T.axis.spatial(128, to * 32 + ti)
+                                                            vt = T.axis.spatial(128, to * 64 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(exact[vr, vt])
                                                             T.writes(probs[vslot, vr, vt])
@@ -824,16 +862,16 @@ class Module:
                                                 with T.sblock("pair_probs"):
                                                     T.reads(probs[vslot, 0:4, 0:128])
                                                     T.writes(prob_pairs[vslot, 0:4, 0:64], tile_sum[vslot, 0:4])
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 16):
+                                                    for r, to, ti in T.grid(4, (valid_len + 64 - 1) // 64, 32):
                                                         with T.sblock("pairs"):
-                                                            vt = T.axis.spatial(64, to * 16 + ti)
+                                                            vt = T.axis.spatial(64, to * 32 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(probs[vslot, vr, vt * 2:vt * 2 + 2])
                                                             T.writes(prob_pairs[vslot, vr, vt])
                                                             prob_pairs[vslot, vr, vt] = T.reinterpret("int32", probs[vslot, vr, 2 * vt]) >> 16 & 65535 | T.reinterpret("int32", probs[vslot, vr, 2 * vt + 1])
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 16):
+                                                    for r, to, ti in T.grid(4, (valid_len + 64 - 1) // 64, 32):
                                                         with T.sblock("tile_sum"):
-                                                            vt = T.axis.reduce(64, to * 16 + ti)
+                                                            vt = T.axis.reduce(64, to * 32 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(prob_pairs[vslot, vr, vt])
                                                             T.writes(tile_sum[vslot, vr])
@@ -888,39 +926,73 @@ class Module:
                                                             T.writes(row_max[first + vslot, vr], row_sum[first + vslot, vr])
                                                             row_max[first + vslot, vr] = new_max[vr]
                                                             row_sum[first + vslot, vr] = new_sum[vr]
-                                        num_full: T.let[T.int32] = valid_len // 32
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 4, 128))
-                                            full_acc = T.sblock_alloc_buffer((1, 4, 128))
-                                            for i, to, ti, r, d in T.grid(1, num_full, 16, 4, 128):
-                                                with T.sblock("full_groups"):
-                                                    vt = T.axis.reduce(64, to * 16 + ti)
-                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    T.reads(prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                    T.writes(full_acc[vi, vr, vd])
-                                                    with T.init():
-                                                        full_acc[vi, vr, vd] = T.float32(0.0)
-                                                    full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                            for i, ti, r, d in T.grid(1, (valid_len % 32 + 2 - 1) // 2, 4, 128):
-                                                with T.sblock("tile_acc"):
-                                                    vt = T.axis.reduce(64, num_full * 16 + ti)
-                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                    T.writes(tile_acc[0, vr, vd])
-                                                    with T.init():
-                                                        tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                    tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535)) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535) & -65536))
-                                            for i, r, d in T.grid(1, 4, 128):
-                                                with T.sblock("acc"):
-                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
-                                                    T.writes(acc[first + vi, vr, vd])
-                                                    with T.init():
-                                                        acc[first + vi, vr, vd] = T.float32(0.0)
-                                                    acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                                            sums = T.sblock_alloc_buffer((4, 64))
+                                            for p in range(2):
+                                                with T.sblock("clear_sums"):
+                                                    vp = T.axis.spatial(2, p)
+                                                    T.reads()
+                                                    T.writes(sums[0:4, 0:64])
+                                                    for r, d in T.grid(4, 64):
+                                                        with T.sblock("no_sum"):
+                                                            vr, vd = T.axis.remap("SS", [r, d])
+                                                            T.reads()
+                                                            T.writes(sums[vr, vd])
+                                                            sums[vr, vd] = T.float32(0.0)
+                                                for to in range((valid_len + 63) // 64):
+                                                    if to * 64 + 64 <= valid_len:
+                                                        for s_1, r, d, k in T.grid(4, 4, 64, 8):
+                                                            with T.sblock("whole_sum"):
+                                                                vp = T.axis.spatial(2, p)
+                                                                vs_1 = T.axis.reduce(8, to * 4 + s_1)
+                                                                vr, vd, vk = T.axis.remap("SSR", [r, d, k])
+                                                                T.reads(sums[vr, vd], prob_pairs[0, vr, vs_1 * 8 + vk], value_cache[T.Cast("int64", vp) * T.int64(64) + value_offsets[vs_1 * 16] + value_head + T.Cast("int64", vk) * v_row + T.Cast("int64", vd)], value_offsets[vs_1 * 16])
+                                                                T.writes(sums[vr, vd])
+                                                                sums[vr, vd] = sums[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vs_1 * 8 + vk] << 16) * T.reinterpret("float32", value_cache[value_offsets[vs_1 * 2 * 8] + value_head + (T.Cast("int64", vk) * v_row + T.Cast("int64", vp * 64 + vd))] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vs_1 * 8 + vk] & -65536) * T.reinterpret("float32", value_cache[value_offsets[vs_1 * 2 * 8] + value_head + (T.Cast("int64", vk) * v_row + T.Cast("int64", vp * 64 + vd))] & -65536))
+                                                    else:
+                                                        with T.sblock("edge_group"):
+                                                            vp = T.axis.spatial(2, p)
+                                                            vto = T.axis.opaque(2, to)
+                                                            T.reads()
+                                                            T.writes()
+                                                            edge = T.sblock_alloc_buffer((32, 64), "int32")
+                                                            for i, d in T.grid(32, 64):
+                                                                with T.sblock("edge_value"):
+                                                                    vi, vd = T.axis.remap("SS", [i, d])
+                                                                    T.reads(value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)], value_offsets[2 * (vto * 32 + vi)])
+                                                                    T.writes(edge[vi, vd])
+                                                                    edge[vi, vd] = value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)] & (T.Select(2 * (vto * 32 + vi) < valid_len, -1, 0) & 65535 | T.Select(2 * (vto * 32 + vi) + 1 < valid_len, -1, 0) & -65536)
+                                                            for s_1, r, d, k in T.grid(4, 4, 64, 8):
+                                                                with T.sblock("edge_sum"):
+                                                                    vs_1, vr, vd, vk = T.axis.remap("RSSR", [s_1, r, d, k])
+                                                                    T.reads(sums[vr, vd], prob_pairs[0, vr, vto * 32 + vs_1 * 8 + vk], edge[vs_1 * 8 + vk, vd])
+                                                                    T.writes(sums[vr, vd])
+                                                                    sums[vr, vd] = sums[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vs_1 * 8 + vk] << 16) * T.reinterpret("float32", edge[vs_1 * 8 + vk, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vs_1 * 8 + vk] & -65536) * T.reinterpret("float32", edge[vs_1 * 8 + vk, vd] & -65536))
+                                                with T.sblock("store_sums"):
+                                                    vp = T.axis.spatial(2, p)
+                                                    T.reads(sums[0:4, 0:64])
+                                                    T.writes(tile_acc[0, 0:4, vp * 64:vp * 64 + 64])
+                                                    for r, d in T.grid(4, 64):
+                                                        with T.sblock("stored_sum"):
+                                                            vr, vd = T.axis.remap("SS", [r, d])
+                                                            T.reads(sums[vr, vd])
+                                                            T.writes(tile_acc[0, vr, vp * 64 + vd])
+                                                            tile_acc[0, vr, vp * 64 + vd] = sums[vr, vd]
+                                            with T.sblock("fold"):
+                                                T.reads(tile_acc[0, 0:4, 0:128], alpha[0, 0:4], beta[0, 0:4])
+                                                T.writes(acc[first, 0:4, 0:128])
+                                                for i, r, d in T.grid(1, 4, 128):
+                                                    with T.sblock("acc"):
+                                                        vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                        T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                        T.writes(acc[first + vi, vr, vd])
+                                                        with T.init():
+                                                            acc[first + vi, vr, vd] = T.float32(0.0)
+                                                        acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
                 for tile in range(8):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(8, tile)
