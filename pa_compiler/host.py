@@ -104,9 +104,9 @@ def render(
     target: CpuTarget,
     pipeline: str,
     kernels: Sequence[Kernel],
-    **has: bool,
+    **has: Any,
 ) -> str:
-    """The text of host.cc; kernels are the pipeline's and append_kv's. has: shares_prefix, in_tile_registers."""
+    """The text of host.cc; kernels are the pipeline's and append_kv's. has: shares_prefix, tile_shapes by kernel."""
     fused = pipeline == "fused"
     arrays = [f"input_{each.name}" for each in spec.inputs] + [each.name for each in spec.constants]
     thread_tokens = max(1, _THREAD_FLOPS // (2 * (spec.head_dim + spec.result_dim) * spec.num_heads))
@@ -119,7 +119,7 @@ def render(
         decode_parameters=with_inputs(CPU_ENTRY_POINTS["decode"], spec),
         attend_parameters=with_inputs(CPU_ENTRY_POINTS["attend"], spec),
         shared_prefix_parameters=with_inputs(CPU_ENTRY_POINTS["attend_shared_prefix"], spec),
-        **{"shares_prefix": False, "in_tile_registers": False, **has},
+        **{"shares_prefix": False, "tile_shapes": {}, **has},
         function_values={name: f"functions.{name}" for name in arrays},
         kernels={kernel.name: kernel for kernel in kernels},
         split_blocks=tiling.split_blocks if fused else "INT64_MAX",

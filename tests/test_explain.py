@@ -17,7 +17,7 @@ from pa_compiler.verification.comparison import Errors
 OPTIONS = {
     "heads_in_lanes": "--num-heads 16 --dtype float32",
     "head_dim_in_lanes": "--num-heads 32 --num-kv-heads 8",
-    "tokens_in_lanes": "--num-heads 32 --num-kv-heads 8 --kv-layout packed",
+    "tokens_in_lanes": "--num-heads 32 --num-kv-heads 8 --kv-layout packed --dtype float32",
 }
 REASONS = {
     "heads_in_lanes": "16 query heads in a tile: whole vectors of 16",
@@ -89,6 +89,14 @@ def test_explain_counts_what_is_in_the_assembly(emitted, strategy, where):
     assert [instructions, fmas, dots, broadcasts, embedded, prefetches, conversions] == expected[:-1]
     assert stores >= expected[-1]
     assert fmas + dots >= 8
+
+
+def test_explain_tile_registers():
+    text = invoke("explain", *"--num-heads 32 --num-kv-heads 8 --kv-layout packed --target sapphirerapids".split())
+    flat = " ".join(text.split())
+    assert "strategy tokens_in_tiles. AMX multiplies packed bfloat16 as it lies in the caches." in flat
+    assert "4 rows x 64 tokens, in 4 of 8 tile registers" in flat
+    assert "4 rows x 64 elements of a value, in 4 of 8 tile registers" in flat
 
 
 def accumulators(asm):

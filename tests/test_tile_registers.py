@@ -27,12 +27,16 @@ NHD = PagedAttentionSpec(8, 2, 64, 16, "bfloat16", "float32")
 SPECS = {
     "NHD": NHD,
     "HND_blocks_of_5": dataclasses.replace(NHD, kv_layout="HND", block_size=5),
-    "packed": dataclasses.replace(NHD, kv_layout="packed"),
     "group_of_1": PagedAttentionSpec(2, 2, 96, 32, "bfloat16", value_dim=64),
     "latent": PagedAttentionSpec(32, 1, 160, 32, "bfloat16", value_dim=128, shared_kv=True),
     "window": dataclasses.replace(NHD, window=50),
+}
+PACKED = {
+    "packed": dataclasses.replace(NHD, kv_layout="packed"),
+    "packed_blocks_of_32": dataclasses.replace(NHD, kv_layout="packed", block_size=32),
     "packed_window": dataclasses.replace(NHD, kv_layout="packed", window=50),
 }
+ALL = {**SPECS, **PACKED}
 
 here = pytest.mark.skipif(
     bool(cpu_features.missing_features(["amx-tile", "amx-bf16"])), reason="this CPU has no tile registers (AMX)"
@@ -55,19 +59,17 @@ def test_specs_that_they_are_for(spec):
         (dataclasses.replace(NHD, dtype="float16"), "sapphirerapids"),
         (dataclasses.replace(NHD, head_dim=80), "sapphirerapids"),
         (dataclasses.replace(NHD, value_dim=32), "sapphirerapids"),
-        (dataclasses.replace(NHD, kv_layout="packed", invariant=True), "sapphirerapids"),
+        (PACKED["packed"], "sapphirerapids"),
     ],
-    ids=["no_AMX", "float16", "head_dim_80", "value_dim_32", "packed_invariant"],
+    ids=["no_AMX", "float16", "head_dim_80", "value_dim_32", "packed"],
 )
 def test_specs_that_they_are_not_for(spec, mcpu):
     assert tiles_of(spec, mcpu).strategy != "in_tile_registers"
 
 
-@pytest.mark.parametrize("kv_layout", ["NHD", "packed"])
-def test_the_matmuls_are_in_them(kv_layout, tmp_path):
+def test_the_matmuls_are_in_them(tmp_path):
     """On any machine: the text of the kernels. Nothing else multiplies pairs but the sum of weights."""
-    spec = dataclasses.replace(NHD, kv_layout=kv_layout)
-    texts = backend.emit(spec, backends.normalize(SAPPHIRE_RAPIDS), "fused", Extras(attend=True), tmp_path)
+    texts = backend.emit(NHD, backends.normalize(SAPPHIRE_RAPIDS), "fused", Extras(attend=True), tmp_path)
     loops = [loop for loop in assembly.inner_loops(texts["asm"]) if "fused_attend" in loop.function]
     products = [loop.code for loop in loops if any("tdpbf16ps" in line for line in loop.code)]
     assert products
@@ -79,7 +81,7 @@ def test_the_matmuls_are_in_them(kv_layout, tmp_path):
 
 
 @here
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("spec", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_a_value_that_some_rows_do_not_see(compiled, spec, value):
     """A prompt's token 80 has an infinity or a NaN: who does not see it has the bits that he has without it."""
@@ -100,7 +102,7 @@ def test_a_value_that_some_rows_do_not_see(compiled, spec, value):
 @pytest.mark.parametrize("name", ["NHD", "packed"])
 def test_a_guess_with_an_infinite_value(compiled, name):
     """Guesses that do not see it have the bits that they have without it."""
-    module, tree = compiled(SPECS[name], attend=True), np.tril(np.ones((6, 6), bool))
+    module, tree = compiled(ALL[name], attend=True), np.tril(np.ones((6, 6), bool))
     tree[3:, 2] = False
     ragged = make_ragged(module.spec, [(6, 90)], tree_mask=tree.reshape(-1))
     expected = ragged.attend(module)

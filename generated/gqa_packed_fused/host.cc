@@ -108,6 +108,7 @@ struct MergeAttend {
 
 // One kernel takes a work item of decode through all four stages, tile by tile.
 void Compute(const WorkItem& item, const DecodeArguments& args, const Partials<Spec>& partials) {
+  const TileRegisters registers(4, 8);
   Call(FusedDecode{
       .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
       .block_table = args.block_table.entries, .row_starts = args.block_table.row_starts,
@@ -134,6 +135,7 @@ void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>
 // decode: attention of one query token per sequence.
 void Decode(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
+  CheckTileRegisters();
   const DecodeCall<Spec, DecodeParameters> decode(in);
   const Partials<Spec> partials(decode.plan, decode.args.batch);
   ParallelFor(decode.plan.num_items, decode.threads,
@@ -142,7 +144,7 @@ void Decode(const Inputs& in, TVMFFIAny*) {
 
 // The same of a work item of several query tokens.
 void Compute(const AttendItem& item, const AttendArguments& args, const Partials<Spec>& partials) {
-  const TileRegisters registers;
+  const TileRegisters registers(16, 8);
   Call(FusedAttend{
       .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
       .block_table = args.block_table.entries, .row_starts = args.block_table.row_starts,

@@ -74,20 +74,20 @@ class Module:
     @T.prim_func(s_tir=True)
     def fused_attend(query: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), token_positions: T.Buffer((num_tokens,), "int32", align=4), tree_mask: T.Buffer((tree_cells,), "uint8", align=1), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, seq: T.int32, token_begin: T.int32, num_query: T.int32, kv_head_begin: T.int32, num_kv_heads: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, causal: T.int32, tree_start: T.int64, tree_size: T.int32, query_scale: T.float32, score_scale: T.float32):
         # with T.sblock("root"):
-        q_tile = T.sblock_alloc_buffer((32, 64, 32), "int32")
-        row_max = T.sblock_alloc_buffer((32, 32))
-        row_sum = T.sblock_alloc_buffer((32, 32))
-        acc = T.sblock_alloc_buffer((32, 128, 32))
-        total_max = T.sblock_alloc_buffer((32, 32))
-        total_sum = T.sblock_alloc_buffer((32, 32))
-        total_acc = T.sblock_alloc_buffer((32, 128, 32))
-        positions = T.sblock_alloc_buffer((32, 32), "int32")
-        limits = T.sblock_alloc_buffer((32, 32), "int32")
-        places = T.sblock_alloc_buffer((32, 32), "int32")
+        q_tile = T.sblock_alloc_buffer((32, 16, 64), "int32")
+        row_max = T.sblock_alloc_buffer((32, 16))
+        row_sum = T.sblock_alloc_buffer((32, 16))
+        acc = T.sblock_alloc_buffer((32, 16, 128))
+        total_max = T.sblock_alloc_buffer((32, 16))
+        total_sum = T.sblock_alloc_buffer((32, 16))
+        total_acc = T.sblock_alloc_buffer((32, 16, 128))
+        positions = T.sblock_alloc_buffer((32, 16), "int32")
+        limits = T.sblock_alloc_buffer((32, 16), "int32")
+        places = T.sblock_alloc_buffer((32, 16), "int32")
         reach = T.sblock_alloc_buffer((32, 4), "int32")
         span = T.sblock_alloc_buffer((3,), "int32")
         context_len: T.let[T.int32] = context_lens[seq]
-        head_tiles: T.let[T.int32] = (num_query * 4 + 32 - 1) // 32
+        head_tiles: T.let[T.int32] = (num_query * 4 + 16 - 1) // 16
         num_tiles: T.let[T.int32] = num_kv_heads * head_tiles
         sees_all: T.let[T.bool] = causal == 0 or tree_start >= T.int64(0)
         for tile in range(num_tiles):
@@ -97,53 +97,29 @@ class Module:
                 T.writes()
                 with T.sblock("load_query"):
                     T.reads(query[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128])
-                    T.writes(q_tile[vtile, 0:64, 0:32])
-                    q_tile_global = T.sblock_alloc_buffer((1, 32, 64), "int32")
-                    for r, d in T.grid(32, 64):
+                    T.writes(q_tile[vtile, 0:16, 0:64])
+                    for r, d in T.grid(16, 64):
                         with T.sblock("q_tile"):
                             vr, vd = T.axis.remap("SS", [r, d])
-                            T.reads(query[vtile % head_tiles * 8 + vr // 4 + token_begin, kv_head_begin * 4 + vtile // head_tiles * 4 + vr % 4, vd * 2:vd * 2 + 2])
-                            T.writes(q_tile_global[0, vr, vd])
-                            q_tile_global[0, vr, vd] = T.if_then_else(vr < T.min(num_query * 4 - vtile % head_tiles * 32, 32), T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, 2 * vd + 1]) * query_scale), 0)
-                    for ax0, ax1_0, ax2_0 in T.grid(1, 8, 16):
-                        with T.sblock("q_tile_global_o"):
-                            v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
-                            T.reads(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
-                            T.writes(q_tile[vtile, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
-                            turned = T.match_buffer(q_tile[vtile, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), "int32", strides=("turned_row", 1), offset_factor=1)
-                            block = T.match_buffer(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), "int32", strides=("block_row", 1), offset_factor=1)
-                            v: T.let[T.int32x4] = block[0, T.Ramp(0, 1, 4)]
-                            v_1: T.let[T.int32x4] = block[1, T.Ramp(0, 1, 4)]
-                            v_2: T.let[T.int32x4] = block[2, T.Ramp(0, 1, 4)]
-                            v_3: T.let[T.int32x4] = block[3, T.Ramp(0, 1, 4)]
-                            v_4: T.let[T.int32x4] = T.Shuffle([v, v_2], [0, 4, 1, 5])
-                            v_5: T.let[T.int32x4] = T.Shuffle([v, v_2], [2, 6, 3, 7])
-                            v_6: T.let[T.int32x4] = T.Shuffle([v_1, v_3], [0, 4, 1, 5])
-                            v_7: T.let[T.int32x4] = T.Shuffle([v_1, v_3], [2, 6, 3, 7])
-                            v_8: T.let[T.int32x4] = T.Shuffle([v_4, v_6], [0, 4, 1, 5])
-                            v_9: T.let[T.int32x4] = T.Shuffle([v_4, v_6], [2, 6, 3, 7])
-                            v_10: T.let[T.int32x4] = T.Shuffle([v_5, v_7], [0, 4, 1, 5])
-                            v_11: T.let[T.int32x4] = T.Shuffle([v_5, v_7], [2, 6, 3, 7])
-                            turned[0, 0:4] = v_8
-                            turned[1, 0:4] = v_9
-                            turned[2, 0:4] = v_10
-                            turned[3, 0:4] = v_11
+                            T.reads(query[vtile % head_tiles * 4 + vr // 4 + token_begin, kv_head_begin * 4 + vtile // head_tiles * 4 + vr % 4, vd * 2:vd * 2 + 2])
+                            T.writes(q_tile[vtile, vr, vd])
+                            q_tile[vtile, vr, vd] = T.if_then_else(vr < T.min(num_query * 4 - vtile % head_tiles * 16, 16), T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd + 1]) * query_scale), 0)
                 with T.sblock("bounds"):
                     T.reads(token_positions[token_begin:token_begin + num_query])
-                    T.writes(positions[vtile, 0:32], limits[vtile, 0:32], reach[vtile, 0:4])
-                    for r in T.vectorized(32):
+                    T.writes(positions[vtile, 0:16], limits[vtile, 0:16], reach[vtile, 0:4])
+                    for r in T.vectorized(16):
                         with T.sblock("row_bounds"):
-                            vr = T.axis.spatial(32, r)
-                            T.reads(token_positions[token_begin + (vtile % head_tiles * 32 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 32, 32) - 1)) // 4])
+                            vr = T.axis.spatial(16, r)
+                            T.reads(token_positions[token_begin + (vtile % head_tiles * 16 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 16, 16) - 1)) // 4])
                             T.writes(positions[vtile, vr], limits[vtile, vr], places[vtile, vr])
-                            position: T.let[T.int32] = token_positions[token_begin + (vtile % head_tiles * 32 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 32, 32) - 1)) // 4]
+                            position: T.let[T.int32] = token_positions[token_begin + (vtile % head_tiles * 16 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 16, 16) - 1)) // 4]
                             seen: T.let[T.int32] = T.Select(sees_all, context_len, position + 1)
                             positions[vtile, vr] = position
                             limits[vtile, vr] = T.min(seen, context_len)
                             places[vtile, vr] = T.max((T.reinterpret("int32", T.Cast("float32", seen - 1)) >> 23) - 125, 0)
-                    for r in range(32):
+                    for r in range(16):
                         with T.sblock("reach"):
-                            vr = T.axis.opaque(32, r)
+                            vr = T.axis.opaque(16, r)
                             T.reads(limits[vtile, vr], reach[vtile, 0:4])
                             T.writes(reach[vtile, 0:4])
                             own: T.let[T.int32] = limits[vtile, vr]
@@ -154,21 +130,22 @@ class Module:
                             reach[vtile, 3] = T.Select(vr == 0, begin, T.max(reach[vtile, 3], begin))
                 with T.sblock("empty_state"):
                     T.reads()
-                    T.writes(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:128, 0:32])
-                    for r in T.vectorized(32):
+                    T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                    for r in T.vectorized(16):
                         with T.sblock("empty_row"):
-                            vr = T.axis.spatial(32, r)
+                            vr = T.axis.spatial(16, r)
                             T.reads()
                             T.writes(total_max[vtile, vr], total_sum[vtile, vr])
                             total_max[vtile, vr] = T.float32(-1000000000000000019884624838656.0)
                             total_sum[vtile, vr] = T.float32(0.0)
-                    for d in range(128):
-                        for r in T.vectorized(32):
+                    for r, d_0 in T.grid(16, 8):
+                        for d_1 in T.vectorized(16):
                             with T.sblock("empty_acc"):
-                                vr, vd = T.axis.remap("SS", [r, d])
+                                vr = T.axis.spatial(16, r)
+                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
                                 T.reads()
-                                T.writes(total_acc[vtile, vd, vr])
-                                total_acc[vtile, vd, vr] = T.float32(0.0)
+                                T.writes(total_acc[vtile, vr, vd])
+                                total_acc[vtile, vr, vd] = T.float32(0.0)
         for tile in range(num_tiles):
             with T.sblock("span"):
                 vtile = T.axis.opaque(num_tiles, tile)
@@ -200,7 +177,9 @@ class Module:
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
                         has_next: T.let[T.bool] = tile_start + 128 < key_end
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 64 - 1) // 64 * 64)
+                        num_read: T.let[T.int32] = (valid_len + 64 - 1) // 64 * 64
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_read)
+                        last: T.let[T.int32] = key_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
                             T.writes(key_offsets[0:256])
@@ -208,9 +187,9 @@ class Module:
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, key_end - 1) // 16])
+                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 16])
                                     T.writes(key_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, key_end - 1)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 16])
                                     slot: T.let[T.int32] = token % 16
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot - slot % 16)
@@ -221,9 +200,9 @@ class Module:
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, key_end - 1) // 16])
+                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 16])
                                     T.writes(value_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, key_end - 1)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 16])
                                     slot: T.let[T.int32] = token % 16
                                     value_offsets[vt] = block * v_block + T.Cast("int64", slot // 2) * v_row
@@ -232,783 +211,369 @@ class Module:
                                 vkv = T.axis.spatial(num_kv_heads, kv_head)
                                 T.reads()
                                 T.writes()
-                                k_tile = T.sblock_alloc_buffer((128, 64), "int32")
-                                v_tile = T.sblock_alloc_buffer((128, 64), "int32")
-                                infinite = T.sblock_alloc_buffer((1,), "int32")
                                 is_last: T.let[T.bool] = vkv == num_kv_heads - 1
                                 next_tile: T.let[T.int32] = T.Select(is_last, 128, 0)
                                 next_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
-                                more: T.let[T.bool] = has_next or not is_last
-                                with T.sblock("load_keys"):
-                                    T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                    T.writes(k_tile[0:128, 0:64])
-                                    for to in range((valid_len + 64 - 1) // 64):
-                                        with T.sblock("load_keys_element_o"):
-                                            vt_o = T.axis.spatial((valid_len + 64 - 1) // 64, to)
-                                            vd_o = T.axis.spatial(1, 0)
-                                            T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                            T.writes(k_tile[vt_o * 64:vt_o * 64 + 64, 0:64])
-                                            k_tile_global = T.sblock_alloc_buffer((4, 64, 16), "int32")
-                                            for ax0_0, ax1_0 in T.grid(4, 4):
-                                                for ax1 in T.unroll(16):
-                                                    for ax0 in T.vectorized(16):
-                                                        with T.sblock("load_keys_element"):
-                                                            vt_i = T.axis.spatial(64, ax1_0 * 16 + ax0)
-                                                            vd_i = T.axis.spatial(64, ax0_0 * 16 + ax1)
-                                                            T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                                            T.writes(k_tile_global[vt_i // 16, vd_i, vt_i % 16])
-                                                            k_tile_global[vt_i // 16, vd_i, vt_i % 16] = key_cache[key_offsets[vt_o * 64 + vt_i // 16 * 16] + key_head + T.Cast("int64", vd_i) * k_row + T.Cast("int64", vt_i) % T.int64(16)]
-                                                with T.sblock("k_tile_global_o"):
-                                                    v0_o, v1_o = T.axis.remap("SS", [ax0_0, ax1_0])
-                                                    T.reads(k_tile_global[v1_o, v0_o * 16:v0_o * 16 + 16, 0:16])
-                                                    T.writes(k_tile[vt_o * 64 + v1_o * 16:vt_o * 64 + v1_o * 16 + 16, v0_o * 16:v0_o * 16 + 16])
-                                                    turned = T.match_buffer(k_tile[vt_o * 64 + v1_o * 16:vt_o * 64 + v1_o * 16 + 16, v0_o * 16:v0_o * 16 + 16], (16, 16), "int32", strides=("turned_row", 1), offset_factor=1)
-                                                    block = T.match_buffer(k_tile_global[v1_o, v0_o * 16:v0_o * 16 + 16, 0:16], (16, 16), "int32", strides=("block_row", 1), offset_factor=1)
-                                                    v: T.let[T.int32x16] = block[0, T.Ramp(0, 1, 16)]
-                                                    v_1: T.let[T.int32x16] = block[1, T.Ramp(0, 1, 16)]
-                                                    v_2: T.let[T.int32x16] = block[2, T.Ramp(0, 1, 16)]
-                                                    v_3: T.let[T.int32x16] = block[3, T.Ramp(0, 1, 16)]
-                                                    v_4: T.let[T.int32x16] = block[4, T.Ramp(0, 1, 16)]
-                                                    v_5: T.let[T.int32x16] = block[5, T.Ramp(0, 1, 16)]
-                                                    v_6: T.let[T.int32x16] = block[6, T.Ramp(0, 1, 16)]
-                                                    v_7: T.let[T.int32x16] = block[7, T.Ramp(0, 1, 16)]
-                                                    v_8: T.let[T.int32x16] = block[8, T.Ramp(0, 1, 16)]
-                                                    v_9: T.let[T.int32x16] = block[9, T.Ramp(0, 1, 16)]
-                                                    v_10: T.let[T.int32x16] = block[10, T.Ramp(0, 1, 16)]
-                                                    v_11: T.let[T.int32x16] = block[11, T.Ramp(0, 1, 16)]
-                                                    v_12: T.let[T.int32x16] = block[12, T.Ramp(0, 1, 16)]
-                                                    v_13: T.let[T.int32x16] = block[13, T.Ramp(0, 1, 16)]
-                                                    v_14: T.let[T.int32x16] = block[14, T.Ramp(0, 1, 16)]
-                                                    v_15: T.let[T.int32x16] = block[15, T.Ramp(0, 1, 16)]
-                                                    v_16: T.let[T.int32x16] = T.Shuffle([v, v_8], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_17: T.let[T.int32x16] = T.Shuffle([v, v_8], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_18: T.let[T.int32x16] = T.Shuffle([v_1, v_9], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_19: T.let[T.int32x16] = T.Shuffle([v_1, v_9], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_20: T.let[T.int32x16] = T.Shuffle([v_2, v_10], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_21: T.let[T.int32x16] = T.Shuffle([v_2, v_10], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_22: T.let[T.int32x16] = T.Shuffle([v_3, v_11], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_23: T.let[T.int32x16] = T.Shuffle([v_3, v_11], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_24: T.let[T.int32x16] = T.Shuffle([v_4, v_12], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_25: T.let[T.int32x16] = T.Shuffle([v_4, v_12], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_26: T.let[T.int32x16] = T.Shuffle([v_5, v_13], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_27: T.let[T.int32x16] = T.Shuffle([v_5, v_13], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_28: T.let[T.int32x16] = T.Shuffle([v_6, v_14], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_29: T.let[T.int32x16] = T.Shuffle([v_6, v_14], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_30: T.let[T.int32x16] = T.Shuffle([v_7, v_15], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_31: T.let[T.int32x16] = T.Shuffle([v_7, v_15], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_32: T.let[T.int32x16] = T.Shuffle([v_16, v_24], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_33: T.let[T.int32x16] = T.Shuffle([v_16, v_24], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_34: T.let[T.int32x16] = T.Shuffle([v_17, v_25], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_35: T.let[T.int32x16] = T.Shuffle([v_17, v_25], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_36: T.let[T.int32x16] = T.Shuffle([v_18, v_26], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_37: T.let[T.int32x16] = T.Shuffle([v_18, v_26], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_38: T.let[T.int32x16] = T.Shuffle([v_19, v_27], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_39: T.let[T.int32x16] = T.Shuffle([v_19, v_27], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_40: T.let[T.int32x16] = T.Shuffle([v_20, v_28], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_41: T.let[T.int32x16] = T.Shuffle([v_20, v_28], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_42: T.let[T.int32x16] = T.Shuffle([v_21, v_29], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_43: T.let[T.int32x16] = T.Shuffle([v_21, v_29], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_44: T.let[T.int32x16] = T.Shuffle([v_22, v_30], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_45: T.let[T.int32x16] = T.Shuffle([v_22, v_30], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_46: T.let[T.int32x16] = T.Shuffle([v_23, v_31], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_47: T.let[T.int32x16] = T.Shuffle([v_23, v_31], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_48: T.let[T.int32x16] = T.Shuffle([v_32, v_40], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_49: T.let[T.int32x16] = T.Shuffle([v_32, v_40], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_50: T.let[T.int32x16] = T.Shuffle([v_33, v_41], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_51: T.let[T.int32x16] = T.Shuffle([v_33, v_41], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_52: T.let[T.int32x16] = T.Shuffle([v_34, v_42], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_53: T.let[T.int32x16] = T.Shuffle([v_34, v_42], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_54: T.let[T.int32x16] = T.Shuffle([v_35, v_43], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_55: T.let[T.int32x16] = T.Shuffle([v_35, v_43], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_56: T.let[T.int32x16] = T.Shuffle([v_36, v_44], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_57: T.let[T.int32x16] = T.Shuffle([v_36, v_44], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_58: T.let[T.int32x16] = T.Shuffle([v_37, v_45], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_59: T.let[T.int32x16] = T.Shuffle([v_37, v_45], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_60: T.let[T.int32x16] = T.Shuffle([v_38, v_46], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_61: T.let[T.int32x16] = T.Shuffle([v_38, v_46], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_62: T.let[T.int32x16] = T.Shuffle([v_39, v_47], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_63: T.let[T.int32x16] = T.Shuffle([v_39, v_47], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_64: T.let[T.int32x16] = T.Shuffle([v_48, v_56], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_65: T.let[T.int32x16] = T.Shuffle([v_48, v_56], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_66: T.let[T.int32x16] = T.Shuffle([v_49, v_57], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_67: T.let[T.int32x16] = T.Shuffle([v_49, v_57], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_68: T.let[T.int32x16] = T.Shuffle([v_50, v_58], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_69: T.let[T.int32x16] = T.Shuffle([v_50, v_58], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_70: T.let[T.int32x16] = T.Shuffle([v_51, v_59], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_71: T.let[T.int32x16] = T.Shuffle([v_51, v_59], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_72: T.let[T.int32x16] = T.Shuffle([v_52, v_60], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_73: T.let[T.int32x16] = T.Shuffle([v_52, v_60], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_74: T.let[T.int32x16] = T.Shuffle([v_53, v_61], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_75: T.let[T.int32x16] = T.Shuffle([v_53, v_61], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_76: T.let[T.int32x16] = T.Shuffle([v_54, v_62], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_77: T.let[T.int32x16] = T.Shuffle([v_54, v_62], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_78: T.let[T.int32x16] = T.Shuffle([v_55, v_63], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_79: T.let[T.int32x16] = T.Shuffle([v_55, v_63], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    turned[0, 0:16] = v_64
-                                                    turned[1, 0:16] = v_65
-                                                    turned[2, 0:16] = v_66
-                                                    turned[3, 0:16] = v_67
-                                                    turned[4, 0:16] = v_68
-                                                    turned[5, 0:16] = v_69
-                                                    turned[6, 0:16] = v_70
-                                                    turned[7, 0:16] = v_71
-                                                    turned[8, 0:16] = v_72
-                                                    turned[9, 0:16] = v_73
-                                                    turned[10, 0:16] = v_74
-                                                    turned[11, 0:16] = v_75
-                                                    turned[12, 0:16] = v_76
-                                                    turned[13, 0:16] = v_77
-                                                    turned[14, 0:16] = v_78
-                                                    turned[15, 0:16] = v_79
-                                with T.sblock("load_values"):
-                                    T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                    T.writes(v_tile[0:128, 0:(valid_len + 63) // 64 * 32])
-                                    for to in range((valid_len + 64 - 1) // 64):
-                                        with T.sblock("load_values_element_o"):
-                                            vt_o = T.axis.spatial((valid_len + 64 - 1) // 64, to)
-                                            vd_o = T.axis.spatial(1, 0)
-                                            T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                            T.writes(v_tile[0:128, vt_o * 32:vt_o * 32 + 32])
-                                            v_tile_global = T.sblock_alloc_buffer((8, 32, 16), "int32")
-                                            for ax0_0, ax1_0 in T.grid(2, 8):
-                                                for ax0 in T.unroll(16):
-                                                    for ax1 in T.vectorized(16):
-                                                        with T.sblock("load_values_element"):
-                                                            vt_i = T.axis.spatial(32, ax0_0 * 16 + ax0)
-                                                            vd_i = T.axis.spatial(128, ax1_0 * 16 + ax1)
-                                                            T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                                            T.writes(v_tile_global[vd_i // 16, vt_i, vd_i % 16])
-                                                            v_tile_global[vd_i // 16, vt_i, vd_i % 16] = value_cache[value_offsets[vt_o * 64 + vt_i * 2] + value_head + T.Cast("int64", vd_i)]
-                                                with T.sblock("v_tile_global_o"):
-                                                    v0_o, v1_o = T.axis.remap("SS", [ax0_0, ax1_0])
-                                                    T.reads(v_tile_global[v1_o, v0_o * 16:v0_o * 16 + 16, 0:16])
-                                                    T.writes(v_tile[v1_o * 16:v1_o * 16 + 16, vt_o * 32 + v0_o * 16:vt_o * 32 + v0_o * 16 + 16])
-                                                    turned = T.match_buffer(v_tile[v1_o * 16:v1_o * 16 + 16, vt_o * 32 + v0_o * 16:vt_o * 32 + v0_o * 16 + 16], (16, 16), "int32", strides=("turned_row", 1), offset_factor=1)
-                                                    block = T.match_buffer(v_tile_global[v1_o, v0_o * 16:v0_o * 16 + 16, 0:16], (16, 16), "int32", strides=("block_row", 1), offset_factor=1)
-                                                    v: T.let[T.int32x16] = block[0, T.Ramp(0, 1, 16)]
-                                                    v_1: T.let[T.int32x16] = block[1, T.Ramp(0, 1, 16)]
-                                                    v_2: T.let[T.int32x16] = block[2, T.Ramp(0, 1, 16)]
-                                                    v_3: T.let[T.int32x16] = block[3, T.Ramp(0, 1, 16)]
-                                                    v_4: T.let[T.int32x16] = block[4, T.Ramp(0, 1, 16)]
-                                                    v_5: T.let[T.int32x16] = block[5, T.Ramp(0, 1, 16)]
-                                                    v_6: T.let[T.int32x16] = block[6, T.Ramp(0, 1, 16)]
-                                                    v_7: T.let[T.int32x16] = block[7, T.Ramp(0, 1, 16)]
-                                                    v_8: T.let[T.int32x16] = block[8, T.Ramp(0, 1, 16)]
-                                                    v_9: T.let[T.int32x16] = block[9, T.Ramp(0, 1, 16)]
-                                                    v_10: T.let[T.int32x16] = block[10, T.Ramp(0, 1, 16)]
-                                                    v_11: T.let[T.int32x16] = block[11, T.Ramp(0, 1, 16)]
-                                                    v_12: T.let[T.int32x16] = block[12, T.Ramp(0, 1, 16)]
-                                                    v_13: T.let[T.int32x16] = block[13, T.Ramp(0, 1, 16)]
-                                                    v_14: T.let[T.int32x16] = block[14, T.Ramp(0, 1, 16)]
-                                                    v_15: T.let[T.int32x16] = block[15, T.Ramp(0, 1, 16)]
-                                                    v_16: T.let[T.int32x16] = T.Shuffle([v, v_8], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_17: T.let[T.int32x16] = T.Shuffle([v, v_8], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_18: T.let[T.int32x16] = T.Shuffle([v_1, v_9], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_19: T.let[T.int32x16] = T.Shuffle([v_1, v_9], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_20: T.let[T.int32x16] = T.Shuffle([v_2, v_10], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_21: T.let[T.int32x16] = T.Shuffle([v_2, v_10], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_22: T.let[T.int32x16] = T.Shuffle([v_3, v_11], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_23: T.let[T.int32x16] = T.Shuffle([v_3, v_11], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_24: T.let[T.int32x16] = T.Shuffle([v_4, v_12], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_25: T.let[T.int32x16] = T.Shuffle([v_4, v_12], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_26: T.let[T.int32x16] = T.Shuffle([v_5, v_13], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_27: T.let[T.int32x16] = T.Shuffle([v_5, v_13], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_28: T.let[T.int32x16] = T.Shuffle([v_6, v_14], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_29: T.let[T.int32x16] = T.Shuffle([v_6, v_14], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_30: T.let[T.int32x16] = T.Shuffle([v_7, v_15], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_31: T.let[T.int32x16] = T.Shuffle([v_7, v_15], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_32: T.let[T.int32x16] = T.Shuffle([v_16, v_24], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_33: T.let[T.int32x16] = T.Shuffle([v_16, v_24], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_34: T.let[T.int32x16] = T.Shuffle([v_17, v_25], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_35: T.let[T.int32x16] = T.Shuffle([v_17, v_25], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_36: T.let[T.int32x16] = T.Shuffle([v_18, v_26], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_37: T.let[T.int32x16] = T.Shuffle([v_18, v_26], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_38: T.let[T.int32x16] = T.Shuffle([v_19, v_27], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_39: T.let[T.int32x16] = T.Shuffle([v_19, v_27], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_40: T.let[T.int32x16] = T.Shuffle([v_20, v_28], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_41: T.let[T.int32x16] = T.Shuffle([v_20, v_28], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_42: T.let[T.int32x16] = T.Shuffle([v_21, v_29], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_43: T.let[T.int32x16] = T.Shuffle([v_21, v_29], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_44: T.let[T.int32x16] = T.Shuffle([v_22, v_30], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_45: T.let[T.int32x16] = T.Shuffle([v_22, v_30], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_46: T.let[T.int32x16] = T.Shuffle([v_23, v_31], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_47: T.let[T.int32x16] = T.Shuffle([v_23, v_31], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_48: T.let[T.int32x16] = T.Shuffle([v_32, v_40], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_49: T.let[T.int32x16] = T.Shuffle([v_32, v_40], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_50: T.let[T.int32x16] = T.Shuffle([v_33, v_41], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_51: T.let[T.int32x16] = T.Shuffle([v_33, v_41], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_52: T.let[T.int32x16] = T.Shuffle([v_34, v_42], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_53: T.let[T.int32x16] = T.Shuffle([v_34, v_42], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_54: T.let[T.int32x16] = T.Shuffle([v_35, v_43], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_55: T.let[T.int32x16] = T.Shuffle([v_35, v_43], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_56: T.let[T.int32x16] = T.Shuffle([v_36, v_44], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_57: T.let[T.int32x16] = T.Shuffle([v_36, v_44], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_58: T.let[T.int32x16] = T.Shuffle([v_37, v_45], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_59: T.let[T.int32x16] = T.Shuffle([v_37, v_45], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_60: T.let[T.int32x16] = T.Shuffle([v_38, v_46], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_61: T.let[T.int32x16] = T.Shuffle([v_38, v_46], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_62: T.let[T.int32x16] = T.Shuffle([v_39, v_47], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_63: T.let[T.int32x16] = T.Shuffle([v_39, v_47], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_64: T.let[T.int32x16] = T.Shuffle([v_48, v_56], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_65: T.let[T.int32x16] = T.Shuffle([v_48, v_56], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_66: T.let[T.int32x16] = T.Shuffle([v_49, v_57], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_67: T.let[T.int32x16] = T.Shuffle([v_49, v_57], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_68: T.let[T.int32x16] = T.Shuffle([v_50, v_58], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_69: T.let[T.int32x16] = T.Shuffle([v_50, v_58], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_70: T.let[T.int32x16] = T.Shuffle([v_51, v_59], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_71: T.let[T.int32x16] = T.Shuffle([v_51, v_59], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_72: T.let[T.int32x16] = T.Shuffle([v_52, v_60], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_73: T.let[T.int32x16] = T.Shuffle([v_52, v_60], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_74: T.let[T.int32x16] = T.Shuffle([v_53, v_61], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_75: T.let[T.int32x16] = T.Shuffle([v_53, v_61], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_76: T.let[T.int32x16] = T.Shuffle([v_54, v_62], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_77: T.let[T.int32x16] = T.Shuffle([v_54, v_62], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_78: T.let[T.int32x16] = T.Shuffle([v_55, v_63], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_79: T.let[T.int32x16] = T.Shuffle([v_55, v_63], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    turned[0, 0:16] = v_64
-                                                    turned[1, 0:16] = v_65
-                                                    turned[2, 0:16] = v_66
-                                                    turned[3, 0:16] = v_67
-                                                    turned[4, 0:16] = v_68
-                                                    turned[5, 0:16] = v_69
-                                                    turned[6, 0:16] = v_70
-                                                    turned[7, 0:16] = v_71
-                                                    turned[8, 0:16] = v_72
-                                                    turned[9, 0:16] = v_73
-                                                    turned[10, 0:16] = v_74
-                                                    turned[11, 0:16] = v_75
-                                                    turned[12, 0:16] = v_76
-                                                    turned[13, 0:16] = v_77
-                                                    turned[14, 0:16] = v_78
-                                                    turned[15, 0:16] = v_79
-                                if valid_len % 2 == 1:
-                                    for t, d in T.grid((valid_len + 64 - 1) // 64 * 32 - valid_len // 2, 128):
-                                        with T.sblock("unused_value"):
-                                            vt = T.axis.spatial(64, valid_len // 2 + t)
-                                            vd = T.axis.spatial(128, d)
-                                            T.reads(v_tile[vd, vt])
-                                            T.writes(v_tile[vd, vt])
-                                            v_tile[vd, vt] = v_tile[vd, vt] & 65535
-                                with T.sblock("find_infinite"):
-                                    T.reads(v_tile[0:128, 0:T.max(0, (valid_len + 63) // 64) * 32])
-                                    T.writes(infinite[0])
-                                    largest = T.sblock_alloc_buffer((16,), "int32")
-                                    for lane_init in T.vectorized(16):
-                                        with T.sblock("largest_init"):
-                                            vlane = T.axis.spatial(16, lane_init)
-                                            T.reads()
-                                            T.writes(largest[vlane])
-                                            largest[vlane] = 0
-                                    for d, to, ti in T.grid(128, T.Select(tree_start >= T.int64(0) or span[2] < tile_start + valid_len, (valid_len + 64 - 1) // 64, 0), 2):
-                                        for lane in T.vectorized(16):
-                                            with T.sblock("largest_update"):
-                                                vlane, vd = T.axis.remap("SR", [lane, d])
-                                                vt = T.axis.reduce(4, to * 2 + ti)
-                                                T.reads(largest[vlane], v_tile[vd, vt * 16 + vlane])
-                                                T.writes(largest[vlane])
-                                                largest[vlane] = T.max(largest[vlane], T.max(v_tile[vd, vt * 16 + vlane] << 16 & 2139095040, v_tile[vd, vt * 16 + vlane] & 2139095040))
-                                    with T.sblock("infinite_init"):
-                                        T.reads()
-                                        T.writes(infinite[0])
-                                        infinite[0] = 0
-                                    for lane in range(16):
-                                        with T.sblock("infinite_update"):
-                                            vlane = T.axis.reduce(16, lane)
-                                            T.reads(infinite[0], largest[vlane])
-                                            T.writes(infinite[0])
-                                            infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
                                 for row_tile in range(head_tiles):
                                     with T.sblock("row_tile"):
                                         vrt = T.axis.spatial(head_tiles, row_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 128, 32))
-                                        tile_max = T.sblock_alloc_buffer((1, 32))
-                                        tile_sum = T.sblock_alloc_buffer((1, 32))
-                                        alpha = T.sblock_alloc_buffer((1, 32))
-                                        beta = T.sblock_alloc_buffer((1, 32))
-                                        edges = T.sblock_alloc_buffer((64, 32), "int32")
-                                        prob_pairs = T.sblock_alloc_buffer((1, 64, 32), "int32")
-                                        scaled = T.sblock_alloc_buffer((128, 32))
+                                        scores = T.sblock_alloc_buffer((1, 16, 128))
+                                        probs = T.sblock_alloc_buffer((1, 16, 128))
+                                        tile_max = T.sblock_alloc_buffer((1, 16))
+                                        tile_sum = T.sblock_alloc_buffer((1, 16))
+                                        alpha = T.sblock_alloc_buffer((1, 16))
+                                        beta = T.sblock_alloc_buffer((1, 16))
+                                        edges = T.sblock_alloc_buffer((16, 64), "int32")
+                                        prob_pairs = T.sblock_alloc_buffer((1, 16, 64), "int32")
+                                        scaled = T.sblock_alloc_buffer((16, 128))
                                         full_peak = T.sblock_alloc_buffer((16,))
-                                        room = T.sblock_alloc_buffer((1, 16), "int32")
-                                        full_sum = T.sblock_alloc_buffer((1, 16))
-                                        full_peak_1 = T.sblock_alloc_buffer((32,))
-                                        room_1 = T.sblock_alloc_buffer((1, 32), "int32")
-                                        full_sum_1 = T.sblock_alloc_buffer((1, 32))
                                         first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
-                                        wanted: T.let[T.bool] = vrt == head_tiles - 1 and more
+                                        wanted: T.let[T.bool] = vrt == head_tiles - 1 and (has_next or not is_last)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
-                                            num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 32, 32))
+                                            num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))
                                             num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 64)
-                                            if num_rows <= 16:
-                                                with T.sblock("few_qk_matmul"):
-                                                    T.reads(q_tile[first, 0:64, 0:16], k_tile[0:128, 0:64], key_offsets[0:256])
-                                                    T.writes(scores[0, 0:(valid_len_1 + 63) // 64 * 64, 0:16])
-                                                    scores_local = T.sblock_alloc_buffer((1, (valid_len_1 + 63) // 64 * 64, 16), scope="local")
-                                                    for i, to, ti_0 in T.grid(1, (valid_len_1 + 64 - 1) // 64, 1):
-                                                        with T.sblock("few_scores_init_o"):
-                                                            vt_o = T.axis.spatial((valid_len_1 + 64 - 1) // 64, to + ti_0)
-                                                            vi_o = T.axis.spatial(1, i)
-                                                            vr_o = T.axis.spatial(1, 0)
-                                                            T.reads()
-                                                            T.writes(scores_local[0, vt_o * 64:vt_o * 64 + 64, 0:16])
-                                                            sums = T.match_buffer(scores_local[0, vt_o * 64:vt_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
-                                                        for d_0 in range(4):
+                                            with T.sblock("qk_matmul"):
+                                                T.reads(q_tile[first, 0:16, 0:64], key_cache[0:k_span], key_offsets[0:256])
+                                                T.writes(scores[0, 0:16, 0:128])
+                                                for i, to in T.grid(1, (valid_len_1 + 64 - 1) // 64):
+                                                    with T.sblock("scores_init_o"):
+                                                        vt_o, vi_o = T.axis.remap("SS", [to, i])
+                                                        vr_o = T.axis.spatial(1, 0)
+                                                        T.reads()
+                                                        T.writes()
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                    for d_0 in range(4):
+                                                        for ti_0 in T.unroll(4):
                                                             if wanted:
-                                                                for line in range(64):
-                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 256 + ((ti_0 * 4 + d_0) * 64 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 256 + ((ti_0 * 4 + d_0) * 64 + line)) % 64, 63)) * k_row]), 0, 2, 1)
-                                                            with T.sblock("few_scores_update_o"):
-                                                                vt_o = T.axis.spatial((valid_len_1 + 64 - 1) // 64, to + ti_0)
-                                                                vi_o = T.axis.spatial(1, i)
-                                                                vr_o = T.axis.spatial(1, 0)
-                                                                vd_o = T.axis.reduce(4, d_0)
-                                                                T.reads(scores_local[0, vt_o * 64:vt_o * 64 + 64, 0:16], q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:16], k_tile[vt_o * 64:vt_o * 64 + 64, vd_o * 16:vd_o * 16 + 16])
-                                                                T.writes(scores_local[0, vt_o * 64:vt_o * 64 + 64, 0:16])
-                                                                sums = T.match_buffer(scores_local[0, vt_o * 64:vt_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                                right = T.match_buffer(q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:16], (16, 16), "int32", strides=("right_row", 1), offset_factor=1)
-                                                                left = T.match_buffer(k_tile[vt_o * 64:vt_o * 64 + 64, vd_o * 16:vd_o * 16 + 16], (64, 16), "int32", strides=("left_row", 1), offset_factor=1)
-                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(5), T.int8(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(left[32, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(7), T.int8(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[48, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(5), T.int8(4))
-                                                        for ax0 in range(1):
-                                                            with T.sblock("scores_local_o"):
-                                                                v0_o, v1_o = T.axis.remap("SS", [ax0, to])
-                                                                v2_o = T.axis.spatial(1, 0)
-                                                                T.reads(scores_local[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
-                                                                T.writes(scores[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
-                                                                stored = T.match_buffer(scores[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("stored_row", 1), offset_factor=1)
-                                                                sums = T.match_buffer(scores_local[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[32, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[48, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                            else:
-                                                with T.sblock("qk_matmul"):
-                                                    T.reads(q_tile[first, 0:64, 0:32], k_tile[0:128, 0:64], key_offsets[0:256])
-                                                    T.writes(scores[0, 0:(valid_len_1 + 63) // 64 * 64, 0:32])
-                                                    scores_local = T.sblock_alloc_buffer((1, (valid_len_1 + 63) // 64 * 64, 32), scope="local")
-                                                    for i, to, ti_0 in T.grid(1, (valid_len_1 + 64 - 1) // 64, 2):
-                                                        with T.sblock("scores_init_o"):
-                                                            vt_o = T.axis.spatial(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
-                                                            vi_o = T.axis.spatial(1, i)
-                                                            vr_o = T.axis.spatial(1, 0)
-                                                            T.reads()
-                                                            T.writes(scores_local[0, vt_o * 32:vt_o * 32 + 32, 0:32])
-                                                            sums = T.match_buffer(scores_local[0, vt_o * 32:vt_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
-                                                            T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
-                                                        for d_0 in range(4):
-                                                            if wanted:
-                                                                for line in range(32):
-                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 256 + ((ti_0 * 4 + d_0) * 32 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 256 + ((ti_0 * 4 + d_0) * 32 + line)) % 64, 63)) * k_row]), 0, 2, 1)
+                                                                for line in range(16):
+                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + (to * 256 + ((d_0 * 4 + ti_0) * 16 + line)) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min((to * 256 + ((d_0 * 4 + ti_0) * 16 + line)) % 64, 63)) * k_row]), 0, 2, 1)
                                                             with T.sblock("scores_update_o"):
-                                                                vt_o = T.axis.spatial(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
+                                                                vt_o = T.axis.spatial(4 * ((valid_len_1 + 64 - 1) // 64), to * 4 + ti_0)
                                                                 vi_o = T.axis.spatial(1, i)
                                                                 vr_o = T.axis.spatial(1, 0)
                                                                 vd_o = T.axis.reduce(4, d_0)
-                                                                T.reads(scores_local[0, vt_o * 32:vt_o * 32 + 32, 0:32], q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:32], k_tile[vt_o * 32:vt_o * 32 + 32, vd_o * 16:vd_o * 16 + 16])
-                                                                T.writes(scores_local[0, vt_o * 32:vt_o * 32 + 32, 0:32])
-                                                                sums = T.match_buffer(scores_local[0, vt_o * 32:vt_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                                right = T.match_buffer(q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:32], (16, 32), "int32", strides=("right_row", 1), offset_factor=1)
-                                                                left = T.match_buffer(k_tile[vt_o * 32:vt_o * 32 + 32, vd_o * 16:vd_o * 16 + 16], (32, 16), "int32", strides=("left_row", 1), offset_factor=1)
-                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(6), T.int8(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(right[0, 16]), T.Cast("int64", right.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(5))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(7), T.int8(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(7), T.int8(5))
-                                                        for ax0 in range(1):
-                                                            with T.sblock("scores_local_o"):
-                                                                v0_o = T.axis.spatial(1, ax0)
-                                                                v1_o = T.axis.spatial(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
-                                                                v2_o = T.axis.spatial(1, 0)
-                                                                T.reads(scores_local[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32])
-                                                                T.writes(scores[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32])
-                                                                stored = T.match_buffer(scores[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32], (32, 32), strides=("stored_row", 1), offset_factor=1)
-                                                                sums = T.match_buffer(scores_local[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[0, 16]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[16, 16]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                T.reads(q_tile[first + vi_o, 0:16, vd_o * 16:vd_o * 16 + 16], key_cache[key_offsets[vt_o * 16] + key_head + T.Cast("int64", vi_o) * k_head + T.Select(T.int64(0) <= k_row, T.Cast("int64", vd_o) * k_row * T.int64(16), (T.Cast("int64", vd_o) * T.int64(16) + T.int64(15)) * k_row):key_offsets[vt_o * 16] + key_head + T.Cast("int64", vi_o) * k_head + T.Select(T.int64(0) <= k_row, T.Cast("int64", vd_o) * k_row * T.int64(16), (T.Cast("int64", vd_o) * T.int64(16) + T.int64(15)) * k_row) + (T.Select(T.int64(0) <= k_row, (T.Cast("int64", vd_o) * T.int64(16) + T.int64(15)) * k_row - T.Cast("int64", vd_o) * k_row * T.int64(16), T.Cast("int64", vd_o) * k_row * T.int64(16) - (T.Cast("int64", vd_o) * T.int64(16) + T.int64(15)) * k_row) + T.int64(16))], key_offsets[vt_o * 16])
+                                                                T.writes()
+                                                                buffer = T.match_buffer(q_tile[first + vi_o, 0:16, 0:64], (16, 64), "int32", strides=("row", 1), offset_factor=1)
+                                                                if vt_o * 16 // 16 % 4 == 0:
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(buffer[0, vd_o * 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(key_cache[T.Cast("int64", vd_o) * k_row * T.int64(16) + key_offsets[vt_o * 16] + key_head + T.Cast("int64", vi_o) * k_head]), T.Cast("int64", T.Cast("int64", k_row)) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vt_o * 16 // 16 % 4), T.int8(4), T.int8(5))
+                                                    for ax0 in range(1):
+                                                        with T.sblock("scores_global_o"):
+                                                            v0_o = T.axis.spatial(1, ax0)
+                                                            v1_o = T.axis.spatial(1, 0)
+                                                            v2_o = T.axis.spatial((valid_len_1 + 64 - 1) // 64, to)
+                                                            T.reads()
+                                                            T.writes(scores[v0_o, 0:16, v2_o * 64:v2_o * 64 + 64])
+                                                            buffer = T.match_buffer(scores[v0_o, 0:16, 0:128], (16, 128), strides=("row", 1), offset_factor=1)
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(buffer[0, v2_o * 64]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(buffer[0, v2_o * 64 + 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(buffer[0, v2_o * 64 + 32]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(buffer[0, v2_o * 64 + 48]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                            with T.sblock("full_scores"):
+                                                T.reads(scores[0, 0:16, 0:128])
+                                                T.writes(scaled[0:16, 0:128], full_peak[0:16])
+                                                full_peak_rf = T.sblock_alloc_buffer((16, 16))
+                                                full_peak_rf_global = T.sblock_alloc_buffer((16, 16))
+                                                for r, to in T.grid(16, num_full):
+                                                    for ti in T.vectorized(64):
+                                                        with T.sblock("full_scaled"):
+                                                            vt = T.axis.spatial(128, to * 64 + ti)
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(scores[0, vr, vt])
+                                                            T.writes(scaled[vr, vt])
+                                                            scaled[vr, vt] = scores[0, vr, vt] * score_scale
+                                                for r in range(16):
+                                                    for ti_1_init in T.vectorized(16):
+                                                        with T.sblock("full_peak_rf_init"):
+                                                            vti_1, vr = T.axis.remap("SS", [ti_1_init, r])
+                                                            T.reads()
+                                                            T.writes(full_peak_rf_global[vr, vti_1])
+                                                            full_peak_rf_global[vr, vti_1] = T.float32(-340282346638528859811704183484516925440.0)
+                                                    for to in range(num_full):
+                                                        for ti_0 in T.unroll(4):
+                                                            for ti_1 in T.vectorized(16):
+                                                                with T.sblock("full_peak_rf_update"):
+                                                                    vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
+                                                                    T.reads(full_peak_rf_global[vr, vti_1], scaled[vr, vto * 64 + vti_0 * 16 + vti_1])
+                                                                    T.writes(full_peak_rf_global[vr, vti_1])
+                                                                    full_peak_rf_global[vr, vti_1] = T.max(full_peak_rf_global[vr, vti_1], scaled[vr, vto * 64 + vti_0 * 16 + vti_1])
+                                                    for ax0 in T.vectorized(16):
+                                                        with T.sblock("full_peak.rf_global"):
+                                                            v0, v1 = T.axis.remap("SS", [r, ax0])
+                                                            T.reads(full_peak_rf_global[v0, v1])
+                                                            T.writes(full_peak_rf[v0, v1])
+                                                            full_peak_rf[v0, v1] = full_peak_rf_global[v0, v1]
+                                                for r_init in T.vectorized(16):
+                                                    with T.sblock("full_peak_init"):
+                                                        vr = T.axis.spatial(16, r_init)
+                                                        T.reads()
+                                                        T.writes(full_peak[vr])
+                                                        full_peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                for r_0 in range(1):
+                                                    with T.sblock("full_peak_update_o"):
+                                                        vti_1_o = T.axis.reduce(1, 0)
+                                                        vr_o = T.axis.spatial(1, r_0)
+                                                        T.reads(full_peak[0:16], full_peak_rf[0:16, 0:16])
+                                                        T.writes(full_peak[0:16])
+                                                        maxima = T.match_buffer(full_peak[0:16], (16,), offset_factor=1)
+                                                        parts = T.match_buffer(full_peak_rf[0:16, 0:16], (16, 16), offset_factor=1)
+                                                        v: T.let[T.float32x16] = parts[0, T.Ramp(0, 1, 16)]
+                                                        v_1: T.let[T.float32x16] = parts[1, T.Ramp(0, 1, 16)]
+                                                        v_2: T.let[T.float32x16] = parts[2, T.Ramp(0, 1, 16)]
+                                                        v_3: T.let[T.float32x16] = parts[3, T.Ramp(0, 1, 16)]
+                                                        v_4: T.let[T.float32x16] = parts[4, T.Ramp(0, 1, 16)]
+                                                        v_5: T.let[T.float32x16] = parts[5, T.Ramp(0, 1, 16)]
+                                                        v_6: T.let[T.float32x16] = parts[6, T.Ramp(0, 1, 16)]
+                                                        v_7: T.let[T.float32x16] = parts[7, T.Ramp(0, 1, 16)]
+                                                        v_8: T.let[T.float32x16] = parts[8, T.Ramp(0, 1, 16)]
+                                                        v_9: T.let[T.float32x16] = parts[9, T.Ramp(0, 1, 16)]
+                                                        v_10: T.let[T.float32x16] = parts[10, T.Ramp(0, 1, 16)]
+                                                        v_11: T.let[T.float32x16] = parts[11, T.Ramp(0, 1, 16)]
+                                                        v_12: T.let[T.float32x16] = parts[12, T.Ramp(0, 1, 16)]
+                                                        v_13: T.let[T.float32x16] = parts[13, T.Ramp(0, 1, 16)]
+                                                        v_14: T.let[T.float32x16] = parts[14, T.Ramp(0, 1, 16)]
+                                                        v_15: T.let[T.float32x16] = parts[15, T.Ramp(0, 1, 16)]
+                                                        v_16: T.let[T.float32x16] = T.max(T.Shuffle([v, v_1], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v, v_1], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_17: T.let[T.float32x16] = T.max(T.Shuffle([v_2, v_3], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_2, v_3], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_18: T.let[T.float32x16] = T.max(T.Shuffle([v_4, v_5], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_4, v_5], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_19: T.let[T.float32x16] = T.max(T.Shuffle([v_6, v_7], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_6, v_7], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_20: T.let[T.float32x16] = T.max(T.Shuffle([v_8, v_9], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_8, v_9], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_21: T.let[T.float32x16] = T.max(T.Shuffle([v_10, v_11], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_10, v_11], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_22: T.let[T.float32x16] = T.max(T.Shuffle([v_12, v_13], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_12, v_13], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_23: T.let[T.float32x16] = T.max(T.Shuffle([v_14, v_15], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_14, v_15], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_24: T.let[T.float32x16] = T.max(T.Shuffle([v_16, v_17], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_16, v_17], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                        v_25: T.let[T.float32x16] = T.max(T.Shuffle([v_18, v_19], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_18, v_19], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                        v_26: T.let[T.float32x16] = T.max(T.Shuffle([v_20, v_21], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_20, v_21], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                        v_27: T.let[T.float32x16] = T.max(T.Shuffle([v_22, v_23], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_22, v_23], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                        v_28: T.let[T.float32x16] = T.max(T.Shuffle([v_24, v_25], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]), T.Shuffle([v_24, v_25], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]))
+                                                        v_29: T.let[T.float32x16] = T.max(T.Shuffle([v_26, v_27], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]), T.Shuffle([v_26, v_27], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]))
+                                                        v_30: T.let[T.float32x16] = T.max(T.Shuffle([v_28, v_29], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]), T.Shuffle([v_28, v_29], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]))
+                                                        maxima[0:16] = T.max(maxima[T.Ramp(0, 1, 16)], v_30)
                                             with T.sblock("seen_scores"):
-                                                T.reads(scores[0, num_full * 64:num_full * 64 + ((valid_len_1 + 63) // 64 * 64 - num_full * 64), 0:32])
-                                                T.writes(scaled[T.min(num_full * 64, T.max(context_len - tree_size - tile_start, 0)):T.min(num_full * 64, T.max(context_len - tree_size - tile_start, 0)) + (T.max((valid_len_1 + 63) // 64 * 64, T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0))) - T.min(num_full * 64, T.max(context_len - tree_size - tile_start, 0))), 0:32])
-                                                for to, ti in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 64):
-                                                    for r in T.vectorized(32):
+                                                T.reads(scores[0, 0:16, 0:128])
+                                                T.writes(scaled[0:16, 0:128])
+                                                for r, to in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full):
+                                                    for ti in T.vectorized(64):
                                                         with T.sblock("scaled"):
                                                             vo = T.axis.spatial(2, num_full + to)
                                                             vi, vr = T.axis.remap("SS", [ti, r])
-                                                            T.reads(limits[first, vr], scores[0, vo * 64 + vi, vr])
-                                                            T.writes(scaled[vo * 64 + vi, vr])
-                                                            scaled[vo * 64 + vi, vr] = T.Select(tile_start + vo * 64 + vi < limits[first, vr], scores[0, vo * 64 + vi, vr] * score_scale, T.float32("-inf"))
+                                                            T.reads(limits[first, vr], scores[0, vr, vo * 64 + vi])
+                                                            T.writes(scaled[vr, vo * 64 + vi])
+                                                            scaled[vr, vo * 64 + vi] = T.Select(tile_start + vo * 64 + vi < limits[first, vr], scores[0, vr, vo * 64 + vi] * score_scale, T.float32("-inf"))
                                                 if tree_start >= T.int64(0):
-                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 32, 32), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
+                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_scores"):
-                                                            vr = T.axis.opaque(32, r)
+                                                            vr = T.axis.opaque(16, r)
                                                             vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
-                                                            T.reads(scaled[vc, vr], tree_mask[0:tree_cells])
-                                                            T.writes(scaled[vc, vr])
-                                                            scaled[vc, vr] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 32 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vc, vr])
-                                            if num_rows <= 16:
-                                                with T.sblock("empty_rest"):
-                                                    T.reads()
-                                                    T.writes(tile_max[0, 16:32], tile_sum[0, 16:32])
-                                                    for r in T.vectorized(16):
-                                                        with T.sblock("empty_row_of_rest"):
-                                                            vr = T.axis.spatial(32, 16 + r)
+                                                            T.reads(scaled[vr, vc], tree_mask[0:tree_cells])
+                                                            T.writes(scaled[vr, vc])
+                                                            scaled[vr, vc] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vr, vc])
+                                            with T.sblock("softmax_prepare"):
+                                                T.reads(scaled[0:16, 0:128], full_peak[0:16])
+                                                T.writes(probs[0, 0:16, 0:128], tile_max[0, 0:16], tile_sum[0, 0:16], prob_pairs[0, 0:16, 0:64])
+                                                peak = T.sblock_alloc_buffer((16,))
+                                                room = T.sblock_alloc_buffer((1, 16), "int32")
+                                                peak_rf = T.sblock_alloc_buffer((16, 16))
+                                                peak_rf_global = T.sblock_alloc_buffer((16, 16))
+                                                tile_sum_rf = T.sblock_alloc_buffer((1, 16, 8))
+                                                tile_sum_rf_global = T.sblock_alloc_buffer((1, 16, 8))
+                                                for r in range(16):
+                                                    for ti_1_init in T.vectorized(16):
+                                                        with T.sblock("peak_rf_init"):
+                                                            vti_1, vr = T.axis.remap("SS", [ti_1_init, r])
                                                             T.reads()
-                                                            T.writes(tile_max[0, vr], tile_sum[0, vr])
-                                                            tile_max[0, vr] = T.float32(-1000000000000000019884624838656.0)
-                                                            tile_sum[0, vr] = T.float32(0.0)
-                                                with T.sblock("few_full_scores"):
-                                                    T.reads(scores[0, 0:num_full * 64, 0:16])
-                                                    T.writes(full_peak[0:16])
-                                                    full_peak_rf = T.sblock_alloc_buffer((4, 16))
-                                                    for ti_1_init in T.unroll(4):
-                                                        for r_init in T.vectorized(16):
-                                                            with T.sblock("few_full_peak_rf_init"):
-                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r_init])
-                                                                T.reads()
-                                                                T.writes(full_peak_rf[vti_1, vr])
-                                                                full_peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for to, ti_0 in T.grid(num_full, 16):
-                                                        for ti_1 in T.unroll(4):
-                                                            for r in T.vectorized(16):
-                                                                with T.sblock("few_full_peak_rf_update"):
-                                                                    vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
-                                                                    T.reads(full_peak_rf[vti_1, vr], scores[0, vto * 64 + vti_0 * 4 + vti_1, vr])
-                                                                    T.writes(full_peak_rf[vti_1, vr])
-                                                                    full_peak_rf[vti_1, vr] = T.max(full_peak_rf[vti_1, vr], scores[0, vto * 64 + vti_0 * 4 + vti_1, vr] * score_scale)
-                                                    for r_init in T.vectorized(16):
-                                                        with T.sblock("few_full_peak_init"):
-                                                            vr = T.axis.spatial(16, r_init)
-                                                            T.reads()
-                                                            T.writes(full_peak[vr])
-                                                            full_peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for ti_1 in range(4):
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("few_full_peak_update"):
-                                                                vti_1, vr = T.axis.remap("RS", [ti_1, r])
-                                                                T.reads(full_peak[vr], full_peak_rf[vti_1, vr])
-                                                                T.writes(full_peak[vr])
-                                                                full_peak[vr] = T.max(full_peak[vr], full_peak_rf[vti_1, vr])
-                                                with T.sblock("few_maxima"):
-                                                    T.reads(scaled[num_full * 64:num_full * 64 + ((valid_len_1 + 63) // 64 * 64 - num_full * 64), 0:16], full_peak[0:16])
-                                                    T.writes(tile_max[0, 0:16], room[0, 0:16])
-                                                    peak = T.sblock_alloc_buffer((16,))
-                                                    peak_rf = T.sblock_alloc_buffer((4, 16))
-                                                    for ti_1_init in T.unroll(4):
-                                                        for r_init in T.vectorized(16):
-                                                            with T.sblock("few_peak_rf_init"):
-                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r_init])
-                                                                T.reads()
-                                                                T.writes(peak_rf[vti_1, vr])
-                                                                peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for to, ti_0 in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 16):
-                                                        for ti_1 in T.unroll(4):
-                                                            for r in T.vectorized(16):
-                                                                with T.sblock("few_peak_rf_update"):
-                                                                    vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
-                                                                    T.reads(peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1 + num_full * 64, vr])
-                                                                    T.writes(peak_rf[vti_1, vr])
-                                                                    peak_rf[vti_1, vr] = T.max(peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1 + num_full * 64, vr])
-                                                    for r_init in T.vectorized(16):
-                                                        with T.sblock("few_peak_init"):
-                                                            vr = T.axis.spatial(16, r_init)
-                                                            T.reads()
-                                                            T.writes(peak[vr])
-                                                            peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for ti_1 in range(4):
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("few_peak_update"):
-                                                                vti_1, vr = T.axis.remap("RS", [ti_1, r])
-                                                                T.reads(peak[vr], peak_rf[vti_1, vr])
-                                                                T.writes(peak[vr])
-                                                                peak[vr] = T.max(peak[vr], peak_rf[vti_1, vr])
-                                                    for r in T.vectorized(16):
-                                                        with T.sblock("few_tile_max"):
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(full_peak[vr], peak[vr])
-                                                            T.writes(tile_max[0, vr])
-                                                            tile_max[0, vr] = T.Select(0 < valid_len_1, T.max(full_peak[vr], peak[vr]), T.float32(-1000000000000000019884624838656.0))
-                                                    for r in T.vectorized(16):
-                                                        with T.sblock("few_room"):
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(places[first, vr])
-                                                            T.writes(room[0, vr])
-                                                            room[0, vr] = places[first, vr]
-                                                with T.sblock("few_full_weights"):
-                                                    T.reads(scores[0, 0:num_full * 64, 0:16], room[0, 0:16], tile_max[0, 0:16])
-                                                    T.writes(prob_pairs[0, 0:num_full * 32, 0:16], full_sum[0, 0:16])
-                                                    probs = T.sblock_alloc_buffer((128, 16))
-                                                    for ax1_init in T.vectorized(16):
-                                                        with T.sblock("few_full_tile_sum_init"):
-                                                            vr = T.axis.spatial(16, ax1_init)
-                                                            T.reads()
-                                                            T.writes(full_sum[0, vr])
-                                                            full_sum[0, vr] = T.float32(0.0)
-                                                    for to, ti in T.grid(num_full, 32):
-                                                        for ax0 in T.unroll(2):
-                                                            for ax1 in T.vectorized(16):
-                                                                with T.sblock("few_full_probs"):
-                                                                    vt = T.axis.spatial(128, to * 64 + ti * 2 + ax0)
-                                                                    vr = T.axis.spatial(16, ax1)
-                                                                    T.where(to < 2)
-                                                                    T.reads(scores[0, vt, vr], tile_max[0, vr], room[0, vr])
-                                                                    T.writes(probs[vt, vr])
-                                                                    arg: T.let[T.float32] = T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", scores[0, vt, vr] * score_scale) - tile_max[0, vr]
-                                                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
-                                                                    f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
-                                                                    high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
-                                                                    series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
-                                                                    power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                    probs[vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("few_full_pairs"):
-                                                                vt = T.axis.spatial(64, to * 32 + ti)
-                                                                vr = T.axis.spatial(16, r)
-                                                                T.reads(probs[vt * 2:vt * 2 + 2, vr])
-                                                                T.writes(prob_pairs[0, vt, vr])
-                                                                prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[vt * 2, vr]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[vt * 2 + 1, vr]) + 32768 & -65536
-                                                        for ax0 in range(1):
-                                                            for ax1 in T.vectorized(16):
-                                                                with T.sblock("few_full_tile_sum_update"):
-                                                                    vt = T.axis.reduce(64, to * 32 + ti + ax0)
-                                                                    vr = T.axis.spatial(16, ax1)
-                                                                    T.where(to < 2)
-                                                                    T.reads(full_sum[0, vr], prob_pairs[0, vt, vr])
-                                                                    T.writes(full_sum[0, vr])
-                                                                    full_sum[0, vr] = full_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
-                                                with T.sblock("few_weights"):
-                                                    T.reads(scaled[num_full * 64:num_full * 64 + ((valid_len_1 + 63) // 64 * 64 - num_full * 64), 0:16], room[0, 0:16], full_sum[0, 0:16], tile_max[0, 0:16])
-                                                    T.writes(prob_pairs[0, num_full * 32:num_full * 32 + ((valid_len_1 + 63) // 64 * 32 - num_full * 32), 0:16], tile_sum[0, 0:16])
-                                                    probs = T.sblock_alloc_buffer((128, 16))
-                                                    for ax1_init in T.vectorized(16):
-                                                        with T.sblock("few_tile_sum_init"):
-                                                            vr = T.axis.spatial(16, ax1_init)
-                                                            T.reads()
-                                                            T.writes(tile_sum[0, vr])
-                                                            tile_sum[0, vr] = full_sum[0, vr]
-                                                    for to, ti in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 32):
-                                                        for ax0 in T.unroll(2):
-                                                            for ax1 in T.vectorized(16):
-                                                                with T.sblock("few_probs"):
-                                                                    vt = T.axis.spatial(128, num_full * 64 + to * 64 + ti * 2 + ax0)
-                                                                    vr = T.axis.spatial(16, ax1)
-                                                                    T.where(0 <= num_full * 64 + to * 64 + ti * 2 + ax0 and num_full + to < 2)
-                                                                    T.reads(scaled[vt, vr], tile_max[0, vr], room[0, vr])
-                                                                    T.writes(probs[vt, vr])
-                                                                    arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
-                                                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
-                                                                    f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
-                                                                    high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
-                                                                    series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
-                                                                    power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                    probs[vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("few_pairs"):
-                                                                vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
-                                                                vr = T.axis.spatial(16, r)
-                                                                T.reads(probs[vt * 2:vt * 2 + 2, vr])
-                                                                T.writes(prob_pairs[0, vt, vr])
-                                                                prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[vt * 2, vr]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[vt * 2 + 1, vr]) + 32768 & -65536
-                                                        for ax0 in range(1):
-                                                            for ax1 in T.vectorized(16):
-                                                                with T.sblock("few_tile_sum_update"):
-                                                                    vt = T.axis.reduce(64, num_full * 32 + to * 32 + ti + ax0)
-                                                                    vr = T.axis.spatial(16, ax1)
-                                                                    T.where(0 <= num_full * 32 + to * 32 + ti and num_full + to < 2)
-                                                                    T.reads(tile_sum[0, vr], full_sum[0, vr], prob_pairs[0, vt, vr])
-                                                                    T.writes(tile_sum[0, vr])
-                                                                    tile_sum[0, vr] = tile_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
-                                            else:
-                                                with T.sblock("full_scores"):
-                                                    T.reads(scores[0, 0:num_full * 64, 0:32])
-                                                    T.writes(full_peak_1[0:32])
-                                                    full_peak_rf = T.sblock_alloc_buffer((4, 32))
-                                                    for ti_1_init in T.unroll(4):
-                                                        for r_init in T.vectorized(32):
-                                                            with T.sblock("full_peak_rf_init"):
-                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r_init])
-                                                                T.reads()
-                                                                T.writes(full_peak_rf[vti_1, vr])
-                                                                full_peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for to, ti_0 in T.grid(num_full, 16):
-                                                        for ti_1 in T.unroll(4):
-                                                            for r in T.vectorized(32):
-                                                                with T.sblock("full_peak_rf_update"):
-                                                                    vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
-                                                                    T.reads(full_peak_rf[vti_1, vr], scores[0, vto * 64 + vti_0 * 4 + vti_1, vr])
-                                                                    T.writes(full_peak_rf[vti_1, vr])
-                                                                    full_peak_rf[vti_1, vr] = T.max(full_peak_rf[vti_1, vr], scores[0, vto * 64 + vti_0 * 4 + vti_1, vr] * score_scale)
-                                                    for r_init in T.vectorized(32):
-                                                        with T.sblock("full_peak_init"):
-                                                            vr = T.axis.spatial(32, r_init)
-                                                            T.reads()
-                                                            T.writes(full_peak_1[vr])
-                                                            full_peak_1[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for ti_1 in range(4):
-                                                        for r in T.vectorized(32):
-                                                            with T.sblock("full_peak_update"):
-                                                                vti_1, vr = T.axis.remap("RS", [ti_1, r])
-                                                                T.reads(full_peak_1[vr], full_peak_rf[vti_1, vr])
-                                                                T.writes(full_peak_1[vr])
-                                                                full_peak_1[vr] = T.max(full_peak_1[vr], full_peak_rf[vti_1, vr])
-                                                with T.sblock("maxima"):
-                                                    T.reads(scaled[num_full * 64:num_full * 64 + ((valid_len_1 + 63) // 64 * 64 - num_full * 64), 0:32], full_peak_1[0:32])
-                                                    T.writes(tile_max[0, 0:32], room_1[0, 0:32])
-                                                    peak = T.sblock_alloc_buffer((32,))
-                                                    peak_rf = T.sblock_alloc_buffer((4, 32))
-                                                    for ti_1_init in T.unroll(4):
-                                                        for r_init in T.vectorized(32):
-                                                            with T.sblock("peak_rf_init"):
-                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r_init])
-                                                                T.reads()
-                                                                T.writes(peak_rf[vti_1, vr])
-                                                                peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for to, ti_0 in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 16):
-                                                        for ti_1 in T.unroll(4):
-                                                            for r in T.vectorized(32):
+                                                            T.writes(peak_rf_global[vr, vti_1])
+                                                            peak_rf_global[vr, vti_1] = T.float32(-340282346638528859811704183484516925440.0)
+                                                    for to in range((valid_len_1 + 64 - 1) // 64 - num_full):
+                                                        for ti_0 in T.unroll(4):
+                                                            for ti_1 in T.vectorized(16):
                                                                 with T.sblock("peak_rf_update"):
                                                                     vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
-                                                                    T.reads(peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1 + num_full * 64, vr])
-                                                                    T.writes(peak_rf[vti_1, vr])
-                                                                    peak_rf[vti_1, vr] = T.max(peak_rf[vti_1, vr], scaled[vto * 64 + vti_0 * 4 + vti_1 + num_full * 64, vr])
-                                                    for r_init in T.vectorized(32):
-                                                        with T.sblock("peak_init"):
-                                                            vr = T.axis.spatial(32, r_init)
+                                                                    T.reads(peak_rf_global[vr, vti_1], scaled[vr, vto * 64 + vti_0 * 16 + vti_1 + num_full * 64])
+                                                                    T.writes(peak_rf_global[vr, vti_1])
+                                                                    peak_rf_global[vr, vti_1] = T.max(peak_rf_global[vr, vti_1], scaled[vr, vto * 64 + vti_0 * 16 + vti_1 + num_full * 64])
+                                                    for ax0 in T.vectorized(16):
+                                                        with T.sblock("peak.rf_global"):
+                                                            v0, v1 = T.axis.remap("SS", [r, ax0])
+                                                            T.reads(peak_rf_global[v0, v1])
+                                                            T.writes(peak_rf[v0, v1])
+                                                            peak_rf[v0, v1] = peak_rf_global[v0, v1]
+                                                for r_init in T.vectorized(16):
+                                                    with T.sblock("peak_init"):
+                                                        vr = T.axis.spatial(16, r_init)
+                                                        T.reads()
+                                                        T.writes(peak[vr])
+                                                        peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                for r_0 in range(1):
+                                                    with T.sblock("peak_update_o"):
+                                                        vti_1_o = T.axis.reduce(1, 0)
+                                                        vr_o = T.axis.spatial(1, r_0)
+                                                        T.reads(peak[0:16], peak_rf[0:16, 0:16])
+                                                        T.writes(peak[0:16])
+                                                        maxima = T.match_buffer(peak[0:16], (16,), offset_factor=1)
+                                                        parts = T.match_buffer(peak_rf[0:16, 0:16], (16, 16), offset_factor=1)
+                                                        v: T.let[T.float32x16] = parts[0, T.Ramp(0, 1, 16)]
+                                                        v_1: T.let[T.float32x16] = parts[1, T.Ramp(0, 1, 16)]
+                                                        v_2: T.let[T.float32x16] = parts[2, T.Ramp(0, 1, 16)]
+                                                        v_3: T.let[T.float32x16] = parts[3, T.Ramp(0, 1, 16)]
+                                                        v_4: T.let[T.float32x16] = parts[4, T.Ramp(0, 1, 16)]
+                                                        v_5: T.let[T.float32x16] = parts[5, T.Ramp(0, 1, 16)]
+                                                        v_6: T.let[T.float32x16] = parts[6, T.Ramp(0, 1, 16)]
+                                                        v_7: T.let[T.float32x16] = parts[7, T.Ramp(0, 1, 16)]
+                                                        v_8: T.let[T.float32x16] = parts[8, T.Ramp(0, 1, 16)]
+                                                        v_9: T.let[T.float32x16] = parts[9, T.Ramp(0, 1, 16)]
+                                                        v_10: T.let[T.float32x16] = parts[10, T.Ramp(0, 1, 16)]
+                                                        v_11: T.let[T.float32x16] = parts[11, T.Ramp(0, 1, 16)]
+                                                        v_12: T.let[T.float32x16] = parts[12, T.Ramp(0, 1, 16)]
+                                                        v_13: T.let[T.float32x16] = parts[13, T.Ramp(0, 1, 16)]
+                                                        v_14: T.let[T.float32x16] = parts[14, T.Ramp(0, 1, 16)]
+                                                        v_15: T.let[T.float32x16] = parts[15, T.Ramp(0, 1, 16)]
+                                                        v_16: T.let[T.float32x16] = T.max(T.Shuffle([v, v_1], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v, v_1], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_17: T.let[T.float32x16] = T.max(T.Shuffle([v_2, v_3], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_2, v_3], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_18: T.let[T.float32x16] = T.max(T.Shuffle([v_4, v_5], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_4, v_5], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_19: T.let[T.float32x16] = T.max(T.Shuffle([v_6, v_7], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_6, v_7], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_20: T.let[T.float32x16] = T.max(T.Shuffle([v_8, v_9], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_8, v_9], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_21: T.let[T.float32x16] = T.max(T.Shuffle([v_10, v_11], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_10, v_11], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_22: T.let[T.float32x16] = T.max(T.Shuffle([v_12, v_13], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_12, v_13], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_23: T.let[T.float32x16] = T.max(T.Shuffle([v_14, v_15], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_14, v_15], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                        v_24: T.let[T.float32x16] = T.max(T.Shuffle([v_16, v_17], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_16, v_17], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                        v_25: T.let[T.float32x16] = T.max(T.Shuffle([v_18, v_19], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_18, v_19], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                        v_26: T.let[T.float32x16] = T.max(T.Shuffle([v_20, v_21], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_20, v_21], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                        v_27: T.let[T.float32x16] = T.max(T.Shuffle([v_22, v_23], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_22, v_23], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                        v_28: T.let[T.float32x16] = T.max(T.Shuffle([v_24, v_25], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]), T.Shuffle([v_24, v_25], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]))
+                                                        v_29: T.let[T.float32x16] = T.max(T.Shuffle([v_26, v_27], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]), T.Shuffle([v_26, v_27], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]))
+                                                        v_30: T.let[T.float32x16] = T.max(T.Shuffle([v_28, v_29], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]), T.Shuffle([v_28, v_29], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]))
+                                                        maxima[0:16] = T.max(maxima[T.Ramp(0, 1, 16)], v_30)
+                                                for r in range(16):
+                                                    with T.sblock("tile_max"):
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(full_peak[vr], peak[vr])
+                                                        T.writes(tile_max[0, vr])
+                                                        tile_max[0, vr] = T.Select(0 < valid_len_1, T.max(full_peak[vr], peak[vr]), T.float32(-1000000000000000019884624838656.0))
+                                                for r in range(16):
+                                                    with T.sblock("room"):
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(places[first, vr])
+                                                        T.writes(room[0, vr])
+                                                        room[0, vr] = places[first, vr]
+                                                for r, to in T.grid(16, (valid_len_1 + 64 - 1) // 64):
+                                                    for ti in T.vectorized(64):
+                                                        with T.sblock("probs"):
+                                                            vt = T.axis.spatial(128, to * 64 + ti)
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(scaled[vr, vt], tile_max[0, vr], room[0, vr])
+                                                            T.writes(probs[0, vr, vt])
+                                                            arg: T.let[T.float32] = scaled[vr, vt] - tile_max[0, vr]
+                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                            f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                            high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
+                                                            series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
+                                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
+                                                            probs[0, vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
+                                                for r, to in T.grid(16, (valid_len_1 + 64 - 1) // 64):
+                                                    with T.sblock("pairs_o"):
+                                                        vt_o, vr_o = T.axis.remap("SS", [to, r])
+                                                        T.reads(probs[0, vr_o, vt_o * 64:vt_o * 64 + 64])
+                                                        T.writes(prob_pairs[0, vr_o, vt_o * 32:vt_o * 32 + 32])
+                                                        pairs = T.match_buffer(prob_pairs[0, vr_o, vt_o * 32:vt_o * 32 + 32], (32,), "int32", offset_factor=1)
+                                                        numbers = T.match_buffer(probs[0, vr_o, vt_o * 64:vt_o * 64 + 64], (64,), offset_factor=1)
+                                                        pairs[0:16] = T.reinterpret("int32x16", T.Shuffle([T.reinterpret("int16x32", T.reinterpret("int32x16", numbers[T.Ramp(0, 1, 16)]) + T.Broadcast(32768, 16)), T.reinterpret("int16x32", T.reinterpret("int32x16", numbers[T.Ramp(16, 1, 16)]) + T.Broadcast(32768, 16))], [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63]))
+                                                        pairs[16:32] = T.reinterpret("int32x16", T.Shuffle([T.reinterpret("int16x32", T.reinterpret("int32x16", numbers[T.Ramp(32, 1, 16)]) + T.Broadcast(32768, 16)), T.reinterpret("int16x32", T.reinterpret("int32x16", numbers[T.Ramp(48, 1, 16)]) + T.Broadcast(32768, 16))], [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63]))
+                                                for r in range(16):
+                                                    for ti_1_init in T.vectorized(8):
+                                                        with T.sblock("tile_sum_rf_init"):
+                                                            vti_1, vr = T.axis.remap("SS", [ti_1_init, r])
                                                             T.reads()
-                                                            T.writes(peak[vr])
-                                                            peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for ti_1 in range(4):
-                                                        for r in T.vectorized(32):
-                                                            with T.sblock("peak_update"):
-                                                                vti_1, vr = T.axis.remap("RS", [ti_1, r])
-                                                                T.reads(peak[vr], peak_rf[vti_1, vr])
-                                                                T.writes(peak[vr])
-                                                                peak[vr] = T.max(peak[vr], peak_rf[vti_1, vr])
-                                                    for r in T.vectorized(32):
-                                                        with T.sblock("tile_max"):
-                                                            vr = T.axis.spatial(32, r)
-                                                            T.reads(full_peak_1[vr], peak[vr])
-                                                            T.writes(tile_max[0, vr])
-                                                            tile_max[0, vr] = T.Select(0 < valid_len_1, T.max(full_peak_1[vr], peak[vr]), T.float32(-1000000000000000019884624838656.0))
-                                                    for r in T.vectorized(32):
-                                                        with T.sblock("room"):
-                                                            vr = T.axis.spatial(32, r)
-                                                            T.reads(places[first, vr])
-                                                            T.writes(room_1[0, vr])
-                                                            room_1[0, vr] = places[first, vr]
-                                                with T.sblock("full_weights"):
-                                                    T.reads(scores[0, 0:num_full * 64, 0:32], room_1[0, 0:32], tile_max[0, 0:32])
-                                                    T.writes(prob_pairs[0, 0:num_full * 32, 0:32], full_sum_1[0, 0:32])
-                                                    probs = T.sblock_alloc_buffer((128, 32))
-                                                    for ax1_init in T.vectorized(32):
-                                                        with T.sblock("full_tile_sum_init"):
-                                                            vr = T.axis.spatial(32, ax1_init)
-                                                            T.reads()
-                                                            T.writes(full_sum_1[0, vr])
-                                                            full_sum_1[0, vr] = T.float32(0.0)
-                                                    for to, ti in T.grid(num_full, 32):
-                                                        for ax0 in T.unroll(2):
-                                                            for ax1 in T.vectorized(32):
-                                                                with T.sblock("full_probs"):
-                                                                    vt = T.axis.spatial(128, to * 64 + ti * 2 + ax0)
-                                                                    vr = T.axis.spatial(32, ax1)
-                                                                    T.where(to < 2)
-                                                                    T.reads(scores[0, vt, vr], tile_max[0, vr], room_1[0, vr])
-                                                                    T.writes(probs[vt, vr])
-                                                                    arg: T.let[T.float32] = T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", scores[0, vt, vr] * score_scale) - tile_max[0, vr]
-                                                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room_1[0, vr])))
-                                                                    f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room_1[0, vr])))
-                                                                    high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
-                                                                    series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
-                                                                    power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                    probs[vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room_1[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                        for r in T.vectorized(32):
-                                                            with T.sblock("full_pairs"):
-                                                                vt = T.axis.spatial(64, to * 32 + ti)
-                                                                vr = T.axis.spatial(32, r)
-                                                                T.reads(probs[vt * 2:vt * 2 + 2, vr])
-                                                                T.writes(prob_pairs[0, vt, vr])
-                                                                prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[vt * 2, vr]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[vt * 2 + 1, vr]) + 32768 & -65536
-                                                        for ax0 in range(1):
-                                                            for ax1 in T.vectorized(32):
-                                                                with T.sblock("full_tile_sum_update"):
-                                                                    vt = T.axis.reduce(64, to * 32 + ti + ax0)
-                                                                    vr = T.axis.spatial(32, ax1)
-                                                                    T.where(to < 2)
-                                                                    T.reads(full_sum_1[0, vr], prob_pairs[0, vt, vr])
-                                                                    T.writes(full_sum_1[0, vr])
-                                                                    full_sum_1[0, vr] = full_sum_1[0, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
-                                                with T.sblock("weights"):
-                                                    T.reads(scaled[num_full * 64:num_full * 64 + ((valid_len_1 + 63) // 64 * 64 - num_full * 64), 0:32], room_1[0, 0:32], full_sum_1[0, 0:32], tile_max[0, 0:32])
-                                                    T.writes(prob_pairs[0, num_full * 32:num_full * 32 + ((valid_len_1 + 63) // 64 * 32 - num_full * 32), 0:32], tile_sum[0, 0:32])
-                                                    probs = T.sblock_alloc_buffer((128, 32))
-                                                    for ax1_init in T.vectorized(32):
-                                                        with T.sblock("tile_sum_init"):
-                                                            vr = T.axis.spatial(32, ax1_init)
-                                                            T.reads()
-                                                            T.writes(tile_sum[0, vr])
-                                                            tile_sum[0, vr] = full_sum_1[0, vr]
-                                                    for to, ti in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 32):
-                                                        for ax0 in T.unroll(2):
-                                                            for ax1 in T.vectorized(32):
-                                                                with T.sblock("probs"):
-                                                                    vt = T.axis.spatial(128, num_full * 64 + to * 64 + ti * 2 + ax0)
-                                                                    vr = T.axis.spatial(32, ax1)
-                                                                    T.where(0 <= num_full * 64 + to * 64 + ti * 2 + ax0 and num_full + to < 2)
-                                                                    T.reads(scaled[vt, vr], tile_max[0, vr], room_1[0, vr])
-                                                                    T.writes(probs[vt, vr])
-                                                                    arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
-                                                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room_1[0, vr])))
-                                                                    f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room_1[0, vr])))
-                                                                    high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
-                                                                    series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
-                                                                    power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                    probs[vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room_1[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                        for r in T.vectorized(32):
-                                                            with T.sblock("pairs"):
-                                                                vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
-                                                                vr = T.axis.spatial(32, r)
-                                                                T.reads(probs[vt * 2:vt * 2 + 2, vr])
-                                                                T.writes(prob_pairs[0, vt, vr])
-                                                                prob_pairs[0, vt, vr] = T.reinterpret("int32", probs[vt * 2, vr]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[vt * 2 + 1, vr]) + 32768 & -65536
-                                                        for ax0 in range(1):
-                                                            for ax1 in T.vectorized(32):
-                                                                with T.sblock("tile_sum_update"):
-                                                                    vt = T.axis.reduce(64, num_full * 32 + to * 32 + ti + ax0)
-                                                                    vr = T.axis.spatial(32, ax1)
-                                                                    T.where(0 <= num_full * 32 + to * 32 + ti and num_full + to < 2)
-                                                                    T.reads(tile_sum[0, vr], full_sum_1[0, vr], prob_pairs[0, vt, vr])
-                                                                    T.writes(tile_sum[0, vr])
-                                                                    tile_sum[0, vr] = tile_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
+                                                            T.writes(tile_sum_rf_global[0, vr, vti_1])
+                                                            tile_sum_rf_global[0, vr, vti_1] = T.float32(0.0)
+                                                    for to in range((valid_len_1 + 64 - 1) // 64):
+                                                        for ti_0 in T.unroll(4):
+                                                            for ti_1 in T.vectorized(8):
+                                                                with T.sblock("tile_sum_rf_update"):
+                                                                    vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
+                                                                    T.reads(tile_sum_rf_global[0, vr, vti_1], prob_pairs[0, vr, vto * 32 + vti_0 * 8 + vti_1])
+                                                                    T.writes(tile_sum_rf_global[0, vr, vti_1])
+                                                                    tile_sum_rf_global[0, vr, vti_1] = tile_sum_rf_global[0, vr, vti_1] + (T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vti_0 * 8 + vti_1] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vti_0 * 8 + vti_1] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
+                                                    for ax0 in T.vectorized(8):
+                                                        with T.sblock("tile_sum.rf_global"):
+                                                            v0 = T.axis.spatial(1, 0)
+                                                            v1, v2 = T.axis.remap("SS", [r, ax0])
+                                                            T.reads(tile_sum_rf_global[v0, v1, v2])
+                                                            T.writes(tile_sum_rf[v0, v1, v2])
+                                                            tile_sum_rf[v0, v1, v2] = tile_sum_rf_global[v0, v1, v2]
+                                                for r_init in T.vectorized(16):
+                                                    with T.sblock("tile_sum_init"):
+                                                        vr = T.axis.spatial(16, r_init)
+                                                        T.reads()
+                                                        T.writes(tile_sum[0, vr])
+                                                        tile_sum[0, vr] = T.float32(0.0)
+                                                for r_0 in range(1):
+                                                    with T.sblock("tile_sum_update_o"):
+                                                        vti_1_o = T.axis.reduce(1, 0)
+                                                        vr_o = T.axis.spatial(1, r_0)
+                                                        T.reads(tile_sum[0, 0:16], tile_sum_rf[0, 0:16, 0:8])
+                                                        T.writes(tile_sum[0, 0:16])
+                                                        sums = T.match_buffer(tile_sum[0, 0:16], (16,), offset_factor=1)
+                                                        parts = T.match_buffer(tile_sum_rf[0, 0:16, 0:8], (16, 8), offset_factor=1)
+                                                        v: T.let[T.float32x16] = parts[0, T.Ramp(0, 1, 16)]
+                                                        v_1: T.let[T.float32x16] = parts[2, T.Ramp(0, 1, 16)]
+                                                        v_2: T.let[T.float32x16] = parts[4, T.Ramp(0, 1, 16)]
+                                                        v_3: T.let[T.float32x16] = parts[6, T.Ramp(0, 1, 16)]
+                                                        v_4: T.let[T.float32x16] = parts[8, T.Ramp(0, 1, 16)]
+                                                        v_5: T.let[T.float32x16] = parts[10, T.Ramp(0, 1, 16)]
+                                                        v_6: T.let[T.float32x16] = parts[12, T.Ramp(0, 1, 16)]
+                                                        v_7: T.let[T.float32x16] = parts[14, T.Ramp(0, 1, 16)]
+                                                        v_8: T.let[T.float32x16] = T.Shuffle([v, v_4], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_9: T.let[T.float32x16] = T.Shuffle([v, v_4], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_10: T.let[T.float32x16] = T.Shuffle([v_1, v_5], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_11: T.let[T.float32x16] = T.Shuffle([v_1, v_5], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_12: T.let[T.float32x16] = T.Shuffle([v_2, v_6], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_13: T.let[T.float32x16] = T.Shuffle([v_2, v_6], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_14: T.let[T.float32x16] = T.Shuffle([v_3, v_7], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_15: T.let[T.float32x16] = T.Shuffle([v_3, v_7], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_16: T.let[T.float32x16] = T.Shuffle([v_8, v_12], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_17: T.let[T.float32x16] = T.Shuffle([v_8, v_12], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_18: T.let[T.float32x16] = T.Shuffle([v_9, v_13], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_19: T.let[T.float32x16] = T.Shuffle([v_9, v_13], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_20: T.let[T.float32x16] = T.Shuffle([v_10, v_14], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_21: T.let[T.float32x16] = T.Shuffle([v_10, v_14], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_22: T.let[T.float32x16] = T.Shuffle([v_11, v_15], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_23: T.let[T.float32x16] = T.Shuffle([v_11, v_15], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_24: T.let[T.float32x16] = T.Shuffle([v_16, v_20], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_25: T.let[T.float32x16] = T.Shuffle([v_16, v_20], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_26: T.let[T.float32x16] = T.Shuffle([v_17, v_21], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_27: T.let[T.float32x16] = T.Shuffle([v_17, v_21], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_28: T.let[T.float32x16] = T.Shuffle([v_18, v_22], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_29: T.let[T.float32x16] = T.Shuffle([v_18, v_22], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_30: T.let[T.float32x16] = T.Shuffle([v_19, v_23], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_31: T.let[T.float32x16] = T.Shuffle([v_19, v_23], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_32: T.let[T.float32x16] = T.Shuffle([v_24, v_28], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_33: T.let[T.float32x16] = T.Shuffle([v_24, v_28], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_34: T.let[T.float32x16] = T.Shuffle([v_25, v_29], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_35: T.let[T.float32x16] = T.Shuffle([v_25, v_29], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_36: T.let[T.float32x16] = T.Shuffle([v_26, v_30], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_37: T.let[T.float32x16] = T.Shuffle([v_26, v_30], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_38: T.let[T.float32x16] = T.Shuffle([v_27, v_31], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_39: T.let[T.float32x16] = T.Shuffle([v_27, v_31], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        sums[0:16] = sums[T.Ramp(0, 1, 16)] + v_32 + v_33 + v_34 + v_35 + v_36 + v_37 + v_38 + v_39
                                             with T.sblock("rescale"):
-                                                T.reads(tile_max[0, 0:32], tile_sum[0, 0:32], row_max[first, 0:32], row_sum[first, 0:32])
-                                                T.writes(row_max[first, 0:32], row_sum[first, 0:32], alpha[0, 0:32], beta[0, 0:32])
-                                                new_max = T.sblock_alloc_buffer((32,))
-                                                new_sum = T.sblock_alloc_buffer((32,))
-                                                for r in T.vectorized(32):
+                                                T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], row_max[first, 0:16], row_sum[first, 0:16])
+                                                T.writes(row_max[first, 0:16], row_sum[first, 0:16], alpha[0, 0:16], beta[0, 0:16])
+                                                new_max = T.sblock_alloc_buffer((16,))
+                                                new_sum = T.sblock_alloc_buffer((16,))
+                                                for r in T.vectorized(16):
                                                     with T.sblock("factors"):
-                                                        vr = T.axis.spatial(32, r)
+                                                        vr = T.axis.spatial(16, r)
                                                         T.reads(row_max[first, vr], row_sum[first, vr], tile_max[0, vr], tile_sum[0, vr])
                                                         T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
                                                         old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first, vr])
@@ -1035,254 +600,260 @@ class Module:
                                                         series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                                         power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                                         beta[0, vr] = T.Select(tile_sum[0, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                                                for r in T.vectorized(32):
+                                                for r in T.vectorized(16):
                                                     with T.sblock("new_sum"):
-                                                        vr = T.axis.spatial(32, r)
+                                                        vr = T.axis.spatial(16, r)
                                                         T.reads(row_sum[first, vr], alpha[0, vr], beta[0, vr], tile_sum[0, vr])
                                                         T.writes(new_sum[vr])
                                                         previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first, vr])
                                                         new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * tile_sum[0, vr]
-                                                for r in T.vectorized(32):
+                                                for r in T.vectorized(16):
                                                     with T.sblock("row"):
-                                                        vr = T.axis.spatial(32, r)
+                                                        vr = T.axis.spatial(16, r)
                                                         T.reads(new_max[vr], new_sum[vr])
                                                         T.writes(row_max[first, vr], row_sum[first, vr])
                                                         row_max[first, vr] = new_max[vr]
                                                         row_sum[first, vr] = new_sum[vr]
+                                            with T.sblock("edges"):
+                                                T.reads()
+                                                T.writes(edges[0:16, 0:64])
+                                                for r, to in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full):
+                                                    for ti in T.vectorized(32):
+                                                        with T.sblock("edge"):
+                                                            vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(limits[first, vr])
+                                                            T.writes(edges[vr, vt])
+                                                            edges[vr, vt] = T.Select(tile_start + vt * 2 < limits[first, vr], -1, 0) & 65535 | T.Select(tile_start + vt * 2 + 1 < limits[first, vr], -1, 0) & -65536
+                                                if tree_start >= T.int64(0):
+                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
+                                                        with T.sblock("hidden_words"):
+                                                            vr = T.axis.opaque(16, r)
+                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            T.reads(edges[vr, vc // 2], tree_mask[0:tree_cells])
+                                                            T.writes(edges[vr, vc // 2])
+                                                            edges[vr, vc // 2] = edges[vr, vc // 2] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
                                             with T.sblock("pv_update"):
                                                 T.reads()
                                                 T.writes()
-                                                tile_acc = T.sblock_alloc_buffer((1, 32, 128))
-                                                if infinite[0] == 0:
-                                                    if num_rows <= 16:
-                                                        with T.sblock("few_whole_products"):
-                                                            T.reads(prob_pairs[0, 0:(valid_len_1 + 63) // 64 * 32, 0:16], v_tile[0:128, 0:(valid_len_1 + 63) // 64 * 32], alpha[0, 0:16], beta[0, 0:16])
-                                                            T.writes(acc[first, 0:128, 0:16])
-                                                            tile_acc_1 = T.sblock_alloc_buffer((1, 128, 16))
-                                                            tile_acc_local = T.sblock_alloc_buffer((1, 128, 16), scope="local")
-                                                            for d_0_m in range(2):
-                                                                with T.sblock("few_whole_sum_init_o"):
-                                                                    vd_o = T.axis.spatial(2, d_0_m)
-                                                                    vr_o = T.axis.spatial(1, 0)
-                                                                    T.reads()
-                                                                    T.writes(tile_acc_local[0, vd_o * 64:vd_o * 64 + 64, 0:16])
-                                                                    sums = T.match_buffer(tile_acc_local[0, vd_o * 64:vd_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
-                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
-                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
-                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
-                                                                for to in range((valid_len_1 + 64 - 1) // 64):
-                                                                    if wanted:
-                                                                        for line in range(128):
-                                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * ((valid_len_1 + 64 - 1) // 64) + to) * 128 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((d_0_m * ((valid_len_1 + 64 - 1) // 64) + to) * 128 + line) // 4) % 2 * 4 + ((d_0_m * ((valid_len_1 + 64 - 1) // 64) + to) * 128 + line) % 4) * 16)]), 0, 2, 1)
-                                                                    for ti_0 in range(2):
-                                                                        with T.sblock("few_whole_sum_update_o"):
-                                                                            vd_o = T.axis.spatial(2, d_0_m)
-                                                                            vr_o = T.axis.spatial(1, 0)
-                                                                            vt_o = T.axis.reduce(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
-                                                                            T.reads(tile_acc_local[0, vd_o * 64:vd_o * 64 + 64, 0:16], prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:16], v_tile[vd_o * 64:vd_o * 64 + 64, vt_o * 16:vt_o * 16 + 16])
-                                                                            T.writes(tile_acc_local[0, vd_o * 64:vd_o * 64 + 64, 0:16])
-                                                                            sums = T.match_buffer(tile_acc_local[0, vd_o * 64:vd_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                                            right = T.match_buffer(prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:16], (16, 16), "int32", strides=("right_row", 1), offset_factor=1)
-                                                                            left = T.match_buffer(v_tile[vd_o * 64:vd_o * 64 + 64, vt_o * 16:vt_o * 16 + 16], (64, 16), "int32", strides=("left_row", 1), offset_factor=1)
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(5), T.int8(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(left[32, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(7), T.int8(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(left[48, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(5), T.int8(4))
-                                                                for ax0 in range(1):
-                                                                    with T.sblock("tile_acc_local_o"):
-                                                                        v0_o, v1_o = T.axis.remap("SS", [ax0, d_0_m])
-                                                                        v2_o = T.axis.spatial(1, 0)
-                                                                        T.reads(tile_acc_local[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
-                                                                        T.writes(tile_acc_1[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
-                                                                        stored = T.match_buffer(tile_acc_1[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("stored_row", 1), offset_factor=1)
-                                                                        sums = T.match_buffer(tile_acc_local[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[32, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[48, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                for i, d_1 in T.grid(1, 64):
-                                                                    for r in T.vectorized(16):
-                                                                        with T.sblock("few_acc"):
-                                                                            vi, vr = T.axis.remap("SS", [i, r])
-                                                                            vd = T.axis.spatial(128, d_0_m * 64 + d_1)
-                                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                            T.reads(alpha[vi, vr], beta[vi, vr], tile_acc_1[vi, vd, vr])
-                                                                            T.writes(acc[first, vd, vr])
-                                                                            with T.init():
-                                                                                acc[first, vd, vr] = T.float32(0.0)
-                                                                            acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc_1[vi, vd, vr]
-                                                    else:
-                                                        with T.sblock("whole_products"):
-                                                            T.reads(prob_pairs[0, 0:(valid_len_1 + 63) // 64 * 32, 0:32], v_tile[0:128, 0:(valid_len_1 + 63) // 64 * 32], alpha[0, 0:32], beta[0, 0:32])
-                                                            T.writes(acc[first, 0:128, 0:32])
-                                                            tile_acc_1 = T.sblock_alloc_buffer((1, 128, 32))
-                                                            tile_acc_local = T.sblock_alloc_buffer((1, 128, 32), scope="local")
-                                                            for d_0_m in range(4):
-                                                                with T.sblock("whole_sum_init_o"):
-                                                                    vd_o = T.axis.spatial(4, d_0_m)
-                                                                    vr_o = T.axis.spatial(1, 0)
-                                                                    T.reads()
-                                                                    T.writes(tile_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32])
-                                                                    sums = T.match_buffer(tile_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
-                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
-                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
-                                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
-                                                                for to in range((valid_len_1 + 64 - 1) // 64):
-                                                                    if wanted:
-                                                                        for line in range(64):
-                                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * ((valid_len_1 + 64 - 1) // 64) + to) * 64 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((d_0_m * ((valid_len_1 + 64 - 1) // 64) + to) * 64 + line) // 4) % 2 * 4 + ((d_0_m * ((valid_len_1 + 64 - 1) // 64) + to) * 64 + line) % 4) * 16)]), 0, 2, 1)
-                                                                    for ti_0 in range(2):
-                                                                        with T.sblock("whole_sum_update_o"):
-                                                                            vd_o = T.axis.spatial(4, d_0_m)
-                                                                            vr_o = T.axis.spatial(1, 0)
-                                                                            vt_o = T.axis.reduce(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
-                                                                            T.reads(tile_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32], prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:32], v_tile[vd_o * 32:vd_o * 32 + 32, vt_o * 16:vt_o * 16 + 16])
-                                                                            T.writes(tile_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32])
-                                                                            sums = T.match_buffer(tile_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                                            right = T.match_buffer(prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:32], (16, 32), "int32", strides=("right_row", 1), offset_factor=1)
-                                                                            left = T.match_buffer(v_tile[vd_o * 32:vd_o * 32 + 32, vt_o * 16:vt_o * 16 + 16], (32, 16), "int32", strides=("left_row", 1), offset_factor=1)
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(6), T.int8(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(right[0, 16]), T.Cast("int64", right.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(5))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(7), T.int8(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(7), T.int8(5))
-                                                                for ax0 in range(1):
-                                                                    with T.sblock("tile_acc_local_o"):
-                                                                        v0_o, v1_o = T.axis.remap("SS", [ax0, d_0_m])
-                                                                        v2_o = T.axis.spatial(1, 0)
-                                                                        T.reads(tile_acc_local[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32])
-                                                                        T.writes(tile_acc_1[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32])
-                                                                        stored = T.match_buffer(tile_acc_1[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32], (32, 32), strides=("stored_row", 1), offset_factor=1)
-                                                                        sums = T.match_buffer(tile_acc_local[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[0, 16]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[16, 16]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                for i, d_1 in T.grid(1, 32):
-                                                                    for r in T.vectorized(32):
-                                                                        with T.sblock("acc"):
-                                                                            vi, vr = T.axis.remap("SS", [i, r])
-                                                                            vd = T.axis.spatial(128, d_0_m * 32 + d_1)
-                                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                            T.reads(alpha[vi, vr], beta[vi, vr], tile_acc_1[vi, vd, vr])
-                                                                            T.writes(acc[first, vd, vr])
-                                                                            with T.init():
-                                                                                acc[first, vd, vr] = T.float32(0.0)
-                                                                            acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc_1[vi, vd, vr]
-                                                else:
-                                                    with T.sblock("edges"):
+                                                tile_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                infinite = T.sblock_alloc_buffer((1,), "int32")
+                                                with T.sblock("find_infinite"):
+                                                    T.reads()
+                                                    T.writes(infinite[0])
+                                                    largest = T.sblock_alloc_buffer((16,), "int32")
+                                                    for lane_init in T.vectorized(16):
+                                                        with T.sblock("largest_init"):
+                                                            vlane = T.axis.spatial(16, lane_init)
+                                                            T.reads()
+                                                            T.writes(largest[vlane])
+                                                            largest[vlane] = 0
+                                                    for to, ti, d in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 32, 8):
+                                                        for lane in T.vectorized(16):
+                                                            with T.sblock("largest_update"):
+                                                                vlane = T.axis.spatial(16, lane)
+                                                                vt = T.axis.reduce(64, (num_full + to) * 32 + ti)
+                                                                vd = T.axis.reduce(8, d)
+                                                                T.reads(largest[vlane], value_cache[T.Cast("int64", vd) * T.int64(16) + value_offsets[vt * 2] + value_head + T.Cast("int64", vlane)], value_offsets[vt * 2])
+                                                                T.writes(largest[vlane])
+                                                                largest[vlane] = T.max(largest[vlane], T.max((value_cache[value_offsets[2 * vt] + value_head + T.Cast("int64", vd * 16 + vlane)] & (T.Select(2 * vt < valid_len_1, -1, 0) & 65535 | T.Select(2 * vt + 1 < valid_len_1, -1, 0) & -65536)) << 16 & 2139095040, value_cache[value_offsets[2 * vt] + value_head + T.Cast("int64", vd * 16 + vlane)] & (T.Select(2 * vt < valid_len_1, -1, 0) & 65535 | T.Select(2 * vt + 1 < valid_len_1, -1, 0) & -65536) & 2139095040))
+                                                    with T.sblock("infinite_init"):
                                                         T.reads()
-                                                        T.writes(edges[T.min(num_full * 32, T.max(context_len - tree_size - tile_start, 0) // 2):T.min(num_full * 32, T.max(context_len - tree_size - tile_start, 0) // 2) + (T.max((valid_len_1 + 63) // 64 * 32, (T.max(valid_len_1, T.max(context_len - tree_size - tile_start, 0)) - 1) // 2 + 1) - T.min(num_full * 32, T.max(context_len - tree_size - tile_start, 0) // 2)), 0:32])
-                                                        for to, ti in T.grid((valid_len_1 + 64 - 1) // 64 - num_full, 32):
-                                                            for r in T.vectorized(32):
-                                                                with T.sblock("edge"):
-                                                                    vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
-                                                                    vr = T.axis.spatial(32, r)
-                                                                    T.reads(limits[first, vr])
-                                                                    T.writes(edges[vt, vr])
-                                                                    edges[vt, vr] = T.Select(tile_start + vt * 2 < limits[first, vr], -1, 0) & 65535 | T.Select(tile_start + vt * 2 + 1 < limits[first, vr], -1, 0) & -65536
-                                                        if tree_start >= T.int64(0):
-                                                            for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 32, 32), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
-                                                                with T.sblock("hidden_words"):
-                                                                    vr = T.axis.opaque(32, r)
-                                                                    vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
-                                                                    T.reads(edges[vc // 2, vr], tree_mask[0:tree_cells])
-                                                                    T.writes(edges[vc // 2, vr])
-                                                                    edges[vc // 2, vr] = edges[vc // 2, vr] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 32 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
-                                                    for row in range(num_rows):
-                                                        with T.sblock("row_apart"):
-                                                            vrow = T.axis.spatial(32, row)
+                                                        T.writes(infinite[0])
+                                                        infinite[0] = 0
+                                                    for lane in range(16):
+                                                        with T.sblock("infinite_update"):
+                                                            vlane = T.axis.reduce(16, lane)
+                                                            T.reads(infinite[0], largest[vlane])
+                                                            T.writes(infinite[0])
+                                                            infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
+                                                if infinite[0] == 0:
+                                                    for p in range(2):
+                                                        with T.sblock("clear_sums"):
+                                                            vp = T.axis.spatial(2, p)
                                                             T.reads()
                                                             T.writes()
-                                                            row_values = T.sblock_alloc_buffer((128, 64), "int32")
-                                                            row_acc = T.sblock_alloc_buffer((1, 128, 32))
-                                                            with T.sblock("row_values"):
+                                                            with T.sblock("no_sum_o"):
+                                                                vr_o = T.axis.spatial(1, 0)
+                                                                vd_o = T.axis.spatial(1, 0)
                                                                 T.reads()
-                                                                T.writes(row_values[0:128, 0:(valid_len_1 + 63) // 64 * 32])
-                                                                for to, ti, d in T.grid((valid_len_1 + 64 - 1) // 64, 32, 128):
-                                                                    with T.sblock("row_value"):
-                                                                        vt = T.axis.spatial(64, to * 32 + ti)
-                                                                        vd = T.axis.spatial(128, d)
-                                                                        T.reads(v_tile[vd, vt], edges[vt, vrow])
-                                                                        T.writes(row_values[vd, vt])
-                                                                        row_values[vd, vt] = v_tile[vd, vt] & T.Select(vt < num_full * 32, -1, edges[vt, vrow])
-                                                            with T.sblock("apart_products"):
-                                                                T.reads(prob_pairs[0, 0:(valid_len_1 + 63) // 64 * 32, 0:32], row_values[0:128, 0:(valid_len_1 + 63) // 64 * 32])
-                                                                T.writes(row_acc[0, 0:128, 0:32])
-                                                                row_acc_local = T.sblock_alloc_buffer((1, 128, 32), scope="local")
-                                                                for d_0 in range(4):
-                                                                    with T.sblock("apart_sum_init_o"):
-                                                                        vd_o = T.axis.spatial(4, d_0)
+                                                                T.writes()
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                        for to in range((valid_len_1 + 63) // 64):
+                                                            if to < num_full:
+                                                                for s in range(4):
+                                                                    for d_0 in T.unroll(4):
+                                                                        if wanted:
+                                                                            for line in range(8):
+                                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((p * ((valid_len_1 + 63) // 64) + to) * 128 + ((s * 4 + d_0) * 8 + line)) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((p * ((valid_len_1 + 63) // 64) + to) * 128 + ((s * 4 + d_0) * 8 + line)) // 4) % 2 * 4 + ((p * ((valid_len_1 + 63) // 64) + to) * 128 + ((s * 4 + d_0) * 8 + line)) % 4) * 16)]), 0, 2, 1)
+                                                                        with T.sblock("whole_sum_o"):
+                                                                            vp_o = T.axis.spatial(2, p)
+                                                                            vs_o = T.axis.reduce(4 * ((valid_len_1 + 63) // 64), to * 4 + s)
+                                                                            vr_o = T.axis.spatial(1, 0)
+                                                                            vd_o = T.axis.spatial(4, d_0)
+                                                                            vk_o = T.axis.reduce(1, 0)
+                                                                            T.reads(prob_pairs[0, 0:16, vs_o * 8:vs_o * 8 + 8], value_cache[T.Cast("int64", vp_o) * T.int64(64) + T.Cast("int64", vd_o) * T.int64(16) + value_offsets[vs_o * 16] + value_head + T.Select(T.int64(0) <= v_row, T.int64(0), v_row * T.int64(7)):T.Cast("int64", vp_o) * T.int64(64) + T.Cast("int64", vd_o) * T.int64(16) + value_offsets[vs_o * 16] + value_head + T.Select(T.int64(0) <= v_row, T.int64(0), v_row * T.int64(7)) + (T.Select(T.int64(0) <= v_row, v_row * T.int64(7), v_row * T.int64(-7)) + T.int64(16))], value_offsets[vs_o * 16])
+                                                                            T.writes()
+                                                                            buffer = T.match_buffer(prob_pairs[0, 0:16, 0:64], (16, 64), "int32", strides=("row", 1), offset_factor=1)
+                                                                            if vd_o * 16 // 16 % 4 == 0:
+                                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(buffer[0, vs_o * 8]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(value_cache[T.Cast("int64", vp_o) * T.int64(64) + T.Cast("int64", vd_o) * T.int64(16) + value_offsets[vs_o * 16] + value_head]), T.Cast("int64", T.Cast("int64", v_row)) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vd_o * 16 // 16 % 4), T.int8(6), T.int8(7))
+                                                            else:
+                                                                with T.sblock("edge_group"):
+                                                                    vp = T.axis.spatial(2, p)
+                                                                    vto = T.axis.opaque(2, to)
+                                                                    T.reads()
+                                                                    T.writes()
+                                                                    edge = T.sblock_alloc_buffer((32, 64), "int32")
+                                                                    for i, d_0 in T.grid(32, 4):
+                                                                        for d_1 in T.vectorized(16):
+                                                                            with T.sblock("edge_value"):
+                                                                                vi = T.axis.spatial(32, i)
+                                                                                vd = T.axis.spatial(64, d_0 * 16 + d_1)
+                                                                                T.reads(value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)], value_offsets[2 * (vto * 32 + vi)])
+                                                                                T.writes(edge[vi, vd])
+                                                                                edge[vi, vd] = value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)] & (T.Select(2 * (vto * 32 + vi) < valid_len_1, -1, 0) & 65535 | T.Select(2 * (vto * 32 + vi) + 1 < valid_len_1, -1, 0) & -65536)
+                                                                    for s in range(4):
+                                                                        for d_0 in T.unroll(4):
+                                                                            with T.sblock("edge_sum_o"):
+                                                                                vs_o = T.axis.reduce(4, s)
+                                                                                vr_o = T.axis.spatial(1, 0)
+                                                                                vd_o = T.axis.spatial(4, d_0)
+                                                                                vk_o = T.axis.reduce(1, 0)
+                                                                                T.reads(prob_pairs[0, 0:16, vto * 32 + vs_o * 8:vto * 32 + vs_o * 8 + 8], edge[vs_o * 8:vs_o * 8 + 8, vd_o * 16:vd_o * 16 + 16])
+                                                                                T.writes()
+                                                                                buffer = T.match_buffer(prob_pairs[0, 0:16, 0:64], (16, 64), "int32", strides=("row", 1), offset_factor=1)
+                                                                                buffer_1 = T.match_buffer(edge[vs_o * 8:vs_o * 8 + 8, 0:64], (8, 64), "int32", strides=("row", 1), offset_factor=1)
+                                                                                if vd_o * 16 // 16 % 4 == 0:
+                                                                                    T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(buffer[0, vto * 32 + vs_o * 8]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(buffer_1[0, vd_o * 16]), T.Cast("int64", buffer_1.strides[0]) * T.int64(4))
+                                                                                T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vd_o * 16 // 16 % 4), T.int8(6), T.int8(7))
+                                                        with T.sblock("store_sums"):
+                                                            vp = T.axis.spatial(2, p)
+                                                            T.reads()
+                                                            T.writes(tile_acc[0, 0:16, vp * 64:vp * 64 + 64])
+                                                            with T.sblock("stored_sum_o"):
+                                                                vr_o = T.axis.spatial(1, 0)
+                                                                vd_o = T.axis.spatial(1, 0)
+                                                                T.reads()
+                                                                T.writes(tile_acc[0, 0:16, vp * 64:vp * 64 + 64])
+                                                                buffer = T.match_buffer(tile_acc[0, 0:16, 0:128], (16, 128), strides=("row", 1), offset_factor=1)
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(buffer[0, vp * 64]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(buffer[0, vp * 64 + 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(buffer[0, vp * 64 + 32]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(buffer[0, vp * 64 + 48]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                else:
+                                                    for row in range(16):
+                                                        with T.sblock("row_apart"):
+                                                            vrow = T.axis.spatial(16, row)
+                                                            T.reads()
+                                                            T.writes()
+                                                            row_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                            for p in range(2):
+                                                                with T.sblock("row_clear_sums"):
+                                                                    vp = T.axis.spatial(2, p)
+                                                                    T.reads()
+                                                                    T.writes()
+                                                                    with T.sblock("row_no_sum_o"):
                                                                         vr_o = T.axis.spatial(1, 0)
+                                                                        vd_o = T.axis.spatial(1, 0)
                                                                         T.reads()
-                                                                        T.writes(row_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32])
-                                                                        sums = T.match_buffer(row_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
+                                                                        T.writes()
                                                                         T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
                                                                         T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
                                                                         T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
                                                                         T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
-                                                                    for to, ti_0 in T.grid((valid_len_1 + 64 - 1) // 64, 2):
-                                                                        with T.sblock("apart_sum_update_o"):
-                                                                            vd_o = T.axis.spatial(4, d_0)
-                                                                            vr_o = T.axis.spatial(1, 0)
-                                                                            vt_o = T.axis.reduce(2 * ((valid_len_1 + 64 - 1) // 64), to * 2 + ti_0)
-                                                                            T.reads(row_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32], prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:32], row_values[vd_o * 32:vd_o * 32 + 32, vt_o * 16:vt_o * 16 + 16])
-                                                                            T.writes(row_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32])
-                                                                            sums = T.match_buffer(row_acc_local[0, vd_o * 32:vd_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                                            right = T.match_buffer(prob_pairs[0, vt_o * 16:vt_o * 16 + 16, 0:32], (16, 32), "int32", strides=("right_row", 1), offset_factor=1)
-                                                                            left = T.match_buffer(row_values[vd_o * 32:vd_o * 32 + 32, vt_o * 16:vt_o * 16 + 16], (32, 16), "int32", strides=("left_row", 1), offset_factor=1)
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(right[0, 0]), T.Cast("int64", right.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(left[0, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(0), T.int8(6), T.int8(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(right[0, 16]), T.Cast("int64", right.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(1), T.int8(6), T.int8(5))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(left[16, 0]), T.Cast("int64", left.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(2), T.int8(7), T.int8(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(3), T.int8(7), T.int8(5))
-                                                                    for ax0 in range(1):
-                                                                        with T.sblock("row_acc_local_o"):
-                                                                            v0_o, v1_o = T.axis.remap("SS", [ax0, d_0])
-                                                                            v2_o = T.axis.spatial(1, 0)
-                                                                            T.reads(row_acc_local[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32])
-                                                                            T.writes(row_acc[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32])
-                                                                            stored = T.match_buffer(row_acc[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32], (32, 32), strides=("stored_row", 1), offset_factor=1)
-                                                                            sums = T.match_buffer(row_acc_local[v0_o, v1_o * 32:v1_o * 32 + 32, 0:32], (32, 32), strides=("sums_row", 1), scope="local", offset_factor=1)
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(stored[0, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(stored[0, 16]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(stored[16, 0]), T.Cast("int64", stored.strides[0]) * T.int64(4))
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(stored[16, 16]), T.Cast("int64", stored.strides[0]) * T.int64(4))
+                                                                for to in range((valid_len_1 + 63) // 64):
+                                                                    if to < num_full:
+                                                                        for s in range(4):
+                                                                            for d_0 in T.unroll(4):
+                                                                                with T.sblock("row_whole_sum_o"):
+                                                                                    vp_o = T.axis.spatial(2, p)
+                                                                                    vs_o = T.axis.reduce(4 * ((valid_len_1 + 63) // 64), to * 4 + s)
+                                                                                    vr_o = T.axis.spatial(1, 0)
+                                                                                    vd_o = T.axis.spatial(4, d_0)
+                                                                                    vk_o = T.axis.reduce(1, 0)
+                                                                                    T.reads(prob_pairs[0, 0:16, vs_o * 8:vs_o * 8 + 8], value_cache[T.Cast("int64", vp_o) * T.int64(64) + T.Cast("int64", vd_o) * T.int64(16) + value_offsets[vs_o * 16] + value_head + T.Select(T.int64(0) <= v_row, T.int64(0), v_row * T.int64(7)):T.Cast("int64", vp_o) * T.int64(64) + T.Cast("int64", vd_o) * T.int64(16) + value_offsets[vs_o * 16] + value_head + T.Select(T.int64(0) <= v_row, T.int64(0), v_row * T.int64(7)) + (T.Select(T.int64(0) <= v_row, v_row * T.int64(7), v_row * T.int64(-7)) + T.int64(16))], value_offsets[vs_o * 16])
+                                                                                    T.writes()
+                                                                                    buffer = T.match_buffer(prob_pairs[0, 0:16, 0:64], (16, 64), "int32", strides=("row", 1), offset_factor=1)
+                                                                                    if vd_o * 16 // 16 % 4 == 0:
+                                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(buffer[0, vs_o * 8]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                                    T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(value_cache[T.Cast("int64", vp_o) * T.int64(64) + T.Cast("int64", vd_o) * T.int64(16) + value_offsets[vs_o * 16] + value_head]), T.Cast("int64", T.Cast("int64", v_row)) * T.int64(4))
+                                                                                    T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vd_o * 16 // 16 % 4), T.int8(6), T.int8(7))
+                                                                    else:
+                                                                        with T.sblock("row_edge_group"):
+                                                                            vp = T.axis.spatial(2, p)
+                                                                            vto = T.axis.opaque(2, to)
+                                                                            T.reads()
+                                                                            T.writes()
+                                                                            edge = T.sblock_alloc_buffer((32, 64), "int32")
+                                                                            for i, d_0 in T.grid(32, 4):
+                                                                                for d_1 in T.vectorized(16):
+                                                                                    with T.sblock("row_edge_value"):
+                                                                                        vi = T.axis.spatial(32, i)
+                                                                                        vd = T.axis.spatial(64, d_0 * 16 + d_1)
+                                                                                        T.reads(value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)], value_offsets[2 * (vto * 32 + vi)], edges[vrow, vto * 32 + vi])
+                                                                                        T.writes(edge[vi, vd])
+                                                                                        edge[vi, vd] = value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)] & edges[vrow, vto * 32 + vi]
+                                                                            for s in range(4):
+                                                                                for d_0 in T.unroll(4):
+                                                                                    with T.sblock("row_edge_sum_o"):
+                                                                                        vs_o = T.axis.reduce(4, s)
+                                                                                        vr_o = T.axis.spatial(1, 0)
+                                                                                        vd_o = T.axis.spatial(4, d_0)
+                                                                                        vk_o = T.axis.reduce(1, 0)
+                                                                                        T.reads(prob_pairs[0, 0:16, vto * 32 + vs_o * 8:vto * 32 + vs_o * 8 + 8], edge[vs_o * 8:vs_o * 8 + 8, vd_o * 16:vd_o * 16 + 16])
+                                                                                        T.writes()
+                                                                                        buffer = T.match_buffer(prob_pairs[0, 0:16, 0:64], (16, 64), "int32", strides=("row", 1), offset_factor=1)
+                                                                                        buffer_1 = T.match_buffer(edge[vs_o * 8:vs_o * 8 + 8, 0:64], (8, 64), "int32", strides=("row", 1), offset_factor=1)
+                                                                                        if vd_o * 16 // 16 % 4 == 0:
+                                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(buffer[0, vto * 32 + vs_o * 8]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(buffer_1[0, vd_o * 16]), T.Cast("int64", buffer_1.strides[0]) * T.int64(4))
+                                                                                        T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vd_o * 16 // 16 % 4), T.int8(6), T.int8(7))
+                                                                with T.sblock("row_store_sums"):
+                                                                    vp = T.axis.spatial(2, p)
+                                                                    T.reads()
+                                                                    T.writes(row_acc[0, 0:16, vp * 64:vp * 64 + 64])
+                                                                    with T.sblock("row_stored_sum_o"):
+                                                                        vr_o = T.axis.spatial(1, 0)
+                                                                        vd_o = T.axis.spatial(1, 0)
+                                                                        T.reads()
+                                                                        T.writes(row_acc[0, 0:16, vp * 64:vp * 64 + 64])
+                                                                        buffer = T.match_buffer(row_acc[0, 0:16, 0:128], (16, 128), strides=("row", 1), offset_factor=1)
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(buffer[0, vp * 64]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(buffer[0, vp * 64 + 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(buffer[0, vp * 64 + 32]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(buffer[0, vp * 64 + 48]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
                                                             with T.sblock("row_of_acc"):
-                                                                T.reads(row_acc[0, 0:128, vrow])
+                                                                T.reads(row_acc[0, vrow, 0:128])
                                                                 T.writes(tile_acc[0, vrow, 0:128])
                                                                 for d in range(128):
                                                                     with T.sblock("row_output"):
                                                                         vd = T.axis.spatial(128, d)
-                                                                        T.reads(row_acc[0, vd, vrow])
+                                                                        T.reads(row_acc[0, vrow, vd])
                                                                         T.writes(tile_acc[0, vrow, vd])
-                                                                        tile_acc[0, vrow, vd] = row_acc[0, vd, vrow]
-                                                    with T.sblock("apart_fold"):
-                                                        T.reads(tile_acc[0, 0:32, 0:128], alpha[0, 0:32], beta[0, 0:32])
-                                                        T.writes(acc[first, 0:128, 0:32])
-                                                        for i, d in T.grid(1, 128):
-                                                            for r in T.vectorized(32):
-                                                                with T.sblock("apart_acc"):
-                                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
-                                                                    T.writes(acc[first, vd, vr])
-                                                                    with T.init():
-                                                                        acc[first, vd, vr] = T.float32(0.0)
-                                                                    acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                                                                        tile_acc[0, vrow, vd] = row_acc[0, vrow, vd]
+                                                with T.sblock("fold"):
+                                                    T.reads(tile_acc[0, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
+                                                    T.writes(acc[first, 0:16, 0:128])
+                                                    for i, r_0, d_0 in T.grid(1, 16, 1):
+                                                        for r_1 in T.unroll(1):
+                                                            for d_1_0 in T.unroll(8):
+                                                                for d_1_1 in T.vectorized(16):
+                                                                    with T.sblock("acc"):
+                                                                        vi = T.axis.spatial(1, i)
+                                                                        vr = T.axis.spatial(16, r_0 + r_1)
+                                                                        vd = T.axis.spatial(128, d_0 * 128 + d_1_0 * 16 + d_1_1)
+                                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                        T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                                        T.writes(acc[first + vi, vr, vd])
+                                                                        with T.init():
+                                                                            acc[first + vi, vr, vd] = T.float32(0.0)
+                                                                        acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
                 for tile in range(num_tiles):
                     with T.sblock("range_state"):
                         vtile = T.axis.spatial(num_tiles, tile)
@@ -1290,22 +861,22 @@ class Module:
                         T.writes()
                         if num_steps > 0 and read_begin < reach[vtile, 1]:
                             with T.sblock("online_update"):
-                                T.reads(row_max[vtile, 0:32], row_sum[vtile, 0:32], acc[vtile, 0:128, 0:32], total_max[vtile, 0:32], total_sum[vtile, 0:32])
-                                T.writes(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:128, 0:32])
-                                alpha = T.sblock_alloc_buffer((1, 32))
-                                beta = T.sblock_alloc_buffer((1, 32))
+                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:16, 0:128], total_max[vtile, 0:16], total_sum[vtile, 0:16])
+                                T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                                alpha = T.sblock_alloc_buffer((1, 16))
+                                beta = T.sblock_alloc_buffer((1, 16))
                                 with T.sblock("range_rescale"):
-                                    T.reads(row_max[vtile, 0:32], row_sum[vtile, 0:32], total_max[vtile, 0:32], total_sum[vtile, 0:32])
-                                    T.writes(total_max[vtile, 0:32], total_sum[vtile, 0:32], alpha[0, 0:32], beta[0, 0:32])
-                                    new_max = T.sblock_alloc_buffer((32,))
-                                    new_sum = T.sblock_alloc_buffer((32,))
-                                    for r in T.vectorized(32):
+                                    T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], total_max[vtile, 0:16], total_sum[vtile, 0:16])
+                                    T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], alpha[0, 0:16], beta[0, 0:16])
+                                    new_max = T.sblock_alloc_buffer((16,))
+                                    new_sum = T.sblock_alloc_buffer((16,))
+                                    for r in T.vectorized(16):
                                         with T.sblock("range_factors"):
-                                            vr = T.axis.spatial(32, r)
+                                            vr = T.axis.spatial(16, r)
                                             T.reads(total_max[vtile, vr], total_sum[vtile, vr], row_max[vtile, vr], row_sum[vtile, vr])
                                             T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
-                                            old_max: T.let[T.float32] = total_max[vtile, vr]
-                                            old_sum: T.let[T.float32] = total_sum[vtile, vr]
+                                            old_max: T.let[T.float32] = T.Select(T.bool(False), T.float32(-1000000000000000019884624838656.0), total_max[vtile, vr])
+                                            old_sum: T.let[T.float32] = T.Select(T.bool(False), T.float32(0.0), total_sum[vtile, vr])
                                             both: T.let[T.float32] = T.max(old_max, row_max[vtile, vr])
                                             old_or_both: T.let[T.float32] = T.Select(row_sum[vtile, vr] == T.float32(0.0), old_max, both)
                                             m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), row_max[vtile, vr], old_or_both)
@@ -1328,33 +899,34 @@ class Module:
                                             series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                             beta[0, vr] = T.Select(row_sum[vtile, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                                    for r in T.vectorized(32):
+                                    for r in T.vectorized(16):
                                         with T.sblock("range_new_sum"):
-                                            vr = T.axis.spatial(32, r)
+                                            vr = T.axis.spatial(16, r)
                                             T.reads(total_sum[vtile, vr], alpha[0, vr], beta[0, vr], row_sum[vtile, vr])
                                             T.writes(new_sum[vr])
-                                            previous: T.let[T.float32] = total_sum[vtile, vr]
+                                            previous: T.let[T.float32] = T.Select(T.bool(False), T.float32(0.0), total_sum[vtile, vr])
                                             new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * row_sum[vtile, vr]
-                                    for r in T.vectorized(32):
+                                    for r in T.vectorized(16):
                                         with T.sblock("range_row"):
-                                            vr = T.axis.spatial(32, r)
+                                            vr = T.axis.spatial(16, r)
                                             T.reads(new_max[vr], new_sum[vr])
                                             T.writes(total_max[vtile, vr], total_sum[vtile, vr])
                                             total_max[vtile, vr] = new_max[vr]
                                             total_sum[vtile, vr] = new_sum[vr]
                                 with T.sblock("range_fold"):
-                                    T.reads(acc[vtile, 0:128, 0:32], alpha[0, 0:32], beta[0, 0:32])
-                                    T.writes(total_acc[vtile, 0:128, 0:32])
-                                    for i, d in T.grid(1, 128):
-                                        for r in T.vectorized(32):
+                                    T.reads(acc[vtile, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
+                                    T.writes(total_acc[vtile, 0:16, 0:128])
+                                    for i, r, d_0 in T.grid(1, 16, 8):
+                                        for d_1 in T.vectorized(16):
                                             with T.sblock("range_acc"):
-                                                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                vi, vr = T.axis.remap("SS", [i, r])
+                                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
                                                 vstep = T.axis.reduce(2, 1)
-                                                T.reads(alpha[vi, vr], beta[vi, vr], acc[vtile, vd, vr])
-                                                T.writes(total_acc[vtile, vd, vr])
+                                                T.reads(alpha[vi, vr], beta[vi, vr], acc[vtile + vi, vr, vd])
+                                                T.writes(total_acc[vtile + vi, vr, vd])
                                                 with T.init():
-                                                    total_acc[vtile, vd, vr] = T.float32(0.0)
-                                                total_acc[vtile, vd, vr] = alpha[vi, vr] * total_acc[vtile, vd, vr] + beta[vi, vr] * acc[vtile, vd, vr]
+                                                    total_acc[vtile + vi, vr, vd] = T.float32(0.0)
+                                                total_acc[vtile + vi, vr, vd] = alpha[vi, vr] * total_acc[vtile + vi, vr, vd] + beta[vi, vr] * acc[vtile + vi, vr, vd]
         for tile in range(num_tiles):
             with T.sblock("result"):
                 vtile = T.axis.spatial(num_tiles, tile)
@@ -1362,84 +934,58 @@ class Module:
                 T.writes()
                 if partial_start < 0:
                     with T.sblock("normalize"):
-                        T.reads(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:128, 0:32])
+                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
                         T.writes(out[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128], lse[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4])
-                        factor = T.sblock_alloc_buffer((32,))
-                        ordered = T.sblock_alloc_buffer((32, 128))
-                        total_acc_global = T.sblock_alloc_buffer((1, 32, 128))
-                        for r in T.vectorized(32):
+                        factor = T.sblock_alloc_buffer((16,))
+                        ordered = T.sblock_alloc_buffer((16, 128))
+                        for r in T.vectorized(16):
                             with T.sblock("factor"):
-                                vr = T.axis.spatial(32, r)
+                                vr = T.axis.spatial(16, r)
                                 T.reads(total_sum[vtile, vr])
                                 T.writes(factor[vr])
                                 total: T.let[T.float32] = total_sum[vtile, vr]
                                 factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-                        for r_0, d_0 in T.grid(8, 8):
-                            for ax0, ax1_0, ax2_0 in T.grid(1, 4, 1):
-                                with T.sblock("total_acc_global_o"):
-                                    v0_o = T.axis.spatial(1, ax0)
-                                    v1_o = T.axis.spatial(32, d_0 * 4 + ax1_0)
-                                    v2_o = T.axis.spatial(8, r_0 + ax2_0)
-                                    T.reads(total_acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
-                                    T.writes(total_acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
-                                    turned = T.match_buffer(total_acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
-                                    block = T.match_buffer(total_acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
-                                    v: T.let[T.float32x4] = block[0, T.Ramp(0, 1, 4)]
-                                    v_1: T.let[T.float32x4] = block[1, T.Ramp(0, 1, 4)]
-                                    v_2: T.let[T.float32x4] = block[2, T.Ramp(0, 1, 4)]
-                                    v_3: T.let[T.float32x4] = block[3, T.Ramp(0, 1, 4)]
-                                    v_4: T.let[T.float32x4] = T.Shuffle([v, v_2], [0, 4, 1, 5])
-                                    v_5: T.let[T.float32x4] = T.Shuffle([v, v_2], [2, 6, 3, 7])
-                                    v_6: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [0, 4, 1, 5])
-                                    v_7: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [2, 6, 3, 7])
-                                    v_8: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [0, 4, 1, 5])
-                                    v_9: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [2, 6, 3, 7])
-                                    v_10: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [0, 4, 1, 5])
-                                    v_11: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [2, 6, 3, 7])
-                                    turned[0, 0:4] = v_8
-                                    turned[1, 0:4] = v_9
-                                    turned[2, 0:4] = v_10
-                                    turned[3, 0:4] = v_11
-                            for r_1 in T.unroll(4):
-                                for d_1 in T.vectorized(16):
-                                    with T.sblock("ordered"):
-                                        vr = T.axis.spatial(32, r_0 * 4 + r_1)
-                                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                        T.reads(total_acc_global[0, vr, vd], factor[vr])
-                                        T.writes(ordered[vr, vd])
-                                        ordered[vr, vd] = total_acc_global[0, vr, vd] * factor[vr]
-                        for r, d_0 in T.grid(T.min(num_query * 4 - vtile % head_tiles * 32, 32), 8):
+                        for r, d_0 in T.grid(16, 8):
+                            for d_1 in T.vectorized(16):
+                                with T.sblock("ordered"):
+                                    vr = T.axis.spatial(16, r)
+                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                    T.reads(total_acc[vtile, vr, vd], factor[vr])
+                                    T.writes(ordered[vr, vd])
+                                    ordered[vr, vd] = total_acc[vtile, vr, vd] * factor[vr]
+                        for r, d_0 in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 8):
                             for d_1 in T.vectorized(16):
                                 with T.sblock("out"):
-                                    vr = T.axis.spatial(32, r)
+                                    vr = T.axis.spatial(16, r)
                                     vd = T.axis.spatial(128, d_0 * 16 + d_1)
                                     T.reads(ordered[vr, vd])
-                                    T.writes(out[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd])
-                                    out[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd] = T.Cast("bfloat16", ordered[vr, vd])
-                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 32, 32)):
+                                    T.writes(out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
+                                    out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = T.Cast("bfloat16", ordered[vr, vd])
+                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
                             with T.sblock("lse"):
-                                vr = T.axis.spatial(32, r)
+                                vr = T.axis.spatial(16, r)
                                 T.reads(total_sum[vtile, vr], total_max[vtile, vr], places[vtile, vr])
-                                T.writes(lse[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4])
-                                lse[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4] = T.Select(total_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), total_max[vtile, vr] + T.log(total_sum[vtile, vr] * T.reinterpret("float32", places[vtile, vr] + 127 << 23)))
+                                T.writes(lse[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4])
+                                lse[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = T.Select(total_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), total_max[vtile, vr] + T.log(total_sum[vtile, vr] * T.reinterpret("float32", places[vtile, vr] + 127 << 23)))
                 else:
                     with T.sblock("store_partial"):
-                        T.reads(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:128, 0:T.min(num_query * 4 - vtile % head_tiles * 32, 32)])
+                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
                         T.writes(partial_max[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4], partial_sum[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4], partial_acc[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128])
-                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 32, 32)):
+                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
                             with T.sblock("store_row"):
-                                vr = T.axis.spatial(32, r)
+                                vr = T.axis.spatial(16, r)
                                 T.reads(total_max[vtile, vr], total_sum[vtile, vr])
-                                T.writes(partial_max[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4], partial_sum[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4])
-                                partial_max[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4] = total_max[vtile, vr]
-                                partial_sum[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4] = total_sum[vtile, vr]
-                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 32, 32), 128):
-                            with T.sblock("store_acc"):
-                                vr = T.axis.spatial(32, r)
-                                vd = T.axis.spatial(128, d)
-                                T.reads(total_acc[vtile, vd, vr])
-                                T.writes(partial_acc[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd])
-                                partial_acc[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd] = total_acc[vtile, vd, vr]
+                                T.writes(partial_max[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4], partial_sum[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4])
+                                partial_max[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = total_max[vtile, vr]
+                                partial_sum[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = total_sum[vtile, vr]
+                        for r, d_0 in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 8):
+                            for d_1 in T.vectorized(16):
+                                with T.sblock("store_acc"):
+                                    vr = T.axis.spatial(16, r)
+                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                    T.reads(total_acc[vtile, vr, vd])
+                                    T.writes(partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
+                                    partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = total_acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
     def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, query_scale: T.float32, score_scale: T.float32):
@@ -1482,7 +1028,7 @@ class Module:
                         tile_start: T.let[T.int32] = range_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
                         has_next: T.let[T.bool] = vstep < num_steps - 1
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 32 - 1) // 32 * 32)
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 64 - 1) // 64 * 64)
                         last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
@@ -1536,42 +1082,44 @@ class Module:
                                         with T.sblock("qk_matmul"):
                                             T.reads(q_tile[first, 0:4, 0:64], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:4, 0:128])
-                                            scores_global = T.sblock_alloc_buffer((1, 4, (valid_len + 31) // 32 * 32))
-                                            for i, to, r_0_ti_0_fused in T.grid(1, (valid_len + 32 - 1) // 32, 1):
-                                                for r_1_init in T.unroll(4):
-                                                    for ti_1_init in T.unroll(2):
-                                                        for ti_2_init in T.vectorized(16):
-                                                            with T.sblock("scores_init"):
-                                                                vt = T.axis.spatial(128, to * 32 + ti_1_init * 16 + ti_2_init)
-                                                                vi, vr = T.axis.remap("SS", [i, r_1_init])
-                                                                T.reads()
-                                                                T.writes(scores_global[0, vr, vt])
-                                                                scores_global[0, vr, vt] = T.float32(0.0)
-                                                for d_0 in range(16):
-                                                    for line in range(8):
-                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + to * 32 + ((r_0_ti_0_fused * 16 + d_0) * 8 + line) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min(((r_0_ti_0_fused * 16 + d_0) * 8 + line) % 64, 63)) * k_row]), 0, 2, 1)
-                                                    for d_1 in range(2):
-                                                        for d_2 in T.unroll(2):
-                                                            for r_1 in T.unroll(4):
-                                                                for ti_1 in T.unroll(2):
-                                                                    for ti_2 in T.vectorized(16):
-                                                                        with T.sblock("scores_update"):
-                                                                            vt = T.axis.spatial(128, to * 32 + ti_1 * 16 + ti_2)
-                                                                            vi, vr = T.axis.remap("SS", [i, r_1])
-                                                                            vd = T.axis.reduce(64, d_0 * 4 + d_1 * 2 + d_2)
-                                                                            T.reads(scores_global[0, vr, vt], q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
-                                                                            T.writes(scores_global[0, vr, vt])
-                                                                            scores_global[0, vr, vt] = scores_global[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
+                                            for i, to in T.grid(1, (valid_len + 64 - 1) // 64):
+                                                with T.sblock("scores_init_o"):
+                                                    vt_o, vi_o = T.axis.remap("SS", [to, i])
+                                                    vr_o = T.axis.spatial(1, 0)
+                                                    T.reads()
+                                                    T.writes()
+                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                for d_0 in range(4):
+                                                    for ti_0 in T.unroll(4):
+                                                        for line in range(16):
+                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + to * 64 + ((d_0 * 4 + ti_0) * 16 + line) // 64 * 16] + next_head * k_head + T.Cast("int64", T.min(((d_0 * 4 + ti_0) * 16 + line) % 64, 63)) * k_row]), 0, 2, 1)
+                                                        with T.sblock("scores_update_o"):
+                                                            vt_o = T.axis.spatial(4 * ((valid_len + 64 - 1) // 64), to * 4 + ti_0)
+                                                            vi_o = T.axis.spatial(1, i)
+                                                            vr_o = T.axis.spatial(1, 0)
+                                                            vd_o = T.axis.reduce(4, d_0)
+                                                            T.reads(q_tile[first + vi_o, 0:4, vd_o * 16:vd_o * 16 + 16], key_cache[key_offsets[vt_o * 16] + key_head + T.Cast("int64", vi_o) * k_head + T.Select(T.int64(0) <= k_row, T.Cast("int64", vd_o) * k_row * T.int64(16), (T.Cast("int64", vd_o) * T.int64(16) + T.int64(15)) * k_row):key_offsets[vt_o * 16] + key_head + T.Cast("int64", vi_o) * k_head + T.Select(T.int64(0) <= k_row, T.Cast("int64", vd_o) * k_row * T.int64(16), (T.Cast("int64", vd_o) * T.int64(16) + T.int64(15)) * k_row) + (T.Select(T.int64(0) <= k_row, (T.Cast("int64", vd_o) * T.int64(16) + T.int64(15)) * k_row - T.Cast("int64", vd_o) * k_row * T.int64(16), T.Cast("int64", vd_o) * k_row * T.int64(16) - (T.Cast("int64", vd_o) * T.int64(16) + T.int64(15)) * k_row) + T.int64(16))], key_offsets[vt_o * 16])
+                                                            T.writes()
+                                                            buffer = T.match_buffer(q_tile[first + vi_o, 0:4, 0:64], (4, 64), "int32", strides=("row", 1), offset_factor=1)
+                                                            if vt_o * 16 // 16 % 4 == 0:
+                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(buffer[0, vd_o * 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(key_cache[T.Cast("int64", vd_o) * k_row * T.int64(16) + key_offsets[vt_o * 16] + key_head + T.Cast("int64", vi_o) * k_head]), T.Cast("int64", T.Cast("int64", k_row)) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vt_o * 16 // 16 % 4), T.int8(4), T.int8(5))
                                                 for ax0 in range(1):
-                                                    for ax1 in T.unroll(4):
-                                                        for ax2_0 in T.unroll(2):
-                                                            for ax2_1 in T.vectorized(16):
-                                                                with T.sblock("scores_global"):
-                                                                    v0, v1 = T.axis.remap("SS", [ax0, ax1])
-                                                                    v2 = T.axis.spatial((valid_len + 31) // 32 * 32, to * 32 + ax2_0 * 16 + ax2_1)
-                                                                    T.reads(scores_global[v0, v1, v2])
-                                                                    T.writes(scores[v0, v1, v2])
-                                                                    scores[v0, v1, v2] = scores_global[v0, v1, v2]
+                                                    with T.sblock("scores_global_o"):
+                                                        v0_o = T.axis.spatial(1, ax0)
+                                                        v1_o = T.axis.spatial(1, 0)
+                                                        v2_o = T.axis.spatial((valid_len + 64 - 1) // 64, to)
+                                                        T.reads()
+                                                        T.writes(scores[v0_o, 0:4, v2_o * 64:v2_o * 64 + 64])
+                                                        buffer = T.match_buffer(scores[v0_o, 0:4, 0:128], (4, 128), strides=("row", 1), offset_factor=1)
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(buffer[0, v2_o * 64]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(buffer[0, v2_o * 64 + 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(buffer[0, v2_o * 64 + 32]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(buffer[0, v2_o * 64 + 48]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
                                         for i in range(1):
                                             with T.sblock("softmax"):
                                                 vslot = T.axis.spatial(1, i)
@@ -1583,64 +1131,71 @@ class Module:
                                                     scaled = T.sblock_alloc_buffer((4, 128))
                                                     peak = T.sblock_alloc_buffer((4,))
                                                     exact = T.sblock_alloc_buffer((4, 128))
-                                                    peak_rf = T.sblock_alloc_buffer((4, 32))
-                                                    peak_rf_global = T.sblock_alloc_buffer((4, 32))
-                                                    for r, to in T.grid(4, (valid_len + 32 - 1) // 32):
-                                                        for ti in T.vectorized(32):
+                                                    peak_rf = T.sblock_alloc_buffer((4, 16))
+                                                    peak_rf_global = T.sblock_alloc_buffer((4, 16))
+                                                    for r, to in T.grid(4, (valid_len + 64 - 1) // 64):
+                                                        for ti in T.vectorized(64):
                                                             with T.sblock("scaled"):
-                                                                vo = T.axis.spatial(4, to)
+                                                                vo = T.axis.spatial(2, to)
                                                                 vi, vr = T.axis.remap("SS", [ti, r])
-                                                                T.reads(scores[vslot, vr, vo * 32 + vi])
-                                                                T.writes(scaled[vr, vo * 32 + vi])
-                                                                scaled[vr, vo * 32 + vi] = T.Select(vi < valid_len - vo * 32, scores[vslot, vr, vo * 32 + vi] * score_scale, T.float32("-inf"))
+                                                                T.reads(scores[vslot, vr, vo * 64 + vi])
+                                                                T.writes(scaled[vr, vo * 64 + vi])
+                                                                scaled[vr, vo * 64 + vi] = T.Select(vi < valid_len - vo * 64, scores[vslot, vr, vo * 64 + vi] * score_scale, T.float32("-inf"))
                                                     for r in range(4):
-                                                        for ax0_init in T.vectorized(32):
-                                                            for ax2_init in range(1):
-                                                                with T.sblock("peak_rf_init"):
-                                                                    vti = T.axis.spatial(32, ax0_init)
-                                                                    vr = T.axis.spatial(4, r + ax2_init)
-                                                                    T.reads()
-                                                                    T.writes(peak_rf_global[vr, vti])
-                                                                    peak_rf_global[vr, vti] = T.float32(-340282346638528859811704183484516925440.0)
-                                                        for ax1 in range((valid_len + 31) // 32):
-                                                            for ax0 in T.vectorized(32):
-                                                                for ax2 in range(1):
+                                                        for ti_1_init in T.vectorized(16):
+                                                            with T.sblock("peak_rf_init"):
+                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r])
+                                                                T.reads()
+                                                                T.writes(peak_rf_global[vr, vti_1])
+                                                                peak_rf_global[vr, vti_1] = T.float32(-340282346638528859811704183484516925440.0)
+                                                        for to in range((valid_len + 64 - 1) // 64):
+                                                            for ti_0 in T.unroll(4):
+                                                                for ti_1 in T.vectorized(16):
                                                                     with T.sblock("peak_rf_update"):
-                                                                        vti = T.axis.spatial(32, ax0)
-                                                                        vto = T.axis.reduce((valid_len + 32 - 1) // 32, ax1)
-                                                                        vr = T.axis.spatial(4, r + ax2)
-                                                                        T.reads(peak_rf_global[vr, vti], scaled[vr, vto * 32 + vti])
-                                                                        T.writes(peak_rf_global[vr, vti])
-                                                                        peak_rf_global[vr, vti] = T.max(peak_rf_global[vr, vti], scaled[vr, vto * 32 + vti])
-                                                        for ax0 in range(1):
-                                                            for ax1 in T.vectorized(32):
-                                                                with T.sblock("peak.rf_global"):
-                                                                    v0 = T.axis.spatial(4, r + ax0)
-                                                                    v1 = T.axis.spatial(32, ax1)
-                                                                    T.reads(peak_rf_global[v0, v1])
-                                                                    T.writes(peak_rf[v0, v1])
-                                                                    peak_rf[v0, v1] = peak_rf_global[v0, v1]
+                                                                        vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
+                                                                        T.reads(peak_rf_global[vr, vti_1], scaled[vr, vto * 64 + vti_0 * 16 + vti_1])
+                                                                        T.writes(peak_rf_global[vr, vti_1])
+                                                                        peak_rf_global[vr, vti_1] = T.max(peak_rf_global[vr, vti_1], scaled[vr, vto * 64 + vti_0 * 16 + vti_1])
+                                                        for ax0 in T.vectorized(16):
+                                                            with T.sblock("peak.rf_global"):
+                                                                v0, v1 = T.axis.remap("SS", [r, ax0])
+                                                                T.reads(peak_rf_global[v0, v1])
+                                                                T.writes(peak_rf[v0, v1])
+                                                                peak_rf[v0, v1] = peak_rf_global[v0, v1]
+                                                    for r_init in T.vectorized(4):
                                                         with T.sblock("peak_init"):
-                                                            vr = T.axis.spatial(4, r)
+                                                            vr = T.axis.spatial(4, r_init)
                                                             T.reads()
                                                             T.writes(peak[vr])
                                                             peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                        for ti in T.unroll(32):
-                                                            with T.sblock("peak_update"):
-                                                                vti, vr = T.axis.remap("RS", [ti, r])
-                                                                T.reads(peak[vr], peak_rf[vr, vti])
-                                                                T.writes(peak[vr])
-                                                                peak[vr] = T.max(peak[vr], peak_rf[vr, vti])
+                                                    for r_0 in range(1):
+                                                        with T.sblock("peak_update_o"):
+                                                            vti_1_o = T.axis.reduce(1, 0)
+                                                            vr_o = T.axis.spatial(1, r_0)
+                                                            T.reads(peak[0:4], peak_rf[0:4, 0:16])
+                                                            T.writes(peak[0:4])
+                                                            maxima = T.match_buffer(peak[0:4], (4,), offset_factor=1)
+                                                            parts = T.match_buffer(peak_rf[0:4, 0:16], (4, 16), offset_factor=1)
+                                                            v: T.let[T.float32x16] = parts[0, T.Ramp(0, 1, 16)]
+                                                            v_1: T.let[T.float32x16] = parts[1, T.Ramp(0, 1, 16)]
+                                                            v_2: T.let[T.float32x16] = parts[2, T.Ramp(0, 1, 16)]
+                                                            v_3: T.let[T.float32x16] = parts[3, T.Ramp(0, 1, 16)]
+                                                            v_4: T.let[T.float32x16] = T.max(T.Shuffle([v, v_1], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v, v_1], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                            v_5: T.let[T.float32x16] = T.max(T.Shuffle([v_2, v_3], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_2, v_3], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                            v_6: T.let[T.float32x16] = T.max(T.Shuffle([v_4, v_5], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_4, v_5], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                            v_7: T.let[T.float32x16] = T.max(T.Shuffle([v_6, v_6], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]), T.Shuffle([v_6, v_6], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]))
+                                                            v_8: T.let[T.float32x16] = T.max(T.Shuffle([v_7, v_7], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]), T.Shuffle([v_7, v_7], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]))
+                                                            maxima[0:4] = T.max(maxima[T.Ramp(0, 1, 4)], T.Shuffle([v_8], [0, 1, 2, 3]))
                                                     for r in range(4):
                                                         with T.sblock("tile_max"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(peak[vr])
                                                             T.writes(tile_max[vslot, vr])
                                                             tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                    for r, to in T.grid(4, (valid_len + 32 - 1) // 32):
-                                                        for ti in T.vectorized(32):
+                                                    for r, to in T.grid(4, (valid_len + 64 - 1) // 64):
+                                                        for ti in T.vectorized(64):
                                                             with T.sblock("exact"):
-                                                                vt = T.axis.spatial(128, to * 32 + ti)
+                                                                vt = T.axis.spatial(128, to * 64 + ti)
                                                                 vr = T.axis.spatial(4, r)
                                                                 T.reads(scaled[vr, vt], tile_max[vslot, vr])
                                                                 T.writes(exact[vr, vt])
@@ -1651,10 +1206,10 @@ class Module:
                                                                 series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                                 exact[vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                    for r, to in T.grid(4, (valid_len + 32 - 1) // 32):
-                                                        for ti in T.vectorized(32):
+                                                    for r, to in T.grid(4, (valid_len + 64 - 1) // 64):
+                                                        for ti in T.vectorized(64):
                                                             with T.sblock("probs"):
-                                                                vt = T.axis.spatial(128, to * 32 + ti)
+                                                                vt = T.axis.spatial(128, to * 64 + ti)
                                                                 vr = T.axis.spatial(4, r)
                                                                 T.reads(exact[vr, vt])
                                                                 T.writes(probs[vslot, vr, vt])
@@ -1664,17 +1219,17 @@ class Module:
                                                     T.writes(prob_pairs[vslot, 0:4, 0:64], tile_sum[vslot, 0:4])
                                                     tile_sum_rf = T.sblock_alloc_buffer((1, 4, 8))
                                                     tile_sum_rf_global = T.sblock_alloc_buffer((1, 4, 8))
-                                                    for r, to in T.grid(4, (valid_len + 32 - 1) // 32):
+                                                    for r, to in T.grid(4, (valid_len + 64 - 1) // 64):
                                                         with T.sblock("pairs_o"):
                                                             vt_o, vr_o = T.axis.remap("SS", [to, r])
-                                                            T.reads(probs[vslot, vr_o, vt_o * 32:vt_o * 32 + 32])
-                                                            T.writes(prob_pairs[vslot, vr_o, vt_o * 16:vt_o * 16 + 16])
-                                                            pairs = T.match_buffer(prob_pairs[vslot, vr_o, vt_o * 16:vt_o * 16 + 16], (16,), "int32", offset_factor=1)
-                                                            numbers = T.match_buffer(probs[vslot, vr_o, vt_o * 32:vt_o * 32 + 32], (32,), offset_factor=1)
-                                                            evens: T.let[T.float32x16] = T.Shuffle([numbers[T.Ramp(0, 1, 32)]], [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30])
-                                                            odds: T.let[T.float32x16] = T.Shuffle([numbers[T.Ramp(0, 1, 32)]], [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31])
-                                                            low: T.let[T.int32x16] = T.reinterpret("int32x16", evens) >> T.Broadcast(16, 16) & T.Broadcast(65535, 16)
-                                                            pairs[0:16] = low | T.reinterpret("int32x16", odds)
+                                                            T.reads(probs[vslot, vr_o, vt_o * 64:vt_o * 64 + 64])
+                                                            T.writes(prob_pairs[vslot, vr_o, vt_o * 32:vt_o * 32 + 32])
+                                                            pairs = T.match_buffer(prob_pairs[vslot, vr_o, vt_o * 32:vt_o * 32 + 32], (32,), "int32", offset_factor=1)
+                                                            numbers = T.match_buffer(probs[vslot, vr_o, vt_o * 64:vt_o * 64 + 64], (64,), offset_factor=1)
+                                                            evens: T.let[T.float32x32] = T.Shuffle([numbers[T.Ramp(0, 1, 64)]], [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62])
+                                                            odds: T.let[T.float32x32] = T.Shuffle([numbers[T.Ramp(0, 1, 64)]], [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63])
+                                                            low: T.let[T.int32x32] = T.reinterpret("int32x32", evens) >> T.Broadcast(16, 32) & T.Broadcast(65535, 32)
+                                                            pairs[0:32] = low | T.reinterpret("int32x32", odds)
                                                     for r in range(4):
                                                         for ax0_init in T.vectorized(8):
                                                             for ax3_init in range(1):
@@ -1684,17 +1239,17 @@ class Module:
                                                                     T.reads()
                                                                     T.writes(tile_sum_rf_global[vslot, vr, vti_1])
                                                                     tile_sum_rf_global[vslot, vr, vti_1] = T.float32(0.0)
-                                                        for ax1, ax2 in T.grid((valid_len + 31) // 32, 2):
+                                                        for ax1, ax2 in T.grid((valid_len + 63) // 64, 4):
                                                             for ax0 in T.vectorized(8):
                                                                 for ax3 in range(1):
                                                                     with T.sblock("tile_sum_rf_update"):
                                                                         vti_1 = T.axis.spatial(8, ax0)
-                                                                        vto = T.axis.reduce((valid_len + 32 - 1) // 32, ax1)
-                                                                        vti_0 = T.axis.reduce(2, ax2)
+                                                                        vto = T.axis.reduce((valid_len + 64 - 1) // 64, ax1)
+                                                                        vti_0 = T.axis.reduce(4, ax2)
                                                                         vr = T.axis.spatial(4, r + ax3)
-                                                                        T.reads(tile_sum_rf_global[vslot, vr, vti_1], prob_pairs[vslot, vr, vto * 16 + vti_0 * 8 + vti_1])
+                                                                        T.reads(tile_sum_rf_global[vslot, vr, vti_1], prob_pairs[vslot, vr, vto * 32 + vti_0 * 8 + vti_1])
                                                                         T.writes(tile_sum_rf_global[vslot, vr, vti_1])
-                                                                        tile_sum_rf_global[vslot, vr, vti_1] = tile_sum_rf_global[vslot, vr, vti_1] + (T.reinterpret("float32", prob_pairs[vslot, vr, vto * 16 + vti_0 * 8 + vti_1] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[vslot, vr, vto * 16 + vti_0 * 8 + vti_1] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
+                                                                        tile_sum_rf_global[vslot, vr, vti_1] = tile_sum_rf_global[vslot, vr, vti_1] + (T.reinterpret("float32", prob_pairs[vslot, vr, vto * 32 + vti_0 * 8 + vti_1] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[vslot, vr, vto * 32 + vti_0 * 8 + vti_1] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
                                                         for ax0, ax1 in T.grid(1, 1):
                                                             for ax2 in T.vectorized(8):
                                                                 with T.sblock("tile_sum.rf_global"):
@@ -1763,77 +1318,104 @@ class Module:
                                                             T.writes(row_max[first + vslot, vr], row_sum[first + vslot, vr])
                                                             row_max[first + vslot, vr] = new_max[vr]
                                                             row_sum[first + vslot, vr] = new_sum[vr]
-                                        num_full: T.let[T.int32] = valid_len // 32
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 4, 128))
-                                            full_acc = T.sblock_alloc_buffer((1, 4, 128))
-                                            for i_m, r_0_m, d_0_m in T.grid(1, 1, 4):
-                                                for r_1_init in T.unroll(4):
-                                                    for d_1_init in T.unroll(2):
-                                                        for d_3_init in T.unroll(1):
-                                                            for d_2_init in T.vectorized(16):
-                                                                with T.sblock("full_groups_init"):
-                                                                    vi = T.axis.spatial(1, i_m)
-                                                                    vr = T.axis.spatial(4, r_0_m * 4 + r_1_init)
-                                                                    vd = T.axis.spatial(128, d_0_m * 32 + d_1_init * 16 + d_2_init + d_3_init)
-                                                                    T.reads()
-                                                                    T.writes(full_acc[vi, vr, vd])
-                                                                    full_acc[vi, vr, vd] = T.float32(0.0)
-                                                for to in range(num_full):
-                                                    for line in range(32):
-                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + (((r_0_m * 4 + d_0_m) * num_full + to) * 32 + line) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + (((r_0_m * 4 + d_0_m) * num_full + to) * 32 + line) // 4) % 2 * 4 + (((r_0_m * 4 + d_0_m) * num_full + to) * 32 + line) % 4) * 16)]), 0, 2, 1)
-                                                    for ti in T.unroll(16):
-                                                        for r_1 in T.unroll(4):
-                                                            for d_1 in T.unroll(2):
-                                                                for d_3 in T.unroll(1):
-                                                                    for d_2 in T.vectorized(16):
-                                                                        with T.sblock("full_groups_update"):
-                                                                            vt = T.axis.reduce(64, to * 16 + ti)
-                                                                            vi = T.axis.spatial(1, i_m)
-                                                                            vr = T.axis.spatial(4, r_0_m * 4 + r_1)
-                                                                            vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 16 + d_2 + d_3)
-                                                                            T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                                            T.writes(full_acc[vi, vr, vd])
-                                                                            full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                                for r_1_init in T.unroll(4):
-                                                    for d_1_init in T.unroll(2):
-                                                        for d_3_init in T.unroll(1):
-                                                            for d_2_init in T.vectorized(16):
-                                                                with T.sblock("tile_acc_init"):
-                                                                    vi = T.axis.spatial(1, i_m)
-                                                                    vr = T.axis.spatial(4, r_0_m * 4 + r_1_init)
-                                                                    vd = T.axis.spatial(128, d_0_m * 32 + d_1_init * 16 + d_2_init + d_3_init)
-                                                                    T.reads()
-                                                                    T.writes(tile_acc[0, vr, vd])
-                                                                    tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                for ti in range((valid_len % 32 + 2 - 1) // 2):
-                                                    for r_1 in T.unroll(4):
-                                                        for d_1 in T.unroll(2):
-                                                            for d_3 in T.unroll(1):
-                                                                for d_2 in T.vectorized(16):
-                                                                    with T.sblock("tile_acc_update"):
-                                                                        vt = T.axis.reduce(64, ti + num_full * 16)
-                                                                        vi = T.axis.spatial(1, i_m)
-                                                                        vr = T.axis.spatial(4, r_0_m * 4 + r_1)
-                                                                        vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 16 + d_2 + d_3)
-                                                                        T.reads(tile_acc[0, vr, vd], full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                                        T.writes(tile_acc[0, vr, vd])
-                                                                        tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535)) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535) & -65536))
-                                                for r_1 in T.unroll(4):
-                                                    for d_1_0 in T.unroll(2):
-                                                        for d_1_1 in T.vectorized(16):
-                                                            with T.sblock("acc"):
-                                                                vi = T.axis.spatial(1, i_m)
-                                                                vr = T.axis.spatial(4, r_0_m * 4 + r_1)
-                                                                vd = T.axis.spatial(128, d_0_m * 32 + d_1_0 * 16 + d_1_1)
-                                                                vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
-                                                                T.writes(acc[first + vi, vr, vd])
-                                                                with T.init():
-                                                                    acc[first + vi, vr, vd] = T.float32(0.0)
-                                                                acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                                            for p in range(2):
+                                                with T.sblock("clear_sums"):
+                                                    vp = T.axis.spatial(2, p)
+                                                    T.reads()
+                                                    T.writes()
+                                                    with T.sblock("no_sum_o"):
+                                                        vr_o = T.axis.spatial(1, 0)
+                                                        vd_o = T.axis.spatial(1, 0)
+                                                        T.reads()
+                                                        T.writes()
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                for to in range((valid_len + 63) // 64):
+                                                    if to * 64 + 64 <= valid_len:
+                                                        for s_1 in range(4):
+                                                            for d_0 in T.unroll(4):
+                                                                for line in range(8):
+                                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((p * ((valid_len + 63) // 64) + to) * 128 + ((s_1 * 4 + d_0) * 8 + line)) // 4] + next_head * v_head + T.Cast("int64", ((next_tile + ((p * ((valid_len + 63) // 64) + to) * 128 + ((s_1 * 4 + d_0) * 8 + line)) // 4) % 2 * 4 + ((p * ((valid_len + 63) // 64) + to) * 128 + ((s_1 * 4 + d_0) * 8 + line)) % 4) * 16)]), 0, 2, 1)
+                                                                with T.sblock("whole_sum_o"):
+                                                                    vp_o = T.axis.spatial(2, p)
+                                                                    vs_o = T.axis.reduce(4 * ((valid_len + 63) // 64), to * 4 + s_1)
+                                                                    vr_o = T.axis.spatial(1, 0)
+                                                                    vd_o = T.axis.spatial(4, d_0)
+                                                                    vk_o = T.axis.reduce(1, 0)
+                                                                    T.reads(prob_pairs[0, 0:4, vs_o * 8:vs_o * 8 + 8], value_cache[T.Cast("int64", vp_o) * T.int64(64) + T.Cast("int64", vd_o) * T.int64(16) + value_offsets[vs_o * 16] + value_head + T.Select(T.int64(0) <= v_row, T.int64(0), v_row * T.int64(7)):T.Cast("int64", vp_o) * T.int64(64) + T.Cast("int64", vd_o) * T.int64(16) + value_offsets[vs_o * 16] + value_head + T.Select(T.int64(0) <= v_row, T.int64(0), v_row * T.int64(7)) + (T.Select(T.int64(0) <= v_row, v_row * T.int64(7), v_row * T.int64(-7)) + T.int64(16))], value_offsets[vs_o * 16])
+                                                                    T.writes()
+                                                                    buffer = T.match_buffer(prob_pairs[0, 0:4, 0:64], (4, 64), "int32", strides=("row", 1), offset_factor=1)
+                                                                    if vd_o * 16 // 16 % 4 == 0:
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(buffer[0, vs_o * 8]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(value_cache[T.Cast("int64", vp_o) * T.int64(64) + T.Cast("int64", vd_o) * T.int64(16) + value_offsets[vs_o * 16] + value_head]), T.Cast("int64", T.Cast("int64", v_row)) * T.int64(4))
+                                                                    T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vd_o * 16 // 16 % 4), T.int8(6), T.int8(7))
+                                                    else:
+                                                        with T.sblock("edge_group"):
+                                                            vp = T.axis.spatial(2, p)
+                                                            vto = T.axis.opaque(2, to)
+                                                            T.reads()
+                                                            T.writes()
+                                                            edge = T.sblock_alloc_buffer((32, 64), "int32")
+                                                            for i, d_0 in T.grid(32, 4):
+                                                                for d_1 in T.vectorized(16):
+                                                                    with T.sblock("edge_value"):
+                                                                        vi = T.axis.spatial(32, i)
+                                                                        vd = T.axis.spatial(64, d_0 * 16 + d_1)
+                                                                        T.reads(value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)], value_offsets[2 * (vto * 32 + vi)])
+                                                                        T.writes(edge[vi, vd])
+                                                                        edge[vi, vd] = value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)] & (T.Select(2 * (vto * 32 + vi) < valid_len, -1, 0) & 65535 | T.Select(2 * (vto * 32 + vi) + 1 < valid_len, -1, 0) & -65536)
+                                                            for s_1 in range(4):
+                                                                for d_0 in T.unroll(4):
+                                                                    with T.sblock("edge_sum_o"):
+                                                                        vs_o = T.axis.reduce(4, s_1)
+                                                                        vr_o = T.axis.spatial(1, 0)
+                                                                        vd_o = T.axis.spatial(4, d_0)
+                                                                        vk_o = T.axis.reduce(1, 0)
+                                                                        T.reads(prob_pairs[0, 0:4, vto * 32 + vs_o * 8:vto * 32 + vs_o * 8 + 8], edge[vs_o * 8:vs_o * 8 + 8, vd_o * 16:vd_o * 16 + 16])
+                                                                        T.writes()
+                                                                        buffer = T.match_buffer(prob_pairs[0, 0:4, 0:64], (4, 64), "int32", strides=("row", 1), offset_factor=1)
+                                                                        buffer_1 = T.match_buffer(edge[vs_o * 8:vs_o * 8 + 8, 0:64], (8, 64), "int32", strides=("row", 1), offset_factor=1)
+                                                                        if vd_o * 16 // 16 % 4 == 0:
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(buffer[0, vto * 32 + vs_o * 8]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(7), T.address_of(buffer_1[0, vd_o * 16]), T.Cast("int64", buffer_1.strides[0]) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vd_o * 16 // 16 % 4), T.int8(6), T.int8(7))
+                                                with T.sblock("store_sums"):
+                                                    vp = T.axis.spatial(2, p)
+                                                    T.reads()
+                                                    T.writes(tile_acc[0, 0:4, vp * 64:vp * 64 + 64])
+                                                    with T.sblock("stored_sum_o"):
+                                                        vr_o = T.axis.spatial(1, 0)
+                                                        vd_o = T.axis.spatial(1, 0)
+                                                        T.reads()
+                                                        T.writes(tile_acc[0, 0:4, vp * 64:vp * 64 + 64])
+                                                        buffer = T.match_buffer(tile_acc[0, 0:4, 0:128], (4, 128), strides=("row", 1), offset_factor=1)
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(buffer[0, vp * 64]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(buffer[0, vp * 64 + 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(buffer[0, vp * 64 + 32]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(buffer[0, vp * 64 + 48]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                            with T.sblock("fold"):
+                                                T.reads(tile_acc[0, 0:4, 0:128], alpha[0, 0:4], beta[0, 0:4])
+                                                T.writes(acc[first, 0:4, 0:128])
+                                                for i, r_0, d_0 in T.grid(1, 4, 1):
+                                                    for r_1 in T.unroll(1):
+                                                        for d_1_0 in T.unroll(8):
+                                                            for d_1_1 in T.vectorized(16):
+                                                                with T.sblock("acc"):
+                                                                    vi = T.axis.spatial(1, i)
+                                                                    vr = T.axis.spatial(4, r_0 + r_1)
+                                                                    vd = T.axis.spatial(128, d_0 * 128 + d_1_0 * 16 + d_1_1)
+                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                                    T.writes(acc[first + vi, vr, vd])
+                                                                    with T.init():
+                                                                        acc[first + vi, vr, vd] = T.float32(0.0)
+                                                                    acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
                 for tile in range(8):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(8, tile)

@@ -70,20 +70,20 @@ class Module:
     @T.prim_func(s_tir=True)
     def fused_attend(query: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), token_positions: T.Buffer((num_tokens,), "int32", align=4), tree_mask: T.Buffer((tree_cells,), "uint8", align=1), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, seq: T.int32, token_begin: T.int32, num_query: T.int32, kv_head_begin: T.int32, num_kv_heads: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, causal: T.int32, tree_start: T.int64, tree_size: T.int32, query_scale: T.float32, score_scale: T.float32):
         # with T.sblock("root"):
-        q_tile = T.sblock_alloc_buffer((32, 32, 64), "int32")
-        row_max = T.sblock_alloc_buffer((32, 32))
-        row_sum = T.sblock_alloc_buffer((32, 32))
-        acc = T.sblock_alloc_buffer((32, 32, 128))
-        total_max = T.sblock_alloc_buffer((32, 32))
-        total_sum = T.sblock_alloc_buffer((32, 32))
-        total_acc = T.sblock_alloc_buffer((32, 32, 128))
-        positions = T.sblock_alloc_buffer((32, 32), "int32")
-        limits = T.sblock_alloc_buffer((32, 32), "int32")
-        places = T.sblock_alloc_buffer((32, 32), "int32")
+        q_tile = T.sblock_alloc_buffer((32, 16, 64), "int32")
+        row_max = T.sblock_alloc_buffer((32, 16))
+        row_sum = T.sblock_alloc_buffer((32, 16))
+        acc = T.sblock_alloc_buffer((32, 16, 128))
+        total_max = T.sblock_alloc_buffer((32, 16))
+        total_sum = T.sblock_alloc_buffer((32, 16))
+        total_acc = T.sblock_alloc_buffer((32, 16, 128))
+        positions = T.sblock_alloc_buffer((32, 16), "int32")
+        limits = T.sblock_alloc_buffer((32, 16), "int32")
+        places = T.sblock_alloc_buffer((32, 16), "int32")
         reach = T.sblock_alloc_buffer((32, 4), "int32")
         span = T.sblock_alloc_buffer((3,), "int32")
         context_len: T.let[T.int32] = context_lens[seq]
-        head_tiles: T.let[T.int32] = (num_query * 4 + 32 - 1) // 32
+        head_tiles: T.let[T.int32] = (num_query * 4 + 16 - 1) // 16
         num_tiles: T.let[T.int32] = num_kv_heads * head_tiles
         sees_all: T.let[T.bool] = causal == 0 or tree_start >= T.int64(0)
         for tile in range(num_tiles):
@@ -93,29 +93,29 @@ class Module:
                 T.writes()
                 with T.sblock("load_query"):
                     T.reads(query[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128])
-                    T.writes(q_tile[vtile, 0:32, 0:64])
-                    for r, d in T.grid(32, 64):
+                    T.writes(q_tile[vtile, 0:16, 0:64])
+                    for r, d in T.grid(16, 64):
                         with T.sblock("q_tile"):
                             vr, vd = T.axis.remap("SS", [r, d])
-                            T.reads(query[vtile % head_tiles * 8 + vr // 4 + token_begin, kv_head_begin * 4 + vtile // head_tiles * 4 + vr % 4, vd * 2:vd * 2 + 2])
+                            T.reads(query[vtile % head_tiles * 4 + vr // 4 + token_begin, kv_head_begin * 4 + vtile // head_tiles * 4 + vr % 4, vd * 2:vd * 2 + 2])
                             T.writes(q_tile[vtile, vr, vd])
-                            q_tile[vtile, vr, vd] = T.if_then_else(vr < T.min(num_query * 4 - vtile % head_tiles * 32, 32), T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, 2 * vd + 1]) * query_scale), 0)
+                            q_tile[vtile, vr, vd] = T.if_then_else(vr < T.min(num_query * 4 - vtile % head_tiles * 16, 16), T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, 2 * vd + 1]) * query_scale), 0)
                 with T.sblock("bounds"):
                     T.reads(token_positions[token_begin:token_begin + num_query])
-                    T.writes(positions[vtile, 0:32], limits[vtile, 0:32], reach[vtile, 0:4])
-                    for r in range(32):
+                    T.writes(positions[vtile, 0:16], limits[vtile, 0:16], reach[vtile, 0:4])
+                    for r in range(16):
                         with T.sblock("row_bounds"):
-                            vr = T.axis.spatial(32, r)
-                            T.reads(token_positions[token_begin + (vtile % head_tiles * 32 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 32, 32) - 1)) // 4])
+                            vr = T.axis.spatial(16, r)
+                            T.reads(token_positions[token_begin + (vtile % head_tiles * 16 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 16, 16) - 1)) // 4])
                             T.writes(positions[vtile, vr], limits[vtile, vr], places[vtile, vr])
-                            position: T.let[T.int32] = token_positions[token_begin + (vtile % head_tiles * 32 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 32, 32) - 1)) // 4]
+                            position: T.let[T.int32] = token_positions[token_begin + (vtile % head_tiles * 16 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 16, 16) - 1)) // 4]
                             seen: T.let[T.int32] = T.Select(sees_all, context_len, position + 1)
                             positions[vtile, vr] = position
                             limits[vtile, vr] = T.min(seen, context_len)
                             places[vtile, vr] = T.max((T.reinterpret("int32", T.Cast("float32", seen - 1)) >> 23) - 125, 0)
-                    for r in range(32):
+                    for r in range(16):
                         with T.sblock("reach"):
-                            vr = T.axis.opaque(32, r)
+                            vr = T.axis.opaque(16, r)
                             T.reads(limits[vtile, vr], reach[vtile, 0:4])
                             T.writes(reach[vtile, 0:4])
                             own: T.let[T.int32] = limits[vtile, vr]
@@ -126,15 +126,15 @@ class Module:
                             reach[vtile, 3] = T.Select(vr == 0, begin, T.max(reach[vtile, 3], begin))
                 with T.sblock("empty_state"):
                     T.reads()
-                    T.writes(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:32, 0:128])
-                    for r in range(32):
+                    T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                    for r in range(16):
                         with T.sblock("empty_row"):
-                            vr = T.axis.spatial(32, r)
+                            vr = T.axis.spatial(16, r)
                             T.reads()
                             T.writes(total_max[vtile, vr], total_sum[vtile, vr])
                             total_max[vtile, vr] = T.float32(-1000000000000000019884624838656.0)
                             total_sum[vtile, vr] = T.float32(0.0)
-                    for r, d in T.grid(32, 128):
+                    for r, d in T.grid(16, 128):
                         with T.sblock("empty_acc"):
                             vr, vd = T.axis.remap("SS", [r, d])
                             T.reads()
@@ -171,7 +171,9 @@ class Module:
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
                         has_next: T.let[T.bool] = tile_start + 128 < key_end
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 64 - 1) // 64 * 64)
+                        num_read: T.let[T.int32] = (valid_len + 64 - 1) // 64 * 64
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_read)
+                        last: T.let[T.int32] = key_end - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
                             T.writes(key_offsets[0:256])
@@ -179,9 +181,9 @@ class Module:
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, key_end - 1) // 16])
+                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 16])
                                     T.writes(key_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, key_end - 1)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 16])
                                     slot: T.let[T.int32] = token % 16
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot - slot % 16)
@@ -192,9 +194,9 @@ class Module:
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, key_end - 1) // 16])
+                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 16])
                                     T.writes(value_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, key_end - 1)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 16])
                                     slot: T.let[T.int32] = token % 16
                                     value_offsets[vt] = block * v_block + T.Cast("int64", slot // 2) * v_row
@@ -203,85 +205,28 @@ class Module:
                                 vkv = T.axis.spatial(num_kv_heads, kv_head)
                                 T.reads()
                                 T.writes()
-                                k_tile = T.sblock_alloc_buffer((128, 64), "int32")
-                                v_tile = T.sblock_alloc_buffer((64, 128), "int32")
-                                infinite = T.sblock_alloc_buffer((1,), "int32")
                                 is_last: T.let[T.bool] = vkv == num_kv_heads - 1
                                 next_tile: T.let[T.int32] = T.Select(is_last, 128, 0)
                                 next_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
-                                more: T.let[T.bool] = has_next or not is_last
-                                with T.sblock("load_keys"):
-                                    T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                    T.writes(k_tile[0:128, 0:64])
-                                    for to, ti, d in T.grid((valid_len + 64 - 1) // 64, 64, 64):
-                                        with T.sblock("load_keys_element"):
-                                            vt = T.axis.spatial(128, to * 64 + ti)
-                                            vd = T.axis.spatial(64, d)
-                                            T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                            T.writes(k_tile[vt, vd])
-                                            k_tile[vt, vd] = key_cache[key_offsets[vt // 16 * 16] + key_head + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))]
-                                with T.sblock("load_values"):
-                                    T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                    T.writes(v_tile[0:64, 0:128])
-                                    for to, ti, d in T.grid((valid_len + 64 - 1) // 64, 32, 128):
-                                        with T.sblock("load_values_element"):
-                                            vt = T.axis.spatial(64, to * 32 + ti)
-                                            vd = T.axis.spatial(128, d)
-                                            T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                            T.writes(v_tile[vt, vd])
-                                            v_tile[vt, vd] = value_cache[value_offsets[2 * vt] + value_head + T.Cast("int64", vd)]
-                                if valid_len % 2 == 1:
-                                    for t, d in T.grid((valid_len + 64 - 1) // 64 * 32 - valid_len // 2, 128):
-                                        with T.sblock("unused_value"):
-                                            vt = T.axis.spatial(64, valid_len // 2 + t)
-                                            vd = T.axis.spatial(128, d)
-                                            T.reads(v_tile[vt, vd])
-                                            T.writes(v_tile[vt, vd])
-                                            v_tile[vt, vd] = v_tile[vt, vd] & 65535
-                                with T.sblock("find_infinite"):
-                                    T.reads(v_tile[0:64, 0:128])
-                                    T.writes(infinite[0])
-                                    largest = T.sblock_alloc_buffer((16,), "int32")
-                                    for lane, d, to, ti in T.grid(16, 128, T.Select(tree_start >= T.int64(0) or span[2] < tile_start + valid_len, (valid_len + 64 - 1) // 64, 0), 2):
-                                        with T.sblock("largest"):
-                                            vlane, vd = T.axis.remap("SR", [lane, d])
-                                            vt = T.axis.reduce(4, to * 2 + ti)
-                                            T.reads(v_tile[vt * 16 + vlane, vd])
-                                            T.writes(largest[vlane])
-                                            with T.init():
-                                                largest[vlane] = 0
-                                            largest[vlane] = T.max(largest[vlane], T.max(v_tile[vt * 16 + vlane, vd] << 16 & 2139095040, v_tile[vt * 16 + vlane, vd] & 2139095040))
-                                    for lane in range(16):
-                                        with T.sblock("infinite"):
-                                            vlane = T.axis.reduce(16, lane)
-                                            T.reads(largest[vlane])
-                                            T.writes(infinite[0])
-                                            with T.init():
-                                                infinite[0] = 0
-                                            infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
                                 for row_tile in range(head_tiles):
                                     with T.sblock("row_tile"):
                                         vrt = T.axis.spatial(head_tiles, row_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 32, 128))
-                                        tile_max = T.sblock_alloc_buffer((1, 32))
-                                        tile_sum = T.sblock_alloc_buffer((1, 32))
-                                        alpha = T.sblock_alloc_buffer((1, 32))
-                                        beta = T.sblock_alloc_buffer((1, 32))
-                                        edges = T.sblock_alloc_buffer((32, 64), "int32")
-                                        prob_pairs = T.sblock_alloc_buffer((1, 32, 64), "int32")
-                                        scaled = T.sblock_alloc_buffer((32, 128))
+                                        scores = T.sblock_alloc_buffer((1, 16, 128))
+                                        probs = T.sblock_alloc_buffer((1, 16, 128))
+                                        tile_max = T.sblock_alloc_buffer((1, 16))
+                                        tile_sum = T.sblock_alloc_buffer((1, 16))
+                                        alpha = T.sblock_alloc_buffer((1, 16))
+                                        beta = T.sblock_alloc_buffer((1, 16))
+                                        edges = T.sblock_alloc_buffer((16, 64), "int32")
+                                        prob_pairs = T.sblock_alloc_buffer((1, 16, 64), "int32")
+                                        scaled = T.sblock_alloc_buffer((16, 128))
                                         full_peak = T.sblock_alloc_buffer((16,))
-                                        room = T.sblock_alloc_buffer((1, 16), "int32")
-                                        full_sum = T.sblock_alloc_buffer((1, 16))
-                                        full_peak_1 = T.sblock_alloc_buffer((32,))
-                                        room_1 = T.sblock_alloc_buffer((1, 32), "int32")
-                                        full_sum_1 = T.sblock_alloc_buffer((1, 32))
                                         first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
-                                        wanted: T.let[T.bool] = vrt == head_tiles - 1 and more
+                                        wanted: T.let[T.bool] = vrt == head_tiles - 1 and (has_next or not is_last)
                                         with T.sblock("next_keys"):
                                             T.reads()
                                             T.writes()
@@ -292,38 +237,43 @@ class Module:
                                             T.call_extern("int32", "next_tile", value_cache[0], value_offsets[0], v_block, v_row, v_head, next_tile, next_head * v_head, wanted)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
-                                            num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 32, 32))
+                                            num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))
                                             num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 64)
-                                            if num_rows <= 16:
-                                                with T.sblock("few_qk_matmul"):
-                                                    T.reads(q_tile[first, 0:16, 0:64], k_tile[0:128, 0:64], key_offsets[0:256])
-                                                    T.writes(scores[0, 0:16, 0:128])
-                                                    for i, to, ti, r, d in T.grid(1, (valid_len_1 + 64 - 1) // 64, 64, 16, 64):
-                                                        with T.sblock("few_scores"):
-                                                            vt = T.axis.spatial(128, to * 64 + ti)
-                                                            vi, vr, vd = T.axis.remap("SSR", [i, r, d])
-                                                            T.reads(q_tile[first + vi, vr, vd], k_tile[vt, vd])
-                                                            T.writes(scores[0, vr, vt])
-                                                            with T.init():
-                                                                scores[0, vr, vt] = T.float32(0.0)
-                                                            scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", k_tile[vt, vd] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", k_tile[vt, vd] & -65536))
-                                            else:
-                                                with T.sblock("qk_matmul"):
-                                                    T.reads(q_tile[first, 0:32, 0:64], k_tile[0:128, 0:64], key_offsets[0:256])
-                                                    T.writes(scores[0, 0:32, 0:128])
-                                                    for i, to, ti, r, d in T.grid(1, (valid_len_1 + 64 - 1) // 64, 64, 32, 64):
-                                                        with T.sblock("scores"):
-                                                            vt = T.axis.spatial(128, to * 64 + ti)
-                                                            vi, vr, vd = T.axis.remap("SSR", [i, r, d])
-                                                            T.reads(q_tile[first + vi, vr, vd], k_tile[vt, vd])
-                                                            T.writes(scores[0, vr, vt])
-                                                            with T.init():
-                                                                scores[0, vr, vt] = T.float32(0.0)
-                                                            scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", k_tile[vt, vd] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", k_tile[vt, vd] & -65536))
+                                            with T.sblock("qk_matmul"):
+                                                T.reads(q_tile[first, 0:16, 0:64], key_cache[0:k_span], key_offsets[0:256])
+                                                T.writes(scores[0, 0:16, 0:128])
+                                                for i, to, ti, r, d in T.grid(1, (valid_len_1 + 64 - 1) // 64, 64, 16, 64):
+                                                    with T.sblock("scores"):
+                                                        vt = T.axis.spatial(128, to * 64 + ti)
+                                                        vi, vr, vd = T.axis.remap("SSR", [i, r, d])
+                                                        T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
+                                                        T.writes(scores[0, vr, vt])
+                                                        with T.init():
+                                                            scores[0, vr, vt] = T.float32(0.0)
+                                                        scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
+                                            with T.sblock("full_scores"):
+                                                T.reads(scores[0, 0:16, 0:128])
+                                                T.writes(scaled[0:16, 0:128], full_peak[0:16])
+                                                for r, to, ti in T.grid(16, num_full, 64):
+                                                    with T.sblock("full_scaled"):
+                                                        vt = T.axis.spatial(128, to * 64 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(scores[0, vr, vt])
+                                                        T.writes(scaled[vr, vt])
+                                                        scaled[vr, vt] = scores[0, vr, vt] * score_scale
+                                                for r, to, ti in T.grid(16, num_full, 64):
+                                                    with T.sblock("full_peak"):
+                                                        vt = T.axis.reduce(128, to * 64 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(scaled[vr, vt])
+                                                        T.writes(full_peak[vr])
+                                                        with T.init():
+                                                            full_peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                        full_peak[vr] = T.max(full_peak[vr], scaled[vr, vt])
                                             with T.sblock("seen_scores"):
-                                                T.reads(scores[0, 0:32, 0:128])
-                                                T.writes(scaled[0:32, 0:128])
-                                                for r, to, ti in T.grid(32, (valid_len_1 + 64 - 1) // 64 - num_full, 64):
+                                                T.reads(scores[0, 0:16, 0:128])
+                                                T.writes(scaled[0:16, 0:128])
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full, 64):
                                                     with T.sblock("scaled"):
                                                         vo = T.axis.spatial(2, num_full + to)
                                                         vi, vr = T.axis.remap("SS", [ti, r])
@@ -331,239 +281,76 @@ class Module:
                                                         T.writes(scaled[vr, vo * 64 + vi])
                                                         scaled[vr, vo * 64 + vi] = T.Select(tile_start + vo * 64 + vi < limits[first, vr], scores[0, vr, vo * 64 + vi] * score_scale, T.float32("-inf"))
                                                 if tree_start >= T.int64(0):
-                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 32, 32), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
+                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_scores"):
-                                                            vr = T.axis.opaque(32, r)
+                                                            vr = T.axis.opaque(16, r)
                                                             vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
                                                             T.reads(scaled[vr, vc], tree_mask[0:tree_cells])
                                                             T.writes(scaled[vr, vc])
-                                                            scaled[vr, vc] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 32 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vr, vc])
-                                            if num_rows <= 16:
-                                                with T.sblock("empty_rest"):
-                                                    T.reads()
-                                                    T.writes(tile_max[0, 16:32], tile_sum[0, 16:32])
-                                                    for r in range(16):
-                                                        with T.sblock("empty_row_of_rest"):
-                                                            vr = T.axis.spatial(32, 16 + r)
-                                                            T.reads()
-                                                            T.writes(tile_max[0, vr], tile_sum[0, vr])
-                                                            tile_max[0, vr] = T.float32(-1000000000000000019884624838656.0)
+                                                            scaled[vr, vc] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vr, vc])
+                                            with T.sblock("softmax_prepare"):
+                                                T.reads(scaled[0:16, 0:128], full_peak[0:16])
+                                                T.writes(probs[0, 0:16, 0:128], tile_max[0, 0:16], tile_sum[0, 0:16], prob_pairs[0, 0:16, 0:64])
+                                                peak = T.sblock_alloc_buffer((16,))
+                                                room = T.sblock_alloc_buffer((1, 16), "int32")
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full, 64):
+                                                    with T.sblock("peak"):
+                                                        vt = T.axis.reduce(128, (num_full + to) * 64 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(scaled[vr, vt])
+                                                        T.writes(peak[vr])
+                                                        with T.init():
+                                                            peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                        peak[vr] = T.max(peak[vr], scaled[vr, vt])
+                                                for r in range(16):
+                                                    with T.sblock("tile_max"):
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(full_peak[vr], peak[vr])
+                                                        T.writes(tile_max[0, vr])
+                                                        tile_max[0, vr] = T.Select(0 < valid_len_1, T.max(full_peak[vr], peak[vr]), T.float32(-1000000000000000019884624838656.0))
+                                                for r in range(16):
+                                                    with T.sblock("room"):
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(places[first, vr])
+                                                        T.writes(room[0, vr])
+                                                        room[0, vr] = places[first, vr]
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64, 64):
+                                                    with T.sblock("probs"):
+                                                        vt = T.axis.spatial(128, to * 64 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(scaled[vr, vt], tile_max[0, vr], room[0, vr])
+                                                        T.writes(probs[0, vr, vt])
+                                                        arg: T.let[T.float32] = scaled[vr, vt] - tile_max[0, vr]
+                                                        bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                        f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
+                                                        high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
+                                                        series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
+                                                        power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
+                                                        probs[0, vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64, 32):
+                                                    with T.sblock("pairs"):
+                                                        vt = T.axis.spatial(64, to * 32 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(probs[0, vr, vt * 2:vt * 2 + 2])
+                                                        T.writes(prob_pairs[0, vr, vt])
+                                                        prob_pairs[0, vr, vt] = T.reinterpret("int32", probs[0, vr, 2 * vt]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[0, vr, 2 * vt + 1]) + 32768 & -65536
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64, 32):
+                                                    with T.sblock("tile_sum"):
+                                                        vt = T.axis.reduce(64, to * 32 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(prob_pairs[0, vr, vt])
+                                                        T.writes(tile_sum[0, vr])
+                                                        with T.init():
                                                             tile_sum[0, vr] = T.float32(0.0)
-                                                with T.sblock("few_full_scores"):
-                                                    T.reads(scores[0, 0:16, 0:128])
-                                                    T.writes(full_peak[0:16])
-                                                    for r, to, ti in T.grid(16, num_full, 64):
-                                                        with T.sblock("few_full_peak"):
-                                                            vt = T.axis.reduce(128, to * 64 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(scores[0, vr, vt])
-                                                            T.writes(full_peak[vr])
-                                                            with T.init():
-                                                                full_peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                            full_peak[vr] = T.max(full_peak[vr], scores[0, vr, vt] * score_scale)
-                                                with T.sblock("few_maxima"):
-                                                    T.reads(scaled[0:16, 0:128], full_peak[0:16])
-                                                    T.writes(tile_max[0, 0:16], room[0, 0:16])
-                                                    peak = T.sblock_alloc_buffer((16,))
-                                                    for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full, 64):
-                                                        with T.sblock("few_peak"):
-                                                            vt = T.axis.reduce(128, (num_full + to) * 64 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(scaled[vr, vt])
-                                                            T.writes(peak[vr])
-                                                            with T.init():
-                                                                peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                            peak[vr] = T.max(peak[vr], scaled[vr, vt])
-                                                    for r in range(16):
-                                                        with T.sblock("few_tile_max"):
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(full_peak[vr], peak[vr])
-                                                            T.writes(tile_max[0, vr])
-                                                            tile_max[0, vr] = T.Select(0 < valid_len_1, T.max(full_peak[vr], peak[vr]), T.float32(-1000000000000000019884624838656.0))
-                                                    for r in range(16):
-                                                        with T.sblock("few_room"):
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(places[first, vr])
-                                                            T.writes(room[0, vr])
-                                                            room[0, vr] = places[first, vr]
-                                                with T.sblock("few_full_weights"):
-                                                    T.reads(scores[0, 0:16, 0:128], room[0, 0:16], tile_max[0, 0:16])
-                                                    T.writes(prob_pairs[0, 0:16, 0:64], full_sum[0, 0:16])
-                                                    probs = T.sblock_alloc_buffer((16, 128))
-                                                    for r, to, ti in T.grid(16, num_full, 64):
-                                                        with T.sblock("few_full_probs"):
-                                                            vt = T.axis.spatial(128, to * 64 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(scores[0, vr, vt], tile_max[0, vr], room[0, vr])
-                                                            T.writes(probs[vr, vt])
-                                                            arg: T.let[T.float32] = T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", scores[0, vr, vt] * score_scale) - tile_max[0, vr]
-                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
-                                                            f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
-                                                            high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
-                                                            series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
-                                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                            probs[vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                    for r, to, ti in T.grid(16, num_full, 32):
-                                                        with T.sblock("few_full_pairs"):
-                                                            vt = T.axis.spatial(64, to * 32 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(probs[vr, vt * 2:vt * 2 + 2])
-                                                            T.writes(prob_pairs[0, vr, vt])
-                                                            prob_pairs[0, vr, vt] = T.reinterpret("int32", probs[vr, 2 * vt]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[vr, 2 * vt + 1]) + 32768 & -65536
-                                                    for r, to, ti in T.grid(16, num_full, 32):
-                                                        with T.sblock("few_full_tile_sum"):
-                                                            vt = T.axis.reduce(64, to * 32 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(prob_pairs[0, vr, vt])
-                                                            T.writes(full_sum[0, vr])
-                                                            with T.init():
-                                                                full_sum[0, vr] = T.float32(0.0)
-                                                            full_sum[0, vr] = full_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
-                                                with T.sblock("few_weights"):
-                                                    T.reads(scaled[0:16, 0:128], room[0, 0:16], full_sum[0, 0:16], tile_max[0, 0:16])
-                                                    T.writes(prob_pairs[0, 0:16, 0:64], tile_sum[0, 0:16])
-                                                    probs = T.sblock_alloc_buffer((16, 128))
-                                                    for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full, 64):
-                                                        with T.sblock("few_probs"):
-                                                            vt = T.axis.spatial(128, (num_full + to) * 64 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(scaled[vr, vt], tile_max[0, vr], room[0, vr])
-                                                            T.writes(probs[vr, vt])
-                                                            arg: T.let[T.float32] = scaled[vr, vt] - tile_max[0, vr]
-                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
-                                                            f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room[0, vr])))
-                                                            high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
-                                                            series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
-                                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                            probs[vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                    for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full, 32):
-                                                        with T.sblock("few_pairs"):
-                                                            vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(probs[vr, vt * 2:vt * 2 + 2])
-                                                            T.writes(prob_pairs[0, vr, vt])
-                                                            prob_pairs[0, vr, vt] = T.reinterpret("int32", probs[vr, 2 * vt]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[vr, 2 * vt + 1]) + 32768 & -65536
-                                                    for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full, 32):
-                                                        with T.sblock("few_tile_sum"):
-                                                            vt = T.axis.reduce(64, (num_full + to) * 32 + ti)
-                                                            vr = T.axis.spatial(16, r)
-                                                            T.reads(full_sum[0, vr], prob_pairs[0, vr, vt])
-                                                            T.writes(tile_sum[0, vr])
-                                                            with T.init():
-                                                                tile_sum[0, vr] = full_sum[0, vr]
-                                                            tile_sum[0, vr] = tile_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
-                                            else:
-                                                with T.sblock("full_scores"):
-                                                    T.reads(scores[0, 0:32, 0:128])
-                                                    T.writes(full_peak_1[0:32])
-                                                    for r, to, ti in T.grid(32, num_full, 64):
-                                                        with T.sblock("full_peak"):
-                                                            vt = T.axis.reduce(128, to * 64 + ti)
-                                                            vr = T.axis.spatial(32, r)
-                                                            T.reads(scores[0, vr, vt])
-                                                            T.writes(full_peak_1[vr])
-                                                            with T.init():
-                                                                full_peak_1[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                            full_peak_1[vr] = T.max(full_peak_1[vr], scores[0, vr, vt] * score_scale)
-                                                with T.sblock("maxima"):
-                                                    T.reads(scaled[0:32, 0:128], full_peak_1[0:32])
-                                                    T.writes(tile_max[0, 0:32], room_1[0, 0:32])
-                                                    peak = T.sblock_alloc_buffer((32,))
-                                                    for r, to, ti in T.grid(32, (valid_len_1 + 64 - 1) // 64 - num_full, 64):
-                                                        with T.sblock("peak"):
-                                                            vt = T.axis.reduce(128, (num_full + to) * 64 + ti)
-                                                            vr = T.axis.spatial(32, r)
-                                                            T.reads(scaled[vr, vt])
-                                                            T.writes(peak[vr])
-                                                            with T.init():
-                                                                peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                            peak[vr] = T.max(peak[vr], scaled[vr, vt])
-                                                    for r in range(32):
-                                                        with T.sblock("tile_max"):
-                                                            vr = T.axis.spatial(32, r)
-                                                            T.reads(full_peak_1[vr], peak[vr])
-                                                            T.writes(tile_max[0, vr])
-                                                            tile_max[0, vr] = T.Select(0 < valid_len_1, T.max(full_peak_1[vr], peak[vr]), T.float32(-1000000000000000019884624838656.0))
-                                                    for r in range(32):
-                                                        with T.sblock("room"):
-                                                            vr = T.axis.spatial(32, r)
-                                                            T.reads(places[first, vr])
-                                                            T.writes(room_1[0, vr])
-                                                            room_1[0, vr] = places[first, vr]
-                                                with T.sblock("full_weights"):
-                                                    T.reads(scores[0, 0:32, 0:128], room_1[0, 0:32], tile_max[0, 0:32])
-                                                    T.writes(prob_pairs[0, 0:32, 0:64], full_sum_1[0, 0:32])
-                                                    probs = T.sblock_alloc_buffer((32, 128))
-                                                    for r, to, ti in T.grid(32, num_full, 64):
-                                                        with T.sblock("full_probs"):
-                                                            vt = T.axis.spatial(128, to * 64 + ti)
-                                                            vr = T.axis.spatial(32, r)
-                                                            T.reads(scores[0, vr, vt], tile_max[0, vr], room_1[0, vr])
-                                                            T.writes(probs[vr, vt])
-                                                            arg: T.let[T.float32] = T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", scores[0, vr, vt] * score_scale) - tile_max[0, vr]
-                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room_1[0, vr])))
-                                                            f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room_1[0, vr])))
-                                                            high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
-                                                            series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
-                                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                            probs[vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room_1[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                    for r, to, ti in T.grid(32, num_full, 32):
-                                                        with T.sblock("full_pairs"):
-                                                            vt = T.axis.spatial(64, to * 32 + ti)
-                                                            vr = T.axis.spatial(32, r)
-                                                            T.reads(probs[vr, vt * 2:vt * 2 + 2])
-                                                            T.writes(prob_pairs[0, vr, vt])
-                                                            prob_pairs[0, vr, vt] = T.reinterpret("int32", probs[vr, 2 * vt]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[vr, 2 * vt + 1]) + 32768 & -65536
-                                                    for r, to, ti in T.grid(32, num_full, 32):
-                                                        with T.sblock("full_tile_sum"):
-                                                            vt = T.axis.reduce(64, to * 32 + ti)
-                                                            vr = T.axis.spatial(32, r)
-                                                            T.reads(prob_pairs[0, vr, vt])
-                                                            T.writes(full_sum_1[0, vr])
-                                                            with T.init():
-                                                                full_sum_1[0, vr] = T.float32(0.0)
-                                                            full_sum_1[0, vr] = full_sum_1[0, vr] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
-                                                with T.sblock("weights"):
-                                                    T.reads(scaled[0:32, 0:128], room_1[0, 0:32], full_sum_1[0, 0:32], tile_max[0, 0:32])
-                                                    T.writes(prob_pairs[0, 0:32, 0:64], tile_sum[0, 0:32])
-                                                    probs = T.sblock_alloc_buffer((32, 128))
-                                                    for r, to, ti in T.grid(32, (valid_len_1 + 64 - 1) // 64 - num_full, 64):
-                                                        with T.sblock("probs"):
-                                                            vt = T.axis.spatial(128, (num_full + to) * 64 + ti)
-                                                            vr = T.axis.spatial(32, r)
-                                                            T.reads(scaled[vr, vt], tile_max[0, vr], room_1[0, vr])
-                                                            T.writes(probs[vr, vt])
-                                                            arg: T.let[T.float32] = scaled[vr, vt] - tile_max[0, vr]
-                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", room_1[0, vr])))
-                                                            f: T.let[T.float32] = arg * T.float32(1.4426950408889634) - (T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", room_1[0, vr])))
-                                                            high: T.let[T.float32] = (T.float32(0.009582841768860817) * f + T.float32(0.055906511843204498)) * f + T.float32(0.24024099111557007)
-                                                            series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
-                                                            power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                            probs[vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", room_1[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                    for r, to, ti in T.grid(32, (valid_len_1 + 64 - 1) // 64 - num_full, 32):
-                                                        with T.sblock("pairs"):
-                                                            vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
-                                                            vr = T.axis.spatial(32, r)
-                                                            T.reads(probs[vr, vt * 2:vt * 2 + 2])
-                                                            T.writes(prob_pairs[0, vr, vt])
-                                                            prob_pairs[0, vr, vt] = T.reinterpret("int32", probs[vr, 2 * vt]) + 32768 >> 16 & 65535 | T.reinterpret("int32", probs[vr, 2 * vt + 1]) + 32768 & -65536
-                                                    for r, to, ti in T.grid(32, (valid_len_1 + 64 - 1) // 64 - num_full, 32):
-                                                        with T.sblock("tile_sum"):
-                                                            vt = T.axis.reduce(64, (num_full + to) * 32 + ti)
-                                                            vr = T.axis.spatial(32, r)
-                                                            T.reads(full_sum_1[0, vr], prob_pairs[0, vr, vt])
-                                                            T.writes(tile_sum[0, vr])
-                                                            with T.init():
-                                                                tile_sum[0, vr] = full_sum_1[0, vr]
-                                                            tile_sum[0, vr] = tile_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
+                                                        tile_sum[0, vr] = tile_sum[0, vr] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", T.reinterpret("int32", 1065369472) & -65536))
                                             with T.sblock("rescale"):
-                                                T.reads(tile_max[0, 0:32], tile_sum[0, 0:32], row_max[first, 0:32], row_sum[first, 0:32])
-                                                T.writes(row_max[first, 0:32], row_sum[first, 0:32], alpha[0, 0:32], beta[0, 0:32])
-                                                new_max = T.sblock_alloc_buffer((32,))
-                                                new_sum = T.sblock_alloc_buffer((32,))
-                                                for r in range(32):
+                                                T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], row_max[first, 0:16], row_sum[first, 0:16])
+                                                T.writes(row_max[first, 0:16], row_sum[first, 0:16], alpha[0, 0:16], beta[0, 0:16])
+                                                new_max = T.sblock_alloc_buffer((16,))
+                                                new_sum = T.sblock_alloc_buffer((16,))
+                                                for r in range(16):
                                                     with T.sblock("factors"):
-                                                        vr = T.axis.spatial(32, r)
+                                                        vr = T.axis.spatial(16, r)
                                                         T.reads(row_max[first, vr], row_sum[first, vr], tile_max[0, vr], tile_sum[0, vr])
                                                         T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
                                                         old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first, vr])
@@ -590,119 +377,175 @@ class Module:
                                                         series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                                         power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                                         beta[0, vr] = T.Select(tile_sum[0, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                                                for r in range(32):
+                                                for r in range(16):
                                                     with T.sblock("new_sum"):
-                                                        vr = T.axis.spatial(32, r)
+                                                        vr = T.axis.spatial(16, r)
                                                         T.reads(row_sum[first, vr], alpha[0, vr], beta[0, vr], tile_sum[0, vr])
                                                         T.writes(new_sum[vr])
                                                         previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first, vr])
                                                         new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * tile_sum[0, vr]
-                                                for r in range(32):
+                                                for r in range(16):
                                                     with T.sblock("row"):
-                                                        vr = T.axis.spatial(32, r)
+                                                        vr = T.axis.spatial(16, r)
                                                         T.reads(new_max[vr], new_sum[vr])
                                                         T.writes(row_max[first, vr], row_sum[first, vr])
                                                         row_max[first, vr] = new_max[vr]
                                                         row_sum[first, vr] = new_sum[vr]
+                                            with T.sblock("edges"):
+                                                T.reads()
+                                                T.writes(edges[0:16, 0:64])
+                                                for r, to, ti in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full, 32):
+                                                    with T.sblock("edge"):
+                                                        vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(limits[first, vr])
+                                                        T.writes(edges[vr, vt])
+                                                        edges[vr, vt] = T.Select(tile_start + vt * 2 < limits[first, vr], -1, 0) & 65535 | T.Select(tile_start + vt * 2 + 1 < limits[first, vr], -1, 0) & -65536
+                                                if tree_start >= T.int64(0):
+                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
+                                                        with T.sblock("hidden_words"):
+                                                            vr = T.axis.opaque(16, r)
+                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            T.reads(edges[vr, vc // 2], tree_mask[0:tree_cells])
+                                                            T.writes(edges[vr, vc // 2])
+                                                            edges[vr, vc // 2] = edges[vr, vc // 2] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
                                             with T.sblock("pv_update"):
                                                 T.reads()
                                                 T.writes()
-                                                tile_acc = T.sblock_alloc_buffer((1, 32, 128))
+                                                tile_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                infinite = T.sblock_alloc_buffer((1,), "int32")
+                                                sums = T.sblock_alloc_buffer((16, 64))
+                                                with T.sblock("find_infinite"):
+                                                    T.reads()
+                                                    T.writes(infinite[0])
+                                                    largest = T.sblock_alloc_buffer((16,), "int32")
+                                                    for lane, to, ti, d in T.grid(16, (valid_len_1 + 64 - 1) // 64 - num_full, 32, 8):
+                                                        with T.sblock("largest"):
+                                                            vlane = T.axis.spatial(16, lane)
+                                                            vt = T.axis.reduce(64, (num_full + to) * 32 + ti)
+                                                            vd = T.axis.reduce(8, d)
+                                                            T.reads(value_cache[T.Cast("int64", vd) * T.int64(16) + value_offsets[vt * 2] + value_head + T.Cast("int64", vlane)], value_offsets[vt * 2])
+                                                            T.writes(largest[vlane])
+                                                            with T.init():
+                                                                largest[vlane] = 0
+                                                            largest[vlane] = T.max(largest[vlane], T.max((value_cache[value_offsets[2 * vt] + value_head + T.Cast("int64", vd * 16 + vlane)] & (T.Select(2 * vt < valid_len_1, -1, 0) & 65535 | T.Select(2 * vt + 1 < valid_len_1, -1, 0) & -65536)) << 16 & 2139095040, value_cache[value_offsets[2 * vt] + value_head + T.Cast("int64", vd * 16 + vlane)] & (T.Select(2 * vt < valid_len_1, -1, 0) & 65535 | T.Select(2 * vt + 1 < valid_len_1, -1, 0) & -65536) & 2139095040))
+                                                    for lane in range(16):
+                                                        with T.sblock("infinite"):
+                                                            vlane = T.axis.reduce(16, lane)
+                                                            T.reads(largest[vlane])
+                                                            T.writes(infinite[0])
+                                                            with T.init():
+                                                                infinite[0] = 0
+                                                            infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
                                                 if infinite[0] == 0:
-                                                    if num_rows <= 16:
-                                                        with T.sblock("few_whole_products"):
-                                                            T.reads(prob_pairs[0, 0:16, 0:64], v_tile[0:64, 0:128], alpha[0, 0:16], beta[0, 0:16])
-                                                            T.writes(acc[first, 0:16, 0:128])
-                                                            tile_acc_1 = T.sblock_alloc_buffer((1, 16, 128))
-                                                            for to, d, r, ti in T.grid((valid_len_1 + 64 - 1) // 64, 128, 16, 32):
-                                                                with T.sblock("few_whole_sum"):
-                                                                    vd, vr = T.axis.remap("SS", [d, r])
-                                                                    vt = T.axis.reduce(64, to * 32 + ti)
-                                                                    T.reads(prob_pairs[0, vr, vt], v_tile[vt, vd])
-                                                                    T.writes(tile_acc_1[0, vr, vd])
-                                                                    with T.init():
-                                                                        tile_acc_1[0, vr, vd] = T.float32(0.0)
-                                                                    tile_acc_1[0, vr, vd] = tile_acc_1[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", v_tile[vt, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", v_tile[vt, vd] & -65536))
-                                                            for i, r, d in T.grid(1, 16, 128):
-                                                                with T.sblock("few_acc"):
-                                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc_1[vi, vr, vd])
-                                                                    T.writes(acc[first + vi, vr, vd])
-                                                                    with T.init():
-                                                                        acc[first + vi, vr, vd] = T.float32(0.0)
-                                                                    acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc_1[vi, vr, vd]
-                                                    else:
-                                                        with T.sblock("whole_products"):
-                                                            T.reads(prob_pairs[0, 0:32, 0:64], v_tile[0:64, 0:128], alpha[0, 0:32], beta[0, 0:32])
-                                                            T.writes(acc[first, 0:32, 0:128])
-                                                            tile_acc_1 = T.sblock_alloc_buffer((1, 32, 128))
-                                                            for to, d, r, ti in T.grid((valid_len_1 + 64 - 1) // 64, 128, 32, 32):
-                                                                with T.sblock("whole_sum"):
-                                                                    vd, vr = T.axis.remap("SS", [d, r])
-                                                                    vt = T.axis.reduce(64, to * 32 + ti)
-                                                                    T.reads(prob_pairs[0, vr, vt], v_tile[vt, vd])
-                                                                    T.writes(tile_acc_1[0, vr, vd])
-                                                                    with T.init():
-                                                                        tile_acc_1[0, vr, vd] = T.float32(0.0)
-                                                                    tile_acc_1[0, vr, vd] = tile_acc_1[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", v_tile[vt, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", v_tile[vt, vd] & -65536))
-                                                            for i, r, d in T.grid(1, 32, 128):
-                                                                with T.sblock("acc"):
-                                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc_1[vi, vr, vd])
-                                                                    T.writes(acc[first + vi, vr, vd])
-                                                                    with T.init():
-                                                                        acc[first + vi, vr, vd] = T.float32(0.0)
-                                                                    acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc_1[vi, vr, vd]
+                                                    for p in range(2):
+                                                        with T.sblock("clear_sums"):
+                                                            vp = T.axis.spatial(2, p)
+                                                            T.reads()
+                                                            T.writes(sums[0:16, 0:64])
+                                                            for r, d in T.grid(16, 64):
+                                                                with T.sblock("no_sum"):
+                                                                    vr, vd = T.axis.remap("SS", [r, d])
+                                                                    T.reads()
+                                                                    T.writes(sums[vr, vd])
+                                                                    sums[vr, vd] = T.float32(0.0)
+                                                        for to in range((valid_len_1 + 63) // 64):
+                                                            if to < num_full:
+                                                                for s, r, d, k in T.grid(4, 16, 64, 8):
+                                                                    with T.sblock("whole_sum"):
+                                                                        vp = T.axis.spatial(2, p)
+                                                                        vs = T.axis.reduce(8, to * 4 + s)
+                                                                        vr, vd, vk = T.axis.remap("SSR", [r, d, k])
+                                                                        T.reads(sums[vr, vd], prob_pairs[0, vr, vs * 8 + vk], value_cache[T.Cast("int64", vp) * T.int64(64) + value_offsets[vs * 16] + value_head + T.Cast("int64", vk) * v_row + T.Cast("int64", vd)], value_offsets[vs * 16])
+                                                                        T.writes(sums[vr, vd])
+                                                                        sums[vr, vd] = sums[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vs * 8 + vk] << 16) * T.reinterpret("float32", value_cache[value_offsets[vs * 2 * 8] + value_head + (T.Cast("int64", vk) * v_row + T.Cast("int64", vp * 64 + vd))] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vs * 8 + vk] & -65536) * T.reinterpret("float32", value_cache[value_offsets[vs * 2 * 8] + value_head + (T.Cast("int64", vk) * v_row + T.Cast("int64", vp * 64 + vd))] & -65536))
+                                                            else:
+                                                                with T.sblock("edge_group"):
+                                                                    vp = T.axis.spatial(2, p)
+                                                                    vto = T.axis.opaque(2, to)
+                                                                    T.reads()
+                                                                    T.writes()
+                                                                    edge = T.sblock_alloc_buffer((32, 64), "int32")
+                                                                    for i, d in T.grid(32, 64):
+                                                                        with T.sblock("edge_value"):
+                                                                            vi, vd = T.axis.remap("SS", [i, d])
+                                                                            T.reads(value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)], value_offsets[2 * (vto * 32 + vi)])
+                                                                            T.writes(edge[vi, vd])
+                                                                            edge[vi, vd] = value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)] & (T.Select(2 * (vto * 32 + vi) < valid_len_1, -1, 0) & 65535 | T.Select(2 * (vto * 32 + vi) + 1 < valid_len_1, -1, 0) & -65536)
+                                                                    for s, r, d, k in T.grid(4, 16, 64, 8):
+                                                                        with T.sblock("edge_sum"):
+                                                                            vs, vr, vd, vk = T.axis.remap("RSSR", [s, r, d, k])
+                                                                            T.reads(sums[vr, vd], prob_pairs[0, vr, vto * 32 + vs * 8 + vk], edge[vs * 8 + vk, vd])
+                                                                            T.writes(sums[vr, vd])
+                                                                            sums[vr, vd] = sums[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vs * 8 + vk] << 16) * T.reinterpret("float32", edge[vs * 8 + vk, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vs * 8 + vk] & -65536) * T.reinterpret("float32", edge[vs * 8 + vk, vd] & -65536))
+                                                        with T.sblock("store_sums"):
+                                                            vp = T.axis.spatial(2, p)
+                                                            T.reads(sums[0:16, 0:64])
+                                                            T.writes(tile_acc[0, 0:16, vp * 64:vp * 64 + 64])
+                                                            for r, d in T.grid(16, 64):
+                                                                with T.sblock("stored_sum"):
+                                                                    vr, vd = T.axis.remap("SS", [r, d])
+                                                                    T.reads(sums[vr, vd])
+                                                                    T.writes(tile_acc[0, vr, vp * 64 + vd])
+                                                                    tile_acc[0, vr, vp * 64 + vd] = sums[vr, vd]
                                                 else:
-                                                    with T.sblock("edges"):
-                                                        T.reads()
-                                                        T.writes(edges[0:32, 0:64])
-                                                        for r, to, ti in T.grid(32, (valid_len_1 + 64 - 1) // 64 - num_full, 32):
-                                                            with T.sblock("edge"):
-                                                                vt = T.axis.spatial(64, (num_full + to) * 32 + ti)
-                                                                vr = T.axis.spatial(32, r)
-                                                                T.reads(limits[first, vr])
-                                                                T.writes(edges[vr, vt])
-                                                                edges[vr, vt] = T.Select(tile_start + vt * 2 < limits[first, vr], -1, 0) & 65535 | T.Select(tile_start + vt * 2 + 1 < limits[first, vr], -1, 0) & -65536
-                                                        if tree_start >= T.int64(0):
-                                                            for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 32, 32), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
-                                                                with T.sblock("hidden_words"):
-                                                                    vr = T.axis.opaque(32, r)
-                                                                    vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
-                                                                    T.reads(edges[vr, vc // 2], tree_mask[0:tree_cells])
-                                                                    T.writes(edges[vr, vc // 2])
-                                                                    edges[vr, vc // 2] = edges[vr, vc // 2] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 32 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.Select(vc % 2 == 0, -65536, 65535), -1)
-                                                    for row in range(num_rows):
+                                                    for row in range(16):
                                                         with T.sblock("row_apart"):
-                                                            vrow = T.axis.spatial(32, row)
+                                                            vrow = T.axis.spatial(16, row)
                                                             T.reads()
                                                             T.writes()
-                                                            row_values = T.sblock_alloc_buffer((64, 128), "int32")
-                                                            row_acc = T.sblock_alloc_buffer((1, 32, 128))
-                                                            with T.sblock("row_values"):
-                                                                T.reads()
-                                                                T.writes(row_values[0:64, 0:128])
-                                                                for to, ti, d in T.grid((valid_len_1 + 64 - 1) // 64, 32, 128):
-                                                                    with T.sblock("row_value"):
-                                                                        vt = T.axis.spatial(64, to * 32 + ti)
-                                                                        vd = T.axis.spatial(128, d)
-                                                                        T.reads(v_tile[vt, vd], edges[vrow, vt])
-                                                                        T.writes(row_values[vt, vd])
-                                                                        row_values[vt, vd] = v_tile[vt, vd] & T.Select(vt < num_full * 32, -1, edges[vrow, vt])
-                                                            with T.sblock("apart_products"):
-                                                                T.reads(prob_pairs[0, 0:32, 0:64], row_values[0:64, 0:128])
-                                                                T.writes(row_acc[0, 0:32, 0:128])
-                                                                for to, d, r, ti in T.grid((valid_len_1 + 64 - 1) // 64, 128, 32, 32):
-                                                                    with T.sblock("apart_sum"):
-                                                                        vd, vr = T.axis.remap("SS", [d, r])
-                                                                        vt = T.axis.reduce(64, to * 32 + ti)
-                                                                        T.reads(prob_pairs[0, vr, vt], row_values[vt, vd])
-                                                                        T.writes(row_acc[0, vr, vd])
-                                                                        with T.init():
-                                                                            row_acc[0, vr, vd] = T.float32(0.0)
-                                                                        row_acc[0, vr, vd] = row_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", row_values[vt, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", row_values[vt, vd] & -65536))
+                                                            row_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                            sums_1 = T.sblock_alloc_buffer((16, 64))
+                                                            for p in range(2):
+                                                                with T.sblock("row_clear_sums"):
+                                                                    vp = T.axis.spatial(2, p)
+                                                                    T.reads()
+                                                                    T.writes(sums_1[0:16, 0:64])
+                                                                    for r, d in T.grid(16, 64):
+                                                                        with T.sblock("row_no_sum"):
+                                                                            vr, vd = T.axis.remap("SS", [r, d])
+                                                                            T.reads()
+                                                                            T.writes(sums_1[vr, vd])
+                                                                            sums_1[vr, vd] = T.float32(0.0)
+                                                                for to in range((valid_len_1 + 63) // 64):
+                                                                    if to < num_full:
+                                                                        for s, r, d, k in T.grid(4, 16, 64, 8):
+                                                                            with T.sblock("row_whole_sum"):
+                                                                                vp = T.axis.spatial(2, p)
+                                                                                vs = T.axis.reduce(8, to * 4 + s)
+                                                                                vr, vd, vk = T.axis.remap("SSR", [r, d, k])
+                                                                                T.reads(sums_1[vr, vd], prob_pairs[0, vr, vs * 8 + vk], value_cache[T.Cast("int64", vp) * T.int64(64) + value_offsets[vs * 16] + value_head + T.Cast("int64", vk) * v_row + T.Cast("int64", vd)], value_offsets[vs * 16])
+                                                                                T.writes(sums_1[vr, vd])
+                                                                                sums_1[vr, vd] = sums_1[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vs * 8 + vk] << 16) * T.reinterpret("float32", value_cache[value_offsets[vs * 2 * 8] + value_head + (T.Cast("int64", vk) * v_row + T.Cast("int64", vp * 64 + vd))] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vs * 8 + vk] & -65536) * T.reinterpret("float32", value_cache[value_offsets[vs * 2 * 8] + value_head + (T.Cast("int64", vk) * v_row + T.Cast("int64", vp * 64 + vd))] & -65536))
+                                                                    else:
+                                                                        with T.sblock("row_edge_group"):
+                                                                            vp = T.axis.spatial(2, p)
+                                                                            vto = T.axis.opaque(2, to)
+                                                                            T.reads()
+                                                                            T.writes()
+                                                                            edge = T.sblock_alloc_buffer((32, 64), "int32")
+                                                                            for i, d in T.grid(32, 64):
+                                                                                with T.sblock("row_edge_value"):
+                                                                                    vi, vd = T.axis.remap("SS", [i, d])
+                                                                                    T.reads(value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)], value_offsets[2 * (vto * 32 + vi)], edges[vrow, vto * 32 + vi])
+                                                                                    T.writes(edge[vi, vd])
+                                                                                    edge[vi, vd] = value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)] & edges[vrow, vto * 32 + vi]
+                                                                            for s, r, d, k in T.grid(4, 16, 64, 8):
+                                                                                with T.sblock("row_edge_sum"):
+                                                                                    vs, vr, vd, vk = T.axis.remap("RSSR", [s, r, d, k])
+                                                                                    T.reads(sums_1[vr, vd], prob_pairs[0, vr, vto * 32 + vs * 8 + vk], edge[vs * 8 + vk, vd])
+                                                                                    T.writes(sums_1[vr, vd])
+                                                                                    sums_1[vr, vd] = sums_1[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vs * 8 + vk] << 16) * T.reinterpret("float32", edge[vs * 8 + vk, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vs * 8 + vk] & -65536) * T.reinterpret("float32", edge[vs * 8 + vk, vd] & -65536))
+                                                                with T.sblock("row_store_sums"):
+                                                                    vp = T.axis.spatial(2, p)
+                                                                    T.reads(sums_1[0:16, 0:64])
+                                                                    T.writes(row_acc[0, 0:16, vp * 64:vp * 64 + 64])
+                                                                    for r, d in T.grid(16, 64):
+                                                                        with T.sblock("row_stored_sum"):
+                                                                            vr, vd = T.axis.remap("SS", [r, d])
+                                                                            T.reads(sums_1[vr, vd])
+                                                                            T.writes(row_acc[0, vr, vp * 64 + vd])
+                                                                            row_acc[0, vr, vp * 64 + vd] = sums_1[vr, vd]
                                                             with T.sblock("row_of_acc"):
                                                                 T.reads(row_acc[0, vrow, 0:128])
                                                                 T.writes(tile_acc[0, vrow, 0:128])
@@ -712,18 +555,18 @@ class Module:
                                                                         T.reads(row_acc[0, vrow, vd])
                                                                         T.writes(tile_acc[0, vrow, vd])
                                                                         tile_acc[0, vrow, vd] = row_acc[0, vrow, vd]
-                                                    with T.sblock("apart_fold"):
-                                                        T.reads(tile_acc[0, 0:32, 0:128], alpha[0, 0:32], beta[0, 0:32])
-                                                        T.writes(acc[first, 0:32, 0:128])
-                                                        for i, r, d in T.grid(1, 32, 128):
-                                                            with T.sblock("apart_acc"):
-                                                                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                                vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
-                                                                T.writes(acc[first + vi, vr, vd])
-                                                                with T.init():
-                                                                    acc[first + vi, vr, vd] = T.float32(0.0)
-                                                                acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                                                with T.sblock("fold"):
+                                                    T.reads(tile_acc[0, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
+                                                    T.writes(acc[first, 0:16, 0:128])
+                                                    for i, r, d in T.grid(1, 16, 128):
+                                                        with T.sblock("acc"):
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                            T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                            T.writes(acc[first + vi, vr, vd])
+                                                            with T.init():
+                                                                acc[first + vi, vr, vd] = T.float32(0.0)
+                                                            acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
                 for tile in range(num_tiles):
                     with T.sblock("range_state"):
                         vtile = T.axis.spatial(num_tiles, tile)
@@ -731,18 +574,18 @@ class Module:
                         T.writes()
                         if num_steps > 0 and read_begin < reach[vtile, 1]:
                             with T.sblock("online_update"):
-                                T.reads(row_max[vtile, 0:32], row_sum[vtile, 0:32], acc[vtile, 0:32, 0:128], total_max[vtile, 0:32], total_sum[vtile, 0:32])
-                                T.writes(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:32, 0:128])
-                                alpha = T.sblock_alloc_buffer((1, 32))
-                                beta = T.sblock_alloc_buffer((1, 32))
+                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:16, 0:128], total_max[vtile, 0:16], total_sum[vtile, 0:16])
+                                T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                                alpha = T.sblock_alloc_buffer((1, 16))
+                                beta = T.sblock_alloc_buffer((1, 16))
                                 with T.sblock("range_rescale"):
-                                    T.reads(row_max[vtile, 0:32], row_sum[vtile, 0:32], total_max[vtile, 0:32], total_sum[vtile, 0:32])
-                                    T.writes(total_max[vtile, 0:32], total_sum[vtile, 0:32], alpha[0, 0:32], beta[0, 0:32])
-                                    new_max = T.sblock_alloc_buffer((32,))
-                                    new_sum = T.sblock_alloc_buffer((32,))
-                                    for r in range(32):
+                                    T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], total_max[vtile, 0:16], total_sum[vtile, 0:16])
+                                    T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], alpha[0, 0:16], beta[0, 0:16])
+                                    new_max = T.sblock_alloc_buffer((16,))
+                                    new_sum = T.sblock_alloc_buffer((16,))
+                                    for r in range(16):
                                         with T.sblock("range_factors"):
-                                            vr = T.axis.spatial(32, r)
+                                            vr = T.axis.spatial(16, r)
                                             T.reads(total_max[vtile, vr], total_sum[vtile, vr], row_max[vtile, vr], row_sum[vtile, vr])
                                             T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
                                             old_max: T.let[T.float32] = T.Select(T.bool(False), T.float32(-1000000000000000019884624838656.0), total_max[vtile, vr])
@@ -769,24 +612,24 @@ class Module:
                                             series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                             beta[0, vr] = T.Select(row_sum[vtile, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                                    for r in range(32):
+                                    for r in range(16):
                                         with T.sblock("range_new_sum"):
-                                            vr = T.axis.spatial(32, r)
+                                            vr = T.axis.spatial(16, r)
                                             T.reads(total_sum[vtile, vr], alpha[0, vr], beta[0, vr], row_sum[vtile, vr])
                                             T.writes(new_sum[vr])
                                             previous: T.let[T.float32] = T.Select(T.bool(False), T.float32(0.0), total_sum[vtile, vr])
                                             new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * row_sum[vtile, vr]
-                                    for r in range(32):
+                                    for r in range(16):
                                         with T.sblock("range_row"):
-                                            vr = T.axis.spatial(32, r)
+                                            vr = T.axis.spatial(16, r)
                                             T.reads(new_max[vr], new_sum[vr])
                                             T.writes(total_max[vtile, vr], total_sum[vtile, vr])
                                             total_max[vtile, vr] = new_max[vr]
                                             total_sum[vtile, vr] = new_sum[vr]
                                 with T.sblock("range_fold"):
-                                    T.reads(acc[vtile, 0:32, 0:128], alpha[0, 0:32], beta[0, 0:32])
-                                    T.writes(total_acc[vtile, 0:32, 0:128])
-                                    for i, r, d in T.grid(1, 32, 128):
+                                    T.reads(acc[vtile, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
+                                    T.writes(total_acc[vtile, 0:16, 0:128])
+                                    for i, r, d in T.grid(1, 16, 128):
                                         with T.sblock("range_acc"):
                                             vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                             vstep = T.axis.reduce(2, 1)
@@ -802,54 +645,54 @@ class Module:
                 T.writes()
                 if partial_start < 0:
                     with T.sblock("normalize"):
-                        T.reads(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:32, 0:128])
+                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
                         T.writes(out[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128], lse[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4])
-                        factor = T.sblock_alloc_buffer((32,))
-                        ordered = T.sblock_alloc_buffer((32, 128))
-                        for r in range(32):
+                        factor = T.sblock_alloc_buffer((16,))
+                        ordered = T.sblock_alloc_buffer((16, 128))
+                        for r in range(16):
                             with T.sblock("factor"):
-                                vr = T.axis.spatial(32, r)
+                                vr = T.axis.spatial(16, r)
                                 T.reads(total_sum[vtile, vr])
                                 T.writes(factor[vr])
                                 total: T.let[T.float32] = total_sum[vtile, vr]
                                 factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-                        for r, d in T.grid(32, 128):
+                        for r, d in T.grid(16, 128):
                             with T.sblock("ordered"):
                                 vr, vd = T.axis.remap("SS", [r, d])
                                 T.reads(total_acc[vtile, vr, vd], factor[vr])
                                 T.writes(ordered[vr, vd])
                                 ordered[vr, vd] = total_acc[vtile, vr, vd] * factor[vr]
-                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 32, 32), 128):
+                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 128):
                             with T.sblock("out"):
-                                vr = T.axis.spatial(32, r)
+                                vr = T.axis.spatial(16, r)
                                 vd = T.axis.spatial(128, d)
                                 T.reads(ordered[vr, vd])
-                                T.writes(out[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd])
-                                out[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd] = T.Cast("bfloat16", ordered[vr, vd])
-                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 32, 32)):
+                                T.writes(out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
+                                out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = T.Cast("bfloat16", ordered[vr, vd])
+                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
                             with T.sblock("lse"):
-                                vr = T.axis.spatial(32, r)
+                                vr = T.axis.spatial(16, r)
                                 T.reads(total_sum[vtile, vr], total_max[vtile, vr], places[vtile, vr])
-                                T.writes(lse[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4])
-                                lse[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4] = T.Select(total_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), total_max[vtile, vr] + T.log(total_sum[vtile, vr] * T.reinterpret("float32", places[vtile, vr] + 127 << 23)))
+                                T.writes(lse[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4])
+                                lse[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = T.Select(total_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), total_max[vtile, vr] + T.log(total_sum[vtile, vr] * T.reinterpret("float32", places[vtile, vr] + 127 << 23)))
                 else:
                     with T.sblock("store_partial"):
-                        T.reads(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:32, 0:128])
+                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
                         T.writes(partial_max[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4], partial_sum[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4], partial_acc[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128])
-                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 32, 32)):
+                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
                             with T.sblock("store_row"):
-                                vr = T.axis.spatial(32, r)
+                                vr = T.axis.spatial(16, r)
                                 T.reads(total_max[vtile, vr], total_sum[vtile, vr])
-                                T.writes(partial_max[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4], partial_sum[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4])
-                                partial_max[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4] = total_max[vtile, vr]
-                                partial_sum[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4] = total_sum[vtile, vr]
-                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 32, 32), 128):
+                                T.writes(partial_max[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4], partial_sum[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4])
+                                partial_max[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = total_max[vtile, vr]
+                                partial_sum[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = total_sum[vtile, vr]
+                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 128):
                             with T.sblock("store_acc"):
-                                vr = T.axis.spatial(32, r)
+                                vr = T.axis.spatial(16, r)
                                 vd = T.axis.spatial(128, d)
                                 T.reads(total_acc[vtile, vr, vd])
-                                T.writes(partial_acc[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd])
-                                partial_acc[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd] = total_acc[vtile, vr, vd]
+                                T.writes(partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
+                                partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = total_acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
     def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, query_scale: T.float32, score_scale: T.float32):
@@ -892,7 +735,7 @@ class Module:
                         tile_start: T.let[T.int32] = range_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
                         has_next: T.let[T.bool] = vstep < num_steps - 1
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 32 - 1) // 32 * 32)
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 64 - 1) // 64 * 64)
                         last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
@@ -954,9 +797,9 @@ class Module:
                                         with T.sblock("qk_matmul"):
                                             T.reads(q_tile[first, 0:4, 0:64], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:4, 0:128])
-                                            for i, to, ti, r, d in T.grid(1, (valid_len + 32 - 1) // 32, 32, 4, 64):
+                                            for i, to, ti, r, d in T.grid(1, (valid_len + 64 - 1) // 64, 64, 4, 64):
                                                 with T.sblock("scores"):
-                                                    vt = T.axis.spatial(128, to * 32 + ti)
+                                                    vt = T.axis.spatial(128, to * 64 + ti)
                                                     vi, vr, vd = T.axis.remap("SSR", [i, r, d])
                                                     T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
                                                     T.writes(scores[0, vr, vt])
@@ -974,16 +817,16 @@ class Module:
                                                     scaled = T.sblock_alloc_buffer((4, 128))
                                                     peak = T.sblock_alloc_buffer((4,))
                                                     exact = T.sblock_alloc_buffer((4, 128))
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
+                                                    for r, to, ti in T.grid(4, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("scaled"):
-                                                            vo = T.axis.spatial(4, to)
+                                                            vo = T.axis.spatial(2, to)
                                                             vi, vr = T.axis.remap("SS", [ti, r])
-                                                            T.reads(scores[vslot, vr, vo * 32 + vi])
-                                                            T.writes(scaled[vr, vo * 32 + vi])
-                                                            scaled[vr, vo * 32 + vi] = T.Select(vi < valid_len - vo * 32, scores[vslot, vr, vo * 32 + vi] * score_scale, T.float32("-inf"))
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
+                                                            T.reads(scores[vslot, vr, vo * 64 + vi])
+                                                            T.writes(scaled[vr, vo * 64 + vi])
+                                                            scaled[vr, vo * 64 + vi] = T.Select(vi < valid_len - vo * 64, scores[vslot, vr, vo * 64 + vi] * score_scale, T.float32("-inf"))
+                                                    for r, to, ti in T.grid(4, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("peak"):
-                                                            vt = T.axis.reduce(128, to * 32 + ti)
+                                                            vt = T.axis.reduce(128, to * 64 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(scaled[vr, vt])
                                                             T.writes(peak[vr])
@@ -996,9 +839,9 @@ class Module:
                                                             T.reads(peak[vr])
                                                             T.writes(tile_max[vslot, vr])
                                                             tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
+                                                    for r, to, ti in T.grid(4, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("exact"):
-                                                            vt = T.axis.spatial(128, to * 32 + ti)
+                                                            vt = T.axis.spatial(128, to * 64 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(scaled[vr, vt], tile_max[vslot, vr])
                                                             T.writes(exact[vr, vt])
@@ -1009,9 +852,9 @@ class Module:
                                                             series: T.let[T.float32] = (high * f + T.float32(0.69312417507171631)) * f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                             exact[vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
+                                                    for r, to, ti in T.grid(4, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("probs"):
-                                                            vt = T.axis.spatial(128, to * 32 + ti)
+                                                            vt = T.axis.spatial(128, to * 64 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(exact[vr, vt])
                                                             T.writes(probs[vslot, vr, vt])
@@ -1019,16 +862,16 @@ class Module:
                                                 with T.sblock("pair_probs"):
                                                     T.reads(probs[vslot, 0:4, 0:128])
                                                     T.writes(prob_pairs[vslot, 0:4, 0:64], tile_sum[vslot, 0:4])
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 16):
+                                                    for r, to, ti in T.grid(4, (valid_len + 64 - 1) // 64, 32):
                                                         with T.sblock("pairs"):
-                                                            vt = T.axis.spatial(64, to * 16 + ti)
+                                                            vt = T.axis.spatial(64, to * 32 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(probs[vslot, vr, vt * 2:vt * 2 + 2])
                                                             T.writes(prob_pairs[vslot, vr, vt])
                                                             prob_pairs[vslot, vr, vt] = T.reinterpret("int32", probs[vslot, vr, 2 * vt]) >> 16 & 65535 | T.reinterpret("int32", probs[vslot, vr, 2 * vt + 1])
-                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 16):
+                                                    for r, to, ti in T.grid(4, (valid_len + 64 - 1) // 64, 32):
                                                         with T.sblock("tile_sum"):
-                                                            vt = T.axis.reduce(64, to * 16 + ti)
+                                                            vt = T.axis.reduce(64, to * 32 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(prob_pairs[vslot, vr, vt])
                                                             T.writes(tile_sum[vslot, vr])
@@ -1083,39 +926,73 @@ class Module:
                                                             T.writes(row_max[first + vslot, vr], row_sum[first + vslot, vr])
                                                             row_max[first + vslot, vr] = new_max[vr]
                                                             row_sum[first + vslot, vr] = new_sum[vr]
-                                        num_full: T.let[T.int32] = valid_len // 32
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 4, 128))
-                                            full_acc = T.sblock_alloc_buffer((1, 4, 128))
-                                            for i, to, ti, r, d in T.grid(1, num_full, 16, 4, 128):
-                                                with T.sblock("full_groups"):
-                                                    vt = T.axis.reduce(64, to * 16 + ti)
-                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    T.reads(prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                    T.writes(full_acc[vi, vr, vd])
-                                                    with T.init():
-                                                        full_acc[vi, vr, vd] = T.float32(0.0)
-                                                    full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
-                                            for i, ti, r, d in T.grid(1, (valid_len % 32 + 2 - 1) // 2, 4, 128):
-                                                with T.sblock("tile_acc"):
-                                                    vt = T.axis.reduce(64, num_full * 16 + ti)
-                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                    T.writes(tile_acc[0, vr, vd])
-                                                    with T.init():
-                                                        tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                    tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535)) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535) & -65536))
-                                            for i, r, d in T.grid(1, 4, 128):
-                                                with T.sblock("acc"):
-                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
-                                                    T.writes(acc[first + vi, vr, vd])
-                                                    with T.init():
-                                                        acc[first + vi, vr, vd] = T.float32(0.0)
-                                                    acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                                            sums = T.sblock_alloc_buffer((4, 64))
+                                            for p in range(2):
+                                                with T.sblock("clear_sums"):
+                                                    vp = T.axis.spatial(2, p)
+                                                    T.reads()
+                                                    T.writes(sums[0:4, 0:64])
+                                                    for r, d in T.grid(4, 64):
+                                                        with T.sblock("no_sum"):
+                                                            vr, vd = T.axis.remap("SS", [r, d])
+                                                            T.reads()
+                                                            T.writes(sums[vr, vd])
+                                                            sums[vr, vd] = T.float32(0.0)
+                                                for to in range((valid_len + 63) // 64):
+                                                    if to * 64 + 64 <= valid_len:
+                                                        for s_1, r, d, k in T.grid(4, 4, 64, 8):
+                                                            with T.sblock("whole_sum"):
+                                                                vp = T.axis.spatial(2, p)
+                                                                vs_1 = T.axis.reduce(8, to * 4 + s_1)
+                                                                vr, vd, vk = T.axis.remap("SSR", [r, d, k])
+                                                                T.reads(sums[vr, vd], prob_pairs[0, vr, vs_1 * 8 + vk], value_cache[T.Cast("int64", vp) * T.int64(64) + value_offsets[vs_1 * 16] + value_head + T.Cast("int64", vk) * v_row + T.Cast("int64", vd)], value_offsets[vs_1 * 16])
+                                                                T.writes(sums[vr, vd])
+                                                                sums[vr, vd] = sums[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vs_1 * 8 + vk] << 16) * T.reinterpret("float32", value_cache[value_offsets[vs_1 * 2 * 8] + value_head + (T.Cast("int64", vk) * v_row + T.Cast("int64", vp * 64 + vd))] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vs_1 * 8 + vk] & -65536) * T.reinterpret("float32", value_cache[value_offsets[vs_1 * 2 * 8] + value_head + (T.Cast("int64", vk) * v_row + T.Cast("int64", vp * 64 + vd))] & -65536))
+                                                    else:
+                                                        with T.sblock("edge_group"):
+                                                            vp = T.axis.spatial(2, p)
+                                                            vto = T.axis.opaque(2, to)
+                                                            T.reads()
+                                                            T.writes()
+                                                            edge = T.sblock_alloc_buffer((32, 64), "int32")
+                                                            for i, d in T.grid(32, 64):
+                                                                with T.sblock("edge_value"):
+                                                                    vi, vd = T.axis.remap("SS", [i, d])
+                                                                    T.reads(value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)], value_offsets[2 * (vto * 32 + vi)])
+                                                                    T.writes(edge[vi, vd])
+                                                                    edge[vi, vd] = value_cache[value_offsets[2 * (vto * 32 + vi)] + value_head + T.Cast("int64", vp * 64 + vd)] & (T.Select(2 * (vto * 32 + vi) < valid_len, -1, 0) & 65535 | T.Select(2 * (vto * 32 + vi) + 1 < valid_len, -1, 0) & -65536)
+                                                            for s_1, r, d, k in T.grid(4, 4, 64, 8):
+                                                                with T.sblock("edge_sum"):
+                                                                    vs_1, vr, vd, vk = T.axis.remap("RSSR", [s_1, r, d, k])
+                                                                    T.reads(sums[vr, vd], prob_pairs[0, vr, vto * 32 + vs_1 * 8 + vk], edge[vs_1 * 8 + vk, vd])
+                                                                    T.writes(sums[vr, vd])
+                                                                    sums[vr, vd] = sums[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vs_1 * 8 + vk] << 16) * T.reinterpret("float32", edge[vs_1 * 8 + vk, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vto * 32 + vs_1 * 8 + vk] & -65536) * T.reinterpret("float32", edge[vs_1 * 8 + vk, vd] & -65536))
+                                                with T.sblock("store_sums"):
+                                                    vp = T.axis.spatial(2, p)
+                                                    T.reads(sums[0:4, 0:64])
+                                                    T.writes(tile_acc[0, 0:4, vp * 64:vp * 64 + 64])
+                                                    for r, d in T.grid(4, 64):
+                                                        with T.sblock("stored_sum"):
+                                                            vr, vd = T.axis.remap("SS", [r, d])
+                                                            T.reads(sums[vr, vd])
+                                                            T.writes(tile_acc[0, vr, vp * 64 + vd])
+                                                            tile_acc[0, vr, vp * 64 + vd] = sums[vr, vd]
+                                            with T.sblock("fold"):
+                                                T.reads(tile_acc[0, 0:4, 0:128], alpha[0, 0:4], beta[0, 0:4])
+                                                T.writes(acc[first, 0:4, 0:128])
+                                                for i, r, d in T.grid(1, 4, 128):
+                                                    with T.sblock("acc"):
+                                                        vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                        T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                        T.writes(acc[first + vi, vr, vd])
+                                                        with T.init():
+                                                            acc[first + vi, vr, vd] = T.float32(0.0)
+                                                        acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
                 for tile in range(8):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(8, tile)

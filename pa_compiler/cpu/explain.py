@@ -98,7 +98,9 @@ def explain(
 
 def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> list[tuple[str, str]]:
     """The tiles: of rows and tokens, and what of them lies in registers."""
-    if tiles.in_tile_registers:
+    if tiles.value_pairs:
+        read = "read in place and multiplied by AMX, but for copies of values at the ends of what is seen"
+    elif tiles.in_tile_registers:
         read = "tiles copied to scratch once for all their rows, values turned, and multiplied by AMX"
     elif tiles.keys.terms == 2:
         values = "values paired in scratch, once for all their rows" if tiles.copy_values else "values too"
@@ -112,8 +114,11 @@ def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> li
     row_tiles = counted(tiles.row_tiles(spec), "tile")
     qk, pv = tiles.qk_sums(cpu.vector_lanes), tiles.pv_sums(cpu.vector_lanes)
     of_all = f"in {{}} of {cpu.vector_registers} registers".format
+    rows, dims = tiles.pv_rows, tiles.pv_dims
     if tiles.in_tile_registers:
-        qk = pv = TILES
+        if tiles.value_pairs:
+            rows, dims = tiles.row_tile, tiles.value_dims
+        qk, pv = TILES, dims // 16
         of_all = "in {} of 8 tile registers".format
     return [
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {counted(spec.group, 'row')} of a kv head"),
@@ -121,7 +126,7 @@ def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> li
         ("KV", f"{read}, {counted(tiles.keys.word, 'element')} a word"),
         ("order", _ORDERS[tiles.sweep] + _in_turn(tiles)),
         ("QK sums", f"{tiles.qk_rows} rows x {tiles.qk_tokens} tokens{_partial(tiles)}, {of_all(qk)}"),
-        ("PV sums", f"{tiles.pv_rows} rows x {tiles.pv_dims} elements of a value, {of_all(pv)}"),
+        ("PV sums", f"{rows} rows x {dims} elements of a value, {of_all(pv)}"),
     ]
 
 

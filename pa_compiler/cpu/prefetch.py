@@ -88,26 +88,26 @@ def _instructions(
     from tvm.tirx import Evaluate, For, ForKind, IfThenElse, IntImm, Var
 
     (group,) = groups
-    of_group = token_group * access.num_lines
-    each_share = -(-of_group // _count(shares))
+    of_group = in_all = token_group * access.num_lines
     first, number, condition = announced.first + group.loop_var * token_group, 0, announced.wanted
     if announced.wanted is not None:
         first, number = announced.first, group.loop_var * of_group
     if passes:
         count = _count(passes)
         fetching = fetching_passes(count, token_group, access.num_lines)
-        each_share, every = of_group // fetching, count // fetching
+        in_all, every = of_group // fetching, count // fetching
         first = announced.first
-        number = (T.floordiv(_index(passes), every) * group.extent + group.loop_var) * each_share
+        number = (T.floordiv(_index(passes), every) * group.extent + group.loop_var) * in_all
         if every > 1 or fetching < count:
             chosen = T.And(T.floormod(_index(passes), every) == 0, _index(passes) < every * fetching)
             condition = chosen if condition is None else T.And(condition, chosen)
+    each_share = -(-in_all // _count(shares))
     line = Var("line", "int32")
     in_share = _index(shares) * each_share + line
     offset = _offset(announced, access, first, number + in_share, group.extent * of_group)
     body = Evaluate(_prefetch(announced.cache, offset))
-    if of_group % each_share:
-        body = IfThenElse(in_share < of_group, body, None)
+    if in_all % each_share:
+        body = IfThenElse(in_share < in_all, body, None)
     loop = For(line, IntImm("int32", 0), IntImm("int32", each_share), ForKind.SERIAL, body)
     return loop if condition is None else IfThenElse(condition, loop, None)
 

@@ -12,6 +12,7 @@ from tvm.tirx import Buffer
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import state
 from pa_compiler.kernels.computed import allocate_visible, compute_visible
+from pa_compiler.kernels.pv_in_place import update_in_place
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.pv_whole import pv_whole
 from pa_compiler.kernels.qk_matmul import qk_matmul
@@ -60,7 +61,9 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     in_pairs, rows_of = terms == 2, rows_of_item(spec, tiling)
     qk_stage = _by_rows(tiling, lambda few: qk_matmul(spec, tiling, few))
     in_whole = tiling.in_tile_registers and tiling.copy_values
-    if in_whole:
+    if tiling.value_pairs:
+        update_stage = _pv_update_in_place(spec, tiling)
+    elif in_whole:
         update_stage = _pv_update_whole(spec, tiling)
     else:
         update_stage = _by_rows(tiling, lambda few: _pv_update(spec, tiling, few))
@@ -153,6 +156,19 @@ def _pv_update(spec: PagedAttentionSpec, tiling: Tiling, few: bool) -> Callable[
             tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
             pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, computed, edges)
             fold_stage(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
+
+    return stage
+
+
+def _pv_update_in_place(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """The same of values that a matrix unit multiplies as they lie in the cache."""
+    in_place = update_in_place(spec, tiling)
+
+    @script.inline
+    def stage(
+        num_rows, weights, values, value_head, tile, num_full, computed, edges, factors, running, step, num_steps
+    ):
+        in_place(weights, values, value_head, tile, factors, running, step, num_steps, computed, num_full, edges)
 
     return stage
 

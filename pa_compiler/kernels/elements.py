@@ -16,6 +16,8 @@ HIGH = -65536
 """The mask of a word's high half."""
 LOW = 65535
 """The mask of a word's low half."""
+INFINITE = 0x7F800000
+"""The exponent of infinities and NaN, where float32 has it."""
 PAIR_OF_ONES = 0x3F803F80
 """The word of 1 and 1."""
 
@@ -41,6 +43,11 @@ def dot_pairs(a: Expr, b: Expr) -> Expr:
     first = T.reinterpret("float32", T.shift_left(a, 16)) * T.reinterpret("float32", T.shift_left(b, 16))
     second = T.reinterpret("float32", T.bitwise_and(a, HIGH)) * T.reinterpret("float32", T.bitwise_and(b, HIGH))
     return first + second
+
+
+def larger_exponent(word: Expr) -> Expr:
+    """The larger exponent of the two numbers of a word, where float32 has it."""
+    return T.max(T.bitwise_and(T.shift_left(word, 16), INFINITE), T.bitwise_and(word, INFINITE))
 
 
 def pair_halves(first: Expr, second: Expr, index: Expr) -> Expr:

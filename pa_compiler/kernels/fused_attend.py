@@ -233,7 +233,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")
     attend, k_dtype, v_dtype = attend_rows(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
     columns_stage = compute_columns(ScoreFunctions(spec, many_tokens=True), tiling)
-    load_all, early = load_whole(spec, tiling), tiling.in_tile_registers and spec.kv_layout != "packed"
+    load_all, in_whole = load_whole(spec, tiling), tiling.in_tile_registers and tiling.copy_values
     by_token = spec.kv_layout == "NHD" and not tiling.in_tile_registers
     announce_keys, announce_values, announce_early = map(ahead.announce, (ahead.KEYS, ahead.VALUES, ahead.EARLY_KEYS))
 
@@ -265,7 +265,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                 key_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * key_cache.head
                 value_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * value_cache.head
                 more: T.let = T.Or(has_next, T.Not(is_last))
-                if early:
+                if tiling.fetches_early:
                     announce_early(key_cache, next_tile, next_head * key_cache.head, T.And(item.head_tiles == 1, more))
                 if tiling.copy_keys:
                     k_tile = T.sblock_alloc_buffer(key_copy, k_dtype)
@@ -287,14 +287,14 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                         first: T.let = script.opaque(vkv * item.head_tiles + vrt)
                         if tiling.prefetches:
                             wanted: T.let = T.And(vrt == item.head_tiles - 1, more)
-                            of_keys = T.meta_var(T.And(wanted, item.head_tiles > 1) if early else wanted)
+                            of_keys = T.meta_var(T.And(wanted, item.head_tiles > 1) if tiling.fetches_early else wanted)
                             announce_keys(key_cache, next_tile, next_head * key_cache.head, of_keys, *shares)
                             if not spec.shared_kv:
                                 announce_values(value_cache, next_tile, next_head * value_cache.head, wanted, *shares)
                         if tile_start < item.bounds.reach[first, LIMIT]:
                             attend(
                                 q_tile, first, keys, key_head, values, value_head, tile, running._replace(slot=first),
-                                step, num_steps, item, computed, infinite if tiling.in_tile_registers else None,
+                                step, num_steps, item, computed, infinite if in_whole else None,
                             )  # fmt: skip
 
     return stage

@@ -14,7 +14,8 @@ from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_s
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
-from pa_compiler.kernels.pv_matmul import pv_matmul
+from pa_compiler.kernels.pv_in_place import update_in_place
+from pa_compiler.kernels.pv_matmul import pv_update
 from pa_compiler.kernels.qk_matmul import qk_matmul
 from pa_compiler.kernels.rows import begins_late, first_of_range, first_seen, limit, masks_first_tile, rows_of_tiles
 from pa_compiler.kernels.score_functions import ScoreFunctions
@@ -234,10 +235,11 @@ def _attend_heads(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
 
 def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The four stages for the head tiles that go from scores to outputs at once."""
-    num_tiles, rows, tokens, dim = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile, spec.result_dim
+    num_tiles, rows, tokens = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile
     in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
-    qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling), pv_matmul(spec, tiling)
-    pairs_stage, rescale_stage, fold_stage = pair_probs(tiling), state.rescale(rows), state.fold(num_tiles, rows, dim)
+    qk_stage, softmax_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling)
+    update_stage = update_in_place(spec, tiling) if tiling.value_pairs else pv_update(spec, tiling)
+    pairs_stage, rescale_stage = pair_probs(tiling), state.rescale(rows)
     functions = ScoreFunctions(spec)
     visible_stage = compute_visible(functions, tiling)
 
@@ -267,13 +269,10 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 if in_pairs:
                     pairs_stage(probs, weights, tile_sum, vslot, tile.num_groups)
                 rescale_stage(added, running._replace(slot=first + vslot), Factors(alpha, beta, vslot), step)
-        num_full: T.let = tile.num_full
-        with T.sblock("pv_update"):
-            T.reads()
-            T.writes()
-            tile_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
-            pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, computed)
-            fold_stage(tile_acc, 0, Factors(alpha, beta, 0), running.acc, first, step, num_steps)
+        update_stage(
+            weights, values, value_head, tile, Factors(alpha, beta, 0), running._replace(slot=first), step, num_steps,
+            computed,
+        )  # fmt: skip
 
     return stage
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
+from pa_compiler.kernels import state
 from pa_compiler.kernels.caches import reader, value_access, whole
 from pa_compiler.kernels.computed import words_of
 from pa_compiler.kernels.elements import HIGH, LOW, dot_pairs
@@ -100,5 +101,23 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling, few: bool = False) -> Ca
                     tile_acc[at, vr, vd] = full_acc[vi, vr, vd]
                 value = T.meta_var(valid(at_edge(seen(read(values, vt, now, vd), vt, tile), edges, vr, vt), vt, tile))
                 tile_acc[at, vr, vd] += product(weights[at, vr, vt], shown(value, computed, at, vr, vt))
+
+    return stage
+
+
+def pv_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """The sblock pv_update of decode: the outputs of the head tiles, and their fold into the running state."""
+    num_tiles, rows, dim = tiling.pass_tiles(spec), tiling.row_tile, spec.result_dim
+    pv_stage, fold_stage = pv_matmul(spec, tiling), state.fold(num_tiles, rows, dim)
+
+    @inline
+    def stage(weights, values, value_head, tile, factors, running, step, num_steps, computed):
+        num_full: T.let = tile.num_full
+        with T.sblock("pv_update"):
+            T.reads()
+            T.writes()
+            tile_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
+            pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, computed)
+            fold_stage(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
 
     return stage

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 from pa_compiler.kernels import state
 from pa_compiler.kernels.caches import copy_shape, load_tile, value_access, whole
 from pa_compiler.kernels.computed import words_of
-from pa_compiler.kernels.elements import LOW, dot_pairs, pair_halves
+from pa_compiler.kernels.elements import INFINITE, LOW, dot_pairs, larger_exponent, pair_halves
 from pa_compiler.kernels.rows import begins_late
 from pa_compiler.kernels.sight import find_edges
 from pa_compiler.spec import PagedAttentionSpec
@@ -20,7 +20,6 @@ from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
 
 _LANES = 16
-_INFINITE = 0x7F800000
 
 
 def _load_pairs(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
@@ -88,10 +87,6 @@ def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., No
     """
     dim, pairs, group = spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
 
-    def exponent(word):
-        """The larger exponent of the two numbers of a word, where float32 has it."""
-        return T.max(T.bitwise_and(T.shift_left(word, 16), _INFINITE), T.bitwise_and(word, _INFINITE))
-
     @inline
     def stage(values, infinite, num_groups):
         with T.sblock("find_infinite"):
@@ -104,13 +99,13 @@ def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., No
                     vt = T.axis.reduce(pairs // _LANES, to * (group // _LANES) + ti)
                     with T.init():
                         largest[vlane] = 0
-                    largest[vlane] = T.max(largest[vlane], exponent(values[vt * _LANES + vlane, vd]))
+                    largest[vlane] = T.max(largest[vlane], larger_exponent(values[vt * _LANES + vlane, vd]))
             for lane in range(_LANES):
                 with T.sblock("infinite"):
                     vlane = T.axis.reduce(_LANES, lane)
                     with T.init():
                         infinite[0] = 0
-                    infinite[0] = T.Select(largest[vlane] == _INFINITE, 1, infinite[0])
+                    infinite[0] = T.Select(largest[vlane] == INFINITE, 1, infinite[0])
 
     return stage
 

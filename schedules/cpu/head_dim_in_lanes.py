@@ -22,6 +22,7 @@ from pa_compiler.schedules.intrinsics.sum_lanes import sum_lanes
 from pa_compiler.schedules.intrinsics.transpose import turn
 from pa_compiler.tiles import VectorTiling, largest_divisor
 
+Reduce = Callable[[Schedule, str, int, int], None]
 _MAX_ROW_LANES = 256
 """Rows of one vector, at most: LLVM takes it apart into registers, in a time that grows with it, and TVM has none of
 32768 lanes."""
@@ -76,14 +77,15 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
         fetch(sch, KEYS, group, shares=[token_outer])
 
 
-def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
-    """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
+def softmax_prepare(sch: Schedule, tiling: VectorTiling, reduce: Reduce | None = None) -> None:
+    """Tokens in lanes; the maximum and the sum of a row first lane by lane, as by_lanes or `reduce` has it."""
+    reduce = reduce or by_lanes
     exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
     for name in (*functions.score_steps(sch, tiling), "scaled", *exact, "probs"):
         sch.vectorize(sch.get_loops(name)[-1])
-    by_lanes(sch, "peak", 1)
+    reduce(sch, "peak", 1, 0)
     if tiling.many_tokens or not tiling.pairs_weights:
-        by_lanes(sch, "tile_sum", 2, tiling.weight_sums)
+        reduce(sch, "tile_sum", 2, tiling.weight_sums // tiling.values.terms)
 
 
 def by_lanes(sch: Schedule, name: str, axis: int, lanes: int = 0) -> None:
@@ -106,12 +108,12 @@ def by_lanes(sch: Schedule, name: str, axis: int, lanes: int = 0) -> None:
     sch.decompose_reduction(total, lane)
 
 
-def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
-    """Pairs of tokens in lanes."""
+def pair_probs(sch: Schedule, tiling: VectorTiling, reduce: Reduce | None = None) -> None:
+    """Pairs of tokens in lanes; their sums as in softmax_prepare."""
     token = sch.get_loops("pairs")[-1]
     sch.tensorize(token, pair_lanes(int(sch.get(token).extent)))
     if tiling.pairs_weights:
-        by_lanes(sch, "tile_sum", 2, tiling.weight_sums // 2)
+        (reduce or by_lanes)(sch, "tile_sum", 2, tiling.weight_sums // 2)
 
 
 def pv_matmul(sch: Schedule, tiling: VectorTiling) -> None:

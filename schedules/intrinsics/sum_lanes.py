@@ -22,7 +22,7 @@ _QUARTER = 4
 _HALVED = 8  # lanes whose halves are added as they are loaded
 
 
-def _rounds(lanes: int) -> list[tuple[list[int], list[int]]]:
+def rounds_of(lanes: int) -> list[tuple[list[int], list[int]]]:
     """For each round, which lanes of a pair of vectors are added to which."""
     rounds = []
     if lanes >= 2:
@@ -43,7 +43,7 @@ def _rounds(lanes: int) -> list[tuple[list[int], list[int]]]:
 
 def _sum_lanes(lanes: int) -> tuple[PrimFunc, PrimFunc]:
     width = _QUARTER if lanes == _HALVED else lanes
-    rounds = _rounds(width)
+    rounds = rounds_of(width)
 
     @script.prim_func(s_tir=True)
     def description(sums_handle: T.handle, parts_handle: T.handle) -> None:

@@ -52,6 +52,7 @@ class InTileRegisters(CpuTiling):
             attends=True,
             many_tokens=True,
             few_rows=basis.rows,
+            fetches_early=spec.kv_layout != "packed",
             weight_sums=math.gcd(_SUMS, PACKED_TOKENS) if decodes_in_step(spec) else 0,  # of decode: here in one sum
             qk_rows=rows,
             qk_tokens=_SUMS // 2,
