@@ -182,9 +182,7 @@ class Module:
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
                         has_next: T.let[T.bool] = tile_start + 128 < range_end
-                        num_read: T.let[T.int32] = (valid_len + 8 - 1) // 8 * 8
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_read)
-                        last: T.let[T.int32] = range_end - 1
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 8 - 1) // 8 * 8)
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
                             T.writes(key_offsets[0:256])
@@ -192,9 +190,9 @@ class Module:
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 16])
+                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, range_end - 1) // 16])
                                     T.writes(key_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, range_end - 1)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 16])
                                     slot: T.let[T.int32] = token % 16
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
@@ -205,9 +203,9 @@ class Module:
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 16])
+                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, range_end - 1) // 16])
                                     T.writes(value_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, range_end - 1)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 16])
                                     slot: T.let[T.int32] = token % 16
                                     value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
@@ -223,6 +221,7 @@ class Module:
                                 next_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
+                                more: T.let[T.bool] = has_next or not is_last
                                 with T.sblock("load_keys"):
                                     T.reads(key_cache[0:k_span], key_offsets[0:256])
                                     T.writes(k_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16])
@@ -264,7 +263,7 @@ class Module:
                                         scaled = T.sblock_alloc_buffer((128, 16))
                                         full_peak = T.sblock_alloc_buffer((16,))
                                         first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
-                                        wanted: T.let[T.bool] = vrt == head_tiles - 1 and (has_next or not is_last)
+                                        wanted: T.let[T.bool] = vrt == head_tiles - 1 and more
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
                                             num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))

@@ -171,9 +171,7 @@ class Module:
                         tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
                         valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
                         has_next: T.let[T.bool] = tile_start + 128 < key_end
-                        num_read: T.let[T.int32] = (valid_len + 64 - 1) // 64 * 64
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_read)
-                        last: T.let[T.int32] = key_end - 1
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 64 - 1) // 64 * 64)
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
                             T.writes(key_offsets[0:256])
@@ -181,9 +179,9 @@ class Module:
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 16])
+                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, key_end - 1) // 16])
                                     T.writes(key_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, key_end - 1)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 16])
                                     slot: T.let[T.int32] = token % 16
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot - slot % 16)
@@ -194,9 +192,9 @@ class Module:
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 16])
+                                    T.reads(block_table[seq, row_start + T.min(tile_start + vt, key_end - 1) // 16])
                                     T.writes(value_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, key_end - 1)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 16])
                                     slot: T.let[T.int32] = token % 16
                                     value_offsets[vt] = block * v_block + T.Cast("int64", slot // 2) * v_row
@@ -210,6 +208,7 @@ class Module:
                                 next_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
+                                more: T.let[T.bool] = has_next or not is_last
                                 for row_tile in range(head_tiles):
                                     with T.sblock("row_tile"):
                                         vrt = T.axis.spatial(head_tiles, row_tile)
@@ -226,7 +225,7 @@ class Module:
                                         scaled = T.sblock_alloc_buffer((16, 128))
                                         full_peak = T.sblock_alloc_buffer((16,))
                                         first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
-                                        wanted: T.let[T.bool] = vrt == head_tiles - 1 and (has_next or not is_last)
+                                        wanted: T.let[T.bool] = vrt == head_tiles - 1 and more
                                         with T.sblock("next_keys"):
                                             T.reads()
                                             T.writes()
