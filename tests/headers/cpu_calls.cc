@@ -53,13 +53,19 @@ struct alignas(64) Shapes {
   }
 };
 
-// Kernels have sixteen rows, and a caller gets back what he had, be it none. On a CPU that has them.
+// Kernels have the shapes that they ask for, and a caller gets back what he had, be it none. On a CPU that has them.
 void TestTileRegisters() {
   if (!CpuFlags().Has("amx_tile")) return;
   CheckTileRegisters();
   {
     const TileRegisters registers(16, 16);
     EXPECT(Shapes::Now().bytes[0] == 1 && Shapes::Now().bytes[48] == 16 && Shapes::Now().bytes[55] == 16);
+  }
+  {
+    const TileRegisters registers(4, 8);
+    const Shapes now = Shapes::Now();
+    EXPECT(now.bytes[48] == 4 && now.bytes[52] == 4 && now.bytes[53] == 16 && now.bytes[54] == 4 && now.bytes[55] == 8);
+    EXPECT(now.bytes[16] == 64 && now.bytes[26] == 64 && now.bytes[28] == 32 && now.bytes[30] == 64);
   }
   EXPECT(Shapes::Now().bytes[0] == 0);
   Shapes callers;
