@@ -75,6 +75,9 @@ class Tiling:
         few_groups: Token groups that qk_matmul takes at a time for few_rows.
         weight_sums: In how many sums the weights of a tile are added up at first, of every so many tokens: the same in
             decode and attend where both give the same bits. 0: as a schedule has it, and decode steps as it likes.
+        value_pairs: Pairs of tokens that a matrix unit adds up at a time where it multiplies packed values as they lie in
+            the cache: they are in one block. 0: it does not.
+        value_dims: Elements of value_dim whose sums it holds then.
     """
 
     strategy: ClassVar[str]
@@ -97,6 +100,8 @@ class Tiling:
     few_rows: int = dataclasses.field(default=0, kw_only=True)
     few_groups: int = dataclasses.field(default=1, kw_only=True)
     weight_sums: int = dataclasses.field(default=0, kw_only=True)
+    value_pairs: int = dataclasses.field(default=0, kw_only=True)
+    value_dims: int = dataclasses.field(default=0, kw_only=True)
 
     @property
     def pairs_weights(self) -> bool:
@@ -112,6 +117,13 @@ class Tiling:
     def num_offsets(self) -> int:
         """Tokens whose places in the cache are looked up at once: a padded tile, and what is fetched of the next."""
         return self.padded_kv_tile + (self.kv_tile if self.prefetches else 0)
+
+    @property
+    def tile_shape(self) -> tuple[int, int] | None:
+        """Rows of sums in a tile register, and the pairs of tokens that a product adds up; None where there are none."""
+        if not self.in_tile_registers:
+            return None
+        return (self.row_tile, self.value_pairs) if self.value_pairs else (16, 16)
 
     @staticmethod
     def fence(value: Any) -> Any:

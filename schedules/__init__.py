@@ -20,6 +20,7 @@ from pa_compiler.schedules.cpu import (
     in_tile_registers,
     merge_parts,
     tokens_in_lanes,
+    tokens_in_tiles,
 )
 from pa_compiler.schedules.cuda import threads as cuda_threads
 from pa_compiler.tiles import Tiling, VectorTiling
@@ -29,6 +30,7 @@ _STRATEGIES = {
     "in_tile_registers": in_tile_registers,
     "head_dim_in_lanes": head_dim_in_lanes,
     "tokens_in_lanes": tokens_in_lanes,
+    "tokens_in_tiles": tokens_in_tiles,
     "cuda_threads": cuda_threads,
 }
 

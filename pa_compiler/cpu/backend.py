@@ -92,11 +92,11 @@ def host_text(
     shares_prefix: bool = False,
 ) -> str:
     """spec, and the parameters of its kernels -> host."""
-    in_tile_registers = of_attend is not None and of_attend.in_tile_registers
     kernels = host.kernels(unscheduled)
-    return host.render(
-        spec, tiles, cpu, pipeline, kernels, shares_prefix=shares_prefix, in_tile_registers=in_tile_registers
-    )
+    tilings = {"fused_decode": tiles, "fused_attend": of_attend}
+    shapes = {each.name: shape for each in kernels if (of := tilings.get(each.name)) and (shape := of.tile_shape)}
+    rows = of_attend.row_tile if of_attend else tiles.row_tile
+    return host.render(spec, tiles, cpu, pipeline, kernels, rows, shares_prefix, shapes)
 
 
 def attends(pipeline: str) -> bool:

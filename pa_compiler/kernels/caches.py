@@ -141,6 +141,12 @@ def _pair_of_rows(cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
     return pair_halves(first, second, d)
 
 
+def value_rows(cache: Cache, first: Expr, row: Expr, head_offset: Expr, d: Expr) -> Expr:
+    """The word of element d, of packed values, in a row after that of the token in column `first`, in the same block."""
+    in_block = T.Cast("int64", row) * cache.row + T.Cast("int64", d)
+    return cache.memory[cache.offsets[first] + head_offset + in_block]
+
+
 def reader(access: CacheAccess, element: Element, copied: bool) -> Callable[[Cache, Expr, Expr, Expr], Expr]:
     """What a matmul multiplies: (cache, t, head_offset, d) -> an element, or a pair; of load_tile's copy if copied."""
     if copied:

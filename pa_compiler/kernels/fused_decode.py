@@ -14,6 +14,7 @@ from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_s
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
+from pa_compiler.kernels.pv_in_place import pv_in_place
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import qk_matmul
 from pa_compiler.kernels.rows import begins_late, first_of_range, first_seen, limit, masks_first_tile, rows_of_tiles
@@ -236,7 +237,8 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The four stages for the head tiles that go from scores to outputs at once."""
     num_tiles, rows, tokens, dim = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile, spec.result_dim
     in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
-    qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling), pv_matmul(spec, tiling)
+    qk_stage, softmax_stage, in_place = qk_matmul(spec, tiling), softmax_prepare(spec, tiling), tiling.value_pairs > 0
+    pv_stage = pv_in_place(spec, tiling) if in_place else pv_matmul(spec, tiling)
     pairs_stage, rescale_stage, fold_stage = pair_probs(tiling), state.rescale(rows), state.fold(num_tiles, rows, dim)
     functions = ScoreFunctions(spec)
     visible_stage = compute_visible(functions, tiling)
@@ -272,8 +274,15 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             T.reads()
             T.writes()
             tile_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
-            pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, computed)
-            fold_stage(tile_acc, 0, Factors(alpha, beta, 0), running.acc, first, step, num_steps)
+            if in_place:
+                pv_stage(weights, values, value_head, tile, tile_acc)
+                with T.sblock("fold"):
+                    T.reads(tile_acc[0, 0:rows, 0:dim], alpha[0, 0:rows], beta[0, 0:rows])
+                    T.writes(running.acc[first, 0:rows, 0:dim])
+                    fold_stage(tile_acc, 0, Factors(alpha, beta, 0), running.acc, first, step, num_steps)
+            else:
+                pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, computed)
+                fold_stage(tile_acc, 0, Factors(alpha, beta, 0), running.acc, first, step, num_steps)
 
     return stage
 

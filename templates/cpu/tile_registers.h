@@ -22,13 +22,17 @@ inline void CheckTileRegisters() {
   }
 }
 
-// While it lives this thread has eight tile registers of 16 rows of 64 bytes. A caller's shapes come back after it,
-// with zeros in the registers, which no function has to keep.
+// While it lives this thread has eight tile registers of rows of 64 bytes: 0 to 3 for sums of so many rows, 4 and 5 for a
+// left and a right operand of 16 pairs, 6 and 7 for those of so many pairs. With 16 of both all are of 16 rows. A
+// caller's shapes come back after it, with zeros in the registers, which no function has to keep.
 class TileRegisters {
  public:
-  TileRegisters() {
+  TileRegisters(int rows, int pairs) {
+    const auto m = static_cast<uint8_t>(rows), k = static_cast<uint8_t>(pairs);
+    const Shapes shapes = {
+        1, 0, {}, {64, 64, 64, 64, 64, 64, static_cast<uint16_t>(4 * k), 64}, {m, m, m, m, m, 16, m, k}};
     asm volatile("sttilecfg %0" : "=m"(callers_));
-    asm volatile("ldtilecfg %0" : : "m"(kSixteenRows));
+    asm volatile("ldtilecfg %0" : : "m"(shapes));
   }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
@@ -47,7 +51,6 @@ class TileRegisters {
     uint8_t rows[16];
   };
   static_assert(sizeof(Shapes) == 64);
-  static constexpr Shapes kSixteenRows = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
   Shapes callers_;
 };

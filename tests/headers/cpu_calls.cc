@@ -58,7 +58,7 @@ void TestTileRegisters() {
   if (!CpuFlags().Has("amx_tile")) return;
   CheckTileRegisters();
   {
-    const TileRegisters registers;
+    const TileRegisters registers(16, 16);
     EXPECT(Shapes::Now().bytes[0] == 1 && Shapes::Now().bytes[48] == 16 && Shapes::Now().bytes[55] == 16);
   }
   EXPECT(Shapes::Now().bytes[0] == 0);
@@ -66,7 +66,7 @@ void TestTileRegisters() {
   callers.bytes[0] = 1, callers.bytes[16] = 32, callers.bytes[48] = 5;
   asm volatile("ldtilecfg %0" : : "m"(callers));
   {
-    const TileRegisters registers;
+    const TileRegisters registers(16, 16);
     EXPECT(Shapes::Now().bytes[48] == 16);
   }
   EXPECT(std::memcmp(&callers, Shapes::Now().bytes, sizeof callers) == 0);

@@ -4,5 +4,5 @@
 // This thread has them from now on.
 extern "C" void ShapeTileRegisters() {
   pa::CheckTileRegisters();
-  thread_local const pa::TileRegisters registers;
+  thread_local const pa::TileRegisters registers(16, 16);
 }

@@ -1,0 +1,222 @@
+"""Nests of loops that become instructions of AMX: sums of products of pairs whose operands may lie anywhere in memory.
+
+tile_products.py has intrinsics of TensorIR, whose operands are regions of buffers. Here an operand may be words of a
+paged cache too, whose place is looked up: what is asked of the nest is that its body adds a dot product of two words to
+a sum, as kernels/elements.py has it, and that the words lie in rows of tiles.
+
+A nest has a loop over tiles of 16 columns, and in it loops over rows, over the columns and, of products, over pairs. Of
+the sums of a nest tile i lies in register i from an instruction that clears it to one that stores it: their buffer is
+never read or written.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import tvm_ffi
+from tvm.sym import Analyzer
+from tvm.ir import Call, Expr, Range
+from tvm.s_tir import MatchBufferRegion, SBlock, Schedule
+from tvm.s_tir.schedule import LoopRV, SBlockRV, StmtSRef
+from tvm.script import tirx as T
+from tvm.tirx import (
+    Add,
+    Buffer,
+    BufferLoad,
+    BufferRegion,
+    BufferStore,
+    Cast,
+    Evaluate,
+    For,
+    LShift,
+    Mul,
+    SeqStmt,
+    Stmt,
+    Var,
+    decl_buffer,
+)
+from tvm.tirx.analysis import undefined_vars
+
+from pa_compiler.kernels.elements import dot_pairs
+
+COLUMNS = 16
+"""Columns of a tile of sums."""
+
+
+class Registers(NamedTuple):
+    """The tile registers of the operands of a product."""
+
+    left: int
+    right: int
+
+
+def clear(sch: Schedule, tiles: LoopRV) -> None:
+    """A nest that sets sums to 0: that clears their registers."""
+    sblock = sch.blockize(tiles)
+    nest = _nest(sch, sblock, 3)
+    statements = [_instruction("tilezero", T.int8(i)) for i in range(int(nest.loops[0].extent))]
+    _become(sch, sblock, statements, [], nest.body.buffer)
+
+
+def multiply(sch: Schedule, tiles: LoopRV, registers: Registers) -> None:
+    """A nest that adds to sums: the left operand has its rows, the right one its columns.
+
+    Raises:
+        ValueError: the nest is of another form.
+    """
+    sblock = sch.blockize(tiles)
+    nest = _nest(sch, sblock, 4)
+    tile, row, column, pair = nest.loops
+    match nest.body:
+        case BufferStore(value=Add(b=Add(a=Mul(a=Call(args=[LShift(a=a)]), b=Call(args=[LShift(a=b)]))) as product)):
+            pass
+        case _:
+            raise ValueError(f"nest: expected a sum of dot products of pairs, got {nest.body}")
+    if not tvm_ffi.structural_equal(product, dot_pairs(a, b)):
+        raise ValueError(f"nest: expected a dot product of pairs, got {product}")
+    left, right = (a, b) if nest.goes_by(b, column) else (b, a)
+    rows, columns = _rows(nest, left, row, pair), _rows(nest, right, pair, column)
+    statements = [_instruction("tileloadd64", T.int8(registers.left), *rows.at(0))]
+    for i in range(int(tile.extent)):
+        statements += [
+            _instruction("tileloadd64", T.int8(registers.right), *columns.at(i)),
+            _instruction("tdpbf16ps", T.int8(i), T.int8(registers.left), T.int8(registers.right)),
+        ]
+    _become(sch, sblock, statements, [*rows.matched, *columns.matched], nest.body.buffer)
+
+
+def store(sch: Schedule, tiles: LoopRV) -> None:
+    """A nest that copies sums: that stores their registers."""
+    sblock = sch.blockize(tiles)
+    nest = _nest(sch, sblock, 3)
+    tile, row, column = nest.loops
+    stored = _rows(nest, BufferLoad(nest.body.buffer, nest.body.indices), row, column)
+    count = int(tile.extent)
+    statements = [_instruction("tilestored64", T.int8(i), *stored.at(i)) for i in range(count)]
+    sums = nest.body.value.source
+    _become(sch, sblock, statements, stored.matched, sums)
+    place = _allocating(sch, sblock, sums)[-1]
+    _replace(sch, place, alloc_buffers=[each for each in place.stmt.alloc_buffers if not each.same_as(sums)])
+
+
+class _Nest(NamedTuple):
+    """A nest of loops: what is in it, by the variables of its sblock, and what these are by those of the loops."""
+
+    loops: list[For]
+    body: BufferStore
+    values: dict[Var, Expr]
+
+    def goes_by(self, expression: Expr, loop: For) -> bool:
+        """Whether an expression depends on a loop."""
+        return any(
+            variable.same_as(loop.loop_var)
+            or any(variable.same_as(own) and self.goes_by(value, loop) for own, value in self.values.items())
+            for variable in undefined_vars(expression)
+        )
+
+    def at(self, expression: Expr, tile: int) -> Expr:
+        """An expression at the first row, column and pair of a tile."""
+        analyzer = Analyzer()
+        for i, loop in enumerate(self.loops):
+            analyzer.bind(loop.loop_var, T.int32(0 if i else tile))
+        for variable, value in self.values.items():
+            analyzer.bind(variable, value)
+        return analyzer.simplify(expression)
+
+    def step(self, index: Expr, loop: For) -> Expr:
+        """How much greater an index is in the next iteration of a loop; it is linear in the loop's variable."""
+        if not self.goes_by(index, loop):
+            return T.int64(0)
+        match index:
+            case Var():
+                own = [value for variable, value in self.values.items() if variable.same_as(index)]
+                return self.step(own[0], loop) if own else T.int64(1)
+            case Cast(value=value):
+                return self.step(value, loop)
+            case Add(a=a, b=b):
+                return self.step(a, loop) + self.step(b, loop)
+            case Mul(a=a, b=b):
+                a, b = (a, b) if self.goes_by(a, loop) else (b, a)
+                return self.step(a, loop) * T.Cast("int64", b)
+        raise ValueError(f"index: expected one that is linear in {loop.loop_var}, got {index}")
+
+
+class _Rows(NamedTuple):
+    """Where the tiles of an operand lie: the first word of each, and how many words further each of its rows is."""
+
+    first: list[BufferLoad]
+    row: Expr
+    matched: list[MatchBufferRegion]
+
+    def at(self, number: int) -> tuple[Expr, Expr]:
+        """The address of one of its tiles, and the bytes of a row."""
+        return T.address_of(self.first[number]), T.Cast("int64", self.row) * T.int64(4)
+
+
+def _rows(nest: _Nest, load: BufferLoad, row: For, column: For) -> _Rows:
+    """An operand of which load is an element. A buffer of several axes is matched: its strides are not known yet."""
+    numbers = range(int(nest.loops[0].extent))
+    if len(load.source.shape) == 1:
+        (index,) = load.indices
+        return _Rows([BufferLoad(load.source, [nest.at(index, i)]) for i in numbers], nest.step(index, row), [])
+    *mins, of_row, _ = (nest.at(index, 0) for index in load.indices)
+    columns, stride = load.source.shape[-1], Var("row", "int32")
+    region = [*(Range.from_min_extent(first, 1) for first in mins), Range.from_min_extent(of_row, row.extent)]
+    region.append(Range.from_min_extent(T.int32(0), columns))
+    rows = decl_buffer(
+        (row.extent, columns), load.source.dtype, strides=[stride, 1], elem_offset=Var("first", "int32"),
+        offset_factor=1,
+    )  # fmt: skip
+    matched = [MatchBufferRegion(rows, BufferRegion(load.source, region))]
+    return _Rows([BufferLoad(rows, [T.int32(0), nest.at(load.indices[-1], i)]) for i in numbers], stride, matched)
+
+
+def _nest(sch: Schedule, sblock: SBlockRV, depth: int) -> _Nest:
+    """The nest that an sblock is."""
+    loops: list[For] = []
+    statement = sch.get(sblock).body
+    while isinstance(statement, For):
+        loops.append(statement)
+        statement = statement.body
+    if len(loops) != depth:
+        raise ValueError(f"nest: expected {depth} loops, got {len(loops)}")
+    inner = statement.block
+    values = {axis.var: value for axis, value in zip(inner.iter_vars, statement.iter_values, strict=True)}
+    return _Nest(loops, inner.body, values)
+
+
+def _instruction(name: str, *arguments: Expr) -> Stmt:
+    return Evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *arguments))
+
+
+def _become(
+    sch: Schedule, sblock: SBlockRV, statements: list[Stmt], matched: list[MatchBufferRegion], sums: Buffer
+) -> None:
+    """Give an sblock another body, in which the buffer of the sums does not occur."""
+    body = SeqStmt(statements) if len(statements) > 1 else statements[0]
+    place = sch.get_sref(sblock)
+    _replace(sch, place, body=body, match_buffers=[*place.stmt.match_buffers, *matched])
+    for place in _allocating(sch, sblock, sums)[:-1]:
+        reads, writes = (
+            [each for each in of if not each.source.same_as(sums)] for of in (place.stmt.reads, place.stmt.writes)
+        )
+        _replace(sch, place, reads=reads, writes=writes)
+
+
+def _allocating(sch: Schedule, sblock: SBlockRV, buffer: Buffer) -> list[StmtSRef]:
+    """An sblock and those around it, up to the one that allocates a buffer."""
+    places, place = [], sch.get_sref(sblock)
+    while not any(each.same_as(buffer) for each in getattr(place.stmt, "alloc_buffers", ())):
+        places += [place] if isinstance(place.stmt, SBlock) else []
+        place = place.parent
+    return [*places, place]
+
+
+def _replace(sch: Schedule, place: StmtSRef, **fields: Any) -> None:
+    """Give the sblock at a place other fields."""
+    old = place.stmt
+    names = (
+        "iter_vars", "reads", "writes", "name_hint", "body", "init", "alloc_buffers", "match_buffers", "annotations"
+    )  # fmt: skip
+    new = SBlock(*(fields.get(name, getattr(old, name)) for name in names))
+    sch.state.replace(place, new, {old: new})
