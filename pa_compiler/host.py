@@ -25,7 +25,7 @@ from pa_compiler.interface import (
     WorkItem,
     with_inputs,
 )
-from pa_compiler.key_ranges import ATTEND_ROWS, attend_heads, attend_range_blocks, attend_tiles, decodes_in_step
+from pa_compiler.key_ranges import attend_heads, attend_range_blocks, attend_tiles, decodes_in_step
 from pa_compiler.runtime.cpu_features import INSTRUCTION_SETS
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -106,7 +106,8 @@ def render(
     kernels: Sequence[Kernel],
     **has: Any,
 ) -> str:
-    """The text of host.cc; kernels are the pipeline's and append_kv's. has: shares_prefix, tile_shapes by kernel."""
+    """The text of host.cc; kernels are the pipeline's and append_kv's. has: shares_prefix, attend_rows, tile_shapes."""
+    has = {"shares_prefix": False, "attend_rows": 16, "tile_shapes": {}, **has}
     fused = pipeline == "fused"
     arrays = [f"input_{each.name}" for each in spec.inputs] + [each.name for each in spec.constants]
     thread_tokens = max(1, _THREAD_FLOPS // (2 * (spec.head_dim + spec.result_dim) * spec.num_heads))
@@ -119,15 +120,14 @@ def render(
         decode_parameters=with_inputs(CPU_ENTRY_POINTS["decode"], spec),
         attend_parameters=with_inputs(CPU_ENTRY_POINTS["attend"], spec),
         shared_prefix_parameters=with_inputs(CPU_ENTRY_POINTS["attend_shared_prefix"], spec),
-        **{"shares_prefix": False, "tile_shapes": {}, **has},
+        **has,
         function_values={name: f"functions.{name}" for name in arrays},
         kernels={kernel.name: kernel for kernel in kernels},
         split_blocks=tiling.split_blocks if fused else "INT64_MAX",
         item_tokens=4 * thread_tokens if fused else "INT64_MAX",
         in_step=decodes_in_step(spec),
         range_blocks=attend_range_blocks(spec),
-        attend_rows=ATTEND_ROWS,
-        attend_tiles=attend_tiles(spec),
+        attend_tiles=attend_tiles(spec, has["attend_rows"]),
         attend_heads=attend_heads(spec),
         word_elements=tiling.keys.word,
         thread_tokens=thread_tokens,

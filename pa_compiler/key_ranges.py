@@ -25,11 +25,8 @@ def _split_tokens(spec: PagedAttentionSpec) -> int:
     return max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads)
 
 
-ATTEND_ROWS = 16
-"""Rows, pairs of a query token and a query head, of one tile of attend."""
-
-ATTEND_TILES = 32
-"""Tiles of rows that a work item of attend has at most; more only where a single query token has more."""
+ATTEND_ITEM_ROWS = 512
+"""Rows, pairs of a query token and a query head, of a work item of attend; more only where one query token has more."""
 
 ATTEND_KV_TILE = 128
 """Tokens of one step of attend's online softmax: a divisor of this."""
@@ -42,9 +39,9 @@ ATTEND_RANGE_TOKENS = 4096
 """Tokens of a range of keys in attend, about: whole blocks, and whole steps."""
 
 
-def attend_tiles(spec: PagedAttentionSpec) -> int:
-    """Tiles of rows that a work item of attend has at most."""
-    return max(ATTEND_TILES, -(-spec.group // ATTEND_ROWS))
+def attend_tiles(spec: PagedAttentionSpec, row_tile: int) -> int:
+    """Tiles of row_tile rows that a work item of attend has at most."""
+    return max(ATTEND_ITEM_ROWS // row_tile, -(-spec.group // row_tile))
 
 
 def attend_heads(spec: PagedAttentionSpec) -> int:

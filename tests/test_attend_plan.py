@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from specs import BASE, SPECS
 
-from pa_compiler import AttendItem, WorkItem
-from pa_compiler.key_ranges import ATTEND_ROWS, attend_range_blocks, attend_tiles
+from pa_compiler import AttendItem, WorkItem, backends
+from pa_compiler.cpu import target
+from pa_compiler.cpu import tiles as tiling
+from pa_compiler.key_ranges import attend_range_blocks, attend_tiles
 
 BATCHES = {
     "none": [],
@@ -75,6 +77,7 @@ def test_each_token_head_and_block_once(compiled, sequences, window, threads):
 @every_batch
 def test_items(compiled, spec, sequences):
     """They fit into the kernels' scratch, are of one sequence, and read no block that none of their tokens sees."""
+    row_tile = tiling.choose_attend(spec, target.resolve(backends.normalize("llvm"))).row_tile
     for threads in (1, 3):
         items, starts = plan(compiled(spec, attend=True), sequences, threads)
         for item in items:
@@ -85,8 +88,8 @@ def test_items(compiled, spec, sequences):
             assert count > 1
             assert starts[item.seq] <= item.token_begin < item.token_begin + item.num_query <= starts[item.seq + 1]
             assert item.first_pos == length - count + item.token_begin - starts[item.seq]
-            tiles = -(-item.num_query * spec.group // ATTEND_ROWS)
-            assert item.num_kv_heads * tiles <= attend_tiles(spec)
+            tiles = -(-item.num_query * spec.group // row_tile)
+            assert item.num_kv_heads * tiles <= attend_tiles(spec, row_tile)
             begin, end = seen_blocks(spec, item.first_pos, item.first_pos + item.num_query - 1)
             assert begin <= item.block_begin < item.block_end <= end
 

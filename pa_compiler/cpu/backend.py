@@ -95,7 +95,8 @@ def host_text(
     kernels = host.kernels(unscheduled)
     tilings = {"fused_decode": tiles, "fused_attend": of_attend}
     shapes = {each.name: shape for each in kernels if (of := tilings.get(each.name)) and (shape := of.tile_shape)}
-    return host.render(spec, tiles, cpu, pipeline, kernels, shares_prefix=shares_prefix, tile_shapes=shapes)
+    has = {"shares_prefix": shares_prefix, "tile_shapes": shapes, "attend_rows": (of_attend or tiles).row_tile}
+    return host.render(spec, tiles, cpu, pipeline, kernels, **has)
 
 
 def attends(pipeline: str) -> bool:

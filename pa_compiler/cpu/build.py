@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pa_compiler import interrupts
+from pa_compiler.cpu import stack
 from pa_compiler.cpu.target import CpuTarget
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def translate(mod: IRModule, target: CpuTarget) -> Executable:
         "tirx.RemoveNoOp",
     ]
     with tvm.transform.PassContext(config=config, disabled_pass=needless):
-        return tvm.compile(mod, target=Target(json.loads(target.config)))
+        return tvm.compile(mod, target=Target(json.loads(target.config)), tir_pipeline=stack.pipeline())
 
 
 def _without_debug_info(llvm: str) -> str:

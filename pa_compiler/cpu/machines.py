@@ -27,6 +27,8 @@ class Machine(NamedTuple):
         paired_streams: The same where a row of the cache holds pairs of tokens.
         load_costs: What a vector of the cache costs beside a broadcast operand, in loads from the first-level cache:
             where it is an operand as it lies, and where it is converted to float32 first.
+        attend_vectors: Vectors of rows of a tile of attend where float32 numbers are multiplied. Two where a core multiplies
+            two vectors of 16 in a cycle, as it loads no more than two operands in one: each broadcast serves both.
         broadcast_registers: Registers that an element of a row and the mask of a pair take, where instructions do not
             broadcast an operand in memory themselves.
     """
@@ -40,6 +42,7 @@ class Machine(NamedTuple):
     streams: int = 8
     paired_streams: int = 2
     load_costs: tuple[float, float] = (2, 3)
+    attend_vectors: int = 1
     broadcast_registers: int = 2
 
 
@@ -49,10 +52,14 @@ AVX512 = Machine(second_level=1 << 17, broadcast_registers=0)
 """With 1 MB of second-level cache, of which no more has been tried."""
 AVX512_BF16 = Machine(second_level=1 << 17, broadcast_registers=0)
 """Zen 4, with 1 MB of second-level cache, of which no more has been tried."""
+AMX = Machine(second_level=1 << 17, attend_vectors=2, broadcast_registers=0)
+"""Emerald Rapids, with 2 MB of second-level cache, of which no more has been tried."""
 
 
 def machine_of(target: CpuTarget) -> Machine:
     """The row of a target, by its instruction sets; without AVX-512 it is AVX2's."""
     if target.vector_lanes < 16:
         return AVX2
+    if target.tile_registers:
+        return AMX
     return AVX512_BF16 if target.dot_pairs else AVX512

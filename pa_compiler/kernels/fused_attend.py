@@ -44,7 +44,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     tokens begin at multiples of kv_tile from there on.
     """
     arrays, kv_tile, rows = Arrays(spec, tiling), tiling.kv_tile, tiling.row_tile
-    tiles, depth, dim = attend_tiles(spec), spec.head_dim // tiling.keys.terms, spec.result_dim
+    tiles, depth, dim = attend_tiles(spec, rows), spec.head_dim // tiling.keys.terms, spec.result_dim
     range_tokens, late = attend_range_blocks(spec) * spec.block_size, begins_late(spec, many_tokens=True)
     start, attend, finish = _start(spec, tiling), _attend_range(spec, tiling), finish_item(spec, tiling)
     runs_stage, looks_beyond = find_runs(spec), spec.invariant or decodes_in_step(spec)

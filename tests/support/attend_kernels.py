@@ -15,7 +15,7 @@ from pa_compiler import backends, schedules
 from pa_compiler.cpu import build, instructions, prefetch, target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.kernels import build_attend
-from pa_compiler.key_ranges import ATTEND_ROWS, attend_range_blocks, attend_tiles
+from pa_compiler.key_ranges import attend_range_blocks, attend_tiles
 
 
 @functools.cache
@@ -89,13 +89,14 @@ class Kernels:
         common = self.strides(call) | {
             "causal": int(call.causal), "query_scale": query_scale, "score_scale": score_scale,
         }  # fmt: skip
-        most = attend_tiles(spec) * ATTEND_ROWS // spec.group
+        rows, tiles = self.tiles.row_tile, attend_tiles(spec, self.tiles.row_tile)
+        most = tiles * rows // spec.group
         heads = heads or max(
             h
             for h in range(1, spec.num_kv_heads + 1)
-            if h == 1 or -(-spec.group // ATTEND_ROWS) * h <= attend_tiles(spec)
+            if h == 1 or -(-spec.group // rows) * h <= tiles
         )
-        per_head = attend_tiles(spec) // heads * ATTEND_ROWS // spec.group
+        per_head = tiles // heads * rows // spec.group
         chunk = max(1, min(chunk or most, per_head))
         tree_at = 0
         for seq, (count, context) in enumerate(zip(call.query_lens, call.context_lens.tolist(), strict=True)):

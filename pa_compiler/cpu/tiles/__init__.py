@@ -15,12 +15,15 @@ from pa_compiler.cpu.tiles.heads_in_lanes import HeadsInLanes
 from pa_compiler.cpu.tiles.in_tile_registers import InTileRegisters
 from pa_compiler.cpu.tiles.tokens_in_lanes import TokensInLanes
 from pa_compiler.cpu.tiles.tokens_in_tiles import TokensInTiles
-from pa_compiler.key_ranges import ATTEND_KV_TILE, ATTEND_ROWS, decodes_in_step
+from pa_compiler.key_ranges import ATTEND_KV_TILE, decodes_in_step
 from pa_compiler.spec import ITEMSIZES, PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiles import divisors
 
 STRATEGIES: tuple[type[CpuTiling], ...] = (TokensInTiles, TokensInLanes, HeadsInLanes, HeadDimInLanes)
 """In the order in which they are asked; the last takes what no other does."""
+
+ATTEND_ROWS = 16
+"""Rows, pairs of a query token and a query head, of a tile of attend, or of a vector of them."""
 
 STAGED_ELEMENTS = 1 << 26
 """float32 numbers of an intermediate of the staged pipeline, at most: 256 MB, of which there are four."""
@@ -62,7 +65,7 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> CpuTil
 
 
 def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "fused") -> CpuTiling:
-    """The tiles of attend: ATTEND_ROWS rows whatever the group is, which lie in lanes; staged, the tiles of decode.
+    """The tiles of attend: as many rows whatever the group is, which lie in lanes; staged, the tiles of decode.
 
     Values are copied once for many tiles of rows, so that strides of a cache cost nothing in the matmul, and keys where
     they are converted; not where they are packed, and so lie as they are read. Packed elements that have to be
@@ -77,12 +80,14 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
         return InTileRegisters.choose(known)
     packed, as_they_lie = spec.kv_layout == "packed", known.dot_pairs or spec.dtype == "float32"
     strategy = TokensInLanes if packed and not as_they_lie else HeadsInLanes
+    if strategy is HeadsInLanes and not known.dot_pairs:
+        known = known._replace(rows=ATTEND_ROWS * known.machine.attend_vectors)
     elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
     most = known.machine.second_level // (elements * (ITEMSIZES[spec.dtype] if known.dot_pairs else 4))
     tiles = strategy.choose(known)
     least = PACKED_TOKENS if decodes_in_step(spec) else tiles.token_group
     kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, least, tiles.token_group))
-    few_rows = ATTEND_ROWS // 2 if strategy is HeadsInLanes and as_they_lie else 0
+    few_rows = known.rows // 2 if strategy is HeadsInLanes and as_they_lie else 0
     weight_sums = 0
     if decodes_in_step(spec):  # every schedule takes whole groups of so many tokens
         weight_sums = math.gcd(tiles.token_group, PACKED_TOKENS)

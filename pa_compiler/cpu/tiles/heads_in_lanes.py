@@ -32,9 +32,13 @@ class HeadsInLanes(CpuTiling):
 
     @classmethod
     def choose(cls, basis: Basis) -> HeadsInLanes:
-        """All rows of a tile, and as many tokens, or elements of value_dim, as have their sums in registers."""
-        most = basis.target.vector_sums // (basis.rows // basis.target.vector_lanes)
-        tokens = 1 << (most.bit_length() - 1)  # a power of two: more, up to `most`, has measured slower
+        """All rows of a tile, and as many tokens, or elements of value_dim, as have their sums in half of the registers.
+
+        A power of two of them, up to 8: rows of 16 tokens, where they lie a multiple of 4096 bytes apart, would fill two
+        sets of a first-level cache.
+        """
+        most = basis.target.vector_registers // 2 // (basis.rows // basis.target.vector_lanes)
+        tokens = min(1 << (most.bit_length() - 1), 8)
         is_float32 = basis.keys.dtype == "float32"
         return cls(
             **basis.common(tokens, None),

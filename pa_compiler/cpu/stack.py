@@ -1,0 +1,65 @@
+"""TVM's pipeline with register sums of 16 vectors: small buffers on the stack, from where LLVM takes them to registers.
+
+TVM has buffers of constant size below 1024 bytes on the stack, and allocates others. The sums of 16 vectors of 16 float32
+numbers have just 1024.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tvm import IRModule
+    from tvm.tirx import PrimFunc, Stmt
+    from tvm.transform import Pass, PassContext
+
+_NAME = "pa_compiler"
+_BYTES = 1024
+
+
+@functools.cache
+def pipeline() -> str:
+    """The name under which TVM has the pipeline, for tvm.compile(tir_pipeline=...)."""
+    import tvm
+    from tvm import tirx
+
+    @tirx.transform.prim_func_pass(opt_level=0)
+    def keep_on_stack(function: PrimFunc, mod: IRModule, context: PassContext) -> PrimFunc:
+        return function.with_body(_keep(function.body))
+
+    def registered() -> tuple[Pass, ...]:
+        lower, finalize_host, finalize_device = tirx.get_tir_pipeline("s_tir")
+        return lower, lambda: tvm.transform.Sequential([keep_on_stack, finalize_host()]), finalize_device
+
+    tirx.register_tir_pipeline(_NAME, registered)
+    return _NAME
+
+
+def _keep(statement: Stmt) -> Stmt:
+    """A statement with buffers of _BYTES marked to stay on the stack."""
+    from tvm import tirx
+
+    match statement:
+        case tirx.SeqStmt():
+            return tirx.SeqStmt([_keep(each) for each in statement.seq])
+        case tirx.For(loop_var=var, min=least, extent=extent, kind=kind, body=body):
+            return tirx.For(var, least, extent, kind, _keep(body), statement.thread_binding, statement.annotations)
+        case tirx.AttrStmt(node=node, attr_key=key, value=value, body=body):
+            return tirx.AttrStmt(node, key, value, _keep(body))
+        case tirx.IfThenElse(condition=condition, then_case=then, else_case=otherwise):
+            return tirx.IfThenElse(condition, _keep(then), otherwise and _keep(otherwise))
+        case tirx.AllocBuffer(buffer=buffer) if _size(buffer) == _BYTES:
+            return tirx.AllocBuffer(buffer, {"disable_lower_builtin": tirx.IntImm("bool", 1)})
+        case _:
+            return statement
+
+
+def _size(buffer: object) -> int:
+    """Bytes of a buffer of constant size, else 0."""
+    from tvm import DataType, tirx
+
+    if not all(isinstance(extent, tirx.IntImm) for extent in buffer.shape):
+        return 0
+    return math.prod(int(extent) for extent in buffer.shape) * DataType(buffer.dtype).itemsize
