@@ -27,8 +27,8 @@ class Machine(NamedTuple):
         paired_streams: The same where a row of the cache holds pairs of tokens.
         load_costs: What a vector of the cache costs beside a broadcast operand, in loads from the first-level cache:
             where it is an operand as it lies, and where it is converted to float32 first.
-        attend_vectors: Vectors of rows of a tile of attend where float32 numbers are multiplied. Two where a core multiplies
-            two vectors of 16 in a cycle, as it loads no more than two operands in one: each broadcast serves both.
+        attend_vectors: Vectors of rows of a tile of attend where float32 numbers are multiplied. Two where a core
+            multiplies two vectors of 16 in a cycle, as it loads no more than two operands: a broadcast serves both.
         broadcast_registers: Registers that an element of a row and the mask of a pair take, where instructions do not
             broadcast an operand in memory themselves.
     """

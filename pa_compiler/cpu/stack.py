@@ -1,7 +1,7 @@
-"""TVM's pipeline with register sums of 16 vectors: small buffers on the stack, from where LLVM takes them to registers.
+"""TVM's pipeline with register sums of 16 vectors: small buffers on the stack, from where LLVM promotes them.
 
-TVM has buffers of constant size below 1024 bytes on the stack, and allocates others. The sums of 16 vectors of 16 float32
-numbers have just 1024.
+TVM has buffers of constant size below 1024 bytes on the stack, and allocates others. The sums of 16 vectors of 16
+float32 numbers have just 1024.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tvm import IRModule
-    from tvm.tirx import PrimFunc, Stmt
+    from tvm.tirx import Buffer, PrimFunc, Stmt
     from tvm.transform import Pass, PassContext
 
 _NAME = "pa_compiler"
@@ -56,10 +56,9 @@ def _keep(statement: Stmt) -> Stmt:
             return statement
 
 
-def _size(buffer: object) -> int:
+def _size(buffer: Buffer) -> int:
     """Bytes of a buffer of constant size, else 0."""
     from tvm import DataType, tirx
 
-    if not all(isinstance(extent, tirx.IntImm) for extent in buffer.shape):
-        return 0
-    return math.prod(int(extent) for extent in buffer.shape) * DataType(buffer.dtype).itemsize
+    extents = [int(extent) for extent in buffer.shape if isinstance(extent, tirx.IntImm)]
+    return math.prod(extents) * int(DataType(buffer.dtype).itemsize) if len(extents) == len(buffer.shape) else 0

@@ -42,8 +42,8 @@ class CpuTarget:
     def vector_sums(self) -> int:
         """Vector registers that a register tile of any shape may use for its sums.
 
-        AVX-512 has 32 registers, the others 16; the rest hold the operands. Of 16 sums, keys in NHD were read up to 1.12
-        times as fast from a cache on Zen 4, and packed ones from memory in 1.25 times the time.
+        AVX-512 has 32 registers, the others 16; the rest hold the operands. With 16 sums keys in NHD were read up to
+        1.12 times as fast from a cache on Zen 4, and packed ones from memory took 1.25 times as long.
         """
         return 15 if self.vector_lanes == 16 else 14
 

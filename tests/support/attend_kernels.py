@@ -92,9 +92,7 @@ class Kernels:
         rows, tiles = self.tiles.row_tile, attend_tiles(spec, self.tiles.row_tile)
         most = tiles * rows // spec.group
         heads = heads or max(
-            h
-            for h in range(1, spec.num_kv_heads + 1)
-            if h == 1 or -(-spec.group // rows) * h <= tiles
+            h for h in range(1, spec.num_kv_heads + 1) if h == 1 or -(-spec.group // rows) * h <= tiles
         )
         per_head = tiles // heads * rows // spec.group
         chunk = max(1, min(chunk or most, per_head))

@@ -32,10 +32,10 @@ class HeadsInLanes(CpuTiling):
 
     @classmethod
     def choose(cls, basis: Basis) -> HeadsInLanes:
-        """All rows of a tile, and as many tokens, or elements of value_dim, as have their sums in half of the registers.
+        """All rows of a tile, and as many tokens, or elements of value_dim, as have their sums in half the registers.
 
-        A power of two of them, up to 8: rows of 16 tokens, where they lie a multiple of 4096 bytes apart, would fill two
-        sets of a first-level cache.
+        A power of two of them, up to 8: rows of 16 tokens that lie a multiple of 4096 bytes apart would fill two sets
+        of a first-level cache.
         """
         most = basis.target.vector_registers // 2 // (basis.rows // basis.target.vector_lanes)
         tokens = min(1 << (most.bit_length() - 1), 8)
