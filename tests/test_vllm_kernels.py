@@ -86,6 +86,21 @@ def test_pages_of_float32_are_laid_out_as_vllm_lays_them_out(monkeypatch):
     assert torch.equal(first.pages, second.pages)
 
 
+def test_what_a_call_cannot_take_is_refused_before_anything_is_written(monkeypatch):
+    """The library checks tensors that are handed to it as they are."""
+    layer, _ = ours(monkeypatch, torch.float32, 64)
+    pages = torch.full((4, 2, 64, 128), 7.0)
+    new = torch.ones(3, 2, 64)
+    for slots, given, error, said in [
+        (torch.tensor([0, 256, 1]), new, IndexError, "slot_mapping"),
+        (torch.tensor([0, 1, 2]), new.half(), TypeError, "key"),
+        (torch.tensor([0, 1, 2]), new.view(3, 1, 128), ValueError, "key"),
+    ]:
+        with pytest.raises(error, match=said):
+            layer.impl.do_kv_cache_update(layer, given, given, pages, slots)
+    assert (pages == 7).all()
+
+
 def test_a_query_token_has_the_same_bits_in_any_step(monkeypatch):
     """In chunks of any size and in decode: in the packed layout, and so whatever vLLM's scheduler does."""
     outs = []
