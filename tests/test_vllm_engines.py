@@ -14,7 +14,7 @@ from vllm_processes import NEW, engine, generate, prompts
 
 LAYERS = {"smollm2": 30, "gemma3": 18}
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-FEW_PAGES = {"smollm2": 14, "gemma3": 40}
+FEW_PAGES = {"smollm2": 14, "gemma3": 80}
 """As many as all prompts need, but not with their answers."""
 
 
