@@ -3,6 +3,8 @@
 The file has the machine, the versions, and for each test its outcome, seconds, date and commit. Tests that did not run
 stay as they are in it, so that parts may run one after another. What was found on another machine, or with other
 versions, is dropped: one file never mixes two.
+
+python tests/support/record.py FILE OTHER... takes over from others what is newer: parts that ran side by side.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -39,12 +42,33 @@ class Recorder:
             self._keep(report.nodeid, row | {str(name): value for name, value in numbers(report)})
 
     def _keep(self, test, row):
-        kept = json.loads(self.path.read_text()) if self.path.exists() else {}
-        same = {name: kept.get(name) for name in self.about} == self.about
-        tests = (kept["tests"] if same else {}) | {test: row}
-        lines = [f"  {json.dumps(name)}: {json.dumps(tests[name])}" for name in sorted(tests)]
-        about = json.dumps(self.about, indent=1)[:-2]
-        self.path.write_text(about + ',\n "tests": {\n' + ",\n".join(lines) + "\n }\n}\n")
+        write(self.path, self.about, found(self.path, self.about) | {test: row})
+
+
+def found(path, about):
+    """The rows of a file by test; none where there is no such file, or one about another machine or other versions."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    return kept["tests"] if {name: kept.get(name) for name in about} == about else {}
+
+
+def write(path, about, tests):
+    """A line for each test, in the order of their names."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(tests[name])}" for name in sorted(tests)]
+    path.write_text(json.dumps(about, indent=1)[:-2] + ',\n "tests": {\n' + ",\n".join(lines) + "\n }\n}\n")
+
+
+def merge(path, others):
+    """Take over the rows of other files that are newer, or of tests that the file has not.
+
+    Raises:
+        ValueError: they are not about the same machine and versions.
+    """
+    kept = [json.loads(each.read_text()) for each in (path, *others) if each.exists()]
+    about = {name: kept[-1][name] for name in ("machine", "versions")}
+    if any({name: each[name] for name in about} != about for each in kept):
+        raise ValueError(f"files: expected them to be about one machine and its versions, got {[path, *others]}")
+    rows = sorted((row["date"], test, row) for each in kept for test, row in each["tests"].items())
+    write(path, about, {test: row for _, test, row in rows})
 
 
 def numbers(report):
@@ -75,3 +99,8 @@ def commit() -> str:
         return "unknown"
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!*_results.json")
     return f"{head} and changes" if changed else head
+
+
+if __name__ == "__main__":
+    into, *parts = map(Path, sys.argv[1:])
+    merge(into, parts)
