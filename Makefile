@@ -28,10 +28,10 @@ PYTEST := $(BIN)/python -m pytest
 HEADERS := $(wildcard templates/*/*.h tests/headers/*)
 
 # The tests that need torch or onnx, or do more where it is.
-TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays context_parallel cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_engines_page torch_errors torch_operators torch_varlen tracing_torch)
+TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays context_parallel cuda_errors dense_calls flex_attention memory onnx_attention openmp shared_kv threads torch_engines_page torch_errors torch_operators torch_varlen tracing_torch)
 ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_benchmark transformers_bfloat16 transformers_continuous transformers_generate transformers_models)
 
-VLLM_TESTS := $(wildcard tests/test_vllm*.py)
+VLLM_TESTS ?= $(wildcard tests/test_vllm*.py)
 
 .PHONY: run test test-torch test-engines test-relax test-vllm test-smollm2 demo slow soak bench bench-attend bench-engines bench-vllm test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run
@@ -61,16 +61,22 @@ test-smollm2: $(ENGINES)/.installed
 	$(ENGINES)/bin/python -m pytest -k smollm2 tests/test_transformers_models.py
 
 # vLLM on these kernels and on its own. A test may have engines in several processes, so there is one test at a time.
+# What each test found is kept in a file. An hour or two; VLLM_TESTS=tests/test_vllm_kernels.py is one part.
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest -rs $(VLLM_TESTS)
+	$(VLLM)/bin/python -m pytest -rs --record tests/vllm_results.json $(VLLM_TESTS)
 
 # A small model answers a prompt on these kernels.
 demo: $(ENGINES)/.installed
 	@$(ENGINES)/bin/python examples/demo.py "$$PROMPT"
 
-# Prefill and decode beside stock attention: half an hour. BENCH_ENGINES='--cases decode/smollm2/bfloat16/1/4096/8' is one case.
+# Prefill and decode beside stock attention: half an hour. BENCH_ENGINES='--cases decode/smollm2/bfloat16/1/4096/8' is one case
+# of transformers alone. vLLM's cases follow where it is installed: it is another 4 GB, which bench-vllm installs.
 bench-engines: $(ENGINES)/.installed
 	$(ENGINES)/bin/python -m benchmarks.engines $(BENCH_ENGINES)
+ifeq ($(strip $(BENCH_ENGINES)),)
+	@if test -e $(VLLM)/.installed; then $(MAKE) bench-vllm; else \
+	  echo 'vLLM is not installed in $(VLLM), so that its cases are left out: make bench-vllm installs it and runs them.'; fi
+endif
 
 # Steps of vLLM's engine on these kernels and on its own, in turns: half an hour.
 bench-vllm: $(VLLM)/.installed

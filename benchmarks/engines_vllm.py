@@ -37,6 +37,7 @@ class Case(NamedTuple):
 
     Attributes:
         what: "prefill", of one prompt of `context` tokens, or "decode", of `batch` sequences with that many each.
+        mode: "eager", or "compiled": the rest of the model as torch compiles it, which is what vLLM does by default.
     """
 
     what: str
@@ -44,9 +45,10 @@ class Case(NamedTuple):
     threads: int
     context: int
     batch: int
+    mode: str = "eager"
 
     def __str__(self) -> str:
-        return "/".join(map(str, self))
+        return "/".join(map(str, self if self.mode != "eager" else self[:-1]))
 
 
 class Seconds(NamedTuple):
@@ -59,8 +61,8 @@ class Seconds(NamedTuple):
 
 def parsed(text: str) -> Case:
     """The case that a text names."""
-    what, dtype, *numbers = text.split("/")
-    return Case(what, dtype, *map(int, numbers))
+    what, dtype, threads, context, batch, *mode = text.split("/")
+    return Case(what, dtype, int(threads), int(context), int(batch), *mode)
 
 
 def main() -> None:
@@ -71,27 +73,36 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--mode", default="eager", choices=["eager", "compiled"])
     parser.add_argument("--json", type=Path, default=RESULTS, help="the file")
     parser.add_argument("--print", action="store_true", help="print the table, and measure nothing")
     parser.add_argument("--here", action="store_true", help="measure in this process, whose threads are bound already")
     options = parser.parse_args()
     cases = [parsed(each) for each in options.cases] if options.cases else _all(options)
-    for threads, dtype in dict.fromkeys((case.threads, case.dtype) for case in cases if not options.print):
-        group = [case for case in cases if (case.threads, case.dtype) == (threads, dtype)]
+    for engine in dict.fromkeys(map(_engine_of, cases) if not options.print else ()):
+        group = [case for case in cases if _engine_of(case) == engine]
         if options.here:
             for case, found in measure(group):
                 save(options.json, case, found)
         else:
             command = [sys.executable, "-m", "benchmarks.engines_vllm", "--here", f"--json={options.json}", "--cases"]
-            subprocess.run([*command, *map(str, group)], check=True, env=_bound(threads), stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [*command, *map(str, group)], check=True, env=_bound(group[0].threads), stdout=subprocess.DEVNULL
+            )
     if not options.here:
         print_table(options.json)
 
 
+def _engine_of(case: Case) -> tuple[int, str, str]:
+    """What is the same in cases that are measured on one engine."""
+    return case.threads, case.dtype, case.mode
+
+
 def _all(options: argparse.Namespace) -> list[Case]:
+    dtype, mode = options.dtype, options.mode
     numbers = [(threads, context) for threads in options.threads for context in options.contexts]
-    found = [Case("prefill", options.dtype, *each, 1) for each in numbers]
-    return found + [Case("decode", options.dtype, *each, batch) for each in numbers for batch in options.batches]
+    found = [Case("prefill", dtype, *each, 1, mode) for each in numbers]
+    return found + [Case("decode", dtype, *each, batch, mode) for each in numbers for batch in options.batches]
 
 
 def _bound(threads: int) -> dict[str, str]:
@@ -102,7 +113,7 @@ def _bound(threads: int) -> dict[str, str]:
 
 
 def measure(cases: list[Case]) -> Any:
-    """(case, {contender: seconds of its steps}) of cases with the same threads and type, on one engine."""
+    """(case, {contender: seconds of its steps}) of cases with the same threads, type and mode, on one engine."""
     import torch
     from vllm import LLM
 
@@ -117,11 +128,22 @@ def measure(cases: list[Case]) -> Any:
         max_num_batched_tokens=MOST,
         kv_cache_memory_bytes=(batch * (MOST + 128) + 256) * 30 * 2 * 3 * 64 * (4 if "32" in cases[0].dtype else 2),
         enable_prefix_caching=False,
-        enforce_eager=True,
+        enforce_eager=cases[0].mode == "eager",
     ).llm_engine
     switch, attention = Switch(), Clock()
     for case in cases:
         yield case, {"prefill": _prefill, "decode": _decode}[case.what](engine, switch, attention, case)
+
+
+def in_turns(steps: Callable[[str, int], list[Seconds]]) -> dict[str, list[Seconds]]:
+    """The steps (contender, turn) of each contender, without those of its first turn, which warm up."""
+    found: dict[str, list[Seconds]] = {each: [] for each in CONTENDERS}
+    for turn in range(ROUNDS + 1):
+        for contender in CONTENDERS:
+            each = steps(contender, turn)
+            if turn:
+                found[contender].extend(each)
+    return found
 
 
 class Switch:
@@ -182,33 +204,29 @@ def _add(engine: Any, number: int, tokens: int, new: int) -> None:
 
 
 def _prefill(engine: Any, switch: Switch, attention: Clock, case: Case) -> dict[str, list[Seconds]]:
-    found: dict[str, list[Seconds]] = {each: [] for each in CONTENDERS}
-    for turn in range(ROUNDS + 1):
-        for contender in CONTENDERS:
-            switch(contender)
-            _add(engine, turn, case.context, 1)
-            seconds = _step(engine, attention)
-            if engine.has_unfinished_requests():
-                raise RuntimeError(f"prefill: expected one step for {case.context} tokens, got more")
-            if turn:  # the first one warms up
-                found[contender].append(seconds)
-    return found
+    def step(contender: str, turn: int) -> list[Seconds]:
+        switch(contender)
+        _add(engine, turn, case.context, 1)
+        seconds = _step(engine, attention)
+        if engine.has_unfinished_requests():
+            raise RuntimeError(f"prefill: expected one step for {case.context} tokens, got more")
+        return [seconds]
+
+    return in_turns(step)
 
 
 def _decode(engine: Any, switch: Switch, attention: Clock, case: Case) -> dict[str, list[Seconds]]:
-    found: dict[str, list[Seconds]] = {each: [] for each in CONTENDERS}
-    steps = (ROUNDS + 1) * STEPS * len(CONTENDERS)
+    def steps(contender: str, turn: int) -> list[Seconds]:
+        switch(contender)
+        return [_step(engine, attention) for _ in range(STEPS)]
+
+    room = (ROUNDS + 1) * STEPS * len(CONTENDERS) + case.batch + 8
     switch("vllm")
     for number in range(case.batch):
-        _add(engine, number, case.context, steps + case.batch + 8)
+        _add(engine, number, case.context, room)
     for _ in range(-(-case.batch * case.context // MOST) + 1):
         engine.step()
-    for turn in range(ROUNDS + 1):
-        for contender in CONTENDERS:
-            switch(contender)
-            each = [_step(engine, attention) for _ in range(STEPS)]
-            if turn:
-                found[contender].extend(each)
+    found = in_turns(steps)
     engine.abort_request([str(number) for number in range(case.batch)])
     while engine.has_unfinished_requests():
         engine.step()

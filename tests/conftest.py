@@ -10,6 +10,7 @@ import cuda_driver
 import cuda_emulator
 import gpu_memory
 import pytest
+import record
 import scorecard
 from programs import fake_runtimes, in_a_process, libgomp  # noqa: F401  (fixtures)
 from specs import BASE
@@ -23,6 +24,12 @@ WARNINGS = "-Wall -Wextra -Werror -Wno-unused-const-variable"  # of constants, w
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="the full counts of the scorecard, and write RELIABILITY.md")
     parser.addoption("--gpu", action="store_true", help="run tests marked gpu on this machine's GPU: with -m gpu")
+    parser.addoption("--record", metavar="FILE", help="keep each test's outcome, date and versions in a file")
+
+
+def pytest_configure(config):
+    if (path := config.getoption("--record")) and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(record.Recorder(path))
 
 
 @pytest.fixture

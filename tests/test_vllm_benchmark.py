@@ -16,7 +16,16 @@ import vllm_models
 from test_readme import ROOT
 from vllm_processes import settings
 
+from benchmarks import engines_vllm
+
 CASES = ["prefill/float32/1/70/1", "decode/float32/1/130/2"]
+
+
+@pytest.mark.parametrize("text", [*CASES, "decode/bfloat16/2/4096/8/compiled"])
+def test_names_of_cases(text):
+    case = engines_vllm.parsed(text)
+    assert str(case) == text
+    assert case.mode == ("compiled" if text.endswith("compiled") else "eager")
 
 
 @pytest.mark.skipif(not vllm_models.is_installed("smollm2"), reason="SmolLM2 is not installed")
@@ -31,4 +40,4 @@ def test_cases(tmp_path):
         assert list(row) == ["vllm", "pa_compiler"]
         for kinds in row.values():
             assert all(0 < attention < wall for attention, wall in zip(kinds["attention"], kinds["wall"], strict=True))
-    assert "| decode | float32 | 1 | 130 | 2 |" in done.stdout
+    assert "| decode | float32 | 1 | 130 | 2 | eager |" in done.stdout

@@ -86,13 +86,33 @@ def test_pages_of_float32_are_laid_out_as_vllm_lays_them_out(monkeypatch):
     assert torch.equal(first.pages, second.pages)
 
 
-def test_a_query_token_has_the_same_bits_in_any_step(monkeypatch):
+def test_what_a_call_cannot_take_is_refused_before_anything_is_written(monkeypatch):
+    """The library checks tensors that are handed to it as they are."""
+    layer, _ = ours(monkeypatch, torch.float32, 64)
+    pages = torch.full((4, 2, 64, 128), 7.0)
+    new = torch.ones(3, 2, 64)
+    for slots, given, error, said in [
+        (torch.tensor([0, 256, 1]), new, IndexError, "slot_mapping"),
+        (torch.tensor([0, 1, 2]), new.half(), TypeError, "key"),
+        (torch.tensor([0, 1, 2]), new.view(3, 1, 128), ValueError, "key"),
+    ]:
+        with pytest.raises(error, match=said):
+            layer.impl.do_kv_cache_update(layer, given, given, pages, slots)
+    assert (pages == 7).all()
+
+
+CHUNKS = {torch.float32: ([150], [70, 80], [1] * 150, [149, 1]), torch.bfloat16: ([150], [70, 80], [2] * 75)}
+"""Of bfloat16, a single token has the bits of a chunk only where the CPU has no AMX."""
+
+
+@pytest.mark.parametrize("dtype", CHUNKS, ids=str)
+def test_a_query_token_has_the_same_bits_in_any_step(monkeypatch, dtype):
     """In chunks of any size and in decode: in the packed layout, and so whatever vLLM's scheduler does."""
     outs = []
-    for chunks in ([150], [70, 80], [1] * 150, [149, 1]):
-        layer, _ = ours(monkeypatch, torch.bfloat16, 64)
+    for chunks in CHUNKS[dtype]:
+        layer, _ = ours(monkeypatch, dtype, 64)
         sequences = Sequences(layer, 64)
-        noise = torch.randn(3, 150, 8, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+        noise = torch.randn(3, 150, 8, 64, generator=torch.Generator().manual_seed(5)).to(dtype)
         parts, begin = [], 0
         for count in chunks:
             drawn = iter([noise[0, begin:][:count], noise[1, begin:, :2][:count], noise[2, begin:, :2][:count]])

@@ -88,6 +88,18 @@ def test_a_version_that_is_not_known_is_refused(registered, monkeypatch, version
     assert registered() == STOCK
 
 
+def test_vllm_does_not_start_with_a_version_that_is_not_known(registered, monkeypatch):
+    """Its own loader of plug-ins lets the refusal through."""
+    from vllm import plugins
+
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    monkeypatch.setattr(plugins, "plugins_loaded", False)
+    monkeypatch.setenv("VLLM_PLUGINS", "pa_compiler")
+    with pytest.raises(RuntimeError, match=r"^vllm: expected version 0\.32, .*, got 0\.33\.0; VLLM_PLUGINS"):
+        plugins.load_general_plugins()
+    assert registered() == STOCK
+
+
 def test_on_other_platforms_nothing_is_done(registered, monkeypatch):
     monkeypatch.setattr(type(current_platform), "device_type", "xpu")
     monkeypatch.setattr(vllm, "__version__", "0.33.0")

@@ -94,6 +94,17 @@ def test_without_tvm_and_compilers(tmp_path):
     assert loaded["run"]["tokens"] == left["run"]["tokens"]
 
 
+@needs_smollm2
+def test_an_engine_whose_layers_stay_with_vllm(tmp_path):
+    """Its pages are quantised, which the log says: tokens are those of vLLM without the plug-in."""
+    runs = {"run": run_of([[7] * 40, [11, 5, 3]], dtype="bfloat16", kv_cache_dtype="fp8")}
+    theirs, _ = generate("smollm2", runs, tmp_path, ours=False)
+    ours, log = generate("smollm2", runs, tmp_path, ours=True)
+    reason = "kv_cache_dtype 'fp8', where expected are pages of the model's torch.bfloat16"
+    assert f"pa_compiler leaves 30 layers to vLLM's kernel: model.layers.0-29.self_attn.attn: {reason}" in log
+    assert ours["run"]["tokens"] == theirs["run"]["tokens"]
+
+
 @pytest.fixture
 def server(tmp_path):
     """(its address, its log): vLLM serves SmolLM2, on this machine's loopback alone."""
@@ -133,7 +144,7 @@ def wait_until_it_answers(address, process, log):
 
 
 @needs_smollm2
-def test_a_server(server):
+def test_a_server(server, record_property):
     """Clients of OpenAI's, 16 at once, for a minute: each asks again when it has its answer."""
     import openai
 
@@ -165,4 +176,4 @@ def test_a_server(server):
     text = log.read_text()
     assert "pa_compiler attends in 30 layers on 1 threads: model.layers.0-29.self_attn.attn" in text
     assert "ERROR" not in text
-    print(f"{len(answers)} answers in {SECONDS} s")
+    record_property("answers", len(answers))

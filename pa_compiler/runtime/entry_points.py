@@ -75,6 +75,14 @@ class EntryPoint:
                 raise
             self._function(*tensors, *values, as_uint16)  # NumPy's read-only arrays need more words
 
+    def call_dense(self, arrays: Sequence[Any], values: Sequence[float]) -> None:
+        """As call, where arrays are known to be None or dense tensors of torch that mean what lies in memory.
+
+        Raises:
+            What the library raises.
+        """
+        self._function(*arrays, *values, 0)
+
     def _known(self, arrays: Sequence[Any]) -> Sequence[Any]:
         """Arrays as the library can take them, the same memory, of which some are not NumPy's.
 

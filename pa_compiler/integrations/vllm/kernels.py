@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pa_compiler.runtime.dense_calls import DenseCalls
 from pa_compiler.runtime.module import Module
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -23,12 +24,10 @@ class Kernels:
 
     def __init__(self, module: Module, layer: Any) -> None:
         self.module = module
+        self._calls = DenseCalls(module)
         self._scale: float = layer.impl.scale
-        self._of_heads: dict[str, torch.Tensor] = {}
-        if layer.impl.sinks is not None:
-            self._of_heads["sinks"] = layer.impl.sinks.detach().float()
-        if layer.impl.alibi_slopes is not None:
-            self._of_heads["alibi_slopes"] = layer.impl.alibi_slopes
+        sinks = layer.impl.sinks
+        self._of_heads = (layer.impl.alibi_slopes, None if sinks is None else sinks.detach().float())
         self._pages: torch.Tensor | None = None
         self._caches: tuple[torch.Tensor, torch.Tensor]
 
@@ -36,22 +35,21 @@ class Kernels:
         """Write the first tokens of key and value, as many as there are slots."""
         if len(slots) != len(key):
             key, value = key[: len(slots)], value[: len(slots)]
-        self.module.append_kv(key, value, *self._split(pages), slots)
+        self._calls.append_kv(key, value, *self._split(pages), slots)
 
     def attend(self, query: torch.Tensor, pages: torch.Tensor, metadata: Any, out: torch.Tensor) -> None:
         """Attend from the tokens of a step, by vLLM's CPUAttentionMetadata.
 
         query and out are [tokens, num_heads, head_dim], and may have room for more tokens than there are.
         """
-        tokens, lens = metadata.num_actual_tokens, metadata.seq_lens
+        tokens, lens, causal = metadata.num_actual_tokens, metadata.seq_lens, metadata.causal
         if tokens != len(query):
             query, out = query[:tokens], out[:tokens]
         arrays = (query, *self._split(pages), metadata.block_table, lens)
-        if metadata.max_query_len == 1 and tokens == len(lens) and metadata.causal:
-            self.module.decode(*arrays, self._scale, out, **self._of_heads)
+        if metadata.max_query_len == 1 and tokens == len(lens) and causal:
+            self._calls.decode(*arrays, self._scale, out, *self._of_heads)
         else:
-            causal, starts = metadata.causal, metadata.query_start_loc
-            self.module.attend(*arrays, starts, self._scale, out, causal=causal, **self._of_heads)
+            self._calls.attend(*arrays, metadata.query_start_loc, self._scale, out, causal, *self._of_heads)
 
     def _split(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value caches in pages, which are the same tensor in every step."""

@@ -1,0 +1,47 @@
+"""DenseCalls: what Module's calls give, bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch = pytest.importorskip("torch", reason="torch is not installed: its tensors are not handed over")
+
+import pa_compiler
+from pa_compiler.runtime.dense_calls import DenseCalls
+
+SPECS = [
+    pa_compiler.PagedAttentionSpec(6, 2, 32, 16, "bfloat16", kv_layout="packed", sinks=True),
+    pa_compiler.PagedAttentionSpec(6, 2, 32, 16, "float32", alibi=True),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=["sinks", "alibi"])
+def test_results_are_those_of_the_module(compiled, spec):
+    module = compiled(spec, attend=True)
+    calls, dtype = DenseCalls(module), getattr(torch, spec.dtype)
+    caches, others = module.empty_cache(8, like="torch"), module.empty_cache(8, like="torch")
+    key, value, query = (torch.randn(40, heads, 32).to(dtype) for heads in (2, 2, 6))
+    slots, table = torch.arange(40) + 16, torch.tensor([[1, 2, 0], [3, 0, 0]], dtype=torch.int32)
+    module.append_kv(key, value, *caches, slots)
+    calls.append_kv(key, value, *others, slots)
+    assert all(torch.equal(one, other) for one, other in zip(caches, others, strict=True))
+    of_heads = torch.linspace(0.1, 0.9, 6)
+    slopes, sinks = (of_heads if wanted else None for wanted in (spec.alibi, spec.sinks))
+    lens, out = torch.tensor([32, 8]), torch.empty(2, 6, 32, dtype=dtype)
+    calls.decode(query[:2], *caches, table, lens, 0.3, out, slopes, sinks)
+    assert torch.equal(out, module.decode(query[:2], *caches, table, lens, 0.3, alibi_slopes=slopes, sinks=sinks))
+    starts, out = torch.tensor([0, 5, 9]), torch.empty(9, 6, 32, dtype=dtype)
+    for causal in (True, False):
+        calls.attend(query[:9], *caches, table, lens, starts, 0.3, out, causal, slopes, sinks)
+        options = {"causal": causal, "alibi_slopes": slopes, "sinks": sinks}
+        assert torch.equal(out, module.attend(query[:9], *caches, table, lens, starts, 0.3, **options))
+
+
+def test_a_module_without_attend_is_refused(compiled):
+    module = compiled(pa_compiler.PagedAttentionSpec(2, 1, 16, 16, "float32"))
+    with pytest.raises(ValueError, match=r"^module: expected one with attend and without inputs, got Module"):
+        DenseCalls(module)
