@@ -34,6 +34,7 @@ WITH_MASKS = [
     for spec in (
         HEADS_IN_LANES,
         IN_TILE_REGISTERS,
+        dataclasses.replace(IN_TILE_REGISTERS, kv_layout="packed"),
         BASE,
         PagedAttentionSpec(8, 2, 32, 16, "bfloat16", kv_layout="packed"),
     )

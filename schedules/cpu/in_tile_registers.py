@@ -250,7 +250,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = (
 )
 """How each stage is scheduled, by the name of its sblock."""
 
-SCALAR = heads_in_lanes.SCALAR | {
+SCALAR = {name: why for name, why in heads_in_lanes.SCALAR.items() if name not in STAGES} | {
     EARLY_KEYS: "taken out again",
     "pv_update": "around stages",
     "row_apart": "around stages",
