@@ -70,6 +70,17 @@ def test_other_tests_stay_and_other_versions_do_not(path, monkeypatch):
     assert list(rows(path)) == ["three"]
 
 
+def test_tests_that_are_gone_leave(path):
+    recorder = record.Recorder(path)
+    for name in ("a.py::gone", "a.py::there", "b.py::other"):
+        recorder.pytest_runtest_logreport(report(nodeid=name))
+    there = [types.SimpleNamespace(nodeid="a.py::there")]
+    recorder.pytest_collection_modifyitems(types.SimpleNamespace(args=["a.py::there"]), there)
+    assert list(rows(path)) == ["a.py::gone", "a.py::there", "b.py::other"]
+    recorder.pytest_collection_modifyitems(types.SimpleNamespace(args=["a.py"]), there)
+    assert list(rows(path)) == ["a.py::there", "b.py::other"]
+
+
 def test_the_newer_row_of_two_files_stays(path, tmp_path):
     about = {"machine": "a CPU", "versions": {"python": "3.11"}}
     early, late = (
