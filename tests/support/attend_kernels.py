@@ -39,8 +39,8 @@ class Kernels:
 
     def _call(self, kernel, arrays, numbers):
         given = arrays | numbers
-        if self.tiles.in_tile_registers:
-            tile_registers.shape()
+        if self.tiles.tile_shape:
+            tile_registers.shape(*self.tiles.tile_shape)
         self.executable[kernel](*(given[name] for name in self.params[kernel]))
 
     def strides(self, call: Call) -> dict[str, int]:

@@ -1,8 +1,11 @@
 // What the host does for a kernel in tile registers, for tests that call one by themselves.
 #include "cpu/tile_registers.h"
 
-// This thread has them from now on.
-extern "C" void ShapeTileRegisters() {
+#include <optional>
+
+// This thread has them in these shapes from now on.
+extern "C" void ShapeTileRegisters(int rows, int pairs) {
   pa::CheckTileRegisters();
-  thread_local const pa::TileRegisters registers(16, 16);
+  thread_local std::optional<pa::TileRegisters> registers;
+  registers.emplace(rows, pairs);
 }

@@ -26,6 +26,6 @@ def _library() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
-def shape() -> None:
-    """This thread has the registers, as a kernel takes them, from now on."""
-    _library().ShapeTileRegisters()
+def shape(rows: int, pairs: int) -> None:
+    """This thread has the registers, as a kernel of such a Tiling.tile_shape takes them, from now on."""
+    _library().ShapeTileRegisters(rows, pairs)
