@@ -18,7 +18,7 @@ from pa_compiler.schedules.cpu import head_dim_in_lanes, in_tile_registers, toke
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.add_lanes import ROWS, add_lanes
 from pa_compiler.schedules.intrinsics.max_lanes import max_lanes
-from pa_compiler.schedules.intrinsics.round_lanes import round_lanes
+from pa_compiler.schedules.intrinsics.pair_lanes import round_lanes
 from pa_compiler.schedules.intrinsics.tile_nests import COLUMNS, Registers, clear, multiply, store
 from pa_compiler.tiles import VectorTiling
 
