@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pa_compiler.spec import PagedAttentionSpec
+
+
+class Place(NamedTuple):
+    """An sblock of a scheduled function, or a prefetch in one: what instructions come from.
+
+    Attributes:
+        function: The PrimFunc.
+        name: Of the sblock.
+        parent: The number of the sblock around it, -1 where there is none.
+    """
+
+    function: str
+    name: str
+    parent: int
+
+
+class Links(NamedTuple):
+    """Which sblock each line of a text comes from.
+
+    Attributes:
+        places: The sblocks, in the order of the scheduled text of their function.
+        lines: By stage, for the lines of its text in order: (number of a place, how many lines). -1 is no place.
+    """
+
+    places: tuple[Place, ...] = ()
+    lines: Mapping[str, tuple[tuple[int, int], ...]] = {}
+
+    def as_json(self) -> str:
+        """As a text, which links() reads."""
+        return json.dumps({"places": self.places, "lines": self.lines}, separators=(",", ":"))
+
+    def of_lines(self, stage: str) -> list[int]:
+        """The place of each line of a stage's text; of no line where the stage has none."""
+        return [place for place, count in self.lines.get(stage, ()) for _ in range(count)]
+
+
+def links(text: str) -> Links:
+    """What Links.as_json has written; none of an empty text."""
+    if not text:
+        return Links()
+    read = json.loads(text)
+    lines = {stage: tuple((place, count) for place, count in runs) for stage, runs in read["lines"].items()}
+    return Links(tuple(Place(*place) for place in read["places"]), lines)
 
 
 class Built(NamedTuple):
@@ -18,6 +62,7 @@ class Built(NamedTuple):
         target: The TVM target dict that the code was made for, with all that was found out about it.
         features: LLVM's names of the instruction sets that a CPU must have to run it, sorted.
         kernels: The machine code of the kernels, as text.
+        links: Which sblock the lines of the texts come from, where the target knows it.
     """
 
     library: Path
@@ -25,6 +70,7 @@ class Built(NamedTuple):
     target: dict[str, Any]
     features: tuple[str, ...]
     kernels: str
+    links: Links = Links()
 
 
 class Limits(NamedTuple):

@@ -49,6 +49,7 @@ class Module(Calls):
         about: manifest.Manifest,
         functions: tvm_ffi.Module,
         sources: Mapping[str, str] | None = None,
+        links: str = "",
     ) -> None:
         self._library = library
         self.manifest = about
@@ -57,6 +58,7 @@ class Module(Calls):
         self.pipeline = self.manifest.pipeline
         self.target = self.manifest.target
         self.sources: Mapping[str, str] = types.MappingProxyType(dict(sources or {}))
+        self._links = links
         self._set_up()
         self._open()
 
@@ -70,7 +72,7 @@ class Module(Calls):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies are made of the library, as load() would make them, with sources and settings."""
-        return _again, (type(self), self._library, dict(self.sources), self._settings)
+        return _again, (type(self), self._library, dict(self.sources), self._settings, self._links)
 
     def empty_cache(self, num_blocks: int, *, like: str = "numpy") -> tuple[Any, Any]:
         """New key and value caches of num_blocks blocks in kv_layout, all 0. With shared_kv the second is None.
@@ -211,10 +213,12 @@ _ITEMS: Mapping[int, Callable[..., Any]] = {len(kind._fields): kind for kind in 
 """By how many numbers a line of a plan has."""
 
 
-def _again(kind: type[Module], library: bytes, sources: Mapping[str, str], settings: Mapping[str, Any]) -> Module:
+def _again(
+    kind: type[Module], library: bytes, sources: Mapping[str, str], settings: Mapping[str, Any], links: str
+) -> Module:
     """The module that a pickle or a copy stands for."""
     about = manifest.read(library, "module.so")
-    module = kind(library, about, open_library(library, "module.so"), sources)
+    module = kind(library, about, open_library(library, "module.so"), sources, links)
     for name, value in settings.items():
         setattr(module, name, value)
     return module
