@@ -107,6 +107,66 @@ class Explanation(NamedTuple):
     remark: str
 
 
+class Option(NamedTuple):
+    """A strategy that was asked about for a spec.
+
+    Attributes:
+        name: The strategy.
+        taken: Whether it is the one.
+        reason: Why, or why not, in a sentence.
+        cost: What its tiles would cost, in words; "" where it has none for the spec.
+    """
+
+    name: str
+    taken: bool
+    reason: str
+    cost: str
+
+
+class InnerLoop(NamedTuple):
+    """Inner loops of machine code that consist of the same instructions; of a GPU, a kernel as a whole.
+
+    Attributes:
+        function: The PrimFunc that they are in.
+        lines: Of the text of the machine code, counted from 1, at which they begin.
+        mix: How many instructions of one pass do what, by a word for it; one that does two things is in both.
+        instructions: All of them.
+        cycles: The least for one pass through one of the loops on a core as `cycles_of` describes it; None of a GPU.
+        bound: What takes as many: "arithmetic", "loads" or "instructions"; "" of a GPU.
+        registers: Registers that they use, in words.
+        code: The instructions of the first.
+    """
+
+    function: str
+    lines: tuple[int, ...]
+    mix: Mapping[str, int]
+    instructions: int
+    cycles: float | None
+    bound: str
+    registers: str
+    code: tuple[str, ...]
+
+
+class Inside(NamedTuple):
+    """What a page shows of a module beside its texts, found without compiling anything.
+
+    Attributes:
+        facts: The decisions, each with its label.
+        options: The strategies that were asked about, in the order in which they were.
+        loops: The inner loops that compute, function by function; none where there is no text to read them in.
+        legend: What the words of their mixes mean.
+        cycles_of: The core that cycles are counted for, in words.
+        flops: GFLOP/s of one core at most with the instructions that the kernels use, where limits say the machine's.
+    """
+
+    facts: Sequence[tuple[str, str]]
+    options: Sequence[Option]
+    loops: Sequence[InnerLoop]
+    legend: Mapping[str, str]
+    cycles_of: str
+    flops: float | None
+
+
 class Extras(NamedTuple):
     """The entry points that a library has only where it is to, by compile's words for them."""
 
@@ -133,6 +193,7 @@ class Backend(NamedTuple):
         emit_portable: As emit, without the stages that programs of the machine make, which differ by their versions.
         build: (spec, config, pipeline, extras, empty directory) -> Built.
         explain: (spec, config, pipeline, limits, empty directory) -> Explanation. Like the three above, it imports TVM.
+        inside: (spec, a library's target, its features, pipeline, texts of stages, limits) -> Inside, without TVM.
         origins: The stages of emit_portable that generated/ shows, each with the files that its text comes from.
         takes_numpy: Whether modules take NumPy arrays.
     """
@@ -147,5 +208,6 @@ class Backend(NamedTuple):
     emit_portable: Callable[[PagedAttentionSpec, dict[str, Any], str, Extras, Path], dict[str, str]]
     build: Callable[[PagedAttentionSpec, dict[str, Any], str, Extras, Path], Built]
     explain: Callable[[PagedAttentionSpec, dict[str, Any], str, Limits, Path], Explanation]
+    inside: Callable[[PagedAttentionSpec, Mapping[str, Any], Sequence[str], str, Mapping[str, str], Limits], Inside]
     origins: Mapping[str, str]
     takes_numpy: bool

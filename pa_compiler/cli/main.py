@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import pa_compiler
 from pa_compiler import compiler, generate
 from pa_compiler.backend import Limits
 from pa_compiler.cli import library as library_cli
+from pa_compiler.cli import pages
 from pa_compiler.cli import printing as report
 from pa_compiler.cli.options import (
     call_options,
@@ -28,6 +26,7 @@ from pa_compiler.cli.options import (
     spec_options,
     usage_errors,
 )
+from pa_compiler.cli.progress import step
 from pa_compiler.cuda import gpus
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import cases
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from pa_compiler.runtime.module import Module
 
 _STDOUT = Console()
-_STDERR = Console(stderr=True)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _LEXERS = {"tensorir": "python", "scheduled": "python", "cuda": "cuda", "host": "cpp"}
 _LEXERS |= {"llvm": "llvm", "asm": "gas", "ptx": "ptx", "sass": "text"}
@@ -113,7 +111,7 @@ def bench(
 def build(output: Path, target: Any, pipeline: str, **options: Any) -> None:
     """Compile a spec to one shared library, for pa_compiler.load()."""
     spec = replace(cases.DEFAULT.spec)
-    with _step("Compiling"), usage_errors():
+    with step("Compiling"), usage_errors():
         module = compiler.compile_to_save(spec, target, pipeline, **extras(options))
     try:
         module.save(output)
@@ -140,6 +138,10 @@ for _name, _run in library_cli.COMMANDS.items():
     main.add_command(_OfALibrary(_name, help=_run.__doc__, add_help_option=False))
 
 
+main.add_command(pages.report_command)
+main.add_command(pages.diff_command)
+
+
 @main.command()
 @spec_options
 @extras_options
@@ -147,7 +149,7 @@ for _name, _run in library_cli.COMMANDS.items():
 def inspect(stage: str, target: Any, pipeline: str, **options: Any) -> None:
     """Print what one stage of the compiler produced for a spec."""
     spec = replace(cases.DEFAULT.spec)
-    with _step("Compiling"), usage_errors():
+    with step("Compiling"), usage_errors():
         texts = compiler.emit(spec, target, pipeline, **extras(options))
         if stage not in texts:
             raise ValueError(f"stage: expected one of {', '.join(texts)} for this target, got {stage!r}")
@@ -168,7 +170,7 @@ def explain_command(
     GPU the instructions of its kernels are counted.
     """
     spec = replace(cases.DEFAULT.spec)
-    with _step("Compiling"), usage_errors():
+    with step("Compiling"), usage_errors():
         explanation = compiler.explain(spec, target, pipeline, Limits(flops, bandwidth, gpu))
     report.print_explanation(_STDOUT, spec, explanation)
 
@@ -180,7 +182,7 @@ def explain_command(
 )
 def generate_command(check: bool, directory: Path) -> None:
     """Write generated/ again: what the compiler emits for a few named specs."""
-    with _step("Compiling"), usage_errors():
+    with step("Compiling"), usage_errors():
         diff = generate.check(directory) if check else ""
         changed = [] if check else generate.write(directory)
     report.print_code(_STDOUT, diff, "diff")
@@ -214,19 +216,6 @@ def cache_clear() -> None:
         cache.clear()
 
 
-@contextlib.contextmanager
-def _step(label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show on stderr that something is going on: a bar on a terminal, a line elsewhere."""
-    if not _STDERR.is_terminal:
-        _STDERR.print(f"{label} ...")
-        yield lambda count: None
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_STDERR, transient=True) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda count: progress.advance(task, count)
-
-
 def _check_memory(case: cases.Case) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # The comparison has one sequence in float64 beside the caches: keys, values, their magnitudes, and six of scores.
@@ -237,7 +226,7 @@ def _check_memory(case: cases.Case) -> None:
 
 
 def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str, attend: bool) -> Module:
-    with _step("Compiling"), usage_errors():
+    with step("Compiling"), usage_errors():
         return pa_compiler.compile(spec, target, pipeline, attend=attend)
 
 
@@ -258,7 +247,7 @@ def _make_inputs(
 ) -> cases.Inputs:
     elements = int(case.query_counts.sum()) * case.spec.num_heads * case.spec.head_dim
     elements += case.cache_bytes // cases.np.dtype(case.spec.dtype).itemsize
-    with _step("Making the inputs", elements) as advance:
+    with step("Making the inputs", elements) as advance:
         return cases.make_inputs(case, seed, advance, caches)
 
 
@@ -289,7 +278,7 @@ def _measure(
 
 def _compare(out: Any, case: cases.Case, inputs: cases.Inputs, heads: dict[str, Any]) -> None:
     """Compare with the reference, print PASS or FAIL, and exit with 1 after the latter."""
-    with _step("Comparing with NumPy in float64", case.batch) as advance:
+    with step("Comparing with NumPy in float64", case.batch) as advance:
         errors = cases.compare(out, case, inputs, advance, **heads)
     if not report.print_errors(_STDOUT, case, errors):
         sys.exit(1)

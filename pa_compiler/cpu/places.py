@@ -62,8 +62,8 @@ def _marked(statement: Stmt, places: list[Place], around: Place) -> Stmt:
         case tirx.AttrStmt(node=node, attr_key=key, value=value, body=body):
             return tirx.AttrStmt(node, key, value, _marked(body, places, around))
         case tirx.IfThenElse(condition=condition, then_case=then, else_case=otherwise):
-            otherwise = otherwise and _marked(otherwise, places, around)
-            return tirx.IfThenElse(condition, _marked(then, places, around), otherwise)
+            then = _marked(then, places, around)
+            return tirx.IfThenElse(condition, then, otherwise and _marked(otherwise, places, around))
         case tirx.While(condition=condition, body=body):
             return tirx.While(condition, _marked(body, places, around))
         case tirx.BufferStore():

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -168,6 +168,41 @@ class Module(Calls):
             OSError: path is a directory, a block device or a socket, or the file system refuses something.
         """
         files.write(path, self._library)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        context_lens: Sequence[int] | None = None,
+        query_lens: Sequence[int] | None = None,
+        flops: float | None = None,
+        bandwidth: float | None = None,
+        measure: bool = False,
+    ) -> None:
+        """Write a page that shows the module: one HTML file that needs no other.
+
+        Its stages side by side, linked by what LLVM's debug locations say; what bounds its inner loops; the plan of a
+        call; why it is compiled so; and its manifest. A module that was loaded has no texts of stages to show. It
+        needs the packages of the extra `compiler`, and neither TVM nor a compiler.
+
+        Args:
+            path: The file, written as by save.
+            context_lens: Tokens of each sequence of the call whose plan is shown; by default those of four.
+            query_lens: Query tokens of each, of a call of attend; None for one of decode.
+            flops: GFLOP/s of float32 of one core, for the roofline and the predicted time.
+            bandwidth: GB/s that one core reads, likewise.
+            measure: Whether to time that call on one thread, on random inputs.
+
+        Raises:
+            TypeError, ValueError: a bad argument, or lengths or measuring for a module of a GPU.
+            NotImplementedError: query_lens for a module that has no attend.
+            ImportError: a package of the extra `compiler` is missing.
+            OSError: as save.
+        """
+        from pa_compiler.report import making
+
+        limits = making.checked_limits(flops, bandwidth)
+        files.write(path, making.made(self, context_lens, query_lens, limits, measure).encode())
 
     def verify(
         self,
