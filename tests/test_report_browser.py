@@ -51,7 +51,7 @@ def marked(page, stage):
         f"return [...document.querySelectorAll('[data-stage=\"{stage}\"] .l.on')]"
         ".map(line => [Number(line.dataset.n), line.textContent.slice(line.firstChild.textContent.length)])"
     )
-    return {number: text for number, text in lines}
+    return dict(lines)
 
 
 def chip(page, stage):
@@ -82,7 +82,9 @@ def test_the_columns_are_the_texts(page, module):
 def test_choosing_qk_matmul_marks_the_dot_products_and_nothing_of_the_softmax(page, module):
     chip(page, "qk_matmul").click()
     found = units(module)
-    of = {stage: [found.all[unit].stage if unit >= 0 else "" for unit in lines] for stage, lines in found.of_lines.items()}
+    of = {
+        stage: [found.all[unit].stage if unit >= 0 else "" for unit in lines] for stage, lines in found.of_lines.items()
+    }
     for stage in ("tensorir", "scheduled", "llvm", "asm"):
         lines = marked(page, stage)
         assert lines, stage
@@ -98,7 +100,9 @@ def test_choosing_qk_matmul_marks_the_dot_products_and_nothing_of_the_softmax(pa
 
 
 def test_choosing_a_line_marks_what_it_became(page):
-    line = page.find_element("xpath", "//*[@data-stage='tensorir']//*[contains(@class,'l ') or @class='l'][contains(., 'normalize')]")
+    line = page.find_element(
+        "xpath", "//*[@data-stage='tensorir']//*[contains(@class,'l ') or @class='l'][contains(., 'normalize')]"
+    )
     page.execute_script("arguments[0].scrollIntoView(); arguments[0].click()", line)
     assert "normalize: " in page.find_element("id", "chosen").text
     assert any("vdivps" in text or "vdivss" in text for text in marked(page, "asm").values())
@@ -158,9 +162,11 @@ def test_a_phone_needs_no_scrolling_to_the_side(page, path):
     chip(page, "qk_matmul").click()
     assert page.execute_script("return window.innerWidth") == 390
     assert page.execute_script("return document.scrollingElement.scrollWidth") <= 390
-    widest = page.execute_script("return Math.max(...[...document.querySelectorAll('body *')]"
-                                 ".filter(each => !each.closest('.code, .wide, .command, script, svg'))"
-                                 ".map(each => each.getBoundingClientRect().right))")
+    widest = page.execute_script(
+        "return Math.max(...[...document.querySelectorAll('body *')]"
+        ".filter(each => !each.closest('.code, .wide, .command, script, svg'))"
+        ".map(each => each.getBoundingClientRect().right))"
+    )
     assert widest <= 390
 
 
@@ -184,5 +190,8 @@ def test_a_loop_leads_to_its_lines(page):
 
 def test_work_items_say_what_they_are(page):
     titles = page.execute_script("return [...document.querySelectorAll('#plan title')].map(each => each.textContent)")
-    assert any(re.fullmatch(r"item \d+ on thread [01]: sequence 0, blocks \d+ to \d+, positions .* tokens", each) for each in titles)
+    assert any(
+        re.fullmatch(r"item \d+ on thread [01]: sequence 0, blocks \d+ to \d+, positions .* tokens", each)
+        for each in titles
+    )
     assert page.find_element("id", "plan").text.startswith("The plan of a call\ndecode of 4 sequences of 5,668 tokens")

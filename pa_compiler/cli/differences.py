@@ -26,7 +26,7 @@ class Side(NamedTuple):
     """One of the two: its name in what is printed, what it says of itself, and the texts that are known of it.
 
     Attributes:
-        name: "A" or "B".
+        name: "A" or "B", as it is called in what is printed.
         rows: Labels and what is said.
         sources: The text of each stage; none of a library whose texts are not in the cache.
         loops: Sums over its inner loops, by what instructions do.
@@ -41,7 +41,7 @@ class Side(NamedTuple):
 def side(
     name: str, words: str, common: PagedAttentionSpec, target: Any, pipeline: str, extras: Mapping[str, bool]
 ) -> Side:
-    """What A or B of the command stands for: a library, a target, or options of a spec.
+    """What A or B of the command, its first or second argument, is: a library, a target, or options of a spec.
 
     Raises:
         ValueError: it is none of them.
@@ -57,7 +57,7 @@ def side(
     if words.startswith("-"):
         spec, target, pipeline = _options(words, common, target, pipeline)
     elif words.endswith(".so"):
-        raise ValueError(f"{name.lower()}: expected a library, a target or options of a spec, got {words!r}")
+        raise ValueError(f"{name}: expected a library, a target or options of a spec, got {words!r}")
     else:
         target = backends.named(words)
     module = compiler.compile_to_save(spec, target, pipeline, **extras)
@@ -102,7 +102,7 @@ def _side(
         sums["loops"] += len(loop.lines)
         sums["all"] += loop.instructions * len(loop.lines)
         sums.update({kind: count * len(loop.lines) for kind, count in loop.mix.items()})
-    return Side(name, rows, sources, dict(sums))
+    return Side({"first": "A", "second": "B"}[name], rows, sources, dict(sums))
 
 
 def counts(first: Side, second: Side, width: int) -> str:
@@ -113,7 +113,7 @@ def counts(first: Side, second: Side, width: int) -> str:
         if first.rows.get(label) != second.rows.get(label)
         for side in (first, second)
     ]
-    lines = [words_of.facts(said, width), ""]
+    lines = [words_of.facts(said, width) if said else "A and B say the same of themselves.", ""]
     stages = [stage for stage in STAGES if stage in first.sources or stage in second.sources]
     rows = [[stage, *_lines(first.sources.get(stage, ""), second.sources.get(stage, ""))] for stage in stages]
     if rows:

@@ -17,6 +17,7 @@ from pa_compiler.backend import Limits
 from pa_compiler.cli import library as library_cli
 from pa_compiler.cli import pages
 from pa_compiler.cli import printing as report
+from pa_compiler.cli.kept import cache_command
 from pa_compiler.cli.options import (
     call_options,
     check_takes_numpy,
@@ -138,6 +139,7 @@ for _name, _run in library_cli.COMMANDS.items():
     main.add_command(_OfALibrary(_name, help=_run.__doc__, add_help_option=False))
 
 
+main.add_command(cache_command)
 main.add_command(pages.report_command)
 main.add_command(pages.diff_command)
 
@@ -161,8 +163,24 @@ def inspect(stage: str, target: Any, pipeline: str, **options: Any) -> None:
 @click.option("--flops", type=_POSITIVE, help="GFLOP/s of float32 of one core, for the predicted time.")
 @click.option("--bandwidth", type=_POSITIVE, help="GB/s that one core reads, for the predicted time.")
 @click.option("--gpu", type=click.Choice(list(gpus.GPUS)), help="With --target cuda: the GPU of the predicted time.")
+@click.option(
+    "--section",
+    "sections",
+    multiple=True,
+    type=click.Choice(report.SECTIONS),
+    show_default="all",
+    help="What is printed; it may be given several times.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def explain_command(
-    target: Any, pipeline: str, flops: float | None, bandwidth: float | None, gpu: str | None, **_: Any
+    target: Any,
+    pipeline: str,
+    flops: float | None,
+    bandwidth: float | None,
+    gpu: str | None,
+    sections: tuple[str, ...],
+    as_json: bool,
+    **_: Any,
 ) -> None:
     """Say how a spec is compiled, and why: strategy, tiles, registers, inner loops, and the limit of the machine.
 
@@ -172,7 +190,10 @@ def explain_command(
     spec = replace(cases.DEFAULT.spec)
     with step("Compiling"), usage_errors():
         explanation = compiler.explain(spec, target, pipeline, Limits(flops, bandwidth, gpu))
-    report.print_explanation(_STDOUT, spec, explanation)
+    if as_json:
+        click.echo(report.explanation_json(spec, explanation, sections or report.SECTIONS))
+    else:
+        report.print_explanation(_STDOUT, spec, explanation, sections or report.SECTIONS)
 
 
 @main.command("generate")
@@ -191,29 +212,6 @@ def generate_command(check: bool, directory: Path) -> None:
     for path in changed:
         click.echo(directory / path)
     click.echo(f"{directory}: as the compiler emits it")
-
-
-@main.group("cache")
-def cache_command() -> None:
-    """Look after the compiled modules that are kept on disk."""
-
-
-@cache_command.command("dir")
-def cache_dir() -> None:
-    """Print where compiled modules are kept: PA_CACHE_DIR, else the user's cache directory."""
-    from pa_compiler import store as cache
-
-    with usage_errors():
-        click.echo(click.format_filename(cache.directory()))
-
-
-@cache_command.command("clear")
-def cache_clear() -> None:
-    """Delete all compiled modules."""
-    from pa_compiler import store as cache
-
-    with usage_errors():
-        cache.clear()
 
 
 def _check_memory(case: cases.Case) -> None:

@@ -133,7 +133,7 @@ def _word(value: Any) -> str:
     return str(value)
 
 
-@click.command("diff")
+@click.command("diff", context_settings={"ignore_unknown_options": True})  # A and B may be options in quotes
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
 @spec_options
@@ -156,7 +156,7 @@ def diff_command(first: str, second: str, stages: tuple[str, ...], target: Any, 
     with step("Compiling"), usage_errors():
         a, b = (
             differences.side(name, words, common, target, pipeline, extras(options))
-            for name, words in (("A", first), ("B", second))
+            for name, words in (("first", first), ("second", second))
         )
     console = Console(width=None)
     printing.print_text(console, differences.counts(a, b, console.width))

@@ -12,10 +12,12 @@ from pa_compiler.backend import InnerLoop, Inside, Limits, Option
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.assembly import Counts, Loop, inner_loops
 from pa_compiler.cpu.explain import COLUMNS, LEGEND, alike, decisions
-from pa_compiler.cpu.machines import AMX, AVX2, Machine, machine_of
+from pa_compiler.cpu.machines import AMX, AVX2, machine_of
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles import CpuTiling
-from pa_compiler.cpu.tiles.basis import basis
+from pa_compiler.cpu.tiles.basis import Basis, basis
+from pa_compiler.cpu.tiles.heads_in_lanes import HeadsInLanes
+from pa_compiler.cpu.tiles.tokens_in_tiles import TokensInTiles
 from pa_compiler.key_ranges import decodes_by_attend
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.words import counted
@@ -77,26 +79,34 @@ def options(spec: PagedAttentionSpec, cpu: CpuTarget, pipeline: str) -> list[Opt
     known = basis(spec, cpu, pipeline)
     if decodes_by_attend(spec, pipeline):
         tiles = tiling.choose_attend(spec, cpu, pipeline)
-        return [Option(tiles.strategy, True, "invariant: decode is a call of attend.", _cost(tiles, known.machine))]
+        return [Option(tiles.strategy, True, "invariant: decode is a call of attend.", "")]
     chosen, why = tiling.choose_strategy(spec, cpu, pipeline)
     found = []
     for strategy in tiling.STRATEGIES:
         taken = strategy.strategy == chosen
         last = strategy is tiling.STRATEGIES[-1]
         takes, reason = (True, why if taken else "It takes what no other does.") if last else strategy.takes(known)
-        cost = _cost(strategy.choose(known), known.machine) if takes else ""
-        found.append(Option(strategy.strategy, taken, reason, cost))
+        if strategy is HeadsInLanes:
+            takes = known.rows % known.target.vector_lanes == 0  # what it needs, whatever is preferred to it
+        elif strategy is not TokensInTiles:
+            takes = True
+        found.append(Option(strategy.strategy, taken, reason, _cost(strategy.choose(known), known) if takes else ""))
     return found
 
 
-def _cost(tiles: CpuTiling, machine: Machine) -> str:
-    """What the register tile of QK reads for what it computes."""
-    if tiles.in_tile_registers:
-        return f"a product of tiles for {tiles.qk_rows} rows and {tiles.qk_tokens} tokens"
-    load_cost = machine.load_costs[0 if tiles.keys.dtype == "float32" or tiles.keys.terms == 2 else 1]
+def _cost(tiles: CpuTiling, known: Basis) -> str:
+    """What is read for the sums of QK that lie in registers at once, for each of them."""
     rows, tokens = tiles.qk_rows, tiles.qk_tokens
-    loads = (rows + load_cost * tokens) / (rows * tokens)
-    return f"{loads:.2f} loads for an FMA of QK: {rows} rows x {tokens} columns of registers"
+    if tiles.in_tile_registers:
+        return f"products of tiles, for {counted(rows, 'row')} and {counted(tokens, 'token')} at once"
+    lanes, load_cost = known.target.vector_lanes, known.load_cost
+    if not tiles.scores_in_lanes:
+        sums, loads = rows * tokens, rows + load_cost * tokens
+    elif rows % lanes == 0 and tiles.strategy == HeadsInLanes.strategy:
+        sums, loads = rows // lanes * tokens, rows // lanes + tokens
+    else:
+        sums, loads = rows * max(tokens // lanes, 1), rows + load_cost * max(tokens // lanes, 1)
+    return f"{loads / sums:.2f} loads for an FMA of QK, whose sums are {counted(sums, 'register')}"
 
 
 def loops(asm: str, core: Core) -> list[InnerLoop]:

@@ -43,6 +43,9 @@ _BEGINS = {
 }
 """What the first line of a function looks like, by the stage; what has none is not cut."""
 
+_ENDS = {"llvm": "}"}
+"""The line behind which there is no function, until another begins."""
+
 _CLASSES = (
     ("Token.Comment", "c"),
     ("Token.Keyword", "k"),
@@ -81,7 +84,7 @@ def _functions(stage: str, text: str) -> Iterable[tuple[str, int, int]]:
         if stage in _BEGINS and (begins := _BEGINS[stage].match(line)):
             decorated = at > 0 and lines[at - 1].startswith("    @")
             found.append((at - decorated, begins[1]))
-        elif stage == "llvm" and line == "}":
+        elif line == _ENDS.get(stage):
             found.append((at + 1, REST))
     ends = [begin for begin, _ in found[1:]] + [len(lines)]
     for (begin, name), end in zip(found, ends, strict=True):
