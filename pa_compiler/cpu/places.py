@@ -118,9 +118,8 @@ def with_locations(llvm: str) -> str:
     return _RECORDS.sub("", llvm).replace("emissionKind: FullDebug", "emissionKind: DebugDirectivesOnly")
 
 
-_LOCAL = re.compile(r"\t\.(loc|file)\t+\d|\.L(tmp|func_begin)\d+:$|\t\.cfi_sections")
-_UNWINDING = "\t.cfi_"
 _FUNCTION = re.compile(r"^define [^@\n]*@(\w+)\(.*?\) (?:[^#\n]* )?#(\d+)", re.MULTILINE)
+_LABEL = re.compile(r"([A-Za-z_]\w*):")
 _ATTRIBUTES = re.compile(r"^attributes #(\d+) = \{(.*)\}", re.MULTILINE)
 
 
@@ -135,15 +134,23 @@ def apart(located: str, llvm: str) -> tuple[str, list[int]]:
     thrown = {name for name, number in _FUNCTION.findall(llvm) if "nounwind" not in attributes[number].split()}
     lines, places, place, function = [], [], -1, ""
     for line in located.splitlines():
-        if line.startswith("\t.loc"):
-            place = int(line.split()[2]) - 1
-        if _LOCAL.match(line) or (line.startswith(_UNWINDING) and function not in thrown):
+        of = -1
+        if line.startswith("\t."):
+            if line.startswith("\t.loc\t"):
+                place = int(line.split()[2]) - 1
+                continue
+            if line.startswith("\t.cfi_") and (function not in thrown or line.startswith("\t.cfi_sections")):
+                continue
+            if line.startswith("\t.file\t") and line[7].isdigit():
+                continue
+        elif line.startswith("\t") and not line.startswith("\t#"):
+            of = place
+        elif line.startswith((".Ltmp", ".Lfunc_begin")):
             continue
-        instruction = line.startswith("\t") and not line.startswith(("\t.", "\t#"))
-        if name := re.match(r"([A-Za-z_]\w*):", line):
+        elif name := _LABEL.match(line):
             place, function = -1, name[1]
         lines.append(line)
-        places.append(place if instruction else -1)
+        places.append(of)
     return "\n".join(lines) + "\n", places
 
 
@@ -158,22 +165,16 @@ def of_llvm(emitted: str, shown: str) -> list[int]:
         RuntimeError: the two have not the same instructions, line for line.
     """
     lines = {number: int(line) - 1 for number, line in _LOCATION.findall(emitted)}
-    located = [_place(line, lines) for line in _instructions(_RECORDS.sub("", emitted))]
-    places, found = [], iter(located)
-    for line in shown.splitlines():
-        places.append(next(found, None) if line.startswith("  ") else -1)
-    if None in places or next(found, None) is not None:
+    located = (_place(line, lines) for line in emitted.splitlines() if line.startswith("  ") and line[4:8] != "#dbg")
+    places = [next(located, None) if line.startswith("  ") else -1 for line in shown.splitlines()]
+    if None in places or next(located, None) is not None:
         raise RuntimeError("llvm: expected the text that TVM has emitted, got one with other lines")
     return [-1 if place is None else place for place in places]
 
 
-def _instructions(llvm: str) -> Iterable[str]:
-    return (line for line in llvm.splitlines() if line.startswith("  "))
-
-
 def _place(line: str, lines: dict[str, int]) -> int:
-    found = re.search(r"!dbg !(\d+)", line)
-    return lines.get(found[1], -1) if found else -1
+    _, found, number = line.rpartition("!dbg !")
+    return lines.get(number.partition(",")[0], -1) if found else -1
 
 
 def links(places: Sequence[Place], llvm: Iterable[int], asm: Iterable[int]) -> Links:

@@ -117,16 +117,13 @@ def _with_values(seq: list[Stmt]) -> list[Stmt]:
     None does where TVM has put the value into those that did: it stood before them, in the same sblock.
     """
     from tvm import tirx
-
-    for at in reversed(range(len(seq))):
-        if isinstance(seq[at], tirx.Bind):
-            later = [(span, each) for each in seq[at + 1 :] if (span := _span(each)) is not None]
-            users = [span for span, each in later if _uses(each, seq[at].var)] or [span for span, _ in later]
-            seq[at] = _located(seq[at], users[0]) if users else seq[at]
-    return seq
-
-
-def _uses(statement: Stmt, var: Var) -> bool:
     from tvm.tirx import analysis
 
-    return any(each.same_as(var) for each in analysis.undefined_vars(statement, []))
+    later: list[tuple[Span, set[Var]]] = []  # of the statements that have been passed, the last one first
+    for at in reversed(range(len(seq))):
+        if isinstance(seq[at], tirx.Bind):
+            users = [span for span, used in reversed(later) if seq[at].var in used] or [span for span, _ in later[-1:]]
+            seq[at] = _located(seq[at], users[0]) if users else seq[at]
+        if (span := _span(seq[at])) is not None:
+            later.append((span, set(analysis.undefined_vars(seq[at], []))))
+    return seq
