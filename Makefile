@@ -33,7 +33,7 @@ ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_ben
 
 VLLM_TESTS ?= $(wildcard tests/test_vllm*.py)
 
-.PHONY: run test test-torch test-engines test-relax test-vllm test-smollm2 demo slow soak bench bench-attend bench-engines bench-vllm test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
+.PHONY: run test test-torch test-engines test-relax test-vllm test-smollm2 demo slow soak bench bench-attend bench-engines bench-vllm test-cuda bench-cuda cuda-tools browser-tools runtime-envs docs lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -115,8 +115,25 @@ bench-cuda: $(CUDA)/.installed
 # What `make test` needs to look at the machine code of the CUDA kernels too; without it, those tests are skipped.
 cuda-tools: $(VENV)/.installed-cuda
 
+# What `make test` needs to look at pages in a browser; without it, those tests are skipped. Chromium is the system's: it is
+# installed where that is Debian and nothing has to be asked, and otherwise this says how.
+browser-tools: $(VENV)/.installed-browser
+	@command -v chromedriver >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get install --yes --quiet chromium chromium-driver >/dev/null; } || \
+	  echo 'There is no chromedriver: tests of pages in a browser are skipped.' \
+	       'To install it: apt-get install chromium chromium-driver (Debian), dnf install chromium chromedriver (Fedora)' >&2
+
 # What `make test` needs to run libraries where nothing is installed but what they need; without it, those tests are skipped.
 runtime-envs: $(RUNTIME)/.installed
+
+# Pages of three named specs of generated/, in build/docs.
+docs: $(STAMP)
+	@mkdir -p build/docs
+	$(BIN)/pa-compiler report -o build/docs/case1_fused.html --target x86-64-v4 --no-attend
+	$(BIN)/pa-compiler report -o build/docs/gqa_packed_fused.html --num-heads 32 --num-kv-heads 8 --block-size 16 \
+	  --out-dtype bfloat16 --kv-layout packed --target sapphirerapids
+	$(BIN)/pa-compiler report -o build/docs/mla_fused.html --num-heads 128 --head-dim 576 --value-dim 512 --shared-kv \
+	  --block-size 64 --out-dtype bfloat16 --target sapphirerapids --no-attend
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -213,6 +230,10 @@ $(RUNTIME)/.installed: $(STAMP)
 $(VENV)/.installed-cuda: $(STAMP)
 	@echo 'Installing the CUDA compiler into $(VENV): about 130 MB the first time.'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,cuda]'
+	@touch $@
+
+$(VENV)/.installed-browser: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,browser]'
 	@touch $@
 
 # What TVM's own tests of its cache compare with.

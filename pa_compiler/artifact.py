@@ -29,9 +29,12 @@ STAGE_FILES = {
 }
 """What the stages produce, in order: the name in Module.sources, and the file. Each target has some of them."""
 
+_LINKS = "links.json"
+"""The file that says which sblock each line of them comes from."""
+
 
 def build_into(directory: Path, spec: PagedAttentionSpec, pipeline: str, build: Callable[[Path], Built]) -> None:
-    """Build in a folder of an empty directory, and leave there pa.so, sealed, and the texts of the stages."""
+    """Build in a folder of an empty directory; leave there pa.so, sealed, the texts of the stages, and their links."""
     with tempfile.TemporaryDirectory(prefix=".scratch.", dir=directory) as scratch:  # goes with directory
         built = build(Path(scratch))
         about = manifest.Manifest(
@@ -46,6 +49,7 @@ def build_into(directory: Path, spec: PagedAttentionSpec, pipeline: str, build: 
         (directory / "pa.so").write_bytes(manifest.seal(built.library.read_bytes(), about))
         for stage, text in built.texts.items():
             (directory / STAGE_FILES[stage]).write_text(text, encoding="utf-8")
+        (directory / _LINKS).write_text(built.links.as_json())
 
 
 def loaded(entry: Mapping[str, bytes], spec: PagedAttentionSpec) -> Module:
@@ -55,7 +59,7 @@ def loaded(entry: Mapping[str, bytes], spec: PagedAttentionSpec) -> Module:
     about = manifest.read(library, "pa.so")
     if about.spec == spec:  # where the library states the type of out, the spec may leave it to follow dtype
         about = dataclasses.replace(about, spec=spec)
-    return _load.make(library, about, open_library(library, "pa.so"), sources)
+    return _load.make(library, about, open_library(library, "pa.so"), sources, entry[_LINKS].decode())
 
 
 def in_order(texts: Mapping[str, str]) -> dict[str, str]:

@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pa_compiler.spec import PagedAttentionSpec
+
+
+class Place(NamedTuple):
+    """An sblock of a scheduled function, or a prefetch in one: what instructions come from.
+
+    Attributes:
+        function: The PrimFunc.
+        name: Of the sblock.
+        parent: The number of the sblock around it, -1 where there is none.
+    """
+
+    function: str
+    name: str
+    parent: int
+
+
+class Links(NamedTuple):
+    """Which sblock each line of a text comes from.
+
+    Attributes:
+        places: The sblocks, in the order of the scheduled text of their function.
+        lines: By stage, for the lines of its text in order: (number of a place, how many lines). -1 is no place.
+    """
+
+    places: tuple[Place, ...] = ()
+    lines: Mapping[str, tuple[tuple[int, int], ...]] = {}
+
+    def as_json(self) -> str:
+        """As a text, which links() reads."""
+        return json.dumps({"places": self.places, "lines": self.lines}, separators=(",", ":"))
+
+    def of_lines(self, stage: str) -> list[int]:
+        """The place of each line of a stage's text; of no line where the stage has none."""
+        return [place for place, count in self.lines.get(stage, ()) for _ in range(count)]
+
+
+def links(text: str) -> Links:
+    """What Links.as_json has written; none of an empty text."""
+    if not text:
+        return Links()
+    read = json.loads(text)
+    lines = {stage: tuple((place, count) for place, count in runs) for stage, runs in read["lines"].items()}
+    return Links(tuple(Place(*place) for place in read["places"]), lines)
 
 
 class Built(NamedTuple):
@@ -18,6 +62,7 @@ class Built(NamedTuple):
         target: The TVM target dict that the code was made for, with all that was found out about it.
         features: LLVM's names of the instruction sets that a CPU must have to run it, sorted.
         kernels: The machine code of the kernels, as text.
+        links: Which sblock the lines of the texts come from, where the target knows it.
     """
 
     library: Path
@@ -25,6 +70,7 @@ class Built(NamedTuple):
     target: dict[str, Any]
     features: tuple[str, ...]
     kernels: str
+    links: Links = Links()
 
 
 class Limits(NamedTuple):
@@ -61,6 +107,66 @@ class Explanation(NamedTuple):
     remark: str
 
 
+class Option(NamedTuple):
+    """A strategy that was asked about for a spec.
+
+    Attributes:
+        name: The strategy.
+        taken: Whether it is the one.
+        reason: Why, or why not, in a sentence.
+        cost: What its tiles would cost, in words; "" where it has none for the spec.
+    """
+
+    name: str
+    taken: bool
+    reason: str
+    cost: str
+
+
+class InnerLoop(NamedTuple):
+    """Inner loops of machine code that consist of the same instructions; of a GPU, a kernel as a whole.
+
+    Attributes:
+        function: The PrimFunc that they are in.
+        lines: Of the text of the machine code, counted from 1, at which they begin.
+        mix: How many instructions of one pass do what, by a word for it; one that does two things is in both.
+        instructions: All of them.
+        cycles: The least for one pass through one of the loops on a core as `cycles_of` describes it; None of a GPU.
+        bound: What takes as many: "arithmetic", "loads" or "instructions"; "" of a GPU.
+        registers: Registers that they use, in words.
+        code: The instructions of the first.
+    """
+
+    function: str
+    lines: tuple[int, ...]
+    mix: Mapping[str, int]
+    instructions: int
+    cycles: float | None
+    bound: str
+    registers: str
+    code: tuple[str, ...]
+
+
+class Inside(NamedTuple):
+    """What a page shows of a module beside its texts, found without compiling anything.
+
+    Attributes:
+        facts: The decisions, each with its label.
+        options: The strategies that were asked about, in the order in which they were.
+        loops: The inner loops that compute, function by function; none where there is no text to read them in.
+        legend: What the words of their mixes mean.
+        cycles_of: The core that cycles are counted for, in words.
+        flops: GFLOP/s of one core at most with the instructions that the kernels use, where limits say the machine's.
+    """
+
+    facts: Sequence[tuple[str, str]]
+    options: Sequence[Option]
+    loops: Sequence[InnerLoop]
+    legend: Mapping[str, str]
+    cycles_of: str
+    flops: float | None
+
+
 class Extras(NamedTuple):
     """The entry points that a library has only where it is to, by compile's words for them."""
 
@@ -87,6 +193,7 @@ class Backend(NamedTuple):
         emit_portable: As emit, without the stages that programs of the machine make, which differ by their versions.
         build: (spec, config, pipeline, extras, empty directory) -> Built.
         explain: (spec, config, pipeline, limits, empty directory) -> Explanation. Like the three above, it imports TVM.
+        inside: (spec, a library's target, its features, pipeline, texts of stages, limits) -> Inside, without TVM.
         origins: The stages of emit_portable that generated/ shows, each with the files that its text comes from.
         takes_numpy: Whether modules take NumPy arrays.
     """
@@ -101,5 +208,6 @@ class Backend(NamedTuple):
     emit_portable: Callable[[PagedAttentionSpec, dict[str, Any], str, Extras, Path], dict[str, str]]
     build: Callable[[PagedAttentionSpec, dict[str, Any], str, Extras, Path], Built]
     explain: Callable[[PagedAttentionSpec, dict[str, Any], str, Limits, Path], Explanation]
+    inside: Callable[[PagedAttentionSpec, Mapping[str, Any], Sequence[str], str, Mapping[str, str], Limits], Inside]
     origins: Mapping[str, str]
     takes_numpy: bool

@@ -13,7 +13,7 @@ TargetLike = str | Mapping[str, Any]
 
 @functools.cache
 def _llvm() -> Backend:
-    from pa_compiler.cpu import backend, explain, target, tiles
+    from pa_compiler.cpu import backend, explain, inside, target, tiles
 
     return Backend(
         normalize=target.normalize,
@@ -26,6 +26,7 @@ def _llvm() -> Backend:
         emit_portable=backend.emit,
         build=backend.build,
         explain=explain.explain,
+        inside=inside.inside,
         origins=backend.ORIGINS,
         takes_numpy=True,
     )
@@ -33,7 +34,7 @@ def _llvm() -> Backend:
 
 @functools.cache
 def _cuda() -> Backend:
-    from pa_compiler.cuda import backend, explain, target, tiling
+    from pa_compiler.cuda import backend, explain, inside, target, tiling
 
     return Backend(
         normalize=target.normalize,
@@ -46,6 +47,7 @@ def _cuda() -> Backend:
         emit_portable=backend.emit_portable,
         build=backend.build,
         explain=explain.explain,
+        inside=inside.inside,
         origins=backend.ORIGINS,
         takes_numpy=False,
     )

@@ -128,6 +128,20 @@ def find(key: str) -> dict[str, bytes] | None:
     return next((files for each in entries if (files := _checked(Path(each)))), None)
 
 
+def with_library(library: bytes) -> dict[str, bytes] | None:
+    """The files of an entry whose library has these bytes; None where there is none.
+
+    Raises:
+        OSError: as of directory.
+    """
+    digest = hashlib.sha256(library).hexdigest()
+    for path in sorted(directory().glob(f"*/{_DIGESTS}")):
+        with contextlib.suppress(OSError, ValueError):  # somebody else has removed it, or it is damaged
+            if json.loads(path.read_text()).get("pa.so") == digest and (files := _checked(path.parent)):
+                return files
+    return None
+
+
 def _built(entry: Path, build: Callable[[Path], None]) -> dict[str, bytes]:
     """Build an entry; to be called with its lock."""
     _remove(entry)  # a damaged one, and what killed builds left

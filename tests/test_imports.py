@@ -29,8 +29,8 @@ ARROWS = {
         "score_checks",
         "interface",
         "key_ranges",
-        "verification",
-    },  # a module verifies itself, by what compares it with the reference
+        *("verification", "report"),
+    },  # a module verifies itself, by what compares it with the reference, and makes a page of itself
     "verification": {
         *("spec", "interface", "layout", "reference", "reference_weights", "reference_functions", "runtime"),
         *("score", "bounds", "tracing", "key_ranges"),
@@ -69,9 +69,13 @@ ARROWS = {
     "generate": {
         *("spec", "runtime", "artifact", "backend", "backends", "compiler", "host", "installation", "interrupts"),
     },
+    "report": {
+        *("spec", "interface", "verification", "words", "backend", "backends", "installation"),
+        "cli",  # what is said of specs and targets
+    },
     "cli": {
         *("__init__", "spec", "bounds", "interface", "runtime", "verification", "words"),
-        *("backend", "backends", "compiler", "generate", "store"),
+        *("artifact", "backend", "backends", "compiler", "generate", "report", "store"),
         "cuda",  # the names of GPUs
     },
     "integrations": {"__init__", "spec", "runtime"},  # compile() is the package's own
@@ -82,7 +86,7 @@ ARROWS = {
 
 RUNTIME = {"__init__", "__main__"}
 """What a program that runs libraries imports, and with it all that these import but for what compiles."""
-COMPILER = {"compiler", "cli.main"}
+COMPILER = {"compiler", "cli.main", "report.making"}
 BASE_PACKAGES = {"pa_compiler", "tvm_ffi", "numpy", "ml_dtypes"}
 OTHERS = {
     "runtime.torch_tensors": {"torch"},  # of callers with its tensors

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import pa_compiler
 from pa_compiler import compiler, generate
 from pa_compiler.backend import Limits
 from pa_compiler.cli import library as library_cli
+from pa_compiler.cli import pages
 from pa_compiler.cli import printing as report
+from pa_compiler.cli.kept import cache_command
 from pa_compiler.cli.options import (
     call_options,
     check_takes_numpy,
@@ -28,6 +27,7 @@ from pa_compiler.cli.options import (
     spec_options,
     usage_errors,
 )
+from pa_compiler.cli.progress import step
 from pa_compiler.cuda import gpus
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import cases
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from pa_compiler.runtime.module import Module
 
 _STDOUT = Console()
-_STDERR = Console(stderr=True)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 _LEXERS = {"tensorir": "python", "scheduled": "python", "cuda": "cuda", "host": "cpp"}
 _LEXERS |= {"llvm": "llvm", "asm": "gas", "ptx": "ptx", "sass": "text"}
@@ -113,7 +112,7 @@ def bench(
 def build(output: Path, target: Any, pipeline: str, **options: Any) -> None:
     """Compile a spec to one shared library, for pa_compiler.load()."""
     spec = replace(cases.DEFAULT.spec)
-    with _step("Compiling"), usage_errors():
+    with step("Compiling"), usage_errors():
         module = compiler.compile_to_save(spec, target, pipeline, **extras(options))
     try:
         module.save(output)
@@ -140,6 +139,11 @@ for _name, _run in library_cli.COMMANDS.items():
     main.add_command(_OfALibrary(_name, help=_run.__doc__, add_help_option=False))
 
 
+main.add_command(cache_command)
+main.add_command(pages.report_command)
+main.add_command(pages.diff_command)
+
+
 @main.command()
 @spec_options
 @extras_options
@@ -147,7 +151,7 @@ for _name, _run in library_cli.COMMANDS.items():
 def inspect(stage: str, target: Any, pipeline: str, **options: Any) -> None:
     """Print what one stage of the compiler produced for a spec."""
     spec = replace(cases.DEFAULT.spec)
-    with _step("Compiling"), usage_errors():
+    with step("Compiling"), usage_errors():
         texts = compiler.emit(spec, target, pipeline, **extras(options))
         if stage not in texts:
             raise ValueError(f"stage: expected one of {', '.join(texts)} for this target, got {stage!r}")
@@ -159,8 +163,24 @@ def inspect(stage: str, target: Any, pipeline: str, **options: Any) -> None:
 @click.option("--flops", type=_POSITIVE, help="GFLOP/s of float32 of one core, for the predicted time.")
 @click.option("--bandwidth", type=_POSITIVE, help="GB/s that one core reads, for the predicted time.")
 @click.option("--gpu", type=click.Choice(list(gpus.GPUS)), help="With --target cuda: the GPU of the predicted time.")
+@click.option(
+    "--section",
+    "sections",
+    multiple=True,
+    type=click.Choice(report.SECTIONS),
+    show_default="all",
+    help="What is printed; it may be given several times.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def explain_command(
-    target: Any, pipeline: str, flops: float | None, bandwidth: float | None, gpu: str | None, **_: Any
+    target: Any,
+    pipeline: str,
+    flops: float | None,
+    bandwidth: float | None,
+    gpu: str | None,
+    sections: tuple[str, ...],
+    as_json: bool,
+    **_: Any,
 ) -> None:
     """Say how a spec is compiled, and why: strategy, tiles, registers, inner loops, and the limit of the machine.
 
@@ -168,9 +188,12 @@ def explain_command(
     GPU the instructions of its kernels are counted.
     """
     spec = replace(cases.DEFAULT.spec)
-    with _step("Compiling"), usage_errors():
+    with step("Compiling"), usage_errors():
         explanation = compiler.explain(spec, target, pipeline, Limits(flops, bandwidth, gpu))
-    report.print_explanation(_STDOUT, spec, explanation)
+    if as_json:
+        click.echo(report.explanation_json(spec, explanation, sections or report.SECTIONS))
+    else:
+        report.print_explanation(_STDOUT, spec, explanation, sections or report.SECTIONS)
 
 
 @main.command("generate")
@@ -180,7 +203,7 @@ def explain_command(
 )
 def generate_command(check: bool, directory: Path) -> None:
     """Write generated/ again: what the compiler emits for a few named specs."""
-    with _step("Compiling"), usage_errors():
+    with step("Compiling"), usage_errors():
         diff = generate.check(directory) if check else ""
         changed = [] if check else generate.write(directory)
     report.print_code(_STDOUT, diff, "diff")
@@ -189,42 +212,6 @@ def generate_command(check: bool, directory: Path) -> None:
     for path in changed:
         click.echo(directory / path)
     click.echo(f"{directory}: as the compiler emits it")
-
-
-@main.group("cache")
-def cache_command() -> None:
-    """Look after the compiled modules that are kept on disk."""
-
-
-@cache_command.command("dir")
-def cache_dir() -> None:
-    """Print where compiled modules are kept: PA_CACHE_DIR, else the user's cache directory."""
-    from pa_compiler import store as cache
-
-    with usage_errors():
-        click.echo(click.format_filename(cache.directory()))
-
-
-@cache_command.command("clear")
-def cache_clear() -> None:
-    """Delete all compiled modules."""
-    from pa_compiler import store as cache
-
-    with usage_errors():
-        cache.clear()
-
-
-@contextlib.contextmanager
-def _step(label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show on stderr that something is going on: a bar on a terminal, a line elsewhere."""
-    if not _STDERR.is_terminal:
-        _STDERR.print(f"{label} ...")
-        yield lambda count: None
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_STDERR, transient=True) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 def _check_memory(case: cases.Case) -> None:
@@ -237,7 +224,7 @@ def _check_memory(case: cases.Case) -> None:
 
 
 def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str, attend: bool) -> Module:
-    with _step("Compiling"), usage_errors():
+    with step("Compiling"), usage_errors():
         return pa_compiler.compile(spec, target, pipeline, attend=attend)
 
 
@@ -258,7 +245,7 @@ def _make_inputs(
 ) -> cases.Inputs:
     elements = int(case.query_counts.sum()) * case.spec.num_heads * case.spec.head_dim
     elements += case.cache_bytes // cases.np.dtype(case.spec.dtype).itemsize
-    with _step("Making the inputs", elements) as advance:
+    with step("Making the inputs", elements) as advance:
         return cases.make_inputs(case, seed, advance, caches)
 
 
@@ -289,7 +276,7 @@ def _measure(
 
 def _compare(out: Any, case: cases.Case, inputs: cases.Inputs, heads: dict[str, Any]) -> None:
     """Compare with the reference, print PASS or FAIL, and exit with 1 after the latter."""
-    with _step("Comparing with NumPy in float64", case.batch) as advance:
+    with step("Comparing with NumPy in float64", case.batch) as advance:
         errors = cases.compare(out, case, inputs, advance, **heads)
     if not report.print_errors(_STDOUT, case, errors):
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -123,15 +124,41 @@ def print_errors(console: Console, case: Case, errors: Errors) -> bool:
     return passed
 
 
-def print_explanation(console: Console, spec: PagedAttentionSpec, explanation: Explanation) -> None:
+SECTIONS = ("spec", "decisions", "loops", "legend")
+"""The parts of an explanation: what is compiled, what is decided for it, its machine code, and what the heads mean."""
+
+
+def print_explanation(
+    console: Console, spec: PagedAttentionSpec, explanation: Explanation, sections: Sequence[str] = SECTIONS
+) -> None:
     """Print how a spec is compiled: decisions, then a table of its machine code with what the heads mean."""
     target = ("target", text.target_text(explanation.target))
-    print_facts(console, [*text.spec_rows(spec), target, *explanation.facts])
-    print_text(console, f"\n{text.table(explanation.heads, explanation.code)}")
-    if explanation.remark:
-        print_text(console, text.wrapped(explanation.remark, console.width, 0))
-    print_text(console, "")
-    print_facts(console, explanation.legend)
+    facts = [*text.spec_rows(spec), target] if "spec" in sections else []
+    facts += explanation.facts if "decisions" in sections else []
+    parts = [text.facts(facts, console.width)] if facts else []
+    if "loops" in sections:
+        remark = text.wrapped(explanation.remark, console.width, 0)
+        parts.append("\n".join([text.table(explanation.heads, explanation.code), *([remark] if remark else [])]))
+    if "legend" in sections:
+        parts.append(text.facts(explanation.legend, console.width))
+    print_text(console, "\n\n".join(parts))
+
+
+def explanation_json(spec: PagedAttentionSpec, explanation: Explanation, sections: Sequence[str] = SECTIONS) -> str:
+    """The same as JSON: a member for each section. Numbers of loops are numbers, by their heads."""
+    loops, heading = [], ""
+    for row in explanation.code:
+        if isinstance(row, str):
+            heading = row
+        else:
+            loops.append({"of": heading} | dict(zip(explanation.heads, map(int, row), strict=True)))
+    parts = {
+        "spec": {"fields": spec.stated(), "target": dict(explanation.target)},
+        "decisions": dict(explanation.facts),
+        "loops": loops,
+        "legend": dict(explanation.legend),
+    }
+    return json.dumps({name: part for name, part in parts.items() if name in sections}, indent=1)
 
 
 def print_code(console: Console, code: str, lexer: str) -> None:

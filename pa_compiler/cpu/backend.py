@@ -172,7 +172,7 @@ def build_with_tiles(
         tables = {constant.name: constant.data for constant in spec.constants}
         library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS), tables)
     config, features = json.loads(cpu.config), _target.instruction_sets(cpu)
-    return Built(library, _texts(lowered, text, compiled), config, features, compiled.asm)
+    return Built(library, _texts(lowered, text, compiled), config, features, compiled.asm, compiled.links)
 
 
 def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str]:

@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pa_compiler import interrupts
-from pa_compiler.cpu import stack
+from pa_compiler.backend import Links
+from pa_compiler.cpu import places, stack
 from pa_compiler.cpu.target import CpuTarget
 
 if TYPE_CHECKING:
     from tvm import IRModule
-    from tvm.runtime import Executable
+    from tvm.runtime import Executable, Module
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Compiled kernels: LLVM's text, and the assembly that is linked."""
+    """Compiled kernels: LLVM's text, the assembly that is linked, and which sblock each line of them comes from."""
 
     llvm: str
     asm: str
+    links: Links
 
 
 def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernels:
@@ -35,24 +37,30 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
         OSError: the intermediate file cannot be written.
         RuntimeError: it cannot be read back, as from a directory whose name is not UTF-8.
     """
-    import tvm
-
-    executable = translate(mod, target)
+    marked, known = places.mark(mod)
+    emitted = translate(marked, target).mod.inspect_source("ll")
     interrupts.check()
     text = directory / "kernels.ll"
-    text.write_text(_without_debug_info(executable.mod.inspect_source("ll")))
+    llvm = _read(_without_debug_info(emitted), text).inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
+    interrupts.check()
+    asm, of_asm = places.apart(_read(places.with_locations(emitted), text).inspect_source("asm"), llvm)
+    return Kernels(llvm, asm, places.links(known, places.of_llvm(emitted, llvm), of_asm))
+
+
+def _read(llvm: str, text: Path) -> Module:
+    """What LLVM reads from a text, which is written to a file for it."""
+    import tvm
+
+    text.write_text(llvm)
     try:
-        module = tvm.runtime.load_module(str(text))
+        return tvm.runtime.load_module(str(text))
     except UnicodeEncodeError as error:
         raise RuntimeError(
-            f"{os.fsencode(directory)!r}: expected a directory whose name is UTF-8, for TVM to read from; PA_CACHE_DIR "
-            "names another one, and TMPDIR where there is no cache"
+            f"{os.fsencode(text.parent)!r}: expected a directory whose name is UTF-8, for TVM to read from; "
+            "PA_CACHE_DIR names another one, and TMPDIR where there is no cache"
         ) from error
     except RuntimeError as error:  # which may say no more than "Input/output error"
         raise RuntimeError(f"{text}: LLVM cannot read what it has written: {error}") from error
-    llvm = module.inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
-    interrupts.check()
-    return Kernels(llvm=llvm, asm=module.inspect_source("asm"))
 
 
 def translate(mod: IRModule, target: CpuTarget) -> Executable:

@@ -25,7 +25,7 @@ from pa_compiler.words import counted
 PREDICTED_TOKENS = 1000
 """Tokens of context that the predicted time is of."""
 
-_COLUMNS = {
+COLUMNS = {
     "instructions": "all",
     "fmas": "FMA",
     "dots": "dot",
@@ -39,7 +39,7 @@ _COLUMNS = {
 }
 """The fields of Counts, and the heads of their columns."""
 
-_LEGEND = {
+LEGEND = {
     "line": "where the first of the loops begins in inspect --stage asm",
     "n": "loops that are alike; the other numbers are of one pass through one of them",
     "all": "instructions",
@@ -73,15 +73,23 @@ def explain(
     if limits.gpu is not None:
         raise ValueError(f"gpu: expected --target cuda with it, got {config['kind']!r}")
     cpu = _target.resolve(config)
-    strategy, reason = tiling.choose_strategy(spec, cpu, pipeline)
     extras = Extras(attend=decodes_by_attend(spec, pipeline))
-    if extras.attend:
+    loops = inner_loops(backend.emit(spec, config, pipeline, extras, directory)["asm"])
+    rows, others = _loop_rows(loops)
+    remark = f"... and {counted(others, 'inner loop')} without float32 arithmetic."
+    heads = ("line", "n", *COLUMNS.values())
+    facts = decisions(spec, cpu, pipeline, limits)
+    return Explanation(json.loads(cpu.config), facts, heads, rows, list(LEGEND.items()), remark)
+
+
+def decisions(spec: PagedAttentionSpec, cpu: CpuTarget, pipeline: str, limits: Limits) -> list[tuple[str, str]]:
+    """What the policy decides for a spec on a target, and the work of a token."""
+    strategy, reason = tiling.choose_strategy(spec, cpu, pipeline)
+    tiles = tiling.choose(spec, cpu, pipeline)
+    if decodes_by_attend(spec, pipeline):
         tiles = tiling.choose_attend(spec, cpu, pipeline)
         strategy, reason = tiles.strategy, "invariant: decode takes a query token as attend takes several."
-    else:
-        tiles = tiling.choose(spec, cpu, pipeline)
-    loops = inner_loops(backend.emit(spec, config, pipeline, extras, directory)["asm"])
-    facts = [
+    return [
         ("vectors", f"{cpu.vector_registers} registers of {cpu.vector_lanes} float32 lanes"),
         ("pipeline", pipeline),
         ("threads", threads.from_environment().description),
@@ -90,10 +98,6 @@ def explain(
         *([] if spec.mask_mod is None else [("keys", bounds.in_words(spec))]),
         *_work_rows(spec, tiles.keys.terms, limits),
     ]
-    rows, others = _loop_rows(loops)
-    remark = f"... and {counted(others, 'inner loop')} without float32 arithmetic."
-    heads = ("line", "n", *_COLUMNS.values())
-    return Explanation(json.loads(cpu.config), facts, heads, rows, list(_LEGEND.items()), remark)
 
 
 def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> list[tuple[str, str]]:
@@ -164,17 +168,17 @@ def _loop_rows(loops: list[Loop]) -> tuple[list[Sequence[str] | str], int]:
     rows: list[Sequence[str] | str] = []
     others = len(loops)
     for function, of_function in itertools.groupby(loops, lambda loop: loop.function):
-        alike = _alike(of_function)
-        others -= sum(map(len, alike.values()))
-        if alike:
+        same = alike(of_function)
+        others -= sum(map(len, same.values()))
+        if same:
             rows.append(f"inner loops of {function.removeprefix('__tvm_ffi_')}")
-        for counts, lines in alike.items():
-            numbers = (lines[0], len(lines), *(getattr(counts, name) for name in _COLUMNS))
+        for counts, lines in same.items():
+            numbers = (lines[0], len(lines), *(getattr(counts, name) for name in COLUMNS))
             rows.append([str(number) for number in numbers])
     return rows, others
 
 
-def _alike(loops: Iterable[Loop]) -> dict[Counts, list[int]]:
+def alike(loops: Iterable[Loop]) -> dict[Counts, list[int]]:
     """The lines of loops that compute, by what they consist of."""
     lines: dict[Counts, list[int]] = {}
     for loop in loops:

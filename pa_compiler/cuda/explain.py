@@ -21,7 +21,7 @@ from pa_compiler.words import counted
 BATCH, TOKENS = 64, 4096
 """Sequences, and tokens of each, of the call that the predicted time is of."""
 
-_COLUMNS = {
+COLUMNS = {
     "copy": r"LDGSTS.*",
     "ldsm": r"LDSM.*",
     "mma": r"HMMA.*",
@@ -33,7 +33,7 @@ _COLUMNS = {
 }
 """Instructions of SASS, by the title of their column."""
 
-_LEGEND = {
+LEGEND = {
     "regs": "registers of a thread",
     "spill": "bytes of them that are spilled to memory",
     "all": "instructions",
@@ -79,20 +79,24 @@ def explained(
     gpu: str | None,
 ) -> Explanation:
     """What is said of kernels: what they take, and how often each instruction occurs, where a disassembler told it."""
+    facts = decisions(spec, chip, kernels["cuda_decode"].registers, gpu)
+    heads = ["regs", "spill", *(["all", *COLUMNS] if instructions else [])]
+    legend = [(head, said) for head, said in LEGEND.items() if head in heads]
+    remark = "" if instructions else "Instructions are counted where there is nvdisasm, NVIDIA's disassembler."
+    return Explanation(chip.config, facts, heads, _kernel_rows(kernels, instructions), legend, remark)
+
+
+def decisions(spec: PagedAttentionSpec, chip: CudaTarget, registers: int, gpu: str | None) -> list[tuple[str, str]]:
+    """What the policy decides for a spec on an architecture, whose decode takes so many registers of a thread."""
     tiles = cuda_tiling.choose(spec, chip.arch)
     strategy, reason = cuda_tiling.choose_strategy(spec)
-    registers, shared = kernels["cuda_decode"].registers, tiles.shared_bytes(spec)
-    fits = gpus.residence(chip.arch, tiles.threads, registers, shared)
-    facts = [
+    fits = gpus.residence(chip.arch, tiles.threads, registers, tiles.shared_bytes(spec))
+    return [
         ("strategy", f"{strategy}. {reason}"),
         *_tile_rows(spec, tiles, fits),
         ("attend", _attend_words(spec, cuda_tiling.choose_attend(spec, chip.arch))),
         *_work_rows(spec, tiles, fits.blocks, gpu),
     ]
-    heads = ["regs", "spill", *(["all", *_COLUMNS] if instructions else [])]
-    legend = [(head, said) for head, said in _LEGEND.items() if head in heads]
-    remark = "" if instructions else "Instructions are counted where there is nvdisasm, NVIDIA's disassembler."
-    return Explanation(chip.config, facts, heads, _kernel_rows(kernels, instructions), legend, remark)
 
 
 def _tile_rows(spec: PagedAttentionSpec, tiles: CudaTiling, fits: gpus.Residence) -> list[tuple[str, str]]:
@@ -173,7 +177,7 @@ def _kernel_rows(kernels: Kernels, counts: Mapping[str, Counter[str]] | None) ->
         numbers = [resources.registers, resources.spill_bytes]
         if counts:
             of_kernel = counts[kernel]
-            numbers += [of_kernel.total(), *(_count(of_kernel, pattern) for pattern in _COLUMNS.values())]
+            numbers += [of_kernel.total(), *(_count(of_kernel, pattern) for pattern in COLUMNS.values())]
         rows += [kernel.removeprefix("cuda_"), [str(number) for number in numbers]]
     return rows
 

@@ -15,11 +15,15 @@ from pa_compiler.runtime.module import Module
 
 
 def make(
-    library: bytes, about: manifest.Manifest, functions: tvm_ffi.Module, sources: Mapping[str, str] | None = None
+    library: bytes,
+    about: manifest.Manifest,
+    functions: tvm_ffi.Module,
+    sources: Mapping[str, str] | None = None,
+    links: str = "",
 ) -> Module:
     """The module of a library that has been loaded."""
     kind = CudaModule if about.target["kind"] == "cuda" else Module
-    return kind(library, about, functions, sources)
+    return kind(library, about, functions, sources, links)
 
 
 def load(path: str | os.PathLike[str]) -> Module:

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -49,6 +49,7 @@ class Module(Calls):
         about: manifest.Manifest,
         functions: tvm_ffi.Module,
         sources: Mapping[str, str] | None = None,
+        links: str = "",
     ) -> None:
         self._library = library
         self.manifest = about
@@ -57,6 +58,7 @@ class Module(Calls):
         self.pipeline = self.manifest.pipeline
         self.target = self.manifest.target
         self.sources: Mapping[str, str] = types.MappingProxyType(dict(sources or {}))
+        self._links = links
         self._set_up()
         self._open()
 
@@ -70,7 +72,7 @@ class Module(Calls):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies are made of the library, as load() would make them, with sources and settings."""
-        return _again, (type(self), self._library, dict(self.sources), self._settings)
+        return _again, (type(self), self._library, dict(self.sources), self._settings, self._links)
 
     def empty_cache(self, num_blocks: int, *, like: str = "numpy") -> tuple[Any, Any]:
         """New key and value caches of num_blocks blocks in kv_layout, all 0. With shared_kv the second is None.
@@ -167,6 +169,41 @@ class Module(Calls):
         """
         files.write(path, self._library)
 
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        context_lens: Sequence[int] | None = None,
+        query_lens: Sequence[int] | None = None,
+        flops: float | None = None,
+        bandwidth: float | None = None,
+        measure: bool = False,
+    ) -> None:
+        """Write a page that shows the module: one HTML file that needs no other.
+
+        Its stages side by side, linked by what LLVM's debug locations say; what bounds its inner loops; the plan of a
+        call; why it is compiled so; and its manifest. A module that was loaded has no texts of stages to show. It
+        needs the packages of the extra `compiler`, and neither TVM nor a compiler.
+
+        Args:
+            path: The file, written as by save.
+            context_lens: Tokens of each sequence of the call whose plan is shown; by default those of four.
+            query_lens: Query tokens of each, of a call of attend; None for one of decode.
+            flops: GFLOP/s of float32 of one core, for the roofline and the predicted time.
+            bandwidth: GB/s that one core reads, likewise.
+            measure: Whether to time that call on one thread, on random inputs.
+
+        Raises:
+            TypeError, ValueError: a bad argument, or lengths or measuring for a module of a GPU.
+            NotImplementedError: query_lens for a module that has no attend.
+            ImportError: a package of the extra `compiler` is missing.
+            OSError: as save.
+        """
+        from pa_compiler.report import making
+
+        limits = making.checked_limits(flops, bandwidth)
+        files.write(path, making.made(self, context_lens, query_lens, limits, measure).encode())
+
     def verify(
         self,
         seconds: float = 10,
@@ -211,10 +248,12 @@ _ITEMS: Mapping[int, Callable[..., Any]] = {len(kind._fields): kind for kind in 
 """By how many numbers a line of a plan has."""
 
 
-def _again(kind: type[Module], library: bytes, sources: Mapping[str, str], settings: Mapping[str, Any]) -> Module:
+def _again(
+    kind: type[Module], library: bytes, sources: Mapping[str, str], settings: Mapping[str, Any], links: str
+) -> Module:
     """The module that a pickle or a copy stands for."""
     about = manifest.read(library, "module.so")
-    module = kind(library, about, open_library(library, "module.so"), sources)
+    module = kind(library, about, open_library(library, "module.so"), sources, links)
     for name, value in settings.items():
         setattr(module, name, value)
     return module

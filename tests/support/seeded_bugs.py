@@ -386,6 +386,21 @@ FAULTS = {
         "if len(found) != len(expected):",
         "test_manifest.py",
     ),
+    "a line of assembly linked to the sblock behind its own": Fault(
+        "pa_compiler/cpu/places.py", "place = int(line.split()[2]) - 1", "place = int(line.split()[2])", "test_links.py"
+    ),
+    "a line of LLVM's text linked to the one before": Fault(
+        "pa_compiler/cpu/places.py",
+        "lines = {number: int(line) - 1",
+        "lines = {number: int(line) - 2",
+        "test_links.py",
+    ),
+    "a let value of no sblock": Fault(
+        "pa_compiler/cpu/stack.py", "seq[at] = _located(seq[at], users[0]) if users else", "seq[at] =", "test_links.py"
+    ),
+    "a work item for the busiest thread": Fault(
+        "pa_compiler/report/schedule.py", "heapq.heappop(free)", "free.pop()", "test_report.py"
+    ),
     **GPU_FAULTS,
 }
 """By what goes wrong."""

@@ -1,0 +1,57 @@
+"""Which stage of the algorithm the machine code of a module is linked to, and which links cannot be right."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from pa_compiler.backend import links
+from pa_compiler.cpu.assembly import inner_loops
+from pa_compiler.report.units import Units
+
+ARITHMETIC = re.compile(r"v?(fn?m(add|sub)\w*|add|sub|mul|div|min|max)[ps]s\s|v?t?dpbf16ps\s")
+_STAGES = {
+    r"prefetch": {"fetches"},
+    r"v?t?dpbf16ps": {"qk_matmul", "pv_matmul", "softmax"},  # the last sums pairs of probabilities
+    r"v?div[ps]s": {"normalize", "scores"},
+    r"v?maxps": {"scores", "softmax"},
+}
+"""Instructions that few stages have, and which those are."""
+
+
+def units(module):
+    """The units of a module, and those that each line of its texts is of."""
+    return Units(dict(module.sources), links(module._links))
+
+
+def stages_of_lines(module):
+    """(instruction, its stage) of the assembly; the stage is "" where none is known."""
+    found = units(module)
+    lines = module.sources["asm"].splitlines()
+    of_lines = found.of_lines["asm"]
+    assert len(lines) == len(of_lines)
+    return [(line, found.all[unit].stage if unit >= 0 else "") for line, unit in zip(lines, of_lines, strict=True)]
+
+
+def coverage(module):
+    """How many arithmetic instructions inner loops have, and how many of those are linked to a stage."""
+    stages = stages_of_lines(module)
+    found = Counter()
+    for loop in inner_loops(module.sources["asm"]):
+        code = iter(stages[loop.line - 1 :])
+        for instruction in loop.code:
+            stage = next(stage for line, stage in code if line.strip() == instruction)
+            if ARITHMETIC.match(instruction):
+                found["all"] += 1
+                found["linked"] += stage != ""
+    return found["all"], found["linked"]
+
+
+def wrong(stages):
+    """The instructions whose stage has none of their kind."""
+    return [
+        (line.strip(), stage)
+        for line, stage in stages
+        for pattern, of in _STAGES.items()
+        if stage and re.match(rf"\t{pattern}\s|\t{pattern}t\d", line) and stage not in of
+    ]
