@@ -10,6 +10,9 @@ from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 LINE_BYTES = 64
 """A line of the memory system."""
 
+TILE_TOKENS = 16
+"""Rows of tokens that a matrix unit reads at once where they lie, from a multiple of it in a block on."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Element:
@@ -80,6 +83,7 @@ class Tiling:
         value_pairs: Pairs of tokens, all of one block, that a matrix unit adds up at a time where it multiplies packed
             values as they lie in the cache. 0: it does not.
         value_dims: Elements of value_dim whose sums it holds then.
+        rows_in_place: Whether a matrix unit multiplies keys and values as they lie in the cache in rows of tokens.
     """
 
     strategy: ClassVar[str]
@@ -105,6 +109,7 @@ class Tiling:
     fetches_early: bool = dataclasses.field(default=False, kw_only=True)
     value_pairs: int = dataclasses.field(default=0, kw_only=True)
     value_dims: int = dataclasses.field(default=0, kw_only=True)
+    rows_in_place: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def pairs_weights(self) -> bool:

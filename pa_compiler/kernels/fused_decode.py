@@ -8,7 +8,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
-from pa_compiler.kernels import ahead, state
+from pa_compiler.kernels import ahead, rows_in_place, state
 from pa_compiler.kernels.arrays import Arrays, BlockTable, without
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
@@ -24,7 +24,7 @@ from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.state import Factors, State
 from pa_compiler.kernels.tokens import Tile, token_offsets
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiles import Tiling
+from pa_compiler.tiles import TILE_TOKENS, Tiling
 
 
 def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
@@ -42,6 +42,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     arrays, kv_tile = Arrays(spec, tiling), tiling.kv_tile
     tiles, rows = spec.num_kv_heads * tiling.row_tiles(spec), tiling.row_tile
     depth, dim = spec.head_dim // tiling.keys.terms, spec.result_dim
+    query_shape = (tiles, depth, TILE_TOKENS) if tiling.rows_in_place else (tiles, rows, depth)
+    masks_first = masks_first_tile(spec, in_step=tiling.rows_in_place)
     look_up, attend = _look_up(spec, tiling), _attend_heads(spec, tiling)
     load_queries, finish = _load_queries(spec, tiling), _finish(spec, tiling)
     functions = ScoreFunctions(spec)
@@ -98,7 +100,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer((tiles, rows, depth), tiling.keys.factor_dtype)
+                q_tile = T.sblock_alloc_buffer(query_shape, tiling.keys.factor_dtype)
                 row_max = T.sblock_alloc_buffer((tiles, rows), "float32")
                 row_sum = T.sblock_alloc_buffer((tiles, rows), "float32")
                 acc = T.sblock_alloc_buffer((tiles, rows, dim), "float32")
@@ -125,7 +127,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         tile_start: T.let = range_begin + vstep * kv_tile
                         valid_len: T.let = T.min(range_len - vstep * kv_tile, kv_tile)
                         has_next: T.let = vstep < num_steps - 1
-                        tile = T.meta_var(Tile(tiling, tile_start, valid_len, seen if masks_first_tile(spec) else None))
+                        tile = T.meta_var(Tile(tiling, tile_start, valid_len, seen if masks_first else None))
                         keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
                         values = T.meta_var(
                             keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
@@ -237,9 +239,12 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The four stages for the head tiles that go from scores to outputs at once."""
     num_tiles, rows, tokens = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile
     in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
-    qk_stage, softmax_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling)
-    update_stage = update_in_place(spec, tiling) if tiling.value_pairs else pv_update(spec, tiling)
-    pairs_stage, rescale_stage = pair_probs(tiling), state.rescale(rows)
+    in_rows, rescale_stage, softmax_stage = tiling.rows_in_place, state.rescale(rows), softmax_prepare(spec, tiling)
+    qk_stage = rows_in_place.qk_matmul(spec, tiling) if in_rows else qk_matmul(spec, tiling)
+    pairs_stage = rows_in_place.split_probs(tiling) if in_rows else pair_probs(tiling)
+    weights_shape = rows_in_place.weights_shape(tiling) if in_rows else (num_tiles, rows, tokens // 2)
+    update = rows_in_place.pv_update if in_rows else update_in_place if tiling.value_pairs else pv_update
+    update_stage = update(spec, tiling)
     functions = ScoreFunctions(spec)
     visible_stage = compute_visible(functions, tiling)
 
@@ -253,7 +258,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         beta = T.sblock_alloc_buffer((num_tiles, rows), "float32")
         qk_stage(q_tile, first, keys, key_head, tile, scores, 0)
         if in_pairs:
-            prob_pairs = T.sblock_alloc_buffer((num_tiles, rows, tokens // 2), "int32")
+            prob_pairs = T.sblock_alloc_buffer(weights_shape, "int32")
         weights = T.meta_var(prob_pairs if in_pairs else probs)
         computed = T.meta_var(allocate_visible(functions, tiling, sequence.computed, num_tiles))
         for i in range(num_tiles):
