@@ -10,8 +10,9 @@ from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 LINE_BYTES = 64
 """A line of the memory system."""
 
-TILE_TOKENS = 16
-"""Rows of tokens that a matrix unit reads at once where they lie, from a multiple of it in a block on."""
+TILE_TOKENS = TILE_ROWS = 16
+"""Rows of tokens that a matrix unit reads at once where they lie, from a multiple of it in a block on; and rows, or
+columns, of a tile of sums."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pa_compiler.kernels.arrays import Arrays, BlockTable, without
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.headroom import headroom
-from pa_compiler.kernels.load_query import load_query
+from pa_compiler.kernels.load_query import load_query, query_shape
 from pa_compiler.kernels.pv_in_place import update_in_place
 from pa_compiler.kernels.pv_matmul import pv_update
 from pa_compiler.kernels.qk_matmul import qk_matmul
@@ -24,7 +24,7 @@ from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.state import Factors, State
 from pa_compiler.kernels.tokens import Tile, token_offsets
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiles import TILE_TOKENS, Tiling
+from pa_compiler.tiles import Tiling
 
 
 def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
@@ -41,9 +41,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """
     arrays, kv_tile = Arrays(spec, tiling), tiling.kv_tile
     tiles, rows = spec.num_kv_heads * tiling.row_tiles(spec), tiling.row_tile
-    depth, dim = spec.head_dim // tiling.keys.terms, spec.result_dim
-    query_shape = (tiles, depth, TILE_TOKENS) if tiling.rows_in_place else (tiles, rows, depth)
-    masks_first = masks_first_tile(spec, in_step=tiling.rows_in_place)
+    dim, masks_first = spec.result_dim, masks_first_tile(spec, in_step=tiling.rows_in_place)
     look_up, attend = _look_up(spec, tiling), _attend_heads(spec, tiling)
     load_queries, finish = _load_queries(spec, tiling), _finish(spec, tiling)
     functions = ScoreFunctions(spec)
@@ -100,7 +98,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer(query_shape, tiling.keys.factor_dtype)
+                q_tile = T.sblock_alloc_buffer(query_shape(spec, tiling, tiles), tiling.keys.factor_dtype)
                 row_max = T.sblock_alloc_buffer((tiles, rows), "float32")
                 row_sum = T.sblock_alloc_buffer((tiles, rows), "float32")
                 acc = T.sblock_alloc_buffer((tiles, rows, dim), "float32")
@@ -239,12 +237,13 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The four stages for the head tiles that go from scores to outputs at once."""
     num_tiles, rows, tokens = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile
     in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
-    in_rows, rescale_stage, softmax_stage = tiling.rows_in_place, state.rescale(rows), softmax_prepare(spec, tiling)
-    qk_stage = rows_in_place.qk_matmul(spec, tiling) if in_rows else qk_matmul(spec, tiling)
-    pairs_stage = rows_in_place.split_probs(tiling) if in_rows else pair_probs(tiling)
-    weights_shape = rows_in_place.weights_shape(tiling) if in_rows else (num_tiles, rows, tokens // 2)
-    update = rows_in_place.pv_update if in_rows else update_in_place if tiling.value_pairs else pv_update
-    update_stage = update(spec, tiling)
+    rescale_stage, softmax_stage = state.rescale(rows), softmax_prepare(spec, tiling)
+    pairs_stage, weights_shape = pair_probs(tiling), (num_tiles, rows, tokens // 2)
+    of_qk, of_pv = qk_matmul, update_in_place if tiling.value_pairs else pv_update
+    if tiling.rows_in_place:
+        pairs_stage, weights_shape = rows_in_place.split_probs(tiling), rows_in_place.weights_shape(tiling)
+        of_qk, of_pv = rows_in_place.qk_matmul, rows_in_place.pv_update
+    qk_stage, update_stage = of_qk(spec, tiling), of_pv(spec, tiling)
     functions = ScoreFunctions(spec)
     visible_stage = compute_visible(functions, tiling)
 

@@ -7,8 +7,14 @@ from tvm.script import tirx as T
 from pa_compiler.kernels.elements import pair_floats
 from pa_compiler.kernels.headroom import scaled
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiles import Tiling
+from pa_compiler.tiles import TILE_ROWS, Tiling
 from pa_compiler.tvmscript import inline
+
+
+def query_shape(spec: PagedAttentionSpec, tiling: Tiling, tiles: int) -> tuple[int, int, int]:
+    """The shape of load_query's q_tile of so many tiles."""
+    depth = spec.head_dim // tiling.keys.terms
+    return (tiles, depth, TILE_ROWS) if tiling.rows_in_place else (tiles, tiling.row_tile, depth)
 
 
 def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:

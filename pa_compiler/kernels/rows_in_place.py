@@ -21,16 +21,12 @@ from pa_compiler.kernels import state
 from pa_compiler.kernels.caches import key_access, rows_from, value_access, whole
 from pa_compiler.kernels.elements import INFINITE, LOW, dot_pairs, half
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiles import TILE_TOKENS, Tiling
+from pa_compiler.tiles import TILE_ROWS, TILE_TOKENS, Tiling
 from pa_compiler.tvmscript import inline
-
-_ROWS = 16
-"""Rows and columns of a tile of sums."""
-
 
 def weights_shape(tiling: Tiling) -> tuple[int, int, int]:
     """The shape of split_probs' words: rows in whole tiles."""
-    return 1, -(-2 * tiling.row_tile // _ROWS) * _ROWS, tiling.padded_kv_tile
+    return 1, -(-2 * tiling.row_tile // TILE_ROWS) * TILE_ROWS, tiling.padded_kv_tile
 
 
 def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
@@ -44,10 +40,10 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     @inline
     def stage(q_tile, first, keys, head_offset, tile, scores, slot):
         with T.sblock("qk_matmul"):
-            T.reads(q_tile[first, 0:depth, 0:_ROWS], whole(keys.memory), whole(keys.offsets))
+            T.reads(q_tile[first, 0:depth, 0:TILE_ROWS], whole(keys.memory), whole(keys.offsets))
             T.writes(scores[slot, 0:rows, 0:tokens])
-            by_token = T.sblock_alloc_buffer((tokens, _ROWS), "float32")
-            for to, s, t, r, d in T.grid(tile.num_groups, steps, TILE_TOKENS, _ROWS, depth):
+            by_token = T.sblock_alloc_buffer((tokens, TILE_ROWS), "float32")
+            for to, s, t, r, d in T.grid(tile.num_groups, steps, TILE_TOKENS, TILE_ROWS, depth):
                 with T.sblock("scores"):
                     vs = T.axis.spatial(tokens // TILE_TOKENS, to * steps + s)
                     vt, vr, vd = T.axis.remap("SSR", [t, r, d])
@@ -197,25 +193,25 @@ def _sums(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
 
 def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """infinite[0] = 1 where the sums of a row have an infinity or a NaN, else 0."""
-    rows, vectors = 2 * tiling.row_tile, spec.result_dim // 2 // _ROWS
+    rows, vectors = 2 * tiling.row_tile, spec.result_dim // 2 // TILE_ROWS
 
     @inline
     def stage(acc, infinite):
         with T.sblock("find_infinite"):
-            T.reads(acc[0:rows, 0 : vectors * _ROWS])
+            T.reads(acc[0:rows, 0 : vectors * TILE_ROWS])
             T.writes(infinite[0:1])
-            largest = T.sblock_alloc_buffer((_ROWS,), "int32")
-            for lane, m, w in T.grid(_ROWS, rows, vectors):
+            largest = T.sblock_alloc_buffer((TILE_ROWS,), "int32")
+            for lane, m, w in T.grid(TILE_ROWS, rows, vectors):
                 with T.sblock("largest"):
-                    vlane = T.axis.spatial(_ROWS, lane)
+                    vlane = T.axis.spatial(TILE_ROWS, lane)
                     vm, vw = T.axis.remap("RR", [m, w])
                     with T.init():
                         largest[vlane] = 0
-                    number = T.meta_var(T.reinterpret("int32", acc[vm, vw * _ROWS + vlane]))
+                    number = T.meta_var(T.reinterpret("int32", acc[vm, vw * TILE_ROWS + vlane]))
                     largest[vlane] = T.max(largest[vlane], T.bitwise_and(number, INFINITE))
-            for lane in range(_ROWS):
+            for lane in range(TILE_ROWS):
                 with T.sblock("infinite"):
-                    vlane = T.axis.reduce(_ROWS, lane)
+                    vlane = T.axis.reduce(TILE_ROWS, lane)
                     with T.init():
                         infinite[0] = 0
                     infinite[0] = T.Select(largest[vlane] == INFINITE, 1, infinite[0])

@@ -36,6 +36,8 @@ class RowsInTiles(CpuTiling):
             return False, f"tile registers take {steps}."
         if spec.functions:
             return False, "functions of scores may hide values, which tile registers multiply."
+        if basis.sweep() is not None:
+            return False, "the memory is the limit, and a sweep reads it faster than tile registers do."
         return True, "AMX multiplies rows of bfloat16 as they lie in the caches."
 
     @classmethod
