@@ -237,15 +237,11 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The four stages for the head tiles that go from scores to outputs at once."""
     num_tiles, rows, tokens = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile
     in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
-    rescale_stage, softmax_stage = state.rescale(rows), softmax_prepare(spec, tiling)
-    pairs_stage, weights_shape = pair_probs(tiling), (num_tiles, rows, tokens // 2)
-    of_qk, of_pv = qk_matmul, update_in_place if tiling.value_pairs else pv_update
-    if tiling.rows_in_place:
-        pairs_stage, weights_shape = rows_in_place.split_probs(tiling), rows_in_place.weights_shape(tiling)
-        of_qk, of_pv = rows_in_place.qk_matmul, rows_in_place.pv_update
-    qk_stage, update_stage = of_qk(spec, tiling), of_pv(spec, tiling)
-    functions = ScoreFunctions(spec)
-    visible_stage = compute_visible(functions, tiling)
+    update = update_in_place if tiling.value_pairs else pv_update
+    matmuls = qk_matmul(spec, tiling), pair_probs(tiling), update(spec, tiling)
+    qk_stage, pairs_stage, update_stage = rows_in_place.stages(spec, tiling) if tiling.rows_in_place else matmuls
+    functions, rescale_stage = ScoreFunctions(spec), state.rescale(rows)
+    visible_stage, softmax_stage = compute_visible(functions, tiling), softmax_prepare(spec, tiling)
 
     @script.inline
     def stage(q_tile, first, keys, key_head, values, value_head, tile, running, step, num_steps, sequence):
@@ -257,7 +253,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         beta = T.sblock_alloc_buffer((num_tiles, rows), "float32")
         qk_stage(q_tile, first, keys, key_head, tile, scores, 0)
         if in_pairs:
-            prob_pairs = T.sblock_alloc_buffer(weights_shape, "int32")
+            prob_pairs = T.sblock_alloc_buffer(rows_in_place.pairs_shape(tiling, num_tiles), "int32")
         weights = T.meta_var(prob_pairs if in_pairs else probs)
         computed = T.meta_var(allocate_visible(functions, tiling, sequence.computed, num_tiles))
         for i in range(num_tiles):

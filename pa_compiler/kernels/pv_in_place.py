@@ -12,7 +12,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels import state
-from pa_compiler.kernels.caches import value_access, rows_from
+from pa_compiler.kernels.caches import rows_from, value_access
 from pa_compiler.kernels.elements import HIGH, INFINITE, LOW, dot_pairs, larger_exponent
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling

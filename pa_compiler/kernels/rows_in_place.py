@@ -18,15 +18,27 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels import state
-from pa_compiler.kernels.caches import key_access, rows_from, value_access, whole
+from pa_compiler.kernels.caches import rows_from, value_access, whole
 from pa_compiler.kernels.elements import INFINITE, LOW, dot_pairs, half
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import TILE_ROWS, TILE_TOKENS, Tiling
 from pa_compiler.tvmscript import inline
 
-def weights_shape(tiling: Tiling) -> tuple[int, int, int]:
-    """The shape of split_probs' words: rows in whole tiles."""
-    return 1, -(-2 * tiling.row_tile // TILE_ROWS) * TILE_ROWS, tiling.padded_kv_tile
+
+def stages(spec: PagedAttentionSpec, tiling: Tiling) -> tuple[Callable[..., None], ...]:
+    """What there is in place of qk_matmul, pair_probs and pv_update."""
+    return qk_matmul(spec, tiling), split_probs(tiling), pv_update(spec, tiling)
+
+
+def pairs_shape(tiling: Tiling, num_tiles: int) -> tuple[int, int, int]:
+    """The shape of the words of weights of so many head tiles: of split_probs, in whole tiles, or of pair_probs."""
+    if not tiling.rows_in_place:
+        return num_tiles, tiling.row_tile, tiling.padded_kv_tile // 2
+    return num_tiles, _weight_rows(tiling), tiling.padded_kv_tile
+
+
+def _weight_rows(tiling: Tiling) -> int:
+    return -(-2 * tiling.row_tile // TILE_ROWS) * TILE_ROWS
 
 
 def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
@@ -66,7 +78,7 @@ def split_probs(tiling: Tiling) -> Callable[..., None]:
 
     For num_groups token groups; probs are numbers of bfloat16, as float32. Of other rows nothing is written.
     """
-    rows, group, (_, num_rows, tokens) = tiling.row_tile, tiling.token_group, weights_shape(tiling)
+    rows, num_rows, group, tokens = tiling.row_tile, _weight_rows(tiling), tiling.token_group, tiling.padded_kv_tile
 
     @inline
     def stage(probs, words, tile_sum, slot, num_groups):
@@ -77,7 +89,8 @@ def split_probs(tiling: Tiling) -> Callable[..., None]:
                 with T.sblock("even_weight"):
                     vt = T.axis.spatial(tokens, to * group + ti)
                     vr = T.axis.spatial(rows, r)
-                    words[0, vr * 2, vt] = T.bitwise_and(T.shift_right(T.reinterpret("int32", probs[slot, vr, vt]), 16), LOW)
+                    bits = T.meta_var(T.reinterpret("int32", probs[slot, vr, vt]))
+                    words[0, vr * 2, vt] = T.bitwise_and(T.shift_right(bits, 16), LOW)
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("odd_weight"):
                     vt = T.axis.spatial(tokens, to * group + ti)
@@ -89,9 +102,9 @@ def split_probs(tiling: Tiling) -> Callable[..., None]:
 
 def pv_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The sblock pv_update: the outputs of one tile of rows, whose weights are split_probs' words, and their fold."""
-    rows, dim, num_rows = tiling.row_tile, spec.result_dim, weights_shape(tiling)[1]
-    sum_stage, find_infinite, element_stage = _sums(spec, tiling), _find_infinite(spec, tiling), _by_element(spec, tiling)
-    fold_stage = state.fold(1, rows, dim)
+    rows, dim, num_rows = tiling.row_tile, spec.result_dim, _weight_rows(tiling)
+    sum_stage, element_stage = _sums(spec, tiling), _by_element(spec, tiling)
+    find_infinite, fold_stage = _find_infinite(spec, tiling), state.fold(1, rows, dim)
 
     @inline
     def stage(weights, values, head_offset, tile, factors, running, step, num_steps, computed):
@@ -122,7 +135,7 @@ def _sums(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
 
     In the caller's sblock, of all token groups that hold tokens, in their order, in passes over value_dims elements.
     """
-    num_rows, width, group = weights_shape(tiling)[1], tiling.value_dims // 2, tiling.token_group
+    num_rows, width, group = _weight_rows(tiling), tiling.value_dims // 2, tiling.token_group
     tokens, steps, passes = tiling.padded_kv_tile, group // TILE_TOKENS, spec.result_dim // tiling.value_dims
     read = value_access(spec, tiling).pair
 

@@ -48,7 +48,7 @@ COLUMNS = 16
 
 
 class Registers(NamedTuple):
-    """The tile registers of the operands of a product: of the first left one, if several are held, and the right one."""
+    """The tile registers of the operands of a product. Of left ones that are held side by side, that of the first."""
 
     left: int
     right: int
@@ -144,8 +144,8 @@ class _Nest(NamedTuple):
     def at(self, expression: Expr, tile: tuple[int, ...] = ()) -> Expr:
         """An expression at the first row, column and pair of a tile, by its numbers in the outermost loops."""
         analyzer = Analyzer()
-        for loop, number in itertools.zip_longest(self.loops, tile, fillvalue=0):
-            analyzer.bind(loop.loop_var, T.int32(number))
+        for i, loop in enumerate(self.loops):
+            analyzer.bind(loop.loop_var, T.int32(tile[i] if i < len(tile) else 0))
         for variable, value in self.values.items():
             analyzer.bind(variable, value)
         return analyzer.simplify(expression)
