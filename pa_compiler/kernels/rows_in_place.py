@@ -42,39 +42,40 @@ def _weight_rows(tiling: Tiling) -> int:
 
 
 def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """What kernels/qk_matmul.py has, of one head tile, whose query is turned: q_tile[first, d, r].
+    """What kernels/qk_matmul.py has, with the query turned: q_tile[first, d, r].
 
     Of the columns of q_tile beyond row_tile nothing is used.
     """
     rows, depth, tokens = tiling.row_tile, spec.head_dim // 2, tiling.padded_kv_tile
-    steps = tiling.token_group // TILE_TOKENS
+    steps, num_tiles, group_tiles = tiling.token_group // TILE_TOKENS, tiling.pass_tiles(spec), tiling.row_tiles(spec)
 
     @inline
     def stage(q_tile, first, keys, head_offset, tile, scores, slot):
         with T.sblock("qk_matmul"):
-            T.reads(q_tile[first, 0:depth, 0:TILE_ROWS], whole(keys.memory), whole(keys.offsets))
-            T.writes(scores[slot, 0:rows, 0:tokens])
-            by_token = T.sblock_alloc_buffer((tokens, TILE_ROWS), "float32")
-            for to, s, t, r, d in T.grid(tile.num_groups, steps, TILE_TOKENS, TILE_ROWS, depth):
+            T.reads(q_tile[first : first + num_tiles, 0:depth, 0:TILE_ROWS], whole(keys.memory), whole(keys.offsets))
+            T.writes(scores[slot : slot + num_tiles, 0:rows, 0:tokens])
+            by_token = T.sblock_alloc_buffer((num_tiles, tokens, TILE_ROWS), "float32")
+            for to, i, s, t, r, d in T.grid(tile.num_groups, num_tiles, steps, TILE_TOKENS, TILE_ROWS, depth):
                 with T.sblock("scores"):
                     vs = T.axis.spatial(tokens // TILE_TOKENS, to * steps + s)
-                    vt, vr, vd = T.axis.remap("SSR", [t, r, d])
+                    vi, vt, vr, vd = T.axis.remap("SSSR", [i, t, r, d])
+                    now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * keys.head)
                     with T.init():
-                        by_token[vs * TILE_TOKENS + vt, vr] = T.float32(0)
-                    by_token[vs * TILE_TOKENS + vt, vr] += dot_pairs(
-                        rows_from(keys, vs * TILE_TOKENS, vt, head_offset, vd), q_tile[first, vd, vr]
+                        by_token[vi, vs * TILE_TOKENS + vt, vr] = T.float32(0)
+                    by_token[vi, vs * TILE_TOKENS + vt, vr] += dot_pairs(
+                        rows_from(keys, vs * TILE_TOKENS, vt, now, vd), q_tile[first + vi, vd, vr]
                     )
-            for to, s, t, r in T.grid(tile.num_groups, steps, TILE_TOKENS, rows):
+            for to, i, s, t, r in T.grid(tile.num_groups, num_tiles, steps, TILE_TOKENS, rows):
                 with T.sblock("turned_scores"):
                     vs = T.axis.spatial(tokens // TILE_TOKENS, to * steps + s)
-                    vt, vr = T.axis.remap("SS", [t, r])
-                    scores[slot, vr, vs * TILE_TOKENS + vt] = by_token[vs * TILE_TOKENS + vt, vr]
+                    vi, vt, vr = T.axis.remap("SSS", [i, t, r])
+                    scores[slot + vi, vr, vs * TILE_TOKENS + vt] = by_token[vi, vs * TILE_TOKENS + vt, vr]
 
     return stage
 
 
 def split_probs(tiling: Tiling) -> Callable[..., None]:
-    """words[0, 2r, t] = the word of probs[slot, r, t] and 0, words[0, 2r + 1, t] = that of 0 and probs[slot, r, t].
+    """words[slot, 2r, t] = the word of probs[slot, r, t] and 0, words[slot, 2r + 1, t] = that of 0 and it.
 
     For num_groups token groups; probs are numbers of bfloat16, as float32. Of other rows nothing is written.
     """
@@ -84,60 +85,152 @@ def split_probs(tiling: Tiling) -> Callable[..., None]:
     def stage(probs, words, tile_sum, slot, num_groups):
         with T.sblock("split_probs"):
             T.reads(probs[slot, 0:rows, 0:tokens])
-            T.writes(words[0, 0:num_rows, 0:tokens])
+            T.writes(words[slot, 0:num_rows, 0:tokens])
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("even_weight"):
                     vt = T.axis.spatial(tokens, to * group + ti)
                     vr = T.axis.spatial(rows, r)
                     bits = T.meta_var(T.reinterpret("int32", probs[slot, vr, vt]))
-                    words[0, vr * 2, vt] = T.bitwise_and(T.shift_right(bits, 16), LOW)
+                    words[slot, vr * 2, vt] = T.bitwise_and(T.shift_right(bits, 16), LOW)
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("odd_weight"):
                     vt = T.axis.spatial(tokens, to * group + ti)
                     vr = T.axis.spatial(rows, r)
-                    words[0, vr * 2 + 1, vt] = T.reinterpret("int32", probs[slot, vr, vt])
+                    words[slot, vr * 2 + 1, vt] = T.reinterpret("int32", probs[slot, vr, vt])
 
     return stage
 
 
 def pv_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """The sblock pv_update: the outputs of one tile of rows, whose weights are split_probs' words, and their fold."""
-    rows, dim, num_rows = tiling.row_tile, spec.result_dim, _weight_rows(tiling)
-    sum_stage, element_stage = _sums(spec, tiling), _by_element(spec, tiling)
-    find_infinite, fold_stage = _find_infinite(spec, tiling), state.fold(1, rows, dim)
+    """The sblock pv_update: the outputs of the head tiles, whose weights are split_probs' words, and their fold."""
+    num_tiles, rows, dim, num_rows = tiling.pass_tiles(spec), tiling.row_tile, spec.result_dim, _weight_rows(tiling)
+    sum_stage, element_stage = (_swept_sums if tiling.sweep else _sums)(spec, tiling), _by_element(spec, tiling)
+    find_infinite, fold_stage = _find_infinite(spec, tiling), state.fold(num_tiles, rows, dim)
 
     @inline
     def stage(weights, values, head_offset, tile, factors, running, step, num_steps, computed):
         with T.sblock("pv_update"):
             T.reads()
             T.writes()
-            acc = T.sblock_alloc_buffer((num_rows, dim // 2), "float32")
-            infinite = T.sblock_alloc_buffer((1,), "int32")
+            acc = T.sblock_alloc_buffer((num_tiles, num_rows, dim // 2), "float32")
             sum_stage(weights, values, head_offset, tile, acc)
-            find_infinite(acc, infinite)
-            if infinite[0] != 0:
-                element_stage(weights, values, head_offset, tile, acc)
+            for i in range(num_tiles):
+                with T.sblock("finite_sums"):
+                    vi = T.axis.spatial(num_tiles, i)
+                    T.reads()
+                    T.writes()
+                    infinite = T.sblock_alloc_buffer((1,), "int32")
+                    find_infinite(acc, vi, infinite)
+                    if infinite[0] != 0:
+                        element_stage(weights, values, head_offset, tile, acc, vi)
             with T.sblock("fold"):
-                T.reads(acc[0:num_rows, 0 : dim // 2], factors.running[0, 0:rows], factors.added[0, 0:rows])
-                T.writes(running.acc[running.slot, 0:rows, 0:dim])
-                tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
-                for r, p, w in T.grid(rows, 2, dim // 2):
+                T.reads(
+                    acc[0:num_tiles, 0:num_rows, 0 : dim // 2],
+                    factors.running[0:num_tiles, 0:rows],
+                    factors.added[0:num_tiles, 0:rows],
+                )
+                T.writes(running.acc[running.slot : running.slot + num_tiles, 0:rows, 0:dim])
+                tile_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
+                for i, r, p, w in T.grid(num_tiles, rows, 2, dim // 2):
                     with T.sblock("in_order"):
-                        vr, vp, vw = T.axis.remap("SSS", [r, p, w])
-                        tile_acc[0, vr, vw * 2 + vp] = acc[vr * 2 + vp, vw]
+                        vi, vr, vp, vw = T.axis.remap("SSSS", [i, r, p, w])
+                        tile_acc[vi, vr, vw * 2 + vp] = acc[vi, vr * 2 + vp, vw]
                 fold_stage(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
 
     return stage
 
 
 def _sums(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """acc[m, w] = sum over t of dot_pairs(weights[0, m, t], word w of the value of the token in column t).
+    """acc[0, m, w] = sum over t of dot_pairs(weights[0, m, t], word w of the value of the token in column t).
 
     In the caller's sblock, of all token groups that hold tokens, in their order, in passes over value_dims elements.
     """
+    num_rows, width, passes = _weight_rows(tiling), tiling.value_dims // 2, spec.result_dim // tiling.value_dims
+    clear_stage, add_stage, store_stage = _clear(spec, tiling), _add_group(spec, tiling), _store(spec, tiling)
+
+    @inline
+    def stage(weights, values, head_offset, tile, acc):
+        sums = T.sblock_alloc_buffer((num_rows, width), "float32")
+        for p in range(passes):
+            clear_stage(sums, p)
+            for to in range(tile.num_groups):
+                add_stage(weights, values, head_offset, tile, sums, 0, p, to)
+            store_stage(sums, acc, 0, p)
+
+    return stage
+
+
+def _swept_sums(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """The same of all head tiles, acc[i, m, w]: a token group in all of them before the next one."""
+    num_rows, width, passes = _weight_rows(tiling), tiling.value_dims // 2, spec.result_dim // tiling.value_dims
+    num_tiles = tiling.pass_tiles(spec)
+    clear_stage, add_stage, store_stage = _clear(spec, tiling), _add_group(spec, tiling), _store(spec, tiling)
+
+    @inline
+    def stage(weights, values, head_offset, tile, acc):
+        sums = T.sblock_alloc_buffer((num_rows, width), "float32")
+        for to in range(tile.num_groups):
+            for i in range(num_tiles):
+                for p in range(passes):
+                    if to == 0:
+                        clear_stage(sums, p)
+                    else:
+                        with T.sblock("load_sums"):
+                            vi, vp = T.axis.remap("SS", [i, p])
+                            T.reads(acc[vi, 0:num_rows, vp * width : vp * width + width])
+                            T.writes(sums[0:num_rows, 0:width])
+                            for m, w in T.grid(num_rows, width):
+                                with T.sblock("loaded_sum"):
+                                    vm, vw = T.axis.remap("SS", [m, w])
+                                    sums[vm, vw] = acc[vi, vm, vp * width + vw]
+                    add_stage(weights, values, head_offset, tile, sums, i, p, to)
+                    store_stage(sums, acc, i, p)
+
+    return stage
+
+
+def _clear(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """sums of pass p = 0."""
+    num_rows, width, passes = _weight_rows(tiling), tiling.value_dims // 2, spec.result_dim // tiling.value_dims
+
+    @inline
+    def stage(sums, p):
+        with T.sblock("clear_sums"):
+            vp = T.axis.spatial(passes, p)
+            T.reads()
+            T.writes(sums[0:num_rows, 0:width])
+            for m, w in T.grid(num_rows, width):
+                with T.sblock("no_sum"):
+                    vm, vw = T.axis.remap("SS", [m, w])
+                    sums[vm, vw] = T.float32(0)
+
+    return stage
+
+
+def _store(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """acc of head tile i = sums of pass p."""
+    num_rows, width, passes = _weight_rows(tiling), tiling.value_dims // 2, spec.result_dim // tiling.value_dims
+    num_tiles = tiling.pass_tiles(spec)
+
+    @inline
+    def stage(sums, acc, i, p):
+        with T.sblock("store_sums"):
+            vi, vp = T.axis.spatial(num_tiles, i), T.axis.spatial(passes, p)
+            T.reads(sums[0:num_rows, 0:width])
+            T.writes(acc[vi, 0:num_rows, vp * width : vp * width + width])
+            for m, w in T.grid(num_rows, width):
+                with T.sblock("stored_sum"):
+                    vm, vw = T.axis.remap("SS", [m, w])
+                    acc[vi, vm, vp * width + vw] = sums[vm, vw]
+
+    return stage
+
+
+def _add_group(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """Add to sums, of pass p, what there is of token group `to`, with the weights of head tile i."""
     num_rows, width, group = _weight_rows(tiling), tiling.value_dims // 2, tiling.token_group
     tokens, steps, passes = tiling.padded_kv_tile, group // TILE_TOKENS, spec.result_dim // tiling.value_dims
-    read = value_access(spec, tiling).pair
+    read, num_tiles, group_tiles = value_access(spec, tiling).pair, tiling.pass_tiles(spec), tiling.row_tiles(spec)
 
     def is_whole(tile, to):
         """Whether a token group holds nothing but tokens that are seen."""
@@ -149,69 +242,51 @@ def _sums(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         return T.Select(sees if tile.first_seen is None else T.And(sees, tile.sees(column)), word, T.int32(0))
 
     @inline
-    def stage(weights, values, head_offset, tile, acc):
-        sums = T.sblock_alloc_buffer((num_rows, width), "float32")
-        for p in range(passes):
-            with T.sblock("clear_sums"):
-                vp = T.axis.spatial(passes, p)
+    def stage(weights, values, head_offset, tile, sums, i, p, to):
+        if is_whole(tile, to):
+            for s, m, w, k in T.grid(steps, num_rows, width, TILE_TOKENS):
+                with T.sblock("whole_sum"):
+                    vi, vp = T.axis.spatial(num_tiles, i), T.axis.spatial(passes, p)
+                    vs = T.axis.reduce(tokens // TILE_TOKENS, to * steps + s)
+                    vm, vw, vk = T.axis.remap("SSR", [m, w, k])
+                    now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * values.head)
+                    sums[vm, vw] = sums[vm, vw] + dot_pairs(
+                        weights[vi, vm, vs * TILE_TOKENS + vk],
+                        rows_from(values, vs * TILE_TOKENS, vk, now, vp * width + vw),
+                    )
+        else:
+            with T.sblock("edge_group"):
+                vi, vp = T.axis.spatial(num_tiles, i), T.axis.spatial(passes, p)
+                vto = T.axis.opaque(tokens // group, to)
                 T.reads()
-                T.writes(sums[0:num_rows, 0:width])
-                for m, w in T.grid(num_rows, width):
-                    with T.sblock("no_sum"):
-                        vm, vw = T.axis.remap("SS", [m, w])
-                        sums[vm, vw] = T.float32(0)
-            for to in range(tile.num_groups):
-                if is_whole(tile, to):
-                    for s, m, w, k in T.grid(steps, num_rows, width, TILE_TOKENS):
-                        with T.sblock("whole_sum"):
-                            vp = T.axis.spatial(passes, p)
-                            vs = T.axis.reduce(tokens // TILE_TOKENS, to * steps + s)
-                            vm, vw, vk = T.axis.remap("SSR", [m, w, k])
-                            sums[vm, vw] = sums[vm, vw] + dot_pairs(
-                                weights[0, vm, vs * TILE_TOKENS + vk],
-                                rows_from(values, vs * TILE_TOKENS, vk, head_offset, vp * width + vw),
-                            )
-                else:
-                    with T.sblock("edge_group"):
-                        vp = T.axis.spatial(passes, p)
-                        vto = T.axis.opaque(tokens // group, to)
-                        T.reads()
-                        T.writes()
-                        edge = T.sblock_alloc_buffer((group, width), "int32")
-                        for i, w in T.grid(group, width):
-                            with T.sblock("edge_value"):
-                                vi, vw = T.axis.remap("SS", [i, w])
-                                edge[vi, vw] = seen(
-                                    tile, read(values, vto * group + vi, head_offset, vp * width + vw), vto * group + vi
-                                )
-                        for s, m, w, k in T.grid(steps, num_rows, width, TILE_TOKENS):
-                            with T.sblock("edge_sum"):
-                                vs = T.axis.reduce(steps, s)
-                                vm, vw, vk = T.axis.remap("SSR", [m, w, k])
-                                sums[vm, vw] = sums[vm, vw] + dot_pairs(
-                                    weights[0, vm, vto * group + vs * TILE_TOKENS + vk],
-                                    edge[vs * TILE_TOKENS + vk, vw],
-                                )
-            with T.sblock("store_sums"):
-                vp = T.axis.spatial(passes, p)
-                T.reads(sums[0:num_rows, 0:width])
-                T.writes(acc[0:num_rows, vp * width : vp * width + width])
-                for m, w in T.grid(num_rows, width):
-                    with T.sblock("stored_sum"):
-                        vm, vw = T.axis.remap("SS", [m, w])
-                        acc[vm, vp * width + vw] = sums[vm, vw]
+                T.writes()
+                edge = T.sblock_alloc_buffer((group, width), "int32")
+                now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * values.head)
+                for ti, w in T.grid(group, width):
+                    with T.sblock("edge_value"):
+                        vt, vw = T.axis.remap("SS", [ti, w])
+                        edge[vt, vw] = seen(
+                            tile, read(values, vto * group + vt, now, vp * width + vw), vto * group + vt
+                        )
+                for s, m, w, k in T.grid(steps, num_rows, width, TILE_TOKENS):
+                    with T.sblock("edge_sum"):
+                        vs = T.axis.reduce(steps, s)
+                        vm, vw, vk = T.axis.remap("SSR", [m, w, k])
+                        sums[vm, vw] = sums[vm, vw] + dot_pairs(
+                            weights[vi, vm, vto * group + vs * TILE_TOKENS + vk], edge[vs * TILE_TOKENS + vk, vw]
+                        )
 
     return stage
 
 
 def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """infinite[0] = 1 where the sums of a row have an infinity or a NaN, else 0."""
+    """infinite[0] = 1 where the sums of a row of head tile i have an infinity or a NaN, else 0."""
     rows, vectors = 2 * tiling.row_tile, spec.result_dim // 2 // TILE_ROWS
 
     @inline
-    def stage(acc, infinite):
+    def stage(acc, i, infinite):
         with T.sblock("find_infinite"):
-            T.reads(acc[0:rows, 0 : vectors * TILE_ROWS])
+            T.reads(acc[i, 0:rows, 0 : vectors * TILE_ROWS])
             T.writes(infinite[0:1])
             largest = T.sblock_alloc_buffer((TILE_ROWS,), "int32")
             for lane, m, w in T.grid(TILE_ROWS, rows, vectors):
@@ -220,7 +295,7 @@ def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., No
                     vm, vw = T.axis.remap("RR", [m, w])
                     with T.init():
                         largest[vlane] = 0
-                    number = T.meta_var(T.reinterpret("int32", acc[vm, vw * TILE_ROWS + vlane]))
+                    number = T.meta_var(T.reinterpret("int32", acc[i, vm, vw * TILE_ROWS + vlane]))
                     largest[vlane] = T.max(largest[vlane], T.bitwise_and(number, INFINITE))
             for lane in range(TILE_ROWS):
                 with T.sblock("infinite"):
@@ -233,16 +308,17 @@ def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., No
 
 
 def _by_element(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """acc[2r + p, w] = the sum of the weights of row r times element p of word w of what is seen."""
-    rows, words, tokens = tiling.row_tile, spec.result_dim // 2, tiling.padded_kv_tile
+    """acc[i, 2r + p, w] = the sum of the weights of row r times element p of word w of what is seen."""
+    rows, words, tokens, group_tiles = tiling.row_tile, spec.result_dim // 2, tiling.padded_kv_tile, tiling.row_tiles(spec)
     read = value_access(spec, tiling).pair
 
     def first_column(tile):
         return T.int32(0) if tile.first_seen is None else T.max(tile.first_seen - tile.start, 0)
 
     @inline
-    def stage(weights, values, head_offset, tile, acc):
+    def stage(weights, values, head_offset, tile, acc, i):
         begin: T.let = first_column(tile)
+        now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(i, group_tiles)) * values.head)
         with T.sblock("element_sums"):
             T.reads()
             T.writes()
@@ -253,11 +329,11 @@ def _by_element(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
                     vt = T.axis.reduce(tokens, begin + t)
                     with T.init():
                         element_acc[vr, vp, vw] = T.float32(0)
-                    weight = T.meta_var(T.reinterpret("float32", weights[0, vr * 2 + 1, vt]))
-                    element_acc[vr, vp, vw] += weight * half(read(values, vt, head_offset, vw), vp)
+                    weight = T.meta_var(T.reinterpret("float32", weights[i, vr * 2 + 1, vt]))
+                    element_acc[vr, vp, vw] += weight * half(read(values, vt, now, vw), vp)
             for r, p, w in T.grid(rows, 2, words):
                 with T.sblock("stored_element"):
                     vr, vp, vw = T.axis.remap("SSS", [r, p, w])
-                    acc[vr * 2 + vp, vw] = element_acc[vr, vp, vw]
+                    acc[i, vr * 2 + vp, vw] = element_acc[vr, vp, vw]
 
     return stage

@@ -17,7 +17,7 @@ from tvm.s_tir.schedule import LoopRV
 from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.cpu import head_dim_in_lanes, in_tile_registers, tokens_in_lanes, tokens_in_tiles
 from pa_compiler.schedules.fetch import fetch
-from pa_compiler.schedules.intrinsics.tile_nests import COLUMNS, Registers, clear, multiply, store
+from pa_compiler.schedules.intrinsics.tile_nests import COLUMNS, Registers, clear, load, multiply, store
 from pa_compiler.schedules.intrinsics.transpose import transpose
 from pa_compiler.schedules.intrinsics.turn_rows import turn_rows
 from pa_compiler.tiles import VectorTiling
@@ -30,17 +30,19 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """Scores of a token group in tile registers, one token in a row; then turned, with tokens in lanes."""
     scores = sch.get_sblock("scores")
     sums = sch.cache_write(scores, 0, "global")
-    group, tile, token, row, pair = sch.get_loops(scores)[-5:]
+    group, head, tile, token, row, pair = sch.get_loops(scores)[-6:]
     step, pair = sch.split(pair, [None, _PAIRS])
-    sch.reorder(group, step, tile, token, row, pair)
-    sch.reverse_compute_at(sums, group, preserve_unit_loops=True)
+    sch.reorder(group, head, step, tile, token, row, pair)
+    for copy in (sums, "turned_scores"):
+        sch.reverse_compute_at(copy, head, preserve_unit_loops=True)
     token, row = sch.get_loops(sums)[-2:]
     stored, _ = sch.split(token, [None, COLUMNS])
     cleared = sch.decompose_reduction(scores, step)
     clear(sch, sch.get_loops(cleared)[-3])
     multiply(sch, tile, _OF_KEYS, int(sch.get(tile).extent))
     store(sch, stored)
-    fetch(sch, KEYS, group, shares=[step, tile])
+    if tiling.prefetches:
+        fetch(sch, KEYS, group, shares=[step, tile])
     token, row = sch.get_loops("turned_scores")[-2:]
     if tiling.row_tile == 1:
         sch.reorder(row, token)
@@ -65,7 +67,13 @@ def whole_sum(sch: Schedule, tiling: VectorTiling) -> None:
     pass_, group, step = sch.get_loops("whole_sum")[-6:-3]
     tile = _tiles(sch, "whole_sum")
     multiply(sch, tile, _OF_VALUES, _row_tiles(sch, tile))
-    fetch(sch, VALUES, group, passes=[pass_], shares=[step, tile])
+    if tiling.prefetches:
+        fetch(sch, VALUES, group, passes=[pass_], shares=[step, tile])
+
+
+def load_sums(sch: Schedule, tiling: VectorTiling) -> None:
+    """Of a pass, as they were stored."""
+    load(sch, _tiles(sch, "loaded_sum"))
 
 
 def edge_group(sch: Schedule, tiling: VectorTiling) -> None:
@@ -111,7 +119,7 @@ def find_infinite(sch: Schedule, tiling: VectorTiling) -> None:
 def fold(sch: Schedule, tiling: VectorTiling) -> None:
     """Even and odd elements brought in order by shuffles."""
     sch.transform_layout("in_order", ("write", 0), lambda i, r, d: (i, r, d // 2, d % 2))
-    _, parity, word = sch.get_loops("in_order")
+    *_, parity, word = sch.get_loops("in_order")
     outer, word = sch.split(word, [None, COLUMNS])
     sch.reorder(outer, parity, word)
     sch.tensorize(parity, transpose(2, COLUMNS, "float32"))
@@ -127,6 +135,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "softmax_prepare": tokens_in_tiles.softmax_prepare,
     "split_probs": split_probs,
     "clear_sums": clear_sums,
+    "load_sums": load_sums,
     "whole_sum": whole_sum,
     "edge_group": edge_group,
     "store_sums": store_sums,
@@ -136,5 +145,5 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
 }
 """How each stage is scheduled, by the name of its sblock."""
 
-SCALAR = tokens_in_lanes.SCALAR | {"pv_update": "around stages"}
+SCALAR = tokens_in_lanes.SCALAR | {"pv_update": "around stages", "finite_sums": "around stages"}
 """The sblocks that run as they are written, and why."""

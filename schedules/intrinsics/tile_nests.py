@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tvm_ffi
@@ -115,15 +115,28 @@ def _inner(sch: Schedule, loop: LoopRV) -> list[LoopRV]:
 
 def store(sch: Schedule, tiles: LoopRV) -> None:
     """A nest that copies sums: that stores their registers."""
-    sblock = sch.blockize(tiles)
-    nest = _nest(sch, sblock)
-    *tiles, row, column = nest.loops
-    stored = _rows(nest, BufferLoad(nest.body.buffer, nest.body.indices), row, column, tiles)
-    statements = [_instruction("tilestored64", T.int8(i), *stored.at(i)) for i in range(len(stored.first))]
-    sums = nest.body.value.source
-    _become(sch, sblock, statements, stored.matched, sums)
+    sums, sblock = _copy(sch, tiles, "tilestored64", lambda body: (body.value, BufferLoad(body.buffer, body.indices)))
     place = _allocating(sch, sblock, sums)[-1]
     _replace(sch, place, alloc_buffers=[each for each in place.stmt.alloc_buffers if not each.same_as(sums)])
+
+
+def load(sch: Schedule, tiles: LoopRV) -> None:
+    """A nest that copies what was stored to sums: that loads their registers."""
+    _copy(sch, tiles, "tileloadd64", lambda body: (BufferLoad(body.buffer, body.indices), body.value))
+
+
+def _copy(
+    sch: Schedule, tiles: LoopRV, instruction: str, sides: Callable[[BufferStore], tuple[BufferLoad, BufferLoad]]
+) -> tuple[Buffer, SBlockRV]:
+    """A nest between sums and memory, which are the sides of its body: the buffer of the sums, and its sblock."""
+    sblock = sch.blockize(tiles)
+    nest = _nest(sch, sblock)
+    *loops, row, column = nest.loops
+    sums, memory = sides(nest.body)
+    rows = _rows(nest, memory, row, column, loops)
+    statements = [_instruction(instruction, T.int8(i), *rows.at(i)) for i in range(len(rows.first))]
+    _become(sch, sblock, statements, rows.matched, sums.source)
+    return sums.source, sblock
 
 
 class _Nest(NamedTuple):

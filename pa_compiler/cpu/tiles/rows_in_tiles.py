@@ -18,6 +18,10 @@ _BESIDE = 1 << 19
 """Bytes of keys and values of all heads of a step, at most, which the next step's are fetched beside."""
 
 
+_SWEPT = 1 << 10
+"""Elements of a token's keys from which on all heads go through a group of tokens before the next group."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RowsInTiles(CpuTiling):
     """Tiles of schedules/cpu/rows_in_tiles.py."""
@@ -51,9 +55,10 @@ class RowsInTiles(CpuTiling):
             kv_tile //= 2
         group = min(TILES * TILE_TOKENS, kv_tile)
         blocks = TILES if 2 * rows <= _WORDS else TILES // 2
+        sweep = "tokens" if spec.kv_layout == "NHD" and spec.num_kv_heads * spec.head_dim >= _SWEPT else None
         return cls(
             **{
-                **basis.common(group, None),
+                **basis.common(group, sweep),
                 "row_tile": rows,
                 "kv_tile": kv_tile,
                 "values": dataclasses.replace(basis.values, halves=1),
