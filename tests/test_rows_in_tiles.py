@@ -29,7 +29,11 @@ BASE = rows(8, 2, 64, 32)
 SPECS = {
     "HND": dataclasses.replace(BASE, kv_layout="HND"),
     "group_of_3": rows(6, 2, 96, 48),
-    "group_of_4_in_many_heads": rows(32, 8, 128, 16),
+    "swept_group_of_2": rows(32, 16, 64, 32),
+    "swept_group_of_4": rows(32, 8, 128, 16),
+    "swept_group_of_9": rows(72, 8, 128, 32, value_dim=64),
+    "swept_group_of_17": rows(68, 4, 256, 16, value_dim=32),
+    "swept_window": rows(32, 8, 128, 16, window=50),
     "group_of_5": rows(10, 2, 32, 32, value_dim=64),
     "group_of_8": rows(8, 1, 256, 128),
     "group_of_9": rows(9, 1, 64, 16, value_dim=32),
@@ -48,9 +52,12 @@ def tiles_of(spec, mcpu="sapphirerapids", pipeline="fused"):
     return tiling.choose(spec, target.resolve({"kind": "llvm", "mcpu": mcpu}), pipeline)
 
 
-@every_spec
-def test_specs_that_they_are_for(spec):
-    assert tiles_of(spec).strategy == "rows_in_tiles"
+@pytest.mark.parametrize("name", SPECS)
+def test_specs_that_they_are_for(name):
+    tiles = tiles_of(SPECS[name])
+    assert tiles.strategy == "rows_in_tiles"
+    assert tiles.sweep == ("tokens" if name.startswith("swept") else None)
+    assert tiles.prefetches == (tiles.sweep is None)
 
 
 @pytest.mark.parametrize(
@@ -64,17 +71,19 @@ def test_specs_that_they_are_for(spec):
         (dataclasses.replace(BASE, value_dim=48), "sapphirerapids", "fused"),
         (dataclasses.replace(BASE, block_size=8), "sapphirerapids", "fused"),
         (dataclasses.replace(BASE, num_kv_heads=8), "sapphirerapids", "fused"),
+        (rows(32, 16, 64, 32, kv_layout="HND"), "sapphirerapids", "fused"),
         (dataclasses.replace(BASE, mask_mod=lambda b, h, q, k: k % 2 == 0), "sapphirerapids", "fused"),
     ],
     ids=[
-        "no_AMX", "staged", "packed", "float16", "head_dim_80", "value_dim_48", "blocks_of_8", "group_of_1", "mask_mod"
+        "no_AMX", "staged", "packed", "float16", "head_dim_80", "value_dim_48", "blocks_of_8", "group_of_1",
+        "HND_group_of_2", "mask_mod"
     ],
 )  # fmt: skip
 def test_specs_that_they_are_not_for(spec, mcpu, pipeline):
     assert tiles_of(spec, mcpu, pipeline).strategy != "rows_in_tiles"
 
 
-@pytest.mark.parametrize("name", ["group_of_4_in_many_heads", "group_of_16"])
+@pytest.mark.parametrize("name", ["swept_group_of_4", "group_of_16"])
 def test_the_matmuls_are_in_them(name, tmp_path):
     """On any machine: a product has one operand of its own, and no vector touches what is multiplied."""
     texts = backend.emit(SPECS[name], backends.normalize(SAPPHIRE_RAPIDS), "fused", Extras(), tmp_path)
@@ -114,7 +123,7 @@ def with_value(spec, inputs, position, element, value):
 @here
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("element", [6, 7])
-@pytest.mark.parametrize("name", ["HND", "group_of_3", "group_of_16", "group_of_17"])
+@pytest.mark.parametrize("name", ["HND", "group_of_3", "group_of_16", "swept_group_of_17"])
 def test_an_element_that_is_not_finite(compiled, name, element, value):
     """A product has its neighbour too, by a weight of 0: yet it is seen in its own element alone."""
     spec = SPECS[name]

@@ -20,6 +20,7 @@ from tvm.script import tirx as T
 from pa_compiler.kernels import state
 from pa_compiler.kernels.caches import rows_from, value_access, whole
 from pa_compiler.kernels.elements import INFINITE, LOW, dot_pairs, half
+from pa_compiler.kernels.row_sums import add_up, weight_rows
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import TILE_ROWS, TILE_TOKENS, Tiling
 from pa_compiler.tvmscript import inline
@@ -34,11 +35,7 @@ def pairs_shape(tiling: Tiling, num_tiles: int) -> tuple[int, int, int]:
     """The shape of the words of weights of so many head tiles: of split_probs, in whole tiles, or of pair_probs."""
     if not tiling.rows_in_place:
         return num_tiles, tiling.row_tile, tiling.padded_kv_tile // 2
-    return num_tiles, _weight_rows(tiling), tiling.padded_kv_tile
-
-
-def _weight_rows(tiling: Tiling) -> int:
-    return -(-2 * tiling.row_tile // TILE_ROWS) * TILE_ROWS
+    return num_tiles, weight_rows(tiling), tiling.padded_kv_tile
 
 
 def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
@@ -79,7 +76,7 @@ def split_probs(tiling: Tiling) -> Callable[..., None]:
 
     For num_groups token groups; probs are numbers of bfloat16, as float32. Of other rows nothing is written.
     """
-    rows, num_rows, group, tokens = tiling.row_tile, _weight_rows(tiling), tiling.token_group, tiling.padded_kv_tile
+    rows, num_rows, group, tokens = tiling.row_tile, weight_rows(tiling), tiling.token_group, tiling.padded_kv_tile
 
     @inline
     def stage(probs, words, tile_sum, slot, num_groups):
@@ -103,8 +100,8 @@ def split_probs(tiling: Tiling) -> Callable[..., None]:
 
 def pv_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The sblock pv_update: the outputs of the head tiles, whose weights are split_probs' words, and their fold."""
-    num_tiles, rows, dim, num_rows = tiling.pass_tiles(spec), tiling.row_tile, spec.result_dim, _weight_rows(tiling)
-    sum_stage, element_stage = (_swept_sums if tiling.sweep else _sums)(spec, tiling), _by_element(spec, tiling)
+    num_tiles, rows, dim, num_rows = tiling.pass_tiles(spec), tiling.row_tile, spec.result_dim, weight_rows(tiling)
+    sum_stage, element_stage = add_up(spec, tiling), _by_element(spec, tiling)
     find_infinite, fold_stage = _find_infinite(spec, tiling), state.fold(num_tiles, rows, dim)
 
     @inline
@@ -140,145 +137,6 @@ def pv_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     return stage
 
 
-def _sums(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """acc[0, m, w] = sum over t of dot_pairs(weights[0, m, t], word w of the value of the token in column t).
-
-    In the caller's sblock, of all token groups that hold tokens, in their order, in passes over value_dims elements.
-    """
-    num_rows, width, passes = _weight_rows(tiling), tiling.value_dims // 2, spec.result_dim // tiling.value_dims
-    clear_stage, add_stage, store_stage = _clear(spec, tiling), _add_group(spec, tiling), _store(spec, tiling)
-
-    @inline
-    def stage(weights, values, head_offset, tile, acc):
-        sums = T.sblock_alloc_buffer((num_rows, width), "float32")
-        for p in range(passes):
-            clear_stage(sums, p)
-            for to in range(tile.num_groups):
-                add_stage(weights, values, head_offset, tile, sums, 0, p, to)
-            store_stage(sums, acc, 0, p)
-
-    return stage
-
-
-def _swept_sums(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """The same of all head tiles, acc[i, m, w]: a token group in all of them before the next one."""
-    num_rows, width, passes = _weight_rows(tiling), tiling.value_dims // 2, spec.result_dim // tiling.value_dims
-    num_tiles = tiling.pass_tiles(spec)
-    clear_stage, add_stage, store_stage = _clear(spec, tiling), _add_group(spec, tiling), _store(spec, tiling)
-
-    @inline
-    def stage(weights, values, head_offset, tile, acc):
-        sums = T.sblock_alloc_buffer((num_rows, width), "float32")
-        for to in range(tile.num_groups):
-            for i in range(num_tiles):
-                for p in range(passes):
-                    if to == 0:
-                        clear_stage(sums, p)
-                    else:
-                        with T.sblock("load_sums"):
-                            vi, vp = T.axis.remap("SS", [i, p])
-                            T.reads(acc[vi, 0:num_rows, vp * width : vp * width + width])
-                            T.writes(sums[0:num_rows, 0:width])
-                            for m, w in T.grid(num_rows, width):
-                                with T.sblock("loaded_sum"):
-                                    vm, vw = T.axis.remap("SS", [m, w])
-                                    sums[vm, vw] = acc[vi, vm, vp * width + vw]
-                    add_stage(weights, values, head_offset, tile, sums, i, p, to)
-                    store_stage(sums, acc, i, p)
-
-    return stage
-
-
-def _clear(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """sums of pass p = 0."""
-    num_rows, width, passes = _weight_rows(tiling), tiling.value_dims // 2, spec.result_dim // tiling.value_dims
-
-    @inline
-    def stage(sums, p):
-        with T.sblock("clear_sums"):
-            vp = T.axis.spatial(passes, p)
-            T.reads()
-            T.writes(sums[0:num_rows, 0:width])
-            for m, w in T.grid(num_rows, width):
-                with T.sblock("no_sum"):
-                    vm, vw = T.axis.remap("SS", [m, w])
-                    sums[vm, vw] = T.float32(0)
-
-    return stage
-
-
-def _store(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """acc of head tile i = sums of pass p."""
-    num_rows, width, passes = _weight_rows(tiling), tiling.value_dims // 2, spec.result_dim // tiling.value_dims
-    num_tiles = tiling.pass_tiles(spec)
-
-    @inline
-    def stage(sums, acc, i, p):
-        with T.sblock("store_sums"):
-            vi, vp = T.axis.spatial(num_tiles, i), T.axis.spatial(passes, p)
-            T.reads(sums[0:num_rows, 0:width])
-            T.writes(acc[vi, 0:num_rows, vp * width : vp * width + width])
-            for m, w in T.grid(num_rows, width):
-                with T.sblock("stored_sum"):
-                    vm, vw = T.axis.remap("SS", [m, w])
-                    acc[vi, vm, vp * width + vw] = sums[vm, vw]
-
-    return stage
-
-
-def _add_group(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """Add to sums, of pass p, what there is of token group `to`, with the weights of head tile i."""
-    num_rows, width, group = _weight_rows(tiling), tiling.value_dims // 2, tiling.token_group
-    tokens, steps, passes = tiling.padded_kv_tile, group // TILE_TOKENS, spec.result_dim // tiling.value_dims
-    read, num_tiles, group_tiles = value_access(spec, tiling).pair, tiling.pass_tiles(spec), tiling.row_tiles(spec)
-
-    def is_whole(tile, to):
-        """Whether a token group holds nothing but tokens that are seen."""
-        holds = to * group + group <= tile.valid_len
-        return holds if tile.first_seen is None else T.And(holds, tile.sees(to * group))
-
-    def seen(tile, word, column):
-        sees = column < tile.valid_len
-        return T.Select(sees if tile.first_seen is None else T.And(sees, tile.sees(column)), word, T.int32(0))
-
-    @inline
-    def stage(weights, values, head_offset, tile, sums, i, p, to):
-        if is_whole(tile, to):
-            for s, m, w, k in T.grid(steps, num_rows, width, TILE_TOKENS):
-                with T.sblock("whole_sum"):
-                    vi, vp = T.axis.spatial(num_tiles, i), T.axis.spatial(passes, p)
-                    vs = T.axis.reduce(tokens // TILE_TOKENS, to * steps + s)
-                    vm, vw, vk = T.axis.remap("SSR", [m, w, k])
-                    now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * values.head)
-                    sums[vm, vw] = sums[vm, vw] + dot_pairs(
-                        weights[vi, vm, vs * TILE_TOKENS + vk],
-                        rows_from(values, vs * TILE_TOKENS, vk, now, vp * width + vw),
-                    )
-        else:
-            with T.sblock("edge_group"):
-                vi, vp = T.axis.spatial(num_tiles, i), T.axis.spatial(passes, p)
-                vto = T.axis.opaque(tokens // group, to)
-                T.reads()
-                T.writes()
-                edge = T.sblock_alloc_buffer((group, width), "int32")
-                now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * values.head)
-                for ti, w in T.grid(group, width):
-                    with T.sblock("edge_value"):
-                        vt, vw = T.axis.remap("SS", [ti, w])
-                        edge[vt, vw] = seen(
-                            tile, read(values, vto * group + vt, now, vp * width + vw), vto * group + vt
-                        )
-                for s, m, w, k in T.grid(steps, num_rows, width, TILE_TOKENS):
-                    with T.sblock("edge_sum"):
-                        vs = T.axis.reduce(steps, s)
-                        vm, vw, vk = T.axis.remap("SSR", [m, w, k])
-                        sums[vm, vw] = sums[vm, vw] + dot_pairs(
-                            weights[vi, vm, vto * group + vs * TILE_TOKENS + vk], edge[vs * TILE_TOKENS + vk, vw]
-                        )
-
-    return stage
-
-
 def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """infinite[0] = 1 where the sums of a row of head tile i have an infinity or a NaN, else 0."""
     rows, vectors = 2 * tiling.row_tile, spec.result_dim // 2 // TILE_ROWS
@@ -309,7 +167,12 @@ def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., No
 
 def _by_element(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """acc[i, 2r + p, w] = the sum of the weights of row r times element p of word w of what is seen."""
-    rows, words, tokens, group_tiles = tiling.row_tile, spec.result_dim // 2, tiling.padded_kv_tile, tiling.row_tiles(spec)
+    rows, words, tokens, group_tiles = (
+        tiling.row_tile,
+        spec.result_dim // 2,
+        tiling.padded_kv_tile,
+        tiling.row_tiles(spec),
+    )
     read = value_access(spec, tiling).pair
 
     def first_column(tile):

@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from pa_compiler.cpu.tiles.basis import Basis, CpuTiling
+from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import TILE_TOKENS, equal_tile, largest_divisor
 
 TILES = 4
@@ -19,7 +20,7 @@ _BESIDE = 1 << 19
 
 
 _SWEPT = 1 << 10
-"""Elements of a token's keys from which on all heads go through a group of tokens before the next group."""
+"""Elements of a token's keys, in all heads, from which on the hardware's prefetchers follow a sweep through them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class RowsInTiles(CpuTiling):
             return False, f"tile registers take {steps}."
         if spec.functions:
             return False, "functions of scores may hide values, which tile registers multiply."
-        if basis.sweep() is not None:
+        if basis.sweep() is not None and (basis.rows == 1 or not _sweeps(spec)):
             return False, "the memory is the limit, and a sweep reads it faster than tile registers do."
         return True, "AMX multiplies rows of bfloat16 as they lie in the caches."
 
@@ -55,10 +56,9 @@ class RowsInTiles(CpuTiling):
             kv_tile //= 2
         group = min(TILES * TILE_TOKENS, kv_tile)
         blocks = TILES if 2 * rows <= _WORDS else TILES // 2
-        sweep = "tokens" if spec.kv_layout == "NHD" and spec.num_kv_heads * spec.head_dim >= _SWEPT else None
         return cls(
             **{
-                **basis.common(group, sweep),
+                **basis.common(group, "tokens" if _sweeps(spec) else None),
                 "row_tile": rows,
                 "kv_tile": kv_tile,
                 "values": dataclasses.replace(basis.values, halves=1),
@@ -74,3 +74,8 @@ class RowsInTiles(CpuTiling):
             rows_in_place=True,
             value_dims=largest_divisor(spec.result_dim // (2 * _WORDS), blocks) * 2 * _WORDS,
         )
+
+
+def _sweeps(spec: PagedAttentionSpec) -> bool:
+    """Whether a token's rows are so long that tokens are read in the order in which they lie."""
+    return spec.kv_layout == "NHD" and spec.num_kv_heads * spec.head_dim >= _SWEPT
