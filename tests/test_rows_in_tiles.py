@@ -92,7 +92,7 @@ def test_the_matmuls_are_in_them(name, tmp_path):
     assert products
     lines = [line for code in products for line in code]
     loads, multiplied = (sum(name in line for line in lines) for name in ("tileloadd", "tdpbf16ps"))
-    assert multiplied <= loads <= 1.3 * multiplied
+    assert multiplied <= loads <= 1.4 * multiplied  # and in a sweep sums, between two token groups
     assert not any("zmm" in line for line in lines)
     assert "const TileRegisters registers(16, 16);" in texts["host"]
 
