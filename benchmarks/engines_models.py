@@ -80,9 +80,8 @@ def filled_cache(contender: str, model: Any, batch: int, context: int, columns: 
     for index, (layer, pair) in enumerate(zip(cache.layers, pairs, strict=True)):
         repeated = [each.repeat(1, 1, -(-context // PREFIX), 1)[:, :, :context] for each in pair]
         if contender == "pa_compiler":
-            for into, numbers in zip((layer.keys, layer.values), repeated, strict=True):
-                into.view(batch, -1, *into.shape[2:])[:, :context] = numbers.transpose(1, 2)
             layer.columns = context
+            layer.append(layer.module, *(each.expand(batch, -1, -1, -1) for each in repeated), None)
         else:
             cache.update(*(each.expand(batch, -1, -1, -1) for each in repeated), index)
     return cache

@@ -14,6 +14,9 @@ TILE_TOKENS = TILE_ROWS = 16
 """Rows of tokens that a matrix unit reads at once where they lie, from a multiple of it in a block on; and rows, or
 columns, of a tile of sums."""
 
+FEW_ROWS = "fused_attend_few"
+"""The PrimFunc of attend that has the tiles of Tiling.few."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Element:
@@ -85,6 +88,8 @@ class Tiling:
             values as they lie in the cache. 0: it does not.
         value_dims: Elements of value_dim whose sums it holds then.
         rows_in_place: Whether a matrix unit multiplies keys and values as they lie in the cache in rows of tokens.
+        few: Tiles of work items with no more rows than a tile of these has: they have a kernel of their own, which
+            gives a query token the same bits. None: the kernel is one for all items.
     """
 
     strategy: ClassVar[str]
@@ -111,6 +116,7 @@ class Tiling:
     value_pairs: int = dataclasses.field(default=0, kw_only=True)
     value_dims: int = dataclasses.field(default=0, kw_only=True)
     rows_in_place: bool = dataclasses.field(default=False, kw_only=True)
+    few: Tiling | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def pairs_weights(self) -> bool:
@@ -126,6 +132,10 @@ class Tiling:
     def num_offsets(self) -> int:
         """Tokens whose places in the cache are looked up at once: a padded tile, and what is fetched of the next."""
         return self.padded_kv_tile + (self.kv_tile if self.prefetches else 0)
+
+    def of_kernel(self, name: str) -> Tiling:
+        """The tiles of one of the PrimFuncs that these are for."""
+        return self.few if self.few is not None and name == FEW_ROWS else self
 
     @property
     def tile_shape(self) -> tuple[int, int] | None:

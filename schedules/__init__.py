@@ -59,6 +59,7 @@ def scheduled(mod: IRModule, tiling: Tiling) -> Schedule:
 
 def _strategy_of(function: str, tiling: Tiling) -> tuple[str, Tiling]:
     """How a PrimFunc is scheduled: partial results are merged in one way, whatever the strategy."""
+    tiling = tiling.of_kernel(function)
     if function.startswith("merge_") and isinstance(tiling, VectorTiling):
         return "head_dim_in_lanes", tiling.of_merge()
     return tiling.strategy, tiling

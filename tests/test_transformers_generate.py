@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -18,7 +19,7 @@ from pa_compiler.integrations.transformers import PagedCache, disable, enable  #
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 PADDING = [0, 7, 33, 59]
-MODULE = PagedAttentionSpec(4, 2, 16, 16, "float32")
+MODULE = PagedAttentionSpec(4, 2, 16, 32, "float32")
 """Of Llama, Qwen3, and others with SHAPE."""
 CLOSE = 1e-4
 """Of the largest logit: what float32 leaves after three layers of sums in another order."""
@@ -156,6 +157,27 @@ def test_modules_that_are_handed_over(model, compiled, monkeypatch):
     assert torch.equal(generated(model, ids, mask, max_new_tokens=3)[0], expected)
     assert len(calls) == 2 * 3  # two steps after the prompt's, three layers
     assert module.num_threads == 2
+
+
+@llama
+@pytest.mark.parametrize(
+    ("dtype", "made", "welcome"), [(torch.bfloat16, "packed", "NHD"), (torch.float32, "NHD", "packed")], ids=str
+)
+def test_layouts_of_caches(model, compiled, monkeypatch, dtype, made, welcome):
+    """bfloat16 is packed; a module that is handed over is taken in another layout too, with the same tokens."""
+    monkeypatch.setattr(modules, "_MODULES", {})
+    modules.keep()
+    model.to(dtype)
+    ids, mask = prompts()
+    found = []
+    for kept in ([], [compiled(dataclasses.replace(MODULE, dtype=str(dtype)[6:], kv_layout=welcome), attend=True)]):
+        modules._MODULES.clear()
+        enable(model, *kept)
+        cache = PagedCache(model.config.num_hidden_layers)
+        found.append(generated(model, ids, mask, max_new_tokens=8, past_key_values=cache)[0])
+        assert {layer.module.spec.kv_layout for layer in cache.layers} == {welcome if kept else made}
+        disable(model)
+    assert torch.equal(*found)
 
 
 @llama

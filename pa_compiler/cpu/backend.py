@@ -19,7 +19,7 @@ from pa_compiler.interface import CPU_ENTRY_POINTS
 from pa_compiler.key_ranges import decodes_by_attend
 from pa_compiler.score import BATCH, parts
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiles import Tiling
+from pa_compiler.tiles import FEW_ROWS, Tiling
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -76,7 +76,8 @@ def lower(unscheduled: IRModule, spec: PagedAttentionSpec, tiles: Tiling, of_att
     interrupts.check()
     if of_attend is not None:
         sch = scheduled(attend, of_attend)
-        prefetch.insert(sch, spec, of_attend, "fused_attend")
+        for name in ("fused_attend", *([FEW_ROWS] if of_attend.few else [])):
+            prefetch.insert(sch, spec, of_attend.of_kernel(name), name)
         lowered.update(sch.mod)
         interrupts.check()
     return Lowered(tensorir, tvmscript.text(lowered), lowered)
@@ -93,9 +94,10 @@ def host_text(
 ) -> str:
     """spec, and the parameters of its kernels -> host."""
     kernels = host.kernels(unscheduled)
-    tilings = {"fused_decode": tiles, "fused_attend": of_attend}
+    attends = of_attend or tiles
+    tilings = {"fused_decode": tiles, **{name: attends.of_kernel(name) for name in ("fused_attend", FEW_ROWS)}}
     shapes = {each.name: shape for each in kernels if (of := tilings.get(each.name)) and (shape := of.tile_shape)}
-    has = {"shares_prefix": shares_prefix, "tile_shapes": shapes, "attend_rows": (of_attend or tiles).row_tile}
+    has = {"shares_prefix": shares_prefix, "tile_shapes": shapes, "attend_rows": attends.row_tile}
     return host.render(spec, tiles, cpu, pipeline, kernels, **has)
 
 

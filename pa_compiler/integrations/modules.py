@@ -60,13 +60,15 @@ def remembered(num_threads: Callable[[], int]) -> Callable[[Callable[..., Module
     return decorate
 
 
-def of(spec: PagedAttentionSpec) -> Module:
+def of(spec: PagedAttentionSpec, *others: PagedAttentionSpec) -> Module:
     """The module of a spec, with attend, for this machine's CPU. A line on stderr says that one is compiled.
+
+    One that there is already of `others` is taken in its place.
 
     Raises:
         As pa_compiler.compile.
     """
-    found = _MODULES.get(spec)
+    found = next((_MODULES[each] for each in (spec, *others) if each in _MODULES), None)
     if found is None:
         with _LOCK:
             found = _MODULES.get(spec)

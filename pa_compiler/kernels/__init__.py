@@ -18,7 +18,7 @@ from pa_compiler.kernels.merge_partials import merge_partials
 from pa_compiler.kernels.merge_parts import merge_float32_parts, merge_parts
 from pa_compiler.key_ranges import decodes_by_attend
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiles import Tiling
+from pa_compiler.tiles import FEW_ROWS, Tiling
 
 PIPELINES = {
     "fused": (fused_decode, merge_partials),
@@ -51,9 +51,14 @@ def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str) -> IRModule:
 
 
 def build_attend(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str = "fused") -> IRModule:
-    """The PrimFuncs of a pipeline's attend, unscheduled, under the names that ATTEND has for them."""
-    built = ((name, kernel(spec, tiling)) for name, kernel in ATTEND[pipeline].items())
-    return IRModule({name: function.with_attr("global_symbol", name) for name, function in built})
+    """The PrimFuncs of a pipeline's attend, unscheduled, under the names that ATTEND has for them.
+
+    Where tiling has tiles for few rows, FEW_ROWS is fused_attend with these.
+    """
+    built = {name: kernel(spec, tiling) for name, kernel in ATTEND[pipeline].items()}
+    if tiling.few is not None:
+        built[FEW_ROWS] = fused_attend(spec, tiling.few)
+    return IRModule({name: function.with_attr("global_symbol", name) for name, function in built.items()})
 
 
 def build_merge(spec: PagedAttentionSpec, tiling: Tiling) -> IRModule:
@@ -64,7 +69,7 @@ def build_merge(spec: PagedAttentionSpec, tiling: Tiling) -> IRModule:
 
 def apart(mod: IRModule) -> tuple[IRModule, IRModule]:
     """The PrimFuncs of attend, and the others: their tiles are not the same."""
-    of_attend = ATTEND["fused"].keys() | ATTEND["staged"].keys()
+    of_attend = ATTEND["fused"].keys() | ATTEND["staged"].keys() | {FEW_ROWS}
     functions = {variable.name_hint: function for variable, function in mod.functions.items()}
     return (
         IRModule({name: function for name, function in functions.items() if name in of_attend}),

@@ -72,7 +72,7 @@ def _empty_states(tiling: Tiling) -> Callable[..., None]:
 
 def _softmax(spec: PagedAttentionSpec, tiling: Tiling, of: str, rows: int) -> Callable[..., None]:
     """The maxima, weights and sums of the first `rows` rows; `of` comes before the names of the sblocks."""
-    group, tokens, in_two = tiling.token_group, tiling.padded_kv_tile, are_products(spec)
+    group, tokens, in_two, parts = tiling.token_group, tiling.padded_kv_tile, are_products(spec), _parts(tiling)
     full_weights, weights = (_weights(tiling, f"{of}{part}", rows) for part in ("full_", ""))
 
     def product(scores, slot, scale, row, column):
@@ -118,55 +118,71 @@ def _softmax(spec: PagedAttentionSpec, tiling: Tiling, of: str, rows: int) -> Ca
                     vr = T.axis.spatial(rows, r)
                     room[0, vr] = of_row(headroom, vr)
         places = T.meta_var(OfRows(room, 0) if spec.wide_range else headroom)
+        sums = T.sblock_alloc_buffer((parts, rows), "float32")
         if in_two:
-            full_sum = T.sblock_alloc_buffer((1, rows), "float32")
+            full_sums = T.sblock_alloc_buffer((parts, rows), "float32")
             full_score = T.meta_var(lambda row, column: product(scores, slot, scale, row, column))
             full_weights(
-                [scores[slot, 0:rows, 0:tokens], room[0, 0:rows]], full_score, tile_max, pairs, full_sum, slot, places,
+                [scores[slot, 0:rows, 0:tokens], room[0, 0:rows]], full_score, tile_max, pairs, full_sums, slot, places,
                 0, num_full, T.float32(0),
             )  # fmt: skip
         weights(
-            [scaled[0:rows, 0:tokens], room[0, 0:rows], *([full_sum[slot, 0:rows]] if in_two else [])],
-            lambda row, column: scaled[row, column], tile_max, pairs, tile_sum, slot, places, num_full, num_groups,
-            (lambda row: full_sum[slot, row]) if in_two else T.float32(0),
+            [scaled[0:rows, 0:tokens], room[0, 0:rows], *([full_sums[0:parts, 0:rows]] if in_two else [])],
+            lambda row, column: scaled[row, column], tile_max, pairs, sums, slot, places, num_full, num_groups,
+            (lambda part, row: full_sums[part, row]) if in_two else T.float32(0),
         )  # fmt: skip
+        with T.sblock(f"{of}weight_sum"):
+            T.reads(sums[0:parts, 0:rows])
+            T.writes(tile_sum[slot, 0:rows])
+            for r, p in T.grid(rows, parts):
+                with T.sblock(f"{of}tile_sum"):
+                    vr, vp = T.axis.remap("SR", [r, p])
+                    with T.init():
+                        tile_sum[slot, vr] = T.float32(0)
+                    tile_sum[slot, vr] += sums[vp, vr]
 
     return stage
 
 
 def _weights(tiling: Tiling, of: str, rows: int) -> Callable[..., None]:
-    """The sblock weights: pairs of the token groups from begin to end, and total[slot, r], their sum from `before` on.
+    """The sblock weights: pairs of the token groups from begin to end, and sums[p, r], their sums from `before` on.
 
-    score(row, column) is a scaled score, for which it reads what reads says.
+    Sum p is that of each _parts-th pair. score(row, column) is a scaled score, for which it reads what reads says.
     """
-    group, tokens = tiling.token_group, tiling.padded_kv_tile
-    half = group // 2
+    group, tokens, parts = tiling.token_group, tiling.padded_kv_tile, _parts(tiling)
+    half = group // 2 // parts
 
-    def first_of(before: Expr | Callable[[Expr], Expr], row: Expr) -> Expr:
-        return before(row) if callable(before) else before
+    def first_of(before: Expr | Callable[[Expr, Expr], Expr], part: Expr, row: Expr) -> Expr:
+        return before(part, row) if callable(before) else before
 
     @inline
-    def stage(reads, score, tile_max, pairs, total, slot, places, begin, end, before):
+    def stage(reads, score, tile_max, pairs, sums, slot, places, begin, end, before):
         with T.sblock(f"{of}weights"):
             T.reads(*reads, tile_max[slot, 0:rows])
-            T.writes(pairs[slot, 0:rows, 0 : tokens // 2], total[slot, 0:rows])
+            T.writes(pairs[slot, 0:rows, 0 : tokens // 2], sums[0:parts, 0:rows])
             probs = T.sblock_alloc_buffer((rows, tokens), "float32")
             for r, to, ti in T.grid(rows, end - begin, group):
                 with T.sblock(f"{of}probs"):
                     vt = T.axis.spatial(tokens, (begin + to) * group + ti)
                     vr = T.axis.spatial(rows, r)
                     store_weight(probs, (vr, vt), score(vr, vt) - tile_max[slot, vr], of_row(places, vr))
-            for r, to, ti in T.grid(rows, end - begin, half):
+            for r, p, to, ti in T.grid(rows, parts, end - begin, half):
                 with T.sblock(f"{of}pairs"):
-                    vt = T.axis.spatial(tokens // 2, (begin + to) * half + ti)
+                    vt = T.axis.spatial(tokens // 2, ((begin + to) * half + ti) * parts + p)
                     vr = T.axis.spatial(rows, r)
                     pairs[slot, vr, vt] = pair_rounded(probs[vr, 2 * vt], probs[vr, 2 * vt + 1])
-            for r, to, ti in T.grid(rows, end - begin, half):
-                with T.sblock(f"{of}tile_sum"):
-                    vt = T.axis.reduce(tokens // 2, (begin + to) * half + ti)
+            for r, p, to, ti in T.grid(rows, parts, end - begin, half):
+                with T.sblock(f"{of}part_sum"):
+                    vp = T.axis.spatial(parts, p)
+                    vt = T.axis.reduce(tokens // 2 // parts, (begin + to) * half + ti)
                     vr = T.axis.spatial(rows, r)
                     with T.init():
-                        total[slot, vr] = first_of(before, vr)
-                    total[slot, vr] += dot_pairs(pairs[slot, vr, vt], opaque(T.int32(PAIR_OF_ONES)))
+                        sums[vp, vr] = first_of(before, vp, vr)
+                    sums[vp, vr] += dot_pairs(pairs[slot, vr, vt * parts + vp], opaque(T.int32(PAIR_OF_ONES)))
 
     return stage
+
+
+def _parts(tiling: Tiling) -> int:
+    """In how many sums the pairs of a tile are added up: as decode does, where it gives the same bits."""
+    return max(tiling.weight_sums // 2, 1)

@@ -158,15 +158,23 @@ def full_weights(sch: Schedule, tiling: VectorTiling, of: str = "") -> None:
 def weights(sch: Schedule, tiling: VectorTiling, of: str = "") -> None:
     """The same; qk_matmul has laid out what is written."""
     rows_last(sch, f"{of}probs")
-    row, group, pair = sch.get_loops(f"{of}pairs")[-3:]
-    sch.reorder(group, pair, row)
+    row, part, group, pair = sch.get_loops(f"{of}pairs")[-4:]
+    sch.reorder(part, group, pair, row)
     sch.compute_at(f"{of}probs", pair, preserve_unit_loops=True)
-    sch.reverse_compute_at(f"{of}tile_sum", pair, preserve_unit_loops=True)
+    sch.reverse_compute_at(f"{of}part_sum", pair, preserve_unit_loops=True)
     token, lane = sch.get_loops(f"{of}probs")[-2:]
     sch.unroll(token)
-    for each in (lane, row, sch.get_loops(f"{of}tile_sum")[-1]):
+    for each in (lane, row, sch.get_loops(f"{of}part_sum")[-1]):
         sch.vectorize(each)
-    sch.decompose_reduction(f"{of}tile_sum", group)
+    sch.decompose_reduction(f"{of}part_sum", group)
+
+
+def weight_sum(sch: Schedule, tiling: VectorTiling, of: str = "") -> None:
+    """Vertical."""
+    row, part = sch.get_loops(f"{of}tile_sum")[-2:]
+    sch.reorder(part, row)
+    sch.vectorize(row)
+    sch.vectorize(sch.get_loops(sch.decompose_reduction(f"{of}tile_sum", part))[-1])
 
 
 def whole_products(sch: Schedule, tiling: VectorTiling) -> None:
@@ -242,10 +250,11 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = (
         "maxima": maxima,
         "full_weights": full_weights,
         "weights": weights,
+        "weight_sum": weight_sum,
     }
     | {
         f"few_{stage.__name__}": functools.partial(stage, of="few_")
-        for stage in (full_scores, maxima, full_weights, weights)
+        for stage in (full_scores, maxima, full_weights, weights, weight_sum)
     }
 )
 """How each stage is scheduled, by the name of its sblock."""

@@ -11,11 +11,12 @@ import tvm
 from attend_calls import Call
 from inputs import DTYPES
 
-from pa_compiler import backends, schedules
-from pa_compiler.cpu import build, instructions, prefetch, target
+from pa_compiler import backends
+from pa_compiler.cpu import backend, build, instructions, target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.kernels import build_attend
 from pa_compiler.key_ranges import attend_range_blocks, attend_tiles
+from pa_compiler.tiles import FEW_ROWS
 
 
 @functools.cache
@@ -33,14 +34,16 @@ class Kernels:
         module = build_attend(spec, self.tiles)
         names = [variable.name_hint for variable in module.get_global_vars()]
         self.params = {name: [param.name for param in module[name].params] for name in names}
-        sch = schedules.scheduled(module, self.tiles)
-        prefetch.insert(sch, spec, self.tiles, "fused_attend")
-        self.executable = build.translate(instructions.select(sch.mod, cpu, self.tiles), cpu)
+        lowered = backend.lower(module, spec, self.tiles, self.tiles)
+        self.executable = build.translate(instructions.select(lowered.mod, cpu, self.tiles), cpu)
 
     def _call(self, kernel, arrays, numbers):
         given = arrays | numbers
-        if self.tiles.tile_shape:
-            tile_registers.shape(*self.tiles.tile_shape)
+        if kernel == "fused_attend" and self.tiles.few:
+            has_few = numbers["num_query"] * self.spec.group <= self.tiles.row_tile
+            kernel = FEW_ROWS if has_few else kernel
+        if shape := self.tiles.of_kernel(kernel).tile_shape:
+            tile_registers.shape(*shape)
         self.executable[kernel](*(given[name] for name in self.params[kernel]))
 
     def strides(self, call: Call) -> dict[str, int]:

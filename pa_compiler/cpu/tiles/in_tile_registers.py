@@ -7,6 +7,7 @@ import math
 from typing import ClassVar
 
 from pa_compiler.cpu.tiles.basis import Basis, CpuTiling
+from pa_compiler.cpu.tiles.tokens_in_tiles import TokensInTiles
 from pa_compiler.key_ranges import ATTEND_KV_TILE, decodes_in_step
 from pa_compiler.spec import PACKED_TOKENS
 from pa_compiler.tiles import divisors
@@ -27,15 +28,18 @@ class InTileRegisters(CpuTiling):
 
     @classmethod
     def takes(cls, basis: Basis) -> tuple[bool, str]:
-        """Whole tiles of pairs of bfloat16, unless decode, which has no tile registers, is to give the same bits."""
+        """Whole tiles of pairs of bfloat16."""
         spec = basis.spec
         if not (basis.target.tile_registers and basis.dot_pairs and basis.fused):
             return False, "tile registers multiply bfloat16 on CPUs with AMX alone."
         if spec.head_dim % (2 * _PAIRS) or spec.result_dim % _SUMS:
             return False, f"tile registers take head_dim in steps of {2 * _PAIRS}, value_dim in steps of {_SUMS}."
-        if spec.invariant and decodes_in_step(spec):
-            return False, "invariant: decode adds products one after another, as tile registers do not."
         return True, "AMX multiplies whole tiles of bfloat16."
+
+    @staticmethod
+    def adds_as(in_place: TokensInTiles) -> bool:
+        """Whether copies of packed keys and values are added up as they are where they lie, so that bits are alike."""
+        return in_place.value_pairs == _PAIRS
 
     @classmethod
     def choose(cls, basis: Basis) -> InTileRegisters:
@@ -53,7 +57,7 @@ class InTileRegisters(CpuTiling):
             many_tokens=True,
             few_rows=basis.rows,
             fetches_early=spec.kv_layout != "packed",
-            weight_sums=math.gcd(_SUMS, PACKED_TOKENS) if decodes_in_step(spec) else 0,  # of decode: here in one sum
+            weight_sums=math.gcd(_SUMS, PACKED_TOKENS) if decodes_in_step(spec) else 0,
             qk_rows=rows,
             qk_tokens=_SUMS // 2,
             pv_rows=rows,

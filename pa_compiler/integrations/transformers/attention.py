@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -75,7 +76,8 @@ def attend(
         raise ValueError(f"attention_mask: expected None or one of [batch, columns], got {got}")
     module = attention_mask.modules.get(shape)
     if module is None:
-        module = _module(*shape, window_of(attention_mask.function), caches.BLOCK_SIZE)
+        layouts = caches.layouts(query.dtype, key.shape[3])
+        module = _module(*shape, window_of(attention_mask.function), caches.BLOCK_SIZE, layouts)
         attention_mask.modules[shape] = module
     if paged_layer is None:
         step, (keys, values) = _without_cache(module, query, key, value, attention_mask)
@@ -108,10 +110,12 @@ def _module(
     alibi: bool,
     window: int | None,
     block_size: int,
+    layouts: tuple[str, ...] = ("NHD",),
 ) -> Module:
     shape, name = (num_heads, num_kv_heads, head_dim, block_size), str(dtype).removeprefix("torch.")
     scores: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks, "alibi": alibi}
-    return modules.of(PagedAttentionSpec(*shape, name, value_dim=value_dim, **scores))
+    first = PagedAttentionSpec(*shape, name, kv_layout=layouts[0], value_dim=value_dim, **scores)
+    return modules.of(first, *(dataclasses.replace(first, kv_layout=layout) for layout in layouts[1:]))
 
 
 def _without_cache(

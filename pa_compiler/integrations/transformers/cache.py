@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from pa_compiler.integrations.transformers.steps import Step, make_step
 from pa_compiler.runtime.module import Module
 
-BLOCK_SIZE = 16
+BLOCK_SIZE = 32
 """Tokens of a block."""
 
 HUGE_PAGE = 2 << 20
@@ -39,7 +39,7 @@ class PagedLayer(CacheLayerMixin):
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.is_initialized: bool = False
-        self._module: Any = None  # which the caches are of
+        self.module: Any = None  # which the caches are of
         self._cache, self._batch, self._blocks, self.columns = cache, 0, 0, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -75,7 +75,7 @@ class PagedLayer(CacheLayerMixin):
             for new, old in zip(caches, (self.keys, self.values), strict=True):
                 _by_sequence(new, batch)[:, : self._blocks] = _by_sequence(old, batch)
         self.keys, self.values = caches
-        self._module, self._batch, self._blocks, self.is_initialized = module, batch, blocks, True
+        self.module, self._batch, self._blocks, self.is_initialized = module, batch, blocks, True
 
     def _choose(self, chosen: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sequences anew from those that there are."""
@@ -83,7 +83,7 @@ class PagedLayer(CacheLayerMixin):
             before, batch = (self.keys, self.values), self._batch
             index = chosen(torch.arange(batch))
             self._batch = len(index)
-            self.keys, self.values = empty_caches(self._module, self._batch * self._blocks)
+            self.keys, self.values = empty_caches(self.module, self._batch * self._blocks)
             for new, old in zip((self.keys, self.values), before, strict=True):
                 torch.index_select(_by_sequence(old, batch), 0, index, out=_by_sequence(new, self._batch))
 
@@ -146,6 +146,14 @@ class PagedCache(Cache):
         step = make_step(batch, blocks, BLOCK_SIZE, total, appended, appended, mask)
         self._steps.append((mask, step))
         return step
+
+
+def layouts(dtype: torch.dtype, head_dim: int) -> tuple[str, ...]:
+    """The kv_layout that caches are made in, and others in which modules that are there already are as welcome.
+
+    bfloat16 is packed, where heads can be: decode reads it fastest, and prompts cost the same.
+    """
+    return ("packed", "NHD") if dtype == torch.bfloat16 and head_dim % 2 == 0 else ("NHD", "packed")
 
 
 def empty_caches(module: Module, blocks: int) -> tuple[Any, Any]:
