@@ -230,14 +230,14 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor734.i = alloca [16 x float], align 16
-  %tile_sum.rf740.i = alloca [256 x float], align 16
-  %peak.rf741.i = alloca [256 x float], align 16
-  %tile_max744.i = alloca [16 x float], align 16
-  %beta745.i = alloca [16 x float], align 16
-  %alpha746.i = alloca [16 x float], align 16
-  %row_sum747.i = alloca [128 x float], align 16
-  %row_max748.i = alloca [128 x float], align 16
+  %factor724.i = alloca [16 x float], align 16
+  %tile_sum.rf730.i = alloca [256 x float], align 16
+  %peak.rf731.i = alloca [256 x float], align 16
+  %tile_max734.i = alloca [16 x float], align 16
+  %beta735.i = alloca [16 x float], align 16
+  %alpha736.i = alloca [16 x float], align 16
+  %row_sum737.i = alloca [128 x float], align 16
+  %row_max738.i = alloca [128 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -432,14 +432,14 @@ if_end51:                                         ; preds = %if_then49, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor734.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum.rf740.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %peak.rf741.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %tile_max744.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta745.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha746.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum747.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max748.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor724.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum.rf730.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %peak.rf731.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_max734.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta735.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha736.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum737.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max738.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
@@ -469,36 +469,36 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
   %96 = shl nsw i64 %k_row, 2
   %97 = insertelement <64 x float> poison, float %score_scale, i64 0
   %98 = shufflevector <64 x float> %97, <64 x float> poison, <64 x i32> zeroinitializer
-  %99 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 64
-  %100 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 128
-  %101 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 192
-  %102 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 256
-  %103 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 320
-  %104 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 384
-  %105 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 448
-  %106 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 512
-  %107 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 576
-  %108 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 640
-  %109 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 704
-  %110 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 768
-  %111 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 832
-  %112 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 896
-  %113 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 960
-  %114 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 64
-  %115 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 128
-  %116 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 192
-  %117 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 256
-  %118 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 320
-  %119 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 384
-  %120 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 448
-  %121 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 512
-  %122 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 576
-  %123 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 640
-  %124 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 704
-  %125 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 768
-  %126 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 832
-  %127 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 896
-  %128 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 960
+  %99 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 64
+  %100 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 128
+  %101 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 192
+  %102 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 256
+  %103 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 320
+  %104 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 384
+  %105 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 448
+  %106 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 512
+  %107 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 576
+  %108 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 640
+  %109 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 704
+  %110 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 768
+  %111 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 832
+  %112 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 896
+  %113 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 960
+  %114 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 64
+  %115 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 128
+  %116 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 192
+  %117 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 256
+  %118 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 320
+  %119 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 384
+  %120 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 448
+  %121 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 512
+  %122 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 576
+  %123 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 640
+  %124 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 704
+  %125 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 768
+  %126 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 832
+  %127 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 896
+  %128 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 960
   %129 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
   %130 = insertelement <16 x float> poison, float %129, i64 0
   %131 = bitcast <16 x float> %130 to <16 x i32>
@@ -507,8 +507,8 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
   %.not = icmp eq i64 %133, 0
   %134 = zext i32 %92 to i64
   %135 = and i64 %46, 4294967295
-  %wide.trip.count1167.i = and i64 %40, 2147483647
-  %136 = getelementptr inbounds nuw i8, ptr %tile_max744.i, i64 32
+  %wide.trip.count1153.i = and i64 %40, 2147483647
+  %136 = getelementptr inbounds nuw i8, ptr %tile_max734.i, i64 32
   %137 = mul i64 %q_batch, %94
   %138 = shl i64 %137, 1
   %139 = mul i64 %q_head, 224
@@ -588,70 +588,70 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
   %213 = getelementptr i8, ptr %212, i64 %141
   %214 = getelementptr i8, ptr %213, i64 1152
   %.mask = and i64 %q_head, 4611686018427387904
-  %stride.check287 = icmp ne i64 %.mask, 0
-  %broadcast.splatinsert290 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat291 = shufflevector <8 x float> %broadcast.splatinsert290, <8 x float> poison, <8 x i32> zeroinitializer
-  %.mask301 = and i64 %q_head, 4611686018427387904
-  %stride.check266 = icmp ne i64 %.mask301, 0
-  %broadcast.splatinsert269 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat270 = shufflevector <8 x float> %broadcast.splatinsert269, <8 x float> poison, <8 x i32> zeroinitializer
-  %.mask302 = and i64 %q_head, 4611686018427387904
-  %stride.check244 = icmp ne i64 %.mask302, 0
-  %broadcast.splatinsert247 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat248 = shufflevector <8 x float> %broadcast.splatinsert247, <8 x float> poison, <8 x i32> zeroinitializer
-  %.mask303 = and i64 %q_head, 4611686018427387904
-  %stride.check222 = icmp ne i64 %.mask303, 0
-  %broadcast.splatinsert225 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat226 = shufflevector <8 x float> %broadcast.splatinsert225, <8 x float> poison, <8 x i32> zeroinitializer
-  %.mask304 = and i64 %q_head, 4611686018427387904
-  %stride.check200 = icmp ne i64 %.mask304, 0
-  %broadcast.splatinsert203 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat204 = shufflevector <8 x float> %broadcast.splatinsert203, <8 x float> poison, <8 x i32> zeroinitializer
+  %stride.check291 = icmp ne i64 %.mask, 0
+  %broadcast.splatinsert294 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat295 = shufflevector <8 x float> %broadcast.splatinsert294, <8 x float> poison, <8 x i32> zeroinitializer
   %.mask305 = and i64 %q_head, 4611686018427387904
-  %stride.check178 = icmp ne i64 %.mask305, 0
-  %broadcast.splatinsert181 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat182 = shufflevector <8 x float> %broadcast.splatinsert181, <8 x float> poison, <8 x i32> zeroinitializer
+  %stride.check270 = icmp ne i64 %.mask305, 0
+  %broadcast.splatinsert273 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat274 = shufflevector <8 x float> %broadcast.splatinsert273, <8 x float> poison, <8 x i32> zeroinitializer
   %.mask306 = and i64 %q_head, 4611686018427387904
-  %stride.check156 = icmp ne i64 %.mask306, 0
-  %broadcast.splatinsert159 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat160 = shufflevector <8 x float> %broadcast.splatinsert159, <8 x float> poison, <8 x i32> zeroinitializer
+  %stride.check248 = icmp ne i64 %.mask306, 0
+  %broadcast.splatinsert251 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat252 = shufflevector <8 x float> %broadcast.splatinsert251, <8 x float> poison, <8 x i32> zeroinitializer
   %.mask307 = and i64 %q_head, 4611686018427387904
-  %stride.check = icmp ne i64 %.mask307, 0
+  %stride.check226 = icmp ne i64 %.mask307, 0
+  %broadcast.splatinsert229 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat230 = shufflevector <8 x float> %broadcast.splatinsert229, <8 x float> poison, <8 x i32> zeroinitializer
+  %.mask308 = and i64 %q_head, 4611686018427387904
+  %stride.check204 = icmp ne i64 %.mask308, 0
+  %broadcast.splatinsert207 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat208 = shufflevector <8 x float> %broadcast.splatinsert207, <8 x float> poison, <8 x i32> zeroinitializer
+  %.mask309 = and i64 %q_head, 4611686018427387904
+  %stride.check182 = icmp ne i64 %.mask309, 0
+  %broadcast.splatinsert185 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat186 = shufflevector <8 x float> %broadcast.splatinsert185, <8 x float> poison, <8 x i32> zeroinitializer
+  %.mask310 = and i64 %q_head, 4611686018427387904
+  %stride.check160 = icmp ne i64 %.mask310, 0
+  %broadcast.splatinsert163 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat164 = shufflevector <8 x float> %broadcast.splatinsert163, <8 x float> poison, <8 x i32> zeroinitializer
+  %.mask311 = and i64 %q_head, 4611686018427387904
+  %stride.check = icmp ne i64 %.mask311, 0
   %broadcast.splatinsert = insertelement <8 x float> poison, float %query_scale, i64 0
   %broadcast.splat = shufflevector <8 x float> %broadcast.splatinsert, <8 x float> poison, <8 x i32> zeroinitializer
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end726.i
-  %indvars.iv.next1163.i = add nuw nsw i64 %indvars.iv1162.i, 1
-  %exitcond1168.not.i = icmp eq i64 %indvars.iv.next1163.i, %wide.trip.count1167.i
-  br i1 %exitcond1168.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
+for_begin_s.i:                                    ; preds = %if_end716.i
+  %indvars.iv.next1149.i = add nuw nsw i64 %indvars.iv1148.i, 1
+  %exitcond1154.not.i = icmp eq i64 %indvars.iv.next1149.i, %wide.trip.count1153.i
+  br i1 %exitcond1154.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv1162.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1163.i, %for_begin_s.i ]
-  %215 = mul i64 %174, %indvars.iv1162.i
-  %scevgep282 = getelementptr i8, ptr %176, i64 %215
-  %scevgep283 = getelementptr i8, ptr %179, i64 %215
-  %216 = mul i64 %170, %indvars.iv1162.i
-  %scevgep261 = getelementptr i8, ptr %181, i64 %216
-  %scevgep262 = getelementptr i8, ptr %184, i64 %216
-  %217 = mul i64 %165, %indvars.iv1162.i
-  %scevgep239 = getelementptr i8, ptr %186, i64 %217
-  %scevgep240 = getelementptr i8, ptr %189, i64 %217
-  %218 = mul i64 %160, %indvars.iv1162.i
-  %scevgep217 = getelementptr i8, ptr %191, i64 %218
-  %scevgep218 = getelementptr i8, ptr %194, i64 %218
-  %219 = mul i64 %155, %indvars.iv1162.i
-  %scevgep195 = getelementptr i8, ptr %196, i64 %219
-  %scevgep196 = getelementptr i8, ptr %199, i64 %219
-  %220 = mul i64 %150, %indvars.iv1162.i
-  %scevgep173 = getelementptr i8, ptr %201, i64 %220
-  %scevgep174 = getelementptr i8, ptr %204, i64 %220
-  %221 = mul i64 %145, %indvars.iv1162.i
-  %scevgep151 = getelementptr i8, ptr %206, i64 %221
-  %scevgep152 = getelementptr i8, ptr %209, i64 %221
-  %222 = mul i64 %140, %indvars.iv1162.i
-  %scevgep145 = getelementptr i8, ptr %211, i64 %222
-  %scevgep146 = getelementptr i8, ptr %214, i64 %222
+  %indvars.iv1148.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1149.i, %for_begin_s.i ]
+  %215 = mul i64 %174, %indvars.iv1148.i
+  %scevgep286 = getelementptr i8, ptr %176, i64 %215
+  %scevgep287 = getelementptr i8, ptr %179, i64 %215
+  %216 = mul i64 %170, %indvars.iv1148.i
+  %scevgep265 = getelementptr i8, ptr %181, i64 %216
+  %scevgep266 = getelementptr i8, ptr %184, i64 %216
+  %217 = mul i64 %165, %indvars.iv1148.i
+  %scevgep243 = getelementptr i8, ptr %186, i64 %217
+  %scevgep244 = getelementptr i8, ptr %189, i64 %217
+  %218 = mul i64 %160, %indvars.iv1148.i
+  %scevgep221 = getelementptr i8, ptr %191, i64 %218
+  %scevgep222 = getelementptr i8, ptr %194, i64 %218
+  %219 = mul i64 %155, %indvars.iv1148.i
+  %scevgep199 = getelementptr i8, ptr %196, i64 %219
+  %scevgep200 = getelementptr i8, ptr %199, i64 %219
+  %220 = mul i64 %150, %indvars.iv1148.i
+  %scevgep177 = getelementptr i8, ptr %201, i64 %220
+  %scevgep178 = getelementptr i8, ptr %204, i64 %220
+  %221 = mul i64 %145, %indvars.iv1148.i
+  %scevgep155 = getelementptr i8, ptr %206, i64 %221
+  %scevgep156 = getelementptr i8, ptr %209, i64 %221
+  %222 = mul i64 %140, %indvars.iv1148.i
+  %scevgep149 = getelementptr i8, ptr %211, i64 %222
+  %scevgep150 = getelementptr i8, ptr %214, i64 %222
   %223 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
   %q_tile.i = tail call ptr %223(i32 1, i32 %dev_id, i64 147456, i32 0, i32 32)
   %224 = icmp eq ptr %q_tile.i, null
@@ -664,179 +664,179 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %226, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
 
 if_end2.i:                                        ; preds = %if_end.i
-  %227 = add nsw i64 %indvars.iv1162.i, %94
+  %227 = add nsw i64 %indvars.iv1148.i, %94
   %228 = getelementptr inbounds i32, ptr %context_lens, i64 %227
   %229 = load i32, ptr %228, align 4, !tbaa !4
   %230 = mul nsw i64 %227, %q_batch
   %231 = getelementptr i16, ptr %query, i64 %230
-  %scevgep281 = getelementptr i8, ptr %q_tile.i, i64 18432
-  %bound0284 = icmp ult ptr %q_tile.i, %scevgep283
-  %bound1285 = icmp ult ptr %scevgep282, %scevgep281
-  %found.conflict286 = and i1 %bound0284, %bound1285
-  %232 = or i1 %found.conflict286, %stride.check287
+  %scevgep285 = getelementptr i8, ptr %q_tile.i, i64 18432
+  %bound0288 = icmp ult ptr %q_tile.i, %scevgep287
+  %bound1289 = icmp ult ptr %scevgep286, %scevgep285
+  %found.conflict290 = and i1 %bound0288, %bound1289
+  %232 = or i1 %found.conflict290, %stride.check291
   br label %for_begin_d.preheader.i
 
 for_begin_d.preheader.i:                          ; preds = %for_end_d.i, %if_end2.i
-  %indvars.iv875.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next876.i, %for_end_d.i ]
-  %233 = mul nsw i64 %indvars.iv875.i, %q_head
+  %indvars.iv866.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next867.i, %for_end_d.i ]
+  %233 = mul nsw i64 %indvars.iv866.i, %q_head
   %invariant.gep.i = getelementptr i16, ptr %231, i64 %233
-  %invariant.gep1249.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv875.i
-  br i1 %232, label %for_body_d.i, label %vector.body292, !prof !11
+  %invariant.gep1233.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.i
+  br i1 %232, label %for_body_d.i, label %vector.body296, !prof !11
 
-vector.body292:                                   ; preds = %vector.body292, %for_begin_d.preheader.i
-  %index293 = phi i64 [ %index.next298.2, %vector.body292 ], [ 0, %for_begin_d.preheader.i ]
-  %vec.ind294 = phi <8 x i64> [ %vec.ind.next299.2, %vector.body292 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.i ]
-  %234 = shl i64 %index293, 2
+vector.body296:                                   ; preds = %vector.body296, %for_begin_d.preheader.i
+  %index297 = phi i64 [ %index.next302.2, %vector.body296 ], [ 0, %for_begin_d.preheader.i ]
+  %vec.ind298 = phi <8 x i64> [ %vec.ind.next303.2, %vector.body296 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.i ]
+  %234 = shl i64 %index297, 2
   %235 = getelementptr i8, ptr %invariant.gep.i, i64 %234
-  %wide.vec295 = load <16 x i16>, ptr %235, align 2, !tbaa !4, !alias.scope !12
-  %strided.vec296 = shufflevector <16 x i16> %wide.vec295, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec297 = shufflevector <16 x i16> %wide.vec295, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %236 = zext <8 x i16> %strided.vec297 to <8 x i32>
+  %wide.vec299 = load <16 x i16>, ptr %235, align 2, !tbaa !4, !alias.scope !12
+  %strided.vec300 = shufflevector <16 x i16> %wide.vec299, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec301 = shufflevector <16 x i16> %wide.vec299, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %236 = zext <8 x i16> %strided.vec301 to <8 x i32>
   %237 = shl nuw <8 x i32> %236, splat (i32 16)
   %238 = bitcast <8 x i32> %237 to <8 x float>
-  %239 = fmul <8 x float> %broadcast.splat291, %238
+  %239 = fmul <8 x float> %broadcast.splat295, %238
   %240 = bitcast <8 x float> %239 to <8 x i32>
-  %241 = zext <8 x i16> %strided.vec296 to <8 x i32>
+  %241 = zext <8 x i16> %strided.vec300 to <8 x i32>
   %242 = shl nuw <8 x i32> %241, splat (i32 16)
   %243 = bitcast <8 x i32> %242 to <8 x float>
-  %244 = fmul <8 x float> %broadcast.splat291, %243
+  %244 = fmul <8 x float> %broadcast.splat295, %243
   %245 = bitcast <8 x float> %244 to <8 x i32>
   %246 = lshr <8 x i32> %245, splat (i32 16)
   %247 = or <8 x i32> %246, %240
-  %248 = shl nuw nsw <8 x i64> %vec.ind294, splat (i64 6)
-  %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1249.i, <8 x i64> %248
+  %248 = shl nuw nsw <8 x i64> %vec.ind298, splat (i64 6)
+  %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, <8 x i64> %248
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %247, <8 x ptr> align 4 %249, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !15, !noalias !12
-  %index.next298 = shl i64 %index293, 2
-  %250 = getelementptr i8, ptr %invariant.gep.i, i64 %index.next298
+  %index.next302 = shl i64 %index297, 2
+  %250 = getelementptr i8, ptr %invariant.gep.i, i64 %index.next302
   %251 = getelementptr i8, ptr %250, i64 32
-  %wide.vec295.1 = load <16 x i16>, ptr %251, align 2, !tbaa !4, !alias.scope !12
-  %strided.vec296.1 = shufflevector <16 x i16> %wide.vec295.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec297.1 = shufflevector <16 x i16> %wide.vec295.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %252 = zext <8 x i16> %strided.vec297.1 to <8 x i32>
+  %wide.vec299.1 = load <16 x i16>, ptr %251, align 2, !tbaa !4, !alias.scope !12
+  %strided.vec300.1 = shufflevector <16 x i16> %wide.vec299.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec301.1 = shufflevector <16 x i16> %wide.vec299.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %252 = zext <8 x i16> %strided.vec301.1 to <8 x i32>
   %253 = shl nuw <8 x i32> %252, splat (i32 16)
   %254 = bitcast <8 x i32> %253 to <8 x float>
-  %255 = fmul <8 x float> %broadcast.splat291, %254
+  %255 = fmul <8 x float> %broadcast.splat295, %254
   %256 = bitcast <8 x float> %255 to <8 x i32>
-  %257 = zext <8 x i16> %strided.vec296.1 to <8 x i32>
+  %257 = zext <8 x i16> %strided.vec300.1 to <8 x i32>
   %258 = shl nuw <8 x i32> %257, splat (i32 16)
   %259 = bitcast <8 x i32> %258 to <8 x float>
-  %260 = fmul <8 x float> %broadcast.splat291, %259
+  %260 = fmul <8 x float> %broadcast.splat295, %259
   %261 = bitcast <8 x float> %260 to <8 x i32>
   %262 = lshr <8 x i32> %261, splat (i32 16)
   %263 = or <8 x i32> %262, %256
-  %vec.ind.next299 = shl <8 x i64> %vec.ind294, splat (i64 6)
-  %264 = add <8 x i64> %vec.ind.next299, splat (i64 512)
-  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1249.i, <8 x i64> %264
+  %vec.ind.next303 = shl <8 x i64> %vec.ind298, splat (i64 6)
+  %264 = add <8 x i64> %vec.ind.next303, splat (i64 512)
+  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, <8 x i64> %264
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %263, <8 x ptr> align 4 %265, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !15, !noalias !12
-  %index.next298.1 = shl i64 %index293, 2
-  %266 = getelementptr i8, ptr %invariant.gep.i, i64 %index.next298.1
+  %index.next302.1 = shl i64 %index297, 2
+  %266 = getelementptr i8, ptr %invariant.gep.i, i64 %index.next302.1
   %267 = getelementptr i8, ptr %266, i64 64
-  %wide.vec295.2 = load <16 x i16>, ptr %267, align 2, !tbaa !4, !alias.scope !12
-  %strided.vec296.2 = shufflevector <16 x i16> %wide.vec295.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec297.2 = shufflevector <16 x i16> %wide.vec295.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %268 = zext <8 x i16> %strided.vec297.2 to <8 x i32>
+  %wide.vec299.2 = load <16 x i16>, ptr %267, align 2, !tbaa !4, !alias.scope !12
+  %strided.vec300.2 = shufflevector <16 x i16> %wide.vec299.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec301.2 = shufflevector <16 x i16> %wide.vec299.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %268 = zext <8 x i16> %strided.vec301.2 to <8 x i32>
   %269 = shl nuw <8 x i32> %268, splat (i32 16)
   %270 = bitcast <8 x i32> %269 to <8 x float>
-  %271 = fmul <8 x float> %broadcast.splat291, %270
+  %271 = fmul <8 x float> %broadcast.splat295, %270
   %272 = bitcast <8 x float> %271 to <8 x i32>
-  %273 = zext <8 x i16> %strided.vec296.2 to <8 x i32>
+  %273 = zext <8 x i16> %strided.vec300.2 to <8 x i32>
   %274 = shl nuw <8 x i32> %273, splat (i32 16)
   %275 = bitcast <8 x i32> %274 to <8 x float>
-  %276 = fmul <8 x float> %broadcast.splat291, %275
+  %276 = fmul <8 x float> %broadcast.splat295, %275
   %277 = bitcast <8 x float> %276 to <8 x i32>
   %278 = lshr <8 x i32> %277, splat (i32 16)
   %279 = or <8 x i32> %278, %272
-  %vec.ind.next299.1 = shl <8 x i64> %vec.ind294, splat (i64 6)
-  %280 = add <8 x i64> %vec.ind.next299.1, splat (i64 1024)
-  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1249.i, <8 x i64> %280
+  %vec.ind.next303.1 = shl <8 x i64> %vec.ind298, splat (i64 6)
+  %280 = add <8 x i64> %vec.ind.next303.1, splat (i64 1024)
+  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, <8 x i64> %280
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %279, <8 x ptr> align 4 %281, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !15, !noalias !12
-  %index.next298.2 = add nuw nsw i64 %index293, 24
-  %vec.ind.next299.2 = add nuw nsw <8 x i64> %vec.ind294, splat (i64 24)
-  %282 = icmp eq i64 %index.next298.2, 288
-  br i1 %282, label %for_end_d.i, label %vector.body292, !prof !17, !llvm.loop !18
+  %index.next302.2 = add nuw nsw i64 %index297, 24
+  %vec.ind.next303.2 = add nuw nsw <8 x i64> %vec.ind298, splat (i64 24)
+  %282 = icmp eq i64 %index.next302.2, 288
+  br i1 %282, label %for_end_d.i, label %vector.body296, !prof !17, !llvm.loop !18
 
 for_begin_d.preheader.1.i:                        ; preds = %for_begin_d.preheader.1.i.preheader, %for_end_d.1.i
-  %indvars.iv875.1.i = phi i64 [ %indvars.iv.next876.1.i, %for_end_d.1.i ], [ 0, %for_begin_d.preheader.1.i.preheader ]
-  %283 = add nuw nsw i64 %indvars.iv875.1.i, 16
+  %indvars.iv866.1.i = phi i64 [ %indvars.iv.next867.1.i, %for_end_d.1.i ], [ 0, %for_begin_d.preheader.1.i.preheader ]
+  %283 = add nuw nsw i64 %indvars.iv866.1.i, 16
   %284 = mul nsw i64 %283, %q_head
   %invariant.gep.1.i = getelementptr i16, ptr %231, i64 %284
-  %invariant.gep1251.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv875.1.i
-  br i1 %1198, label %for_body_d.1.i, label %vector.body271, !prof !11
+  %invariant.gep1235.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.1.i
+  br i1 %1198, label %for_body_d.1.i, label %vector.body275, !prof !11
 
-vector.body271:                                   ; preds = %vector.body271, %for_begin_d.preheader.1.i
-  %index272 = phi i64 [ %index.next277.2, %vector.body271 ], [ 0, %for_begin_d.preheader.1.i ]
-  %vec.ind273 = phi <8 x i64> [ %vec.ind.next278.2, %vector.body271 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.1.i ]
-  %285 = shl i64 %index272, 2
+vector.body275:                                   ; preds = %vector.body275, %for_begin_d.preheader.1.i
+  %index276 = phi i64 [ %index.next281.2, %vector.body275 ], [ 0, %for_begin_d.preheader.1.i ]
+  %vec.ind277 = phi <8 x i64> [ %vec.ind.next282.2, %vector.body275 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.1.i ]
+  %285 = shl i64 %index276, 2
   %286 = getelementptr i8, ptr %invariant.gep.1.i, i64 %285
-  %wide.vec274 = load <16 x i16>, ptr %286, align 2, !tbaa !4, !alias.scope !22
-  %strided.vec275 = shufflevector <16 x i16> %wide.vec274, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec276 = shufflevector <16 x i16> %wide.vec274, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %287 = zext <8 x i16> %strided.vec276 to <8 x i32>
+  %wide.vec278 = load <16 x i16>, ptr %286, align 2, !tbaa !4, !alias.scope !22
+  %strided.vec279 = shufflevector <16 x i16> %wide.vec278, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec280 = shufflevector <16 x i16> %wide.vec278, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %287 = zext <8 x i16> %strided.vec280 to <8 x i32>
   %288 = shl nuw <8 x i32> %287, splat (i32 16)
   %289 = bitcast <8 x i32> %288 to <8 x float>
-  %290 = fmul <8 x float> %broadcast.splat270, %289
+  %290 = fmul <8 x float> %broadcast.splat274, %289
   %291 = bitcast <8 x float> %290 to <8 x i32>
-  %292 = zext <8 x i16> %strided.vec275 to <8 x i32>
+  %292 = zext <8 x i16> %strided.vec279 to <8 x i32>
   %293 = shl nuw <8 x i32> %292, splat (i32 16)
   %294 = bitcast <8 x i32> %293 to <8 x float>
-  %295 = fmul <8 x float> %broadcast.splat270, %294
+  %295 = fmul <8 x float> %broadcast.splat274, %294
   %296 = bitcast <8 x float> %295 to <8 x i32>
   %297 = lshr <8 x i32> %296, splat (i32 16)
   %298 = or <8 x i32> %297, %291
-  %299 = shl nuw nsw <8 x i64> %vec.ind273, splat (i64 6)
-  %300 = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, <8 x i64> %299
+  %299 = shl nuw nsw <8 x i64> %vec.ind277, splat (i64 6)
+  %300 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, <8 x i64> %299
   %301 = getelementptr inbounds nuw i8, <8 x ptr> %300, i64 18432
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %298, <8 x ptr> align 4 %301, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !25, !noalias !22
-  %index.next277 = shl i64 %index272, 2
-  %302 = getelementptr i8, ptr %invariant.gep.1.i, i64 %index.next277
+  %index.next281 = shl i64 %index276, 2
+  %302 = getelementptr i8, ptr %invariant.gep.1.i, i64 %index.next281
   %303 = getelementptr i8, ptr %302, i64 32
-  %wide.vec274.1 = load <16 x i16>, ptr %303, align 2, !tbaa !4, !alias.scope !22
-  %strided.vec275.1 = shufflevector <16 x i16> %wide.vec274.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec276.1 = shufflevector <16 x i16> %wide.vec274.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %304 = zext <8 x i16> %strided.vec276.1 to <8 x i32>
+  %wide.vec278.1 = load <16 x i16>, ptr %303, align 2, !tbaa !4, !alias.scope !22
+  %strided.vec279.1 = shufflevector <16 x i16> %wide.vec278.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec280.1 = shufflevector <16 x i16> %wide.vec278.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %304 = zext <8 x i16> %strided.vec280.1 to <8 x i32>
   %305 = shl nuw <8 x i32> %304, splat (i32 16)
   %306 = bitcast <8 x i32> %305 to <8 x float>
-  %307 = fmul <8 x float> %broadcast.splat270, %306
+  %307 = fmul <8 x float> %broadcast.splat274, %306
   %308 = bitcast <8 x float> %307 to <8 x i32>
-  %309 = zext <8 x i16> %strided.vec275.1 to <8 x i32>
+  %309 = zext <8 x i16> %strided.vec279.1 to <8 x i32>
   %310 = shl nuw <8 x i32> %309, splat (i32 16)
   %311 = bitcast <8 x i32> %310 to <8 x float>
-  %312 = fmul <8 x float> %broadcast.splat270, %311
+  %312 = fmul <8 x float> %broadcast.splat274, %311
   %313 = bitcast <8 x float> %312 to <8 x i32>
   %314 = lshr <8 x i32> %313, splat (i32 16)
   %315 = or <8 x i32> %314, %308
-  %vec.ind.next278 = shl <8 x i64> %vec.ind273, splat (i64 6)
-  %316 = add <8 x i64> %vec.ind.next278, splat (i64 512)
-  %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, <8 x i64> %316
+  %vec.ind.next282 = shl <8 x i64> %vec.ind277, splat (i64 6)
+  %316 = add <8 x i64> %vec.ind.next282, splat (i64 512)
+  %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, <8 x i64> %316
   %318 = getelementptr inbounds nuw i8, <8 x ptr> %317, i64 18432
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %315, <8 x ptr> align 4 %318, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !25, !noalias !22
-  %index.next277.1 = shl i64 %index272, 2
-  %319 = getelementptr i8, ptr %invariant.gep.1.i, i64 %index.next277.1
+  %index.next281.1 = shl i64 %index276, 2
+  %319 = getelementptr i8, ptr %invariant.gep.1.i, i64 %index.next281.1
   %320 = getelementptr i8, ptr %319, i64 64
-  %wide.vec274.2 = load <16 x i16>, ptr %320, align 2, !tbaa !4, !alias.scope !22
-  %strided.vec275.2 = shufflevector <16 x i16> %wide.vec274.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec276.2 = shufflevector <16 x i16> %wide.vec274.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %321 = zext <8 x i16> %strided.vec276.2 to <8 x i32>
+  %wide.vec278.2 = load <16 x i16>, ptr %320, align 2, !tbaa !4, !alias.scope !22
+  %strided.vec279.2 = shufflevector <16 x i16> %wide.vec278.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec280.2 = shufflevector <16 x i16> %wide.vec278.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %321 = zext <8 x i16> %strided.vec280.2 to <8 x i32>
   %322 = shl nuw <8 x i32> %321, splat (i32 16)
   %323 = bitcast <8 x i32> %322 to <8 x float>
-  %324 = fmul <8 x float> %broadcast.splat270, %323
+  %324 = fmul <8 x float> %broadcast.splat274, %323
   %325 = bitcast <8 x float> %324 to <8 x i32>
-  %326 = zext <8 x i16> %strided.vec275.2 to <8 x i32>
+  %326 = zext <8 x i16> %strided.vec279.2 to <8 x i32>
   %327 = shl nuw <8 x i32> %326, splat (i32 16)
   %328 = bitcast <8 x i32> %327 to <8 x float>
-  %329 = fmul <8 x float> %broadcast.splat270, %328
+  %329 = fmul <8 x float> %broadcast.splat274, %328
   %330 = bitcast <8 x float> %329 to <8 x i32>
   %331 = lshr <8 x i32> %330, splat (i32 16)
   %332 = or <8 x i32> %331, %325
-  %vec.ind.next278.1 = shl <8 x i64> %vec.ind273, splat (i64 6)
-  %333 = add <8 x i64> %vec.ind.next278.1, splat (i64 1024)
-  %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, <8 x i64> %333
+  %vec.ind.next282.1 = shl <8 x i64> %vec.ind277, splat (i64 6)
+  %333 = add <8 x i64> %vec.ind.next282.1, splat (i64 1024)
+  %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, <8 x i64> %333
   %335 = getelementptr inbounds nuw i8, <8 x ptr> %334, i64 18432
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %332, <8 x ptr> align 4 %335, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !25, !noalias !22
-  %index.next277.2 = add nuw nsw i64 %index272, 24
-  %vec.ind.next278.2 = add nuw nsw <8 x i64> %vec.ind273, splat (i64 24)
-  %336 = icmp eq i64 %index.next277.2, 288
-  br i1 %336, label %for_end_d.1.i, label %vector.body271, !prof !17, !llvm.loop !27
+  %index.next281.2 = add nuw nsw i64 %index276, 24
+  %vec.ind.next282.2 = add nuw nsw <8 x i64> %vec.ind277, splat (i64 24)
+  %336 = icmp eq i64 %index.next281.2, 288
+  br i1 %336, label %for_end_d.1.i, label %vector.body275, !prof !17, !llvm.loop !27
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_begin_d.preheader.1.i
   %indvars.iv.1.i = phi i64 [ %indvars.iv.next.1.i.3, %for_body_d.1.i ], [ 0, %for_begin_d.preheader.1.i ]
@@ -857,9 +857,9 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %349 = bitcast float %348 to i32
   %350 = lshr i32 %349, 16
   %351 = or i32 %350, %343
-  %.idx1188.i = shl nuw nsw i64 %indvars.iv.1.i, 6
-  %gep1252.i = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, i64 %.idx1188.i
-  %352 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 18432
+  %.idx1174.i = shl nuw nsw i64 %indvars.iv.1.i, 6
+  %gep1236.i = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, i64 %.idx1174.i
+  %352 = getelementptr inbounds nuw i8, ptr %gep1236.i, i64 18432
   store i32 %351, ptr %352, align 4, !tbaa !4
   %indvars.iv.next.1.i = or disjoint i64 %indvars.iv.1.i, 1
   %gep.1.idx.i.1 = shl i64 %indvars.iv.next.1.i, 2
@@ -879,9 +879,9 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %365 = bitcast float %364 to i32
   %366 = lshr i32 %365, 16
   %367 = or i32 %366, %359
-  %.idx1188.i.1 = shl nuw nsw i64 %indvars.iv.next.1.i, 6
-  %gep1252.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, i64 %.idx1188.i.1
-  %368 = getelementptr inbounds nuw i8, ptr %gep1252.i.1, i64 18432
+  %.idx1174.i.1 = shl nuw nsw i64 %indvars.iv.next.1.i, 6
+  %gep1236.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, i64 %.idx1174.i.1
+  %368 = getelementptr inbounds nuw i8, ptr %gep1236.i.1, i64 18432
   store i32 %367, ptr %368, align 4, !tbaa !4
   %indvars.iv.next.1.i.1 = or disjoint i64 %indvars.iv.1.i, 2
   %gep.1.idx.i.2 = shl i64 %indvars.iv.next.1.i.1, 2
@@ -901,9 +901,9 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %381 = bitcast float %380 to i32
   %382 = lshr i32 %381, 16
   %383 = or i32 %382, %375
-  %.idx1188.i.2 = shl nuw nsw i64 %indvars.iv.next.1.i.1, 6
-  %gep1252.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, i64 %.idx1188.i.2
-  %384 = getelementptr inbounds nuw i8, ptr %gep1252.i.2, i64 18432
+  %.idx1174.i.2 = shl nuw nsw i64 %indvars.iv.next.1.i.1, 6
+  %gep1236.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, i64 %.idx1174.i.2
+  %384 = getelementptr inbounds nuw i8, ptr %gep1236.i.2, i64 18432
   store i32 %383, ptr %384, align 4, !tbaa !4
   %indvars.iv.next.1.i.2 = or disjoint i64 %indvars.iv.1.i, 3
   %gep.1.idx.i.3 = shl i64 %indvars.iv.next.1.i.2, 2
@@ -923,110 +923,110 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %397 = bitcast float %396 to i32
   %398 = lshr i32 %397, 16
   %399 = or i32 %398, %391
-  %.idx1188.i.3 = shl nuw nsw i64 %indvars.iv.next.1.i.2, 6
-  %gep1252.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, i64 %.idx1188.i.3
-  %400 = getelementptr inbounds nuw i8, ptr %gep1252.i.3, i64 18432
+  %.idx1174.i.3 = shl nuw nsw i64 %indvars.iv.next.1.i.2, 6
+  %gep1236.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, i64 %.idx1174.i.3
+  %400 = getelementptr inbounds nuw i8, ptr %gep1236.i.3, i64 18432
   store i32 %399, ptr %400, align 4, !tbaa !4
   %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
   %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 288
   br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !28, !llvm.loop !29
 
-for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body271
-  %indvars.iv.next876.1.i = add nuw nsw i64 %indvars.iv875.1.i, 1
-  %exitcond879.1.not.i = icmp eq i64 %indvars.iv.next876.1.i, 16
-  br i1 %exitcond879.1.not.i, label %for_begin_d.preheader.2.i.preheader, label %for_begin_d.preheader.1.i, !prof !31
+for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body275
+  %indvars.iv.next867.1.i = add nuw nsw i64 %indvars.iv866.1.i, 1
+  %exitcond870.1.not.i = icmp eq i64 %indvars.iv.next867.1.i, 16
+  br i1 %exitcond870.1.not.i, label %for_begin_d.preheader.2.i.preheader, label %for_begin_d.preheader.1.i, !prof !31
 
 for_begin_d.preheader.2.i.preheader:              ; preds = %for_end_d.1.i
-  %scevgep237 = getelementptr i8, ptr %q_tile.i, i64 36864
-  %scevgep238 = getelementptr i8, ptr %q_tile.i, i64 55296
-  %bound0241 = icmp ult ptr %scevgep237, %scevgep240
-  %bound1242 = icmp ult ptr %scevgep239, %scevgep238
-  %found.conflict243 = and i1 %bound0241, %bound1242
-  %401 = or i1 %found.conflict243, %stride.check244
+  %scevgep241 = getelementptr i8, ptr %q_tile.i, i64 36864
+  %scevgep242 = getelementptr i8, ptr %q_tile.i, i64 55296
+  %bound0245 = icmp ult ptr %scevgep241, %scevgep244
+  %bound1246 = icmp ult ptr %scevgep243, %scevgep242
+  %found.conflict247 = and i1 %bound0245, %bound1246
+  %401 = or i1 %found.conflict247, %stride.check248
   br label %for_begin_d.preheader.2.i
 
 for_begin_d.preheader.2.i:                        ; preds = %for_end_d.2.i, %for_begin_d.preheader.2.i.preheader
-  %indvars.iv875.2.i = phi i64 [ %indvars.iv.next876.2.i, %for_end_d.2.i ], [ 0, %for_begin_d.preheader.2.i.preheader ]
-  %402 = add nuw nsw i64 %indvars.iv875.2.i, 32
+  %indvars.iv866.2.i = phi i64 [ %indvars.iv.next867.2.i, %for_end_d.2.i ], [ 0, %for_begin_d.preheader.2.i.preheader ]
+  %402 = add nuw nsw i64 %indvars.iv866.2.i, 32
   %403 = mul nsw i64 %402, %q_head
   %invariant.gep.2.i = getelementptr i16, ptr %231, i64 %403
-  %invariant.gep1253.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv875.2.i
-  br i1 %401, label %for_body_d.2.i, label %vector.body249, !prof !11
+  %invariant.gep1237.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.2.i
+  br i1 %401, label %for_body_d.2.i, label %vector.body253, !prof !11
 
-vector.body249:                                   ; preds = %vector.body249, %for_begin_d.preheader.2.i
-  %index250 = phi i64 [ %index.next255.2, %vector.body249 ], [ 0, %for_begin_d.preheader.2.i ]
-  %vec.ind251 = phi <8 x i64> [ %vec.ind.next256.2, %vector.body249 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.2.i ]
-  %404 = shl i64 %index250, 2
+vector.body253:                                   ; preds = %vector.body253, %for_begin_d.preheader.2.i
+  %index254 = phi i64 [ %index.next259.2, %vector.body253 ], [ 0, %for_begin_d.preheader.2.i ]
+  %vec.ind255 = phi <8 x i64> [ %vec.ind.next260.2, %vector.body253 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.2.i ]
+  %404 = shl i64 %index254, 2
   %405 = getelementptr i8, ptr %invariant.gep.2.i, i64 %404
-  %wide.vec252 = load <16 x i16>, ptr %405, align 2, !tbaa !4, !alias.scope !32
-  %strided.vec253 = shufflevector <16 x i16> %wide.vec252, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec254 = shufflevector <16 x i16> %wide.vec252, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %406 = zext <8 x i16> %strided.vec254 to <8 x i32>
+  %wide.vec256 = load <16 x i16>, ptr %405, align 2, !tbaa !4, !alias.scope !32
+  %strided.vec257 = shufflevector <16 x i16> %wide.vec256, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec258 = shufflevector <16 x i16> %wide.vec256, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %406 = zext <8 x i16> %strided.vec258 to <8 x i32>
   %407 = shl nuw <8 x i32> %406, splat (i32 16)
   %408 = bitcast <8 x i32> %407 to <8 x float>
-  %409 = fmul <8 x float> %broadcast.splat248, %408
+  %409 = fmul <8 x float> %broadcast.splat252, %408
   %410 = bitcast <8 x float> %409 to <8 x i32>
-  %411 = zext <8 x i16> %strided.vec253 to <8 x i32>
+  %411 = zext <8 x i16> %strided.vec257 to <8 x i32>
   %412 = shl nuw <8 x i32> %411, splat (i32 16)
   %413 = bitcast <8 x i32> %412 to <8 x float>
-  %414 = fmul <8 x float> %broadcast.splat248, %413
+  %414 = fmul <8 x float> %broadcast.splat252, %413
   %415 = bitcast <8 x float> %414 to <8 x i32>
   %416 = lshr <8 x i32> %415, splat (i32 16)
   %417 = or <8 x i32> %416, %410
-  %418 = shl nuw nsw <8 x i64> %vec.ind251, splat (i64 6)
-  %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, <8 x i64> %418
+  %418 = shl nuw nsw <8 x i64> %vec.ind255, splat (i64 6)
+  %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, <8 x i64> %418
   %420 = getelementptr inbounds nuw i8, <8 x ptr> %419, i64 36864
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %417, <8 x ptr> align 4 %420, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !35, !noalias !32
-  %index.next255 = shl i64 %index250, 2
-  %421 = getelementptr i8, ptr %invariant.gep.2.i, i64 %index.next255
+  %index.next259 = shl i64 %index254, 2
+  %421 = getelementptr i8, ptr %invariant.gep.2.i, i64 %index.next259
   %422 = getelementptr i8, ptr %421, i64 32
-  %wide.vec252.1 = load <16 x i16>, ptr %422, align 2, !tbaa !4, !alias.scope !32
-  %strided.vec253.1 = shufflevector <16 x i16> %wide.vec252.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec254.1 = shufflevector <16 x i16> %wide.vec252.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %423 = zext <8 x i16> %strided.vec254.1 to <8 x i32>
+  %wide.vec256.1 = load <16 x i16>, ptr %422, align 2, !tbaa !4, !alias.scope !32
+  %strided.vec257.1 = shufflevector <16 x i16> %wide.vec256.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec258.1 = shufflevector <16 x i16> %wide.vec256.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %423 = zext <8 x i16> %strided.vec258.1 to <8 x i32>
   %424 = shl nuw <8 x i32> %423, splat (i32 16)
   %425 = bitcast <8 x i32> %424 to <8 x float>
-  %426 = fmul <8 x float> %broadcast.splat248, %425
+  %426 = fmul <8 x float> %broadcast.splat252, %425
   %427 = bitcast <8 x float> %426 to <8 x i32>
-  %428 = zext <8 x i16> %strided.vec253.1 to <8 x i32>
+  %428 = zext <8 x i16> %strided.vec257.1 to <8 x i32>
   %429 = shl nuw <8 x i32> %428, splat (i32 16)
   %430 = bitcast <8 x i32> %429 to <8 x float>
-  %431 = fmul <8 x float> %broadcast.splat248, %430
+  %431 = fmul <8 x float> %broadcast.splat252, %430
   %432 = bitcast <8 x float> %431 to <8 x i32>
   %433 = lshr <8 x i32> %432, splat (i32 16)
   %434 = or <8 x i32> %433, %427
-  %vec.ind.next256 = shl <8 x i64> %vec.ind251, splat (i64 6)
-  %435 = add <8 x i64> %vec.ind.next256, splat (i64 512)
-  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, <8 x i64> %435
+  %vec.ind.next260 = shl <8 x i64> %vec.ind255, splat (i64 6)
+  %435 = add <8 x i64> %vec.ind.next260, splat (i64 512)
+  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, <8 x i64> %435
   %437 = getelementptr inbounds nuw i8, <8 x ptr> %436, i64 36864
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %434, <8 x ptr> align 4 %437, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !35, !noalias !32
-  %index.next255.1 = shl i64 %index250, 2
-  %438 = getelementptr i8, ptr %invariant.gep.2.i, i64 %index.next255.1
+  %index.next259.1 = shl i64 %index254, 2
+  %438 = getelementptr i8, ptr %invariant.gep.2.i, i64 %index.next259.1
   %439 = getelementptr i8, ptr %438, i64 64
-  %wide.vec252.2 = load <16 x i16>, ptr %439, align 2, !tbaa !4, !alias.scope !32
-  %strided.vec253.2 = shufflevector <16 x i16> %wide.vec252.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec254.2 = shufflevector <16 x i16> %wide.vec252.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %440 = zext <8 x i16> %strided.vec254.2 to <8 x i32>
+  %wide.vec256.2 = load <16 x i16>, ptr %439, align 2, !tbaa !4, !alias.scope !32
+  %strided.vec257.2 = shufflevector <16 x i16> %wide.vec256.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec258.2 = shufflevector <16 x i16> %wide.vec256.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %440 = zext <8 x i16> %strided.vec258.2 to <8 x i32>
   %441 = shl nuw <8 x i32> %440, splat (i32 16)
   %442 = bitcast <8 x i32> %441 to <8 x float>
-  %443 = fmul <8 x float> %broadcast.splat248, %442
+  %443 = fmul <8 x float> %broadcast.splat252, %442
   %444 = bitcast <8 x float> %443 to <8 x i32>
-  %445 = zext <8 x i16> %strided.vec253.2 to <8 x i32>
+  %445 = zext <8 x i16> %strided.vec257.2 to <8 x i32>
   %446 = shl nuw <8 x i32> %445, splat (i32 16)
   %447 = bitcast <8 x i32> %446 to <8 x float>
-  %448 = fmul <8 x float> %broadcast.splat248, %447
+  %448 = fmul <8 x float> %broadcast.splat252, %447
   %449 = bitcast <8 x float> %448 to <8 x i32>
   %450 = lshr <8 x i32> %449, splat (i32 16)
   %451 = or <8 x i32> %450, %444
-  %vec.ind.next256.1 = shl <8 x i64> %vec.ind251, splat (i64 6)
-  %452 = add <8 x i64> %vec.ind.next256.1, splat (i64 1024)
-  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, <8 x i64> %452
+  %vec.ind.next260.1 = shl <8 x i64> %vec.ind255, splat (i64 6)
+  %452 = add <8 x i64> %vec.ind.next260.1, splat (i64 1024)
+  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, <8 x i64> %452
   %454 = getelementptr inbounds nuw i8, <8 x ptr> %453, i64 36864
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %451, <8 x ptr> align 4 %454, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !35, !noalias !32
-  %index.next255.2 = add nuw nsw i64 %index250, 24
-  %vec.ind.next256.2 = add nuw nsw <8 x i64> %vec.ind251, splat (i64 24)
-  %455 = icmp eq i64 %index.next255.2, 288
-  br i1 %455, label %for_end_d.2.i, label %vector.body249, !prof !17, !llvm.loop !37
+  %index.next259.2 = add nuw nsw i64 %index254, 24
+  %vec.ind.next260.2 = add nuw nsw <8 x i64> %vec.ind255, splat (i64 24)
+  %455 = icmp eq i64 %index.next259.2, 288
+  br i1 %455, label %for_end_d.2.i, label %vector.body253, !prof !17, !llvm.loop !37
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_begin_d.preheader.2.i
   %indvars.iv.2.i = phi i64 [ %indvars.iv.next.2.i.3, %for_body_d.2.i ], [ 0, %for_begin_d.preheader.2.i ]
@@ -1047,9 +1047,9 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %468 = bitcast float %467 to i32
   %469 = lshr i32 %468, 16
   %470 = or i32 %469, %462
-  %.idx1189.i = shl nuw nsw i64 %indvars.iv.2.i, 6
-  %gep1254.i = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %.idx1189.i
-  %471 = getelementptr inbounds nuw i8, ptr %gep1254.i, i64 36864
+  %.idx1175.i = shl nuw nsw i64 %indvars.iv.2.i, 6
+  %gep1238.i = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, i64 %.idx1175.i
+  %471 = getelementptr inbounds nuw i8, ptr %gep1238.i, i64 36864
   store i32 %470, ptr %471, align 4, !tbaa !4
   %indvars.iv.next.2.i = or disjoint i64 %indvars.iv.2.i, 1
   %gep.2.idx.i.1 = shl i64 %indvars.iv.next.2.i, 2
@@ -1069,9 +1069,9 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %484 = bitcast float %483 to i32
   %485 = lshr i32 %484, 16
   %486 = or i32 %485, %478
-  %.idx1189.i.1 = shl nuw nsw i64 %indvars.iv.next.2.i, 6
-  %gep1254.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %.idx1189.i.1
-  %487 = getelementptr inbounds nuw i8, ptr %gep1254.i.1, i64 36864
+  %.idx1175.i.1 = shl nuw nsw i64 %indvars.iv.next.2.i, 6
+  %gep1238.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, i64 %.idx1175.i.1
+  %487 = getelementptr inbounds nuw i8, ptr %gep1238.i.1, i64 36864
   store i32 %486, ptr %487, align 4, !tbaa !4
   %indvars.iv.next.2.i.1 = or disjoint i64 %indvars.iv.2.i, 2
   %gep.2.idx.i.2 = shl i64 %indvars.iv.next.2.i.1, 2
@@ -1091,9 +1091,9 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %500 = bitcast float %499 to i32
   %501 = lshr i32 %500, 16
   %502 = or i32 %501, %494
-  %.idx1189.i.2 = shl nuw nsw i64 %indvars.iv.next.2.i.1, 6
-  %gep1254.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %.idx1189.i.2
-  %503 = getelementptr inbounds nuw i8, ptr %gep1254.i.2, i64 36864
+  %.idx1175.i.2 = shl nuw nsw i64 %indvars.iv.next.2.i.1, 6
+  %gep1238.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, i64 %.idx1175.i.2
+  %503 = getelementptr inbounds nuw i8, ptr %gep1238.i.2, i64 36864
   store i32 %502, ptr %503, align 4, !tbaa !4
   %indvars.iv.next.2.i.2 = or disjoint i64 %indvars.iv.2.i, 3
   %gep.2.idx.i.3 = shl i64 %indvars.iv.next.2.i.2, 2
@@ -1113,110 +1113,110 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %516 = bitcast float %515 to i32
   %517 = lshr i32 %516, 16
   %518 = or i32 %517, %510
-  %.idx1189.i.3 = shl nuw nsw i64 %indvars.iv.next.2.i.2, 6
-  %gep1254.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %.idx1189.i.3
-  %519 = getelementptr inbounds nuw i8, ptr %gep1254.i.3, i64 36864
+  %.idx1175.i.3 = shl nuw nsw i64 %indvars.iv.next.2.i.2, 6
+  %gep1238.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, i64 %.idx1175.i.3
+  %519 = getelementptr inbounds nuw i8, ptr %gep1238.i.3, i64 36864
   store i32 %518, ptr %519, align 4, !tbaa !4
   %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
   %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 288
   br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !28, !llvm.loop !38
 
-for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body249
-  %indvars.iv.next876.2.i = add nuw nsw i64 %indvars.iv875.2.i, 1
-  %exitcond879.2.not.i = icmp eq i64 %indvars.iv.next876.2.i, 16
-  br i1 %exitcond879.2.not.i, label %for_begin_d.preheader.3.i.preheader, label %for_begin_d.preheader.2.i, !prof !31
+for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body253
+  %indvars.iv.next867.2.i = add nuw nsw i64 %indvars.iv866.2.i, 1
+  %exitcond870.2.not.i = icmp eq i64 %indvars.iv.next867.2.i, 16
+  br i1 %exitcond870.2.not.i, label %for_begin_d.preheader.3.i.preheader, label %for_begin_d.preheader.2.i, !prof !31
 
 for_begin_d.preheader.3.i.preheader:              ; preds = %for_end_d.2.i
-  %scevgep215 = getelementptr i8, ptr %q_tile.i, i64 55296
-  %scevgep216 = getelementptr i8, ptr %q_tile.i, i64 73728
-  %bound0219 = icmp ult ptr %scevgep215, %scevgep218
-  %bound1220 = icmp ult ptr %scevgep217, %scevgep216
-  %found.conflict221 = and i1 %bound0219, %bound1220
-  %520 = or i1 %found.conflict221, %stride.check222
+  %scevgep219 = getelementptr i8, ptr %q_tile.i, i64 55296
+  %scevgep220 = getelementptr i8, ptr %q_tile.i, i64 73728
+  %bound0223 = icmp ult ptr %scevgep219, %scevgep222
+  %bound1224 = icmp ult ptr %scevgep221, %scevgep220
+  %found.conflict225 = and i1 %bound0223, %bound1224
+  %520 = or i1 %found.conflict225, %stride.check226
   br label %for_begin_d.preheader.3.i
 
 for_begin_d.preheader.3.i:                        ; preds = %for_end_d.3.i, %for_begin_d.preheader.3.i.preheader
-  %indvars.iv875.3.i = phi i64 [ %indvars.iv.next876.3.i, %for_end_d.3.i ], [ 0, %for_begin_d.preheader.3.i.preheader ]
-  %521 = add nuw nsw i64 %indvars.iv875.3.i, 48
+  %indvars.iv866.3.i = phi i64 [ %indvars.iv.next867.3.i, %for_end_d.3.i ], [ 0, %for_begin_d.preheader.3.i.preheader ]
+  %521 = add nuw nsw i64 %indvars.iv866.3.i, 48
   %522 = mul nsw i64 %521, %q_head
   %invariant.gep.3.i = getelementptr i16, ptr %231, i64 %522
-  %invariant.gep1255.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv875.3.i
-  br i1 %520, label %for_body_d.3.i, label %vector.body227, !prof !11
+  %invariant.gep1239.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.3.i
+  br i1 %520, label %for_body_d.3.i, label %vector.body231, !prof !11
 
-vector.body227:                                   ; preds = %vector.body227, %for_begin_d.preheader.3.i
-  %index228 = phi i64 [ %index.next233.2, %vector.body227 ], [ 0, %for_begin_d.preheader.3.i ]
-  %vec.ind229 = phi <8 x i64> [ %vec.ind.next234.2, %vector.body227 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.3.i ]
-  %523 = shl i64 %index228, 2
+vector.body231:                                   ; preds = %vector.body231, %for_begin_d.preheader.3.i
+  %index232 = phi i64 [ %index.next237.2, %vector.body231 ], [ 0, %for_begin_d.preheader.3.i ]
+  %vec.ind233 = phi <8 x i64> [ %vec.ind.next238.2, %vector.body231 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.3.i ]
+  %523 = shl i64 %index232, 2
   %524 = getelementptr i8, ptr %invariant.gep.3.i, i64 %523
-  %wide.vec230 = load <16 x i16>, ptr %524, align 2, !tbaa !4, !alias.scope !39
-  %strided.vec231 = shufflevector <16 x i16> %wide.vec230, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec232 = shufflevector <16 x i16> %wide.vec230, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %525 = zext <8 x i16> %strided.vec232 to <8 x i32>
+  %wide.vec234 = load <16 x i16>, ptr %524, align 2, !tbaa !4, !alias.scope !39
+  %strided.vec235 = shufflevector <16 x i16> %wide.vec234, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec236 = shufflevector <16 x i16> %wide.vec234, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %525 = zext <8 x i16> %strided.vec236 to <8 x i32>
   %526 = shl nuw <8 x i32> %525, splat (i32 16)
   %527 = bitcast <8 x i32> %526 to <8 x float>
-  %528 = fmul <8 x float> %broadcast.splat226, %527
+  %528 = fmul <8 x float> %broadcast.splat230, %527
   %529 = bitcast <8 x float> %528 to <8 x i32>
-  %530 = zext <8 x i16> %strided.vec231 to <8 x i32>
+  %530 = zext <8 x i16> %strided.vec235 to <8 x i32>
   %531 = shl nuw <8 x i32> %530, splat (i32 16)
   %532 = bitcast <8 x i32> %531 to <8 x float>
-  %533 = fmul <8 x float> %broadcast.splat226, %532
+  %533 = fmul <8 x float> %broadcast.splat230, %532
   %534 = bitcast <8 x float> %533 to <8 x i32>
   %535 = lshr <8 x i32> %534, splat (i32 16)
   %536 = or <8 x i32> %535, %529
-  %537 = shl nuw nsw <8 x i64> %vec.ind229, splat (i64 6)
-  %538 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, <8 x i64> %537
+  %537 = shl nuw nsw <8 x i64> %vec.ind233, splat (i64 6)
+  %538 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, <8 x i64> %537
   %539 = getelementptr inbounds nuw i8, <8 x ptr> %538, i64 55296
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %536, <8 x ptr> align 4 %539, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !42, !noalias !39
-  %index.next233 = shl i64 %index228, 2
-  %540 = getelementptr i8, ptr %invariant.gep.3.i, i64 %index.next233
+  %index.next237 = shl i64 %index232, 2
+  %540 = getelementptr i8, ptr %invariant.gep.3.i, i64 %index.next237
   %541 = getelementptr i8, ptr %540, i64 32
-  %wide.vec230.1 = load <16 x i16>, ptr %541, align 2, !tbaa !4, !alias.scope !39
-  %strided.vec231.1 = shufflevector <16 x i16> %wide.vec230.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec232.1 = shufflevector <16 x i16> %wide.vec230.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %542 = zext <8 x i16> %strided.vec232.1 to <8 x i32>
+  %wide.vec234.1 = load <16 x i16>, ptr %541, align 2, !tbaa !4, !alias.scope !39
+  %strided.vec235.1 = shufflevector <16 x i16> %wide.vec234.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec236.1 = shufflevector <16 x i16> %wide.vec234.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %542 = zext <8 x i16> %strided.vec236.1 to <8 x i32>
   %543 = shl nuw <8 x i32> %542, splat (i32 16)
   %544 = bitcast <8 x i32> %543 to <8 x float>
-  %545 = fmul <8 x float> %broadcast.splat226, %544
+  %545 = fmul <8 x float> %broadcast.splat230, %544
   %546 = bitcast <8 x float> %545 to <8 x i32>
-  %547 = zext <8 x i16> %strided.vec231.1 to <8 x i32>
+  %547 = zext <8 x i16> %strided.vec235.1 to <8 x i32>
   %548 = shl nuw <8 x i32> %547, splat (i32 16)
   %549 = bitcast <8 x i32> %548 to <8 x float>
-  %550 = fmul <8 x float> %broadcast.splat226, %549
+  %550 = fmul <8 x float> %broadcast.splat230, %549
   %551 = bitcast <8 x float> %550 to <8 x i32>
   %552 = lshr <8 x i32> %551, splat (i32 16)
   %553 = or <8 x i32> %552, %546
-  %vec.ind.next234 = shl <8 x i64> %vec.ind229, splat (i64 6)
-  %554 = add <8 x i64> %vec.ind.next234, splat (i64 512)
-  %555 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, <8 x i64> %554
+  %vec.ind.next238 = shl <8 x i64> %vec.ind233, splat (i64 6)
+  %554 = add <8 x i64> %vec.ind.next238, splat (i64 512)
+  %555 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, <8 x i64> %554
   %556 = getelementptr inbounds nuw i8, <8 x ptr> %555, i64 55296
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %553, <8 x ptr> align 4 %556, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !42, !noalias !39
-  %index.next233.1 = shl i64 %index228, 2
-  %557 = getelementptr i8, ptr %invariant.gep.3.i, i64 %index.next233.1
+  %index.next237.1 = shl i64 %index232, 2
+  %557 = getelementptr i8, ptr %invariant.gep.3.i, i64 %index.next237.1
   %558 = getelementptr i8, ptr %557, i64 64
-  %wide.vec230.2 = load <16 x i16>, ptr %558, align 2, !tbaa !4, !alias.scope !39
-  %strided.vec231.2 = shufflevector <16 x i16> %wide.vec230.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec232.2 = shufflevector <16 x i16> %wide.vec230.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %559 = zext <8 x i16> %strided.vec232.2 to <8 x i32>
+  %wide.vec234.2 = load <16 x i16>, ptr %558, align 2, !tbaa !4, !alias.scope !39
+  %strided.vec235.2 = shufflevector <16 x i16> %wide.vec234.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec236.2 = shufflevector <16 x i16> %wide.vec234.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %559 = zext <8 x i16> %strided.vec236.2 to <8 x i32>
   %560 = shl nuw <8 x i32> %559, splat (i32 16)
   %561 = bitcast <8 x i32> %560 to <8 x float>
-  %562 = fmul <8 x float> %broadcast.splat226, %561
+  %562 = fmul <8 x float> %broadcast.splat230, %561
   %563 = bitcast <8 x float> %562 to <8 x i32>
-  %564 = zext <8 x i16> %strided.vec231.2 to <8 x i32>
+  %564 = zext <8 x i16> %strided.vec235.2 to <8 x i32>
   %565 = shl nuw <8 x i32> %564, splat (i32 16)
   %566 = bitcast <8 x i32> %565 to <8 x float>
-  %567 = fmul <8 x float> %broadcast.splat226, %566
+  %567 = fmul <8 x float> %broadcast.splat230, %566
   %568 = bitcast <8 x float> %567 to <8 x i32>
   %569 = lshr <8 x i32> %568, splat (i32 16)
   %570 = or <8 x i32> %569, %563
-  %vec.ind.next234.1 = shl <8 x i64> %vec.ind229, splat (i64 6)
-  %571 = add <8 x i64> %vec.ind.next234.1, splat (i64 1024)
-  %572 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, <8 x i64> %571
+  %vec.ind.next238.1 = shl <8 x i64> %vec.ind233, splat (i64 6)
+  %571 = add <8 x i64> %vec.ind.next238.1, splat (i64 1024)
+  %572 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, <8 x i64> %571
   %573 = getelementptr inbounds nuw i8, <8 x ptr> %572, i64 55296
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %570, <8 x ptr> align 4 %573, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !42, !noalias !39
-  %index.next233.2 = add nuw nsw i64 %index228, 24
-  %vec.ind.next234.2 = add nuw nsw <8 x i64> %vec.ind229, splat (i64 24)
-  %574 = icmp eq i64 %index.next233.2, 288
-  br i1 %574, label %for_end_d.3.i, label %vector.body227, !prof !17, !llvm.loop !44
+  %index.next237.2 = add nuw nsw i64 %index232, 24
+  %vec.ind.next238.2 = add nuw nsw <8 x i64> %vec.ind233, splat (i64 24)
+  %574 = icmp eq i64 %index.next237.2, 288
+  br i1 %574, label %for_end_d.3.i, label %vector.body231, !prof !17, !llvm.loop !44
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_begin_d.preheader.3.i
   %indvars.iv.3.i = phi i64 [ %indvars.iv.next.3.i.3, %for_body_d.3.i ], [ 0, %for_begin_d.preheader.3.i ]
@@ -1237,9 +1237,9 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %587 = bitcast float %586 to i32
   %588 = lshr i32 %587, 16
   %589 = or i32 %588, %581
-  %.idx1190.i = shl nuw nsw i64 %indvars.iv.3.i, 6
-  %gep1256.i = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %.idx1190.i
-  %590 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 55296
+  %.idx1176.i = shl nuw nsw i64 %indvars.iv.3.i, 6
+  %gep1240.i = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, i64 %.idx1176.i
+  %590 = getelementptr inbounds nuw i8, ptr %gep1240.i, i64 55296
   store i32 %589, ptr %590, align 4, !tbaa !4
   %indvars.iv.next.3.i = or disjoint i64 %indvars.iv.3.i, 1
   %gep.3.idx.i.1 = shl i64 %indvars.iv.next.3.i, 2
@@ -1259,9 +1259,9 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %603 = bitcast float %602 to i32
   %604 = lshr i32 %603, 16
   %605 = or i32 %604, %597
-  %.idx1190.i.1 = shl nuw nsw i64 %indvars.iv.next.3.i, 6
-  %gep1256.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %.idx1190.i.1
-  %606 = getelementptr inbounds nuw i8, ptr %gep1256.i.1, i64 55296
+  %.idx1176.i.1 = shl nuw nsw i64 %indvars.iv.next.3.i, 6
+  %gep1240.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, i64 %.idx1176.i.1
+  %606 = getelementptr inbounds nuw i8, ptr %gep1240.i.1, i64 55296
   store i32 %605, ptr %606, align 4, !tbaa !4
   %indvars.iv.next.3.i.1 = or disjoint i64 %indvars.iv.3.i, 2
   %gep.3.idx.i.2 = shl i64 %indvars.iv.next.3.i.1, 2
@@ -1281,9 +1281,9 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %619 = bitcast float %618 to i32
   %620 = lshr i32 %619, 16
   %621 = or i32 %620, %613
-  %.idx1190.i.2 = shl nuw nsw i64 %indvars.iv.next.3.i.1, 6
-  %gep1256.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %.idx1190.i.2
-  %622 = getelementptr inbounds nuw i8, ptr %gep1256.i.2, i64 55296
+  %.idx1176.i.2 = shl nuw nsw i64 %indvars.iv.next.3.i.1, 6
+  %gep1240.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, i64 %.idx1176.i.2
+  %622 = getelementptr inbounds nuw i8, ptr %gep1240.i.2, i64 55296
   store i32 %621, ptr %622, align 4, !tbaa !4
   %indvars.iv.next.3.i.2 = or disjoint i64 %indvars.iv.3.i, 3
   %gep.3.idx.i.3 = shl i64 %indvars.iv.next.3.i.2, 2
@@ -1303,110 +1303,110 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %635 = bitcast float %634 to i32
   %636 = lshr i32 %635, 16
   %637 = or i32 %636, %629
-  %.idx1190.i.3 = shl nuw nsw i64 %indvars.iv.next.3.i.2, 6
-  %gep1256.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %.idx1190.i.3
-  %638 = getelementptr inbounds nuw i8, ptr %gep1256.i.3, i64 55296
+  %.idx1176.i.3 = shl nuw nsw i64 %indvars.iv.next.3.i.2, 6
+  %gep1240.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, i64 %.idx1176.i.3
+  %638 = getelementptr inbounds nuw i8, ptr %gep1240.i.3, i64 55296
   store i32 %637, ptr %638, align 4, !tbaa !4
   %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
   %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 288
   br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !28, !llvm.loop !45
 
-for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body227
-  %indvars.iv.next876.3.i = add nuw nsw i64 %indvars.iv875.3.i, 1
-  %exitcond879.3.not.i = icmp eq i64 %indvars.iv.next876.3.i, 16
-  br i1 %exitcond879.3.not.i, label %for_begin_d.preheader.4.i.preheader, label %for_begin_d.preheader.3.i, !prof !31
+for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body231
+  %indvars.iv.next867.3.i = add nuw nsw i64 %indvars.iv866.3.i, 1
+  %exitcond870.3.not.i = icmp eq i64 %indvars.iv.next867.3.i, 16
+  br i1 %exitcond870.3.not.i, label %for_begin_d.preheader.4.i.preheader, label %for_begin_d.preheader.3.i, !prof !31
 
 for_begin_d.preheader.4.i.preheader:              ; preds = %for_end_d.3.i
-  %scevgep193 = getelementptr i8, ptr %q_tile.i, i64 73728
-  %scevgep194 = getelementptr i8, ptr %q_tile.i, i64 92160
-  %bound0197 = icmp ult ptr %scevgep193, %scevgep196
-  %bound1198 = icmp ult ptr %scevgep195, %scevgep194
-  %found.conflict199 = and i1 %bound0197, %bound1198
-  %639 = or i1 %found.conflict199, %stride.check200
+  %scevgep197 = getelementptr i8, ptr %q_tile.i, i64 73728
+  %scevgep198 = getelementptr i8, ptr %q_tile.i, i64 92160
+  %bound0201 = icmp ult ptr %scevgep197, %scevgep200
+  %bound1202 = icmp ult ptr %scevgep199, %scevgep198
+  %found.conflict203 = and i1 %bound0201, %bound1202
+  %639 = or i1 %found.conflict203, %stride.check204
   br label %for_begin_d.preheader.4.i
 
 for_begin_d.preheader.4.i:                        ; preds = %for_end_d.4.i, %for_begin_d.preheader.4.i.preheader
-  %indvars.iv875.4.i = phi i64 [ %indvars.iv.next876.4.i, %for_end_d.4.i ], [ 0, %for_begin_d.preheader.4.i.preheader ]
-  %640 = add nuw nsw i64 %indvars.iv875.4.i, 64
+  %indvars.iv866.4.i = phi i64 [ %indvars.iv.next867.4.i, %for_end_d.4.i ], [ 0, %for_begin_d.preheader.4.i.preheader ]
+  %640 = add nuw nsw i64 %indvars.iv866.4.i, 64
   %641 = mul nsw i64 %640, %q_head
   %invariant.gep.4.i = getelementptr i16, ptr %231, i64 %641
-  %invariant.gep1257.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv875.4.i
-  br i1 %639, label %for_body_d.4.i, label %vector.body205, !prof !11
+  %invariant.gep1241.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.4.i
+  br i1 %639, label %for_body_d.4.i, label %vector.body209, !prof !11
 
-vector.body205:                                   ; preds = %vector.body205, %for_begin_d.preheader.4.i
-  %index206 = phi i64 [ %index.next211.2, %vector.body205 ], [ 0, %for_begin_d.preheader.4.i ]
-  %vec.ind207 = phi <8 x i64> [ %vec.ind.next212.2, %vector.body205 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.4.i ]
-  %642 = shl i64 %index206, 2
+vector.body209:                                   ; preds = %vector.body209, %for_begin_d.preheader.4.i
+  %index210 = phi i64 [ %index.next215.2, %vector.body209 ], [ 0, %for_begin_d.preheader.4.i ]
+  %vec.ind211 = phi <8 x i64> [ %vec.ind.next216.2, %vector.body209 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.4.i ]
+  %642 = shl i64 %index210, 2
   %643 = getelementptr i8, ptr %invariant.gep.4.i, i64 %642
-  %wide.vec208 = load <16 x i16>, ptr %643, align 2, !tbaa !4, !alias.scope !46
-  %strided.vec209 = shufflevector <16 x i16> %wide.vec208, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec210 = shufflevector <16 x i16> %wide.vec208, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %644 = zext <8 x i16> %strided.vec210 to <8 x i32>
+  %wide.vec212 = load <16 x i16>, ptr %643, align 2, !tbaa !4, !alias.scope !46
+  %strided.vec213 = shufflevector <16 x i16> %wide.vec212, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec214 = shufflevector <16 x i16> %wide.vec212, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %644 = zext <8 x i16> %strided.vec214 to <8 x i32>
   %645 = shl nuw <8 x i32> %644, splat (i32 16)
   %646 = bitcast <8 x i32> %645 to <8 x float>
-  %647 = fmul <8 x float> %broadcast.splat204, %646
+  %647 = fmul <8 x float> %broadcast.splat208, %646
   %648 = bitcast <8 x float> %647 to <8 x i32>
-  %649 = zext <8 x i16> %strided.vec209 to <8 x i32>
+  %649 = zext <8 x i16> %strided.vec213 to <8 x i32>
   %650 = shl nuw <8 x i32> %649, splat (i32 16)
   %651 = bitcast <8 x i32> %650 to <8 x float>
-  %652 = fmul <8 x float> %broadcast.splat204, %651
+  %652 = fmul <8 x float> %broadcast.splat208, %651
   %653 = bitcast <8 x float> %652 to <8 x i32>
   %654 = lshr <8 x i32> %653, splat (i32 16)
   %655 = or <8 x i32> %654, %648
-  %656 = shl nuw nsw <8 x i64> %vec.ind207, splat (i64 6)
-  %657 = getelementptr inbounds nuw i8, ptr %invariant.gep1257.i, <8 x i64> %656
+  %656 = shl nuw nsw <8 x i64> %vec.ind211, splat (i64 6)
+  %657 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, <8 x i64> %656
   %658 = getelementptr inbounds nuw i8, <8 x ptr> %657, i64 73728
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %655, <8 x ptr> align 4 %658, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !49, !noalias !46
-  %index.next211 = shl i64 %index206, 2
-  %659 = getelementptr i8, ptr %invariant.gep.4.i, i64 %index.next211
+  %index.next215 = shl i64 %index210, 2
+  %659 = getelementptr i8, ptr %invariant.gep.4.i, i64 %index.next215
   %660 = getelementptr i8, ptr %659, i64 32
-  %wide.vec208.1 = load <16 x i16>, ptr %660, align 2, !tbaa !4, !alias.scope !46
-  %strided.vec209.1 = shufflevector <16 x i16> %wide.vec208.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec210.1 = shufflevector <16 x i16> %wide.vec208.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %661 = zext <8 x i16> %strided.vec210.1 to <8 x i32>
+  %wide.vec212.1 = load <16 x i16>, ptr %660, align 2, !tbaa !4, !alias.scope !46
+  %strided.vec213.1 = shufflevector <16 x i16> %wide.vec212.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec214.1 = shufflevector <16 x i16> %wide.vec212.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %661 = zext <8 x i16> %strided.vec214.1 to <8 x i32>
   %662 = shl nuw <8 x i32> %661, splat (i32 16)
   %663 = bitcast <8 x i32> %662 to <8 x float>
-  %664 = fmul <8 x float> %broadcast.splat204, %663
+  %664 = fmul <8 x float> %broadcast.splat208, %663
   %665 = bitcast <8 x float> %664 to <8 x i32>
-  %666 = zext <8 x i16> %strided.vec209.1 to <8 x i32>
+  %666 = zext <8 x i16> %strided.vec213.1 to <8 x i32>
   %667 = shl nuw <8 x i32> %666, splat (i32 16)
   %668 = bitcast <8 x i32> %667 to <8 x float>
-  %669 = fmul <8 x float> %broadcast.splat204, %668
+  %669 = fmul <8 x float> %broadcast.splat208, %668
   %670 = bitcast <8 x float> %669 to <8 x i32>
   %671 = lshr <8 x i32> %670, splat (i32 16)
   %672 = or <8 x i32> %671, %665
-  %vec.ind.next212 = shl <8 x i64> %vec.ind207, splat (i64 6)
-  %673 = add <8 x i64> %vec.ind.next212, splat (i64 512)
-  %674 = getelementptr inbounds nuw i8, ptr %invariant.gep1257.i, <8 x i64> %673
+  %vec.ind.next216 = shl <8 x i64> %vec.ind211, splat (i64 6)
+  %673 = add <8 x i64> %vec.ind.next216, splat (i64 512)
+  %674 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, <8 x i64> %673
   %675 = getelementptr inbounds nuw i8, <8 x ptr> %674, i64 73728
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %672, <8 x ptr> align 4 %675, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !49, !noalias !46
-  %index.next211.1 = shl i64 %index206, 2
-  %676 = getelementptr i8, ptr %invariant.gep.4.i, i64 %index.next211.1
+  %index.next215.1 = shl i64 %index210, 2
+  %676 = getelementptr i8, ptr %invariant.gep.4.i, i64 %index.next215.1
   %677 = getelementptr i8, ptr %676, i64 64
-  %wide.vec208.2 = load <16 x i16>, ptr %677, align 2, !tbaa !4, !alias.scope !46
-  %strided.vec209.2 = shufflevector <16 x i16> %wide.vec208.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec210.2 = shufflevector <16 x i16> %wide.vec208.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %678 = zext <8 x i16> %strided.vec210.2 to <8 x i32>
+  %wide.vec212.2 = load <16 x i16>, ptr %677, align 2, !tbaa !4, !alias.scope !46
+  %strided.vec213.2 = shufflevector <16 x i16> %wide.vec212.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec214.2 = shufflevector <16 x i16> %wide.vec212.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %678 = zext <8 x i16> %strided.vec214.2 to <8 x i32>
   %679 = shl nuw <8 x i32> %678, splat (i32 16)
   %680 = bitcast <8 x i32> %679 to <8 x float>
-  %681 = fmul <8 x float> %broadcast.splat204, %680
+  %681 = fmul <8 x float> %broadcast.splat208, %680
   %682 = bitcast <8 x float> %681 to <8 x i32>
-  %683 = zext <8 x i16> %strided.vec209.2 to <8 x i32>
+  %683 = zext <8 x i16> %strided.vec213.2 to <8 x i32>
   %684 = shl nuw <8 x i32> %683, splat (i32 16)
   %685 = bitcast <8 x i32> %684 to <8 x float>
-  %686 = fmul <8 x float> %broadcast.splat204, %685
+  %686 = fmul <8 x float> %broadcast.splat208, %685
   %687 = bitcast <8 x float> %686 to <8 x i32>
   %688 = lshr <8 x i32> %687, splat (i32 16)
   %689 = or <8 x i32> %688, %682
-  %vec.ind.next212.1 = shl <8 x i64> %vec.ind207, splat (i64 6)
-  %690 = add <8 x i64> %vec.ind.next212.1, splat (i64 1024)
-  %691 = getelementptr inbounds nuw i8, ptr %invariant.gep1257.i, <8 x i64> %690
+  %vec.ind.next216.1 = shl <8 x i64> %vec.ind211, splat (i64 6)
+  %690 = add <8 x i64> %vec.ind.next216.1, splat (i64 1024)
+  %691 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, <8 x i64> %690
   %692 = getelementptr inbounds nuw i8, <8 x ptr> %691, i64 73728
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %689, <8 x ptr> align 4 %692, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !49, !noalias !46
-  %index.next211.2 = add nuw nsw i64 %index206, 24
-  %vec.ind.next212.2 = add nuw nsw <8 x i64> %vec.ind207, splat (i64 24)
-  %693 = icmp eq i64 %index.next211.2, 288
-  br i1 %693, label %for_end_d.4.i, label %vector.body205, !prof !17, !llvm.loop !51
+  %index.next215.2 = add nuw nsw i64 %index210, 24
+  %vec.ind.next216.2 = add nuw nsw <8 x i64> %vec.ind211, splat (i64 24)
+  %693 = icmp eq i64 %index.next215.2, 288
+  br i1 %693, label %for_end_d.4.i, label %vector.body209, !prof !17, !llvm.loop !51
 
 for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %for_begin_d.preheader.4.i
   %indvars.iv.4.i = phi i64 [ %indvars.iv.next.4.i.3, %for_body_d.4.i ], [ 0, %for_begin_d.preheader.4.i ]
@@ -1427,9 +1427,9 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %706 = bitcast float %705 to i32
   %707 = lshr i32 %706, 16
   %708 = or i32 %707, %700
-  %.idx1191.i = shl nuw nsw i64 %indvars.iv.4.i, 6
-  %gep1258.i = getelementptr inbounds nuw i8, ptr %invariant.gep1257.i, i64 %.idx1191.i
-  %709 = getelementptr inbounds nuw i8, ptr %gep1258.i, i64 73728
+  %.idx1177.i = shl nuw nsw i64 %indvars.iv.4.i, 6
+  %gep1242.i = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, i64 %.idx1177.i
+  %709 = getelementptr inbounds nuw i8, ptr %gep1242.i, i64 73728
   store i32 %708, ptr %709, align 4, !tbaa !4
   %indvars.iv.next.4.i = or disjoint i64 %indvars.iv.4.i, 1
   %gep.4.idx.i.1 = shl i64 %indvars.iv.next.4.i, 2
@@ -1449,9 +1449,9 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %722 = bitcast float %721 to i32
   %723 = lshr i32 %722, 16
   %724 = or i32 %723, %716
-  %.idx1191.i.1 = shl nuw nsw i64 %indvars.iv.next.4.i, 6
-  %gep1258.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1257.i, i64 %.idx1191.i.1
-  %725 = getelementptr inbounds nuw i8, ptr %gep1258.i.1, i64 73728
+  %.idx1177.i.1 = shl nuw nsw i64 %indvars.iv.next.4.i, 6
+  %gep1242.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, i64 %.idx1177.i.1
+  %725 = getelementptr inbounds nuw i8, ptr %gep1242.i.1, i64 73728
   store i32 %724, ptr %725, align 4, !tbaa !4
   %indvars.iv.next.4.i.1 = or disjoint i64 %indvars.iv.4.i, 2
   %gep.4.idx.i.2 = shl i64 %indvars.iv.next.4.i.1, 2
@@ -1471,9 +1471,9 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %738 = bitcast float %737 to i32
   %739 = lshr i32 %738, 16
   %740 = or i32 %739, %732
-  %.idx1191.i.2 = shl nuw nsw i64 %indvars.iv.next.4.i.1, 6
-  %gep1258.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1257.i, i64 %.idx1191.i.2
-  %741 = getelementptr inbounds nuw i8, ptr %gep1258.i.2, i64 73728
+  %.idx1177.i.2 = shl nuw nsw i64 %indvars.iv.next.4.i.1, 6
+  %gep1242.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, i64 %.idx1177.i.2
+  %741 = getelementptr inbounds nuw i8, ptr %gep1242.i.2, i64 73728
   store i32 %740, ptr %741, align 4, !tbaa !4
   %indvars.iv.next.4.i.2 = or disjoint i64 %indvars.iv.4.i, 3
   %gep.4.idx.i.3 = shl i64 %indvars.iv.next.4.i.2, 2
@@ -1493,110 +1493,110 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %754 = bitcast float %753 to i32
   %755 = lshr i32 %754, 16
   %756 = or i32 %755, %748
-  %.idx1191.i.3 = shl nuw nsw i64 %indvars.iv.next.4.i.2, 6
-  %gep1258.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1257.i, i64 %.idx1191.i.3
-  %757 = getelementptr inbounds nuw i8, ptr %gep1258.i.3, i64 73728
+  %.idx1177.i.3 = shl nuw nsw i64 %indvars.iv.next.4.i.2, 6
+  %gep1242.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, i64 %.idx1177.i.3
+  %757 = getelementptr inbounds nuw i8, ptr %gep1242.i.3, i64 73728
   store i32 %756, ptr %757, align 4, !tbaa !4
   %indvars.iv.next.4.i.3 = add nuw nsw i64 %indvars.iv.4.i, 4
   %exitcond.4.not.i.3 = icmp eq i64 %indvars.iv.next.4.i.3, 288
   br i1 %exitcond.4.not.i.3, label %for_end_d.4.i, label %for_body_d.4.i, !prof !28, !llvm.loop !52
 
-for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body205
-  %indvars.iv.next876.4.i = add nuw nsw i64 %indvars.iv875.4.i, 1
-  %exitcond879.4.not.i = icmp eq i64 %indvars.iv.next876.4.i, 16
-  br i1 %exitcond879.4.not.i, label %for_begin_d.preheader.5.i.preheader, label %for_begin_d.preheader.4.i, !prof !31
+for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body209
+  %indvars.iv.next867.4.i = add nuw nsw i64 %indvars.iv866.4.i, 1
+  %exitcond870.4.not.i = icmp eq i64 %indvars.iv.next867.4.i, 16
+  br i1 %exitcond870.4.not.i, label %for_begin_d.preheader.5.i.preheader, label %for_begin_d.preheader.4.i, !prof !31
 
 for_begin_d.preheader.5.i.preheader:              ; preds = %for_end_d.4.i
-  %scevgep171 = getelementptr i8, ptr %q_tile.i, i64 92160
-  %scevgep172 = getelementptr i8, ptr %q_tile.i, i64 110592
-  %bound0175 = icmp ult ptr %scevgep171, %scevgep174
-  %bound1176 = icmp ult ptr %scevgep173, %scevgep172
-  %found.conflict177 = and i1 %bound0175, %bound1176
-  %758 = or i1 %found.conflict177, %stride.check178
+  %scevgep175 = getelementptr i8, ptr %q_tile.i, i64 92160
+  %scevgep176 = getelementptr i8, ptr %q_tile.i, i64 110592
+  %bound0179 = icmp ult ptr %scevgep175, %scevgep178
+  %bound1180 = icmp ult ptr %scevgep177, %scevgep176
+  %found.conflict181 = and i1 %bound0179, %bound1180
+  %758 = or i1 %found.conflict181, %stride.check182
   br label %for_begin_d.preheader.5.i
 
 for_begin_d.preheader.5.i:                        ; preds = %for_end_d.5.i, %for_begin_d.preheader.5.i.preheader
-  %indvars.iv875.5.i = phi i64 [ %indvars.iv.next876.5.i, %for_end_d.5.i ], [ 0, %for_begin_d.preheader.5.i.preheader ]
-  %759 = add nuw nsw i64 %indvars.iv875.5.i, 80
+  %indvars.iv866.5.i = phi i64 [ %indvars.iv.next867.5.i, %for_end_d.5.i ], [ 0, %for_begin_d.preheader.5.i.preheader ]
+  %759 = add nuw nsw i64 %indvars.iv866.5.i, 80
   %760 = mul nsw i64 %759, %q_head
   %invariant.gep.5.i = getelementptr i16, ptr %231, i64 %760
-  %invariant.gep1259.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv875.5.i
-  br i1 %758, label %for_body_d.5.i, label %vector.body183, !prof !11
+  %invariant.gep1243.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.5.i
+  br i1 %758, label %for_body_d.5.i, label %vector.body187, !prof !11
 
-vector.body183:                                   ; preds = %vector.body183, %for_begin_d.preheader.5.i
-  %index184 = phi i64 [ %index.next189.2, %vector.body183 ], [ 0, %for_begin_d.preheader.5.i ]
-  %vec.ind185 = phi <8 x i64> [ %vec.ind.next190.2, %vector.body183 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.5.i ]
-  %761 = shl i64 %index184, 2
+vector.body187:                                   ; preds = %vector.body187, %for_begin_d.preheader.5.i
+  %index188 = phi i64 [ %index.next193.2, %vector.body187 ], [ 0, %for_begin_d.preheader.5.i ]
+  %vec.ind189 = phi <8 x i64> [ %vec.ind.next194.2, %vector.body187 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.5.i ]
+  %761 = shl i64 %index188, 2
   %762 = getelementptr i8, ptr %invariant.gep.5.i, i64 %761
-  %wide.vec186 = load <16 x i16>, ptr %762, align 2, !tbaa !4, !alias.scope !53
-  %strided.vec187 = shufflevector <16 x i16> %wide.vec186, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec188 = shufflevector <16 x i16> %wide.vec186, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %763 = zext <8 x i16> %strided.vec188 to <8 x i32>
+  %wide.vec190 = load <16 x i16>, ptr %762, align 2, !tbaa !4, !alias.scope !53
+  %strided.vec191 = shufflevector <16 x i16> %wide.vec190, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec192 = shufflevector <16 x i16> %wide.vec190, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %763 = zext <8 x i16> %strided.vec192 to <8 x i32>
   %764 = shl nuw <8 x i32> %763, splat (i32 16)
   %765 = bitcast <8 x i32> %764 to <8 x float>
-  %766 = fmul <8 x float> %broadcast.splat182, %765
+  %766 = fmul <8 x float> %broadcast.splat186, %765
   %767 = bitcast <8 x float> %766 to <8 x i32>
-  %768 = zext <8 x i16> %strided.vec187 to <8 x i32>
+  %768 = zext <8 x i16> %strided.vec191 to <8 x i32>
   %769 = shl nuw <8 x i32> %768, splat (i32 16)
   %770 = bitcast <8 x i32> %769 to <8 x float>
-  %771 = fmul <8 x float> %broadcast.splat182, %770
+  %771 = fmul <8 x float> %broadcast.splat186, %770
   %772 = bitcast <8 x float> %771 to <8 x i32>
   %773 = lshr <8 x i32> %772, splat (i32 16)
   %774 = or <8 x i32> %773, %767
-  %775 = shl nuw nsw <8 x i64> %vec.ind185, splat (i64 6)
-  %776 = getelementptr inbounds nuw i8, ptr %invariant.gep1259.i, <8 x i64> %775
+  %775 = shl nuw nsw <8 x i64> %vec.ind189, splat (i64 6)
+  %776 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, <8 x i64> %775
   %777 = getelementptr inbounds nuw i8, <8 x ptr> %776, i64 92160
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %774, <8 x ptr> align 4 %777, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !56, !noalias !53
-  %index.next189 = shl i64 %index184, 2
-  %778 = getelementptr i8, ptr %invariant.gep.5.i, i64 %index.next189
+  %index.next193 = shl i64 %index188, 2
+  %778 = getelementptr i8, ptr %invariant.gep.5.i, i64 %index.next193
   %779 = getelementptr i8, ptr %778, i64 32
-  %wide.vec186.1 = load <16 x i16>, ptr %779, align 2, !tbaa !4, !alias.scope !53
-  %strided.vec187.1 = shufflevector <16 x i16> %wide.vec186.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec188.1 = shufflevector <16 x i16> %wide.vec186.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %780 = zext <8 x i16> %strided.vec188.1 to <8 x i32>
+  %wide.vec190.1 = load <16 x i16>, ptr %779, align 2, !tbaa !4, !alias.scope !53
+  %strided.vec191.1 = shufflevector <16 x i16> %wide.vec190.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec192.1 = shufflevector <16 x i16> %wide.vec190.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %780 = zext <8 x i16> %strided.vec192.1 to <8 x i32>
   %781 = shl nuw <8 x i32> %780, splat (i32 16)
   %782 = bitcast <8 x i32> %781 to <8 x float>
-  %783 = fmul <8 x float> %broadcast.splat182, %782
+  %783 = fmul <8 x float> %broadcast.splat186, %782
   %784 = bitcast <8 x float> %783 to <8 x i32>
-  %785 = zext <8 x i16> %strided.vec187.1 to <8 x i32>
+  %785 = zext <8 x i16> %strided.vec191.1 to <8 x i32>
   %786 = shl nuw <8 x i32> %785, splat (i32 16)
   %787 = bitcast <8 x i32> %786 to <8 x float>
-  %788 = fmul <8 x float> %broadcast.splat182, %787
+  %788 = fmul <8 x float> %broadcast.splat186, %787
   %789 = bitcast <8 x float> %788 to <8 x i32>
   %790 = lshr <8 x i32> %789, splat (i32 16)
   %791 = or <8 x i32> %790, %784
-  %vec.ind.next190 = shl <8 x i64> %vec.ind185, splat (i64 6)
-  %792 = add <8 x i64> %vec.ind.next190, splat (i64 512)
-  %793 = getelementptr inbounds nuw i8, ptr %invariant.gep1259.i, <8 x i64> %792
+  %vec.ind.next194 = shl <8 x i64> %vec.ind189, splat (i64 6)
+  %792 = add <8 x i64> %vec.ind.next194, splat (i64 512)
+  %793 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, <8 x i64> %792
   %794 = getelementptr inbounds nuw i8, <8 x ptr> %793, i64 92160
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %791, <8 x ptr> align 4 %794, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !56, !noalias !53
-  %index.next189.1 = shl i64 %index184, 2
-  %795 = getelementptr i8, ptr %invariant.gep.5.i, i64 %index.next189.1
+  %index.next193.1 = shl i64 %index188, 2
+  %795 = getelementptr i8, ptr %invariant.gep.5.i, i64 %index.next193.1
   %796 = getelementptr i8, ptr %795, i64 64
-  %wide.vec186.2 = load <16 x i16>, ptr %796, align 2, !tbaa !4, !alias.scope !53
-  %strided.vec187.2 = shufflevector <16 x i16> %wide.vec186.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec188.2 = shufflevector <16 x i16> %wide.vec186.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %797 = zext <8 x i16> %strided.vec188.2 to <8 x i32>
+  %wide.vec190.2 = load <16 x i16>, ptr %796, align 2, !tbaa !4, !alias.scope !53
+  %strided.vec191.2 = shufflevector <16 x i16> %wide.vec190.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec192.2 = shufflevector <16 x i16> %wide.vec190.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %797 = zext <8 x i16> %strided.vec192.2 to <8 x i32>
   %798 = shl nuw <8 x i32> %797, splat (i32 16)
   %799 = bitcast <8 x i32> %798 to <8 x float>
-  %800 = fmul <8 x float> %broadcast.splat182, %799
+  %800 = fmul <8 x float> %broadcast.splat186, %799
   %801 = bitcast <8 x float> %800 to <8 x i32>
-  %802 = zext <8 x i16> %strided.vec187.2 to <8 x i32>
+  %802 = zext <8 x i16> %strided.vec191.2 to <8 x i32>
   %803 = shl nuw <8 x i32> %802, splat (i32 16)
   %804 = bitcast <8 x i32> %803 to <8 x float>
-  %805 = fmul <8 x float> %broadcast.splat182, %804
+  %805 = fmul <8 x float> %broadcast.splat186, %804
   %806 = bitcast <8 x float> %805 to <8 x i32>
   %807 = lshr <8 x i32> %806, splat (i32 16)
   %808 = or <8 x i32> %807, %801
-  %vec.ind.next190.1 = shl <8 x i64> %vec.ind185, splat (i64 6)
-  %809 = add <8 x i64> %vec.ind.next190.1, splat (i64 1024)
-  %810 = getelementptr inbounds nuw i8, ptr %invariant.gep1259.i, <8 x i64> %809
+  %vec.ind.next194.1 = shl <8 x i64> %vec.ind189, splat (i64 6)
+  %809 = add <8 x i64> %vec.ind.next194.1, splat (i64 1024)
+  %810 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, <8 x i64> %809
   %811 = getelementptr inbounds nuw i8, <8 x ptr> %810, i64 92160
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %808, <8 x ptr> align 4 %811, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !56, !noalias !53
-  %index.next189.2 = add nuw nsw i64 %index184, 24
-  %vec.ind.next190.2 = add nuw nsw <8 x i64> %vec.ind185, splat (i64 24)
-  %812 = icmp eq i64 %index.next189.2, 288
-  br i1 %812, label %for_end_d.5.i, label %vector.body183, !prof !17, !llvm.loop !58
+  %index.next193.2 = add nuw nsw i64 %index188, 24
+  %vec.ind.next194.2 = add nuw nsw <8 x i64> %vec.ind189, splat (i64 24)
+  %812 = icmp eq i64 %index.next193.2, 288
+  br i1 %812, label %for_end_d.5.i, label %vector.body187, !prof !17, !llvm.loop !58
 
 for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %for_begin_d.preheader.5.i
   %indvars.iv.5.i = phi i64 [ %indvars.iv.next.5.i.3, %for_body_d.5.i ], [ 0, %for_begin_d.preheader.5.i ]
@@ -1617,9 +1617,9 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %825 = bitcast float %824 to i32
   %826 = lshr i32 %825, 16
   %827 = or i32 %826, %819
-  %.idx1192.i = shl nuw nsw i64 %indvars.iv.5.i, 6
-  %gep1260.i = getelementptr inbounds nuw i8, ptr %invariant.gep1259.i, i64 %.idx1192.i
-  %828 = getelementptr inbounds nuw i8, ptr %gep1260.i, i64 92160
+  %.idx1178.i = shl nuw nsw i64 %indvars.iv.5.i, 6
+  %gep1244.i = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, i64 %.idx1178.i
+  %828 = getelementptr inbounds nuw i8, ptr %gep1244.i, i64 92160
   store i32 %827, ptr %828, align 4, !tbaa !4
   %indvars.iv.next.5.i = or disjoint i64 %indvars.iv.5.i, 1
   %gep.5.idx.i.1 = shl i64 %indvars.iv.next.5.i, 2
@@ -1639,9 +1639,9 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %841 = bitcast float %840 to i32
   %842 = lshr i32 %841, 16
   %843 = or i32 %842, %835
-  %.idx1192.i.1 = shl nuw nsw i64 %indvars.iv.next.5.i, 6
-  %gep1260.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1259.i, i64 %.idx1192.i.1
-  %844 = getelementptr inbounds nuw i8, ptr %gep1260.i.1, i64 92160
+  %.idx1178.i.1 = shl nuw nsw i64 %indvars.iv.next.5.i, 6
+  %gep1244.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, i64 %.idx1178.i.1
+  %844 = getelementptr inbounds nuw i8, ptr %gep1244.i.1, i64 92160
   store i32 %843, ptr %844, align 4, !tbaa !4
   %indvars.iv.next.5.i.1 = or disjoint i64 %indvars.iv.5.i, 2
   %gep.5.idx.i.2 = shl i64 %indvars.iv.next.5.i.1, 2
@@ -1661,9 +1661,9 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %857 = bitcast float %856 to i32
   %858 = lshr i32 %857, 16
   %859 = or i32 %858, %851
-  %.idx1192.i.2 = shl nuw nsw i64 %indvars.iv.next.5.i.1, 6
-  %gep1260.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1259.i, i64 %.idx1192.i.2
-  %860 = getelementptr inbounds nuw i8, ptr %gep1260.i.2, i64 92160
+  %.idx1178.i.2 = shl nuw nsw i64 %indvars.iv.next.5.i.1, 6
+  %gep1244.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, i64 %.idx1178.i.2
+  %860 = getelementptr inbounds nuw i8, ptr %gep1244.i.2, i64 92160
   store i32 %859, ptr %860, align 4, !tbaa !4
   %indvars.iv.next.5.i.2 = or disjoint i64 %indvars.iv.5.i, 3
   %gep.5.idx.i.3 = shl i64 %indvars.iv.next.5.i.2, 2
@@ -1683,110 +1683,110 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %873 = bitcast float %872 to i32
   %874 = lshr i32 %873, 16
   %875 = or i32 %874, %867
-  %.idx1192.i.3 = shl nuw nsw i64 %indvars.iv.next.5.i.2, 6
-  %gep1260.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1259.i, i64 %.idx1192.i.3
-  %876 = getelementptr inbounds nuw i8, ptr %gep1260.i.3, i64 92160
+  %.idx1178.i.3 = shl nuw nsw i64 %indvars.iv.next.5.i.2, 6
+  %gep1244.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, i64 %.idx1178.i.3
+  %876 = getelementptr inbounds nuw i8, ptr %gep1244.i.3, i64 92160
   store i32 %875, ptr %876, align 4, !tbaa !4
   %indvars.iv.next.5.i.3 = add nuw nsw i64 %indvars.iv.5.i, 4
   %exitcond.5.not.i.3 = icmp eq i64 %indvars.iv.next.5.i.3, 288
   br i1 %exitcond.5.not.i.3, label %for_end_d.5.i, label %for_body_d.5.i, !prof !28, !llvm.loop !59
 
-for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body183
-  %indvars.iv.next876.5.i = add nuw nsw i64 %indvars.iv875.5.i, 1
-  %exitcond879.5.not.i = icmp eq i64 %indvars.iv.next876.5.i, 16
-  br i1 %exitcond879.5.not.i, label %for_begin_d.preheader.6.i.preheader, label %for_begin_d.preheader.5.i, !prof !31
+for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body187
+  %indvars.iv.next867.5.i = add nuw nsw i64 %indvars.iv866.5.i, 1
+  %exitcond870.5.not.i = icmp eq i64 %indvars.iv.next867.5.i, 16
+  br i1 %exitcond870.5.not.i, label %for_begin_d.preheader.6.i.preheader, label %for_begin_d.preheader.5.i, !prof !31
 
 for_begin_d.preheader.6.i.preheader:              ; preds = %for_end_d.5.i
-  %scevgep149 = getelementptr i8, ptr %q_tile.i, i64 110592
-  %scevgep150 = getelementptr i8, ptr %q_tile.i, i64 129024
-  %bound0153 = icmp ult ptr %scevgep149, %scevgep152
-  %bound1154 = icmp ult ptr %scevgep151, %scevgep150
-  %found.conflict155 = and i1 %bound0153, %bound1154
-  %877 = or i1 %found.conflict155, %stride.check156
+  %scevgep153 = getelementptr i8, ptr %q_tile.i, i64 110592
+  %scevgep154 = getelementptr i8, ptr %q_tile.i, i64 129024
+  %bound0157 = icmp ult ptr %scevgep153, %scevgep156
+  %bound1158 = icmp ult ptr %scevgep155, %scevgep154
+  %found.conflict159 = and i1 %bound0157, %bound1158
+  %877 = or i1 %found.conflict159, %stride.check160
   br label %for_begin_d.preheader.6.i
 
 for_begin_d.preheader.6.i:                        ; preds = %for_end_d.6.i, %for_begin_d.preheader.6.i.preheader
-  %indvars.iv875.6.i = phi i64 [ %indvars.iv.next876.6.i, %for_end_d.6.i ], [ 0, %for_begin_d.preheader.6.i.preheader ]
-  %878 = add nuw nsw i64 %indvars.iv875.6.i, 96
+  %indvars.iv866.6.i = phi i64 [ %indvars.iv.next867.6.i, %for_end_d.6.i ], [ 0, %for_begin_d.preheader.6.i.preheader ]
+  %878 = add nuw nsw i64 %indvars.iv866.6.i, 96
   %879 = mul nsw i64 %878, %q_head
   %invariant.gep.6.i = getelementptr i16, ptr %231, i64 %879
-  %invariant.gep1261.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv875.6.i
-  br i1 %877, label %for_body_d.6.i, label %vector.body161, !prof !11
+  %invariant.gep1245.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.6.i
+  br i1 %877, label %for_body_d.6.i, label %vector.body165, !prof !11
 
-vector.body161:                                   ; preds = %vector.body161, %for_begin_d.preheader.6.i
-  %index162 = phi i64 [ %index.next167.2, %vector.body161 ], [ 0, %for_begin_d.preheader.6.i ]
-  %vec.ind163 = phi <8 x i64> [ %vec.ind.next168.2, %vector.body161 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.6.i ]
-  %880 = shl i64 %index162, 2
+vector.body165:                                   ; preds = %vector.body165, %for_begin_d.preheader.6.i
+  %index166 = phi i64 [ %index.next171.2, %vector.body165 ], [ 0, %for_begin_d.preheader.6.i ]
+  %vec.ind167 = phi <8 x i64> [ %vec.ind.next172.2, %vector.body165 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.6.i ]
+  %880 = shl i64 %index166, 2
   %881 = getelementptr i8, ptr %invariant.gep.6.i, i64 %880
-  %wide.vec164 = load <16 x i16>, ptr %881, align 2, !tbaa !4, !alias.scope !60
-  %strided.vec165 = shufflevector <16 x i16> %wide.vec164, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec166 = shufflevector <16 x i16> %wide.vec164, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %882 = zext <8 x i16> %strided.vec166 to <8 x i32>
+  %wide.vec168 = load <16 x i16>, ptr %881, align 2, !tbaa !4, !alias.scope !60
+  %strided.vec169 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec170 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %882 = zext <8 x i16> %strided.vec170 to <8 x i32>
   %883 = shl nuw <8 x i32> %882, splat (i32 16)
   %884 = bitcast <8 x i32> %883 to <8 x float>
-  %885 = fmul <8 x float> %broadcast.splat160, %884
+  %885 = fmul <8 x float> %broadcast.splat164, %884
   %886 = bitcast <8 x float> %885 to <8 x i32>
-  %887 = zext <8 x i16> %strided.vec165 to <8 x i32>
+  %887 = zext <8 x i16> %strided.vec169 to <8 x i32>
   %888 = shl nuw <8 x i32> %887, splat (i32 16)
   %889 = bitcast <8 x i32> %888 to <8 x float>
-  %890 = fmul <8 x float> %broadcast.splat160, %889
+  %890 = fmul <8 x float> %broadcast.splat164, %889
   %891 = bitcast <8 x float> %890 to <8 x i32>
   %892 = lshr <8 x i32> %891, splat (i32 16)
   %893 = or <8 x i32> %892, %886
-  %894 = shl nuw nsw <8 x i64> %vec.ind163, splat (i64 6)
-  %895 = getelementptr inbounds nuw i8, ptr %invariant.gep1261.i, <8 x i64> %894
+  %894 = shl nuw nsw <8 x i64> %vec.ind167, splat (i64 6)
+  %895 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, <8 x i64> %894
   %896 = getelementptr inbounds nuw i8, <8 x ptr> %895, i64 110592
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %893, <8 x ptr> align 4 %896, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !63, !noalias !60
-  %index.next167 = shl i64 %index162, 2
-  %897 = getelementptr i8, ptr %invariant.gep.6.i, i64 %index.next167
+  %index.next171 = shl i64 %index166, 2
+  %897 = getelementptr i8, ptr %invariant.gep.6.i, i64 %index.next171
   %898 = getelementptr i8, ptr %897, i64 32
-  %wide.vec164.1 = load <16 x i16>, ptr %898, align 2, !tbaa !4, !alias.scope !60
-  %strided.vec165.1 = shufflevector <16 x i16> %wide.vec164.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec166.1 = shufflevector <16 x i16> %wide.vec164.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %899 = zext <8 x i16> %strided.vec166.1 to <8 x i32>
+  %wide.vec168.1 = load <16 x i16>, ptr %898, align 2, !tbaa !4, !alias.scope !60
+  %strided.vec169.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec170.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %899 = zext <8 x i16> %strided.vec170.1 to <8 x i32>
   %900 = shl nuw <8 x i32> %899, splat (i32 16)
   %901 = bitcast <8 x i32> %900 to <8 x float>
-  %902 = fmul <8 x float> %broadcast.splat160, %901
+  %902 = fmul <8 x float> %broadcast.splat164, %901
   %903 = bitcast <8 x float> %902 to <8 x i32>
-  %904 = zext <8 x i16> %strided.vec165.1 to <8 x i32>
+  %904 = zext <8 x i16> %strided.vec169.1 to <8 x i32>
   %905 = shl nuw <8 x i32> %904, splat (i32 16)
   %906 = bitcast <8 x i32> %905 to <8 x float>
-  %907 = fmul <8 x float> %broadcast.splat160, %906
+  %907 = fmul <8 x float> %broadcast.splat164, %906
   %908 = bitcast <8 x float> %907 to <8 x i32>
   %909 = lshr <8 x i32> %908, splat (i32 16)
   %910 = or <8 x i32> %909, %903
-  %vec.ind.next168 = shl <8 x i64> %vec.ind163, splat (i64 6)
-  %911 = add <8 x i64> %vec.ind.next168, splat (i64 512)
-  %912 = getelementptr inbounds nuw i8, ptr %invariant.gep1261.i, <8 x i64> %911
+  %vec.ind.next172 = shl <8 x i64> %vec.ind167, splat (i64 6)
+  %911 = add <8 x i64> %vec.ind.next172, splat (i64 512)
+  %912 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, <8 x i64> %911
   %913 = getelementptr inbounds nuw i8, <8 x ptr> %912, i64 110592
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %910, <8 x ptr> align 4 %913, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !63, !noalias !60
-  %index.next167.1 = shl i64 %index162, 2
-  %914 = getelementptr i8, ptr %invariant.gep.6.i, i64 %index.next167.1
+  %index.next171.1 = shl i64 %index166, 2
+  %914 = getelementptr i8, ptr %invariant.gep.6.i, i64 %index.next171.1
   %915 = getelementptr i8, ptr %914, i64 64
-  %wide.vec164.2 = load <16 x i16>, ptr %915, align 2, !tbaa !4, !alias.scope !60
-  %strided.vec165.2 = shufflevector <16 x i16> %wide.vec164.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec166.2 = shufflevector <16 x i16> %wide.vec164.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %916 = zext <8 x i16> %strided.vec166.2 to <8 x i32>
+  %wide.vec168.2 = load <16 x i16>, ptr %915, align 2, !tbaa !4, !alias.scope !60
+  %strided.vec169.2 = shufflevector <16 x i16> %wide.vec168.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec170.2 = shufflevector <16 x i16> %wide.vec168.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %916 = zext <8 x i16> %strided.vec170.2 to <8 x i32>
   %917 = shl nuw <8 x i32> %916, splat (i32 16)
   %918 = bitcast <8 x i32> %917 to <8 x float>
-  %919 = fmul <8 x float> %broadcast.splat160, %918
+  %919 = fmul <8 x float> %broadcast.splat164, %918
   %920 = bitcast <8 x float> %919 to <8 x i32>
-  %921 = zext <8 x i16> %strided.vec165.2 to <8 x i32>
+  %921 = zext <8 x i16> %strided.vec169.2 to <8 x i32>
   %922 = shl nuw <8 x i32> %921, splat (i32 16)
   %923 = bitcast <8 x i32> %922 to <8 x float>
-  %924 = fmul <8 x float> %broadcast.splat160, %923
+  %924 = fmul <8 x float> %broadcast.splat164, %923
   %925 = bitcast <8 x float> %924 to <8 x i32>
   %926 = lshr <8 x i32> %925, splat (i32 16)
   %927 = or <8 x i32> %926, %920
-  %vec.ind.next168.1 = shl <8 x i64> %vec.ind163, splat (i64 6)
-  %928 = add <8 x i64> %vec.ind.next168.1, splat (i64 1024)
-  %929 = getelementptr inbounds nuw i8, ptr %invariant.gep1261.i, <8 x i64> %928
+  %vec.ind.next172.1 = shl <8 x i64> %vec.ind167, splat (i64 6)
+  %928 = add <8 x i64> %vec.ind.next172.1, splat (i64 1024)
+  %929 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, <8 x i64> %928
   %930 = getelementptr inbounds nuw i8, <8 x ptr> %929, i64 110592
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %927, <8 x ptr> align 4 %930, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !63, !noalias !60
-  %index.next167.2 = add nuw nsw i64 %index162, 24
-  %vec.ind.next168.2 = add nuw nsw <8 x i64> %vec.ind163, splat (i64 24)
-  %931 = icmp eq i64 %index.next167.2, 288
-  br i1 %931, label %for_end_d.6.i, label %vector.body161, !prof !17, !llvm.loop !65
+  %index.next171.2 = add nuw nsw i64 %index166, 24
+  %vec.ind.next172.2 = add nuw nsw <8 x i64> %vec.ind167, splat (i64 24)
+  %931 = icmp eq i64 %index.next171.2, 288
+  br i1 %931, label %for_end_d.6.i, label %vector.body165, !prof !17, !llvm.loop !65
 
 for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %for_begin_d.preheader.6.i
   %indvars.iv.6.i = phi i64 [ %indvars.iv.next.6.i.3, %for_body_d.6.i ], [ 0, %for_begin_d.preheader.6.i ]
@@ -1807,9 +1807,9 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %944 = bitcast float %943 to i32
   %945 = lshr i32 %944, 16
   %946 = or i32 %945, %938
-  %.idx1193.i = shl nuw nsw i64 %indvars.iv.6.i, 6
-  %gep1262.i = getelementptr inbounds nuw i8, ptr %invariant.gep1261.i, i64 %.idx1193.i
-  %947 = getelementptr inbounds nuw i8, ptr %gep1262.i, i64 110592
+  %.idx1179.i = shl nuw nsw i64 %indvars.iv.6.i, 6
+  %gep1246.i = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, i64 %.idx1179.i
+  %947 = getelementptr inbounds nuw i8, ptr %gep1246.i, i64 110592
   store i32 %946, ptr %947, align 4, !tbaa !4
   %indvars.iv.next.6.i = or disjoint i64 %indvars.iv.6.i, 1
   %gep.6.idx.i.1 = shl i64 %indvars.iv.next.6.i, 2
@@ -1829,9 +1829,9 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %960 = bitcast float %959 to i32
   %961 = lshr i32 %960, 16
   %962 = or i32 %961, %954
-  %.idx1193.i.1 = shl nuw nsw i64 %indvars.iv.next.6.i, 6
-  %gep1262.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1261.i, i64 %.idx1193.i.1
-  %963 = getelementptr inbounds nuw i8, ptr %gep1262.i.1, i64 110592
+  %.idx1179.i.1 = shl nuw nsw i64 %indvars.iv.next.6.i, 6
+  %gep1246.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, i64 %.idx1179.i.1
+  %963 = getelementptr inbounds nuw i8, ptr %gep1246.i.1, i64 110592
   store i32 %962, ptr %963, align 4, !tbaa !4
   %indvars.iv.next.6.i.1 = or disjoint i64 %indvars.iv.6.i, 2
   %gep.6.idx.i.2 = shl i64 %indvars.iv.next.6.i.1, 2
@@ -1851,9 +1851,9 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %976 = bitcast float %975 to i32
   %977 = lshr i32 %976, 16
   %978 = or i32 %977, %970
-  %.idx1193.i.2 = shl nuw nsw i64 %indvars.iv.next.6.i.1, 6
-  %gep1262.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1261.i, i64 %.idx1193.i.2
-  %979 = getelementptr inbounds nuw i8, ptr %gep1262.i.2, i64 110592
+  %.idx1179.i.2 = shl nuw nsw i64 %indvars.iv.next.6.i.1, 6
+  %gep1246.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, i64 %.idx1179.i.2
+  %979 = getelementptr inbounds nuw i8, ptr %gep1246.i.2, i64 110592
   store i32 %978, ptr %979, align 4, !tbaa !4
   %indvars.iv.next.6.i.2 = or disjoint i64 %indvars.iv.6.i, 3
   %gep.6.idx.i.3 = shl i64 %indvars.iv.next.6.i.2, 2
@@ -1873,34 +1873,34 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %992 = bitcast float %991 to i32
   %993 = lshr i32 %992, 16
   %994 = or i32 %993, %986
-  %.idx1193.i.3 = shl nuw nsw i64 %indvars.iv.next.6.i.2, 6
-  %gep1262.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1261.i, i64 %.idx1193.i.3
-  %995 = getelementptr inbounds nuw i8, ptr %gep1262.i.3, i64 110592
+  %.idx1179.i.3 = shl nuw nsw i64 %indvars.iv.next.6.i.2, 6
+  %gep1246.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, i64 %.idx1179.i.3
+  %995 = getelementptr inbounds nuw i8, ptr %gep1246.i.3, i64 110592
   store i32 %994, ptr %995, align 4, !tbaa !4
   %indvars.iv.next.6.i.3 = add nuw nsw i64 %indvars.iv.6.i, 4
   %exitcond.6.not.i.3 = icmp eq i64 %indvars.iv.next.6.i.3, 288
   br i1 %exitcond.6.not.i.3, label %for_end_d.6.i, label %for_body_d.6.i, !prof !28, !llvm.loop !66
 
-for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body161
-  %indvars.iv.next876.6.i = add nuw nsw i64 %indvars.iv875.6.i, 1
-  %exitcond879.6.not.i = icmp eq i64 %indvars.iv.next876.6.i, 16
-  br i1 %exitcond879.6.not.i, label %for_begin_d.preheader.7.i.preheader, label %for_begin_d.preheader.6.i, !prof !31
+for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body165
+  %indvars.iv.next867.6.i = add nuw nsw i64 %indvars.iv866.6.i, 1
+  %exitcond870.6.not.i = icmp eq i64 %indvars.iv.next867.6.i, 16
+  br i1 %exitcond870.6.not.i, label %for_begin_d.preheader.7.i.preheader, label %for_begin_d.preheader.6.i, !prof !31
 
 for_begin_d.preheader.7.i.preheader:              ; preds = %for_end_d.6.i
   %scevgep = getelementptr i8, ptr %q_tile.i, i64 129024
-  %scevgep144 = getelementptr i8, ptr %q_tile.i, i64 147456
-  %bound0 = icmp ult ptr %scevgep, %scevgep146
-  %bound1 = icmp ult ptr %scevgep145, %scevgep144
+  %scevgep148 = getelementptr i8, ptr %q_tile.i, i64 147456
+  %bound0 = icmp ult ptr %scevgep, %scevgep150
+  %bound1 = icmp ult ptr %scevgep149, %scevgep148
   %found.conflict = and i1 %bound0, %bound1
   %996 = or i1 %found.conflict, %stride.check
   br label %for_begin_d.preheader.7.i
 
 for_begin_d.preheader.7.i:                        ; preds = %for_end_d.7.i, %for_begin_d.preheader.7.i.preheader
-  %indvars.iv875.7.i = phi i64 [ %indvars.iv.next876.7.i, %for_end_d.7.i ], [ 0, %for_begin_d.preheader.7.i.preheader ]
-  %997 = add nuw nsw i64 %indvars.iv875.7.i, 112
+  %indvars.iv866.7.i = phi i64 [ %indvars.iv.next867.7.i, %for_end_d.7.i ], [ 0, %for_begin_d.preheader.7.i.preheader ]
+  %997 = add nuw nsw i64 %indvars.iv866.7.i, 112
   %998 = mul nsw i64 %997, %q_head
   %invariant.gep.7.i = getelementptr i16, ptr %231, i64 %998
-  %invariant.gep1263.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv875.7.i
+  %invariant.gep1247.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.7.i
   br i1 %996, label %for_body_d.7.i, label %vector.body, !prof !11
 
 vector.body:                                      ; preds = %vector.body, %for_begin_d.preheader.7.i
@@ -1910,8 +1910,8 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1000 = getelementptr i8, ptr %invariant.gep.7.i, i64 %999
   %wide.vec = load <16 x i16>, ptr %1000, align 2, !tbaa !4, !alias.scope !67
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec147 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %1001 = zext <8 x i16> %strided.vec147 to <8 x i32>
+  %strided.vec151 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %1001 = zext <8 x i16> %strided.vec151 to <8 x i32>
   %1002 = shl nuw <8 x i32> %1001, splat (i32 16)
   %1003 = bitcast <8 x i32> %1002 to <8 x float>
   %1004 = fmul <8 x float> %broadcast.splat, %1003
@@ -1924,7 +1924,7 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1011 = lshr <8 x i32> %1010, splat (i32 16)
   %1012 = or <8 x i32> %1011, %1005
   %1013 = shl nuw nsw <8 x i64> %vec.ind, splat (i64 6)
-  %1014 = getelementptr inbounds nuw i8, ptr %invariant.gep1263.i, <8 x i64> %1013
+  %1014 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, <8 x i64> %1013
   %1015 = getelementptr inbounds nuw i8, <8 x ptr> %1014, i64 129024
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1012, <8 x ptr> align 4 %1015, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !70, !noalias !67
   %index.next = shl i64 %index, 2
@@ -1932,8 +1932,8 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1017 = getelementptr i8, ptr %1016, i64 32
   %wide.vec.1 = load <16 x i16>, ptr %1017, align 2, !tbaa !4, !alias.scope !67
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec147.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %1018 = zext <8 x i16> %strided.vec147.1 to <8 x i32>
+  %strided.vec151.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %1018 = zext <8 x i16> %strided.vec151.1 to <8 x i32>
   %1019 = shl nuw <8 x i32> %1018, splat (i32 16)
   %1020 = bitcast <8 x i32> %1019 to <8 x float>
   %1021 = fmul <8 x float> %broadcast.splat, %1020
@@ -1947,7 +1947,7 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1029 = or <8 x i32> %1028, %1022
   %vec.ind.next = shl <8 x i64> %vec.ind, splat (i64 6)
   %1030 = add <8 x i64> %vec.ind.next, splat (i64 512)
-  %1031 = getelementptr inbounds nuw i8, ptr %invariant.gep1263.i, <8 x i64> %1030
+  %1031 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, <8 x i64> %1030
   %1032 = getelementptr inbounds nuw i8, <8 x ptr> %1031, i64 129024
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1029, <8 x ptr> align 4 %1032, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !70, !noalias !67
   %index.next.1 = shl i64 %index, 2
@@ -1955,8 +1955,8 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1034 = getelementptr i8, ptr %1033, i64 64
   %wide.vec.2 = load <16 x i16>, ptr %1034, align 2, !tbaa !4, !alias.scope !67
   %strided.vec.2 = shufflevector <16 x i16> %wide.vec.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec147.2 = shufflevector <16 x i16> %wide.vec.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %1035 = zext <8 x i16> %strided.vec147.2 to <8 x i32>
+  %strided.vec151.2 = shufflevector <16 x i16> %wide.vec.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %1035 = zext <8 x i16> %strided.vec151.2 to <8 x i32>
   %1036 = shl nuw <8 x i32> %1035, splat (i32 16)
   %1037 = bitcast <8 x i32> %1036 to <8 x float>
   %1038 = fmul <8 x float> %broadcast.splat, %1037
@@ -1970,7 +1970,7 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1046 = or <8 x i32> %1045, %1039
   %vec.ind.next.1 = shl <8 x i64> %vec.ind, splat (i64 6)
   %1047 = add <8 x i64> %vec.ind.next.1, splat (i64 1024)
-  %1048 = getelementptr inbounds nuw i8, ptr %invariant.gep1263.i, <8 x i64> %1047
+  %1048 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, <8 x i64> %1047
   %1049 = getelementptr inbounds nuw i8, <8 x ptr> %1048, i64 129024
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1046, <8 x ptr> align 4 %1049, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !70, !noalias !67
   %index.next.2 = add nuw nsw i64 %index, 24
@@ -1997,9 +1997,9 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %1063 = bitcast float %1062 to i32
   %1064 = lshr i32 %1063, 16
   %1065 = or i32 %1064, %1057
-  %.idx1194.i = shl nuw nsw i64 %indvars.iv.7.i, 6
-  %gep1264.i = getelementptr inbounds nuw i8, ptr %invariant.gep1263.i, i64 %.idx1194.i
-  %1066 = getelementptr inbounds nuw i8, ptr %gep1264.i, i64 129024
+  %.idx1180.i = shl nuw nsw i64 %indvars.iv.7.i, 6
+  %gep1248.i = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, i64 %.idx1180.i
+  %1066 = getelementptr inbounds nuw i8, ptr %gep1248.i, i64 129024
   store i32 %1065, ptr %1066, align 4, !tbaa !4
   %indvars.iv.next.7.i = or disjoint i64 %indvars.iv.7.i, 1
   %gep.7.idx.i.1 = shl i64 %indvars.iv.next.7.i, 2
@@ -2019,9 +2019,9 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %1079 = bitcast float %1078 to i32
   %1080 = lshr i32 %1079, 16
   %1081 = or i32 %1080, %1073
-  %.idx1194.i.1 = shl nuw nsw i64 %indvars.iv.next.7.i, 6
-  %gep1264.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1263.i, i64 %.idx1194.i.1
-  %1082 = getelementptr inbounds nuw i8, ptr %gep1264.i.1, i64 129024
+  %.idx1180.i.1 = shl nuw nsw i64 %indvars.iv.next.7.i, 6
+  %gep1248.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, i64 %.idx1180.i.1
+  %1082 = getelementptr inbounds nuw i8, ptr %gep1248.i.1, i64 129024
   store i32 %1081, ptr %1082, align 4, !tbaa !4
   %indvars.iv.next.7.i.1 = or disjoint i64 %indvars.iv.7.i, 2
   %gep.7.idx.i.2 = shl i64 %indvars.iv.next.7.i.1, 2
@@ -2041,9 +2041,9 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %1095 = bitcast float %1094 to i32
   %1096 = lshr i32 %1095, 16
   %1097 = or i32 %1096, %1089
-  %.idx1194.i.2 = shl nuw nsw i64 %indvars.iv.next.7.i.1, 6
-  %gep1264.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1263.i, i64 %.idx1194.i.2
-  %1098 = getelementptr inbounds nuw i8, ptr %gep1264.i.2, i64 129024
+  %.idx1180.i.2 = shl nuw nsw i64 %indvars.iv.next.7.i.1, 6
+  %gep1248.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, i64 %.idx1180.i.2
+  %1098 = getelementptr inbounds nuw i8, ptr %gep1248.i.2, i64 129024
   store i32 %1097, ptr %1098, align 4, !tbaa !4
   %indvars.iv.next.7.i.2 = or disjoint i64 %indvars.iv.7.i, 3
   %gep.7.idx.i.3 = shl i64 %indvars.iv.next.7.i.2, 2
@@ -2063,18 +2063,18 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %1111 = bitcast float %1110 to i32
   %1112 = lshr i32 %1111, 16
   %1113 = or i32 %1112, %1105
-  %.idx1194.i.3 = shl nuw nsw i64 %indvars.iv.next.7.i.2, 6
-  %gep1264.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1263.i, i64 %.idx1194.i.3
-  %1114 = getelementptr inbounds nuw i8, ptr %gep1264.i.3, i64 129024
+  %.idx1180.i.3 = shl nuw nsw i64 %indvars.iv.next.7.i.2, 6
+  %gep1248.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, i64 %.idx1180.i.3
+  %1114 = getelementptr inbounds nuw i8, ptr %gep1248.i.3, i64 129024
   store i32 %1113, ptr %1114, align 4, !tbaa !4
   %indvars.iv.next.7.i.3 = add nuw nsw i64 %indvars.iv.7.i, 4
   %exitcond.7.not.i.3 = icmp eq i64 %indvars.iv.next.7.i.3, 288
   br i1 %exitcond.7.not.i.3, label %for_end_d.7.i, label %for_body_d.7.i, !prof !28, !llvm.loop !73
 
 for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body
-  %indvars.iv.next876.7.i = add nuw nsw i64 %indvars.iv875.7.i, 1
-  %exitcond879.7.not.i = icmp eq i64 %indvars.iv.next876.7.i, 16
-  br i1 %exitcond879.7.not.i, label %for_end_r.7.i, label %for_begin_d.preheader.7.i, !prof !31
+  %indvars.iv.next867.7.i = add nuw nsw i64 %indvars.iv866.7.i, 1
+  %exitcond870.7.not.i = icmp eq i64 %indvars.iv.next867.7.i, 16
+  br i1 %exitcond870.7.not.i, label %for_end_r.7.i, label %for_begin_d.preheader.7.i, !prof !31
 
 for_end_r.7.i:                                    ; preds = %for_end_d.7.i
   %1115 = add nsw i32 %229, -1
@@ -2093,7 +2093,7 @@ for_end_r.7.i:                                    ; preds = %for_end_d.7.i
   %1126 = getelementptr inbounds i32, ptr %row_starts, i64 %1125
   %1127 = add i32 %95, %range_len.i
   %1128 = mul nsw i64 %227, %table_seq
-  %invariant.gep782.i = getelementptr i32, ptr %block_table, i64 %1128
+  %invariant.gep773.i = getelementptr i32, ptr %block_table, i64 %1128
   %1129 = uitofp nneg i32 %places.i to float
   %1130 = fsub float 0x4168000FE0000000, %1129
   %1131 = insertelement <64 x float> poison, float %1130, i64 0
@@ -2103,7 +2103,7 @@ for_end_r.7.i:                                    ; preds = %for_end_d.7.i
   %1135 = shufflevector <64 x float> %1134, <64 x float> poison, <64 x i32> zeroinitializer
   %1136 = zext nneg i32 %1123 to i64
   %1137 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count1116.i = zext nneg i32 %1124 to i64
+  %wide.trip.count1102.i = zext nneg i32 %1124 to i64
   br label %for_begin_step.i
 
 for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_d.preheader.i
@@ -2125,9 +2125,9 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %1150 = bitcast float %1149 to i32
   %1151 = lshr i32 %1150, 16
   %1152 = or i32 %1151, %1144
-  %.idx1187.i = shl nuw nsw i64 %indvars.iv.i, 6
-  %gep1250.i = getelementptr inbounds nuw i8, ptr %invariant.gep1249.i, i64 %.idx1187.i
-  store i32 %1152, ptr %gep1250.i, align 4, !tbaa !4
+  %.idx1173.i = shl nuw nsw i64 %indvars.iv.i, 6
+  %gep1234.i = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, i64 %.idx1173.i
+  store i32 %1152, ptr %gep1234.i, align 4, !tbaa !4
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
@@ -2146,9 +2146,9 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %1165 = bitcast float %1164 to i32
   %1166 = lshr i32 %1165, 16
   %1167 = or i32 %1166, %1159
-  %.idx1187.i.1 = shl nuw nsw i64 %indvars.iv.next.i, 6
-  %gep1250.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1249.i, i64 %.idx1187.i.1
-  store i32 %1167, ptr %gep1250.i.1, align 4, !tbaa !4
+  %.idx1173.i.1 = shl nuw nsw i64 %indvars.iv.next.i, 6
+  %gep1234.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, i64 %.idx1173.i.1
+  store i32 %1167, ptr %gep1234.i.1, align 4, !tbaa !4
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
@@ -2167,9 +2167,9 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %1180 = bitcast float %1179 to i32
   %1181 = lshr i32 %1180, 16
   %1182 = or i32 %1181, %1174
-  %.idx1187.i.2 = shl nuw nsw i64 %indvars.iv.next.i.1, 6
-  %gep1250.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1249.i, i64 %.idx1187.i.2
-  store i32 %1182, ptr %gep1250.i.2, align 4, !tbaa !4
+  %.idx1173.i.2 = shl nuw nsw i64 %indvars.iv.next.i.1, 6
+  %gep1234.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, i64 %.idx1173.i.2
+  store i32 %1182, ptr %gep1234.i.2, align 4, !tbaa !4
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
@@ -2188,37 +2188,37 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %1195 = bitcast float %1194 to i32
   %1196 = lshr i32 %1195, 16
   %1197 = or i32 %1196, %1189
-  %.idx1187.i.3 = shl nuw nsw i64 %indvars.iv.next.i.2, 6
-  %gep1250.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1249.i, i64 %.idx1187.i.3
-  store i32 %1197, ptr %gep1250.i.3, align 4, !tbaa !4
+  %.idx1173.i.3 = shl nuw nsw i64 %indvars.iv.next.i.2, 6
+  %gep1234.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, i64 %.idx1173.i.3
+  store i32 %1197, ptr %gep1234.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 288
   br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !28, !llvm.loop !74
 
-for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body292
-  %indvars.iv.next876.i = add nuw nsw i64 %indvars.iv875.i, 1
-  %exitcond879.not.i = icmp eq i64 %indvars.iv.next876.i, 16
-  br i1 %exitcond879.not.i, label %for_begin_d.preheader.1.i.preheader, label %for_begin_d.preheader.i, !prof !31
+for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body296
+  %indvars.iv.next867.i = add nuw nsw i64 %indvars.iv866.i, 1
+  %exitcond870.not.i = icmp eq i64 %indvars.iv.next867.i, 16
+  br i1 %exitcond870.not.i, label %for_begin_d.preheader.1.i.preheader, label %for_begin_d.preheader.i, !prof !31
 
 for_begin_d.preheader.1.i.preheader:              ; preds = %for_end_d.i
-  %scevgep259 = getelementptr i8, ptr %q_tile.i, i64 18432
-  %scevgep260 = getelementptr i8, ptr %q_tile.i, i64 36864
-  %bound0263 = icmp ult ptr %scevgep259, %scevgep262
-  %bound1264 = icmp ult ptr %scevgep261, %scevgep260
-  %found.conflict265 = and i1 %bound0263, %bound1264
-  %1198 = or i1 %found.conflict265, %stride.check266
+  %scevgep263 = getelementptr i8, ptr %q_tile.i, i64 18432
+  %scevgep264 = getelementptr i8, ptr %q_tile.i, i64 36864
+  %bound0267 = icmp ult ptr %scevgep263, %scevgep266
+  %bound1268 = icmp ult ptr %scevgep265, %scevgep264
+  %found.conflict269 = and i1 %bound0267, %bound1268
+  %1198 = or i1 %found.conflict269, %stride.check270
   br label %for_begin_d.preheader.1.i
 
 for_begin_step.i:                                 ; preds = %for_end_group_tile.i, %for_end_r.7.i
   %indvars.iv = phi i64 [ %indvars.iv.next, %for_end_group_tile.i ], [ %1137, %for_end_r.7.i ]
-  %indvars.iv1113.i = phi i64 [ %indvars.iv.next1114.i, %for_end_group_tile.i ], [ 0, %for_end_r.7.i ]
+  %indvars.iv1099.i = phi i64 [ %indvars.iv.next1100.i, %for_end_group_tile.i ], [ 0, %for_end_r.7.i ]
   %1199 = tail call i64 @llvm.smax.i64(i64 %indvars.iv, i64 1)
   %1200 = tail call i64 @llvm.umin.i64(i64 %1199, i64 128)
-  %exitcond1117.not.i = icmp eq i64 %indvars.iv1113.i, %wide.trip.count1116.i
-  br i1 %exitcond1117.not.i, label %for_begin_tile684.preheader.i, label %for_body_step.i, !prof !75
+  %exitcond1103.not.i = icmp eq i64 %indvars.iv1099.i, %wide.trip.count1102.i
+  br i1 %exitcond1103.not.i, label %for_begin_tile674.preheader.i, label %for_body_step.i, !prof !75
 
-for_begin_tile684.preheader.i:                    ; preds = %for_begin_step.i
-  %1201 = add nuw nsw i64 %indvars.iv1162.i, %135
+for_begin_tile674.preheader.i:                    ; preds = %for_begin_step.i
+  %1201 = add nuw nsw i64 %indvars.iv1148.i, %135
   %1202 = shl nuw nsw i64 %1201, 7
   %.idx.i = shl nuw nsw i64 %1201, 18
   %1203 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
@@ -2229,316 +2229,316 @@ for_begin_tile684.preheader.i:                    ; preds = %for_begin_step.i
   %1208 = shl nuw nsw i32 %1119, 23
   %1209 = add nuw i32 %1208, 16777216
   %1210 = bitcast i32 %1209 to float
-  br i1 %.not, label %for_body_tile685.i, label %for_body_tile685.us.i
+  br i1 %.not, label %for_body_tile675.i, label %for_body_tile675.us.i
 
-for_body_tile685.us.i:                            ; preds = %if_end709.us.15.i, %for_begin_tile684.preheader.i
-  %indvars.iv1158.i = phi i64 [ %indvars.iv.next1159.i, %if_end709.us.15.i ], [ 0, %for_begin_tile684.preheader.i ]
-  %1211 = shl nuw nsw i64 %indvars.iv1158.i, 4
-  %1212 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1211
+for_body_tile675.us.i:                            ; preds = %if_end699.us.15.i, %for_begin_tile674.preheader.i
+  %indvars.iv1144.i = phi i64 [ %indvars.iv.next1145.i, %if_end699.us.15.i ], [ 0, %for_begin_tile674.preheader.i ]
+  %1211 = shl nuw nsw i64 %indvars.iv1144.i, 4
+  %1212 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1211
   %total.us.i = load <16 x float>, ptr %1212, align 16
   %1213 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
   %1214 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
   %1215 = select <16 x i1> %1214, <16 x float> zeroinitializer, <16 x float> %1213
-  store <16 x float> %1215, ptr %factor734.i, align 16, !tbaa !76
-  %.idx1197.i = shl nuw nsw i64 %indvars.iv1158.i, 15
-  %invariant.gep1304.i = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1197.i
-  br label %for_begin_d_0697.preheader.us.i
+  store <16 x float> %1215, ptr %factor724.i, align 16, !tbaa !76
+  %.idx1183.i = shl nuw nsw i64 %indvars.iv1144.i, 15
+  %invariant.gep1286.i = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1183.i
+  br label %for_begin_d_0687.preheader.us.i
 
-if_else708.us.i:                                  ; preds = %for_begin_r702.preheader.us.i
+if_else698.us.i:                                  ; preds = %for_begin_r692.preheader.us.i
   %1216 = fmul float %1433, %1210
   %1217 = tail call float @llvm.log.f32(float %1216)
-  %1218 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1211
+  %1218 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1211
   %1219 = load float, ptr %1218, align 16, !tbaa !83
   %1220 = fadd float %1217, %1219
-  br label %if_end709.us.i
+  br label %if_end699.us.i
 
-if_end709.us.i:                                   ; preds = %for_begin_r702.preheader.us.i, %if_else708.us.i
-  %1221 = phi float [ %1220, %if_else708.us.i ], [ 0xFFF0000000000000, %for_begin_r702.preheader.us.i ]
+if_end699.us.i:                                   ; preds = %for_begin_r692.preheader.us.i, %if_else698.us.i
+  %1221 = phi float [ %1220, %if_else698.us.i ], [ 0xFFF0000000000000, %for_begin_r692.preheader.us.i ]
   store float %1221, ptr %1434, align 4, !tbaa !4
   %1222 = or disjoint i64 %1211, 1
-  %1223 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1222
+  %1223 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1222
   %1224 = load float, ptr %1223, align 4, !tbaa !85
   %1225 = fcmp oeq float %1224, 0.000000e+00
-  br i1 %1225, label %if_end709.us.1.i, label %if_else708.us.1.i
+  br i1 %1225, label %if_end699.us.1.i, label %if_else698.us.1.i
 
-if_else708.us.1.i:                                ; preds = %if_end709.us.i
+if_else698.us.1.i:                                ; preds = %if_end699.us.i
   %1226 = fmul float %1224, %1210
   %1227 = tail call float @llvm.log.f32(float %1226)
-  %1228 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1222
+  %1228 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1222
   %1229 = load float, ptr %1228, align 4, !tbaa !83
   %1230 = fadd float %1227, %1229
-  br label %if_end709.us.1.i
+  br label %if_end699.us.1.i
 
-if_end709.us.1.i:                                 ; preds = %if_else708.us.1.i, %if_end709.us.i
-  %1231 = phi float [ %1230, %if_else708.us.1.i ], [ 0xFFF0000000000000, %if_end709.us.i ]
+if_end699.us.1.i:                                 ; preds = %if_else698.us.1.i, %if_end699.us.i
+  %1231 = phi float [ %1230, %if_else698.us.1.i ], [ 0xFFF0000000000000, %if_end699.us.i ]
   %1232 = getelementptr i8, ptr %1434, i64 4
   store float %1231, ptr %1232, align 4, !tbaa !4
   %1233 = or disjoint i64 %1211, 2
-  %1234 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1233
+  %1234 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1233
   %1235 = load float, ptr %1234, align 8, !tbaa !85
   %1236 = fcmp oeq float %1235, 0.000000e+00
-  br i1 %1236, label %if_end709.us.2.i, label %if_else708.us.2.i
+  br i1 %1236, label %if_end699.us.2.i, label %if_else698.us.2.i
 
-if_else708.us.2.i:                                ; preds = %if_end709.us.1.i
+if_else698.us.2.i:                                ; preds = %if_end699.us.1.i
   %1237 = fmul float %1235, %1210
   %1238 = tail call float @llvm.log.f32(float %1237)
-  %1239 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1233
+  %1239 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1233
   %1240 = load float, ptr %1239, align 8, !tbaa !83
   %1241 = fadd float %1238, %1240
-  br label %if_end709.us.2.i
+  br label %if_end699.us.2.i
 
-if_end709.us.2.i:                                 ; preds = %if_else708.us.2.i, %if_end709.us.1.i
-  %1242 = phi float [ %1241, %if_else708.us.2.i ], [ 0xFFF0000000000000, %if_end709.us.1.i ]
+if_end699.us.2.i:                                 ; preds = %if_else698.us.2.i, %if_end699.us.1.i
+  %1242 = phi float [ %1241, %if_else698.us.2.i ], [ 0xFFF0000000000000, %if_end699.us.1.i ]
   %1243 = getelementptr i8, ptr %1434, i64 8
   store float %1242, ptr %1243, align 4, !tbaa !4
   %1244 = or disjoint i64 %1211, 3
-  %1245 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1244
+  %1245 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1244
   %1246 = load float, ptr %1245, align 4, !tbaa !85
   %1247 = fcmp oeq float %1246, 0.000000e+00
-  br i1 %1247, label %if_end709.us.3.i, label %if_else708.us.3.i
+  br i1 %1247, label %if_end699.us.3.i, label %if_else698.us.3.i
 
-if_else708.us.3.i:                                ; preds = %if_end709.us.2.i
+if_else698.us.3.i:                                ; preds = %if_end699.us.2.i
   %1248 = fmul float %1246, %1210
   %1249 = tail call float @llvm.log.f32(float %1248)
-  %1250 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1244
+  %1250 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1244
   %1251 = load float, ptr %1250, align 4, !tbaa !83
   %1252 = fadd float %1249, %1251
-  br label %if_end709.us.3.i
+  br label %if_end699.us.3.i
 
-if_end709.us.3.i:                                 ; preds = %if_else708.us.3.i, %if_end709.us.2.i
-  %1253 = phi float [ %1252, %if_else708.us.3.i ], [ 0xFFF0000000000000, %if_end709.us.2.i ]
+if_end699.us.3.i:                                 ; preds = %if_else698.us.3.i, %if_end699.us.2.i
+  %1253 = phi float [ %1252, %if_else698.us.3.i ], [ 0xFFF0000000000000, %if_end699.us.2.i ]
   %1254 = getelementptr i8, ptr %1434, i64 12
   store float %1253, ptr %1254, align 4, !tbaa !4
   %1255 = or disjoint i64 %1211, 4
-  %1256 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1255
+  %1256 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1255
   %1257 = load float, ptr %1256, align 16, !tbaa !85
   %1258 = fcmp oeq float %1257, 0.000000e+00
-  br i1 %1258, label %if_end709.us.4.i, label %if_else708.us.4.i
+  br i1 %1258, label %if_end699.us.4.i, label %if_else698.us.4.i
 
-if_else708.us.4.i:                                ; preds = %if_end709.us.3.i
+if_else698.us.4.i:                                ; preds = %if_end699.us.3.i
   %1259 = fmul float %1257, %1210
   %1260 = tail call float @llvm.log.f32(float %1259)
-  %1261 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1255
+  %1261 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1255
   %1262 = load float, ptr %1261, align 16, !tbaa !83
   %1263 = fadd float %1260, %1262
-  br label %if_end709.us.4.i
+  br label %if_end699.us.4.i
 
-if_end709.us.4.i:                                 ; preds = %if_else708.us.4.i, %if_end709.us.3.i
-  %1264 = phi float [ %1263, %if_else708.us.4.i ], [ 0xFFF0000000000000, %if_end709.us.3.i ]
+if_end699.us.4.i:                                 ; preds = %if_else698.us.4.i, %if_end699.us.3.i
+  %1264 = phi float [ %1263, %if_else698.us.4.i ], [ 0xFFF0000000000000, %if_end699.us.3.i ]
   %1265 = getelementptr i8, ptr %1434, i64 16
   store float %1264, ptr %1265, align 4, !tbaa !4
   %1266 = or disjoint i64 %1211, 5
-  %1267 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1266
+  %1267 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1266
   %1268 = load float, ptr %1267, align 4, !tbaa !85
   %1269 = fcmp oeq float %1268, 0.000000e+00
-  br i1 %1269, label %if_end709.us.5.i, label %if_else708.us.5.i
+  br i1 %1269, label %if_end699.us.5.i, label %if_else698.us.5.i
 
-if_else708.us.5.i:                                ; preds = %if_end709.us.4.i
+if_else698.us.5.i:                                ; preds = %if_end699.us.4.i
   %1270 = fmul float %1268, %1210
   %1271 = tail call float @llvm.log.f32(float %1270)
-  %1272 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1266
+  %1272 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1266
   %1273 = load float, ptr %1272, align 4, !tbaa !83
   %1274 = fadd float %1271, %1273
-  br label %if_end709.us.5.i
+  br label %if_end699.us.5.i
 
-if_end709.us.5.i:                                 ; preds = %if_else708.us.5.i, %if_end709.us.4.i
-  %1275 = phi float [ %1274, %if_else708.us.5.i ], [ 0xFFF0000000000000, %if_end709.us.4.i ]
+if_end699.us.5.i:                                 ; preds = %if_else698.us.5.i, %if_end699.us.4.i
+  %1275 = phi float [ %1274, %if_else698.us.5.i ], [ 0xFFF0000000000000, %if_end699.us.4.i ]
   %1276 = getelementptr i8, ptr %1434, i64 20
   store float %1275, ptr %1276, align 4, !tbaa !4
   %1277 = or disjoint i64 %1211, 6
-  %1278 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1277
+  %1278 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1277
   %1279 = load float, ptr %1278, align 8, !tbaa !85
   %1280 = fcmp oeq float %1279, 0.000000e+00
-  br i1 %1280, label %if_end709.us.6.i, label %if_else708.us.6.i
+  br i1 %1280, label %if_end699.us.6.i, label %if_else698.us.6.i
 
-if_else708.us.6.i:                                ; preds = %if_end709.us.5.i
+if_else698.us.6.i:                                ; preds = %if_end699.us.5.i
   %1281 = fmul float %1279, %1210
   %1282 = tail call float @llvm.log.f32(float %1281)
-  %1283 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1277
+  %1283 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1277
   %1284 = load float, ptr %1283, align 8, !tbaa !83
   %1285 = fadd float %1282, %1284
-  br label %if_end709.us.6.i
+  br label %if_end699.us.6.i
 
-if_end709.us.6.i:                                 ; preds = %if_else708.us.6.i, %if_end709.us.5.i
-  %1286 = phi float [ %1285, %if_else708.us.6.i ], [ 0xFFF0000000000000, %if_end709.us.5.i ]
+if_end699.us.6.i:                                 ; preds = %if_else698.us.6.i, %if_end699.us.5.i
+  %1286 = phi float [ %1285, %if_else698.us.6.i ], [ 0xFFF0000000000000, %if_end699.us.5.i ]
   %1287 = getelementptr i8, ptr %1434, i64 24
   store float %1286, ptr %1287, align 4, !tbaa !4
   %1288 = or disjoint i64 %1211, 7
-  %1289 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1288
+  %1289 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1288
   %1290 = load float, ptr %1289, align 4, !tbaa !85
   %1291 = fcmp oeq float %1290, 0.000000e+00
-  br i1 %1291, label %if_end709.us.7.i, label %if_else708.us.7.i
+  br i1 %1291, label %if_end699.us.7.i, label %if_else698.us.7.i
 
-if_else708.us.7.i:                                ; preds = %if_end709.us.6.i
+if_else698.us.7.i:                                ; preds = %if_end699.us.6.i
   %1292 = fmul float %1290, %1210
   %1293 = tail call float @llvm.log.f32(float %1292)
-  %1294 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1288
+  %1294 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1288
   %1295 = load float, ptr %1294, align 4, !tbaa !83
   %1296 = fadd float %1293, %1295
-  br label %if_end709.us.7.i
+  br label %if_end699.us.7.i
 
-if_end709.us.7.i:                                 ; preds = %if_else708.us.7.i, %if_end709.us.6.i
-  %1297 = phi float [ %1296, %if_else708.us.7.i ], [ 0xFFF0000000000000, %if_end709.us.6.i ]
+if_end699.us.7.i:                                 ; preds = %if_else698.us.7.i, %if_end699.us.6.i
+  %1297 = phi float [ %1296, %if_else698.us.7.i ], [ 0xFFF0000000000000, %if_end699.us.6.i ]
   %1298 = getelementptr i8, ptr %1434, i64 28
   store float %1297, ptr %1298, align 4, !tbaa !4
   %1299 = or disjoint i64 %1211, 8
-  %1300 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1299
+  %1300 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1299
   %1301 = load float, ptr %1300, align 16, !tbaa !85
   %1302 = fcmp oeq float %1301, 0.000000e+00
-  br i1 %1302, label %if_end709.us.8.i, label %if_else708.us.8.i
+  br i1 %1302, label %if_end699.us.8.i, label %if_else698.us.8.i
 
-if_else708.us.8.i:                                ; preds = %if_end709.us.7.i
+if_else698.us.8.i:                                ; preds = %if_end699.us.7.i
   %1303 = fmul float %1301, %1210
   %1304 = tail call float @llvm.log.f32(float %1303)
-  %1305 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1299
+  %1305 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1299
   %1306 = load float, ptr %1305, align 16, !tbaa !83
   %1307 = fadd float %1304, %1306
-  br label %if_end709.us.8.i
+  br label %if_end699.us.8.i
 
-if_end709.us.8.i:                                 ; preds = %if_else708.us.8.i, %if_end709.us.7.i
-  %1308 = phi float [ %1307, %if_else708.us.8.i ], [ 0xFFF0000000000000, %if_end709.us.7.i ]
+if_end699.us.8.i:                                 ; preds = %if_else698.us.8.i, %if_end699.us.7.i
+  %1308 = phi float [ %1307, %if_else698.us.8.i ], [ 0xFFF0000000000000, %if_end699.us.7.i ]
   %1309 = getelementptr i8, ptr %1434, i64 32
   store float %1308, ptr %1309, align 4, !tbaa !4
   %1310 = or disjoint i64 %1211, 9
-  %1311 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1310
+  %1311 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1310
   %1312 = load float, ptr %1311, align 4, !tbaa !85
   %1313 = fcmp oeq float %1312, 0.000000e+00
-  br i1 %1313, label %if_end709.us.9.i, label %if_else708.us.9.i
+  br i1 %1313, label %if_end699.us.9.i, label %if_else698.us.9.i
 
-if_else708.us.9.i:                                ; preds = %if_end709.us.8.i
+if_else698.us.9.i:                                ; preds = %if_end699.us.8.i
   %1314 = fmul float %1312, %1210
   %1315 = tail call float @llvm.log.f32(float %1314)
-  %1316 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1310
+  %1316 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1310
   %1317 = load float, ptr %1316, align 4, !tbaa !83
   %1318 = fadd float %1315, %1317
-  br label %if_end709.us.9.i
+  br label %if_end699.us.9.i
 
-if_end709.us.9.i:                                 ; preds = %if_else708.us.9.i, %if_end709.us.8.i
-  %1319 = phi float [ %1318, %if_else708.us.9.i ], [ 0xFFF0000000000000, %if_end709.us.8.i ]
+if_end699.us.9.i:                                 ; preds = %if_else698.us.9.i, %if_end699.us.8.i
+  %1319 = phi float [ %1318, %if_else698.us.9.i ], [ 0xFFF0000000000000, %if_end699.us.8.i ]
   %1320 = getelementptr i8, ptr %1434, i64 36
   store float %1319, ptr %1320, align 4, !tbaa !4
   %1321 = or disjoint i64 %1211, 10
-  %1322 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1321
+  %1322 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1321
   %1323 = load float, ptr %1322, align 8, !tbaa !85
   %1324 = fcmp oeq float %1323, 0.000000e+00
-  br i1 %1324, label %if_end709.us.10.i, label %if_else708.us.10.i
+  br i1 %1324, label %if_end699.us.10.i, label %if_else698.us.10.i
 
-if_else708.us.10.i:                               ; preds = %if_end709.us.9.i
+if_else698.us.10.i:                               ; preds = %if_end699.us.9.i
   %1325 = fmul float %1323, %1210
   %1326 = tail call float @llvm.log.f32(float %1325)
-  %1327 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1321
+  %1327 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1321
   %1328 = load float, ptr %1327, align 8, !tbaa !83
   %1329 = fadd float %1326, %1328
-  br label %if_end709.us.10.i
+  br label %if_end699.us.10.i
 
-if_end709.us.10.i:                                ; preds = %if_else708.us.10.i, %if_end709.us.9.i
-  %1330 = phi float [ %1329, %if_else708.us.10.i ], [ 0xFFF0000000000000, %if_end709.us.9.i ]
+if_end699.us.10.i:                                ; preds = %if_else698.us.10.i, %if_end699.us.9.i
+  %1330 = phi float [ %1329, %if_else698.us.10.i ], [ 0xFFF0000000000000, %if_end699.us.9.i ]
   %1331 = getelementptr i8, ptr %1434, i64 40
   store float %1330, ptr %1331, align 4, !tbaa !4
   %1332 = or disjoint i64 %1211, 11
-  %1333 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1332
+  %1333 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1332
   %1334 = load float, ptr %1333, align 4, !tbaa !85
   %1335 = fcmp oeq float %1334, 0.000000e+00
-  br i1 %1335, label %if_end709.us.11.i, label %if_else708.us.11.i
+  br i1 %1335, label %if_end699.us.11.i, label %if_else698.us.11.i
 
-if_else708.us.11.i:                               ; preds = %if_end709.us.10.i
+if_else698.us.11.i:                               ; preds = %if_end699.us.10.i
   %1336 = fmul float %1334, %1210
   %1337 = tail call float @llvm.log.f32(float %1336)
-  %1338 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1332
+  %1338 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1332
   %1339 = load float, ptr %1338, align 4, !tbaa !83
   %1340 = fadd float %1337, %1339
-  br label %if_end709.us.11.i
+  br label %if_end699.us.11.i
 
-if_end709.us.11.i:                                ; preds = %if_else708.us.11.i, %if_end709.us.10.i
-  %1341 = phi float [ %1340, %if_else708.us.11.i ], [ 0xFFF0000000000000, %if_end709.us.10.i ]
+if_end699.us.11.i:                                ; preds = %if_else698.us.11.i, %if_end699.us.10.i
+  %1341 = phi float [ %1340, %if_else698.us.11.i ], [ 0xFFF0000000000000, %if_end699.us.10.i ]
   %1342 = getelementptr i8, ptr %1434, i64 44
   store float %1341, ptr %1342, align 4, !tbaa !4
   %1343 = or disjoint i64 %1211, 12
-  %1344 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1343
+  %1344 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1343
   %1345 = load float, ptr %1344, align 16, !tbaa !85
   %1346 = fcmp oeq float %1345, 0.000000e+00
-  br i1 %1346, label %if_end709.us.12.i, label %if_else708.us.12.i
+  br i1 %1346, label %if_end699.us.12.i, label %if_else698.us.12.i
 
-if_else708.us.12.i:                               ; preds = %if_end709.us.11.i
+if_else698.us.12.i:                               ; preds = %if_end699.us.11.i
   %1347 = fmul float %1345, %1210
   %1348 = tail call float @llvm.log.f32(float %1347)
-  %1349 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1343
+  %1349 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1343
   %1350 = load float, ptr %1349, align 16, !tbaa !83
   %1351 = fadd float %1348, %1350
-  br label %if_end709.us.12.i
+  br label %if_end699.us.12.i
 
-if_end709.us.12.i:                                ; preds = %if_else708.us.12.i, %if_end709.us.11.i
-  %1352 = phi float [ %1351, %if_else708.us.12.i ], [ 0xFFF0000000000000, %if_end709.us.11.i ]
+if_end699.us.12.i:                                ; preds = %if_else698.us.12.i, %if_end699.us.11.i
+  %1352 = phi float [ %1351, %if_else698.us.12.i ], [ 0xFFF0000000000000, %if_end699.us.11.i ]
   %1353 = getelementptr i8, ptr %1434, i64 48
   store float %1352, ptr %1353, align 4, !tbaa !4
   %1354 = or disjoint i64 %1211, 13
-  %1355 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1354
+  %1355 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1354
   %1356 = load float, ptr %1355, align 4, !tbaa !85
   %1357 = fcmp oeq float %1356, 0.000000e+00
-  br i1 %1357, label %if_end709.us.13.i, label %if_else708.us.13.i
+  br i1 %1357, label %if_end699.us.13.i, label %if_else698.us.13.i
 
-if_else708.us.13.i:                               ; preds = %if_end709.us.12.i
+if_else698.us.13.i:                               ; preds = %if_end699.us.12.i
   %1358 = fmul float %1356, %1210
   %1359 = tail call float @llvm.log.f32(float %1358)
-  %1360 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1354
+  %1360 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1354
   %1361 = load float, ptr %1360, align 4, !tbaa !83
   %1362 = fadd float %1359, %1361
-  br label %if_end709.us.13.i
+  br label %if_end699.us.13.i
 
-if_end709.us.13.i:                                ; preds = %if_else708.us.13.i, %if_end709.us.12.i
-  %1363 = phi float [ %1362, %if_else708.us.13.i ], [ 0xFFF0000000000000, %if_end709.us.12.i ]
+if_end699.us.13.i:                                ; preds = %if_else698.us.13.i, %if_end699.us.12.i
+  %1363 = phi float [ %1362, %if_else698.us.13.i ], [ 0xFFF0000000000000, %if_end699.us.12.i ]
   %1364 = getelementptr i8, ptr %1434, i64 52
   store float %1363, ptr %1364, align 4, !tbaa !4
   %1365 = or disjoint i64 %1211, 14
-  %1366 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1365
+  %1366 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1365
   %1367 = load float, ptr %1366, align 8, !tbaa !85
   %1368 = fcmp oeq float %1367, 0.000000e+00
-  br i1 %1368, label %if_end709.us.14.i, label %if_else708.us.14.i
+  br i1 %1368, label %if_end699.us.14.i, label %if_else698.us.14.i
 
-if_else708.us.14.i:                               ; preds = %if_end709.us.13.i
+if_else698.us.14.i:                               ; preds = %if_end699.us.13.i
   %1369 = fmul float %1367, %1210
   %1370 = tail call float @llvm.log.f32(float %1369)
-  %1371 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1365
+  %1371 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1365
   %1372 = load float, ptr %1371, align 8, !tbaa !83
   %1373 = fadd float %1370, %1372
-  br label %if_end709.us.14.i
+  br label %if_end699.us.14.i
 
-if_end709.us.14.i:                                ; preds = %if_else708.us.14.i, %if_end709.us.13.i
-  %1374 = phi float [ %1373, %if_else708.us.14.i ], [ 0xFFF0000000000000, %if_end709.us.13.i ]
+if_end699.us.14.i:                                ; preds = %if_else698.us.14.i, %if_end699.us.13.i
+  %1374 = phi float [ %1373, %if_else698.us.14.i ], [ 0xFFF0000000000000, %if_end699.us.13.i ]
   %1375 = getelementptr i8, ptr %1434, i64 56
   store float %1374, ptr %1375, align 4, !tbaa !4
   %1376 = or disjoint i64 %1211, 15
-  %1377 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %1376
+  %1377 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1376
   %1378 = load float, ptr %1377, align 4, !tbaa !85
   %1379 = fcmp oeq float %1378, 0.000000e+00
-  br i1 %1379, label %if_end709.us.15.i, label %if_else708.us.15.i
+  br i1 %1379, label %if_end699.us.15.i, label %if_else698.us.15.i
 
-if_else708.us.15.i:                               ; preds = %if_end709.us.14.i
+if_else698.us.15.i:                               ; preds = %if_end699.us.14.i
   %1380 = fmul float %1378, %1210
   %1381 = tail call float @llvm.log.f32(float %1380)
-  %1382 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %1376
+  %1382 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %1376
   %1383 = load float, ptr %1382, align 4, !tbaa !83
   %1384 = fadd float %1381, %1383
-  br label %if_end709.us.15.i
+  br label %if_end699.us.15.i
 
-if_end709.us.15.i:                                ; preds = %if_else708.us.15.i, %if_end709.us.14.i
-  %1385 = phi float [ %1384, %if_else708.us.15.i ], [ 0xFFF0000000000000, %if_end709.us.14.i ]
+if_end699.us.15.i:                                ; preds = %if_else698.us.15.i, %if_end699.us.14.i
+  %1385 = phi float [ %1384, %if_else698.us.15.i ], [ 0xFFF0000000000000, %if_end699.us.14.i ]
   %1386 = getelementptr i8, ptr %1434, i64 60
   store float %1385, ptr %1386, align 4, !tbaa !4
-  %indvars.iv.next1159.i = add nuw nsw i64 %indvars.iv1158.i, 1
-  %exitcond1161.not.i = icmp eq i64 %indvars.iv.next1159.i, 8
-  br i1 %exitcond1161.not.i, label %for_end_tile686.i, label %for_body_tile685.us.i, !prof !31
+  %indvars.iv.next1145.i = add nuw nsw i64 %indvars.iv1144.i, 1
+  %exitcond1147.not.i = icmp eq i64 %indvars.iv.next1145.i, 8
+  br i1 %exitcond1147.not.i, label %for_end_tile676.i, label %for_body_tile675.us.i, !prof !31
 
-for_end_d_0699.us.i:                              ; preds = %for_body_d_0698.us.i
-  %indvars.iv.next1151.i = add nuw nsw i64 %indvars.iv1150.i, 1
-  %exitcond1153.not.i = icmp eq i64 %indvars.iv.next1151.i, 16
-  br i1 %exitcond1153.not.i, label %for_begin_r702.preheader.us.i, label %for_begin_d_0697.preheader.us.i, !prof !31
+for_end_d_0689.us.i:                              ; preds = %for_body_d_0688.us.i
+  %indvars.iv.next1137.i = add nuw nsw i64 %indvars.iv1136.i, 1
+  %exitcond1139.not.i = icmp eq i64 %indvars.iv.next1137.i, 16
+  br i1 %exitcond1139.not.i, label %for_begin_r692.preheader.us.i, label %for_begin_d_0687.preheader.us.i, !prof !31
 
-for_body_d_0698.us.i:                             ; preds = %for_begin_d_0697.preheader.us.i, %for_body_d_0698.us.i
-  %indvars.iv1146.i = phi i64 [ 0, %for_begin_d_0697.preheader.us.i ], [ %indvars.iv.next1147.i.3, %for_body_d_0698.us.i ]
-  %1387 = shl nuw nsw i64 %indvars.iv1146.i, 4
-  %gep1303.i = getelementptr inbounds nuw float, ptr %gep1305.i, i64 %1387
-  %1388 = load <16 x float>, ptr %gep1303.i, align 4, !tbaa !4
+for_body_d_0688.us.i:                             ; preds = %for_begin_d_0687.preheader.us.i, %for_body_d_0688.us.i
+  %indvars.iv1132.i = phi i64 [ 0, %for_begin_d_0687.preheader.us.i ], [ %indvars.iv.next1133.i.3, %for_body_d_0688.us.i ]
+  %1387 = shl nuw nsw i64 %indvars.iv1132.i, 4
+  %gep1285.i = getelementptr inbounds nuw float, ptr %gep1287.i, i64 %1387
+  %1388 = load <16 x float>, ptr %gep1285.i, align 4, !tbaa !4
   %1389 = fmul <16 x float> %1430, %1388
   %1390 = bitcast <16 x float> %1389 to <16 x i32>
   %1391 = lshr <16 x i32> %1390, splat (i32 16)
@@ -2547,12 +2547,12 @@ for_body_d_0698.us.i:                             ; preds = %for_begin_d_0697.pr
   %1394 = add nuw <16 x i32> %1393, %1392
   %1395 = lshr <16 x i32> %1394, splat (i32 16)
   %1396 = trunc nuw <16 x i32> %1395 to <16 x i16>
-  %gep853.us.i = getelementptr i16, ptr %invariant.gep852.us.i, i64 %1387
-  store <16 x i16> %1396, ptr %gep853.us.i, align 2, !tbaa !4
-  %indvars.iv.next1147.i = shl i64 %indvars.iv1146.i, 4
-  %1397 = or disjoint i64 %indvars.iv.next1147.i, 16
-  %gep1303.i.1 = getelementptr inbounds nuw float, ptr %gep1305.i, i64 %1397
-  %1398 = load <16 x float>, ptr %gep1303.i.1, align 4, !tbaa !4
+  %gep843.us.i = getelementptr i16, ptr %invariant.gep842.us.i, i64 %1387
+  store <16 x i16> %1396, ptr %gep843.us.i, align 2, !tbaa !4
+  %indvars.iv.next1133.i = shl i64 %indvars.iv1132.i, 4
+  %1397 = or disjoint i64 %indvars.iv.next1133.i, 16
+  %gep1285.i.1 = getelementptr inbounds nuw float, ptr %gep1287.i, i64 %1397
+  %1398 = load <16 x float>, ptr %gep1285.i.1, align 4, !tbaa !4
   %1399 = fmul <16 x float> %1430, %1398
   %1400 = bitcast <16 x float> %1399 to <16 x i32>
   %1401 = lshr <16 x i32> %1400, splat (i32 16)
@@ -2561,12 +2561,12 @@ for_body_d_0698.us.i:                             ; preds = %for_begin_d_0697.pr
   %1404 = add nuw <16 x i32> %1403, %1402
   %1405 = lshr <16 x i32> %1404, splat (i32 16)
   %1406 = trunc nuw <16 x i32> %1405 to <16 x i16>
-  %gep853.us.i.1 = getelementptr i16, ptr %invariant.gep852.us.i, i64 %1397
-  store <16 x i16> %1406, ptr %gep853.us.i.1, align 2, !tbaa !4
-  %indvars.iv.next1147.i.1 = shl i64 %indvars.iv1146.i, 4
-  %1407 = or disjoint i64 %indvars.iv.next1147.i.1, 32
-  %gep1303.i.2 = getelementptr inbounds nuw float, ptr %gep1305.i, i64 %1407
-  %1408 = load <16 x float>, ptr %gep1303.i.2, align 4, !tbaa !4
+  %gep843.us.i.1 = getelementptr i16, ptr %invariant.gep842.us.i, i64 %1397
+  store <16 x i16> %1406, ptr %gep843.us.i.1, align 2, !tbaa !4
+  %indvars.iv.next1133.i.1 = shl i64 %indvars.iv1132.i, 4
+  %1407 = or disjoint i64 %indvars.iv.next1133.i.1, 32
+  %gep1285.i.2 = getelementptr inbounds nuw float, ptr %gep1287.i, i64 %1407
+  %1408 = load <16 x float>, ptr %gep1285.i.2, align 4, !tbaa !4
   %1409 = fmul <16 x float> %1430, %1408
   %1410 = bitcast <16 x float> %1409 to <16 x i32>
   %1411 = lshr <16 x i32> %1410, splat (i32 16)
@@ -2575,12 +2575,12 @@ for_body_d_0698.us.i:                             ; preds = %for_begin_d_0697.pr
   %1414 = add nuw <16 x i32> %1413, %1412
   %1415 = lshr <16 x i32> %1414, splat (i32 16)
   %1416 = trunc nuw <16 x i32> %1415 to <16 x i16>
-  %gep853.us.i.2 = getelementptr i16, ptr %invariant.gep852.us.i, i64 %1407
-  store <16 x i16> %1416, ptr %gep853.us.i.2, align 2, !tbaa !4
-  %indvars.iv.next1147.i.2 = shl i64 %indvars.iv1146.i, 4
-  %1417 = or disjoint i64 %indvars.iv.next1147.i.2, 48
-  %gep1303.i.3 = getelementptr inbounds nuw float, ptr %gep1305.i, i64 %1417
-  %1418 = load <16 x float>, ptr %gep1303.i.3, align 4, !tbaa !4
+  %gep843.us.i.2 = getelementptr i16, ptr %invariant.gep842.us.i, i64 %1407
+  store <16 x i16> %1416, ptr %gep843.us.i.2, align 2, !tbaa !4
+  %indvars.iv.next1133.i.2 = shl i64 %indvars.iv1132.i, 4
+  %1417 = or disjoint i64 %indvars.iv.next1133.i.2, 48
+  %gep1285.i.3 = getelementptr inbounds nuw float, ptr %gep1287.i, i64 %1417
+  %1418 = load <16 x float>, ptr %gep1285.i.3, align 4, !tbaa !4
   %1419 = fmul <16 x float> %1430, %1418
   %1420 = bitcast <16 x float> %1419 to <16 x i32>
   %1421 = lshr <16 x i32> %1420, splat (i32 16)
@@ -2589,30 +2589,30 @@ for_body_d_0698.us.i:                             ; preds = %for_begin_d_0697.pr
   %1424 = add nuw <16 x i32> %1423, %1422
   %1425 = lshr <16 x i32> %1424, splat (i32 16)
   %1426 = trunc nuw <16 x i32> %1425 to <16 x i16>
-  %gep853.us.i.3 = getelementptr i16, ptr %invariant.gep852.us.i, i64 %1417
-  store <16 x i16> %1426, ptr %gep853.us.i.3, align 2, !tbaa !4
-  %indvars.iv.next1147.i.3 = add nuw nsw i64 %indvars.iv1146.i, 4
-  %exitcond1149.not.i.3 = icmp eq i64 %indvars.iv.next1147.i.3, 32
-  br i1 %exitcond1149.not.i.3, label %for_end_d_0699.us.i, label %for_body_d_0698.us.i, !prof !31, !llvm.loop !87
+  %gep843.us.i.3 = getelementptr i16, ptr %invariant.gep842.us.i, i64 %1417
+  store <16 x i16> %1426, ptr %gep843.us.i.3, align 2, !tbaa !4
+  %indvars.iv.next1133.i.3 = add nuw nsw i64 %indvars.iv1132.i, 4
+  %exitcond1135.not.i.3 = icmp eq i64 %indvars.iv.next1133.i.3, 32
+  br i1 %exitcond1135.not.i.3, label %for_end_d_0689.us.i, label %for_body_d_0688.us.i, !prof !31, !llvm.loop !87
 
-for_begin_d_0697.preheader.us.i:                  ; preds = %for_end_d_0699.us.i, %for_body_tile685.us.i
-  %indvars.iv1150.i = phi i64 [ %indvars.iv.next1151.i, %for_end_d_0699.us.i ], [ 0, %for_body_tile685.us.i ]
-  %1427 = getelementptr inbounds nuw float, ptr %factor734.i, i64 %indvars.iv1150.i
+for_begin_d_0687.preheader.us.i:                  ; preds = %for_end_d_0689.us.i, %for_body_tile675.us.i
+  %indvars.iv1136.i = phi i64 [ %indvars.iv.next1137.i, %for_end_d_0689.us.i ], [ 0, %for_body_tile675.us.i ]
+  %1427 = getelementptr inbounds nuw float, ptr %factor724.i, i64 %indvars.iv1136.i
   %1428 = load float, ptr %1427, align 4, !tbaa !89
   %1429 = insertelement <16 x float> poison, float %1428, i64 0
   %1430 = shufflevector <16 x float> %1429, <16 x float> poison, <16 x i32> zeroinitializer
-  %1431 = add nuw nsw i64 %indvars.iv1150.i, %1211
+  %1431 = add nuw nsw i64 %indvars.iv1136.i, %1211
   %1432 = mul nsw i64 %1431, %out_head
-  %invariant.gep852.us.i = getelementptr i16, ptr %1205, i64 %1432
-  %.idx1196.i = shl nuw nsw i64 %indvars.iv1150.i, 11
-  %gep1305.i = getelementptr inbounds nuw i8, ptr %invariant.gep1304.i, i64 %.idx1196.i
-  br label %for_body_d_0698.us.i
+  %invariant.gep842.us.i = getelementptr i16, ptr %1205, i64 %1432
+  %.idx1182.i = shl nuw nsw i64 %indvars.iv1136.i, 11
+  %gep1287.i = getelementptr inbounds nuw i8, ptr %invariant.gep1286.i, i64 %.idx1182.i
+  br label %for_body_d_0688.us.i
 
-for_begin_r702.preheader.us.i:                    ; preds = %for_end_d_0699.us.i
+for_begin_r692.preheader.us.i:                    ; preds = %for_end_d_0689.us.i
   %1433 = extractelement <16 x float> %total.us.i, i64 0
   %1434 = getelementptr float, ptr %1207, i64 %1211
   %1435 = fcmp oeq float %1433, 0.000000e+00
-  br i1 %1435, label %if_end709.us.i, label %if_else708.us.i
+  br i1 %1435, label %if_end699.us.i, label %if_else698.us.i
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %1436 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -2621,15 +2621,15 @@ for_body_step.i:                                  ; preds = %for_begin_step.i
   br i1 %1437, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
 
 if_end5.i:                                        ; preds = %for_body_step.i
-  %1438 = shl nsw i64 %indvars.iv1113.i, 7
+  %1438 = shl nsw i64 %indvars.iv1099.i, 7
   %1439 = sub nsw i64 %1137, %1438
-  %indvars.iv.next1114.i = add nuw nsw i64 %indvars.iv1113.i, 1
+  %indvars.iv.next1100.i = add nuw nsw i64 %indvars.iv1099.i, 1
   %1440 = trunc nsw i64 %1439 to i32
   %1441 = tail call i32 @llvm.smin.i32(i32 %1440, i32 128)
   %1442 = add nsw i32 %1441, 63
   %1443 = ashr i32 %1442, 6
   %1444 = and i32 %1442, -64
-  %1445 = icmp samesign ult i64 %indvars.iv.next1114.i, %1136
+  %1445 = icmp samesign ult i64 %indvars.iv.next1100.i, %1136
   %1446 = select i1 %1445, i32 256, i32 %1444
   %1447 = icmp sgt i32 %1446, 0
   br i1 %1447, label %for_body_t.lr.ph.i, label %for_begin_group_tile.preheader.i, !prof !3
@@ -2638,198 +2638,198 @@ for_body_t.lr.ph.i:                               ; preds = %if_end5.i
   %row_start.i = load i32, ptr %1126, align 4, !tbaa !4
   %1448 = add nuw nsw i64 %1438, %134
   %1449 = sext i32 %row_start.i to i64
-  %invariant.gep784.i = getelementptr i32, ptr %invariant.gep782.i, i64 %1449
+  %invariant.gep775.i = getelementptr i32, ptr %invariant.gep773.i, i64 %1449
   %wide.trip.count.i = zext nneg i32 %1446 to i64
   br label %for_body_t.i
 
 for_begin_group_tile.preheader.i:                 ; preds = %for_body_t.i, %if_end5.i
   %1450 = icmp sgt i32 %1443, 0
   %1451 = icmp sgt i64 %1439, 0
-  %1452 = icmp eq i64 %indvars.iv1113.i, 0
+  %1452 = icmp eq i64 %indvars.iv1099.i, 0
   %1453 = insertelement <16 x i1> poison, i1 %1452, i64 0
   %1454 = shufflevector <16 x i1> %1453, <16 x i1> poison, <16 x i32> zeroinitializer
   %1455 = select i1 %1445, i64 128, i64 0
-  %wide.trip.count914.i = zext i32 %1443 to i64
-  %1456 = add nsw i64 %wide.trip.count914.i, -1
-  %xtraiter = and i64 %wide.trip.count914.i, 1
+  %wide.trip.count909.i = zext i32 %1443 to i64
+  %1456 = add nsw i64 %wide.trip.count909.i, -1
+  %xtraiter = and i64 %wide.trip.count909.i, 1
   %1457 = icmp eq i64 %1456, 0
-  %unroll_iter = and i64 %wide.trip.count914.i, 2147483646
+  %unroll_iter = and i64 %wide.trip.count909.i, 2147483646
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod322 = icmp ne i64 %xtraiter, 0
-  %xtraiter323 = and i64 %wide.trip.count914.i, 3
+  %lcmp.mod327 = icmp ne i64 %xtraiter, 0
+  %xtraiter328 = and i64 %wide.trip.count909.i, 3
   %1458 = icmp ult i32 %1443, 4
-  %unroll_iter327 = and i64 %wide.trip.count914.i, 2147483644
-  %lcmp.mod324.not = icmp eq i64 %xtraiter323, 0
-  %lcmp.mod326 = icmp ne i64 %xtraiter323, 0
-  %xtraiter329 = and i64 %wide.trip.count914.i, 1
+  %unroll_iter332 = and i64 %wide.trip.count909.i, 2147483644
+  %lcmp.mod329.not = icmp eq i64 %xtraiter328, 0
+  %lcmp.mod331 = icmp ne i64 %xtraiter328, 0
+  %xtraiter334 = and i64 %wide.trip.count909.i, 1
   %1459 = icmp eq i64 %1456, 0
-  %unroll_iter333 = and i64 %wide.trip.count914.i, 2147483646
-  %lcmp.mod331.not = icmp eq i64 %xtraiter329, 0
-  %lcmp.mod332 = icmp ne i64 %xtraiter329, 0
-  %xtraiter335 = and i64 %wide.trip.count914.i, 3
+  %unroll_iter338 = and i64 %wide.trip.count909.i, 2147483646
+  %lcmp.mod336.not = icmp eq i64 %xtraiter334, 0
+  %lcmp.mod337 = icmp ne i64 %xtraiter334, 0
+  %xtraiter340 = and i64 %wide.trip.count909.i, 3
   %1460 = icmp ult i32 %1443, 4
-  %unroll_iter340 = and i64 %wide.trip.count914.i, 2147483644
-  %lcmp.mod337.not = icmp eq i64 %xtraiter335, 0
-  %lcmp.mod339 = icmp ne i64 %xtraiter335, 0
-  %xtraiter342 = and i64 %wide.trip.count914.i, 3
+  %unroll_iter345 = and i64 %wide.trip.count909.i, 2147483644
+  %lcmp.mod342.not = icmp eq i64 %xtraiter340, 0
+  %lcmp.mod344 = icmp ne i64 %xtraiter340, 0
+  %xtraiter347 = and i64 %wide.trip.count909.i, 3
   %1461 = icmp ult i32 %1443, 4
-  %unroll_iter346 = and i64 %wide.trip.count914.i, 2147483644
-  %lcmp.mod344.not = icmp eq i64 %xtraiter342, 0
-  %lcmp.mod345 = icmp ne i64 %xtraiter342, 0
-  %xtraiter348 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter351 = and i64 %wide.trip.count909.i, 2147483644
+  %lcmp.mod349.not = icmp eq i64 %xtraiter347, 0
+  %lcmp.mod350 = icmp ne i64 %xtraiter347, 0
+  %xtraiter353 = and i64 %wide.trip.count909.i, 7
   %1462 = icmp ult i32 %1443, 8
-  %unroll_iter352 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod350.not = icmp eq i64 %xtraiter348, 0
-  %lcmp.mod351 = icmp ne i64 %xtraiter348, 0
-  %xtraiter354 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter357 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod355.not = icmp eq i64 %xtraiter353, 0
+  %lcmp.mod356 = icmp ne i64 %xtraiter353, 0
+  %xtraiter359 = and i64 %wide.trip.count909.i, 7
   %1463 = icmp ult i32 %1443, 8
-  %unroll_iter358 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod356.not = icmp eq i64 %xtraiter354, 0
-  %lcmp.mod357 = icmp ne i64 %xtraiter354, 0
-  %xtraiter360 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter363 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod361.not = icmp eq i64 %xtraiter359, 0
+  %lcmp.mod362 = icmp ne i64 %xtraiter359, 0
+  %xtraiter365 = and i64 %wide.trip.count909.i, 7
   %1464 = icmp ult i32 %1443, 8
-  %unroll_iter364 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod362.not = icmp eq i64 %xtraiter360, 0
-  %lcmp.mod363 = icmp ne i64 %xtraiter360, 0
-  %xtraiter366 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter369 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod367.not = icmp eq i64 %xtraiter365, 0
+  %lcmp.mod368 = icmp ne i64 %xtraiter365, 0
+  %xtraiter371 = and i64 %wide.trip.count909.i, 7
   %1465 = icmp ult i32 %1443, 8
-  %unroll_iter370 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod368.not = icmp eq i64 %xtraiter366, 0
-  %lcmp.mod369 = icmp ne i64 %xtraiter366, 0
-  %xtraiter372 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter375 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod373.not = icmp eq i64 %xtraiter371, 0
+  %lcmp.mod374 = icmp ne i64 %xtraiter371, 0
+  %xtraiter377 = and i64 %wide.trip.count909.i, 7
   %1466 = icmp ult i32 %1443, 8
-  %unroll_iter376 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod374.not = icmp eq i64 %xtraiter372, 0
-  %lcmp.mod375 = icmp ne i64 %xtraiter372, 0
-  %xtraiter378 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter381 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod379.not = icmp eq i64 %xtraiter377, 0
+  %lcmp.mod380 = icmp ne i64 %xtraiter377, 0
+  %xtraiter383 = and i64 %wide.trip.count909.i, 7
   %1467 = icmp ult i32 %1443, 8
-  %unroll_iter382 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod380.not = icmp eq i64 %xtraiter378, 0
-  %lcmp.mod381 = icmp ne i64 %xtraiter378, 0
-  %xtraiter384 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter387 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod385.not = icmp eq i64 %xtraiter383, 0
+  %lcmp.mod386 = icmp ne i64 %xtraiter383, 0
+  %xtraiter389 = and i64 %wide.trip.count909.i, 7
   %1468 = icmp ult i32 %1443, 8
-  %unroll_iter388 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod386.not = icmp eq i64 %xtraiter384, 0
-  %lcmp.mod387 = icmp ne i64 %xtraiter384, 0
-  %xtraiter390 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter393 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod391.not = icmp eq i64 %xtraiter389, 0
+  %lcmp.mod392 = icmp ne i64 %xtraiter389, 0
+  %xtraiter395 = and i64 %wide.trip.count909.i, 7
   %1469 = icmp ult i32 %1443, 8
-  %unroll_iter394 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod392.not = icmp eq i64 %xtraiter390, 0
-  %lcmp.mod393 = icmp ne i64 %xtraiter390, 0
-  %xtraiter396 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter399 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod397.not = icmp eq i64 %xtraiter395, 0
+  %lcmp.mod398 = icmp ne i64 %xtraiter395, 0
+  %xtraiter401 = and i64 %wide.trip.count909.i, 7
   %1470 = icmp ult i32 %1443, 8
-  %unroll_iter400 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod398.not = icmp eq i64 %xtraiter396, 0
-  %lcmp.mod399 = icmp ne i64 %xtraiter396, 0
-  %xtraiter402 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter405 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod403.not = icmp eq i64 %xtraiter401, 0
+  %lcmp.mod404 = icmp ne i64 %xtraiter401, 0
+  %xtraiter407 = and i64 %wide.trip.count909.i, 7
   %1471 = icmp ult i32 %1443, 8
-  %unroll_iter406 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod404.not = icmp eq i64 %xtraiter402, 0
-  %lcmp.mod405 = icmp ne i64 %xtraiter402, 0
-  %xtraiter408 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter411 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod409.not = icmp eq i64 %xtraiter407, 0
+  %lcmp.mod410 = icmp ne i64 %xtraiter407, 0
+  %xtraiter413 = and i64 %wide.trip.count909.i, 7
   %1472 = icmp ult i32 %1443, 8
-  %unroll_iter412 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod410.not = icmp eq i64 %xtraiter408, 0
-  %lcmp.mod411 = icmp ne i64 %xtraiter408, 0
-  %xtraiter414 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter417 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod415.not = icmp eq i64 %xtraiter413, 0
+  %lcmp.mod416 = icmp ne i64 %xtraiter413, 0
+  %xtraiter419 = and i64 %wide.trip.count909.i, 7
   %1473 = icmp ult i32 %1443, 8
-  %unroll_iter418 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod416.not = icmp eq i64 %xtraiter414, 0
-  %lcmp.mod417 = icmp ne i64 %xtraiter414, 0
-  %xtraiter420 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter423 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod421.not = icmp eq i64 %xtraiter419, 0
+  %lcmp.mod422 = icmp ne i64 %xtraiter419, 0
+  %xtraiter425 = and i64 %wide.trip.count909.i, 7
   %1474 = icmp ult i32 %1443, 8
-  %unroll_iter424 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod422.not = icmp eq i64 %xtraiter420, 0
-  %lcmp.mod423 = icmp ne i64 %xtraiter420, 0
-  %xtraiter426 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter429 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod427.not = icmp eq i64 %xtraiter425, 0
+  %lcmp.mod428 = icmp ne i64 %xtraiter425, 0
+  %xtraiter431 = and i64 %wide.trip.count909.i, 7
   %1475 = icmp ult i32 %1443, 8
-  %unroll_iter430 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod428.not = icmp eq i64 %xtraiter426, 0
-  %lcmp.mod429 = icmp ne i64 %xtraiter426, 0
-  %xtraiter432 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter435 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod433.not = icmp eq i64 %xtraiter431, 0
+  %lcmp.mod434 = icmp ne i64 %xtraiter431, 0
+  %xtraiter437 = and i64 %wide.trip.count909.i, 7
   %1476 = icmp ult i32 %1443, 8
-  %unroll_iter436 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod434.not = icmp eq i64 %xtraiter432, 0
-  %lcmp.mod435 = icmp ne i64 %xtraiter432, 0
-  %xtraiter438 = and i64 %wide.trip.count914.i, 7
+  %unroll_iter441 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod439.not = icmp eq i64 %xtraiter437, 0
+  %lcmp.mod440 = icmp ne i64 %xtraiter437, 0
+  %xtraiter443 = and i64 %wide.trip.count909.i, 7
   %1477 = icmp ult i32 %1443, 8
-  %unroll_iter442 = and i64 %wide.trip.count914.i, 2147483640
-  %lcmp.mod440.not = icmp eq i64 %xtraiter438, 0
-  %lcmp.mod441 = icmp ne i64 %xtraiter438, 0
+  %unroll_iter447 = and i64 %wide.trip.count909.i, 2147483640
+  %lcmp.mod445.not = icmp eq i64 %xtraiter443, 0
+  %lcmp.mod446 = icmp ne i64 %xtraiter443, 0
   br label %for_body_group_tile.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv884.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next885.i.3, %for_body_t.i ]
-  %1478 = add nuw nsw i64 %1448, %indvars.iv884.i
+  %indvars.iv875.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next876.i.3, %for_body_t.i ]
+  %1478 = add nuw nsw i64 %1448, %indvars.iv875.i
   %1479 = trunc i64 %1478 to i32
   %1480 = tail call i32 @llvm.smin.i32(i32 %1479, i32 %1127)
   %1481 = sext i32 %1480 to i64
   %1482 = ashr i64 %1481, 6
-  %gep785.i = getelementptr i32, ptr %invariant.gep784.i, i64 %1482
-  %1483 = load i32, ptr %gep785.i, align 4, !tbaa !4
+  %gep776.i = getelementptr i32, ptr %invariant.gep775.i, i64 %1482
+  %1483 = load i32, ptr %gep776.i, align 4, !tbaa !4
   %block.i = sext i32 %1483 to i64
   %1484 = and i64 %1481, 48
   %1485 = mul nsw i64 %1484, %k_row
   %1486 = mul nsw i64 %k_block, %block.i
   %1487 = add nsw i64 %1485, %1486
-  %1488 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv884.i
+  %1488 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv875.i
   store i64 %1487, ptr %1488, align 8, !tbaa !4
-  %indvars.iv.next885.i = or disjoint i64 %indvars.iv884.i, 1
-  %1489 = add nuw nsw i64 %1448, %indvars.iv.next885.i
+  %indvars.iv.next876.i = or disjoint i64 %indvars.iv875.i, 1
+  %1489 = add nuw nsw i64 %1448, %indvars.iv.next876.i
   %1490 = trunc i64 %1489 to i32
   %1491 = tail call i32 @llvm.smin.i32(i32 %1490, i32 %1127)
   %1492 = sext i32 %1491 to i64
   %1493 = ashr i64 %1492, 6
-  %gep785.i.1 = getelementptr i32, ptr %invariant.gep784.i, i64 %1493
-  %1494 = load i32, ptr %gep785.i.1, align 4, !tbaa !4
+  %gep776.i.1 = getelementptr i32, ptr %invariant.gep775.i, i64 %1493
+  %1494 = load i32, ptr %gep776.i.1, align 4, !tbaa !4
   %block.i.1 = sext i32 %1494 to i64
   %1495 = and i64 %1492, 48
   %1496 = mul nsw i64 %1495, %k_row
   %1497 = mul nsw i64 %k_block, %block.i.1
   %1498 = add nsw i64 %1496, %1497
-  %1499 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next885.i
+  %1499 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next876.i
   store i64 %1498, ptr %1499, align 8, !tbaa !4
-  %indvars.iv.next885.i.1 = or disjoint i64 %indvars.iv884.i, 2
-  %1500 = add nuw nsw i64 %1448, %indvars.iv.next885.i.1
+  %indvars.iv.next876.i.1 = or disjoint i64 %indvars.iv875.i, 2
+  %1500 = add nuw nsw i64 %1448, %indvars.iv.next876.i.1
   %1501 = trunc i64 %1500 to i32
   %1502 = tail call i32 @llvm.smin.i32(i32 %1501, i32 %1127)
   %1503 = sext i32 %1502 to i64
   %1504 = ashr i64 %1503, 6
-  %gep785.i.2 = getelementptr i32, ptr %invariant.gep784.i, i64 %1504
-  %1505 = load i32, ptr %gep785.i.2, align 4, !tbaa !4
+  %gep776.i.2 = getelementptr i32, ptr %invariant.gep775.i, i64 %1504
+  %1505 = load i32, ptr %gep776.i.2, align 4, !tbaa !4
   %block.i.2 = sext i32 %1505 to i64
   %1506 = and i64 %1503, 48
   %1507 = mul nsw i64 %1506, %k_row
   %1508 = mul nsw i64 %k_block, %block.i.2
   %1509 = add nsw i64 %1507, %1508
-  %1510 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next885.i.1
+  %1510 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next876.i.1
   store i64 %1509, ptr %1510, align 8, !tbaa !4
-  %indvars.iv.next885.i.2 = or disjoint i64 %indvars.iv884.i, 3
-  %1511 = add nuw nsw i64 %1448, %indvars.iv.next885.i.2
+  %indvars.iv.next876.i.2 = or disjoint i64 %indvars.iv875.i, 3
+  %1511 = add nuw nsw i64 %1448, %indvars.iv.next876.i.2
   %1512 = trunc i64 %1511 to i32
   %1513 = tail call i32 @llvm.smin.i32(i32 %1512, i32 %1127)
   %1514 = sext i32 %1513 to i64
   %1515 = ashr i64 %1514, 6
-  %gep785.i.3 = getelementptr i32, ptr %invariant.gep784.i, i64 %1515
-  %1516 = load i32, ptr %gep785.i.3, align 4, !tbaa !4
+  %gep776.i.3 = getelementptr i32, ptr %invariant.gep775.i, i64 %1515
+  %1516 = load i32, ptr %gep776.i.3, align 4, !tbaa !4
   %block.i.3 = sext i32 %1516 to i64
   %1517 = and i64 %1514, 48
   %1518 = mul nsw i64 %1517, %k_row
   %1519 = mul nsw i64 %k_block, %block.i.3
   %1520 = add nsw i64 %1518, %1519
-  %1521 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next885.i.2
+  %1521 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next876.i.2
   store i64 %1520, ptr %1521, align 8, !tbaa !4
-  %indvars.iv.next885.i.3 = add nuw nsw i64 %indvars.iv884.i, 4
-  %exitcond887.not.i.3 = icmp eq i64 %indvars.iv.next885.i.3, %wide.trip.count.i
-  br i1 %exitcond887.not.i.3, label %for_begin_group_tile.preheader.i, label %for_body_t.i, !prof !8, !llvm.loop !90
+  %indvars.iv.next876.i.3 = add nuw nsw i64 %indvars.iv875.i, 4
+  %exitcond878.not.i.3 = icmp eq i64 %indvars.iv.next876.i.3, %wide.trip.count.i
+  br i1 %exitcond878.not.i.3, label %for_begin_group_tile.preheader.i, label %for_body_t.i, !prof !8, !llvm.loop !90
 
-for_begin_group_tile.i:                           ; preds = %if_end676.i
-  %indvars.iv.next1110.i = add nuw nsw i64 %indvars.iv1109.i, 1
-  %exitcond1112.not.i = icmp eq i64 %indvars.iv.next1110.i, 8
-  br i1 %exitcond1112.not.i, label %for_end_group_tile.i, label %for_body_group_tile.i, !prof !31
+for_begin_group_tile.i:                           ; preds = %if_end666.i
+  %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
+  %exitcond1098.not.i = icmp eq i64 %indvars.iv.next1096.i, 8
+  br i1 %exitcond1098.not.i, label %for_end_group_tile.i, label %for_body_group_tile.i, !prof !31
 
 for_body_group_tile.i:                            ; preds = %for_begin_group_tile.i, %for_begin_group_tile.preheader.i
-  %indvars.iv1109.i = phi i64 [ 0, %for_begin_group_tile.preheader.i ], [ %indvars.iv.next1110.i, %for_begin_group_tile.i ]
+  %indvars.iv1095.i = phi i64 [ 0, %for_begin_group_tile.preheader.i ], [ %indvars.iv.next1096.i, %for_begin_group_tile.i ]
   %1522 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
   %scores.i = tail call ptr %1522(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1523 = icmp eq ptr %scores.i, null
@@ -2838,528 +2838,522 @@ for_body_group_tile.i:                            ; preds = %for_begin_group_til
 for_end_group_tile.i:                             ; preds = %for_begin_group_tile.i
   %1524 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %1525 = tail call i32 %1524(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not751.i = icmp eq i32 %1525, 0
+  %.not741.i = icmp eq i32 %1525, 0
   %indvars.iv.next = add nsw i64 %indvars.iv, -128
-  br i1 %.not751.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !75
+  br i1 %.not741.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end8.i:                                        ; preds = %for_body_group_tile.i
   %1526 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
   %prob_pairs.i = tail call ptr %1526(i32 1, i32 %dev_id, i64 16384, i32 0, i32 32)
   %1527 = icmp eq ptr %prob_pairs.i, null
-  br i1 %1527, label %fused_decode_compute_.exit, label %if_end11.i, !prof !7
+  br i1 %1527, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !7
 
-if_end11.i:                                       ; preds = %if_end8.i
-  %1528 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %by_token.i = tail call ptr %1528(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1529 = icmp eq ptr %by_token.i, null
-  br i1 %1529, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !7
-
-for_begin_to.preheader.i:                         ; preds = %if_end11.i
-  br i1 %1450, label %for_body_to.lr.ph.i, label %for_end_to33.i, !prof !3
+for_begin_to.preheader.i:                         ; preds = %if_end8.i
+  br i1 %1450, label %for_body_to.lr.ph.i, label %for_end_to.i, !prof !3
 
 for_body_to.lr.ph.i:                              ; preds = %for_begin_to.preheader.i
-  %.idx1199.i = mul nuw nsw i64 %indvars.iv1109.i, 18432
-  %invariant.gep1265.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1199.i
+  %.idx1185.i = mul nuw nsw i64 %indvars.iv1095.i, 18432
+  %invariant.gep1249.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1185.i
   br label %for_body_to.i
 
-for_body_to.i:                                    ; preds = %for_end_d_0.i, %for_body_to.lr.ph.i
-  %indvars.iv911.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next912.i, %for_end_d_0.i ]
+for_begin_to.i:                                   ; preds = %for_end_ax0.i
+  %indvars.iv.next907.i = add nuw nsw i64 %indvars.iv906.i, 1
+  %exitcond910.not.i = icmp eq i64 %indvars.iv.next907.i, %wide.trip.count909.i
+  br i1 %exitcond910.not.i, label %for_end_to.i, label %for_body_to.i, !prof !8
+
+for_body_to.i:                                    ; preds = %for_begin_to.i, %for_body_to.lr.ph.i
+  %indvars.iv906.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next907.i, %for_begin_to.i ]
+  %1528 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %by_token.i = tail call ptr %1528(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %1529 = icmp eq ptr %by_token.i, null
+  br i1 %1529, label %fused_decode_compute_.exit, label %if_end14.i, !prof !7
+
+for_end_to.i:                                     ; preds = %for_begin_to.i, %for_begin_to.preheader.i
+  %1530 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %probs.i = tail call ptr %1530(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1531 = icmp eq ptr %probs.i, null
+  br i1 %1531, label %fused_decode_compute_.exit, label %if_end193.i, !prof !7
+
+if_end14.i:                                       ; preds = %for_body_to.i
   tail call void @llvm.x86.tilezero(i8 0)
   tail call void @llvm.x86.tilezero(i8 1)
   tail call void @llvm.x86.tilezero(i8 2)
   tail call void @llvm.x86.tilezero(i8 3)
-  %1530 = shl nsw i64 %indvars.iv911.i, 6
-  %1531 = add nuw nsw i64 %1530, %1455
-  %1532 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1530
-  %1533 = getelementptr inbounds nuw i8, ptr %1532, i64 128
-  %1534 = getelementptr inbounds nuw i8, ptr %1532, i64 256
-  %1535 = getelementptr inbounds nuw i8, ptr %1532, i64 384
-  %1536 = trunc nsw i64 %1531 to i32
+  %1532 = shl nsw i64 %indvars.iv906.i, 6
+  %1533 = add nuw nsw i64 %1532, %1455
+  %1534 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1532
+  %1535 = getelementptr inbounds nuw i8, ptr %1534, i64 128
+  %1536 = getelementptr inbounds nuw i8, ptr %1534, i64 256
+  %1537 = getelementptr inbounds nuw i8, ptr %1534, i64 384
+  %1538 = trunc nsw i64 %1533 to i32
   br label %for_begin_line.preheader.i
 
-for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %for_body_to.i
-  %indvars.iv904.i = phi i64 [ 0, %for_body_to.i ], [ %indvars.iv.next905.i, %for_end_line28.i ]
-  %1537 = shl nuw nsw i64 %indvars.iv904.i, 6
-  %1538 = trunc nuw nsw i64 %1537 to i32
-  %1539 = udiv i32 %1538, 18
-  %1540 = and i32 %1539, 15
-  %1541 = zext nneg i32 %1540 to i64
-  %1542 = mul nsw i64 %k_row, %1541
-  %1543 = add nuw nsw i32 %1539, %1536
-  %1544 = zext nneg i32 %1543 to i64
-  %1545 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1544
-  %1546 = load i64, ptr %1545, align 8, !tbaa !4
-  %1547 = urem i32 %1538, 18
-  %1548 = shl nuw nsw i32 %1547, 6
-  %.idx767.i = zext nneg i32 %1548 to i64
-  %1549 = getelementptr i8, ptr %key_cache, i64 %.idx767.i
-  %1550 = getelementptr i32, ptr %1549, i64 %1546
-  %1551 = getelementptr i32, ptr %1550, i64 %1542
-  tail call void @llvm.prefetch.p0(ptr %1551, i32 0, i32 2, i32 1)
-  %1552 = or disjoint i32 %1538, 1
-  %1553 = udiv i32 %1538, 18
-  %1554 = and i32 %1553, 15
-  %1555 = zext nneg i32 %1554 to i64
-  %1556 = mul nsw i64 %k_row, %1555
-  %1557 = add nuw nsw i32 %1553, %1536
-  %1558 = zext nneg i32 %1557 to i64
-  %1559 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1558
-  %1560 = load i64, ptr %1559, align 8, !tbaa !4
-  %1561 = urem i32 %1552, 18
-  %1562 = shl nuw nsw i32 %1561, 6
-  %.idx767.i.1 = zext nneg i32 %1562 to i64
-  %1563 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.1
-  %1564 = getelementptr i32, ptr %1563, i64 %1560
-  %1565 = getelementptr i32, ptr %1564, i64 %1556
-  tail call void @llvm.prefetch.p0(ptr %1565, i32 0, i32 2, i32 1)
-  %1566 = or disjoint i32 %1538, 2
-  %1567 = udiv i32 %1566, 18
-  %1568 = and i32 %1567, 15
-  %1569 = zext nneg i32 %1568 to i64
-  %1570 = mul nsw i64 %k_row, %1569
-  %1571 = add nuw nsw i32 %1567, %1536
-  %1572 = zext nneg i32 %1571 to i64
-  %1573 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1572
-  %1574 = load i64, ptr %1573, align 8, !tbaa !4
-  %1575 = urem i32 %1566, 18
-  %1576 = shl nuw nsw i32 %1575, 6
-  %.idx767.i.2 = zext nneg i32 %1576 to i64
-  %1577 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.2
-  %1578 = getelementptr i32, ptr %1577, i64 %1574
-  %1579 = getelementptr i32, ptr %1578, i64 %1570
-  tail call void @llvm.prefetch.p0(ptr %1579, i32 0, i32 2, i32 1)
-  %1580 = or disjoint i32 %1538, 3
-  %1581 = udiv i32 %1580, 18
-  %1582 = and i32 %1581, 15
-  %1583 = zext nneg i32 %1582 to i64
-  %1584 = mul nsw i64 %k_row, %1583
-  %1585 = add nuw nsw i32 %1581, %1536
-  %1586 = zext nneg i32 %1585 to i64
-  %1587 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1586
-  %1588 = load i64, ptr %1587, align 8, !tbaa !4
-  %1589 = urem i32 %1580, 18
-  %1590 = shl nuw nsw i32 %1589, 6
-  %.idx767.i.3 = zext nneg i32 %1590 to i64
-  %1591 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.3
-  %1592 = getelementptr i32, ptr %1591, i64 %1588
-  %1593 = getelementptr i32, ptr %1592, i64 %1584
-  tail call void @llvm.prefetch.p0(ptr %1593, i32 0, i32 2, i32 1)
-  %1594 = or disjoint i32 %1538, 4
-  %1595 = udiv i32 %1594, 18
-  %1596 = and i32 %1595, 15
-  %1597 = zext nneg i32 %1596 to i64
-  %1598 = mul nsw i64 %k_row, %1597
-  %1599 = add nuw nsw i32 %1595, %1536
-  %1600 = zext nneg i32 %1599 to i64
-  %1601 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1600
-  %1602 = load i64, ptr %1601, align 8, !tbaa !4
-  %1603 = urem i32 %1594, 18
-  %1604 = shl nuw nsw i32 %1603, 6
-  %.idx767.i.4 = zext nneg i32 %1604 to i64
-  %1605 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.4
-  %1606 = getelementptr i32, ptr %1605, i64 %1602
-  %1607 = getelementptr i32, ptr %1606, i64 %1598
-  tail call void @llvm.prefetch.p0(ptr %1607, i32 0, i32 2, i32 1)
-  %1608 = or disjoint i32 %1538, 5
-  %1609 = udiv i32 %1608, 18
-  %1610 = and i32 %1609, 15
-  %1611 = zext nneg i32 %1610 to i64
-  %1612 = mul nsw i64 %k_row, %1611
-  %1613 = add nuw nsw i32 %1609, %1536
-  %1614 = zext nneg i32 %1613 to i64
-  %1615 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1614
-  %1616 = load i64, ptr %1615, align 8, !tbaa !4
-  %1617 = urem i32 %1608, 18
-  %1618 = shl nuw nsw i32 %1617, 6
-  %.idx767.i.5 = zext nneg i32 %1618 to i64
-  %1619 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.5
-  %1620 = getelementptr i32, ptr %1619, i64 %1616
-  %1621 = getelementptr i32, ptr %1620, i64 %1612
-  tail call void @llvm.prefetch.p0(ptr %1621, i32 0, i32 2, i32 1)
-  %1622 = or disjoint i32 %1538, 6
-  %1623 = udiv i32 %1622, 18
-  %1624 = and i32 %1623, 15
-  %1625 = zext nneg i32 %1624 to i64
-  %1626 = mul nsw i64 %k_row, %1625
-  %1627 = add nuw nsw i32 %1623, %1536
-  %1628 = zext nneg i32 %1627 to i64
-  %1629 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1628
-  %1630 = load i64, ptr %1629, align 8, !tbaa !4
-  %1631 = urem i32 %1622, 18
-  %1632 = shl nuw nsw i32 %1631, 6
-  %.idx767.i.6 = zext nneg i32 %1632 to i64
-  %1633 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.6
-  %1634 = getelementptr i32, ptr %1633, i64 %1630
-  %1635 = getelementptr i32, ptr %1634, i64 %1626
-  tail call void @llvm.prefetch.p0(ptr %1635, i32 0, i32 2, i32 1)
-  %1636 = or disjoint i32 %1538, 7
-  %1637 = udiv i32 %1636, 18
-  %1638 = and i32 %1637, 15
-  %1639 = zext nneg i32 %1638 to i64
-  %1640 = mul nsw i64 %k_row, %1639
-  %1641 = add nuw nsw i32 %1637, %1536
-  %1642 = zext nneg i32 %1641 to i64
-  %1643 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1642
-  %1644 = load i64, ptr %1643, align 8, !tbaa !4
-  %1645 = urem i32 %1636, 18
-  %1646 = shl nuw nsw i32 %1645, 6
-  %.idx767.i.7 = zext nneg i32 %1646 to i64
-  %1647 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.7
-  %1648 = getelementptr i32, ptr %1647, i64 %1644
-  %1649 = getelementptr i32, ptr %1648, i64 %1640
-  tail call void @llvm.prefetch.p0(ptr %1649, i32 0, i32 2, i32 1)
-  %1650 = or disjoint i32 %1538, 8
-  %1651 = udiv i32 %1650, 18
-  %1652 = and i32 %1651, 15
-  %1653 = zext nneg i32 %1652 to i64
-  %1654 = mul nsw i64 %k_row, %1653
-  %1655 = add nuw nsw i32 %1651, %1536
-  %1656 = zext nneg i32 %1655 to i64
-  %1657 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1656
-  %1658 = load i64, ptr %1657, align 8, !tbaa !4
-  %1659 = urem i32 %1650, 18
-  %1660 = shl nuw nsw i32 %1659, 6
-  %.idx767.i.8 = zext nneg i32 %1660 to i64
-  %1661 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.8
-  %1662 = getelementptr i32, ptr %1661, i64 %1658
-  %1663 = getelementptr i32, ptr %1662, i64 %1654
-  tail call void @llvm.prefetch.p0(ptr %1663, i32 0, i32 2, i32 1)
-  %1664 = or disjoint i32 %1538, 9
-  %1665 = udiv i32 %1664, 18
-  %1666 = and i32 %1665, 15
-  %1667 = zext nneg i32 %1666 to i64
-  %1668 = mul nsw i64 %k_row, %1667
-  %1669 = add nuw nsw i32 %1665, %1536
-  %1670 = zext nneg i32 %1669 to i64
-  %1671 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1670
-  %1672 = load i64, ptr %1671, align 8, !tbaa !4
-  %1673 = urem i32 %1664, 18
-  %1674 = shl nuw nsw i32 %1673, 6
-  %.idx767.i.9 = zext nneg i32 %1674 to i64
-  %1675 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.9
-  %1676 = getelementptr i32, ptr %1675, i64 %1672
-  %1677 = getelementptr i32, ptr %1676, i64 %1668
-  tail call void @llvm.prefetch.p0(ptr %1677, i32 0, i32 2, i32 1)
-  %1678 = or disjoint i32 %1538, 10
-  %1679 = udiv i32 %1678, 18
-  %1680 = and i32 %1679, 15
-  %1681 = zext nneg i32 %1680 to i64
-  %1682 = mul nsw i64 %k_row, %1681
-  %1683 = add nuw nsw i32 %1679, %1536
-  %1684 = zext nneg i32 %1683 to i64
-  %1685 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1684
-  %1686 = load i64, ptr %1685, align 8, !tbaa !4
-  %1687 = urem i32 %1678, 18
-  %1688 = shl nuw nsw i32 %1687, 6
-  %.idx767.i.10 = zext nneg i32 %1688 to i64
-  %1689 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.10
-  %1690 = getelementptr i32, ptr %1689, i64 %1686
-  %1691 = getelementptr i32, ptr %1690, i64 %1682
-  tail call void @llvm.prefetch.p0(ptr %1691, i32 0, i32 2, i32 1)
-  %1692 = or disjoint i32 %1538, 11
-  %1693 = udiv i32 %1692, 18
-  %1694 = and i32 %1693, 15
-  %1695 = zext nneg i32 %1694 to i64
-  %1696 = mul nsw i64 %k_row, %1695
-  %1697 = add nuw nsw i32 %1693, %1536
-  %1698 = zext nneg i32 %1697 to i64
-  %1699 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1698
-  %1700 = load i64, ptr %1699, align 8, !tbaa !4
-  %1701 = urem i32 %1692, 18
-  %1702 = shl nuw nsw i32 %1701, 6
-  %.idx767.i.11 = zext nneg i32 %1702 to i64
-  %1703 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.11
-  %1704 = getelementptr i32, ptr %1703, i64 %1700
-  %1705 = getelementptr i32, ptr %1704, i64 %1696
-  tail call void @llvm.prefetch.p0(ptr %1705, i32 0, i32 2, i32 1)
-  %1706 = or disjoint i32 %1538, 12
-  %1707 = udiv i32 %1706, 18
-  %1708 = and i32 %1707, 15
-  %1709 = zext nneg i32 %1708 to i64
-  %1710 = mul nsw i64 %k_row, %1709
-  %1711 = add nuw nsw i32 %1707, %1536
-  %1712 = zext nneg i32 %1711 to i64
-  %1713 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1712
-  %1714 = load i64, ptr %1713, align 8, !tbaa !4
-  %1715 = urem i32 %1706, 18
-  %1716 = shl nuw nsw i32 %1715, 6
-  %.idx767.i.12 = zext nneg i32 %1716 to i64
-  %1717 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.12
-  %1718 = getelementptr i32, ptr %1717, i64 %1714
-  %1719 = getelementptr i32, ptr %1718, i64 %1710
-  tail call void @llvm.prefetch.p0(ptr %1719, i32 0, i32 2, i32 1)
-  %1720 = or disjoint i32 %1538, 13
-  %1721 = udiv i32 %1720, 18
-  %1722 = and i32 %1721, 15
-  %1723 = zext nneg i32 %1722 to i64
-  %1724 = mul nsw i64 %k_row, %1723
-  %1725 = add nuw nsw i32 %1721, %1536
-  %1726 = zext nneg i32 %1725 to i64
-  %1727 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1726
-  %1728 = load i64, ptr %1727, align 8, !tbaa !4
-  %1729 = urem i32 %1720, 18
-  %1730 = shl nuw nsw i32 %1729, 6
-  %.idx767.i.13 = zext nneg i32 %1730 to i64
-  %1731 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.13
-  %1732 = getelementptr i32, ptr %1731, i64 %1728
-  %1733 = getelementptr i32, ptr %1732, i64 %1724
-  tail call void @llvm.prefetch.p0(ptr %1733, i32 0, i32 2, i32 1)
-  %1734 = or disjoint i32 %1538, 14
-  %1735 = udiv i32 %1734, 18
-  %1736 = and i32 %1735, 15
-  %1737 = zext nneg i32 %1736 to i64
-  %1738 = mul nsw i64 %k_row, %1737
-  %1739 = add nuw nsw i32 %1735, %1536
-  %1740 = zext nneg i32 %1739 to i64
-  %1741 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1740
-  %1742 = load i64, ptr %1741, align 8, !tbaa !4
-  %1743 = urem i32 %1734, 18
-  %1744 = shl nuw nsw i32 %1743, 6
-  %.idx767.i.14 = zext nneg i32 %1744 to i64
-  %1745 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.14
-  %1746 = getelementptr i32, ptr %1745, i64 %1742
-  %1747 = getelementptr i32, ptr %1746, i64 %1738
-  tail call void @llvm.prefetch.p0(ptr %1747, i32 0, i32 2, i32 1)
-  %1748 = or disjoint i32 %1538, 15
-  %1749 = udiv i32 %1748, 18
-  %1750 = and i32 %1749, 15
-  %1751 = zext nneg i32 %1750 to i64
-  %1752 = mul nsw i64 %k_row, %1751
-  %1753 = add nuw nsw i32 %1749, %1536
-  %1754 = zext nneg i32 %1753 to i64
-  %1755 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1754
-  %1756 = load i64, ptr %1755, align 8, !tbaa !4
-  %1757 = urem i32 %1748, 18
-  %1758 = shl nuw nsw i32 %1757, 6
-  %.idx767.i.15 = zext nneg i32 %1758 to i64
-  %1759 = getelementptr i8, ptr %key_cache, i64 %.idx767.i.15
-  %1760 = getelementptr i32, ptr %1759, i64 %1756
-  %1761 = getelementptr i32, ptr %1760, i64 %1752
-  tail call void @llvm.prefetch.p0(ptr %1761, i32 0, i32 2, i32 1)
-  %1762 = load i64, ptr %1532, align 8, !tbaa !4
-  %1763 = getelementptr i8, ptr %key_cache, i64 %1537
-  %1764 = getelementptr i32, ptr %1763, i64 %1762
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr %1764, i64 %96)
-  %.idx1198.i = shl nuw nsw i64 %indvars.iv904.i, 10
-  %gep1266.i = getelementptr inbounds nuw i8, ptr %invariant.gep1265.i, i64 %.idx1198.i
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %gep1266.i, i64 64)
+for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %if_end14.i
+  %indvars.iv895.i = phi i64 [ 0, %if_end14.i ], [ %indvars.iv.next896.i, %for_end_line28.i ]
+  %1539 = shl nuw nsw i64 %indvars.iv895.i, 6
+  %1540 = trunc nuw nsw i64 %1539 to i32
+  %1541 = udiv i32 %1540, 18
+  %1542 = and i32 %1541, 15
+  %1543 = zext nneg i32 %1542 to i64
+  %1544 = mul nsw i64 %k_row, %1543
+  %1545 = add nuw nsw i32 %1541, %1538
+  %1546 = zext nneg i32 %1545 to i64
+  %1547 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1546
+  %1548 = load i64, ptr %1547, align 8, !tbaa !4
+  %1549 = urem i32 %1540, 18
+  %1550 = shl nuw nsw i32 %1549, 6
+  %.idx757.i = zext nneg i32 %1550 to i64
+  %1551 = getelementptr i8, ptr %key_cache, i64 %.idx757.i
+  %1552 = getelementptr i32, ptr %1551, i64 %1548
+  %1553 = getelementptr i32, ptr %1552, i64 %1544
+  tail call void @llvm.prefetch.p0(ptr %1553, i32 0, i32 2, i32 1)
+  %1554 = or disjoint i32 %1540, 1
+  %1555 = udiv i32 %1540, 18
+  %1556 = and i32 %1555, 15
+  %1557 = zext nneg i32 %1556 to i64
+  %1558 = mul nsw i64 %k_row, %1557
+  %1559 = add nuw nsw i32 %1555, %1538
+  %1560 = zext nneg i32 %1559 to i64
+  %1561 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1560
+  %1562 = load i64, ptr %1561, align 8, !tbaa !4
+  %1563 = urem i32 %1554, 18
+  %1564 = shl nuw nsw i32 %1563, 6
+  %.idx757.i.1 = zext nneg i32 %1564 to i64
+  %1565 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.1
+  %1566 = getelementptr i32, ptr %1565, i64 %1562
+  %1567 = getelementptr i32, ptr %1566, i64 %1558
+  tail call void @llvm.prefetch.p0(ptr %1567, i32 0, i32 2, i32 1)
+  %1568 = or disjoint i32 %1540, 2
+  %1569 = udiv i32 %1568, 18
+  %1570 = and i32 %1569, 15
+  %1571 = zext nneg i32 %1570 to i64
+  %1572 = mul nsw i64 %k_row, %1571
+  %1573 = add nuw nsw i32 %1569, %1538
+  %1574 = zext nneg i32 %1573 to i64
+  %1575 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1574
+  %1576 = load i64, ptr %1575, align 8, !tbaa !4
+  %1577 = urem i32 %1568, 18
+  %1578 = shl nuw nsw i32 %1577, 6
+  %.idx757.i.2 = zext nneg i32 %1578 to i64
+  %1579 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.2
+  %1580 = getelementptr i32, ptr %1579, i64 %1576
+  %1581 = getelementptr i32, ptr %1580, i64 %1572
+  tail call void @llvm.prefetch.p0(ptr %1581, i32 0, i32 2, i32 1)
+  %1582 = or disjoint i32 %1540, 3
+  %1583 = udiv i32 %1582, 18
+  %1584 = and i32 %1583, 15
+  %1585 = zext nneg i32 %1584 to i64
+  %1586 = mul nsw i64 %k_row, %1585
+  %1587 = add nuw nsw i32 %1583, %1538
+  %1588 = zext nneg i32 %1587 to i64
+  %1589 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1588
+  %1590 = load i64, ptr %1589, align 8, !tbaa !4
+  %1591 = urem i32 %1582, 18
+  %1592 = shl nuw nsw i32 %1591, 6
+  %.idx757.i.3 = zext nneg i32 %1592 to i64
+  %1593 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.3
+  %1594 = getelementptr i32, ptr %1593, i64 %1590
+  %1595 = getelementptr i32, ptr %1594, i64 %1586
+  tail call void @llvm.prefetch.p0(ptr %1595, i32 0, i32 2, i32 1)
+  %1596 = or disjoint i32 %1540, 4
+  %1597 = udiv i32 %1596, 18
+  %1598 = and i32 %1597, 15
+  %1599 = zext nneg i32 %1598 to i64
+  %1600 = mul nsw i64 %k_row, %1599
+  %1601 = add nuw nsw i32 %1597, %1538
+  %1602 = zext nneg i32 %1601 to i64
+  %1603 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1602
+  %1604 = load i64, ptr %1603, align 8, !tbaa !4
+  %1605 = urem i32 %1596, 18
+  %1606 = shl nuw nsw i32 %1605, 6
+  %.idx757.i.4 = zext nneg i32 %1606 to i64
+  %1607 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.4
+  %1608 = getelementptr i32, ptr %1607, i64 %1604
+  %1609 = getelementptr i32, ptr %1608, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr %1609, i32 0, i32 2, i32 1)
+  %1610 = or disjoint i32 %1540, 5
+  %1611 = udiv i32 %1610, 18
+  %1612 = and i32 %1611, 15
+  %1613 = zext nneg i32 %1612 to i64
+  %1614 = mul nsw i64 %k_row, %1613
+  %1615 = add nuw nsw i32 %1611, %1538
+  %1616 = zext nneg i32 %1615 to i64
+  %1617 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1616
+  %1618 = load i64, ptr %1617, align 8, !tbaa !4
+  %1619 = urem i32 %1610, 18
+  %1620 = shl nuw nsw i32 %1619, 6
+  %.idx757.i.5 = zext nneg i32 %1620 to i64
+  %1621 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.5
+  %1622 = getelementptr i32, ptr %1621, i64 %1618
+  %1623 = getelementptr i32, ptr %1622, i64 %1614
+  tail call void @llvm.prefetch.p0(ptr %1623, i32 0, i32 2, i32 1)
+  %1624 = or disjoint i32 %1540, 6
+  %1625 = udiv i32 %1624, 18
+  %1626 = and i32 %1625, 15
+  %1627 = zext nneg i32 %1626 to i64
+  %1628 = mul nsw i64 %k_row, %1627
+  %1629 = add nuw nsw i32 %1625, %1538
+  %1630 = zext nneg i32 %1629 to i64
+  %1631 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1630
+  %1632 = load i64, ptr %1631, align 8, !tbaa !4
+  %1633 = urem i32 %1624, 18
+  %1634 = shl nuw nsw i32 %1633, 6
+  %.idx757.i.6 = zext nneg i32 %1634 to i64
+  %1635 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.6
+  %1636 = getelementptr i32, ptr %1635, i64 %1632
+  %1637 = getelementptr i32, ptr %1636, i64 %1628
+  tail call void @llvm.prefetch.p0(ptr %1637, i32 0, i32 2, i32 1)
+  %1638 = or disjoint i32 %1540, 7
+  %1639 = udiv i32 %1638, 18
+  %1640 = and i32 %1639, 15
+  %1641 = zext nneg i32 %1640 to i64
+  %1642 = mul nsw i64 %k_row, %1641
+  %1643 = add nuw nsw i32 %1639, %1538
+  %1644 = zext nneg i32 %1643 to i64
+  %1645 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1644
+  %1646 = load i64, ptr %1645, align 8, !tbaa !4
+  %1647 = urem i32 %1638, 18
+  %1648 = shl nuw nsw i32 %1647, 6
+  %.idx757.i.7 = zext nneg i32 %1648 to i64
+  %1649 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.7
+  %1650 = getelementptr i32, ptr %1649, i64 %1646
+  %1651 = getelementptr i32, ptr %1650, i64 %1642
+  tail call void @llvm.prefetch.p0(ptr %1651, i32 0, i32 2, i32 1)
+  %1652 = or disjoint i32 %1540, 8
+  %1653 = udiv i32 %1652, 18
+  %1654 = and i32 %1653, 15
+  %1655 = zext nneg i32 %1654 to i64
+  %1656 = mul nsw i64 %k_row, %1655
+  %1657 = add nuw nsw i32 %1653, %1538
+  %1658 = zext nneg i32 %1657 to i64
+  %1659 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1658
+  %1660 = load i64, ptr %1659, align 8, !tbaa !4
+  %1661 = urem i32 %1652, 18
+  %1662 = shl nuw nsw i32 %1661, 6
+  %.idx757.i.8 = zext nneg i32 %1662 to i64
+  %1663 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.8
+  %1664 = getelementptr i32, ptr %1663, i64 %1660
+  %1665 = getelementptr i32, ptr %1664, i64 %1656
+  tail call void @llvm.prefetch.p0(ptr %1665, i32 0, i32 2, i32 1)
+  %1666 = or disjoint i32 %1540, 9
+  %1667 = udiv i32 %1666, 18
+  %1668 = and i32 %1667, 15
+  %1669 = zext nneg i32 %1668 to i64
+  %1670 = mul nsw i64 %k_row, %1669
+  %1671 = add nuw nsw i32 %1667, %1538
+  %1672 = zext nneg i32 %1671 to i64
+  %1673 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1672
+  %1674 = load i64, ptr %1673, align 8, !tbaa !4
+  %1675 = urem i32 %1666, 18
+  %1676 = shl nuw nsw i32 %1675, 6
+  %.idx757.i.9 = zext nneg i32 %1676 to i64
+  %1677 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.9
+  %1678 = getelementptr i32, ptr %1677, i64 %1674
+  %1679 = getelementptr i32, ptr %1678, i64 %1670
+  tail call void @llvm.prefetch.p0(ptr %1679, i32 0, i32 2, i32 1)
+  %1680 = or disjoint i32 %1540, 10
+  %1681 = udiv i32 %1680, 18
+  %1682 = and i32 %1681, 15
+  %1683 = zext nneg i32 %1682 to i64
+  %1684 = mul nsw i64 %k_row, %1683
+  %1685 = add nuw nsw i32 %1681, %1538
+  %1686 = zext nneg i32 %1685 to i64
+  %1687 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1686
+  %1688 = load i64, ptr %1687, align 8, !tbaa !4
+  %1689 = urem i32 %1680, 18
+  %1690 = shl nuw nsw i32 %1689, 6
+  %.idx757.i.10 = zext nneg i32 %1690 to i64
+  %1691 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.10
+  %1692 = getelementptr i32, ptr %1691, i64 %1688
+  %1693 = getelementptr i32, ptr %1692, i64 %1684
+  tail call void @llvm.prefetch.p0(ptr %1693, i32 0, i32 2, i32 1)
+  %1694 = or disjoint i32 %1540, 11
+  %1695 = udiv i32 %1694, 18
+  %1696 = and i32 %1695, 15
+  %1697 = zext nneg i32 %1696 to i64
+  %1698 = mul nsw i64 %k_row, %1697
+  %1699 = add nuw nsw i32 %1695, %1538
+  %1700 = zext nneg i32 %1699 to i64
+  %1701 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1700
+  %1702 = load i64, ptr %1701, align 8, !tbaa !4
+  %1703 = urem i32 %1694, 18
+  %1704 = shl nuw nsw i32 %1703, 6
+  %.idx757.i.11 = zext nneg i32 %1704 to i64
+  %1705 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.11
+  %1706 = getelementptr i32, ptr %1705, i64 %1702
+  %1707 = getelementptr i32, ptr %1706, i64 %1698
+  tail call void @llvm.prefetch.p0(ptr %1707, i32 0, i32 2, i32 1)
+  %1708 = or disjoint i32 %1540, 12
+  %1709 = udiv i32 %1708, 18
+  %1710 = and i32 %1709, 15
+  %1711 = zext nneg i32 %1710 to i64
+  %1712 = mul nsw i64 %k_row, %1711
+  %1713 = add nuw nsw i32 %1709, %1538
+  %1714 = zext nneg i32 %1713 to i64
+  %1715 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1714
+  %1716 = load i64, ptr %1715, align 8, !tbaa !4
+  %1717 = urem i32 %1708, 18
+  %1718 = shl nuw nsw i32 %1717, 6
+  %.idx757.i.12 = zext nneg i32 %1718 to i64
+  %1719 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.12
+  %1720 = getelementptr i32, ptr %1719, i64 %1716
+  %1721 = getelementptr i32, ptr %1720, i64 %1712
+  tail call void @llvm.prefetch.p0(ptr %1721, i32 0, i32 2, i32 1)
+  %1722 = or disjoint i32 %1540, 13
+  %1723 = udiv i32 %1722, 18
+  %1724 = and i32 %1723, 15
+  %1725 = zext nneg i32 %1724 to i64
+  %1726 = mul nsw i64 %k_row, %1725
+  %1727 = add nuw nsw i32 %1723, %1538
+  %1728 = zext nneg i32 %1727 to i64
+  %1729 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1728
+  %1730 = load i64, ptr %1729, align 8, !tbaa !4
+  %1731 = urem i32 %1722, 18
+  %1732 = shl nuw nsw i32 %1731, 6
+  %.idx757.i.13 = zext nneg i32 %1732 to i64
+  %1733 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.13
+  %1734 = getelementptr i32, ptr %1733, i64 %1730
+  %1735 = getelementptr i32, ptr %1734, i64 %1726
+  tail call void @llvm.prefetch.p0(ptr %1735, i32 0, i32 2, i32 1)
+  %1736 = or disjoint i32 %1540, 14
+  %1737 = udiv i32 %1736, 18
+  %1738 = and i32 %1737, 15
+  %1739 = zext nneg i32 %1738 to i64
+  %1740 = mul nsw i64 %k_row, %1739
+  %1741 = add nuw nsw i32 %1737, %1538
+  %1742 = zext nneg i32 %1741 to i64
+  %1743 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1742
+  %1744 = load i64, ptr %1743, align 8, !tbaa !4
+  %1745 = urem i32 %1736, 18
+  %1746 = shl nuw nsw i32 %1745, 6
+  %.idx757.i.14 = zext nneg i32 %1746 to i64
+  %1747 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.14
+  %1748 = getelementptr i32, ptr %1747, i64 %1744
+  %1749 = getelementptr i32, ptr %1748, i64 %1740
+  tail call void @llvm.prefetch.p0(ptr %1749, i32 0, i32 2, i32 1)
+  %1750 = or disjoint i32 %1540, 15
+  %1751 = udiv i32 %1750, 18
+  %1752 = and i32 %1751, 15
+  %1753 = zext nneg i32 %1752 to i64
+  %1754 = mul nsw i64 %k_row, %1753
+  %1755 = add nuw nsw i32 %1751, %1538
+  %1756 = zext nneg i32 %1755 to i64
+  %1757 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1756
+  %1758 = load i64, ptr %1757, align 8, !tbaa !4
+  %1759 = urem i32 %1750, 18
+  %1760 = shl nuw nsw i32 %1759, 6
+  %.idx757.i.15 = zext nneg i32 %1760 to i64
+  %1761 = getelementptr i8, ptr %key_cache, i64 %.idx757.i.15
+  %1762 = getelementptr i32, ptr %1761, i64 %1758
+  %1763 = getelementptr i32, ptr %1762, i64 %1754
+  tail call void @llvm.prefetch.p0(ptr %1763, i32 0, i32 2, i32 1)
+  %1764 = load i64, ptr %1534, align 8, !tbaa !4
+  %1765 = getelementptr i8, ptr %key_cache, i64 %1539
+  %1766 = getelementptr i32, ptr %1765, i64 %1764
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr %1766, i64 %96)
+  %.idx1184.i = shl nuw nsw i64 %indvars.iv895.i, 10
+  %gep1250.i = getelementptr inbounds nuw i8, ptr %invariant.gep1249.i, i64 %.idx1184.i
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %gep1250.i, i64 64)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %invariant.op787.i = or disjoint i64 %1537, 16
+  %invariant.op778.i = or disjoint i64 %1539, 16
   br label %for_body_line17.i
 
 for_end_d_0.i:                                    ; preds = %for_end_line28.i
-  %.idx1200.i = shl nsw i64 %indvars.iv911.i, 12
-  %1765 = getelementptr inbounds nuw i8, ptr %by_token.i, i64 %.idx1200.i
-  tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %1765, i64 64)
-  %1766 = getelementptr inbounds nuw i8, ptr %1765, i64 1024
-  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %1766, i64 64)
-  %1767 = getelementptr inbounds nuw i8, ptr %1765, i64 2048
-  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %1767, i64 64)
-  %1768 = getelementptr inbounds nuw i8, ptr %1765, i64 3072
-  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %1768, i64 64)
-  %indvars.iv.next912.i = add nuw nsw i64 %indvars.iv911.i, 1
-  %exitcond915.not.i = icmp eq i64 %indvars.iv.next912.i, %wide.trip.count914.i
-  br i1 %exitcond915.not.i, label %for_begin_s36.preheader.i, label %for_body_to.i, !prof !8
+  tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %by_token.i, i64 64)
+  %1767 = getelementptr inbounds nuw i8, ptr %by_token.i, i64 1024
+  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %1767, i64 64)
+  %1768 = getelementptr inbounds nuw i8, ptr %by_token.i, i64 2048
+  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %1768, i64 64)
+  %1769 = getelementptr inbounds nuw i8, ptr %by_token.i, i64 3072
+  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %1769, i64 64)
+  %invariant.gep1251.i = getelementptr inbounds nuw float, ptr %scores.i, i64 %1532
+  br label %for_body_ax0.i
 
 for_body_line17.i:                                ; preds = %for_body_line17.i, %for_begin_line.preheader.i
-  %indvars.iv889.i = phi i64 [ 0, %for_begin_line.preheader.i ], [ %indvars.iv.next890.i.1, %for_body_line17.i ]
-  %.reass788.i = add nuw nsw i64 %indvars.iv889.i, %invariant.op787.i
-  %1769 = udiv i64 %.reass788.i, 18
-  %1770 = and i64 %1769, 15
-  %1771 = mul nsw i64 %1770, %k_row
-  %1772 = trunc nuw nsw i64 %.reass788.i to i32
-  %1773 = udiv i32 %1772, 18
-  %1774 = add nuw nsw i32 %1773, %1536
-  %1775 = zext nneg i32 %1774 to i64
-  %1776 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1775
-  %1777 = load i64, ptr %1776, align 8, !tbaa !4
-  %1778 = urem i64 %.reass788.i, 18
-  %.idx766.i = shl nuw nsw i64 %1778, 6
-  %1779 = getelementptr i8, ptr %key_cache, i64 %.idx766.i
-  %1780 = getelementptr i32, ptr %1779, i64 %1777
-  %1781 = getelementptr i32, ptr %1780, i64 %1771
-  tail call void @llvm.prefetch.p0(ptr %1781, i32 0, i32 2, i32 1)
-  %indvars.iv.next890.i = or disjoint i64 %indvars.iv889.i, 1
-  %.reass788.i.1 = add nuw nsw i64 %indvars.iv.next890.i, %invariant.op787.i
-  %1782 = udiv i64 %.reass788.i.1, 18
-  %1783 = and i64 %1782, 15
-  %1784 = mul nsw i64 %1783, %k_row
-  %1785 = urem i64 %.reass788.i.1, 18
-  %.idx766.i.1 = shl nuw nsw i64 %1785, 6
-  %1786 = getelementptr i8, ptr %key_cache, i64 %.idx766.i.1
-  %1787 = getelementptr i32, ptr %1786, i64 %1777
-  %1788 = getelementptr i32, ptr %1787, i64 %1784
-  tail call void @llvm.prefetch.p0(ptr %1788, i32 0, i32 2, i32 1)
-  %indvars.iv.next890.i.1 = add nuw nsw i64 %indvars.iv889.i, 2
-  %exitcond893.not.i.1 = icmp eq i64 %indvars.iv.next890.i.1, 16
-  br i1 %exitcond893.not.i.1, label %for_end_line18.i, label %for_body_line17.i, !prof !31, !llvm.loop !92
+  %indvars.iv880.i = phi i64 [ 0, %for_begin_line.preheader.i ], [ %indvars.iv.next881.i.1, %for_body_line17.i ]
+  %.reass779.i = add nuw nsw i64 %indvars.iv880.i, %invariant.op778.i
+  %1770 = udiv i64 %.reass779.i, 18
+  %1771 = and i64 %1770, 15
+  %1772 = mul nsw i64 %1771, %k_row
+  %1773 = trunc nuw nsw i64 %.reass779.i to i32
+  %1774 = udiv i32 %1773, 18
+  %1775 = add nuw nsw i32 %1774, %1538
+  %1776 = zext nneg i32 %1775 to i64
+  %1777 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1776
+  %1778 = load i64, ptr %1777, align 8, !tbaa !4
+  %1779 = urem i64 %.reass779.i, 18
+  %.idx756.i = shl nuw nsw i64 %1779, 6
+  %1780 = getelementptr i8, ptr %key_cache, i64 %.idx756.i
+  %1781 = getelementptr i32, ptr %1780, i64 %1778
+  %1782 = getelementptr i32, ptr %1781, i64 %1772
+  tail call void @llvm.prefetch.p0(ptr %1782, i32 0, i32 2, i32 1)
+  %indvars.iv.next881.i = or disjoint i64 %indvars.iv880.i, 1
+  %.reass779.i.1 = add nuw nsw i64 %indvars.iv.next881.i, %invariant.op778.i
+  %1783 = udiv i64 %.reass779.i.1, 18
+  %1784 = and i64 %1783, 15
+  %1785 = mul nsw i64 %1784, %k_row
+  %1786 = urem i64 %.reass779.i.1, 18
+  %.idx756.i.1 = shl nuw nsw i64 %1786, 6
+  %1787 = getelementptr i8, ptr %key_cache, i64 %.idx756.i.1
+  %1788 = getelementptr i32, ptr %1787, i64 %1778
+  %1789 = getelementptr i32, ptr %1788, i64 %1785
+  tail call void @llvm.prefetch.p0(ptr %1789, i32 0, i32 2, i32 1)
+  %indvars.iv.next881.i.1 = add nuw nsw i64 %indvars.iv880.i, 2
+  %exitcond884.not.i.1 = icmp eq i64 %indvars.iv.next881.i.1, 16
+  br i1 %exitcond884.not.i.1, label %for_end_line18.i, label %for_body_line17.i, !prof !31, !llvm.loop !92
 
 for_end_line18.i:                                 ; preds = %for_body_line17.i
-  %1789 = load i64, ptr %1533, align 8, !tbaa !4
-  %1790 = getelementptr i32, ptr %1763, i64 %1789
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr %1790, i64 %96)
+  %1790 = load i64, ptr %1535, align 8, !tbaa !4
+  %1791 = getelementptr i32, ptr %1765, i64 %1790
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr %1791, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %1791 = or disjoint i64 %1537, 32
+  %1792 = or disjoint i64 %1539, 32
   br label %for_body_line22.i
 
 for_body_line22.i:                                ; preds = %for_body_line22.i, %for_end_line18.i
-  %indvars.iv894.i = phi i64 [ 0, %for_end_line18.i ], [ %indvars.iv.next895.i.1, %for_body_line22.i ]
-  %1792 = add nuw nsw i64 %indvars.iv894.i, %1537
-  %1793 = or disjoint i64 %1792, 32
-  %1794 = udiv i64 %1793, 18
-  %1795 = and i64 %1794, 15
-  %1796 = mul nsw i64 %1795, %k_row
-  %1797 = add nuw nsw i64 %1791, %indvars.iv894.i
-  %1798 = trunc nuw nsw i64 %1797 to i32
-  %1799 = udiv i32 %1798, 18
-  %1800 = add nuw nsw i32 %1799, %1536
-  %1801 = zext nneg i32 %1800 to i64
-  %1802 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1801
-  %1803 = load i64, ptr %1802, align 8, !tbaa !4
-  %1804 = add nuw nsw i64 %1792, 14
-  %1805 = urem i64 %1804, 18
-  %.idx765.i = shl nuw nsw i64 %1805, 6
-  %1806 = getelementptr i8, ptr %key_cache, i64 %.idx765.i
-  %1807 = getelementptr i32, ptr %1806, i64 %1803
-  %1808 = getelementptr i32, ptr %1807, i64 %1796
-  tail call void @llvm.prefetch.p0(ptr %1808, i32 0, i32 2, i32 1)
-  %indvars.iv.next895.i = or disjoint i64 %indvars.iv894.i, 1
-  %1809 = add nuw nsw i64 %indvars.iv.next895.i, %1537
-  %1810 = or disjoint i64 %1809, 32
-  %1811 = udiv i64 %1810, 18
-  %1812 = and i64 %1811, 15
-  %1813 = mul nsw i64 %1812, %k_row
-  %1814 = add nuw nsw i64 %1809, 14
-  %1815 = urem i64 %1814, 18
-  %.idx765.i.1 = shl nuw nsw i64 %1815, 6
-  %1816 = getelementptr i8, ptr %key_cache, i64 %.idx765.i.1
-  %1817 = getelementptr i32, ptr %1816, i64 %1803
-  %1818 = getelementptr i32, ptr %1817, i64 %1813
-  tail call void @llvm.prefetch.p0(ptr %1818, i32 0, i32 2, i32 1)
-  %indvars.iv.next895.i.1 = add nuw nsw i64 %indvars.iv894.i, 2
-  %exitcond898.not.i.1 = icmp eq i64 %indvars.iv.next895.i.1, 16
-  br i1 %exitcond898.not.i.1, label %for_end_line23.i, label %for_body_line22.i, !prof !31, !llvm.loop !94
+  %indvars.iv885.i = phi i64 [ 0, %for_end_line18.i ], [ %indvars.iv.next886.i.1, %for_body_line22.i ]
+  %1793 = add nuw nsw i64 %indvars.iv885.i, %1539
+  %1794 = or disjoint i64 %1793, 32
+  %1795 = udiv i64 %1794, 18
+  %1796 = and i64 %1795, 15
+  %1797 = mul nsw i64 %1796, %k_row
+  %1798 = add nuw nsw i64 %1792, %indvars.iv885.i
+  %1799 = trunc nuw nsw i64 %1798 to i32
+  %1800 = udiv i32 %1799, 18
+  %1801 = add nuw nsw i32 %1800, %1538
+  %1802 = zext nneg i32 %1801 to i64
+  %1803 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1802
+  %1804 = load i64, ptr %1803, align 8, !tbaa !4
+  %1805 = add nuw nsw i64 %1793, 14
+  %1806 = urem i64 %1805, 18
+  %.idx755.i = shl nuw nsw i64 %1806, 6
+  %1807 = getelementptr i8, ptr %key_cache, i64 %.idx755.i
+  %1808 = getelementptr i32, ptr %1807, i64 %1804
+  %1809 = getelementptr i32, ptr %1808, i64 %1797
+  tail call void @llvm.prefetch.p0(ptr %1809, i32 0, i32 2, i32 1)
+  %indvars.iv.next886.i = or disjoint i64 %indvars.iv885.i, 1
+  %1810 = add nuw nsw i64 %indvars.iv.next886.i, %1539
+  %1811 = or disjoint i64 %1810, 32
+  %1812 = udiv i64 %1811, 18
+  %1813 = and i64 %1812, 15
+  %1814 = mul nsw i64 %1813, %k_row
+  %1815 = add nuw nsw i64 %1810, 14
+  %1816 = urem i64 %1815, 18
+  %.idx755.i.1 = shl nuw nsw i64 %1816, 6
+  %1817 = getelementptr i8, ptr %key_cache, i64 %.idx755.i.1
+  %1818 = getelementptr i32, ptr %1817, i64 %1804
+  %1819 = getelementptr i32, ptr %1818, i64 %1814
+  tail call void @llvm.prefetch.p0(ptr %1819, i32 0, i32 2, i32 1)
+  %indvars.iv.next886.i.1 = add nuw nsw i64 %indvars.iv885.i, 2
+  %exitcond889.not.i.1 = icmp eq i64 %indvars.iv.next886.i.1, 16
+  br i1 %exitcond889.not.i.1, label %for_end_line23.i, label %for_body_line22.i, !prof !31, !llvm.loop !94
 
 for_end_line23.i:                                 ; preds = %for_body_line22.i
-  %1819 = load i64, ptr %1534, align 8, !tbaa !4
-  %1820 = getelementptr i32, ptr %1763, i64 %1819
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr %1820, i64 %96)
+  %1820 = load i64, ptr %1536, align 8, !tbaa !4
+  %1821 = getelementptr i32, ptr %1765, i64 %1820
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr %1821, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %1821 = or disjoint i64 %1537, 48
+  %1822 = or disjoint i64 %1539, 48
   br label %for_body_line27.i
 
 for_body_line27.i:                                ; preds = %for_body_line27.i, %for_end_line23.i
-  %indvars.iv899.i = phi i64 [ 0, %for_end_line23.i ], [ %indvars.iv.next900.i.1, %for_body_line27.i ]
-  %1822 = add nuw nsw i64 %indvars.iv899.i, %1537
-  %1823 = or disjoint i64 %1822, 48
-  %1824 = udiv i64 %1823, 18
-  %1825 = and i64 %1824, 15
-  %1826 = mul nsw i64 %1825, %k_row
-  %1827 = add nuw nsw i64 %1821, %indvars.iv899.i
-  %1828 = trunc nuw nsw i64 %1827 to i32
-  %1829 = udiv i32 %1828, 18
-  %1830 = add nuw nsw i32 %1829, %1536
-  %1831 = zext nneg i32 %1830 to i64
-  %1832 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1831
-  %1833 = load i64, ptr %1832, align 8, !tbaa !4
-  %1834 = add nuw nsw i64 %1822, 12
-  %1835 = urem i64 %1834, 18
-  %.idx764.i = shl nuw nsw i64 %1835, 6
-  %1836 = getelementptr i8, ptr %key_cache, i64 %.idx764.i
-  %1837 = getelementptr i32, ptr %1836, i64 %1833
-  %1838 = getelementptr i32, ptr %1837, i64 %1826
-  tail call void @llvm.prefetch.p0(ptr %1838, i32 0, i32 2, i32 1)
-  %indvars.iv.next900.i = or disjoint i64 %indvars.iv899.i, 1
-  %1839 = add nuw nsw i64 %indvars.iv.next900.i, %1537
-  %1840 = or disjoint i64 %1839, 48
-  %1841 = udiv i64 %1840, 18
-  %1842 = and i64 %1841, 15
-  %1843 = mul nsw i64 %1842, %k_row
-  %1844 = add nuw nsw i64 %1839, 12
-  %1845 = urem i64 %1844, 18
-  %.idx764.i.1 = shl nuw nsw i64 %1845, 6
-  %1846 = getelementptr i8, ptr %key_cache, i64 %.idx764.i.1
-  %1847 = getelementptr i32, ptr %1846, i64 %1833
-  %1848 = getelementptr i32, ptr %1847, i64 %1843
-  tail call void @llvm.prefetch.p0(ptr %1848, i32 0, i32 2, i32 1)
-  %indvars.iv.next900.i.1 = add nuw nsw i64 %indvars.iv899.i, 2
-  %exitcond903.not.i.1 = icmp eq i64 %indvars.iv.next900.i.1, 16
-  br i1 %exitcond903.not.i.1, label %for_end_line28.i, label %for_body_line27.i, !prof !31, !llvm.loop !95
+  %indvars.iv890.i = phi i64 [ 0, %for_end_line23.i ], [ %indvars.iv.next891.i.1, %for_body_line27.i ]
+  %1823 = add nuw nsw i64 %indvars.iv890.i, %1539
+  %1824 = or disjoint i64 %1823, 48
+  %1825 = udiv i64 %1824, 18
+  %1826 = and i64 %1825, 15
+  %1827 = mul nsw i64 %1826, %k_row
+  %1828 = add nuw nsw i64 %1822, %indvars.iv890.i
+  %1829 = trunc nuw nsw i64 %1828 to i32
+  %1830 = udiv i32 %1829, 18
+  %1831 = add nuw nsw i32 %1830, %1538
+  %1832 = zext nneg i32 %1831 to i64
+  %1833 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1832
+  %1834 = load i64, ptr %1833, align 8, !tbaa !4
+  %1835 = add nuw nsw i64 %1823, 12
+  %1836 = urem i64 %1835, 18
+  %.idx754.i = shl nuw nsw i64 %1836, 6
+  %1837 = getelementptr i8, ptr %key_cache, i64 %.idx754.i
+  %1838 = getelementptr i32, ptr %1837, i64 %1834
+  %1839 = getelementptr i32, ptr %1838, i64 %1827
+  tail call void @llvm.prefetch.p0(ptr %1839, i32 0, i32 2, i32 1)
+  %indvars.iv.next891.i = or disjoint i64 %indvars.iv890.i, 1
+  %1840 = add nuw nsw i64 %indvars.iv.next891.i, %1539
+  %1841 = or disjoint i64 %1840, 48
+  %1842 = udiv i64 %1841, 18
+  %1843 = and i64 %1842, 15
+  %1844 = mul nsw i64 %1843, %k_row
+  %1845 = add nuw nsw i64 %1840, 12
+  %1846 = urem i64 %1845, 18
+  %.idx754.i.1 = shl nuw nsw i64 %1846, 6
+  %1847 = getelementptr i8, ptr %key_cache, i64 %.idx754.i.1
+  %1848 = getelementptr i32, ptr %1847, i64 %1834
+  %1849 = getelementptr i32, ptr %1848, i64 %1844
+  tail call void @llvm.prefetch.p0(ptr %1849, i32 0, i32 2, i32 1)
+  %indvars.iv.next891.i.1 = add nuw nsw i64 %indvars.iv890.i, 2
+  %exitcond894.not.i.1 = icmp eq i64 %indvars.iv.next891.i.1, 16
+  br i1 %exitcond894.not.i.1, label %for_end_line28.i, label %for_body_line27.i, !prof !31, !llvm.loop !95
 
 for_end_line28.i:                                 ; preds = %for_body_line27.i
-  %1849 = load i64, ptr %1535, align 8, !tbaa !4
-  %1850 = getelementptr i32, ptr %1763, i64 %1849
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr %1850, i64 %96)
+  %1850 = load i64, ptr %1537, align 8, !tbaa !4
+  %1851 = getelementptr i32, ptr %1765, i64 %1850
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr %1851, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
-  %indvars.iv.next905.i = add nuw nsw i64 %indvars.iv904.i, 1
-  %exitcond910.not.i = icmp eq i64 %indvars.iv.next905.i, 18
-  br i1 %exitcond910.not.i, label %for_end_d_0.i, label %for_begin_line.preheader.i, !prof !31
+  %indvars.iv.next896.i = add nuw nsw i64 %indvars.iv895.i, 1
+  %exitcond901.not.i = icmp eq i64 %indvars.iv.next896.i, 18
+  br i1 %exitcond901.not.i, label %for_end_d_0.i, label %for_begin_line.preheader.i, !prof !31
 
-for_begin_s36.preheader.i:                        ; preds = %for_end_s38.i, %for_end_d_0.i
-  %indvars.iv920.i = phi i64 [ %indvars.iv.next921.i, %for_end_s38.i ], [ 0, %for_end_d_0.i ]
-  %.idx1202.i = shl nsw i64 %indvars.iv920.i, 12
-  %invariant.gep1267.i = getelementptr inbounds nuw i8, ptr %by_token.i, i64 %.idx1202.i
-  %.idx1204.i = shl nsw i64 %indvars.iv920.i, 8
-  %invariant.gep1269.i = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1204.i
-  br label %for_body_s37.i
-
-for_end_to33.i:                                   ; preds = %for_end_s38.i, %for_begin_to.preheader.i
-  %1851 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %probs.i = tail call ptr %1851(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1852 = icmp eq ptr %probs.i, null
-  br i1 %1852, label %fused_decode_compute_.exit, label %if_end200.i, !prof !7
-
-for_body_s37.i:                                   ; preds = %for_body_s37.i, %for_begin_s36.preheader.i
-  %indvars.iv916.i = phi i64 [ 0, %for_begin_s36.preheader.i ], [ %indvars.iv.next917.i, %for_body_s37.i ]
-  %.idx1201.i = shl nuw nsw i64 %indvars.iv916.i, 10
-  %gep1268.i = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 %.idx1201.i
-  %v.i = load <16 x float>, ptr %gep1268.i, align 4, !tbaa !4
-  %1853 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 64
-  %v42.i = load <16 x float>, ptr %1853, align 4, !tbaa !4
-  %1854 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 128
-  %v44.i = load <16 x float>, ptr %1854, align 4, !tbaa !4
-  %1855 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 192
-  %v46.i = load <16 x float>, ptr %1855, align 4, !tbaa !4
-  %1856 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 256
-  %v48.i = load <16 x float>, ptr %1856, align 4, !tbaa !4
-  %1857 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 320
-  %v50.i = load <16 x float>, ptr %1857, align 4, !tbaa !4
-  %1858 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 384
-  %v52.i = load <16 x float>, ptr %1858, align 4, !tbaa !4
-  %1859 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 448
-  %v54.i = load <16 x float>, ptr %1859, align 4, !tbaa !4
-  %1860 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 512
-  %v56.i = load <16 x float>, ptr %1860, align 4, !tbaa !4
-  %1861 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 576
-  %v58.i = load <16 x float>, ptr %1861, align 4, !tbaa !4
-  %1862 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 640
-  %v60.i = load <16 x float>, ptr %1862, align 4, !tbaa !4
-  %1863 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 704
-  %v62.i = load <16 x float>, ptr %1863, align 4, !tbaa !4
-  %1864 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 768
-  %v64.i = load <16 x float>, ptr %1864, align 4, !tbaa !4
-  %1865 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 832
-  %v66.i = load <16 x float>, ptr %1865, align 4, !tbaa !4
-  %1866 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 896
-  %v68.i = load <16 x float>, ptr %1866, align 4, !tbaa !4
-  %1867 = getelementptr inbounds nuw i8, ptr %gep1268.i, i64 960
-  %v70.i = load <16 x float>, ptr %1867, align 4, !tbaa !4
-  %1868 = shufflevector <16 x float> %v.i, <16 x float> %v56.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1869 = shufflevector <16 x float> %v48.i, <16 x float> %v64.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1870 = shufflevector <16 x float> %v.i, <16 x float> %v56.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1871 = shufflevector <16 x float> %v48.i, <16 x float> %v64.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1872 = shufflevector <16 x float> %v42.i, <16 x float> %v58.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1873 = shufflevector <16 x float> %v50.i, <16 x float> %v66.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1874 = shufflevector <16 x float> %v42.i, <16 x float> %v58.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1875 = shufflevector <16 x float> %v50.i, <16 x float> %v66.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1876 = shufflevector <16 x float> %v44.i, <16 x float> %v60.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1877 = shufflevector <16 x float> %v52.i, <16 x float> %v68.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1878 = shufflevector <16 x float> %v44.i, <16 x float> %v60.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1879 = shufflevector <16 x float> %v52.i, <16 x float> %v68.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1880 = shufflevector <16 x float> %v46.i, <16 x float> %v62.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1881 = shufflevector <16 x float> %v54.i, <16 x float> %v70.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1882 = shufflevector <16 x float> %v46.i, <16 x float> %v62.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1883 = shufflevector <16 x float> %v54.i, <16 x float> %v70.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+for_body_ax0.i:                                   ; preds = %for_body_ax0.i, %for_end_d_0.i
+  %indvars.iv902.i = phi i64 [ 0, %for_end_d_0.i ], [ %indvars.iv.next903.i, %for_body_ax0.i ]
+  %.idx1186.i = shl nuw nsw i64 %indvars.iv902.i, 10
+  %1852 = getelementptr inbounds nuw i8, ptr %by_token.i, i64 %.idx1186.i
+  %v.i = load <16 x float>, ptr %1852, align 4, !tbaa !4
+  %1853 = getelementptr inbounds nuw i8, ptr %1852, i64 64
+  %v32.i = load <16 x float>, ptr %1853, align 4, !tbaa !4
+  %1854 = getelementptr inbounds nuw i8, ptr %1852, i64 128
+  %v34.i = load <16 x float>, ptr %1854, align 4, !tbaa !4
+  %1855 = getelementptr inbounds nuw i8, ptr %1852, i64 192
+  %v36.i = load <16 x float>, ptr %1855, align 4, !tbaa !4
+  %1856 = getelementptr inbounds nuw i8, ptr %1852, i64 256
+  %v38.i = load <16 x float>, ptr %1856, align 4, !tbaa !4
+  %1857 = getelementptr inbounds nuw i8, ptr %1852, i64 320
+  %v40.i = load <16 x float>, ptr %1857, align 4, !tbaa !4
+  %1858 = getelementptr inbounds nuw i8, ptr %1852, i64 384
+  %v42.i = load <16 x float>, ptr %1858, align 4, !tbaa !4
+  %1859 = getelementptr inbounds nuw i8, ptr %1852, i64 448
+  %v44.i = load <16 x float>, ptr %1859, align 4, !tbaa !4
+  %1860 = getelementptr inbounds nuw i8, ptr %1852, i64 512
+  %v46.i = load <16 x float>, ptr %1860, align 4, !tbaa !4
+  %1861 = getelementptr inbounds nuw i8, ptr %1852, i64 576
+  %v48.i = load <16 x float>, ptr %1861, align 4, !tbaa !4
+  %1862 = getelementptr inbounds nuw i8, ptr %1852, i64 640
+  %v50.i = load <16 x float>, ptr %1862, align 4, !tbaa !4
+  %1863 = getelementptr inbounds nuw i8, ptr %1852, i64 704
+  %v52.i = load <16 x float>, ptr %1863, align 4, !tbaa !4
+  %1864 = getelementptr inbounds nuw i8, ptr %1852, i64 768
+  %v54.i = load <16 x float>, ptr %1864, align 4, !tbaa !4
+  %1865 = getelementptr inbounds nuw i8, ptr %1852, i64 832
+  %v56.i = load <16 x float>, ptr %1865, align 4, !tbaa !4
+  %1866 = getelementptr inbounds nuw i8, ptr %1852, i64 896
+  %v58.i = load <16 x float>, ptr %1866, align 4, !tbaa !4
+  %1867 = getelementptr inbounds nuw i8, ptr %1852, i64 960
+  %v60.i = load <16 x float>, ptr %1867, align 4, !tbaa !4
+  %1868 = shufflevector <16 x float> %v.i, <16 x float> %v46.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1869 = shufflevector <16 x float> %v38.i, <16 x float> %v54.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1870 = shufflevector <16 x float> %v.i, <16 x float> %v46.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1871 = shufflevector <16 x float> %v38.i, <16 x float> %v54.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1872 = shufflevector <16 x float> %v32.i, <16 x float> %v48.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1873 = shufflevector <16 x float> %v40.i, <16 x float> %v56.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1874 = shufflevector <16 x float> %v32.i, <16 x float> %v48.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1875 = shufflevector <16 x float> %v40.i, <16 x float> %v56.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1876 = shufflevector <16 x float> %v34.i, <16 x float> %v50.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1877 = shufflevector <16 x float> %v42.i, <16 x float> %v58.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1878 = shufflevector <16 x float> %v34.i, <16 x float> %v50.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1879 = shufflevector <16 x float> %v42.i, <16 x float> %v58.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1880 = shufflevector <16 x float> %v36.i, <16 x float> %v52.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1881 = shufflevector <16 x float> %v44.i, <16 x float> %v60.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1882 = shufflevector <16 x float> %v36.i, <16 x float> %v52.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1883 = shufflevector <16 x float> %v44.i, <16 x float> %v60.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1884 = shufflevector <16 x float> %1868, <16 x float> %1869, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %1885 = shufflevector <16 x float> %1876, <16 x float> %1877, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %1886 = shufflevector <16 x float> %1868, <16 x float> %1869, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
@@ -3393,4166 +3387,4161 @@ for_body_s37.i:                                   ; preds = %for_body_s37.i, %fo
   %1914 = shufflevector <16 x float> %1890, <16 x float> %1891, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1915 = shufflevector <16 x float> %1898, <16 x float> %1899, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1916 = shufflevector <16 x float> %1900, <16 x float> %1901, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %.idx1203.i = shl nuw nsw i64 %indvars.iv916.i, 6
-  %gep1270.i = getelementptr inbounds nuw i8, ptr %invariant.gep1269.i, i64 %.idx1203.i
-  store <16 x float> %1916, ptr %gep1270.i, align 4, !tbaa !4
+  %.idx1187.i = shl nuw nsw i64 %indvars.iv902.i, 6
+  %gep1252.i = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, i64 %.idx1187.i
+  store <16 x float> %1916, ptr %gep1252.i, align 4, !tbaa !4
   %1917 = shufflevector <16 x float> %1900, <16 x float> %1901, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1918 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 512
+  %1918 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 512
   store <16 x float> %1917, ptr %1918, align 4, !tbaa !4
   %1919 = shufflevector <16 x float> %1902, <16 x float> %1903, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1920 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 1024
+  %1920 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 1024
   store <16 x float> %1919, ptr %1920, align 4, !tbaa !4
   %1921 = shufflevector <16 x float> %1902, <16 x float> %1903, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1922 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 1536
+  %1922 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 1536
   store <16 x float> %1921, ptr %1922, align 4, !tbaa !4
   %1923 = shufflevector <16 x float> %1904, <16 x float> %1905, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1924 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 2048
+  %1924 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 2048
   store <16 x float> %1923, ptr %1924, align 4, !tbaa !4
   %1925 = shufflevector <16 x float> %1904, <16 x float> %1905, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1926 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 2560
+  %1926 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 2560
   store <16 x float> %1925, ptr %1926, align 4, !tbaa !4
   %1927 = shufflevector <16 x float> %1906, <16 x float> %1907, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1928 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 3072
+  %1928 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 3072
   store <16 x float> %1927, ptr %1928, align 4, !tbaa !4
   %1929 = shufflevector <16 x float> %1906, <16 x float> %1907, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1930 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 3584
+  %1930 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 3584
   store <16 x float> %1929, ptr %1930, align 4, !tbaa !4
   %1931 = shufflevector <16 x float> %1908, <16 x float> %1909, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1932 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 4096
+  %1932 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 4096
   store <16 x float> %1931, ptr %1932, align 4, !tbaa !4
   %1933 = shufflevector <16 x float> %1908, <16 x float> %1909, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1934 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 4608
+  %1934 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 4608
   store <16 x float> %1933, ptr %1934, align 4, !tbaa !4
   %1935 = shufflevector <16 x float> %1910, <16 x float> %1911, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1936 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 5120
+  %1936 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 5120
   store <16 x float> %1935, ptr %1936, align 4, !tbaa !4
   %1937 = shufflevector <16 x float> %1910, <16 x float> %1911, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1938 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 5632
+  %1938 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 5632
   store <16 x float> %1937, ptr %1938, align 4, !tbaa !4
   %1939 = shufflevector <16 x float> %1912, <16 x float> %1913, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1940 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 6144
+  %1940 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 6144
   store <16 x float> %1939, ptr %1940, align 4, !tbaa !4
   %1941 = shufflevector <16 x float> %1912, <16 x float> %1913, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1942 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 6656
+  %1942 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 6656
   store <16 x float> %1941, ptr %1942, align 4, !tbaa !4
   %1943 = shufflevector <16 x float> %1914, <16 x float> %1915, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1944 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 7168
+  %1944 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 7168
   store <16 x float> %1943, ptr %1944, align 4, !tbaa !4
   %1945 = shufflevector <16 x float> %1914, <16 x float> %1915, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1946 = getelementptr inbounds nuw i8, ptr %gep1270.i, i64 7680
+  %1946 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 7680
   store <16 x float> %1945, ptr %1946, align 4, !tbaa !4
-  %indvars.iv.next917.i = add nuw nsw i64 %indvars.iv916.i, 1
-  %exitcond919.not.i = icmp eq i64 %indvars.iv.next917.i, 4
-  br i1 %exitcond919.not.i, label %for_end_s38.i, label %for_body_s37.i, !prof !31
+  %indvars.iv.next903.i = add nuw nsw i64 %indvars.iv902.i, 1
+  %exitcond905.not.i = icmp eq i64 %indvars.iv.next903.i, 4
+  br i1 %exitcond905.not.i, label %for_end_ax0.i, label %for_body_ax0.i, !prof !31
 
-for_end_s38.i:                                    ; preds = %for_body_s37.i
-  %indvars.iv.next921.i = add nuw nsw i64 %indvars.iv920.i, 1
-  %exitcond924.not.i = icmp eq i64 %indvars.iv.next921.i, %wide.trip.count914.i
-  br i1 %exitcond924.not.i, label %for_end_to33.i, label %for_begin_s36.preheader.i, !prof !8
+for_end_ax0.i:                                    ; preds = %for_body_ax0.i
+  %1947 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1948 = tail call i32 %1947(i32 1, i32 %dev_id, ptr nonnull %by_token.i)
+  %.not753.i = icmp eq i32 %1948, 0
+  br i1 %.not753.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !75
 
-if_end200.i:                                      ; preds = %for_end_to33.i
-  %1947 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scaled.i = tail call ptr %1947(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1948 = icmp eq ptr %scaled.i, null
-  br i1 %1948, label %fused_decode_compute_.exit, label %if_end203.i, !prof !7
-
-if_end203.i:                                      ; preds = %if_end200.i
+if_end193.i:                                      ; preds = %for_end_to.i
   %1949 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %exact.i = tail call ptr %1949(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1950 = icmp eq ptr %exact.i, null
-  br i1 %1950, label %fused_decode_compute_.exit, label %for_begin_to213.preheader.i, !prof !7
+  %scaled.i = tail call ptr %1949(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1950 = icmp eq ptr %scaled.i, null
+  br i1 %1950, label %fused_decode_compute_.exit, label %if_end196.i, !prof !7
 
-for_begin_to213.preheader.i:                      ; preds = %for_end_to215.i, %if_end203.i
-  %indvars.iv930.i = phi i64 [ %indvars.iv.next931.i, %for_end_to215.i ], [ 0, %if_end203.i ]
-  br i1 %1450, label %for_body_to214.lr.ph.i, label %for_end_to215.i, !prof !3
+if_end196.i:                                      ; preds = %if_end193.i
+  %1951 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %exact.i = tail call ptr %1951(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1952 = icmp eq ptr %exact.i, null
+  br i1 %1952, label %fused_decode_compute_.exit, label %for_begin_to206.preheader.i, !prof !7
 
-for_body_to214.lr.ph.i:                           ; preds = %for_begin_to213.preheader.i
-  %1951 = shl nuw nsw i64 %indvars.iv930.i, 7
-  br i1 %1457, label %for_body_to214.i.epil.preheader, label %for_body_to214.i, !prof !96
+for_begin_to206.preheader.i:                      ; preds = %for_end_to208.i, %if_end196.i
+  %indvars.iv916.i = phi i64 [ %indvars.iv.next917.i, %for_end_to208.i ], [ 0, %if_end196.i ]
+  br i1 %1450, label %for_body_to207.lr.ph.i, label %for_end_to208.i, !prof !3
 
-for_body_to214.i:                                 ; preds = %for_body_to214.i, %for_body_to214.lr.ph.i
-  %indvars.iv925.i = phi i64 [ %indvars.iv.next926.i.1, %for_body_to214.i ], [ 0, %for_body_to214.lr.ph.i ]
-  %niter = phi i64 [ %niter.next.1, %for_body_to214.i ], [ 0, %for_body_to214.lr.ph.i ]
-  %1952 = shl nsw i64 %indvars.iv925.i, 6
-  %1953 = add nuw nsw i64 %1952, %1951
-  %1954 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1953
-  %1955 = load <64 x float>, ptr %1954, align 4, !tbaa !4
-  %1956 = fmul <64 x float> %98, %1955
-  %1957 = trunc i64 %1952 to i32
-  %1958 = sub i32 %1441, %1957
-  %1959 = insertelement <64 x i32> poison, i32 %1958, i64 0
-  %1960 = shufflevector <64 x i32> %1959, <64 x i32> poison, <64 x i32> zeroinitializer
-  %1961 = icmp sgt <64 x i32> %1960, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
-  %1962 = select <64 x i1> %1961, <64 x float> %1956, <64 x float> splat (float 0xFFF0000000000000)
-  %1963 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1953
-  store <64 x float> %1962, ptr %1963, align 4, !tbaa !4
-  %indvars.iv.next926.i = shl i64 %indvars.iv925.i, 6
-  %1964 = or disjoint i64 %indvars.iv.next926.i, 64
-  %1965 = add nuw nsw i64 %1964, %1951
-  %1966 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1965
-  %1967 = load <64 x float>, ptr %1966, align 4, !tbaa !4
-  %1968 = fmul <64 x float> %98, %1967
-  %1969 = trunc i64 %1964 to i32
-  %1970 = sub i32 %1441, %1969
-  %1971 = insertelement <64 x i32> poison, i32 %1970, i64 0
-  %1972 = shufflevector <64 x i32> %1971, <64 x i32> poison, <64 x i32> zeroinitializer
-  %1973 = icmp sgt <64 x i32> %1972, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
-  %1974 = select <64 x i1> %1973, <64 x float> %1968, <64 x float> splat (float 0xFFF0000000000000)
-  %1975 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1965
-  store <64 x float> %1974, ptr %1975, align 4, !tbaa !4
-  %indvars.iv.next926.i.1 = add nuw nsw i64 %indvars.iv925.i, 2
+for_body_to207.lr.ph.i:                           ; preds = %for_begin_to206.preheader.i
+  %1953 = shl nuw nsw i64 %indvars.iv916.i, 7
+  br i1 %1457, label %for_body_to207.i.epil.preheader, label %for_body_to207.i, !prof !96
+
+for_body_to207.i:                                 ; preds = %for_body_to207.i, %for_body_to207.lr.ph.i
+  %indvars.iv911.i = phi i64 [ %indvars.iv.next912.i.1, %for_body_to207.i ], [ 0, %for_body_to207.lr.ph.i ]
+  %niter = phi i64 [ %niter.next.1, %for_body_to207.i ], [ 0, %for_body_to207.lr.ph.i ]
+  %1954 = shl nsw i64 %indvars.iv911.i, 6
+  %1955 = add nuw nsw i64 %1954, %1953
+  %1956 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1955
+  %1957 = load <64 x float>, ptr %1956, align 4, !tbaa !4
+  %1958 = fmul <64 x float> %98, %1957
+  %1959 = trunc i64 %1954 to i32
+  %1960 = sub i32 %1441, %1959
+  %1961 = insertelement <64 x i32> poison, i32 %1960, i64 0
+  %1962 = shufflevector <64 x i32> %1961, <64 x i32> poison, <64 x i32> zeroinitializer
+  %1963 = icmp sgt <64 x i32> %1962, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
+  %1964 = select <64 x i1> %1963, <64 x float> %1958, <64 x float> splat (float 0xFFF0000000000000)
+  %1965 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1955
+  store <64 x float> %1964, ptr %1965, align 4, !tbaa !4
+  %indvars.iv.next912.i = shl i64 %indvars.iv911.i, 6
+  %1966 = or disjoint i64 %indvars.iv.next912.i, 64
+  %1967 = add nuw nsw i64 %1966, %1953
+  %1968 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1967
+  %1969 = load <64 x float>, ptr %1968, align 4, !tbaa !4
+  %1970 = fmul <64 x float> %98, %1969
+  %1971 = trunc i64 %1966 to i32
+  %1972 = sub i32 %1441, %1971
+  %1973 = insertelement <64 x i32> poison, i32 %1972, i64 0
+  %1974 = shufflevector <64 x i32> %1973, <64 x i32> poison, <64 x i32> zeroinitializer
+  %1975 = icmp sgt <64 x i32> %1974, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
+  %1976 = select <64 x i1> %1975, <64 x float> %1970, <64 x float> splat (float 0xFFF0000000000000)
+  %1977 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1967
+  store <64 x float> %1976, ptr %1977, align 4, !tbaa !4
+  %indvars.iv.next912.i.1 = add nuw nsw i64 %indvars.iv911.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_to215.i.loopexit.unr-lcssa, label %for_body_to214.i, !prof !97, !llvm.loop !98
+  br i1 %niter.ncmp.1, label %for_end_to208.i.loopexit.unr-lcssa, label %for_body_to207.i, !prof !97, !llvm.loop !98
 
-for_end_to215.i.loopexit.unr-lcssa:               ; preds = %for_body_to214.i
-  br i1 %lcmp.mod.not, label %for_end_to215.i, label %for_body_to214.i.epil.preheader, !prof !100
+for_end_to208.i.loopexit.unr-lcssa:               ; preds = %for_body_to207.i
+  br i1 %lcmp.mod.not, label %for_end_to208.i, label %for_body_to207.i.epil.preheader, !prof !100
 
-for_body_to214.i.epil.preheader:                  ; preds = %for_end_to215.i.loopexit.unr-lcssa, %for_body_to214.lr.ph.i
-  %indvars.iv925.i.epil.init = phi i64 [ 0, %for_body_to214.lr.ph.i ], [ %indvars.iv.next926.i.1, %for_end_to215.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod322)
-  %1976 = shl nsw i64 %indvars.iv925.i.epil.init, 6
-  %1977 = add nuw nsw i64 %1976, %1951
-  %1978 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1977
-  %1979 = load <64 x float>, ptr %1978, align 4, !tbaa !4
-  %1980 = fmul <64 x float> %98, %1979
-  %1981 = trunc i64 %1976 to i32
-  %1982 = sub i32 %1441, %1981
-  %1983 = insertelement <64 x i32> poison, i32 %1982, i64 0
-  %1984 = shufflevector <64 x i32> %1983, <64 x i32> poison, <64 x i32> zeroinitializer
-  %1985 = icmp sgt <64 x i32> %1984, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
-  %1986 = select <64 x i1> %1985, <64 x float> %1980, <64 x float> splat (float 0xFFF0000000000000)
-  %1987 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1977
-  store <64 x float> %1986, ptr %1987, align 4, !tbaa !4
-  br label %for_end_to215.i
+for_body_to207.i.epil.preheader:                  ; preds = %for_end_to208.i.loopexit.unr-lcssa, %for_body_to207.lr.ph.i
+  %indvars.iv911.i.epil.init = phi i64 [ 0, %for_body_to207.lr.ph.i ], [ %indvars.iv.next912.i.1, %for_end_to208.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod327)
+  %1978 = shl nsw i64 %indvars.iv911.i.epil.init, 6
+  %1979 = add nuw nsw i64 %1978, %1953
+  %1980 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1979
+  %1981 = load <64 x float>, ptr %1980, align 4, !tbaa !4
+  %1982 = fmul <64 x float> %98, %1981
+  %1983 = trunc i64 %1978 to i32
+  %1984 = sub i32 %1441, %1983
+  %1985 = insertelement <64 x i32> poison, i32 %1984, i64 0
+  %1986 = shufflevector <64 x i32> %1985, <64 x i32> poison, <64 x i32> zeroinitializer
+  %1987 = icmp sgt <64 x i32> %1986, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
+  %1988 = select <64 x i1> %1987, <64 x float> %1982, <64 x float> splat (float 0xFFF0000000000000)
+  %1989 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1979
+  store <64 x float> %1988, ptr %1989, align 4, !tbaa !4
+  br label %for_end_to208.i
 
-for_end_to215.i:                                  ; preds = %for_body_to214.i.epil.preheader, %for_end_to215.i.loopexit.unr-lcssa, %for_begin_to213.preheader.i
-  %indvars.iv.next931.i = add nuw nsw i64 %indvars.iv930.i, 1
-  %exitcond933.not.i = icmp eq i64 %indvars.iv.next931.i, 16
-  br i1 %exitcond933.not.i, label %for_begin_to223.preheader.i, label %for_begin_to213.preheader.i, !prof !31
+for_end_to208.i:                                  ; preds = %for_body_to207.i.epil.preheader, %for_end_to208.i.loopexit.unr-lcssa, %for_begin_to206.preheader.i
+  %indvars.iv.next917.i = add nuw nsw i64 %indvars.iv916.i, 1
+  %exitcond919.not.i = icmp eq i64 %indvars.iv.next917.i, 16
+  br i1 %exitcond919.not.i, label %for_begin_to216.preheader.i, label %for_begin_to206.preheader.i, !prof !31
 
-for_begin_to223.preheader.i:                      ; preds = %for_end_to225.i, %for_end_to215.i
-  %indvars.iv939.i = phi i64 [ %indvars.iv.next940.i, %for_end_to225.i ], [ 0, %for_end_to215.i ]
-  br i1 %1450, label %for_body_to224.lr.ph.i, label %for_end_to225.i, !prof !3
+for_begin_to216.preheader.i:                      ; preds = %for_end_to218.i, %for_end_to208.i
+  %indvars.iv925.i = phi i64 [ %indvars.iv.next926.i, %for_end_to218.i ], [ 0, %for_end_to208.i ]
+  br i1 %1450, label %for_body_to217.lr.ph.i, label %for_end_to218.i, !prof !3
 
-for_body_to224.lr.ph.i:                           ; preds = %for_begin_to223.preheader.i
-  %.idx1206.i = shl nuw nsw i64 %indvars.iv939.i, 9
-  %invariant.gep1271.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1206.i
-  br i1 %1458, label %for_body_to224.i.epil.preheader, label %for_body_to224.i, !prof !101
+for_body_to217.lr.ph.i:                           ; preds = %for_begin_to216.preheader.i
+  %.idx1189.i = shl nuw nsw i64 %indvars.iv925.i, 9
+  %invariant.gep1253.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1189.i
+  br i1 %1458, label %for_body_to217.i.epil.preheader, label %for_body_to217.i, !prof !101
 
-for_end_r220.i:                                   ; preds = %for_end_to225.i
-  br i1 %1451, label %if_then295.15.i, label %if_end296.15.i
+for_end_r213.i:                                   ; preds = %for_end_to218.i
+  br i1 %1451, label %if_then288.15.i, label %if_end289.15.i
 
-for_body_to224.i:                                 ; preds = %for_body_to224.i, %for_body_to224.lr.ph.i
-  %indvars.iv934.i = phi i64 [ %indvars.iv.next935.i.3, %for_body_to224.i ], [ 0, %for_body_to224.lr.ph.i ]
-  %peak.rf_global739.sroa.0.0804.i = phi <16 x float> [ %2050, %for_body_to224.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_to224.lr.ph.i ]
-  %niter328 = phi i64 [ %niter328.next.3, %for_body_to224.i ], [ 0, %for_body_to224.lr.ph.i ]
-  %.idx1205.i = shl nsw i64 %indvars.iv934.i, 8
-  %gep1272.i = getelementptr inbounds nuw i8, ptr %invariant.gep1271.i, i64 %.idx1205.i
-  %1988 = load <16 x float>, ptr %gep1272.i, align 4, !tbaa !4
-  %1989 = fcmp ogt <16 x float> %peak.rf_global739.sroa.0.0804.i, %1988
-  %1990 = select <16 x i1> %1989, <16 x float> %peak.rf_global739.sroa.0.0804.i, <16 x float> %1988
-  %1991 = getelementptr inbounds nuw i8, ptr %gep1272.i, i64 64
-  %1992 = load <16 x float>, ptr %1991, align 4, !tbaa !4
-  %1993 = fcmp ogt <16 x float> %1990, %1992
-  %1994 = select <16 x i1> %1993, <16 x float> %1990, <16 x float> %1992
-  %1995 = getelementptr inbounds nuw i8, ptr %gep1272.i, i64 128
-  %1996 = load <16 x float>, ptr %1995, align 4, !tbaa !4
-  %1997 = fcmp ogt <16 x float> %1994, %1996
-  %1998 = select <16 x i1> %1997, <16 x float> %1994, <16 x float> %1996
-  %1999 = getelementptr inbounds nuw i8, ptr %gep1272.i, i64 192
-  %2000 = load <16 x float>, ptr %1999, align 4, !tbaa !4
-  %2001 = fcmp ogt <16 x float> %1998, %2000
-  %2002 = select <16 x i1> %2001, <16 x float> %1998, <16 x float> %2000
-  %indvars.iv.next935.i = shl i64 %indvars.iv934.i, 8
-  %2003 = getelementptr inbounds nuw i8, ptr %invariant.gep1271.i, i64 %indvars.iv.next935.i
-  %gep1272.i.1 = getelementptr inbounds nuw i8, ptr %2003, i64 256
-  %2004 = load <16 x float>, ptr %gep1272.i.1, align 4, !tbaa !4
-  %2005 = fcmp ogt <16 x float> %2002, %2004
-  %2006 = select <16 x i1> %2005, <16 x float> %2002, <16 x float> %2004
-  %2007 = getelementptr inbounds nuw i8, ptr %2003, i64 320
-  %2008 = load <16 x float>, ptr %2007, align 4, !tbaa !4
-  %2009 = fcmp ogt <16 x float> %2006, %2008
-  %2010 = select <16 x i1> %2009, <16 x float> %2006, <16 x float> %2008
-  %2011 = getelementptr inbounds nuw i8, ptr %2003, i64 384
-  %2012 = load <16 x float>, ptr %2011, align 4, !tbaa !4
-  %2013 = fcmp ogt <16 x float> %2010, %2012
-  %2014 = select <16 x i1> %2013, <16 x float> %2010, <16 x float> %2012
-  %2015 = getelementptr inbounds nuw i8, ptr %2003, i64 448
-  %2016 = load <16 x float>, ptr %2015, align 4, !tbaa !4
-  %2017 = fcmp ogt <16 x float> %2014, %2016
-  %2018 = select <16 x i1> %2017, <16 x float> %2014, <16 x float> %2016
-  %indvars.iv.next935.i.1 = shl i64 %indvars.iv934.i, 8
-  %2019 = getelementptr inbounds nuw i8, ptr %invariant.gep1271.i, i64 %indvars.iv.next935.i.1
-  %gep1272.i.2 = getelementptr inbounds nuw i8, ptr %2019, i64 512
-  %2020 = load <16 x float>, ptr %gep1272.i.2, align 4, !tbaa !4
-  %2021 = fcmp ogt <16 x float> %2018, %2020
-  %2022 = select <16 x i1> %2021, <16 x float> %2018, <16 x float> %2020
-  %2023 = getelementptr inbounds nuw i8, ptr %2019, i64 576
-  %2024 = load <16 x float>, ptr %2023, align 4, !tbaa !4
-  %2025 = fcmp ogt <16 x float> %2022, %2024
-  %2026 = select <16 x i1> %2025, <16 x float> %2022, <16 x float> %2024
-  %2027 = getelementptr inbounds nuw i8, ptr %2019, i64 640
-  %2028 = load <16 x float>, ptr %2027, align 4, !tbaa !4
-  %2029 = fcmp ogt <16 x float> %2026, %2028
-  %2030 = select <16 x i1> %2029, <16 x float> %2026, <16 x float> %2028
-  %2031 = getelementptr inbounds nuw i8, ptr %2019, i64 704
-  %2032 = load <16 x float>, ptr %2031, align 4, !tbaa !4
-  %2033 = fcmp ogt <16 x float> %2030, %2032
-  %2034 = select <16 x i1> %2033, <16 x float> %2030, <16 x float> %2032
-  %indvars.iv.next935.i.2 = shl i64 %indvars.iv934.i, 8
-  %2035 = getelementptr inbounds nuw i8, ptr %invariant.gep1271.i, i64 %indvars.iv.next935.i.2
-  %gep1272.i.3 = getelementptr inbounds nuw i8, ptr %2035, i64 768
-  %2036 = load <16 x float>, ptr %gep1272.i.3, align 4, !tbaa !4
-  %2037 = fcmp ogt <16 x float> %2034, %2036
-  %2038 = select <16 x i1> %2037, <16 x float> %2034, <16 x float> %2036
-  %2039 = getelementptr inbounds nuw i8, ptr %2035, i64 832
-  %2040 = load <16 x float>, ptr %2039, align 4, !tbaa !4
-  %2041 = fcmp ogt <16 x float> %2038, %2040
-  %2042 = select <16 x i1> %2041, <16 x float> %2038, <16 x float> %2040
-  %2043 = getelementptr inbounds nuw i8, ptr %2035, i64 896
-  %2044 = load <16 x float>, ptr %2043, align 4, !tbaa !4
-  %2045 = fcmp ogt <16 x float> %2042, %2044
-  %2046 = select <16 x i1> %2045, <16 x float> %2042, <16 x float> %2044
-  %2047 = getelementptr inbounds nuw i8, ptr %2035, i64 960
-  %2048 = load <16 x float>, ptr %2047, align 4, !tbaa !4
-  %2049 = fcmp ogt <16 x float> %2046, %2048
-  %2050 = select <16 x i1> %2049, <16 x float> %2046, <16 x float> %2048
-  %indvars.iv.next935.i.3 = add nuw nsw i64 %indvars.iv934.i, 4
-  %niter328.next.3 = add i64 %niter328, 4
-  %niter328.ncmp.3 = icmp eq i64 %niter328.next.3, %unroll_iter327
-  br i1 %niter328.ncmp.3, label %for_end_to225.i.loopexit.unr-lcssa, label %for_body_to224.i, !prof !102, !llvm.loop !103
+for_body_to217.i:                                 ; preds = %for_body_to217.i, %for_body_to217.lr.ph.i
+  %indvars.iv920.i = phi i64 [ %indvars.iv.next921.i.3, %for_body_to217.i ], [ 0, %for_body_to217.lr.ph.i ]
+  %peak.rf_global729.sroa.0.0794.i = phi <16 x float> [ %2052, %for_body_to217.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_to217.lr.ph.i ]
+  %niter333 = phi i64 [ %niter333.next.3, %for_body_to217.i ], [ 0, %for_body_to217.lr.ph.i ]
+  %.idx1188.i = shl nsw i64 %indvars.iv920.i, 8
+  %gep1254.i = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %.idx1188.i
+  %1990 = load <16 x float>, ptr %gep1254.i, align 4, !tbaa !4
+  %1991 = fcmp ogt <16 x float> %peak.rf_global729.sroa.0.0794.i, %1990
+  %1992 = select <16 x i1> %1991, <16 x float> %peak.rf_global729.sroa.0.0794.i, <16 x float> %1990
+  %1993 = getelementptr inbounds nuw i8, ptr %gep1254.i, i64 64
+  %1994 = load <16 x float>, ptr %1993, align 4, !tbaa !4
+  %1995 = fcmp ogt <16 x float> %1992, %1994
+  %1996 = select <16 x i1> %1995, <16 x float> %1992, <16 x float> %1994
+  %1997 = getelementptr inbounds nuw i8, ptr %gep1254.i, i64 128
+  %1998 = load <16 x float>, ptr %1997, align 4, !tbaa !4
+  %1999 = fcmp ogt <16 x float> %1996, %1998
+  %2000 = select <16 x i1> %1999, <16 x float> %1996, <16 x float> %1998
+  %2001 = getelementptr inbounds nuw i8, ptr %gep1254.i, i64 192
+  %2002 = load <16 x float>, ptr %2001, align 4, !tbaa !4
+  %2003 = fcmp ogt <16 x float> %2000, %2002
+  %2004 = select <16 x i1> %2003, <16 x float> %2000, <16 x float> %2002
+  %indvars.iv.next921.i = shl i64 %indvars.iv920.i, 8
+  %2005 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %indvars.iv.next921.i
+  %gep1254.i.1 = getelementptr inbounds nuw i8, ptr %2005, i64 256
+  %2006 = load <16 x float>, ptr %gep1254.i.1, align 4, !tbaa !4
+  %2007 = fcmp ogt <16 x float> %2004, %2006
+  %2008 = select <16 x i1> %2007, <16 x float> %2004, <16 x float> %2006
+  %2009 = getelementptr inbounds nuw i8, ptr %2005, i64 320
+  %2010 = load <16 x float>, ptr %2009, align 4, !tbaa !4
+  %2011 = fcmp ogt <16 x float> %2008, %2010
+  %2012 = select <16 x i1> %2011, <16 x float> %2008, <16 x float> %2010
+  %2013 = getelementptr inbounds nuw i8, ptr %2005, i64 384
+  %2014 = load <16 x float>, ptr %2013, align 4, !tbaa !4
+  %2015 = fcmp ogt <16 x float> %2012, %2014
+  %2016 = select <16 x i1> %2015, <16 x float> %2012, <16 x float> %2014
+  %2017 = getelementptr inbounds nuw i8, ptr %2005, i64 448
+  %2018 = load <16 x float>, ptr %2017, align 4, !tbaa !4
+  %2019 = fcmp ogt <16 x float> %2016, %2018
+  %2020 = select <16 x i1> %2019, <16 x float> %2016, <16 x float> %2018
+  %indvars.iv.next921.i.1 = shl i64 %indvars.iv920.i, 8
+  %2021 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %indvars.iv.next921.i.1
+  %gep1254.i.2 = getelementptr inbounds nuw i8, ptr %2021, i64 512
+  %2022 = load <16 x float>, ptr %gep1254.i.2, align 4, !tbaa !4
+  %2023 = fcmp ogt <16 x float> %2020, %2022
+  %2024 = select <16 x i1> %2023, <16 x float> %2020, <16 x float> %2022
+  %2025 = getelementptr inbounds nuw i8, ptr %2021, i64 576
+  %2026 = load <16 x float>, ptr %2025, align 4, !tbaa !4
+  %2027 = fcmp ogt <16 x float> %2024, %2026
+  %2028 = select <16 x i1> %2027, <16 x float> %2024, <16 x float> %2026
+  %2029 = getelementptr inbounds nuw i8, ptr %2021, i64 640
+  %2030 = load <16 x float>, ptr %2029, align 4, !tbaa !4
+  %2031 = fcmp ogt <16 x float> %2028, %2030
+  %2032 = select <16 x i1> %2031, <16 x float> %2028, <16 x float> %2030
+  %2033 = getelementptr inbounds nuw i8, ptr %2021, i64 704
+  %2034 = load <16 x float>, ptr %2033, align 4, !tbaa !4
+  %2035 = fcmp ogt <16 x float> %2032, %2034
+  %2036 = select <16 x i1> %2035, <16 x float> %2032, <16 x float> %2034
+  %indvars.iv.next921.i.2 = shl i64 %indvars.iv920.i, 8
+  %2037 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %indvars.iv.next921.i.2
+  %gep1254.i.3 = getelementptr inbounds nuw i8, ptr %2037, i64 768
+  %2038 = load <16 x float>, ptr %gep1254.i.3, align 4, !tbaa !4
+  %2039 = fcmp ogt <16 x float> %2036, %2038
+  %2040 = select <16 x i1> %2039, <16 x float> %2036, <16 x float> %2038
+  %2041 = getelementptr inbounds nuw i8, ptr %2037, i64 832
+  %2042 = load <16 x float>, ptr %2041, align 4, !tbaa !4
+  %2043 = fcmp ogt <16 x float> %2040, %2042
+  %2044 = select <16 x i1> %2043, <16 x float> %2040, <16 x float> %2042
+  %2045 = getelementptr inbounds nuw i8, ptr %2037, i64 896
+  %2046 = load <16 x float>, ptr %2045, align 4, !tbaa !4
+  %2047 = fcmp ogt <16 x float> %2044, %2046
+  %2048 = select <16 x i1> %2047, <16 x float> %2044, <16 x float> %2046
+  %2049 = getelementptr inbounds nuw i8, ptr %2037, i64 960
+  %2050 = load <16 x float>, ptr %2049, align 4, !tbaa !4
+  %2051 = fcmp ogt <16 x float> %2048, %2050
+  %2052 = select <16 x i1> %2051, <16 x float> %2048, <16 x float> %2050
+  %indvars.iv.next921.i.3 = add nuw nsw i64 %indvars.iv920.i, 4
+  %niter333.next.3 = add i64 %niter333, 4
+  %niter333.ncmp.3 = icmp eq i64 %niter333.next.3, %unroll_iter332
+  br i1 %niter333.ncmp.3, label %for_end_to218.i.loopexit.unr-lcssa, label %for_body_to217.i, !prof !102, !llvm.loop !103
 
-for_end_to225.i.loopexit.unr-lcssa:               ; preds = %for_body_to224.i
-  br i1 %lcmp.mod324.not, label %for_end_to225.i, label %for_body_to224.i.epil.preheader, !prof !105
+for_end_to218.i.loopexit.unr-lcssa:               ; preds = %for_body_to217.i
+  br i1 %lcmp.mod329.not, label %for_end_to218.i, label %for_body_to217.i.epil.preheader, !prof !105
 
-for_body_to224.i.epil.preheader:                  ; preds = %for_end_to225.i.loopexit.unr-lcssa, %for_body_to224.lr.ph.i
-  %indvars.iv934.i.epil.init = phi i64 [ 0, %for_body_to224.lr.ph.i ], [ %indvars.iv.next935.i.3, %for_end_to225.i.loopexit.unr-lcssa ]
-  %peak.rf_global739.sroa.0.0804.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_to224.lr.ph.i ], [ %2050, %for_end_to225.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod326)
-  br label %for_body_to224.i.epil
+for_body_to217.i.epil.preheader:                  ; preds = %for_end_to218.i.loopexit.unr-lcssa, %for_body_to217.lr.ph.i
+  %indvars.iv920.i.epil.init = phi i64 [ 0, %for_body_to217.lr.ph.i ], [ %indvars.iv.next921.i.3, %for_end_to218.i.loopexit.unr-lcssa ]
+  %peak.rf_global729.sroa.0.0794.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_to217.lr.ph.i ], [ %2052, %for_end_to218.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod331)
+  br label %for_body_to217.i.epil
 
-for_body_to224.i.epil:                            ; preds = %for_body_to224.i.epil, %for_body_to224.i.epil.preheader
-  %indvars.iv934.i.epil = phi i64 [ %indvars.iv934.i.epil.init, %for_body_to224.i.epil.preheader ], [ %indvars.iv.next935.i.epil, %for_body_to224.i.epil ]
-  %peak.rf_global739.sroa.0.0804.i.epil = phi <16 x float> [ %peak.rf_global739.sroa.0.0804.i.epil.init, %for_body_to224.i.epil.preheader ], [ %2065, %for_body_to224.i.epil ]
-  %epil.iter = phi i64 [ 0, %for_body_to224.i.epil.preheader ], [ %epil.iter.next, %for_body_to224.i.epil ]
-  %.idx1205.i.epil = shl nsw i64 %indvars.iv934.i.epil, 8
-  %gep1272.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1271.i, i64 %.idx1205.i.epil
-  %2051 = load <16 x float>, ptr %gep1272.i.epil, align 4, !tbaa !4
-  %2052 = fcmp ogt <16 x float> %peak.rf_global739.sroa.0.0804.i.epil, %2051
-  %2053 = select <16 x i1> %2052, <16 x float> %peak.rf_global739.sroa.0.0804.i.epil, <16 x float> %2051
-  %2054 = getelementptr inbounds nuw i8, ptr %gep1272.i.epil, i64 64
-  %2055 = load <16 x float>, ptr %2054, align 4, !tbaa !4
-  %2056 = fcmp ogt <16 x float> %2053, %2055
-  %2057 = select <16 x i1> %2056, <16 x float> %2053, <16 x float> %2055
-  %2058 = getelementptr inbounds nuw i8, ptr %gep1272.i.epil, i64 128
-  %2059 = load <16 x float>, ptr %2058, align 4, !tbaa !4
-  %2060 = fcmp ogt <16 x float> %2057, %2059
-  %2061 = select <16 x i1> %2060, <16 x float> %2057, <16 x float> %2059
-  %2062 = getelementptr inbounds nuw i8, ptr %gep1272.i.epil, i64 192
-  %2063 = load <16 x float>, ptr %2062, align 4, !tbaa !4
-  %2064 = fcmp ogt <16 x float> %2061, %2063
-  %2065 = select <16 x i1> %2064, <16 x float> %2061, <16 x float> %2063
-  %indvars.iv.next935.i.epil = add nuw nsw i64 %indvars.iv934.i.epil, 1
+for_body_to217.i.epil:                            ; preds = %for_body_to217.i.epil, %for_body_to217.i.epil.preheader
+  %indvars.iv920.i.epil = phi i64 [ %indvars.iv920.i.epil.init, %for_body_to217.i.epil.preheader ], [ %indvars.iv.next921.i.epil, %for_body_to217.i.epil ]
+  %peak.rf_global729.sroa.0.0794.i.epil = phi <16 x float> [ %peak.rf_global729.sroa.0.0794.i.epil.init, %for_body_to217.i.epil.preheader ], [ %2067, %for_body_to217.i.epil ]
+  %epil.iter = phi i64 [ 0, %for_body_to217.i.epil.preheader ], [ %epil.iter.next, %for_body_to217.i.epil ]
+  %.idx1188.i.epil = shl nsw i64 %indvars.iv920.i.epil, 8
+  %gep1254.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %.idx1188.i.epil
+  %2053 = load <16 x float>, ptr %gep1254.i.epil, align 4, !tbaa !4
+  %2054 = fcmp ogt <16 x float> %peak.rf_global729.sroa.0.0794.i.epil, %2053
+  %2055 = select <16 x i1> %2054, <16 x float> %peak.rf_global729.sroa.0.0794.i.epil, <16 x float> %2053
+  %2056 = getelementptr inbounds nuw i8, ptr %gep1254.i.epil, i64 64
+  %2057 = load <16 x float>, ptr %2056, align 4, !tbaa !4
+  %2058 = fcmp ogt <16 x float> %2055, %2057
+  %2059 = select <16 x i1> %2058, <16 x float> %2055, <16 x float> %2057
+  %2060 = getelementptr inbounds nuw i8, ptr %gep1254.i.epil, i64 128
+  %2061 = load <16 x float>, ptr %2060, align 4, !tbaa !4
+  %2062 = fcmp ogt <16 x float> %2059, %2061
+  %2063 = select <16 x i1> %2062, <16 x float> %2059, <16 x float> %2061
+  %2064 = getelementptr inbounds nuw i8, ptr %gep1254.i.epil, i64 192
+  %2065 = load <16 x float>, ptr %2064, align 4, !tbaa !4
+  %2066 = fcmp ogt <16 x float> %2063, %2065
+  %2067 = select <16 x i1> %2066, <16 x float> %2063, <16 x float> %2065
+  %indvars.iv.next921.i.epil = add nuw nsw i64 %indvars.iv920.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
-  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter323
-  br i1 %epil.iter.cmp.not, label %for_end_to225.i, label %for_body_to224.i.epil, !prof !100, !llvm.loop !106
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter328
+  br i1 %epil.iter.cmp.not, label %for_end_to218.i, label %for_body_to217.i.epil, !prof !100, !llvm.loop !106
 
-for_end_to225.i:                                  ; preds = %for_body_to224.i.epil, %for_end_to225.i.loopexit.unr-lcssa, %for_begin_to223.preheader.i
-  %peak.rf_global739.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to223.preheader.i ], [ %2050, %for_end_to225.i.loopexit.unr-lcssa ], [ %2065, %for_body_to224.i.epil ]
-  %.idx1207.i = shl nuw nsw i64 %indvars.iv939.i, 6
-  %2066 = getelementptr inbounds nuw i8, ptr %peak.rf741.i, i64 %.idx1207.i
-  store <16 x float> %peak.rf_global739.sroa.0.0.lcssa.i, ptr %2066, align 16, !tbaa !109
-  %indvars.iv.next940.i = add nuw nsw i64 %indvars.iv939.i, 1
-  %exitcond942.not.i = icmp eq i64 %indvars.iv.next940.i, 16
-  br i1 %exitcond942.not.i, label %for_end_r220.i, label %for_begin_to223.preheader.i, !prof !31
+for_end_to218.i:                                  ; preds = %for_body_to217.i.epil, %for_end_to218.i.loopexit.unr-lcssa, %for_begin_to216.preheader.i
+  %peak.rf_global729.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to216.preheader.i ], [ %2052, %for_end_to218.i.loopexit.unr-lcssa ], [ %2067, %for_body_to217.i.epil ]
+  %.idx1190.i = shl nuw nsw i64 %indvars.iv925.i, 6
+  %2068 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 %.idx1190.i
+  store <16 x float> %peak.rf_global729.sroa.0.0.lcssa.i, ptr %2068, align 16, !tbaa !109
+  %indvars.iv.next926.i = add nuw nsw i64 %indvars.iv925.i, 1
+  %exitcond928.not.i = icmp eq i64 %indvars.iv.next926.i, 16
+  br i1 %exitcond928.not.i, label %for_end_r213.i, label %for_begin_to216.preheader.i, !prof !31
 
-if_then295.15.i:                                  ; preds = %for_end_r220.i
-  %v229.i = load <16 x float>, ptr %peak.rf741.i, align 16, !tbaa !111
-  %v231.i = load <16 x float>, ptr %99, align 16, !tbaa !117
-  %2067 = shufflevector <16 x float> %v229.i, <16 x float> %v231.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %2068 = shufflevector <16 x float> %v229.i, <16 x float> %v231.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %2069 = fcmp ogt <16 x float> %2067, %2068
-  %2070 = select <16 x i1> %2069, <16 x float> %2067, <16 x float> %2068
-  %v233.i = load <16 x float>, ptr %100, align 16, !tbaa !119
-  %v235.i = load <16 x float>, ptr %101, align 16, !tbaa !122
-  %2071 = shufflevector <16 x float> %v233.i, <16 x float> %v235.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %2072 = shufflevector <16 x float> %v233.i, <16 x float> %v235.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %2073 = fcmp ogt <16 x float> %2071, %2072
-  %2074 = select <16 x i1> %2073, <16 x float> %2071, <16 x float> %2072
-  %2075 = shufflevector <16 x float> %2070, <16 x float> %2074, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %2076 = shufflevector <16 x float> %2070, <16 x float> %2074, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %2077 = fcmp ogt <16 x float> %2075, %2076
-  %2078 = select <16 x i1> %2077, <16 x float> %2075, <16 x float> %2076
-  %v237.i = load <16 x float>, ptr %102, align 16, !tbaa !124
-  %v239.i = load <16 x float>, ptr %103, align 16, !tbaa !128
-  %2079 = shufflevector <16 x float> %v237.i, <16 x float> %v239.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %2080 = shufflevector <16 x float> %v237.i, <16 x float> %v239.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %2081 = fcmp ogt <16 x float> %2079, %2080
-  %2082 = select <16 x i1> %2081, <16 x float> %2079, <16 x float> %2080
-  %v241.i = load <16 x float>, ptr %104, align 16, !tbaa !130
-  %v243.i = load <16 x float>, ptr %105, align 16, !tbaa !133
-  %2083 = shufflevector <16 x float> %v241.i, <16 x float> %v243.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %2084 = shufflevector <16 x float> %v241.i, <16 x float> %v243.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %2085 = fcmp ogt <16 x float> %2083, %2084
-  %2086 = select <16 x i1> %2085, <16 x float> %2083, <16 x float> %2084
-  %2087 = shufflevector <16 x float> %2082, <16 x float> %2086, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %2088 = shufflevector <16 x float> %2082, <16 x float> %2086, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %2089 = fcmp ogt <16 x float> %2087, %2088
-  %2090 = select <16 x i1> %2089, <16 x float> %2087, <16 x float> %2088
-  %2091 = shufflevector <16 x float> %2078, <16 x float> %2090, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %2092 = shufflevector <16 x float> %2078, <16 x float> %2090, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %2093 = fcmp ogt <16 x float> %2091, %2092
-  %2094 = select <16 x i1> %2093, <16 x float> %2091, <16 x float> %2092
-  %v245.i = load <16 x float>, ptr %106, align 16, !tbaa !135
-  %v247.i = load <16 x float>, ptr %107, align 16, !tbaa !140
-  %2095 = shufflevector <16 x float> %v245.i, <16 x float> %v247.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %2096 = shufflevector <16 x float> %v245.i, <16 x float> %v247.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %2097 = fcmp ogt <16 x float> %2095, %2096
-  %2098 = select <16 x i1> %2097, <16 x float> %2095, <16 x float> %2096
-  %v249.i = load <16 x float>, ptr %108, align 16, !tbaa !142
-  %v251.i = load <16 x float>, ptr %109, align 16, !tbaa !145
-  %2099 = shufflevector <16 x float> %v249.i, <16 x float> %v251.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %2100 = shufflevector <16 x float> %v249.i, <16 x float> %v251.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %2101 = fcmp ogt <16 x float> %2099, %2100
-  %2102 = select <16 x i1> %2101, <16 x float> %2099, <16 x float> %2100
-  %2103 = shufflevector <16 x float> %2098, <16 x float> %2102, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %2104 = shufflevector <16 x float> %2098, <16 x float> %2102, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %2105 = fcmp ogt <16 x float> %2103, %2104
-  %2106 = select <16 x i1> %2105, <16 x float> %2103, <16 x float> %2104
-  %v253.i = load <16 x float>, ptr %110, align 16, !tbaa !147
-  %v255.i = load <16 x float>, ptr %111, align 16, !tbaa !151
-  %2107 = shufflevector <16 x float> %v253.i, <16 x float> %v255.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %2108 = shufflevector <16 x float> %v253.i, <16 x float> %v255.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %2109 = fcmp ogt <16 x float> %2107, %2108
-  %2110 = select <16 x i1> %2109, <16 x float> %2107, <16 x float> %2108
-  %v257.i = load <16 x float>, ptr %112, align 16, !tbaa !153
-  %v259.i = load <16 x float>, ptr %113, align 16, !tbaa !156
-  %2111 = shufflevector <16 x float> %v257.i, <16 x float> %v259.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %2112 = shufflevector <16 x float> %v257.i, <16 x float> %v259.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %2113 = fcmp ogt <16 x float> %2111, %2112
-  %2114 = select <16 x i1> %2113, <16 x float> %2111, <16 x float> %2112
-  %2115 = shufflevector <16 x float> %2110, <16 x float> %2114, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %2116 = shufflevector <16 x float> %2110, <16 x float> %2114, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %2117 = fcmp ogt <16 x float> %2115, %2116
-  %2118 = select <16 x i1> %2117, <16 x float> %2115, <16 x float> %2116
-  %2119 = shufflevector <16 x float> %2106, <16 x float> %2118, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %2120 = shufflevector <16 x float> %2106, <16 x float> %2118, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %2121 = fcmp ogt <16 x float> %2119, %2120
-  %2122 = select <16 x i1> %2121, <16 x float> %2119, <16 x float> %2120
-  %2123 = shufflevector <16 x float> %2094, <16 x float> %2122, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %2124 = shufflevector <16 x float> %2094, <16 x float> %2122, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %2125 = fcmp ogt <16 x float> %2123, %2124
-  %2126 = select <16 x i1> %2125, <16 x float> %2123, <16 x float> %2124
-  %2127 = fcmp olt <16 x float> %2126, splat (float 0xC7EFFFFFE0000000)
-  %2128 = select <16 x i1> %2127, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %2126
-  %2129 = shufflevector <16 x float> %2128, <16 x float> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2130 = shufflevector <16 x float> %2128, <16 x float> poison, <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  br label %if_end296.15.i
+if_then288.15.i:                                  ; preds = %for_end_r213.i
+  %v222.i = load <16 x float>, ptr %peak.rf731.i, align 16, !tbaa !111
+  %v224.i = load <16 x float>, ptr %99, align 16, !tbaa !117
+  %2069 = shufflevector <16 x float> %v222.i, <16 x float> %v224.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %2070 = shufflevector <16 x float> %v222.i, <16 x float> %v224.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %2071 = fcmp ogt <16 x float> %2069, %2070
+  %2072 = select <16 x i1> %2071, <16 x float> %2069, <16 x float> %2070
+  %v226.i = load <16 x float>, ptr %100, align 16, !tbaa !119
+  %v228.i = load <16 x float>, ptr %101, align 16, !tbaa !122
+  %2073 = shufflevector <16 x float> %v226.i, <16 x float> %v228.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %2074 = shufflevector <16 x float> %v226.i, <16 x float> %v228.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %2075 = fcmp ogt <16 x float> %2073, %2074
+  %2076 = select <16 x i1> %2075, <16 x float> %2073, <16 x float> %2074
+  %2077 = shufflevector <16 x float> %2072, <16 x float> %2076, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %2078 = shufflevector <16 x float> %2072, <16 x float> %2076, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %2079 = fcmp ogt <16 x float> %2077, %2078
+  %2080 = select <16 x i1> %2079, <16 x float> %2077, <16 x float> %2078
+  %v230.i = load <16 x float>, ptr %102, align 16, !tbaa !124
+  %v232.i = load <16 x float>, ptr %103, align 16, !tbaa !128
+  %2081 = shufflevector <16 x float> %v230.i, <16 x float> %v232.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %2082 = shufflevector <16 x float> %v230.i, <16 x float> %v232.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %2083 = fcmp ogt <16 x float> %2081, %2082
+  %2084 = select <16 x i1> %2083, <16 x float> %2081, <16 x float> %2082
+  %v234.i = load <16 x float>, ptr %104, align 16, !tbaa !130
+  %v236.i = load <16 x float>, ptr %105, align 16, !tbaa !133
+  %2085 = shufflevector <16 x float> %v234.i, <16 x float> %v236.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %2086 = shufflevector <16 x float> %v234.i, <16 x float> %v236.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %2087 = fcmp ogt <16 x float> %2085, %2086
+  %2088 = select <16 x i1> %2087, <16 x float> %2085, <16 x float> %2086
+  %2089 = shufflevector <16 x float> %2084, <16 x float> %2088, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %2090 = shufflevector <16 x float> %2084, <16 x float> %2088, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %2091 = fcmp ogt <16 x float> %2089, %2090
+  %2092 = select <16 x i1> %2091, <16 x float> %2089, <16 x float> %2090
+  %2093 = shufflevector <16 x float> %2080, <16 x float> %2092, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %2094 = shufflevector <16 x float> %2080, <16 x float> %2092, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %2095 = fcmp ogt <16 x float> %2093, %2094
+  %2096 = select <16 x i1> %2095, <16 x float> %2093, <16 x float> %2094
+  %v238.i = load <16 x float>, ptr %106, align 16, !tbaa !135
+  %v240.i = load <16 x float>, ptr %107, align 16, !tbaa !140
+  %2097 = shufflevector <16 x float> %v238.i, <16 x float> %v240.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %2098 = shufflevector <16 x float> %v238.i, <16 x float> %v240.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %2099 = fcmp ogt <16 x float> %2097, %2098
+  %2100 = select <16 x i1> %2099, <16 x float> %2097, <16 x float> %2098
+  %v242.i = load <16 x float>, ptr %108, align 16, !tbaa !142
+  %v244.i = load <16 x float>, ptr %109, align 16, !tbaa !145
+  %2101 = shufflevector <16 x float> %v242.i, <16 x float> %v244.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %2102 = shufflevector <16 x float> %v242.i, <16 x float> %v244.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %2103 = fcmp ogt <16 x float> %2101, %2102
+  %2104 = select <16 x i1> %2103, <16 x float> %2101, <16 x float> %2102
+  %2105 = shufflevector <16 x float> %2100, <16 x float> %2104, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %2106 = shufflevector <16 x float> %2100, <16 x float> %2104, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %2107 = fcmp ogt <16 x float> %2105, %2106
+  %2108 = select <16 x i1> %2107, <16 x float> %2105, <16 x float> %2106
+  %v246.i = load <16 x float>, ptr %110, align 16, !tbaa !147
+  %v248.i = load <16 x float>, ptr %111, align 16, !tbaa !151
+  %2109 = shufflevector <16 x float> %v246.i, <16 x float> %v248.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %2110 = shufflevector <16 x float> %v246.i, <16 x float> %v248.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %2111 = fcmp ogt <16 x float> %2109, %2110
+  %2112 = select <16 x i1> %2111, <16 x float> %2109, <16 x float> %2110
+  %v250.i = load <16 x float>, ptr %112, align 16, !tbaa !153
+  %v252.i = load <16 x float>, ptr %113, align 16, !tbaa !156
+  %2113 = shufflevector <16 x float> %v250.i, <16 x float> %v252.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %2114 = shufflevector <16 x float> %v250.i, <16 x float> %v252.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %2115 = fcmp ogt <16 x float> %2113, %2114
+  %2116 = select <16 x i1> %2115, <16 x float> %2113, <16 x float> %2114
+  %2117 = shufflevector <16 x float> %2112, <16 x float> %2116, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %2118 = shufflevector <16 x float> %2112, <16 x float> %2116, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %2119 = fcmp ogt <16 x float> %2117, %2118
+  %2120 = select <16 x i1> %2119, <16 x float> %2117, <16 x float> %2118
+  %2121 = shufflevector <16 x float> %2108, <16 x float> %2120, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %2122 = shufflevector <16 x float> %2108, <16 x float> %2120, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %2123 = fcmp ogt <16 x float> %2121, %2122
+  %2124 = select <16 x i1> %2123, <16 x float> %2121, <16 x float> %2122
+  %2125 = shufflevector <16 x float> %2096, <16 x float> %2124, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %2126 = shufflevector <16 x float> %2096, <16 x float> %2124, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %2127 = fcmp ogt <16 x float> %2125, %2126
+  %2128 = select <16 x i1> %2127, <16 x float> %2125, <16 x float> %2126
+  %2129 = fcmp olt <16 x float> %2128, splat (float 0xC7EFFFFFE0000000)
+  %2130 = select <16 x i1> %2129, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %2128
+  %2131 = shufflevector <16 x float> %2130, <16 x float> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2132 = shufflevector <16 x float> %2130, <16 x float> poison, <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  br label %if_end289.15.i
 
-if_end296.15.i:                                   ; preds = %if_then295.15.i, %for_end_r220.i
-  %2131 = phi <8 x float> [ %2129, %if_then295.15.i ], [ splat (float 0xC6293E5940000000), %for_end_r220.i ]
-  %2132 = phi <8 x float> [ %2130, %if_then295.15.i ], [ splat (float 0xC6293E5940000000), %for_end_r220.i ]
-  store <8 x float> %2131, ptr %tile_max744.i, align 16, !tbaa !158
-  store <8 x float> %2132, ptr %136, align 16, !tbaa !158
-  br label %for_begin_to302.preheader.i
+if_end289.15.i:                                   ; preds = %if_then288.15.i, %for_end_r213.i
+  %2133 = phi <8 x float> [ %2131, %if_then288.15.i ], [ splat (float 0xC6293E5940000000), %for_end_r213.i ]
+  %2134 = phi <8 x float> [ %2132, %if_then288.15.i ], [ splat (float 0xC6293E5940000000), %for_end_r213.i ]
+  store <8 x float> %2133, ptr %tile_max734.i, align 16, !tbaa !158
+  store <8 x float> %2134, ptr %136, align 16, !tbaa !158
+  br label %for_begin_to295.preheader.i
 
-for_begin_to302.preheader.i:                      ; preds = %for_end_to304.i, %if_end296.15.i
-  %indvars.iv952.i = phi i64 [ 0, %if_end296.15.i ], [ %indvars.iv.next953.i, %for_end_to304.i ]
-  br i1 %1450, label %for_body_to303.lr.ph.i, label %for_end_to304.i, !prof !3
+for_begin_to295.preheader.i:                      ; preds = %for_end_to297.i, %if_end289.15.i
+  %indvars.iv938.i = phi i64 [ 0, %if_end289.15.i ], [ %indvars.iv.next939.i, %for_end_to297.i ]
+  br i1 %1450, label %for_body_to296.lr.ph.i, label %for_end_to297.i, !prof !3
 
-for_body_to303.lr.ph.i:                           ; preds = %for_begin_to302.preheader.i
-  %2133 = getelementptr inbounds nuw float, ptr %tile_max744.i, i64 %indvars.iv952.i
-  %2134 = load float, ptr %2133, align 4, !tbaa !158
-  %2135 = insertelement <64 x float> poison, float %2134, i64 0
-  %2136 = shufflevector <64 x float> %2135, <64 x float> poison, <64 x i32> zeroinitializer
-  %2137 = shl nuw nsw i64 %indvars.iv952.i, 7
-  br label %for_body_to303.i
+for_body_to296.lr.ph.i:                           ; preds = %for_begin_to295.preheader.i
+  %2135 = getelementptr inbounds nuw float, ptr %tile_max734.i, i64 %indvars.iv938.i
+  %2136 = load float, ptr %2135, align 4, !tbaa !158
+  %2137 = insertelement <64 x float> poison, float %2136, i64 0
+  %2138 = shufflevector <64 x float> %2137, <64 x float> poison, <64 x i32> zeroinitializer
+  %2139 = shl nuw nsw i64 %indvars.iv938.i, 7
+  br label %for_body_to296.i
 
-for_body_to303.i:                                 ; preds = %for_body_to303.i, %for_body_to303.lr.ph.i
-  %indvars.iv947.i = phi i64 [ 0, %for_body_to303.lr.ph.i ], [ %indvars.iv.next948.i, %for_body_to303.i ]
-  %2138 = shl nsw i64 %indvars.iv947.i, 6
-  %2139 = add nuw nsw i64 %2138, %2137
-  %2140 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2139
-  %2141 = load <64 x float>, ptr %2140, align 4, !tbaa !4
-  %arg.i = fsub <64 x float> %2141, %2136
-  %2142 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %arg.i, <64 x float> splat (float 0x3FF7154760000000), <64 x float> %1132)
-  %2143 = bitcast <64 x float> %2142 to <64 x i32>
-  %2144 = fsub <64 x float> %2142, %1132
-  %2145 = fmul <64 x float> %2144, splat (float 0x3F2BD01060000000)
-  %2146 = fmul <64 x float> %2144, splat (float 0x3FE6300000000000)
-  %2147 = fsub <64 x float> %arg.i, %2146
-  %2148 = fadd <64 x float> %2145, %2147
-  %2149 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %2148, <64 x float> splat (float 0x3F56A243A0000000), <64 x float> splat (float 0x3F81239E00000000))
-  %2150 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %2149, <64 x float> %2148, <64 x float> splat (float 0x3FA5558F20000000))
-  %2151 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %2150, <64 x float> %2148, <64 x float> splat (float 0x3FC5554920000000))
-  %2152 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %2151, <64 x float> %2148, <64 x float> splat (float 0x3FDFFFFFC0000000))
-  %2153 = fmul <64 x float> %2148, %2148
-  %2154 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %2152, <64 x float> %2153, <64 x float> %2148)
-  %2155 = shl <64 x i32> %2143, splat (i32 23)
-  %2156 = bitcast <64 x i32> %2155 to <64 x float>
-  %2157 = fadd <64 x float> %2154, splat (float 1.000000e+00)
-  %2158 = fmul <64 x float> %2157, %2156
-  %2159 = fcmp olt <64 x float> %arg.i, %1135
-  %2160 = select <64 x i1> %2159, <64 x float> zeroinitializer, <64 x float> %2158
-  %2161 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2139
-  store <64 x float> %2160, ptr %2161, align 4, !tbaa !4
+for_body_to296.i:                                 ; preds = %for_body_to296.i, %for_body_to296.lr.ph.i
+  %indvars.iv933.i = phi i64 [ 0, %for_body_to296.lr.ph.i ], [ %indvars.iv.next934.i, %for_body_to296.i ]
+  %2140 = shl nsw i64 %indvars.iv933.i, 6
+  %2141 = add nuw nsw i64 %2140, %2139
+  %2142 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2141
+  %2143 = load <64 x float>, ptr %2142, align 4, !tbaa !4
+  %arg.i = fsub <64 x float> %2143, %2138
+  %2144 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %arg.i, <64 x float> splat (float 0x3FF7154760000000), <64 x float> %1132)
+  %2145 = bitcast <64 x float> %2144 to <64 x i32>
+  %2146 = fsub <64 x float> %2144, %1132
+  %2147 = fmul <64 x float> %2146, splat (float 0x3F2BD01060000000)
+  %2148 = fmul <64 x float> %2146, splat (float 0x3FE6300000000000)
+  %2149 = fsub <64 x float> %arg.i, %2148
+  %2150 = fadd <64 x float> %2147, %2149
+  %2151 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %2150, <64 x float> splat (float 0x3F56A243A0000000), <64 x float> splat (float 0x3F81239E00000000))
+  %2152 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %2151, <64 x float> %2150, <64 x float> splat (float 0x3FA5558F20000000))
+  %2153 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %2152, <64 x float> %2150, <64 x float> splat (float 0x3FC5554920000000))
+  %2154 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %2153, <64 x float> %2150, <64 x float> splat (float 0x3FDFFFFFC0000000))
+  %2155 = fmul <64 x float> %2150, %2150
+  %2156 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %2154, <64 x float> %2155, <64 x float> %2150)
+  %2157 = shl <64 x i32> %2145, splat (i32 23)
+  %2158 = bitcast <64 x i32> %2157 to <64 x float>
+  %2159 = fadd <64 x float> %2156, splat (float 1.000000e+00)
+  %2160 = fmul <64 x float> %2159, %2158
+  %2161 = fcmp olt <64 x float> %arg.i, %1135
+  %2162 = select <64 x i1> %2161, <64 x float> zeroinitializer, <64 x float> %2160
+  %2163 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2141
+  store <64 x float> %2162, ptr %2163, align 4, !tbaa !4
+  %indvars.iv.next934.i = add nuw nsw i64 %indvars.iv933.i, 1
+  %exitcond937.not.i = icmp eq i64 %indvars.iv.next934.i, %wide.trip.count909.i
+  br i1 %exitcond937.not.i, label %for_end_to297.i, label %for_body_to296.i, !prof !8
+
+for_end_to297.i:                                  ; preds = %for_body_to296.i, %for_begin_to295.preheader.i
+  %indvars.iv.next939.i = add nuw nsw i64 %indvars.iv938.i, 1
+  %exitcond941.not.i = icmp eq i64 %indvars.iv.next939.i, 16
+  br i1 %exitcond941.not.i, label %for_begin_to305.preheader.i, label %for_begin_to295.preheader.i, !prof !31
+
+for_begin_to305.preheader.i:                      ; preds = %for_end_to307.i, %for_end_to297.i
+  %indvars.iv947.i = phi i64 [ %indvars.iv.next948.i, %for_end_to307.i ], [ 0, %for_end_to297.i ]
+  br i1 %1450, label %for_body_to306.lr.ph.i, label %for_end_to307.i, !prof !3
+
+for_body_to306.lr.ph.i:                           ; preds = %for_begin_to305.preheader.i
+  %2164 = shl nuw nsw i64 %indvars.iv947.i, 7
+  br i1 %1459, label %for_body_to306.i.epil.preheader, label %for_body_to306.i, !prof !96
+
+for_body_to306.i:                                 ; preds = %for_body_to306.i, %for_body_to306.lr.ph.i
+  %indvars.iv942.i = phi i64 [ %indvars.iv.next943.i.1, %for_body_to306.i ], [ 0, %for_body_to306.lr.ph.i ]
+  %niter339 = phi i64 [ %niter339.next.1, %for_body_to306.i ], [ 0, %for_body_to306.lr.ph.i ]
+  %2165 = shl nsw i64 %indvars.iv942.i, 6
+  %2166 = add nuw nsw i64 %2165, %2164
+  %2167 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2166
+  %2168 = load <64 x i32>, ptr %2167, align 4, !tbaa !4
+  %2169 = lshr <64 x i32> %2168, splat (i32 16)
+  %2170 = and <64 x i32> %2169, splat (i32 1)
+  %2171 = add nsw <64 x i32> %2168, splat (i32 32767)
+  %2172 = add nsw <64 x i32> %2171, %2170
+  %2173 = and <64 x i32> %2172, splat (i32 -65536)
+  %2174 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2166
+  store <64 x i32> %2173, ptr %2174, align 4, !tbaa !4
+  %indvars.iv.next943.i = shl i64 %indvars.iv942.i, 6
+  %2175 = or disjoint i64 %indvars.iv.next943.i, 64
+  %2176 = add nuw nsw i64 %2175, %2164
+  %2177 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2176
+  %2178 = load <64 x i32>, ptr %2177, align 4, !tbaa !4
+  %2179 = lshr <64 x i32> %2178, splat (i32 16)
+  %2180 = and <64 x i32> %2179, splat (i32 1)
+  %2181 = add nsw <64 x i32> %2178, splat (i32 32767)
+  %2182 = add nsw <64 x i32> %2181, %2180
+  %2183 = and <64 x i32> %2182, splat (i32 -65536)
+  %2184 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2176
+  store <64 x i32> %2183, ptr %2184, align 4, !tbaa !4
+  %indvars.iv.next943.i.1 = add nuw nsw i64 %indvars.iv942.i, 2
+  %niter339.next.1 = add i64 %niter339, 2
+  %niter339.ncmp.1 = icmp eq i64 %niter339.next.1, %unroll_iter338
+  br i1 %niter339.ncmp.1, label %for_end_to307.i.loopexit.unr-lcssa, label %for_body_to306.i, !prof !97, !llvm.loop !160
+
+for_end_to307.i.loopexit.unr-lcssa:               ; preds = %for_body_to306.i
+  br i1 %lcmp.mod336.not, label %for_end_to307.i, label %for_body_to306.i.epil.preheader, !prof !100
+
+for_body_to306.i.epil.preheader:                  ; preds = %for_end_to307.i.loopexit.unr-lcssa, %for_body_to306.lr.ph.i
+  %indvars.iv942.i.epil.init = phi i64 [ 0, %for_body_to306.lr.ph.i ], [ %indvars.iv.next943.i.1, %for_end_to307.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod337)
+  %2185 = shl nsw i64 %indvars.iv942.i.epil.init, 6
+  %2186 = add nuw nsw i64 %2185, %2164
+  %2187 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2186
+  %2188 = load <64 x i32>, ptr %2187, align 4, !tbaa !4
+  %2189 = lshr <64 x i32> %2188, splat (i32 16)
+  %2190 = and <64 x i32> %2189, splat (i32 1)
+  %2191 = add nsw <64 x i32> %2188, splat (i32 32767)
+  %2192 = add nsw <64 x i32> %2191, %2190
+  %2193 = and <64 x i32> %2192, splat (i32 -65536)
+  %2194 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2186
+  store <64 x i32> %2193, ptr %2194, align 4, !tbaa !4
+  br label %for_end_to307.i
+
+for_end_to307.i:                                  ; preds = %for_body_to306.i.epil.preheader, %for_end_to307.i.loopexit.unr-lcssa, %for_begin_to305.preheader.i
   %indvars.iv.next948.i = add nuw nsw i64 %indvars.iv947.i, 1
-  %exitcond951.not.i = icmp eq i64 %indvars.iv.next948.i, %wide.trip.count914.i
-  br i1 %exitcond951.not.i, label %for_end_to304.i, label %for_body_to303.i, !prof !8
-
-for_end_to304.i:                                  ; preds = %for_body_to303.i, %for_begin_to302.preheader.i
-  %indvars.iv.next953.i = add nuw nsw i64 %indvars.iv952.i, 1
-  %exitcond955.not.i = icmp eq i64 %indvars.iv.next953.i, 16
-  br i1 %exitcond955.not.i, label %for_begin_to312.preheader.i, label %for_begin_to302.preheader.i, !prof !31
-
-for_begin_to312.preheader.i:                      ; preds = %for_end_to314.i, %for_end_to304.i
-  %indvars.iv961.i = phi i64 [ %indvars.iv.next962.i, %for_end_to314.i ], [ 0, %for_end_to304.i ]
-  br i1 %1450, label %for_body_to313.lr.ph.i, label %for_end_to314.i, !prof !3
-
-for_body_to313.lr.ph.i:                           ; preds = %for_begin_to312.preheader.i
-  %2162 = shl nuw nsw i64 %indvars.iv961.i, 7
-  br i1 %1459, label %for_body_to313.i.epil.preheader, label %for_body_to313.i, !prof !96
-
-for_body_to313.i:                                 ; preds = %for_body_to313.i, %for_body_to313.lr.ph.i
-  %indvars.iv956.i = phi i64 [ %indvars.iv.next957.i.1, %for_body_to313.i ], [ 0, %for_body_to313.lr.ph.i ]
-  %niter334 = phi i64 [ %niter334.next.1, %for_body_to313.i ], [ 0, %for_body_to313.lr.ph.i ]
-  %2163 = shl nsw i64 %indvars.iv956.i, 6
-  %2164 = add nuw nsw i64 %2163, %2162
-  %2165 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2164
-  %2166 = load <64 x i32>, ptr %2165, align 4, !tbaa !4
-  %2167 = lshr <64 x i32> %2166, splat (i32 16)
-  %2168 = and <64 x i32> %2167, splat (i32 1)
-  %2169 = add nsw <64 x i32> %2166, splat (i32 32767)
-  %2170 = add nsw <64 x i32> %2169, %2168
-  %2171 = and <64 x i32> %2170, splat (i32 -65536)
-  %2172 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2164
-  store <64 x i32> %2171, ptr %2172, align 4, !tbaa !4
-  %indvars.iv.next957.i = shl i64 %indvars.iv956.i, 6
-  %2173 = or disjoint i64 %indvars.iv.next957.i, 64
-  %2174 = add nuw nsw i64 %2173, %2162
-  %2175 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2174
-  %2176 = load <64 x i32>, ptr %2175, align 4, !tbaa !4
-  %2177 = lshr <64 x i32> %2176, splat (i32 16)
-  %2178 = and <64 x i32> %2177, splat (i32 1)
-  %2179 = add nsw <64 x i32> %2176, splat (i32 32767)
-  %2180 = add nsw <64 x i32> %2179, %2178
-  %2181 = and <64 x i32> %2180, splat (i32 -65536)
-  %2182 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2174
-  store <64 x i32> %2181, ptr %2182, align 4, !tbaa !4
-  %indvars.iv.next957.i.1 = add nuw nsw i64 %indvars.iv956.i, 2
-  %niter334.next.1 = add i64 %niter334, 2
-  %niter334.ncmp.1 = icmp eq i64 %niter334.next.1, %unroll_iter333
-  br i1 %niter334.ncmp.1, label %for_end_to314.i.loopexit.unr-lcssa, label %for_body_to313.i, !prof !97, !llvm.loop !160
-
-for_end_to314.i.loopexit.unr-lcssa:               ; preds = %for_body_to313.i
-  br i1 %lcmp.mod331.not, label %for_end_to314.i, label %for_body_to313.i.epil.preheader, !prof !100
-
-for_body_to313.i.epil.preheader:                  ; preds = %for_end_to314.i.loopexit.unr-lcssa, %for_body_to313.lr.ph.i
-  %indvars.iv956.i.epil.init = phi i64 [ 0, %for_body_to313.lr.ph.i ], [ %indvars.iv.next957.i.1, %for_end_to314.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod332)
-  %2183 = shl nsw i64 %indvars.iv956.i.epil.init, 6
-  %2184 = add nuw nsw i64 %2183, %2162
-  %2185 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2184
-  %2186 = load <64 x i32>, ptr %2185, align 4, !tbaa !4
-  %2187 = lshr <64 x i32> %2186, splat (i32 16)
-  %2188 = and <64 x i32> %2187, splat (i32 1)
-  %2189 = add nsw <64 x i32> %2186, splat (i32 32767)
-  %2190 = add nsw <64 x i32> %2189, %2188
-  %2191 = and <64 x i32> %2190, splat (i32 -65536)
-  %2192 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2184
-  store <64 x i32> %2191, ptr %2192, align 4, !tbaa !4
-  br label %for_end_to314.i
-
-for_end_to314.i:                                  ; preds = %for_body_to313.i.epil.preheader, %for_end_to314.i.loopexit.unr-lcssa, %for_begin_to312.preheader.i
-  %indvars.iv.next962.i = add nuw nsw i64 %indvars.iv961.i, 1
-  %exitcond964.not.i = icmp eq i64 %indvars.iv.next962.i, 16
-  br i1 %exitcond964.not.i, label %for_begin_to322.preheader.i, label %for_begin_to312.preheader.i, !prof !31
-
-for_begin_to322.preheader.i:                      ; preds = %for_end_to324.i, %for_end_to314.i
-  %indvars.iv970.i = phi i64 [ %indvars.iv.next971.i, %for_end_to324.i ], [ 0, %for_end_to314.i ]
-  br i1 %1450, label %for_body_to323.lr.ph.i, label %for_end_to324.i, !prof !3
-
-for_body_to323.lr.ph.i:                           ; preds = %for_begin_to322.preheader.i
-  %.idx1209.i = shl nuw nsw i64 %indvars.iv970.i, 9
-  %invariant.gep1273.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1209.i
-  br i1 %1460, label %for_body_to323.i.epil.preheader, label %for_body_to323.i, !prof !101
-
-for_end_r319.i:                                   ; preds = %for_end_to324.i
-  %v328.i = load <16 x float>, ptr %tile_sum.rf740.i, align 16, !tbaa !161
-  %v330.i = load <16 x float>, ptr %114, align 16, !tbaa !168
-  %v332.i = load <16 x float>, ptr %115, align 16, !tbaa !170
-  %v334.i = load <16 x float>, ptr %116, align 16, !tbaa !173
-  %v336.i = load <16 x float>, ptr %117, align 16, !tbaa !175
-  %v338.i = load <16 x float>, ptr %118, align 16, !tbaa !179
-  %v340.i = load <16 x float>, ptr %119, align 16, !tbaa !181
-  %v342.i = load <16 x float>, ptr %120, align 16, !tbaa !184
-  %v344.i = load <16 x float>, ptr %121, align 16, !tbaa !186
-  %v346.i = load <16 x float>, ptr %122, align 16, !tbaa !191
-  %v348.i = load <16 x float>, ptr %123, align 16, !tbaa !193
-  %v350.i = load <16 x float>, ptr %124, align 16, !tbaa !196
-  %v352.i = load <16 x float>, ptr %125, align 16, !tbaa !198
-  %v354.i = load <16 x float>, ptr %126, align 16, !tbaa !202
-  %v356.i = load <16 x float>, ptr %127, align 16, !tbaa !204
-  %v358.i = load <16 x float>, ptr %128, align 16, !tbaa !207
-  br label %for_begin_to492.preheader.i
-
-for_body_to323.i:                                 ; preds = %for_body_to323.i, %for_body_to323.lr.ph.i
-  %indvars.iv965.i = phi i64 [ %indvars.iv.next966.i.3, %for_body_to323.i ], [ 0, %for_body_to323.lr.ph.i ]
-  %tile_sum.rf_global738.sroa.0.0812.i = phi <16 x float> [ %2239, %for_body_to323.i ], [ zeroinitializer, %for_body_to323.lr.ph.i ]
-  %niter341 = phi i64 [ %niter341.next.3, %for_body_to323.i ], [ 0, %for_body_to323.lr.ph.i ]
-  %.idx1208.i = shl nsw i64 %indvars.iv965.i, 8
-  %gep1274.i = getelementptr inbounds nuw i8, ptr %invariant.gep1273.i, i64 %.idx1208.i
-  %2193 = load <16 x float>, ptr %gep1274.i, align 4, !tbaa !4
-  %2194 = fadd <16 x float> %tile_sum.rf_global738.sroa.0.0812.i, %2193
-  %2195 = getelementptr inbounds nuw i8, ptr %gep1274.i, i64 64
-  %2196 = load <16 x float>, ptr %2195, align 4, !tbaa !4
-  %2197 = fadd <16 x float> %2194, %2196
-  %2198 = getelementptr inbounds nuw i8, ptr %gep1274.i, i64 128
-  %2199 = load <16 x float>, ptr %2198, align 4, !tbaa !4
-  %2200 = fadd <16 x float> %2197, %2199
-  %2201 = getelementptr inbounds nuw i8, ptr %gep1274.i, i64 192
-  %2202 = load <16 x float>, ptr %2201, align 4, !tbaa !4
-  %2203 = fadd <16 x float> %2200, %2202
-  %indvars.iv.next966.i = shl i64 %indvars.iv965.i, 8
-  %2204 = getelementptr inbounds nuw i8, ptr %invariant.gep1273.i, i64 %indvars.iv.next966.i
-  %gep1274.i.1 = getelementptr inbounds nuw i8, ptr %2204, i64 256
-  %2205 = load <16 x float>, ptr %gep1274.i.1, align 4, !tbaa !4
-  %2206 = fadd <16 x float> %2203, %2205
-  %2207 = getelementptr inbounds nuw i8, ptr %2204, i64 320
-  %2208 = load <16 x float>, ptr %2207, align 4, !tbaa !4
-  %2209 = fadd <16 x float> %2206, %2208
-  %2210 = getelementptr inbounds nuw i8, ptr %2204, i64 384
-  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !4
-  %2212 = fadd <16 x float> %2209, %2211
-  %2213 = getelementptr inbounds nuw i8, ptr %2204, i64 448
-  %2214 = load <16 x float>, ptr %2213, align 4, !tbaa !4
-  %2215 = fadd <16 x float> %2212, %2214
-  %indvars.iv.next966.i.1 = shl i64 %indvars.iv965.i, 8
-  %2216 = getelementptr inbounds nuw i8, ptr %invariant.gep1273.i, i64 %indvars.iv.next966.i.1
-  %gep1274.i.2 = getelementptr inbounds nuw i8, ptr %2216, i64 512
-  %2217 = load <16 x float>, ptr %gep1274.i.2, align 4, !tbaa !4
-  %2218 = fadd <16 x float> %2215, %2217
-  %2219 = getelementptr inbounds nuw i8, ptr %2216, i64 576
-  %2220 = load <16 x float>, ptr %2219, align 4, !tbaa !4
-  %2221 = fadd <16 x float> %2218, %2220
-  %2222 = getelementptr inbounds nuw i8, ptr %2216, i64 640
-  %2223 = load <16 x float>, ptr %2222, align 4, !tbaa !4
-  %2224 = fadd <16 x float> %2221, %2223
-  %2225 = getelementptr inbounds nuw i8, ptr %2216, i64 704
-  %2226 = load <16 x float>, ptr %2225, align 4, !tbaa !4
-  %2227 = fadd <16 x float> %2224, %2226
-  %indvars.iv.next966.i.2 = shl i64 %indvars.iv965.i, 8
-  %2228 = getelementptr inbounds nuw i8, ptr %invariant.gep1273.i, i64 %indvars.iv.next966.i.2
-  %gep1274.i.3 = getelementptr inbounds nuw i8, ptr %2228, i64 768
-  %2229 = load <16 x float>, ptr %gep1274.i.3, align 4, !tbaa !4
-  %2230 = fadd <16 x float> %2227, %2229
-  %2231 = getelementptr inbounds nuw i8, ptr %2228, i64 832
-  %2232 = load <16 x float>, ptr %2231, align 4, !tbaa !4
-  %2233 = fadd <16 x float> %2230, %2232
-  %2234 = getelementptr inbounds nuw i8, ptr %2228, i64 896
-  %2235 = load <16 x float>, ptr %2234, align 4, !tbaa !4
-  %2236 = fadd <16 x float> %2233, %2235
-  %2237 = getelementptr inbounds nuw i8, ptr %2228, i64 960
-  %2238 = load <16 x float>, ptr %2237, align 4, !tbaa !4
-  %2239 = fadd <16 x float> %2236, %2238
-  %indvars.iv.next966.i.3 = add nuw nsw i64 %indvars.iv965.i, 4
-  %niter341.next.3 = add i64 %niter341, 4
-  %niter341.ncmp.3 = icmp eq i64 %niter341.next.3, %unroll_iter340
-  br i1 %niter341.ncmp.3, label %for_end_to324.i.loopexit.unr-lcssa, label %for_body_to323.i, !prof !102, !llvm.loop !209
-
-for_end_to324.i.loopexit.unr-lcssa:               ; preds = %for_body_to323.i
-  br i1 %lcmp.mod337.not, label %for_end_to324.i, label %for_body_to323.i.epil.preheader, !prof !105
-
-for_body_to323.i.epil.preheader:                  ; preds = %for_end_to324.i.loopexit.unr-lcssa, %for_body_to323.lr.ph.i
-  %indvars.iv965.i.epil.init = phi i64 [ 0, %for_body_to323.lr.ph.i ], [ %indvars.iv.next966.i.3, %for_end_to324.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global738.sroa.0.0812.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_to323.lr.ph.i ], [ %2239, %for_end_to324.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod339)
-  br label %for_body_to323.i.epil
-
-for_body_to323.i.epil:                            ; preds = %for_body_to323.i.epil, %for_body_to323.i.epil.preheader
-  %indvars.iv965.i.epil = phi i64 [ %indvars.iv965.i.epil.init, %for_body_to323.i.epil.preheader ], [ %indvars.iv.next966.i.epil, %for_body_to323.i.epil ]
-  %tile_sum.rf_global738.sroa.0.0812.i.epil = phi <16 x float> [ %tile_sum.rf_global738.sroa.0.0812.i.epil.init, %for_body_to323.i.epil.preheader ], [ %2250, %for_body_to323.i.epil ]
-  %epil.iter336 = phi i64 [ 0, %for_body_to323.i.epil.preheader ], [ %epil.iter336.next, %for_body_to323.i.epil ]
-  %.idx1208.i.epil = shl nsw i64 %indvars.iv965.i.epil, 8
-  %gep1274.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1273.i, i64 %.idx1208.i.epil
-  %2240 = load <16 x float>, ptr %gep1274.i.epil, align 4, !tbaa !4
-  %2241 = fadd <16 x float> %tile_sum.rf_global738.sroa.0.0812.i.epil, %2240
-  %2242 = getelementptr inbounds nuw i8, ptr %gep1274.i.epil, i64 64
-  %2243 = load <16 x float>, ptr %2242, align 4, !tbaa !4
-  %2244 = fadd <16 x float> %2241, %2243
-  %2245 = getelementptr inbounds nuw i8, ptr %gep1274.i.epil, i64 128
-  %2246 = load <16 x float>, ptr %2245, align 4, !tbaa !4
-  %2247 = fadd <16 x float> %2244, %2246
-  %2248 = getelementptr inbounds nuw i8, ptr %gep1274.i.epil, i64 192
-  %2249 = load <16 x float>, ptr %2248, align 4, !tbaa !4
-  %2250 = fadd <16 x float> %2247, %2249
-  %indvars.iv.next966.i.epil = add nuw nsw i64 %indvars.iv965.i.epil, 1
-  %epil.iter336.next = add i64 %epil.iter336, 1
-  %epil.iter336.cmp.not = icmp eq i64 %epil.iter336.next, %xtraiter335
-  br i1 %epil.iter336.cmp.not, label %for_end_to324.i, label %for_body_to323.i.epil, !prof !100, !llvm.loop !210
-
-for_end_to324.i:                                  ; preds = %for_body_to323.i.epil, %for_end_to324.i.loopexit.unr-lcssa, %for_begin_to322.preheader.i
-  %tile_sum.rf_global738.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to322.preheader.i ], [ %2239, %for_end_to324.i.loopexit.unr-lcssa ], [ %2250, %for_body_to323.i.epil ]
-  %.idx1210.i = shl nuw nsw i64 %indvars.iv970.i, 6
-  %2251 = getelementptr inbounds nuw i8, ptr %tile_sum.rf740.i, i64 %.idx1210.i
-  store <16 x float> %tile_sum.rf_global738.sroa.0.0.lcssa.i, ptr %2251, align 16, !tbaa !211
-  %indvars.iv.next971.i = add nuw nsw i64 %indvars.iv970.i, 1
-  %exitcond973.not.i = icmp eq i64 %indvars.iv.next971.i, 16
-  br i1 %exitcond973.not.i, label %for_end_r319.i, label %for_begin_to322.preheader.i, !prof !31
-
-for_begin_to492.preheader.i:                      ; preds = %for_begin_to492.preheader.i.backedge, %for_end_r319.i
-  %indvars.iv979.i = phi i64 [ 0, %for_end_r319.i ], [ %indvars.iv979.i.be, %for_begin_to492.preheader.i.backedge ]
-  br i1 %1450, label %for_body_to493.lr.ph.i, label %for_end_to494.thread.i, !prof !3
-
-for_body_to493.lr.ph.i:                           ; preds = %for_begin_to492.preheader.i
-  %.idx1211.i = shl nuw nsw i64 %indvars.iv979.i, 9
-  %invariant.gep1275.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1211.i
-  %.idx1212.i = shl nuw nsw i64 %indvars.iv979.i, 10
-  %invariant.gep1277.i = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1212.i
-  br i1 %1461, label %for_body_to493.i.epil.preheader, label %for_body_to493.i, !prof !101
-
-for_body_to493.i:                                 ; preds = %for_body_to493.i, %for_body_to493.lr.ph.i
-  %indvars.iv974.i = phi i64 [ %indvars.iv.next975.i.3, %for_body_to493.i ], [ 0, %for_body_to493.lr.ph.i ]
-  %niter347 = phi i64 [ %niter347.next.3, %for_body_to493.i ], [ 0, %for_body_to493.lr.ph.i ]
-  %2252 = shl nsw i64 %indvars.iv974.i, 6
-  %gep1276.i = getelementptr inbounds nuw float, ptr %invariant.gep1275.i, i64 %2252
-  %2253 = load <64 x i32>, ptr %gep1276.i, align 4, !tbaa !4
-  %2254 = lshr <64 x i32> %2253, splat (i32 16)
-  %gep1278.i = getelementptr inbounds nuw i32, ptr %invariant.gep1277.i, i64 %2252
-  store <64 x i32> %2254, ptr %gep1278.i, align 4, !tbaa !4
-  %indvars.iv.next975.i = shl i64 %indvars.iv974.i, 6
-  %2255 = or disjoint i64 %indvars.iv.next975.i, 64
-  %gep1276.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep1275.i, i64 %2255
-  %2256 = load <64 x i32>, ptr %gep1276.i.1, align 4, !tbaa !4
-  %2257 = lshr <64 x i32> %2256, splat (i32 16)
-  %gep1278.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1277.i, i64 %2255
-  store <64 x i32> %2257, ptr %gep1278.i.1, align 4, !tbaa !4
-  %indvars.iv.next975.i.1 = shl i64 %indvars.iv974.i, 6
-  %2258 = or disjoint i64 %indvars.iv.next975.i.1, 128
-  %gep1276.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep1275.i, i64 %2258
-  %2259 = load <64 x i32>, ptr %gep1276.i.2, align 4, !tbaa !4
-  %2260 = lshr <64 x i32> %2259, splat (i32 16)
-  %gep1278.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1277.i, i64 %2258
-  store <64 x i32> %2260, ptr %gep1278.i.2, align 4, !tbaa !4
-  %indvars.iv.next975.i.2 = shl i64 %indvars.iv974.i, 6
-  %2261 = or disjoint i64 %indvars.iv.next975.i.2, 192
-  %gep1276.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep1275.i, i64 %2261
-  %2262 = load <64 x i32>, ptr %gep1276.i.3, align 4, !tbaa !4
-  %2263 = lshr <64 x i32> %2262, splat (i32 16)
-  %gep1278.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1277.i, i64 %2261
-  store <64 x i32> %2263, ptr %gep1278.i.3, align 4, !tbaa !4
-  %indvars.iv.next975.i.3 = add nuw nsw i64 %indvars.iv974.i, 4
-  %niter347.next.3 = add i64 %niter347, 4
-  %niter347.ncmp.3 = icmp eq i64 %niter347.next.3, %unroll_iter346
-  br i1 %niter347.ncmp.3, label %for_end_to494.i.unr-lcssa, label %for_body_to493.i, !prof !102, !llvm.loop !212
-
-for_end_to494.i.unr-lcssa:                        ; preds = %for_body_to493.i
-  br i1 %lcmp.mod344.not, label %for_end_to494.i, label %for_body_to493.i.epil.preheader, !prof !105
-
-for_body_to493.i.epil.preheader:                  ; preds = %for_end_to494.i.unr-lcssa, %for_body_to493.lr.ph.i
-  %indvars.iv974.i.epil.init = phi i64 [ 0, %for_body_to493.lr.ph.i ], [ %indvars.iv.next975.i.3, %for_end_to494.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod345)
-  br label %for_body_to493.i.epil
-
-for_body_to493.i.epil:                            ; preds = %for_body_to493.i.epil, %for_body_to493.i.epil.preheader
-  %indvars.iv974.i.epil = phi i64 [ %indvars.iv974.i.epil.init, %for_body_to493.i.epil.preheader ], [ %indvars.iv.next975.i.epil, %for_body_to493.i.epil ]
-  %epil.iter343 = phi i64 [ 0, %for_body_to493.i.epil.preheader ], [ %epil.iter343.next, %for_body_to493.i.epil ]
-  %2264 = shl nsw i64 %indvars.iv974.i.epil, 6
-  %gep1276.i.epil = getelementptr inbounds nuw float, ptr %invariant.gep1275.i, i64 %2264
-  %2265 = load <64 x i32>, ptr %gep1276.i.epil, align 4, !tbaa !4
-  %2266 = lshr <64 x i32> %2265, splat (i32 16)
-  %gep1278.i.epil = getelementptr inbounds nuw i32, ptr %invariant.gep1277.i, i64 %2264
-  store <64 x i32> %2266, ptr %gep1278.i.epil, align 4, !tbaa !4
-  %indvars.iv.next975.i.epil = add nuw nsw i64 %indvars.iv974.i.epil, 1
-  %epil.iter343.next = add i64 %epil.iter343, 1
-  %epil.iter343.cmp.not = icmp eq i64 %epil.iter343.next, %xtraiter342
-  br i1 %epil.iter343.cmp.not, label %for_end_to494.i, label %for_body_to493.i.epil, !prof !100, !llvm.loop !213
-
-for_end_to494.i:                                  ; preds = %for_body_to493.i.epil, %for_end_to494.i.unr-lcssa
-  %indvars.iv.next980.i = add nuw nsw i64 %indvars.iv979.i, 1
-  %exitcond982.not.i = icmp eq i64 %indvars.iv.next980.i, 16
-  br i1 %exitcond982.not.i, label %for_body_to503.i.preheader, label %for_begin_to492.preheader.i.backedge, !prof !31
-
-for_body_to503.i.preheader:                       ; preds = %for_end_to494.i
-  br i1 %1462, label %for_body_to503.i.epil.preheader, label %for_body_to503.i, !prof !214
-
-for_end_to494.thread.i:                           ; preds = %for_begin_to492.preheader.i
-  %indvars.iv.next9801239.i = add nuw nsw i64 %indvars.iv979.i, 1
-  %exitcond982.not1240.i = icmp eq i64 %indvars.iv.next9801239.i, 16
-  br i1 %exitcond982.not1240.i, label %for_end_to504.15.i, label %for_begin_to492.preheader.i.backedge, !prof !31
-
-for_begin_to492.preheader.i.backedge:             ; preds = %for_end_to494.thread.i, %for_end_to494.i
-  %indvars.iv979.i.be = phi i64 [ %indvars.iv.next980.i, %for_end_to494.i ], [ %indvars.iv.next9801239.i, %for_end_to494.thread.i ]
-  br label %for_begin_to492.preheader.i
-
-for_body_to503.i:                                 ; preds = %for_body_to503.i, %for_body_to503.i.preheader
-  %indvars.iv984.i = phi i64 [ %indvars.iv.next985.i.7, %for_body_to503.i ], [ 0, %for_body_to503.i.preheader ]
-  %niter353 = phi i64 [ %niter353.next.7, %for_body_to503.i ], [ 0, %for_body_to503.i.preheader ]
-  %2267 = shl nsw i64 %indvars.iv984.i, 6
-  %2268 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2267
-  %2269 = load <64 x i32>, ptr %2268, align 4, !tbaa !4
-  %2270 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2267
-  %2271 = getelementptr inbounds nuw i8, ptr %2270, i64 512
-  store <64 x i32> %2269, ptr %2271, align 4, !tbaa !4
-  %indvars.iv.next985.i = shl i64 %indvars.iv984.i, 6
-  %2272 = or disjoint i64 %indvars.iv.next985.i, 64
-  %2273 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2272
-  %2274 = load <64 x i32>, ptr %2273, align 4, !tbaa !4
-  %2275 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2272
-  %2276 = getelementptr inbounds nuw i8, ptr %2275, i64 512
-  store <64 x i32> %2274, ptr %2276, align 4, !tbaa !4
-  %indvars.iv.next985.i.1 = shl i64 %indvars.iv984.i, 6
-  %2277 = or disjoint i64 %indvars.iv.next985.i.1, 128
-  %2278 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2277
-  %2279 = load <64 x i32>, ptr %2278, align 4, !tbaa !4
-  %2280 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2277
-  %2281 = getelementptr inbounds nuw i8, ptr %2280, i64 512
-  store <64 x i32> %2279, ptr %2281, align 4, !tbaa !4
-  %indvars.iv.next985.i.2 = shl i64 %indvars.iv984.i, 6
-  %2282 = or disjoint i64 %indvars.iv.next985.i.2, 192
-  %2283 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2282
-  %2284 = load <64 x i32>, ptr %2283, align 4, !tbaa !4
-  %2285 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2282
-  %2286 = getelementptr inbounds nuw i8, ptr %2285, i64 512
-  store <64 x i32> %2284, ptr %2286, align 4, !tbaa !4
-  %indvars.iv.next985.i.3 = shl i64 %indvars.iv984.i, 6
-  %2287 = or disjoint i64 %indvars.iv.next985.i.3, 256
-  %2288 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2287
-  %2289 = load <64 x i32>, ptr %2288, align 4, !tbaa !4
-  %2290 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2287
-  %2291 = getelementptr inbounds nuw i8, ptr %2290, i64 512
-  store <64 x i32> %2289, ptr %2291, align 4, !tbaa !4
-  %indvars.iv.next985.i.4 = shl i64 %indvars.iv984.i, 6
-  %2292 = or disjoint i64 %indvars.iv.next985.i.4, 320
-  %2293 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2292
-  %2294 = load <64 x i32>, ptr %2293, align 4, !tbaa !4
-  %2295 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2292
-  %2296 = getelementptr inbounds nuw i8, ptr %2295, i64 512
-  store <64 x i32> %2294, ptr %2296, align 4, !tbaa !4
-  %indvars.iv.next985.i.5 = shl i64 %indvars.iv984.i, 6
-  %2297 = or disjoint i64 %indvars.iv.next985.i.5, 384
-  %2298 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2297
-  %2299 = load <64 x i32>, ptr %2298, align 4, !tbaa !4
-  %2300 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2297
-  %2301 = getelementptr inbounds nuw i8, ptr %2300, i64 512
-  store <64 x i32> %2299, ptr %2301, align 4, !tbaa !4
-  %indvars.iv.next985.i.6 = shl i64 %indvars.iv984.i, 6
-  %2302 = or disjoint i64 %indvars.iv.next985.i.6, 448
-  %2303 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2302
-  %2304 = load <64 x i32>, ptr %2303, align 4, !tbaa !4
-  %2305 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2302
-  %2306 = getelementptr inbounds nuw i8, ptr %2305, i64 512
-  store <64 x i32> %2304, ptr %2306, align 4, !tbaa !4
-  %indvars.iv.next985.i.7 = add nuw nsw i64 %indvars.iv984.i, 8
-  %niter353.next.7 = add i64 %niter353, 8
-  %niter353.ncmp.7 = icmp eq i64 %niter353.next.7, %unroll_iter352
-  br i1 %niter353.ncmp.7, label %for_body_to503.1.i.preheader.unr-lcssa, label %for_body_to503.i, !prof !215, !llvm.loop !216
-
-for_body_to503.1.i.preheader.unr-lcssa:           ; preds = %for_body_to503.i
-  br i1 %lcmp.mod350.not, label %for_body_to503.1.i.preheader, label %for_body_to503.i.epil.preheader, !prof !218
-
-for_body_to503.i.epil.preheader:                  ; preds = %for_body_to503.1.i.preheader.unr-lcssa, %for_body_to503.i.preheader
-  %indvars.iv984.i.epil.init = phi i64 [ 0, %for_body_to503.i.preheader ], [ %indvars.iv.next985.i.7, %for_body_to503.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod351)
-  br label %for_body_to503.i.epil
-
-for_body_to503.i.epil:                            ; preds = %for_body_to503.i.epil, %for_body_to503.i.epil.preheader
-  %indvars.iv984.i.epil = phi i64 [ %indvars.iv.next985.i.epil, %for_body_to503.i.epil ], [ %indvars.iv984.i.epil.init, %for_body_to503.i.epil.preheader ]
-  %epil.iter349 = phi i64 [ %epil.iter349.next, %for_body_to503.i.epil ], [ 0, %for_body_to503.i.epil.preheader ]
-  %2307 = shl nsw i64 %indvars.iv984.i.epil, 6
-  %2308 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2307
-  %2309 = load <64 x i32>, ptr %2308, align 4, !tbaa !4
-  %2310 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2307
-  %2311 = getelementptr inbounds nuw i8, ptr %2310, i64 512
-  store <64 x i32> %2309, ptr %2311, align 4, !tbaa !4
-  %indvars.iv.next985.i.epil = add nuw nsw i64 %indvars.iv984.i.epil, 1
-  %epil.iter349.next = add i64 %epil.iter349, 1
-  %epil.iter349.cmp.not = icmp eq i64 %epil.iter349.next, %xtraiter348
-  br i1 %epil.iter349.cmp.not, label %for_body_to503.1.i.preheader, label %for_body_to503.i.epil, !prof !105, !llvm.loop !219
-
-for_body_to503.1.i.preheader:                     ; preds = %for_body_to503.i.epil, %for_body_to503.1.i.preheader.unr-lcssa
-  br i1 %1463, label %for_body_to503.1.i.epil.preheader, label %for_body_to503.1.i, !prof !214
-
-for_body_to503.1.i:                               ; preds = %for_body_to503.1.i, %for_body_to503.1.i.preheader
-  %indvars.iv984.1.i = phi i64 [ %indvars.iv.next985.1.i.7, %for_body_to503.1.i ], [ 0, %for_body_to503.1.i.preheader ]
-  %niter359 = phi i64 [ %niter359.next.7, %for_body_to503.1.i ], [ 0, %for_body_to503.1.i.preheader ]
-  %2312 = shl nsw i64 %indvars.iv984.1.i, 6
-  %2313 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2312
-  %2314 = getelementptr inbounds nuw i8, ptr %2313, i64 512
-  %2315 = load <64 x i32>, ptr %2314, align 4, !tbaa !4
-  %2316 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2312
-  %2317 = getelementptr inbounds nuw i8, ptr %2316, i64 1536
-  store <64 x i32> %2315, ptr %2317, align 4, !tbaa !4
-  %indvars.iv.next985.1.i = shl i64 %indvars.iv984.1.i, 6
-  %2318 = or disjoint i64 %indvars.iv.next985.1.i, 64
-  %2319 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2318
-  %2320 = getelementptr inbounds nuw i8, ptr %2319, i64 512
-  %2321 = load <64 x i32>, ptr %2320, align 4, !tbaa !4
-  %2322 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2318
-  %2323 = getelementptr inbounds nuw i8, ptr %2322, i64 1536
-  store <64 x i32> %2321, ptr %2323, align 4, !tbaa !4
-  %indvars.iv.next985.1.i.1 = shl i64 %indvars.iv984.1.i, 6
-  %2324 = or disjoint i64 %indvars.iv.next985.1.i.1, 128
-  %2325 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2324
-  %2326 = getelementptr inbounds nuw i8, ptr %2325, i64 512
-  %2327 = load <64 x i32>, ptr %2326, align 4, !tbaa !4
-  %2328 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2324
-  %2329 = getelementptr inbounds nuw i8, ptr %2328, i64 1536
-  store <64 x i32> %2327, ptr %2329, align 4, !tbaa !4
-  %indvars.iv.next985.1.i.2 = shl i64 %indvars.iv984.1.i, 6
-  %2330 = or disjoint i64 %indvars.iv.next985.1.i.2, 192
-  %2331 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2330
-  %2332 = getelementptr inbounds nuw i8, ptr %2331, i64 512
-  %2333 = load <64 x i32>, ptr %2332, align 4, !tbaa !4
-  %2334 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2330
-  %2335 = getelementptr inbounds nuw i8, ptr %2334, i64 1536
-  store <64 x i32> %2333, ptr %2335, align 4, !tbaa !4
-  %indvars.iv.next985.1.i.3 = shl i64 %indvars.iv984.1.i, 6
-  %2336 = or disjoint i64 %indvars.iv.next985.1.i.3, 256
-  %2337 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2336
-  %2338 = getelementptr inbounds nuw i8, ptr %2337, i64 512
-  %2339 = load <64 x i32>, ptr %2338, align 4, !tbaa !4
-  %2340 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2336
-  %2341 = getelementptr inbounds nuw i8, ptr %2340, i64 1536
-  store <64 x i32> %2339, ptr %2341, align 4, !tbaa !4
-  %indvars.iv.next985.1.i.4 = shl i64 %indvars.iv984.1.i, 6
-  %2342 = or disjoint i64 %indvars.iv.next985.1.i.4, 320
-  %2343 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2342
-  %2344 = getelementptr inbounds nuw i8, ptr %2343, i64 512
-  %2345 = load <64 x i32>, ptr %2344, align 4, !tbaa !4
-  %2346 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2342
-  %2347 = getelementptr inbounds nuw i8, ptr %2346, i64 1536
-  store <64 x i32> %2345, ptr %2347, align 4, !tbaa !4
-  %indvars.iv.next985.1.i.5 = shl i64 %indvars.iv984.1.i, 6
-  %2348 = or disjoint i64 %indvars.iv.next985.1.i.5, 384
-  %2349 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2348
-  %2350 = getelementptr inbounds nuw i8, ptr %2349, i64 512
-  %2351 = load <64 x i32>, ptr %2350, align 4, !tbaa !4
-  %2352 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2348
-  %2353 = getelementptr inbounds nuw i8, ptr %2352, i64 1536
-  store <64 x i32> %2351, ptr %2353, align 4, !tbaa !4
-  %indvars.iv.next985.1.i.6 = shl i64 %indvars.iv984.1.i, 6
-  %2354 = or disjoint i64 %indvars.iv.next985.1.i.6, 448
-  %2355 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2354
-  %2356 = getelementptr inbounds nuw i8, ptr %2355, i64 512
-  %2357 = load <64 x i32>, ptr %2356, align 4, !tbaa !4
-  %2358 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2354
-  %2359 = getelementptr inbounds nuw i8, ptr %2358, i64 1536
-  store <64 x i32> %2357, ptr %2359, align 4, !tbaa !4
-  %indvars.iv.next985.1.i.7 = add nuw nsw i64 %indvars.iv984.1.i, 8
-  %niter359.next.7 = add i64 %niter359, 8
-  %niter359.ncmp.7 = icmp eq i64 %niter359.next.7, %unroll_iter358
-  br i1 %niter359.ncmp.7, label %for_body_to503.2.i.preheader.unr-lcssa, label %for_body_to503.1.i, !prof !215, !llvm.loop !220
-
-for_body_to503.2.i.preheader.unr-lcssa:           ; preds = %for_body_to503.1.i
-  br i1 %lcmp.mod356.not, label %for_body_to503.2.i.preheader, label %for_body_to503.1.i.epil.preheader, !prof !218
-
-for_body_to503.1.i.epil.preheader:                ; preds = %for_body_to503.2.i.preheader.unr-lcssa, %for_body_to503.1.i.preheader
-  %indvars.iv984.1.i.epil.init = phi i64 [ 0, %for_body_to503.1.i.preheader ], [ %indvars.iv.next985.1.i.7, %for_body_to503.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod357)
-  br label %for_body_to503.1.i.epil
-
-for_body_to503.1.i.epil:                          ; preds = %for_body_to503.1.i.epil, %for_body_to503.1.i.epil.preheader
-  %indvars.iv984.1.i.epil = phi i64 [ %indvars.iv.next985.1.i.epil, %for_body_to503.1.i.epil ], [ %indvars.iv984.1.i.epil.init, %for_body_to503.1.i.epil.preheader ]
-  %epil.iter355 = phi i64 [ %epil.iter355.next, %for_body_to503.1.i.epil ], [ 0, %for_body_to503.1.i.epil.preheader ]
-  %2360 = shl nsw i64 %indvars.iv984.1.i.epil, 6
-  %2361 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2360
-  %2362 = getelementptr inbounds nuw i8, ptr %2361, i64 512
-  %2363 = load <64 x i32>, ptr %2362, align 4, !tbaa !4
-  %2364 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2360
-  %2365 = getelementptr inbounds nuw i8, ptr %2364, i64 1536
-  store <64 x i32> %2363, ptr %2365, align 4, !tbaa !4
-  %indvars.iv.next985.1.i.epil = add nuw nsw i64 %indvars.iv984.1.i.epil, 1
-  %epil.iter355.next = add i64 %epil.iter355, 1
-  %epil.iter355.cmp.not = icmp eq i64 %epil.iter355.next, %xtraiter354
-  br i1 %epil.iter355.cmp.not, label %for_body_to503.2.i.preheader, label %for_body_to503.1.i.epil, !prof !105, !llvm.loop !221
-
-for_body_to503.2.i.preheader:                     ; preds = %for_body_to503.1.i.epil, %for_body_to503.2.i.preheader.unr-lcssa
-  br i1 %1464, label %for_body_to503.2.i.epil.preheader, label %for_body_to503.2.i, !prof !214
-
-for_body_to503.2.i:                               ; preds = %for_body_to503.2.i, %for_body_to503.2.i.preheader
-  %indvars.iv984.2.i = phi i64 [ %indvars.iv.next985.2.i.7, %for_body_to503.2.i ], [ 0, %for_body_to503.2.i.preheader ]
-  %niter365 = phi i64 [ %niter365.next.7, %for_body_to503.2.i ], [ 0, %for_body_to503.2.i.preheader ]
-  %2366 = shl nsw i64 %indvars.iv984.2.i, 6
-  %2367 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2366
-  %2368 = getelementptr inbounds nuw i8, ptr %2367, i64 1024
-  %2369 = load <64 x i32>, ptr %2368, align 4, !tbaa !4
-  %2370 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2366
-  %2371 = getelementptr inbounds nuw i8, ptr %2370, i64 2560
-  store <64 x i32> %2369, ptr %2371, align 4, !tbaa !4
-  %indvars.iv.next985.2.i = shl i64 %indvars.iv984.2.i, 6
-  %2372 = or disjoint i64 %indvars.iv.next985.2.i, 64
-  %2373 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2372
-  %2374 = getelementptr inbounds nuw i8, ptr %2373, i64 1024
-  %2375 = load <64 x i32>, ptr %2374, align 4, !tbaa !4
-  %2376 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2372
-  %2377 = getelementptr inbounds nuw i8, ptr %2376, i64 2560
-  store <64 x i32> %2375, ptr %2377, align 4, !tbaa !4
-  %indvars.iv.next985.2.i.1 = shl i64 %indvars.iv984.2.i, 6
-  %2378 = or disjoint i64 %indvars.iv.next985.2.i.1, 128
-  %2379 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2378
-  %2380 = getelementptr inbounds nuw i8, ptr %2379, i64 1024
-  %2381 = load <64 x i32>, ptr %2380, align 4, !tbaa !4
-  %2382 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2378
-  %2383 = getelementptr inbounds nuw i8, ptr %2382, i64 2560
-  store <64 x i32> %2381, ptr %2383, align 4, !tbaa !4
-  %indvars.iv.next985.2.i.2 = shl i64 %indvars.iv984.2.i, 6
-  %2384 = or disjoint i64 %indvars.iv.next985.2.i.2, 192
-  %2385 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2384
-  %2386 = getelementptr inbounds nuw i8, ptr %2385, i64 1024
-  %2387 = load <64 x i32>, ptr %2386, align 4, !tbaa !4
-  %2388 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2384
-  %2389 = getelementptr inbounds nuw i8, ptr %2388, i64 2560
-  store <64 x i32> %2387, ptr %2389, align 4, !tbaa !4
-  %indvars.iv.next985.2.i.3 = shl i64 %indvars.iv984.2.i, 6
-  %2390 = or disjoint i64 %indvars.iv.next985.2.i.3, 256
-  %2391 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2390
-  %2392 = getelementptr inbounds nuw i8, ptr %2391, i64 1024
-  %2393 = load <64 x i32>, ptr %2392, align 4, !tbaa !4
-  %2394 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2390
-  %2395 = getelementptr inbounds nuw i8, ptr %2394, i64 2560
-  store <64 x i32> %2393, ptr %2395, align 4, !tbaa !4
-  %indvars.iv.next985.2.i.4 = shl i64 %indvars.iv984.2.i, 6
-  %2396 = or disjoint i64 %indvars.iv.next985.2.i.4, 320
-  %2397 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2396
-  %2398 = getelementptr inbounds nuw i8, ptr %2397, i64 1024
-  %2399 = load <64 x i32>, ptr %2398, align 4, !tbaa !4
-  %2400 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2396
-  %2401 = getelementptr inbounds nuw i8, ptr %2400, i64 2560
-  store <64 x i32> %2399, ptr %2401, align 4, !tbaa !4
-  %indvars.iv.next985.2.i.5 = shl i64 %indvars.iv984.2.i, 6
-  %2402 = or disjoint i64 %indvars.iv.next985.2.i.5, 384
-  %2403 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2402
-  %2404 = getelementptr inbounds nuw i8, ptr %2403, i64 1024
-  %2405 = load <64 x i32>, ptr %2404, align 4, !tbaa !4
-  %2406 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2402
-  %2407 = getelementptr inbounds nuw i8, ptr %2406, i64 2560
-  store <64 x i32> %2405, ptr %2407, align 4, !tbaa !4
-  %indvars.iv.next985.2.i.6 = shl i64 %indvars.iv984.2.i, 6
-  %2408 = or disjoint i64 %indvars.iv.next985.2.i.6, 448
-  %2409 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2408
-  %2410 = getelementptr inbounds nuw i8, ptr %2409, i64 1024
-  %2411 = load <64 x i32>, ptr %2410, align 4, !tbaa !4
-  %2412 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2408
-  %2413 = getelementptr inbounds nuw i8, ptr %2412, i64 2560
-  store <64 x i32> %2411, ptr %2413, align 4, !tbaa !4
-  %indvars.iv.next985.2.i.7 = add nuw nsw i64 %indvars.iv984.2.i, 8
-  %niter365.next.7 = add i64 %niter365, 8
-  %niter365.ncmp.7 = icmp eq i64 %niter365.next.7, %unroll_iter364
-  br i1 %niter365.ncmp.7, label %for_body_to503.3.i.preheader.unr-lcssa, label %for_body_to503.2.i, !prof !215, !llvm.loop !222
-
-for_body_to503.3.i.preheader.unr-lcssa:           ; preds = %for_body_to503.2.i
-  br i1 %lcmp.mod362.not, label %for_body_to503.3.i.preheader, label %for_body_to503.2.i.epil.preheader, !prof !218
-
-for_body_to503.2.i.epil.preheader:                ; preds = %for_body_to503.3.i.preheader.unr-lcssa, %for_body_to503.2.i.preheader
-  %indvars.iv984.2.i.epil.init = phi i64 [ 0, %for_body_to503.2.i.preheader ], [ %indvars.iv.next985.2.i.7, %for_body_to503.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod363)
-  br label %for_body_to503.2.i.epil
-
-for_body_to503.2.i.epil:                          ; preds = %for_body_to503.2.i.epil, %for_body_to503.2.i.epil.preheader
-  %indvars.iv984.2.i.epil = phi i64 [ %indvars.iv.next985.2.i.epil, %for_body_to503.2.i.epil ], [ %indvars.iv984.2.i.epil.init, %for_body_to503.2.i.epil.preheader ]
-  %epil.iter361 = phi i64 [ %epil.iter361.next, %for_body_to503.2.i.epil ], [ 0, %for_body_to503.2.i.epil.preheader ]
-  %2414 = shl nsw i64 %indvars.iv984.2.i.epil, 6
-  %2415 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2414
-  %2416 = getelementptr inbounds nuw i8, ptr %2415, i64 1024
-  %2417 = load <64 x i32>, ptr %2416, align 4, !tbaa !4
-  %2418 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2414
-  %2419 = getelementptr inbounds nuw i8, ptr %2418, i64 2560
-  store <64 x i32> %2417, ptr %2419, align 4, !tbaa !4
-  %indvars.iv.next985.2.i.epil = add nuw nsw i64 %indvars.iv984.2.i.epil, 1
-  %epil.iter361.next = add i64 %epil.iter361, 1
-  %epil.iter361.cmp.not = icmp eq i64 %epil.iter361.next, %xtraiter360
-  br i1 %epil.iter361.cmp.not, label %for_body_to503.3.i.preheader, label %for_body_to503.2.i.epil, !prof !105, !llvm.loop !223
-
-for_body_to503.3.i.preheader:                     ; preds = %for_body_to503.2.i.epil, %for_body_to503.3.i.preheader.unr-lcssa
-  br i1 %1465, label %for_body_to503.3.i.epil.preheader, label %for_body_to503.3.i, !prof !214
-
-for_body_to503.3.i:                               ; preds = %for_body_to503.3.i, %for_body_to503.3.i.preheader
-  %indvars.iv984.3.i = phi i64 [ %indvars.iv.next985.3.i.7, %for_body_to503.3.i ], [ 0, %for_body_to503.3.i.preheader ]
-  %niter371 = phi i64 [ %niter371.next.7, %for_body_to503.3.i ], [ 0, %for_body_to503.3.i.preheader ]
-  %2420 = shl nsw i64 %indvars.iv984.3.i, 6
-  %2421 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2420
-  %2422 = getelementptr inbounds nuw i8, ptr %2421, i64 1536
-  %2423 = load <64 x i32>, ptr %2422, align 4, !tbaa !4
-  %2424 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2420
-  %2425 = getelementptr inbounds nuw i8, ptr %2424, i64 3584
-  store <64 x i32> %2423, ptr %2425, align 4, !tbaa !4
-  %indvars.iv.next985.3.i = shl i64 %indvars.iv984.3.i, 6
-  %2426 = or disjoint i64 %indvars.iv.next985.3.i, 64
-  %2427 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2426
-  %2428 = getelementptr inbounds nuw i8, ptr %2427, i64 1536
-  %2429 = load <64 x i32>, ptr %2428, align 4, !tbaa !4
-  %2430 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2426
-  %2431 = getelementptr inbounds nuw i8, ptr %2430, i64 3584
-  store <64 x i32> %2429, ptr %2431, align 4, !tbaa !4
-  %indvars.iv.next985.3.i.1 = shl i64 %indvars.iv984.3.i, 6
-  %2432 = or disjoint i64 %indvars.iv.next985.3.i.1, 128
-  %2433 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2432
-  %2434 = getelementptr inbounds nuw i8, ptr %2433, i64 1536
-  %2435 = load <64 x i32>, ptr %2434, align 4, !tbaa !4
-  %2436 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2432
-  %2437 = getelementptr inbounds nuw i8, ptr %2436, i64 3584
-  store <64 x i32> %2435, ptr %2437, align 4, !tbaa !4
-  %indvars.iv.next985.3.i.2 = shl i64 %indvars.iv984.3.i, 6
-  %2438 = or disjoint i64 %indvars.iv.next985.3.i.2, 192
-  %2439 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2438
-  %2440 = getelementptr inbounds nuw i8, ptr %2439, i64 1536
-  %2441 = load <64 x i32>, ptr %2440, align 4, !tbaa !4
-  %2442 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2438
-  %2443 = getelementptr inbounds nuw i8, ptr %2442, i64 3584
-  store <64 x i32> %2441, ptr %2443, align 4, !tbaa !4
-  %indvars.iv.next985.3.i.3 = shl i64 %indvars.iv984.3.i, 6
-  %2444 = or disjoint i64 %indvars.iv.next985.3.i.3, 256
-  %2445 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2444
-  %2446 = getelementptr inbounds nuw i8, ptr %2445, i64 1536
-  %2447 = load <64 x i32>, ptr %2446, align 4, !tbaa !4
-  %2448 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2444
-  %2449 = getelementptr inbounds nuw i8, ptr %2448, i64 3584
-  store <64 x i32> %2447, ptr %2449, align 4, !tbaa !4
-  %indvars.iv.next985.3.i.4 = shl i64 %indvars.iv984.3.i, 6
-  %2450 = or disjoint i64 %indvars.iv.next985.3.i.4, 320
-  %2451 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2450
-  %2452 = getelementptr inbounds nuw i8, ptr %2451, i64 1536
-  %2453 = load <64 x i32>, ptr %2452, align 4, !tbaa !4
-  %2454 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2450
-  %2455 = getelementptr inbounds nuw i8, ptr %2454, i64 3584
-  store <64 x i32> %2453, ptr %2455, align 4, !tbaa !4
-  %indvars.iv.next985.3.i.5 = shl i64 %indvars.iv984.3.i, 6
-  %2456 = or disjoint i64 %indvars.iv.next985.3.i.5, 384
-  %2457 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2456
-  %2458 = getelementptr inbounds nuw i8, ptr %2457, i64 1536
-  %2459 = load <64 x i32>, ptr %2458, align 4, !tbaa !4
-  %2460 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2456
-  %2461 = getelementptr inbounds nuw i8, ptr %2460, i64 3584
-  store <64 x i32> %2459, ptr %2461, align 4, !tbaa !4
-  %indvars.iv.next985.3.i.6 = shl i64 %indvars.iv984.3.i, 6
-  %2462 = or disjoint i64 %indvars.iv.next985.3.i.6, 448
-  %2463 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2462
-  %2464 = getelementptr inbounds nuw i8, ptr %2463, i64 1536
-  %2465 = load <64 x i32>, ptr %2464, align 4, !tbaa !4
-  %2466 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2462
-  %2467 = getelementptr inbounds nuw i8, ptr %2466, i64 3584
-  store <64 x i32> %2465, ptr %2467, align 4, !tbaa !4
-  %indvars.iv.next985.3.i.7 = add nuw nsw i64 %indvars.iv984.3.i, 8
-  %niter371.next.7 = add i64 %niter371, 8
-  %niter371.ncmp.7 = icmp eq i64 %niter371.next.7, %unroll_iter370
-  br i1 %niter371.ncmp.7, label %for_body_to503.4.i.preheader.unr-lcssa, label %for_body_to503.3.i, !prof !215, !llvm.loop !224
-
-for_body_to503.4.i.preheader.unr-lcssa:           ; preds = %for_body_to503.3.i
-  br i1 %lcmp.mod368.not, label %for_body_to503.4.i.preheader, label %for_body_to503.3.i.epil.preheader, !prof !218
-
-for_body_to503.3.i.epil.preheader:                ; preds = %for_body_to503.4.i.preheader.unr-lcssa, %for_body_to503.3.i.preheader
-  %indvars.iv984.3.i.epil.init = phi i64 [ 0, %for_body_to503.3.i.preheader ], [ %indvars.iv.next985.3.i.7, %for_body_to503.4.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod369)
-  br label %for_body_to503.3.i.epil
-
-for_body_to503.3.i.epil:                          ; preds = %for_body_to503.3.i.epil, %for_body_to503.3.i.epil.preheader
-  %indvars.iv984.3.i.epil = phi i64 [ %indvars.iv.next985.3.i.epil, %for_body_to503.3.i.epil ], [ %indvars.iv984.3.i.epil.init, %for_body_to503.3.i.epil.preheader ]
-  %epil.iter367 = phi i64 [ %epil.iter367.next, %for_body_to503.3.i.epil ], [ 0, %for_body_to503.3.i.epil.preheader ]
-  %2468 = shl nsw i64 %indvars.iv984.3.i.epil, 6
-  %2469 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2468
-  %2470 = getelementptr inbounds nuw i8, ptr %2469, i64 1536
-  %2471 = load <64 x i32>, ptr %2470, align 4, !tbaa !4
-  %2472 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2468
-  %2473 = getelementptr inbounds nuw i8, ptr %2472, i64 3584
-  store <64 x i32> %2471, ptr %2473, align 4, !tbaa !4
-  %indvars.iv.next985.3.i.epil = add nuw nsw i64 %indvars.iv984.3.i.epil, 1
-  %epil.iter367.next = add i64 %epil.iter367, 1
-  %epil.iter367.cmp.not = icmp eq i64 %epil.iter367.next, %xtraiter366
-  br i1 %epil.iter367.cmp.not, label %for_body_to503.4.i.preheader, label %for_body_to503.3.i.epil, !prof !105, !llvm.loop !225
-
-for_body_to503.4.i.preheader:                     ; preds = %for_body_to503.3.i.epil, %for_body_to503.4.i.preheader.unr-lcssa
-  br i1 %1466, label %for_body_to503.4.i.epil.preheader, label %for_body_to503.4.i, !prof !214
-
-for_body_to503.4.i:                               ; preds = %for_body_to503.4.i, %for_body_to503.4.i.preheader
-  %indvars.iv984.4.i = phi i64 [ %indvars.iv.next985.4.i.7, %for_body_to503.4.i ], [ 0, %for_body_to503.4.i.preheader ]
-  %niter377 = phi i64 [ %niter377.next.7, %for_body_to503.4.i ], [ 0, %for_body_to503.4.i.preheader ]
-  %2474 = shl nsw i64 %indvars.iv984.4.i, 6
-  %2475 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2474
-  %2476 = getelementptr inbounds nuw i8, ptr %2475, i64 2048
-  %2477 = load <64 x i32>, ptr %2476, align 4, !tbaa !4
-  %2478 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2474
-  %2479 = getelementptr inbounds nuw i8, ptr %2478, i64 4608
-  store <64 x i32> %2477, ptr %2479, align 4, !tbaa !4
-  %indvars.iv.next985.4.i = shl i64 %indvars.iv984.4.i, 6
-  %2480 = or disjoint i64 %indvars.iv.next985.4.i, 64
-  %2481 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2480
-  %2482 = getelementptr inbounds nuw i8, ptr %2481, i64 2048
-  %2483 = load <64 x i32>, ptr %2482, align 4, !tbaa !4
-  %2484 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2480
-  %2485 = getelementptr inbounds nuw i8, ptr %2484, i64 4608
-  store <64 x i32> %2483, ptr %2485, align 4, !tbaa !4
-  %indvars.iv.next985.4.i.1 = shl i64 %indvars.iv984.4.i, 6
-  %2486 = or disjoint i64 %indvars.iv.next985.4.i.1, 128
-  %2487 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2486
-  %2488 = getelementptr inbounds nuw i8, ptr %2487, i64 2048
-  %2489 = load <64 x i32>, ptr %2488, align 4, !tbaa !4
-  %2490 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2486
-  %2491 = getelementptr inbounds nuw i8, ptr %2490, i64 4608
-  store <64 x i32> %2489, ptr %2491, align 4, !tbaa !4
-  %indvars.iv.next985.4.i.2 = shl i64 %indvars.iv984.4.i, 6
-  %2492 = or disjoint i64 %indvars.iv.next985.4.i.2, 192
-  %2493 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2492
-  %2494 = getelementptr inbounds nuw i8, ptr %2493, i64 2048
-  %2495 = load <64 x i32>, ptr %2494, align 4, !tbaa !4
-  %2496 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2492
-  %2497 = getelementptr inbounds nuw i8, ptr %2496, i64 4608
-  store <64 x i32> %2495, ptr %2497, align 4, !tbaa !4
-  %indvars.iv.next985.4.i.3 = shl i64 %indvars.iv984.4.i, 6
-  %2498 = or disjoint i64 %indvars.iv.next985.4.i.3, 256
-  %2499 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2498
-  %2500 = getelementptr inbounds nuw i8, ptr %2499, i64 2048
-  %2501 = load <64 x i32>, ptr %2500, align 4, !tbaa !4
-  %2502 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2498
-  %2503 = getelementptr inbounds nuw i8, ptr %2502, i64 4608
-  store <64 x i32> %2501, ptr %2503, align 4, !tbaa !4
-  %indvars.iv.next985.4.i.4 = shl i64 %indvars.iv984.4.i, 6
-  %2504 = or disjoint i64 %indvars.iv.next985.4.i.4, 320
-  %2505 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2504
-  %2506 = getelementptr inbounds nuw i8, ptr %2505, i64 2048
-  %2507 = load <64 x i32>, ptr %2506, align 4, !tbaa !4
-  %2508 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2504
-  %2509 = getelementptr inbounds nuw i8, ptr %2508, i64 4608
-  store <64 x i32> %2507, ptr %2509, align 4, !tbaa !4
-  %indvars.iv.next985.4.i.5 = shl i64 %indvars.iv984.4.i, 6
-  %2510 = or disjoint i64 %indvars.iv.next985.4.i.5, 384
-  %2511 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2510
-  %2512 = getelementptr inbounds nuw i8, ptr %2511, i64 2048
-  %2513 = load <64 x i32>, ptr %2512, align 4, !tbaa !4
-  %2514 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2510
-  %2515 = getelementptr inbounds nuw i8, ptr %2514, i64 4608
-  store <64 x i32> %2513, ptr %2515, align 4, !tbaa !4
-  %indvars.iv.next985.4.i.6 = shl i64 %indvars.iv984.4.i, 6
-  %2516 = or disjoint i64 %indvars.iv.next985.4.i.6, 448
-  %2517 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2516
-  %2518 = getelementptr inbounds nuw i8, ptr %2517, i64 2048
-  %2519 = load <64 x i32>, ptr %2518, align 4, !tbaa !4
-  %2520 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2516
-  %2521 = getelementptr inbounds nuw i8, ptr %2520, i64 4608
-  store <64 x i32> %2519, ptr %2521, align 4, !tbaa !4
-  %indvars.iv.next985.4.i.7 = add nuw nsw i64 %indvars.iv984.4.i, 8
-  %niter377.next.7 = add i64 %niter377, 8
-  %niter377.ncmp.7 = icmp eq i64 %niter377.next.7, %unroll_iter376
-  br i1 %niter377.ncmp.7, label %for_body_to503.5.i.preheader.unr-lcssa, label %for_body_to503.4.i, !prof !215, !llvm.loop !226
-
-for_body_to503.5.i.preheader.unr-lcssa:           ; preds = %for_body_to503.4.i
-  br i1 %lcmp.mod374.not, label %for_body_to503.5.i.preheader, label %for_body_to503.4.i.epil.preheader, !prof !218
-
-for_body_to503.4.i.epil.preheader:                ; preds = %for_body_to503.5.i.preheader.unr-lcssa, %for_body_to503.4.i.preheader
-  %indvars.iv984.4.i.epil.init = phi i64 [ 0, %for_body_to503.4.i.preheader ], [ %indvars.iv.next985.4.i.7, %for_body_to503.5.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod375)
-  br label %for_body_to503.4.i.epil
-
-for_body_to503.4.i.epil:                          ; preds = %for_body_to503.4.i.epil, %for_body_to503.4.i.epil.preheader
-  %indvars.iv984.4.i.epil = phi i64 [ %indvars.iv.next985.4.i.epil, %for_body_to503.4.i.epil ], [ %indvars.iv984.4.i.epil.init, %for_body_to503.4.i.epil.preheader ]
-  %epil.iter373 = phi i64 [ %epil.iter373.next, %for_body_to503.4.i.epil ], [ 0, %for_body_to503.4.i.epil.preheader ]
-  %2522 = shl nsw i64 %indvars.iv984.4.i.epil, 6
-  %2523 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2522
-  %2524 = getelementptr inbounds nuw i8, ptr %2523, i64 2048
-  %2525 = load <64 x i32>, ptr %2524, align 4, !tbaa !4
-  %2526 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2522
-  %2527 = getelementptr inbounds nuw i8, ptr %2526, i64 4608
-  store <64 x i32> %2525, ptr %2527, align 4, !tbaa !4
-  %indvars.iv.next985.4.i.epil = add nuw nsw i64 %indvars.iv984.4.i.epil, 1
-  %epil.iter373.next = add i64 %epil.iter373, 1
-  %epil.iter373.cmp.not = icmp eq i64 %epil.iter373.next, %xtraiter372
-  br i1 %epil.iter373.cmp.not, label %for_body_to503.5.i.preheader, label %for_body_to503.4.i.epil, !prof !105, !llvm.loop !227
-
-for_body_to503.5.i.preheader:                     ; preds = %for_body_to503.4.i.epil, %for_body_to503.5.i.preheader.unr-lcssa
-  br i1 %1467, label %for_body_to503.5.i.epil.preheader, label %for_body_to503.5.i, !prof !214
-
-for_body_to503.5.i:                               ; preds = %for_body_to503.5.i, %for_body_to503.5.i.preheader
-  %indvars.iv984.5.i = phi i64 [ %indvars.iv.next985.5.i.7, %for_body_to503.5.i ], [ 0, %for_body_to503.5.i.preheader ]
-  %niter383 = phi i64 [ %niter383.next.7, %for_body_to503.5.i ], [ 0, %for_body_to503.5.i.preheader ]
-  %2528 = shl nsw i64 %indvars.iv984.5.i, 6
-  %2529 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2528
-  %2530 = getelementptr inbounds nuw i8, ptr %2529, i64 2560
-  %2531 = load <64 x i32>, ptr %2530, align 4, !tbaa !4
-  %2532 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2528
-  %2533 = getelementptr inbounds nuw i8, ptr %2532, i64 5632
-  store <64 x i32> %2531, ptr %2533, align 4, !tbaa !4
-  %indvars.iv.next985.5.i = shl i64 %indvars.iv984.5.i, 6
-  %2534 = or disjoint i64 %indvars.iv.next985.5.i, 64
-  %2535 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2534
-  %2536 = getelementptr inbounds nuw i8, ptr %2535, i64 2560
-  %2537 = load <64 x i32>, ptr %2536, align 4, !tbaa !4
-  %2538 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2534
-  %2539 = getelementptr inbounds nuw i8, ptr %2538, i64 5632
-  store <64 x i32> %2537, ptr %2539, align 4, !tbaa !4
-  %indvars.iv.next985.5.i.1 = shl i64 %indvars.iv984.5.i, 6
-  %2540 = or disjoint i64 %indvars.iv.next985.5.i.1, 128
-  %2541 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2540
-  %2542 = getelementptr inbounds nuw i8, ptr %2541, i64 2560
-  %2543 = load <64 x i32>, ptr %2542, align 4, !tbaa !4
-  %2544 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2540
-  %2545 = getelementptr inbounds nuw i8, ptr %2544, i64 5632
-  store <64 x i32> %2543, ptr %2545, align 4, !tbaa !4
-  %indvars.iv.next985.5.i.2 = shl i64 %indvars.iv984.5.i, 6
-  %2546 = or disjoint i64 %indvars.iv.next985.5.i.2, 192
-  %2547 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2546
-  %2548 = getelementptr inbounds nuw i8, ptr %2547, i64 2560
-  %2549 = load <64 x i32>, ptr %2548, align 4, !tbaa !4
-  %2550 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2546
-  %2551 = getelementptr inbounds nuw i8, ptr %2550, i64 5632
-  store <64 x i32> %2549, ptr %2551, align 4, !tbaa !4
-  %indvars.iv.next985.5.i.3 = shl i64 %indvars.iv984.5.i, 6
-  %2552 = or disjoint i64 %indvars.iv.next985.5.i.3, 256
-  %2553 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2552
-  %2554 = getelementptr inbounds nuw i8, ptr %2553, i64 2560
-  %2555 = load <64 x i32>, ptr %2554, align 4, !tbaa !4
-  %2556 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2552
-  %2557 = getelementptr inbounds nuw i8, ptr %2556, i64 5632
-  store <64 x i32> %2555, ptr %2557, align 4, !tbaa !4
-  %indvars.iv.next985.5.i.4 = shl i64 %indvars.iv984.5.i, 6
-  %2558 = or disjoint i64 %indvars.iv.next985.5.i.4, 320
-  %2559 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2558
-  %2560 = getelementptr inbounds nuw i8, ptr %2559, i64 2560
-  %2561 = load <64 x i32>, ptr %2560, align 4, !tbaa !4
-  %2562 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2558
-  %2563 = getelementptr inbounds nuw i8, ptr %2562, i64 5632
-  store <64 x i32> %2561, ptr %2563, align 4, !tbaa !4
-  %indvars.iv.next985.5.i.5 = shl i64 %indvars.iv984.5.i, 6
-  %2564 = or disjoint i64 %indvars.iv.next985.5.i.5, 384
-  %2565 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2564
-  %2566 = getelementptr inbounds nuw i8, ptr %2565, i64 2560
-  %2567 = load <64 x i32>, ptr %2566, align 4, !tbaa !4
-  %2568 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2564
-  %2569 = getelementptr inbounds nuw i8, ptr %2568, i64 5632
-  store <64 x i32> %2567, ptr %2569, align 4, !tbaa !4
-  %indvars.iv.next985.5.i.6 = shl i64 %indvars.iv984.5.i, 6
-  %2570 = or disjoint i64 %indvars.iv.next985.5.i.6, 448
-  %2571 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2570
-  %2572 = getelementptr inbounds nuw i8, ptr %2571, i64 2560
-  %2573 = load <64 x i32>, ptr %2572, align 4, !tbaa !4
-  %2574 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2570
-  %2575 = getelementptr inbounds nuw i8, ptr %2574, i64 5632
-  store <64 x i32> %2573, ptr %2575, align 4, !tbaa !4
-  %indvars.iv.next985.5.i.7 = add nuw nsw i64 %indvars.iv984.5.i, 8
-  %niter383.next.7 = add i64 %niter383, 8
-  %niter383.ncmp.7 = icmp eq i64 %niter383.next.7, %unroll_iter382
-  br i1 %niter383.ncmp.7, label %for_body_to503.6.i.preheader.unr-lcssa, label %for_body_to503.5.i, !prof !215, !llvm.loop !228
-
-for_body_to503.6.i.preheader.unr-lcssa:           ; preds = %for_body_to503.5.i
-  br i1 %lcmp.mod380.not, label %for_body_to503.6.i.preheader, label %for_body_to503.5.i.epil.preheader, !prof !218
-
-for_body_to503.5.i.epil.preheader:                ; preds = %for_body_to503.6.i.preheader.unr-lcssa, %for_body_to503.5.i.preheader
-  %indvars.iv984.5.i.epil.init = phi i64 [ 0, %for_body_to503.5.i.preheader ], [ %indvars.iv.next985.5.i.7, %for_body_to503.6.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod381)
-  br label %for_body_to503.5.i.epil
-
-for_body_to503.5.i.epil:                          ; preds = %for_body_to503.5.i.epil, %for_body_to503.5.i.epil.preheader
-  %indvars.iv984.5.i.epil = phi i64 [ %indvars.iv.next985.5.i.epil, %for_body_to503.5.i.epil ], [ %indvars.iv984.5.i.epil.init, %for_body_to503.5.i.epil.preheader ]
-  %epil.iter379 = phi i64 [ %epil.iter379.next, %for_body_to503.5.i.epil ], [ 0, %for_body_to503.5.i.epil.preheader ]
-  %2576 = shl nsw i64 %indvars.iv984.5.i.epil, 6
-  %2577 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2576
-  %2578 = getelementptr inbounds nuw i8, ptr %2577, i64 2560
-  %2579 = load <64 x i32>, ptr %2578, align 4, !tbaa !4
-  %2580 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2576
-  %2581 = getelementptr inbounds nuw i8, ptr %2580, i64 5632
-  store <64 x i32> %2579, ptr %2581, align 4, !tbaa !4
-  %indvars.iv.next985.5.i.epil = add nuw nsw i64 %indvars.iv984.5.i.epil, 1
-  %epil.iter379.next = add i64 %epil.iter379, 1
-  %epil.iter379.cmp.not = icmp eq i64 %epil.iter379.next, %xtraiter378
-  br i1 %epil.iter379.cmp.not, label %for_body_to503.6.i.preheader, label %for_body_to503.5.i.epil, !prof !105, !llvm.loop !229
-
-for_body_to503.6.i.preheader:                     ; preds = %for_body_to503.5.i.epil, %for_body_to503.6.i.preheader.unr-lcssa
-  br i1 %1468, label %for_body_to503.6.i.epil.preheader, label %for_body_to503.6.i, !prof !214
-
-for_body_to503.6.i:                               ; preds = %for_body_to503.6.i, %for_body_to503.6.i.preheader
-  %indvars.iv984.6.i = phi i64 [ %indvars.iv.next985.6.i.7, %for_body_to503.6.i ], [ 0, %for_body_to503.6.i.preheader ]
-  %niter389 = phi i64 [ %niter389.next.7, %for_body_to503.6.i ], [ 0, %for_body_to503.6.i.preheader ]
-  %2582 = shl nsw i64 %indvars.iv984.6.i, 6
-  %2583 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2582
-  %2584 = getelementptr inbounds nuw i8, ptr %2583, i64 3072
-  %2585 = load <64 x i32>, ptr %2584, align 4, !tbaa !4
-  %2586 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2582
-  %2587 = getelementptr inbounds nuw i8, ptr %2586, i64 6656
-  store <64 x i32> %2585, ptr %2587, align 4, !tbaa !4
-  %indvars.iv.next985.6.i = shl i64 %indvars.iv984.6.i, 6
-  %2588 = or disjoint i64 %indvars.iv.next985.6.i, 64
-  %2589 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2588
-  %2590 = getelementptr inbounds nuw i8, ptr %2589, i64 3072
-  %2591 = load <64 x i32>, ptr %2590, align 4, !tbaa !4
-  %2592 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2588
-  %2593 = getelementptr inbounds nuw i8, ptr %2592, i64 6656
-  store <64 x i32> %2591, ptr %2593, align 4, !tbaa !4
-  %indvars.iv.next985.6.i.1 = shl i64 %indvars.iv984.6.i, 6
-  %2594 = or disjoint i64 %indvars.iv.next985.6.i.1, 128
-  %2595 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2594
-  %2596 = getelementptr inbounds nuw i8, ptr %2595, i64 3072
-  %2597 = load <64 x i32>, ptr %2596, align 4, !tbaa !4
-  %2598 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2594
-  %2599 = getelementptr inbounds nuw i8, ptr %2598, i64 6656
-  store <64 x i32> %2597, ptr %2599, align 4, !tbaa !4
-  %indvars.iv.next985.6.i.2 = shl i64 %indvars.iv984.6.i, 6
-  %2600 = or disjoint i64 %indvars.iv.next985.6.i.2, 192
-  %2601 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2600
-  %2602 = getelementptr inbounds nuw i8, ptr %2601, i64 3072
-  %2603 = load <64 x i32>, ptr %2602, align 4, !tbaa !4
-  %2604 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2600
-  %2605 = getelementptr inbounds nuw i8, ptr %2604, i64 6656
-  store <64 x i32> %2603, ptr %2605, align 4, !tbaa !4
-  %indvars.iv.next985.6.i.3 = shl i64 %indvars.iv984.6.i, 6
-  %2606 = or disjoint i64 %indvars.iv.next985.6.i.3, 256
-  %2607 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2606
-  %2608 = getelementptr inbounds nuw i8, ptr %2607, i64 3072
-  %2609 = load <64 x i32>, ptr %2608, align 4, !tbaa !4
-  %2610 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2606
-  %2611 = getelementptr inbounds nuw i8, ptr %2610, i64 6656
-  store <64 x i32> %2609, ptr %2611, align 4, !tbaa !4
-  %indvars.iv.next985.6.i.4 = shl i64 %indvars.iv984.6.i, 6
-  %2612 = or disjoint i64 %indvars.iv.next985.6.i.4, 320
-  %2613 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2612
-  %2614 = getelementptr inbounds nuw i8, ptr %2613, i64 3072
-  %2615 = load <64 x i32>, ptr %2614, align 4, !tbaa !4
-  %2616 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2612
-  %2617 = getelementptr inbounds nuw i8, ptr %2616, i64 6656
-  store <64 x i32> %2615, ptr %2617, align 4, !tbaa !4
-  %indvars.iv.next985.6.i.5 = shl i64 %indvars.iv984.6.i, 6
-  %2618 = or disjoint i64 %indvars.iv.next985.6.i.5, 384
-  %2619 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2618
-  %2620 = getelementptr inbounds nuw i8, ptr %2619, i64 3072
-  %2621 = load <64 x i32>, ptr %2620, align 4, !tbaa !4
-  %2622 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2618
-  %2623 = getelementptr inbounds nuw i8, ptr %2622, i64 6656
-  store <64 x i32> %2621, ptr %2623, align 4, !tbaa !4
-  %indvars.iv.next985.6.i.6 = shl i64 %indvars.iv984.6.i, 6
-  %2624 = or disjoint i64 %indvars.iv.next985.6.i.6, 448
-  %2625 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2624
-  %2626 = getelementptr inbounds nuw i8, ptr %2625, i64 3072
-  %2627 = load <64 x i32>, ptr %2626, align 4, !tbaa !4
-  %2628 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2624
-  %2629 = getelementptr inbounds nuw i8, ptr %2628, i64 6656
-  store <64 x i32> %2627, ptr %2629, align 4, !tbaa !4
-  %indvars.iv.next985.6.i.7 = add nuw nsw i64 %indvars.iv984.6.i, 8
-  %niter389.next.7 = add i64 %niter389, 8
-  %niter389.ncmp.7 = icmp eq i64 %niter389.next.7, %unroll_iter388
-  br i1 %niter389.ncmp.7, label %for_body_to503.7.i.preheader.unr-lcssa, label %for_body_to503.6.i, !prof !215, !llvm.loop !230
-
-for_body_to503.7.i.preheader.unr-lcssa:           ; preds = %for_body_to503.6.i
-  br i1 %lcmp.mod386.not, label %for_body_to503.7.i.preheader, label %for_body_to503.6.i.epil.preheader, !prof !218
-
-for_body_to503.6.i.epil.preheader:                ; preds = %for_body_to503.7.i.preheader.unr-lcssa, %for_body_to503.6.i.preheader
-  %indvars.iv984.6.i.epil.init = phi i64 [ 0, %for_body_to503.6.i.preheader ], [ %indvars.iv.next985.6.i.7, %for_body_to503.7.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod387)
-  br label %for_body_to503.6.i.epil
-
-for_body_to503.6.i.epil:                          ; preds = %for_body_to503.6.i.epil, %for_body_to503.6.i.epil.preheader
-  %indvars.iv984.6.i.epil = phi i64 [ %indvars.iv.next985.6.i.epil, %for_body_to503.6.i.epil ], [ %indvars.iv984.6.i.epil.init, %for_body_to503.6.i.epil.preheader ]
-  %epil.iter385 = phi i64 [ %epil.iter385.next, %for_body_to503.6.i.epil ], [ 0, %for_body_to503.6.i.epil.preheader ]
-  %2630 = shl nsw i64 %indvars.iv984.6.i.epil, 6
-  %2631 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2630
-  %2632 = getelementptr inbounds nuw i8, ptr %2631, i64 3072
-  %2633 = load <64 x i32>, ptr %2632, align 4, !tbaa !4
-  %2634 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2630
-  %2635 = getelementptr inbounds nuw i8, ptr %2634, i64 6656
-  store <64 x i32> %2633, ptr %2635, align 4, !tbaa !4
-  %indvars.iv.next985.6.i.epil = add nuw nsw i64 %indvars.iv984.6.i.epil, 1
-  %epil.iter385.next = add i64 %epil.iter385, 1
-  %epil.iter385.cmp.not = icmp eq i64 %epil.iter385.next, %xtraiter384
-  br i1 %epil.iter385.cmp.not, label %for_body_to503.7.i.preheader, label %for_body_to503.6.i.epil, !prof !105, !llvm.loop !231
-
-for_body_to503.7.i.preheader:                     ; preds = %for_body_to503.6.i.epil, %for_body_to503.7.i.preheader.unr-lcssa
-  br i1 %1469, label %for_body_to503.7.i.epil.preheader, label %for_body_to503.7.i, !prof !214
-
-for_body_to503.7.i:                               ; preds = %for_body_to503.7.i, %for_body_to503.7.i.preheader
-  %indvars.iv984.7.i = phi i64 [ %indvars.iv.next985.7.i.7, %for_body_to503.7.i ], [ 0, %for_body_to503.7.i.preheader ]
-  %niter395 = phi i64 [ %niter395.next.7, %for_body_to503.7.i ], [ 0, %for_body_to503.7.i.preheader ]
-  %2636 = shl nsw i64 %indvars.iv984.7.i, 6
-  %2637 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2636
-  %2638 = getelementptr inbounds nuw i8, ptr %2637, i64 3584
-  %2639 = load <64 x i32>, ptr %2638, align 4, !tbaa !4
-  %2640 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2636
-  %2641 = getelementptr inbounds nuw i8, ptr %2640, i64 7680
-  store <64 x i32> %2639, ptr %2641, align 4, !tbaa !4
-  %indvars.iv.next985.7.i = shl i64 %indvars.iv984.7.i, 6
-  %2642 = or disjoint i64 %indvars.iv.next985.7.i, 64
-  %2643 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2642
-  %2644 = getelementptr inbounds nuw i8, ptr %2643, i64 3584
-  %2645 = load <64 x i32>, ptr %2644, align 4, !tbaa !4
-  %2646 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2642
-  %2647 = getelementptr inbounds nuw i8, ptr %2646, i64 7680
-  store <64 x i32> %2645, ptr %2647, align 4, !tbaa !4
-  %indvars.iv.next985.7.i.1 = shl i64 %indvars.iv984.7.i, 6
-  %2648 = or disjoint i64 %indvars.iv.next985.7.i.1, 128
-  %2649 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2648
-  %2650 = getelementptr inbounds nuw i8, ptr %2649, i64 3584
-  %2651 = load <64 x i32>, ptr %2650, align 4, !tbaa !4
-  %2652 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2648
-  %2653 = getelementptr inbounds nuw i8, ptr %2652, i64 7680
-  store <64 x i32> %2651, ptr %2653, align 4, !tbaa !4
-  %indvars.iv.next985.7.i.2 = shl i64 %indvars.iv984.7.i, 6
-  %2654 = or disjoint i64 %indvars.iv.next985.7.i.2, 192
-  %2655 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2654
-  %2656 = getelementptr inbounds nuw i8, ptr %2655, i64 3584
-  %2657 = load <64 x i32>, ptr %2656, align 4, !tbaa !4
-  %2658 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2654
-  %2659 = getelementptr inbounds nuw i8, ptr %2658, i64 7680
-  store <64 x i32> %2657, ptr %2659, align 4, !tbaa !4
-  %indvars.iv.next985.7.i.3 = shl i64 %indvars.iv984.7.i, 6
-  %2660 = or disjoint i64 %indvars.iv.next985.7.i.3, 256
-  %2661 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2660
-  %2662 = getelementptr inbounds nuw i8, ptr %2661, i64 3584
-  %2663 = load <64 x i32>, ptr %2662, align 4, !tbaa !4
-  %2664 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2660
-  %2665 = getelementptr inbounds nuw i8, ptr %2664, i64 7680
-  store <64 x i32> %2663, ptr %2665, align 4, !tbaa !4
-  %indvars.iv.next985.7.i.4 = shl i64 %indvars.iv984.7.i, 6
-  %2666 = or disjoint i64 %indvars.iv.next985.7.i.4, 320
-  %2667 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2666
-  %2668 = getelementptr inbounds nuw i8, ptr %2667, i64 3584
-  %2669 = load <64 x i32>, ptr %2668, align 4, !tbaa !4
-  %2670 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2666
-  %2671 = getelementptr inbounds nuw i8, ptr %2670, i64 7680
-  store <64 x i32> %2669, ptr %2671, align 4, !tbaa !4
-  %indvars.iv.next985.7.i.5 = shl i64 %indvars.iv984.7.i, 6
-  %2672 = or disjoint i64 %indvars.iv.next985.7.i.5, 384
-  %2673 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2672
-  %2674 = getelementptr inbounds nuw i8, ptr %2673, i64 3584
-  %2675 = load <64 x i32>, ptr %2674, align 4, !tbaa !4
-  %2676 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2672
-  %2677 = getelementptr inbounds nuw i8, ptr %2676, i64 7680
-  store <64 x i32> %2675, ptr %2677, align 4, !tbaa !4
-  %indvars.iv.next985.7.i.6 = shl i64 %indvars.iv984.7.i, 6
-  %2678 = or disjoint i64 %indvars.iv.next985.7.i.6, 448
-  %2679 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2678
-  %2680 = getelementptr inbounds nuw i8, ptr %2679, i64 3584
-  %2681 = load <64 x i32>, ptr %2680, align 4, !tbaa !4
-  %2682 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2678
-  %2683 = getelementptr inbounds nuw i8, ptr %2682, i64 7680
-  store <64 x i32> %2681, ptr %2683, align 4, !tbaa !4
-  %indvars.iv.next985.7.i.7 = add nuw nsw i64 %indvars.iv984.7.i, 8
-  %niter395.next.7 = add i64 %niter395, 8
-  %niter395.ncmp.7 = icmp eq i64 %niter395.next.7, %unroll_iter394
-  br i1 %niter395.ncmp.7, label %for_body_to503.8.i.preheader.unr-lcssa, label %for_body_to503.7.i, !prof !215, !llvm.loop !232
-
-for_body_to503.8.i.preheader.unr-lcssa:           ; preds = %for_body_to503.7.i
-  br i1 %lcmp.mod392.not, label %for_body_to503.8.i.preheader, label %for_body_to503.7.i.epil.preheader, !prof !218
-
-for_body_to503.7.i.epil.preheader:                ; preds = %for_body_to503.8.i.preheader.unr-lcssa, %for_body_to503.7.i.preheader
-  %indvars.iv984.7.i.epil.init = phi i64 [ 0, %for_body_to503.7.i.preheader ], [ %indvars.iv.next985.7.i.7, %for_body_to503.8.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod393)
-  br label %for_body_to503.7.i.epil
-
-for_body_to503.7.i.epil:                          ; preds = %for_body_to503.7.i.epil, %for_body_to503.7.i.epil.preheader
-  %indvars.iv984.7.i.epil = phi i64 [ %indvars.iv.next985.7.i.epil, %for_body_to503.7.i.epil ], [ %indvars.iv984.7.i.epil.init, %for_body_to503.7.i.epil.preheader ]
-  %epil.iter391 = phi i64 [ %epil.iter391.next, %for_body_to503.7.i.epil ], [ 0, %for_body_to503.7.i.epil.preheader ]
-  %2684 = shl nsw i64 %indvars.iv984.7.i.epil, 6
-  %2685 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2684
-  %2686 = getelementptr inbounds nuw i8, ptr %2685, i64 3584
-  %2687 = load <64 x i32>, ptr %2686, align 4, !tbaa !4
-  %2688 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2684
-  %2689 = getelementptr inbounds nuw i8, ptr %2688, i64 7680
-  store <64 x i32> %2687, ptr %2689, align 4, !tbaa !4
-  %indvars.iv.next985.7.i.epil = add nuw nsw i64 %indvars.iv984.7.i.epil, 1
-  %epil.iter391.next = add i64 %epil.iter391, 1
-  %epil.iter391.cmp.not = icmp eq i64 %epil.iter391.next, %xtraiter390
-  br i1 %epil.iter391.cmp.not, label %for_body_to503.8.i.preheader, label %for_body_to503.7.i.epil, !prof !105, !llvm.loop !233
-
-for_body_to503.8.i.preheader:                     ; preds = %for_body_to503.7.i.epil, %for_body_to503.8.i.preheader.unr-lcssa
-  br i1 %1470, label %for_body_to503.8.i.epil.preheader, label %for_body_to503.8.i, !prof !214
-
-for_body_to503.8.i:                               ; preds = %for_body_to503.8.i, %for_body_to503.8.i.preheader
-  %indvars.iv984.8.i = phi i64 [ %indvars.iv.next985.8.i.7, %for_body_to503.8.i ], [ 0, %for_body_to503.8.i.preheader ]
-  %niter401 = phi i64 [ %niter401.next.7, %for_body_to503.8.i ], [ 0, %for_body_to503.8.i.preheader ]
-  %2690 = shl nsw i64 %indvars.iv984.8.i, 6
-  %2691 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2690
-  %2692 = getelementptr inbounds nuw i8, ptr %2691, i64 4096
-  %2693 = load <64 x i32>, ptr %2692, align 4, !tbaa !4
-  %2694 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2690
-  %2695 = getelementptr inbounds nuw i8, ptr %2694, i64 8704
-  store <64 x i32> %2693, ptr %2695, align 4, !tbaa !4
-  %indvars.iv.next985.8.i = shl i64 %indvars.iv984.8.i, 6
-  %2696 = or disjoint i64 %indvars.iv.next985.8.i, 64
-  %2697 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2696
-  %2698 = getelementptr inbounds nuw i8, ptr %2697, i64 4096
-  %2699 = load <64 x i32>, ptr %2698, align 4, !tbaa !4
-  %2700 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2696
-  %2701 = getelementptr inbounds nuw i8, ptr %2700, i64 8704
-  store <64 x i32> %2699, ptr %2701, align 4, !tbaa !4
-  %indvars.iv.next985.8.i.1 = shl i64 %indvars.iv984.8.i, 6
-  %2702 = or disjoint i64 %indvars.iv.next985.8.i.1, 128
-  %2703 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2702
-  %2704 = getelementptr inbounds nuw i8, ptr %2703, i64 4096
-  %2705 = load <64 x i32>, ptr %2704, align 4, !tbaa !4
-  %2706 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2702
-  %2707 = getelementptr inbounds nuw i8, ptr %2706, i64 8704
-  store <64 x i32> %2705, ptr %2707, align 4, !tbaa !4
-  %indvars.iv.next985.8.i.2 = shl i64 %indvars.iv984.8.i, 6
-  %2708 = or disjoint i64 %indvars.iv.next985.8.i.2, 192
-  %2709 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2708
-  %2710 = getelementptr inbounds nuw i8, ptr %2709, i64 4096
-  %2711 = load <64 x i32>, ptr %2710, align 4, !tbaa !4
-  %2712 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2708
-  %2713 = getelementptr inbounds nuw i8, ptr %2712, i64 8704
-  store <64 x i32> %2711, ptr %2713, align 4, !tbaa !4
-  %indvars.iv.next985.8.i.3 = shl i64 %indvars.iv984.8.i, 6
-  %2714 = or disjoint i64 %indvars.iv.next985.8.i.3, 256
-  %2715 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2714
-  %2716 = getelementptr inbounds nuw i8, ptr %2715, i64 4096
-  %2717 = load <64 x i32>, ptr %2716, align 4, !tbaa !4
-  %2718 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2714
-  %2719 = getelementptr inbounds nuw i8, ptr %2718, i64 8704
-  store <64 x i32> %2717, ptr %2719, align 4, !tbaa !4
-  %indvars.iv.next985.8.i.4 = shl i64 %indvars.iv984.8.i, 6
-  %2720 = or disjoint i64 %indvars.iv.next985.8.i.4, 320
-  %2721 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2720
-  %2722 = getelementptr inbounds nuw i8, ptr %2721, i64 4096
-  %2723 = load <64 x i32>, ptr %2722, align 4, !tbaa !4
-  %2724 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2720
-  %2725 = getelementptr inbounds nuw i8, ptr %2724, i64 8704
-  store <64 x i32> %2723, ptr %2725, align 4, !tbaa !4
-  %indvars.iv.next985.8.i.5 = shl i64 %indvars.iv984.8.i, 6
-  %2726 = or disjoint i64 %indvars.iv.next985.8.i.5, 384
-  %2727 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2726
-  %2728 = getelementptr inbounds nuw i8, ptr %2727, i64 4096
-  %2729 = load <64 x i32>, ptr %2728, align 4, !tbaa !4
-  %2730 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2726
-  %2731 = getelementptr inbounds nuw i8, ptr %2730, i64 8704
-  store <64 x i32> %2729, ptr %2731, align 4, !tbaa !4
-  %indvars.iv.next985.8.i.6 = shl i64 %indvars.iv984.8.i, 6
-  %2732 = or disjoint i64 %indvars.iv.next985.8.i.6, 448
-  %2733 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2732
-  %2734 = getelementptr inbounds nuw i8, ptr %2733, i64 4096
-  %2735 = load <64 x i32>, ptr %2734, align 4, !tbaa !4
-  %2736 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2732
-  %2737 = getelementptr inbounds nuw i8, ptr %2736, i64 8704
-  store <64 x i32> %2735, ptr %2737, align 4, !tbaa !4
-  %indvars.iv.next985.8.i.7 = add nuw nsw i64 %indvars.iv984.8.i, 8
-  %niter401.next.7 = add i64 %niter401, 8
-  %niter401.ncmp.7 = icmp eq i64 %niter401.next.7, %unroll_iter400
-  br i1 %niter401.ncmp.7, label %for_body_to503.9.i.preheader.unr-lcssa, label %for_body_to503.8.i, !prof !215, !llvm.loop !234
-
-for_body_to503.9.i.preheader.unr-lcssa:           ; preds = %for_body_to503.8.i
-  br i1 %lcmp.mod398.not, label %for_body_to503.9.i.preheader, label %for_body_to503.8.i.epil.preheader, !prof !218
-
-for_body_to503.8.i.epil.preheader:                ; preds = %for_body_to503.9.i.preheader.unr-lcssa, %for_body_to503.8.i.preheader
-  %indvars.iv984.8.i.epil.init = phi i64 [ 0, %for_body_to503.8.i.preheader ], [ %indvars.iv.next985.8.i.7, %for_body_to503.9.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod399)
-  br label %for_body_to503.8.i.epil
-
-for_body_to503.8.i.epil:                          ; preds = %for_body_to503.8.i.epil, %for_body_to503.8.i.epil.preheader
-  %indvars.iv984.8.i.epil = phi i64 [ %indvars.iv.next985.8.i.epil, %for_body_to503.8.i.epil ], [ %indvars.iv984.8.i.epil.init, %for_body_to503.8.i.epil.preheader ]
-  %epil.iter397 = phi i64 [ %epil.iter397.next, %for_body_to503.8.i.epil ], [ 0, %for_body_to503.8.i.epil.preheader ]
-  %2738 = shl nsw i64 %indvars.iv984.8.i.epil, 6
-  %2739 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2738
-  %2740 = getelementptr inbounds nuw i8, ptr %2739, i64 4096
-  %2741 = load <64 x i32>, ptr %2740, align 4, !tbaa !4
-  %2742 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2738
-  %2743 = getelementptr inbounds nuw i8, ptr %2742, i64 8704
-  store <64 x i32> %2741, ptr %2743, align 4, !tbaa !4
-  %indvars.iv.next985.8.i.epil = add nuw nsw i64 %indvars.iv984.8.i.epil, 1
-  %epil.iter397.next = add i64 %epil.iter397, 1
-  %epil.iter397.cmp.not = icmp eq i64 %epil.iter397.next, %xtraiter396
-  br i1 %epil.iter397.cmp.not, label %for_body_to503.9.i.preheader, label %for_body_to503.8.i.epil, !prof !105, !llvm.loop !235
-
-for_body_to503.9.i.preheader:                     ; preds = %for_body_to503.8.i.epil, %for_body_to503.9.i.preheader.unr-lcssa
-  br i1 %1471, label %for_body_to503.9.i.epil.preheader, label %for_body_to503.9.i, !prof !214
-
-for_body_to503.9.i:                               ; preds = %for_body_to503.9.i, %for_body_to503.9.i.preheader
-  %indvars.iv984.9.i = phi i64 [ %indvars.iv.next985.9.i.7, %for_body_to503.9.i ], [ 0, %for_body_to503.9.i.preheader ]
-  %niter407 = phi i64 [ %niter407.next.7, %for_body_to503.9.i ], [ 0, %for_body_to503.9.i.preheader ]
-  %2744 = shl nsw i64 %indvars.iv984.9.i, 6
-  %2745 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2744
-  %2746 = getelementptr inbounds nuw i8, ptr %2745, i64 4608
-  %2747 = load <64 x i32>, ptr %2746, align 4, !tbaa !4
-  %2748 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2744
-  %2749 = getelementptr inbounds nuw i8, ptr %2748, i64 9728
-  store <64 x i32> %2747, ptr %2749, align 4, !tbaa !4
-  %indvars.iv.next985.9.i = shl i64 %indvars.iv984.9.i, 6
-  %2750 = or disjoint i64 %indvars.iv.next985.9.i, 64
-  %2751 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2750
-  %2752 = getelementptr inbounds nuw i8, ptr %2751, i64 4608
-  %2753 = load <64 x i32>, ptr %2752, align 4, !tbaa !4
-  %2754 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2750
-  %2755 = getelementptr inbounds nuw i8, ptr %2754, i64 9728
-  store <64 x i32> %2753, ptr %2755, align 4, !tbaa !4
-  %indvars.iv.next985.9.i.1 = shl i64 %indvars.iv984.9.i, 6
-  %2756 = or disjoint i64 %indvars.iv.next985.9.i.1, 128
-  %2757 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2756
-  %2758 = getelementptr inbounds nuw i8, ptr %2757, i64 4608
-  %2759 = load <64 x i32>, ptr %2758, align 4, !tbaa !4
-  %2760 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2756
-  %2761 = getelementptr inbounds nuw i8, ptr %2760, i64 9728
-  store <64 x i32> %2759, ptr %2761, align 4, !tbaa !4
-  %indvars.iv.next985.9.i.2 = shl i64 %indvars.iv984.9.i, 6
-  %2762 = or disjoint i64 %indvars.iv.next985.9.i.2, 192
-  %2763 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2762
-  %2764 = getelementptr inbounds nuw i8, ptr %2763, i64 4608
-  %2765 = load <64 x i32>, ptr %2764, align 4, !tbaa !4
-  %2766 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2762
-  %2767 = getelementptr inbounds nuw i8, ptr %2766, i64 9728
-  store <64 x i32> %2765, ptr %2767, align 4, !tbaa !4
-  %indvars.iv.next985.9.i.3 = shl i64 %indvars.iv984.9.i, 6
-  %2768 = or disjoint i64 %indvars.iv.next985.9.i.3, 256
-  %2769 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2768
-  %2770 = getelementptr inbounds nuw i8, ptr %2769, i64 4608
-  %2771 = load <64 x i32>, ptr %2770, align 4, !tbaa !4
-  %2772 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2768
-  %2773 = getelementptr inbounds nuw i8, ptr %2772, i64 9728
-  store <64 x i32> %2771, ptr %2773, align 4, !tbaa !4
-  %indvars.iv.next985.9.i.4 = shl i64 %indvars.iv984.9.i, 6
-  %2774 = or disjoint i64 %indvars.iv.next985.9.i.4, 320
-  %2775 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2774
-  %2776 = getelementptr inbounds nuw i8, ptr %2775, i64 4608
-  %2777 = load <64 x i32>, ptr %2776, align 4, !tbaa !4
-  %2778 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2774
-  %2779 = getelementptr inbounds nuw i8, ptr %2778, i64 9728
-  store <64 x i32> %2777, ptr %2779, align 4, !tbaa !4
-  %indvars.iv.next985.9.i.5 = shl i64 %indvars.iv984.9.i, 6
-  %2780 = or disjoint i64 %indvars.iv.next985.9.i.5, 384
-  %2781 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2780
-  %2782 = getelementptr inbounds nuw i8, ptr %2781, i64 4608
-  %2783 = load <64 x i32>, ptr %2782, align 4, !tbaa !4
-  %2784 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2780
-  %2785 = getelementptr inbounds nuw i8, ptr %2784, i64 9728
-  store <64 x i32> %2783, ptr %2785, align 4, !tbaa !4
-  %indvars.iv.next985.9.i.6 = shl i64 %indvars.iv984.9.i, 6
-  %2786 = or disjoint i64 %indvars.iv.next985.9.i.6, 448
-  %2787 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2786
-  %2788 = getelementptr inbounds nuw i8, ptr %2787, i64 4608
-  %2789 = load <64 x i32>, ptr %2788, align 4, !tbaa !4
-  %2790 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2786
-  %2791 = getelementptr inbounds nuw i8, ptr %2790, i64 9728
-  store <64 x i32> %2789, ptr %2791, align 4, !tbaa !4
-  %indvars.iv.next985.9.i.7 = add nuw nsw i64 %indvars.iv984.9.i, 8
-  %niter407.next.7 = add i64 %niter407, 8
-  %niter407.ncmp.7 = icmp eq i64 %niter407.next.7, %unroll_iter406
-  br i1 %niter407.ncmp.7, label %for_body_to503.10.i.preheader.unr-lcssa, label %for_body_to503.9.i, !prof !215, !llvm.loop !236
-
-for_body_to503.10.i.preheader.unr-lcssa:          ; preds = %for_body_to503.9.i
-  br i1 %lcmp.mod404.not, label %for_body_to503.10.i.preheader, label %for_body_to503.9.i.epil.preheader, !prof !218
-
-for_body_to503.9.i.epil.preheader:                ; preds = %for_body_to503.10.i.preheader.unr-lcssa, %for_body_to503.9.i.preheader
-  %indvars.iv984.9.i.epil.init = phi i64 [ 0, %for_body_to503.9.i.preheader ], [ %indvars.iv.next985.9.i.7, %for_body_to503.10.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod405)
-  br label %for_body_to503.9.i.epil
-
-for_body_to503.9.i.epil:                          ; preds = %for_body_to503.9.i.epil, %for_body_to503.9.i.epil.preheader
-  %indvars.iv984.9.i.epil = phi i64 [ %indvars.iv.next985.9.i.epil, %for_body_to503.9.i.epil ], [ %indvars.iv984.9.i.epil.init, %for_body_to503.9.i.epil.preheader ]
-  %epil.iter403 = phi i64 [ %epil.iter403.next, %for_body_to503.9.i.epil ], [ 0, %for_body_to503.9.i.epil.preheader ]
-  %2792 = shl nsw i64 %indvars.iv984.9.i.epil, 6
-  %2793 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2792
-  %2794 = getelementptr inbounds nuw i8, ptr %2793, i64 4608
-  %2795 = load <64 x i32>, ptr %2794, align 4, !tbaa !4
-  %2796 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2792
-  %2797 = getelementptr inbounds nuw i8, ptr %2796, i64 9728
-  store <64 x i32> %2795, ptr %2797, align 4, !tbaa !4
-  %indvars.iv.next985.9.i.epil = add nuw nsw i64 %indvars.iv984.9.i.epil, 1
-  %epil.iter403.next = add i64 %epil.iter403, 1
-  %epil.iter403.cmp.not = icmp eq i64 %epil.iter403.next, %xtraiter402
-  br i1 %epil.iter403.cmp.not, label %for_body_to503.10.i.preheader, label %for_body_to503.9.i.epil, !prof !105, !llvm.loop !237
-
-for_body_to503.10.i.preheader:                    ; preds = %for_body_to503.9.i.epil, %for_body_to503.10.i.preheader.unr-lcssa
-  br i1 %1472, label %for_body_to503.10.i.epil.preheader, label %for_body_to503.10.i, !prof !214
-
-for_body_to503.10.i:                              ; preds = %for_body_to503.10.i, %for_body_to503.10.i.preheader
-  %indvars.iv984.10.i = phi i64 [ %indvars.iv.next985.10.i.7, %for_body_to503.10.i ], [ 0, %for_body_to503.10.i.preheader ]
-  %niter413 = phi i64 [ %niter413.next.7, %for_body_to503.10.i ], [ 0, %for_body_to503.10.i.preheader ]
-  %2798 = shl nsw i64 %indvars.iv984.10.i, 6
-  %2799 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2798
-  %2800 = getelementptr inbounds nuw i8, ptr %2799, i64 5120
-  %2801 = load <64 x i32>, ptr %2800, align 4, !tbaa !4
-  %2802 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2798
-  %2803 = getelementptr inbounds nuw i8, ptr %2802, i64 10752
-  store <64 x i32> %2801, ptr %2803, align 4, !tbaa !4
-  %indvars.iv.next985.10.i = shl i64 %indvars.iv984.10.i, 6
-  %2804 = or disjoint i64 %indvars.iv.next985.10.i, 64
-  %2805 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2804
-  %2806 = getelementptr inbounds nuw i8, ptr %2805, i64 5120
-  %2807 = load <64 x i32>, ptr %2806, align 4, !tbaa !4
-  %2808 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2804
-  %2809 = getelementptr inbounds nuw i8, ptr %2808, i64 10752
-  store <64 x i32> %2807, ptr %2809, align 4, !tbaa !4
-  %indvars.iv.next985.10.i.1 = shl i64 %indvars.iv984.10.i, 6
-  %2810 = or disjoint i64 %indvars.iv.next985.10.i.1, 128
-  %2811 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2810
-  %2812 = getelementptr inbounds nuw i8, ptr %2811, i64 5120
-  %2813 = load <64 x i32>, ptr %2812, align 4, !tbaa !4
-  %2814 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2810
-  %2815 = getelementptr inbounds nuw i8, ptr %2814, i64 10752
-  store <64 x i32> %2813, ptr %2815, align 4, !tbaa !4
-  %indvars.iv.next985.10.i.2 = shl i64 %indvars.iv984.10.i, 6
-  %2816 = or disjoint i64 %indvars.iv.next985.10.i.2, 192
-  %2817 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2816
-  %2818 = getelementptr inbounds nuw i8, ptr %2817, i64 5120
-  %2819 = load <64 x i32>, ptr %2818, align 4, !tbaa !4
-  %2820 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2816
-  %2821 = getelementptr inbounds nuw i8, ptr %2820, i64 10752
-  store <64 x i32> %2819, ptr %2821, align 4, !tbaa !4
-  %indvars.iv.next985.10.i.3 = shl i64 %indvars.iv984.10.i, 6
-  %2822 = or disjoint i64 %indvars.iv.next985.10.i.3, 256
-  %2823 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2822
-  %2824 = getelementptr inbounds nuw i8, ptr %2823, i64 5120
-  %2825 = load <64 x i32>, ptr %2824, align 4, !tbaa !4
-  %2826 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2822
-  %2827 = getelementptr inbounds nuw i8, ptr %2826, i64 10752
-  store <64 x i32> %2825, ptr %2827, align 4, !tbaa !4
-  %indvars.iv.next985.10.i.4 = shl i64 %indvars.iv984.10.i, 6
-  %2828 = or disjoint i64 %indvars.iv.next985.10.i.4, 320
-  %2829 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2828
-  %2830 = getelementptr inbounds nuw i8, ptr %2829, i64 5120
-  %2831 = load <64 x i32>, ptr %2830, align 4, !tbaa !4
-  %2832 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2828
-  %2833 = getelementptr inbounds nuw i8, ptr %2832, i64 10752
-  store <64 x i32> %2831, ptr %2833, align 4, !tbaa !4
-  %indvars.iv.next985.10.i.5 = shl i64 %indvars.iv984.10.i, 6
-  %2834 = or disjoint i64 %indvars.iv.next985.10.i.5, 384
-  %2835 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2834
-  %2836 = getelementptr inbounds nuw i8, ptr %2835, i64 5120
-  %2837 = load <64 x i32>, ptr %2836, align 4, !tbaa !4
-  %2838 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2834
-  %2839 = getelementptr inbounds nuw i8, ptr %2838, i64 10752
-  store <64 x i32> %2837, ptr %2839, align 4, !tbaa !4
-  %indvars.iv.next985.10.i.6 = shl i64 %indvars.iv984.10.i, 6
-  %2840 = or disjoint i64 %indvars.iv.next985.10.i.6, 448
-  %2841 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2840
-  %2842 = getelementptr inbounds nuw i8, ptr %2841, i64 5120
-  %2843 = load <64 x i32>, ptr %2842, align 4, !tbaa !4
-  %2844 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2840
-  %2845 = getelementptr inbounds nuw i8, ptr %2844, i64 10752
-  store <64 x i32> %2843, ptr %2845, align 4, !tbaa !4
-  %indvars.iv.next985.10.i.7 = add nuw nsw i64 %indvars.iv984.10.i, 8
-  %niter413.next.7 = add i64 %niter413, 8
-  %niter413.ncmp.7 = icmp eq i64 %niter413.next.7, %unroll_iter412
-  br i1 %niter413.ncmp.7, label %for_body_to503.11.i.preheader.unr-lcssa, label %for_body_to503.10.i, !prof !215, !llvm.loop !238
-
-for_body_to503.11.i.preheader.unr-lcssa:          ; preds = %for_body_to503.10.i
-  br i1 %lcmp.mod410.not, label %for_body_to503.11.i.preheader, label %for_body_to503.10.i.epil.preheader, !prof !218
-
-for_body_to503.10.i.epil.preheader:               ; preds = %for_body_to503.11.i.preheader.unr-lcssa, %for_body_to503.10.i.preheader
-  %indvars.iv984.10.i.epil.init = phi i64 [ 0, %for_body_to503.10.i.preheader ], [ %indvars.iv.next985.10.i.7, %for_body_to503.11.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod411)
-  br label %for_body_to503.10.i.epil
-
-for_body_to503.10.i.epil:                         ; preds = %for_body_to503.10.i.epil, %for_body_to503.10.i.epil.preheader
-  %indvars.iv984.10.i.epil = phi i64 [ %indvars.iv.next985.10.i.epil, %for_body_to503.10.i.epil ], [ %indvars.iv984.10.i.epil.init, %for_body_to503.10.i.epil.preheader ]
-  %epil.iter409 = phi i64 [ %epil.iter409.next, %for_body_to503.10.i.epil ], [ 0, %for_body_to503.10.i.epil.preheader ]
-  %2846 = shl nsw i64 %indvars.iv984.10.i.epil, 6
-  %2847 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2846
-  %2848 = getelementptr inbounds nuw i8, ptr %2847, i64 5120
-  %2849 = load <64 x i32>, ptr %2848, align 4, !tbaa !4
-  %2850 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2846
-  %2851 = getelementptr inbounds nuw i8, ptr %2850, i64 10752
-  store <64 x i32> %2849, ptr %2851, align 4, !tbaa !4
-  %indvars.iv.next985.10.i.epil = add nuw nsw i64 %indvars.iv984.10.i.epil, 1
-  %epil.iter409.next = add i64 %epil.iter409, 1
-  %epil.iter409.cmp.not = icmp eq i64 %epil.iter409.next, %xtraiter408
-  br i1 %epil.iter409.cmp.not, label %for_body_to503.11.i.preheader, label %for_body_to503.10.i.epil, !prof !105, !llvm.loop !239
-
-for_body_to503.11.i.preheader:                    ; preds = %for_body_to503.10.i.epil, %for_body_to503.11.i.preheader.unr-lcssa
-  br i1 %1473, label %for_body_to503.11.i.epil.preheader, label %for_body_to503.11.i, !prof !214
-
-for_body_to503.11.i:                              ; preds = %for_body_to503.11.i, %for_body_to503.11.i.preheader
-  %indvars.iv984.11.i = phi i64 [ %indvars.iv.next985.11.i.7, %for_body_to503.11.i ], [ 0, %for_body_to503.11.i.preheader ]
-  %niter419 = phi i64 [ %niter419.next.7, %for_body_to503.11.i ], [ 0, %for_body_to503.11.i.preheader ]
-  %2852 = shl nsw i64 %indvars.iv984.11.i, 6
-  %2853 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2852
-  %2854 = getelementptr inbounds nuw i8, ptr %2853, i64 5632
-  %2855 = load <64 x i32>, ptr %2854, align 4, !tbaa !4
-  %2856 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2852
-  %2857 = getelementptr inbounds nuw i8, ptr %2856, i64 11776
-  store <64 x i32> %2855, ptr %2857, align 4, !tbaa !4
-  %indvars.iv.next985.11.i = shl i64 %indvars.iv984.11.i, 6
-  %2858 = or disjoint i64 %indvars.iv.next985.11.i, 64
-  %2859 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2858
-  %2860 = getelementptr inbounds nuw i8, ptr %2859, i64 5632
-  %2861 = load <64 x i32>, ptr %2860, align 4, !tbaa !4
-  %2862 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2858
-  %2863 = getelementptr inbounds nuw i8, ptr %2862, i64 11776
-  store <64 x i32> %2861, ptr %2863, align 4, !tbaa !4
-  %indvars.iv.next985.11.i.1 = shl i64 %indvars.iv984.11.i, 6
-  %2864 = or disjoint i64 %indvars.iv.next985.11.i.1, 128
-  %2865 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2864
-  %2866 = getelementptr inbounds nuw i8, ptr %2865, i64 5632
-  %2867 = load <64 x i32>, ptr %2866, align 4, !tbaa !4
-  %2868 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2864
-  %2869 = getelementptr inbounds nuw i8, ptr %2868, i64 11776
-  store <64 x i32> %2867, ptr %2869, align 4, !tbaa !4
-  %indvars.iv.next985.11.i.2 = shl i64 %indvars.iv984.11.i, 6
-  %2870 = or disjoint i64 %indvars.iv.next985.11.i.2, 192
-  %2871 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2870
-  %2872 = getelementptr inbounds nuw i8, ptr %2871, i64 5632
-  %2873 = load <64 x i32>, ptr %2872, align 4, !tbaa !4
-  %2874 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2870
-  %2875 = getelementptr inbounds nuw i8, ptr %2874, i64 11776
-  store <64 x i32> %2873, ptr %2875, align 4, !tbaa !4
-  %indvars.iv.next985.11.i.3 = shl i64 %indvars.iv984.11.i, 6
-  %2876 = or disjoint i64 %indvars.iv.next985.11.i.3, 256
-  %2877 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2876
-  %2878 = getelementptr inbounds nuw i8, ptr %2877, i64 5632
-  %2879 = load <64 x i32>, ptr %2878, align 4, !tbaa !4
-  %2880 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2876
-  %2881 = getelementptr inbounds nuw i8, ptr %2880, i64 11776
-  store <64 x i32> %2879, ptr %2881, align 4, !tbaa !4
-  %indvars.iv.next985.11.i.4 = shl i64 %indvars.iv984.11.i, 6
-  %2882 = or disjoint i64 %indvars.iv.next985.11.i.4, 320
-  %2883 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2882
-  %2884 = getelementptr inbounds nuw i8, ptr %2883, i64 5632
-  %2885 = load <64 x i32>, ptr %2884, align 4, !tbaa !4
-  %2886 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2882
-  %2887 = getelementptr inbounds nuw i8, ptr %2886, i64 11776
-  store <64 x i32> %2885, ptr %2887, align 4, !tbaa !4
-  %indvars.iv.next985.11.i.5 = shl i64 %indvars.iv984.11.i, 6
-  %2888 = or disjoint i64 %indvars.iv.next985.11.i.5, 384
-  %2889 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2888
-  %2890 = getelementptr inbounds nuw i8, ptr %2889, i64 5632
-  %2891 = load <64 x i32>, ptr %2890, align 4, !tbaa !4
-  %2892 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2888
-  %2893 = getelementptr inbounds nuw i8, ptr %2892, i64 11776
-  store <64 x i32> %2891, ptr %2893, align 4, !tbaa !4
-  %indvars.iv.next985.11.i.6 = shl i64 %indvars.iv984.11.i, 6
-  %2894 = or disjoint i64 %indvars.iv.next985.11.i.6, 448
-  %2895 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2894
-  %2896 = getelementptr inbounds nuw i8, ptr %2895, i64 5632
-  %2897 = load <64 x i32>, ptr %2896, align 4, !tbaa !4
-  %2898 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2894
-  %2899 = getelementptr inbounds nuw i8, ptr %2898, i64 11776
-  store <64 x i32> %2897, ptr %2899, align 4, !tbaa !4
-  %indvars.iv.next985.11.i.7 = add nuw nsw i64 %indvars.iv984.11.i, 8
-  %niter419.next.7 = add i64 %niter419, 8
-  %niter419.ncmp.7 = icmp eq i64 %niter419.next.7, %unroll_iter418
-  br i1 %niter419.ncmp.7, label %for_body_to503.12.i.preheader.unr-lcssa, label %for_body_to503.11.i, !prof !215, !llvm.loop !240
-
-for_body_to503.12.i.preheader.unr-lcssa:          ; preds = %for_body_to503.11.i
-  br i1 %lcmp.mod416.not, label %for_body_to503.12.i.preheader, label %for_body_to503.11.i.epil.preheader, !prof !218
-
-for_body_to503.11.i.epil.preheader:               ; preds = %for_body_to503.12.i.preheader.unr-lcssa, %for_body_to503.11.i.preheader
-  %indvars.iv984.11.i.epil.init = phi i64 [ 0, %for_body_to503.11.i.preheader ], [ %indvars.iv.next985.11.i.7, %for_body_to503.12.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod417)
-  br label %for_body_to503.11.i.epil
-
-for_body_to503.11.i.epil:                         ; preds = %for_body_to503.11.i.epil, %for_body_to503.11.i.epil.preheader
-  %indvars.iv984.11.i.epil = phi i64 [ %indvars.iv.next985.11.i.epil, %for_body_to503.11.i.epil ], [ %indvars.iv984.11.i.epil.init, %for_body_to503.11.i.epil.preheader ]
-  %epil.iter415 = phi i64 [ %epil.iter415.next, %for_body_to503.11.i.epil ], [ 0, %for_body_to503.11.i.epil.preheader ]
-  %2900 = shl nsw i64 %indvars.iv984.11.i.epil, 6
-  %2901 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2900
-  %2902 = getelementptr inbounds nuw i8, ptr %2901, i64 5632
-  %2903 = load <64 x i32>, ptr %2902, align 4, !tbaa !4
-  %2904 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2900
-  %2905 = getelementptr inbounds nuw i8, ptr %2904, i64 11776
-  store <64 x i32> %2903, ptr %2905, align 4, !tbaa !4
-  %indvars.iv.next985.11.i.epil = add nuw nsw i64 %indvars.iv984.11.i.epil, 1
-  %epil.iter415.next = add i64 %epil.iter415, 1
-  %epil.iter415.cmp.not = icmp eq i64 %epil.iter415.next, %xtraiter414
-  br i1 %epil.iter415.cmp.not, label %for_body_to503.12.i.preheader, label %for_body_to503.11.i.epil, !prof !105, !llvm.loop !241
-
-for_body_to503.12.i.preheader:                    ; preds = %for_body_to503.11.i.epil, %for_body_to503.12.i.preheader.unr-lcssa
-  br i1 %1474, label %for_body_to503.12.i.epil.preheader, label %for_body_to503.12.i, !prof !214
-
-for_body_to503.12.i:                              ; preds = %for_body_to503.12.i, %for_body_to503.12.i.preheader
-  %indvars.iv984.12.i = phi i64 [ %indvars.iv.next985.12.i.7, %for_body_to503.12.i ], [ 0, %for_body_to503.12.i.preheader ]
-  %niter425 = phi i64 [ %niter425.next.7, %for_body_to503.12.i ], [ 0, %for_body_to503.12.i.preheader ]
-  %2906 = shl nsw i64 %indvars.iv984.12.i, 6
-  %2907 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2906
-  %2908 = getelementptr inbounds nuw i8, ptr %2907, i64 6144
-  %2909 = load <64 x i32>, ptr %2908, align 4, !tbaa !4
-  %2910 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2906
-  %2911 = getelementptr inbounds nuw i8, ptr %2910, i64 12800
-  store <64 x i32> %2909, ptr %2911, align 4, !tbaa !4
-  %indvars.iv.next985.12.i = shl i64 %indvars.iv984.12.i, 6
-  %2912 = or disjoint i64 %indvars.iv.next985.12.i, 64
-  %2913 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2912
-  %2914 = getelementptr inbounds nuw i8, ptr %2913, i64 6144
-  %2915 = load <64 x i32>, ptr %2914, align 4, !tbaa !4
-  %2916 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2912
-  %2917 = getelementptr inbounds nuw i8, ptr %2916, i64 12800
-  store <64 x i32> %2915, ptr %2917, align 4, !tbaa !4
-  %indvars.iv.next985.12.i.1 = shl i64 %indvars.iv984.12.i, 6
-  %2918 = or disjoint i64 %indvars.iv.next985.12.i.1, 128
-  %2919 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2918
-  %2920 = getelementptr inbounds nuw i8, ptr %2919, i64 6144
-  %2921 = load <64 x i32>, ptr %2920, align 4, !tbaa !4
-  %2922 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2918
-  %2923 = getelementptr inbounds nuw i8, ptr %2922, i64 12800
-  store <64 x i32> %2921, ptr %2923, align 4, !tbaa !4
-  %indvars.iv.next985.12.i.2 = shl i64 %indvars.iv984.12.i, 6
-  %2924 = or disjoint i64 %indvars.iv.next985.12.i.2, 192
-  %2925 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2924
-  %2926 = getelementptr inbounds nuw i8, ptr %2925, i64 6144
-  %2927 = load <64 x i32>, ptr %2926, align 4, !tbaa !4
-  %2928 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2924
-  %2929 = getelementptr inbounds nuw i8, ptr %2928, i64 12800
-  store <64 x i32> %2927, ptr %2929, align 4, !tbaa !4
-  %indvars.iv.next985.12.i.3 = shl i64 %indvars.iv984.12.i, 6
-  %2930 = or disjoint i64 %indvars.iv.next985.12.i.3, 256
-  %2931 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2930
-  %2932 = getelementptr inbounds nuw i8, ptr %2931, i64 6144
-  %2933 = load <64 x i32>, ptr %2932, align 4, !tbaa !4
-  %2934 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2930
-  %2935 = getelementptr inbounds nuw i8, ptr %2934, i64 12800
-  store <64 x i32> %2933, ptr %2935, align 4, !tbaa !4
-  %indvars.iv.next985.12.i.4 = shl i64 %indvars.iv984.12.i, 6
-  %2936 = or disjoint i64 %indvars.iv.next985.12.i.4, 320
-  %2937 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2936
-  %2938 = getelementptr inbounds nuw i8, ptr %2937, i64 6144
-  %2939 = load <64 x i32>, ptr %2938, align 4, !tbaa !4
-  %2940 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2936
-  %2941 = getelementptr inbounds nuw i8, ptr %2940, i64 12800
-  store <64 x i32> %2939, ptr %2941, align 4, !tbaa !4
-  %indvars.iv.next985.12.i.5 = shl i64 %indvars.iv984.12.i, 6
-  %2942 = or disjoint i64 %indvars.iv.next985.12.i.5, 384
-  %2943 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2942
-  %2944 = getelementptr inbounds nuw i8, ptr %2943, i64 6144
-  %2945 = load <64 x i32>, ptr %2944, align 4, !tbaa !4
-  %2946 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2942
-  %2947 = getelementptr inbounds nuw i8, ptr %2946, i64 12800
-  store <64 x i32> %2945, ptr %2947, align 4, !tbaa !4
-  %indvars.iv.next985.12.i.6 = shl i64 %indvars.iv984.12.i, 6
-  %2948 = or disjoint i64 %indvars.iv.next985.12.i.6, 448
-  %2949 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2948
-  %2950 = getelementptr inbounds nuw i8, ptr %2949, i64 6144
-  %2951 = load <64 x i32>, ptr %2950, align 4, !tbaa !4
-  %2952 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2948
-  %2953 = getelementptr inbounds nuw i8, ptr %2952, i64 12800
-  store <64 x i32> %2951, ptr %2953, align 4, !tbaa !4
-  %indvars.iv.next985.12.i.7 = add nuw nsw i64 %indvars.iv984.12.i, 8
-  %niter425.next.7 = add i64 %niter425, 8
-  %niter425.ncmp.7 = icmp eq i64 %niter425.next.7, %unroll_iter424
-  br i1 %niter425.ncmp.7, label %for_body_to503.13.i.preheader.unr-lcssa, label %for_body_to503.12.i, !prof !215, !llvm.loop !242
-
-for_body_to503.13.i.preheader.unr-lcssa:          ; preds = %for_body_to503.12.i
-  br i1 %lcmp.mod422.not, label %for_body_to503.13.i.preheader, label %for_body_to503.12.i.epil.preheader, !prof !218
-
-for_body_to503.12.i.epil.preheader:               ; preds = %for_body_to503.13.i.preheader.unr-lcssa, %for_body_to503.12.i.preheader
-  %indvars.iv984.12.i.epil.init = phi i64 [ 0, %for_body_to503.12.i.preheader ], [ %indvars.iv.next985.12.i.7, %for_body_to503.13.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod423)
-  br label %for_body_to503.12.i.epil
-
-for_body_to503.12.i.epil:                         ; preds = %for_body_to503.12.i.epil, %for_body_to503.12.i.epil.preheader
-  %indvars.iv984.12.i.epil = phi i64 [ %indvars.iv.next985.12.i.epil, %for_body_to503.12.i.epil ], [ %indvars.iv984.12.i.epil.init, %for_body_to503.12.i.epil.preheader ]
-  %epil.iter421 = phi i64 [ %epil.iter421.next, %for_body_to503.12.i.epil ], [ 0, %for_body_to503.12.i.epil.preheader ]
-  %2954 = shl nsw i64 %indvars.iv984.12.i.epil, 6
-  %2955 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2954
-  %2956 = getelementptr inbounds nuw i8, ptr %2955, i64 6144
-  %2957 = load <64 x i32>, ptr %2956, align 4, !tbaa !4
-  %2958 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2954
-  %2959 = getelementptr inbounds nuw i8, ptr %2958, i64 12800
-  store <64 x i32> %2957, ptr %2959, align 4, !tbaa !4
-  %indvars.iv.next985.12.i.epil = add nuw nsw i64 %indvars.iv984.12.i.epil, 1
-  %epil.iter421.next = add i64 %epil.iter421, 1
-  %epil.iter421.cmp.not = icmp eq i64 %epil.iter421.next, %xtraiter420
-  br i1 %epil.iter421.cmp.not, label %for_body_to503.13.i.preheader, label %for_body_to503.12.i.epil, !prof !105, !llvm.loop !243
-
-for_body_to503.13.i.preheader:                    ; preds = %for_body_to503.12.i.epil, %for_body_to503.13.i.preheader.unr-lcssa
-  br i1 %1475, label %for_body_to503.13.i.epil.preheader, label %for_body_to503.13.i, !prof !214
-
-for_body_to503.13.i:                              ; preds = %for_body_to503.13.i, %for_body_to503.13.i.preheader
-  %indvars.iv984.13.i = phi i64 [ %indvars.iv.next985.13.i.7, %for_body_to503.13.i ], [ 0, %for_body_to503.13.i.preheader ]
-  %niter431 = phi i64 [ %niter431.next.7, %for_body_to503.13.i ], [ 0, %for_body_to503.13.i.preheader ]
-  %2960 = shl nsw i64 %indvars.iv984.13.i, 6
-  %2961 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2960
-  %2962 = getelementptr inbounds nuw i8, ptr %2961, i64 6656
-  %2963 = load <64 x i32>, ptr %2962, align 4, !tbaa !4
-  %2964 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2960
-  %2965 = getelementptr inbounds nuw i8, ptr %2964, i64 13824
-  store <64 x i32> %2963, ptr %2965, align 4, !tbaa !4
-  %indvars.iv.next985.13.i = shl i64 %indvars.iv984.13.i, 6
-  %2966 = or disjoint i64 %indvars.iv.next985.13.i, 64
-  %2967 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2966
-  %2968 = getelementptr inbounds nuw i8, ptr %2967, i64 6656
-  %2969 = load <64 x i32>, ptr %2968, align 4, !tbaa !4
-  %2970 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2966
-  %2971 = getelementptr inbounds nuw i8, ptr %2970, i64 13824
-  store <64 x i32> %2969, ptr %2971, align 4, !tbaa !4
-  %indvars.iv.next985.13.i.1 = shl i64 %indvars.iv984.13.i, 6
-  %2972 = or disjoint i64 %indvars.iv.next985.13.i.1, 128
-  %2973 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2972
-  %2974 = getelementptr inbounds nuw i8, ptr %2973, i64 6656
-  %2975 = load <64 x i32>, ptr %2974, align 4, !tbaa !4
-  %2976 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2972
-  %2977 = getelementptr inbounds nuw i8, ptr %2976, i64 13824
-  store <64 x i32> %2975, ptr %2977, align 4, !tbaa !4
-  %indvars.iv.next985.13.i.2 = shl i64 %indvars.iv984.13.i, 6
-  %2978 = or disjoint i64 %indvars.iv.next985.13.i.2, 192
-  %2979 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2978
-  %2980 = getelementptr inbounds nuw i8, ptr %2979, i64 6656
-  %2981 = load <64 x i32>, ptr %2980, align 4, !tbaa !4
-  %2982 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2978
-  %2983 = getelementptr inbounds nuw i8, ptr %2982, i64 13824
-  store <64 x i32> %2981, ptr %2983, align 4, !tbaa !4
-  %indvars.iv.next985.13.i.3 = shl i64 %indvars.iv984.13.i, 6
-  %2984 = or disjoint i64 %indvars.iv.next985.13.i.3, 256
-  %2985 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2984
-  %2986 = getelementptr inbounds nuw i8, ptr %2985, i64 6656
-  %2987 = load <64 x i32>, ptr %2986, align 4, !tbaa !4
-  %2988 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2984
-  %2989 = getelementptr inbounds nuw i8, ptr %2988, i64 13824
-  store <64 x i32> %2987, ptr %2989, align 4, !tbaa !4
-  %indvars.iv.next985.13.i.4 = shl i64 %indvars.iv984.13.i, 6
-  %2990 = or disjoint i64 %indvars.iv.next985.13.i.4, 320
-  %2991 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2990
-  %2992 = getelementptr inbounds nuw i8, ptr %2991, i64 6656
-  %2993 = load <64 x i32>, ptr %2992, align 4, !tbaa !4
-  %2994 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2990
-  %2995 = getelementptr inbounds nuw i8, ptr %2994, i64 13824
-  store <64 x i32> %2993, ptr %2995, align 4, !tbaa !4
-  %indvars.iv.next985.13.i.5 = shl i64 %indvars.iv984.13.i, 6
-  %2996 = or disjoint i64 %indvars.iv.next985.13.i.5, 384
-  %2997 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2996
-  %2998 = getelementptr inbounds nuw i8, ptr %2997, i64 6656
-  %2999 = load <64 x i32>, ptr %2998, align 4, !tbaa !4
-  %3000 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2996
-  %3001 = getelementptr inbounds nuw i8, ptr %3000, i64 13824
-  store <64 x i32> %2999, ptr %3001, align 4, !tbaa !4
-  %indvars.iv.next985.13.i.6 = shl i64 %indvars.iv984.13.i, 6
-  %3002 = or disjoint i64 %indvars.iv.next985.13.i.6, 448
-  %3003 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3002
-  %3004 = getelementptr inbounds nuw i8, ptr %3003, i64 6656
-  %3005 = load <64 x i32>, ptr %3004, align 4, !tbaa !4
-  %3006 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3002
-  %3007 = getelementptr inbounds nuw i8, ptr %3006, i64 13824
-  store <64 x i32> %3005, ptr %3007, align 4, !tbaa !4
-  %indvars.iv.next985.13.i.7 = add nuw nsw i64 %indvars.iv984.13.i, 8
-  %niter431.next.7 = add i64 %niter431, 8
-  %niter431.ncmp.7 = icmp eq i64 %niter431.next.7, %unroll_iter430
-  br i1 %niter431.ncmp.7, label %for_body_to503.14.i.preheader.unr-lcssa, label %for_body_to503.13.i, !prof !215, !llvm.loop !244
-
-for_body_to503.14.i.preheader.unr-lcssa:          ; preds = %for_body_to503.13.i
-  br i1 %lcmp.mod428.not, label %for_body_to503.14.i.preheader, label %for_body_to503.13.i.epil.preheader, !prof !218
-
-for_body_to503.13.i.epil.preheader:               ; preds = %for_body_to503.14.i.preheader.unr-lcssa, %for_body_to503.13.i.preheader
-  %indvars.iv984.13.i.epil.init = phi i64 [ 0, %for_body_to503.13.i.preheader ], [ %indvars.iv.next985.13.i.7, %for_body_to503.14.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod429)
-  br label %for_body_to503.13.i.epil
-
-for_body_to503.13.i.epil:                         ; preds = %for_body_to503.13.i.epil, %for_body_to503.13.i.epil.preheader
-  %indvars.iv984.13.i.epil = phi i64 [ %indvars.iv.next985.13.i.epil, %for_body_to503.13.i.epil ], [ %indvars.iv984.13.i.epil.init, %for_body_to503.13.i.epil.preheader ]
-  %epil.iter427 = phi i64 [ %epil.iter427.next, %for_body_to503.13.i.epil ], [ 0, %for_body_to503.13.i.epil.preheader ]
-  %3008 = shl nsw i64 %indvars.iv984.13.i.epil, 6
-  %3009 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3008
-  %3010 = getelementptr inbounds nuw i8, ptr %3009, i64 6656
-  %3011 = load <64 x i32>, ptr %3010, align 4, !tbaa !4
-  %3012 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3008
-  %3013 = getelementptr inbounds nuw i8, ptr %3012, i64 13824
-  store <64 x i32> %3011, ptr %3013, align 4, !tbaa !4
-  %indvars.iv.next985.13.i.epil = add nuw nsw i64 %indvars.iv984.13.i.epil, 1
-  %epil.iter427.next = add i64 %epil.iter427, 1
-  %epil.iter427.cmp.not = icmp eq i64 %epil.iter427.next, %xtraiter426
-  br i1 %epil.iter427.cmp.not, label %for_body_to503.14.i.preheader, label %for_body_to503.13.i.epil, !prof !105, !llvm.loop !245
-
-for_body_to503.14.i.preheader:                    ; preds = %for_body_to503.13.i.epil, %for_body_to503.14.i.preheader.unr-lcssa
-  br i1 %1476, label %for_body_to503.14.i.epil.preheader, label %for_body_to503.14.i, !prof !214
-
-for_body_to503.14.i:                              ; preds = %for_body_to503.14.i, %for_body_to503.14.i.preheader
-  %indvars.iv984.14.i = phi i64 [ %indvars.iv.next985.14.i.7, %for_body_to503.14.i ], [ 0, %for_body_to503.14.i.preheader ]
-  %niter437 = phi i64 [ %niter437.next.7, %for_body_to503.14.i ], [ 0, %for_body_to503.14.i.preheader ]
-  %3014 = shl nsw i64 %indvars.iv984.14.i, 6
-  %3015 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3014
-  %3016 = getelementptr inbounds nuw i8, ptr %3015, i64 7168
-  %3017 = load <64 x i32>, ptr %3016, align 4, !tbaa !4
-  %3018 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3014
-  %3019 = getelementptr inbounds nuw i8, ptr %3018, i64 14848
-  store <64 x i32> %3017, ptr %3019, align 4, !tbaa !4
-  %indvars.iv.next985.14.i = shl i64 %indvars.iv984.14.i, 6
-  %3020 = or disjoint i64 %indvars.iv.next985.14.i, 64
-  %3021 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3020
-  %3022 = getelementptr inbounds nuw i8, ptr %3021, i64 7168
-  %3023 = load <64 x i32>, ptr %3022, align 4, !tbaa !4
-  %3024 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3020
-  %3025 = getelementptr inbounds nuw i8, ptr %3024, i64 14848
-  store <64 x i32> %3023, ptr %3025, align 4, !tbaa !4
-  %indvars.iv.next985.14.i.1 = shl i64 %indvars.iv984.14.i, 6
-  %3026 = or disjoint i64 %indvars.iv.next985.14.i.1, 128
-  %3027 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3026
-  %3028 = getelementptr inbounds nuw i8, ptr %3027, i64 7168
-  %3029 = load <64 x i32>, ptr %3028, align 4, !tbaa !4
-  %3030 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3026
-  %3031 = getelementptr inbounds nuw i8, ptr %3030, i64 14848
-  store <64 x i32> %3029, ptr %3031, align 4, !tbaa !4
-  %indvars.iv.next985.14.i.2 = shl i64 %indvars.iv984.14.i, 6
-  %3032 = or disjoint i64 %indvars.iv.next985.14.i.2, 192
-  %3033 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3032
-  %3034 = getelementptr inbounds nuw i8, ptr %3033, i64 7168
-  %3035 = load <64 x i32>, ptr %3034, align 4, !tbaa !4
-  %3036 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3032
-  %3037 = getelementptr inbounds nuw i8, ptr %3036, i64 14848
-  store <64 x i32> %3035, ptr %3037, align 4, !tbaa !4
-  %indvars.iv.next985.14.i.3 = shl i64 %indvars.iv984.14.i, 6
-  %3038 = or disjoint i64 %indvars.iv.next985.14.i.3, 256
-  %3039 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3038
-  %3040 = getelementptr inbounds nuw i8, ptr %3039, i64 7168
-  %3041 = load <64 x i32>, ptr %3040, align 4, !tbaa !4
-  %3042 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3038
-  %3043 = getelementptr inbounds nuw i8, ptr %3042, i64 14848
-  store <64 x i32> %3041, ptr %3043, align 4, !tbaa !4
-  %indvars.iv.next985.14.i.4 = shl i64 %indvars.iv984.14.i, 6
-  %3044 = or disjoint i64 %indvars.iv.next985.14.i.4, 320
-  %3045 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3044
-  %3046 = getelementptr inbounds nuw i8, ptr %3045, i64 7168
-  %3047 = load <64 x i32>, ptr %3046, align 4, !tbaa !4
-  %3048 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3044
-  %3049 = getelementptr inbounds nuw i8, ptr %3048, i64 14848
-  store <64 x i32> %3047, ptr %3049, align 4, !tbaa !4
-  %indvars.iv.next985.14.i.5 = shl i64 %indvars.iv984.14.i, 6
-  %3050 = or disjoint i64 %indvars.iv.next985.14.i.5, 384
-  %3051 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3050
-  %3052 = getelementptr inbounds nuw i8, ptr %3051, i64 7168
-  %3053 = load <64 x i32>, ptr %3052, align 4, !tbaa !4
-  %3054 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3050
-  %3055 = getelementptr inbounds nuw i8, ptr %3054, i64 14848
-  store <64 x i32> %3053, ptr %3055, align 4, !tbaa !4
-  %indvars.iv.next985.14.i.6 = shl i64 %indvars.iv984.14.i, 6
-  %3056 = or disjoint i64 %indvars.iv.next985.14.i.6, 448
-  %3057 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3056
-  %3058 = getelementptr inbounds nuw i8, ptr %3057, i64 7168
-  %3059 = load <64 x i32>, ptr %3058, align 4, !tbaa !4
-  %3060 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3056
-  %3061 = getelementptr inbounds nuw i8, ptr %3060, i64 14848
-  store <64 x i32> %3059, ptr %3061, align 4, !tbaa !4
-  %indvars.iv.next985.14.i.7 = add nuw nsw i64 %indvars.iv984.14.i, 8
-  %niter437.next.7 = add i64 %niter437, 8
-  %niter437.ncmp.7 = icmp eq i64 %niter437.next.7, %unroll_iter436
-  br i1 %niter437.ncmp.7, label %for_body_to503.15.i.preheader.unr-lcssa, label %for_body_to503.14.i, !prof !215, !llvm.loop !246
-
-for_body_to503.15.i.preheader.unr-lcssa:          ; preds = %for_body_to503.14.i
-  br i1 %lcmp.mod434.not, label %for_body_to503.15.i.preheader, label %for_body_to503.14.i.epil.preheader, !prof !218
-
-for_body_to503.14.i.epil.preheader:               ; preds = %for_body_to503.15.i.preheader.unr-lcssa, %for_body_to503.14.i.preheader
-  %indvars.iv984.14.i.epil.init = phi i64 [ 0, %for_body_to503.14.i.preheader ], [ %indvars.iv.next985.14.i.7, %for_body_to503.15.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod435)
-  br label %for_body_to503.14.i.epil
-
-for_body_to503.14.i.epil:                         ; preds = %for_body_to503.14.i.epil, %for_body_to503.14.i.epil.preheader
-  %indvars.iv984.14.i.epil = phi i64 [ %indvars.iv.next985.14.i.epil, %for_body_to503.14.i.epil ], [ %indvars.iv984.14.i.epil.init, %for_body_to503.14.i.epil.preheader ]
-  %epil.iter433 = phi i64 [ %epil.iter433.next, %for_body_to503.14.i.epil ], [ 0, %for_body_to503.14.i.epil.preheader ]
-  %3062 = shl nsw i64 %indvars.iv984.14.i.epil, 6
-  %3063 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3062
-  %3064 = getelementptr inbounds nuw i8, ptr %3063, i64 7168
-  %3065 = load <64 x i32>, ptr %3064, align 4, !tbaa !4
-  %3066 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3062
-  %3067 = getelementptr inbounds nuw i8, ptr %3066, i64 14848
-  store <64 x i32> %3065, ptr %3067, align 4, !tbaa !4
-  %indvars.iv.next985.14.i.epil = add nuw nsw i64 %indvars.iv984.14.i.epil, 1
-  %epil.iter433.next = add i64 %epil.iter433, 1
-  %epil.iter433.cmp.not = icmp eq i64 %epil.iter433.next, %xtraiter432
-  br i1 %epil.iter433.cmp.not, label %for_body_to503.15.i.preheader, label %for_body_to503.14.i.epil, !prof !105, !llvm.loop !247
-
-for_body_to503.15.i.preheader:                    ; preds = %for_body_to503.14.i.epil, %for_body_to503.15.i.preheader.unr-lcssa
-  br i1 %1477, label %for_body_to503.15.i.epil.preheader, label %for_body_to503.15.i, !prof !214
-
-for_body_to503.15.i:                              ; preds = %for_body_to503.15.i, %for_body_to503.15.i.preheader
-  %indvars.iv984.15.i = phi i64 [ %indvars.iv.next985.15.i.7, %for_body_to503.15.i ], [ 0, %for_body_to503.15.i.preheader ]
-  %niter443 = phi i64 [ %niter443.next.7, %for_body_to503.15.i ], [ 0, %for_body_to503.15.i.preheader ]
-  %3068 = shl nsw i64 %indvars.iv984.15.i, 6
-  %3069 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3068
-  %3070 = getelementptr inbounds nuw i8, ptr %3069, i64 7680
-  %3071 = load <64 x i32>, ptr %3070, align 4, !tbaa !4
-  %3072 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3068
-  %3073 = getelementptr inbounds nuw i8, ptr %3072, i64 15872
-  store <64 x i32> %3071, ptr %3073, align 4, !tbaa !4
-  %indvars.iv.next985.15.i = shl i64 %indvars.iv984.15.i, 6
-  %3074 = or disjoint i64 %indvars.iv.next985.15.i, 64
-  %3075 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3074
-  %3076 = getelementptr inbounds nuw i8, ptr %3075, i64 7680
-  %3077 = load <64 x i32>, ptr %3076, align 4, !tbaa !4
-  %3078 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3074
-  %3079 = getelementptr inbounds nuw i8, ptr %3078, i64 15872
-  store <64 x i32> %3077, ptr %3079, align 4, !tbaa !4
-  %indvars.iv.next985.15.i.1 = shl i64 %indvars.iv984.15.i, 6
-  %3080 = or disjoint i64 %indvars.iv.next985.15.i.1, 128
-  %3081 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3080
-  %3082 = getelementptr inbounds nuw i8, ptr %3081, i64 7680
-  %3083 = load <64 x i32>, ptr %3082, align 4, !tbaa !4
-  %3084 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3080
-  %3085 = getelementptr inbounds nuw i8, ptr %3084, i64 15872
-  store <64 x i32> %3083, ptr %3085, align 4, !tbaa !4
-  %indvars.iv.next985.15.i.2 = shl i64 %indvars.iv984.15.i, 6
-  %3086 = or disjoint i64 %indvars.iv.next985.15.i.2, 192
-  %3087 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3086
-  %3088 = getelementptr inbounds nuw i8, ptr %3087, i64 7680
-  %3089 = load <64 x i32>, ptr %3088, align 4, !tbaa !4
-  %3090 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3086
-  %3091 = getelementptr inbounds nuw i8, ptr %3090, i64 15872
-  store <64 x i32> %3089, ptr %3091, align 4, !tbaa !4
-  %indvars.iv.next985.15.i.3 = shl i64 %indvars.iv984.15.i, 6
-  %3092 = or disjoint i64 %indvars.iv.next985.15.i.3, 256
-  %3093 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3092
-  %3094 = getelementptr inbounds nuw i8, ptr %3093, i64 7680
-  %3095 = load <64 x i32>, ptr %3094, align 4, !tbaa !4
-  %3096 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3092
-  %3097 = getelementptr inbounds nuw i8, ptr %3096, i64 15872
-  store <64 x i32> %3095, ptr %3097, align 4, !tbaa !4
-  %indvars.iv.next985.15.i.4 = shl i64 %indvars.iv984.15.i, 6
-  %3098 = or disjoint i64 %indvars.iv.next985.15.i.4, 320
-  %3099 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3098
-  %3100 = getelementptr inbounds nuw i8, ptr %3099, i64 7680
-  %3101 = load <64 x i32>, ptr %3100, align 4, !tbaa !4
-  %3102 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3098
-  %3103 = getelementptr inbounds nuw i8, ptr %3102, i64 15872
-  store <64 x i32> %3101, ptr %3103, align 4, !tbaa !4
-  %indvars.iv.next985.15.i.5 = shl i64 %indvars.iv984.15.i, 6
-  %3104 = or disjoint i64 %indvars.iv.next985.15.i.5, 384
-  %3105 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3104
-  %3106 = getelementptr inbounds nuw i8, ptr %3105, i64 7680
-  %3107 = load <64 x i32>, ptr %3106, align 4, !tbaa !4
-  %3108 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3104
-  %3109 = getelementptr inbounds nuw i8, ptr %3108, i64 15872
-  store <64 x i32> %3107, ptr %3109, align 4, !tbaa !4
-  %indvars.iv.next985.15.i.6 = shl i64 %indvars.iv984.15.i, 6
-  %3110 = or disjoint i64 %indvars.iv.next985.15.i.6, 448
-  %3111 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3110
-  %3112 = getelementptr inbounds nuw i8, ptr %3111, i64 7680
-  %3113 = load <64 x i32>, ptr %3112, align 4, !tbaa !4
-  %3114 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3110
-  %3115 = getelementptr inbounds nuw i8, ptr %3114, i64 15872
-  store <64 x i32> %3113, ptr %3115, align 4, !tbaa !4
-  %indvars.iv.next985.15.i.7 = add nuw nsw i64 %indvars.iv984.15.i, 8
-  %niter443.next.7 = add i64 %niter443, 8
-  %niter443.ncmp.7 = icmp eq i64 %niter443.next.7, %unroll_iter442
-  br i1 %niter443.ncmp.7, label %for_end_to504.15.i.loopexit.unr-lcssa, label %for_body_to503.15.i, !prof !215, !llvm.loop !248
-
-for_end_to504.15.i.loopexit.unr-lcssa:            ; preds = %for_body_to503.15.i
-  br i1 %lcmp.mod440.not, label %for_end_to504.15.i, label %for_body_to503.15.i.epil.preheader, !prof !218
-
-for_body_to503.15.i.epil.preheader:               ; preds = %for_end_to504.15.i.loopexit.unr-lcssa, %for_body_to503.15.i.preheader
-  %indvars.iv984.15.i.epil.init = phi i64 [ 0, %for_body_to503.15.i.preheader ], [ %indvars.iv.next985.15.i.7, %for_end_to504.15.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod441)
-  br label %for_body_to503.15.i.epil
-
-for_body_to503.15.i.epil:                         ; preds = %for_body_to503.15.i.epil, %for_body_to503.15.i.epil.preheader
-  %indvars.iv984.15.i.epil = phi i64 [ %indvars.iv.next985.15.i.epil, %for_body_to503.15.i.epil ], [ %indvars.iv984.15.i.epil.init, %for_body_to503.15.i.epil.preheader ]
-  %epil.iter439 = phi i64 [ %epil.iter439.next, %for_body_to503.15.i.epil ], [ 0, %for_body_to503.15.i.epil.preheader ]
-  %3116 = shl nsw i64 %indvars.iv984.15.i.epil, 6
-  %3117 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3116
-  %3118 = getelementptr inbounds nuw i8, ptr %3117, i64 7680
-  %3119 = load <64 x i32>, ptr %3118, align 4, !tbaa !4
-  %3120 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3116
-  %3121 = getelementptr inbounds nuw i8, ptr %3120, i64 15872
-  store <64 x i32> %3119, ptr %3121, align 4, !tbaa !4
-  %indvars.iv.next985.15.i.epil = add nuw nsw i64 %indvars.iv984.15.i.epil, 1
-  %epil.iter439.next = add i64 %epil.iter439, 1
-  %epil.iter439.cmp.not = icmp eq i64 %epil.iter439.next, %xtraiter438
-  br i1 %epil.iter439.cmp.not, label %for_end_to504.15.i, label %for_body_to503.15.i.epil, !prof !105, !llvm.loop !249
-
-for_end_to504.15.i:                               ; preds = %for_body_to503.15.i.epil, %for_end_to504.15.i.loopexit.unr-lcssa, %for_end_to494.thread.i
-  %3122 = shufflevector <16 x float> %v328.i, <16 x float> %v344.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3123 = shufflevector <16 x float> %v336.i, <16 x float> %v352.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3124 = shufflevector <16 x float> %v328.i, <16 x float> %v344.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3125 = shufflevector <16 x float> %v336.i, <16 x float> %v352.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3126 = shufflevector <16 x float> %v330.i, <16 x float> %v346.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3127 = shufflevector <16 x float> %v338.i, <16 x float> %v354.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3128 = shufflevector <16 x float> %v330.i, <16 x float> %v346.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3129 = shufflevector <16 x float> %v338.i, <16 x float> %v354.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3130 = shufflevector <16 x float> %v332.i, <16 x float> %v348.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3131 = shufflevector <16 x float> %v340.i, <16 x float> %v356.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3132 = shufflevector <16 x float> %v332.i, <16 x float> %v348.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3133 = shufflevector <16 x float> %v340.i, <16 x float> %v356.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3134 = shufflevector <16 x float> %v334.i, <16 x float> %v350.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3135 = shufflevector <16 x float> %v342.i, <16 x float> %v358.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3136 = shufflevector <16 x float> %v334.i, <16 x float> %v350.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3137 = shufflevector <16 x float> %v342.i, <16 x float> %v358.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3138 = shufflevector <16 x float> %3122, <16 x float> %3123, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3139 = shufflevector <16 x float> %3130, <16 x float> %3131, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3140 = shufflevector <16 x float> %3122, <16 x float> %3123, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3141 = shufflevector <16 x float> %3130, <16 x float> %3131, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3142 = shufflevector <16 x float> %3124, <16 x float> %3125, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3143 = shufflevector <16 x float> %3132, <16 x float> %3133, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3144 = shufflevector <16 x float> %3124, <16 x float> %3125, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3145 = shufflevector <16 x float> %3132, <16 x float> %3133, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3146 = shufflevector <16 x float> %3126, <16 x float> %3127, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3147 = shufflevector <16 x float> %3134, <16 x float> %3135, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3148 = shufflevector <16 x float> %3126, <16 x float> %3127, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3149 = shufflevector <16 x float> %3134, <16 x float> %3135, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3150 = shufflevector <16 x float> %3128, <16 x float> %3129, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3151 = shufflevector <16 x float> %3136, <16 x float> %3137, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3152 = shufflevector <16 x float> %3128, <16 x float> %3129, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3153 = shufflevector <16 x float> %3136, <16 x float> %3137, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3154 = shufflevector <16 x float> %3138, <16 x float> %3139, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3155 = shufflevector <16 x float> %3146, <16 x float> %3147, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3156 = shufflevector <16 x float> %3138, <16 x float> %3139, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3157 = shufflevector <16 x float> %3146, <16 x float> %3147, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3158 = shufflevector <16 x float> %3140, <16 x float> %3141, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3159 = shufflevector <16 x float> %3148, <16 x float> %3149, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3160 = shufflevector <16 x float> %3140, <16 x float> %3141, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3161 = shufflevector <16 x float> %3148, <16 x float> %3149, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3162 = shufflevector <16 x float> %3142, <16 x float> %3143, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3163 = shufflevector <16 x float> %3150, <16 x float> %3151, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3164 = shufflevector <16 x float> %3142, <16 x float> %3143, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3165 = shufflevector <16 x float> %3150, <16 x float> %3151, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3166 = shufflevector <16 x float> %3144, <16 x float> %3145, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3167 = shufflevector <16 x float> %3152, <16 x float> %3153, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3168 = shufflevector <16 x float> %3144, <16 x float> %3145, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3169 = shufflevector <16 x float> %3152, <16 x float> %3153, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3170 = shufflevector <16 x float> %3168, <16 x float> %3169, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3171 = shufflevector <16 x float> %3168, <16 x float> %3169, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3172 = shufflevector <16 x float> %3166, <16 x float> %3167, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3173 = shufflevector <16 x float> %3166, <16 x float> %3167, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3174 = shufflevector <16 x float> %3164, <16 x float> %3165, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3175 = shufflevector <16 x float> %3164, <16 x float> %3165, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3176 = shufflevector <16 x float> %3162, <16 x float> %3163, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3177 = shufflevector <16 x float> %3162, <16 x float> %3163, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3178 = shufflevector <16 x float> %3160, <16 x float> %3161, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3179 = shufflevector <16 x float> %3160, <16 x float> %3161, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3180 = shufflevector <16 x float> %3158, <16 x float> %3159, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3181 = shufflevector <16 x float> %3158, <16 x float> %3159, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3182 = shufflevector <16 x float> %3156, <16 x float> %3157, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3183 = shufflevector <16 x float> %3156, <16 x float> %3157, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3184 = shufflevector <16 x float> %3154, <16 x float> %3155, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3185 = shufflevector <16 x float> %3154, <16 x float> %3155, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3186 = fadd <16 x float> %3185, zeroinitializer
-  %3187 = fadd <16 x float> %3184, %3186
-  %3188 = fadd <16 x float> %3183, %3187
-  %3189 = fadd <16 x float> %3182, %3188
-  %3190 = fadd <16 x float> %3181, %3189
-  %3191 = fadd <16 x float> %3180, %3190
-  %3192 = fadd <16 x float> %3179, %3191
-  %3193 = fadd <16 x float> %3178, %3192
-  %3194 = fadd <16 x float> %3177, %3193
-  %3195 = fadd <16 x float> %3176, %3194
-  %3196 = fadd <16 x float> %3175, %3195
-  %3197 = fadd <16 x float> %3174, %3196
-  %3198 = fadd <16 x float> %3173, %3197
-  %3199 = fadd <16 x float> %3172, %3198
-  %3200 = fadd <16 x float> %3171, %3199
-  %3201 = fadd <16 x float> %3170, %3200
-  %3202 = shl nuw nsw i64 %indvars.iv1109.i, 4
-  %3203 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %3202
-  %3204 = load <16 x float>, ptr %3203, align 16, !tbaa !83
-  %old_max.i = select <16 x i1> %1454, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %3204
-  %3205 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %3202
-  %3206 = load <16 x float>, ptr %3205, align 16, !tbaa !85
-  %old_sum.i = select <16 x i1> %1454, <16 x float> zeroinitializer, <16 x float> %3206
-  %3207 = load <16 x float>, ptr %tile_max744.i, align 16, !tbaa !250
-  %3208 = fcmp ogt <16 x float> %old_max.i, %3207
-  %3209 = fcmp oeq <16 x float> %3201, zeroinitializer
-  %3210 = select <16 x i1> %3209, <16 x i1> splat (i1 true), <16 x i1> %3208
-  %old_or_both.i = select <16 x i1> %3210, <16 x float> %old_max.i, <16 x float> %3207
-  %3211 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %3211, <16 x float> %3207, <16 x float> %old_or_both.i
-  %3212 = fsub <16 x float> %old_max.i, %m.i
-  %3213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3212, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3214 = bitcast <16 x float> %3213 to <16 x i32>
-  %3215 = fadd <16 x float> %3213, splat (float 0xC168000FE0000000)
-  %3216 = fmul <16 x float> %3215, splat (float 0x3F2BD01060000000)
-  %3217 = fmul <16 x float> %3215, splat (float 0x3FE6300000000000)
-  %3218 = fsub <16 x float> %3212, %3217
-  %3219 = fadd <16 x float> %3216, %3218
-  %3220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3219, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3220, <16 x float> %3219, <16 x float> splat (float 0x3FA5558F20000000))
-  %3222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3221, <16 x float> %3219, <16 x float> splat (float 0x3FC5554920000000))
-  %3223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3222, <16 x float> %3219, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3224 = fmul <16 x float> %3219, %3219
-  %3225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3223, <16 x float> %3224, <16 x float> %3219)
-  %3226 = shl <16 x i32> %3214, splat (i32 23)
-  %3227 = bitcast <16 x i32> %3226 to <16 x float>
-  %3228 = fadd <16 x float> %3225, splat (float 1.000000e+00)
-  %3229 = fmul <16 x float> %3228, %3227
-  %3230 = fcmp olt <16 x float> %3212, splat (float -8.700000e+01)
-  %3231 = select <16 x i1> %3230, <16 x float> zeroinitializer, <16 x float> %3229
-  %3232 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %3233 = select <16 x i1> %3232, <16 x float> %3231, <16 x float> zeroinitializer
-  store <16 x float> %3233, ptr %alpha746.i, align 16, !tbaa !256
-  %arg524.i = fsub <16 x float> %3207, %m.i
-  %3234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg524.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3235 = bitcast <16 x float> %3234 to <16 x i32>
-  %3236 = fadd <16 x float> %3234, splat (float 0xC168000FE0000000)
-  %3237 = fmul <16 x float> %3236, splat (float 0x3F2BD01060000000)
-  %3238 = fmul <16 x float> %3236, splat (float 0x3FE6300000000000)
-  %3239 = fsub <16 x float> %arg524.i, %3238
-  %3240 = fadd <16 x float> %3237, %3239
-  %3241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3240, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3241, <16 x float> %3240, <16 x float> splat (float 0x3FA5558F20000000))
-  %3243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3242, <16 x float> %3240, <16 x float> splat (float 0x3FC5554920000000))
-  %3244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3243, <16 x float> %3240, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3245 = fmul <16 x float> %3240, %3240
-  %3246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3244, <16 x float> %3245, <16 x float> %3240)
-  %3247 = shl <16 x i32> %3235, splat (i32 23)
-  %3248 = bitcast <16 x i32> %3247 to <16 x float>
-  %3249 = fadd <16 x float> %3246, splat (float 1.000000e+00)
-  %3250 = fmul <16 x float> %3249, %3248
-  %3251 = fcmp olt <16 x float> %arg524.i, splat (float -8.700000e+01)
-  %3252 = select <16 x i1> %3251, <16 x float> zeroinitializer, <16 x float> %3250
-  %3253 = fcmp one <16 x float> %3201, zeroinitializer
-  %3254 = select <16 x i1> %3253, <16 x float> %3252, <16 x float> zeroinitializer
-  store <16 x float> %3254, ptr %beta745.i, align 16, !tbaa !263
-  %3255 = fmul <16 x float> %old_sum.i, %3233
-  %3256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3254, <16 x float> %3201, <16 x float> %3255)
-  store <16 x float> %m.i, ptr %3203, align 16, !tbaa !83
-  store <16 x float> %3256, ptr %3205, align 16, !tbaa !85
-  %3257 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc539.i = tail call ptr %3257(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
-  %3258 = icmp eq ptr %acc539.i, null
-  br i1 %3258, label %fused_decode_compute_.exit, label %for_body_p.i, !prof !7
-
-for_body_p.i:                                     ; preds = %for_end_to546.i, %for_end_to504.15.i
-  %indvars.iv1028.i = phi i64 [ %indvars.iv.next1029.i, %for_end_to546.i ], [ 0, %for_end_to504.15.i ]
+  %exitcond950.not.i = icmp eq i64 %indvars.iv.next948.i, 16
+  br i1 %exitcond950.not.i, label %for_begin_to315.preheader.i, label %for_begin_to305.preheader.i, !prof !31
+
+for_begin_to315.preheader.i:                      ; preds = %for_end_to317.i, %for_end_to307.i
+  %indvars.iv956.i = phi i64 [ %indvars.iv.next957.i, %for_end_to317.i ], [ 0, %for_end_to307.i ]
+  br i1 %1450, label %for_body_to316.lr.ph.i, label %for_end_to317.i, !prof !3
+
+for_body_to316.lr.ph.i:                           ; preds = %for_begin_to315.preheader.i
+  %.idx1192.i = shl nuw nsw i64 %indvars.iv956.i, 9
+  %invariant.gep1255.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1192.i
+  br i1 %1460, label %for_body_to316.i.epil.preheader, label %for_body_to316.i, !prof !101
+
+for_end_r312.i:                                   ; preds = %for_end_to317.i
+  %v321.i = load <16 x float>, ptr %tile_sum.rf730.i, align 16, !tbaa !161
+  %v323.i = load <16 x float>, ptr %114, align 16, !tbaa !168
+  %v325.i = load <16 x float>, ptr %115, align 16, !tbaa !170
+  %v327.i = load <16 x float>, ptr %116, align 16, !tbaa !173
+  %v329.i = load <16 x float>, ptr %117, align 16, !tbaa !175
+  %v331.i = load <16 x float>, ptr %118, align 16, !tbaa !179
+  %v333.i = load <16 x float>, ptr %119, align 16, !tbaa !181
+  %v335.i = load <16 x float>, ptr %120, align 16, !tbaa !184
+  %v337.i = load <16 x float>, ptr %121, align 16, !tbaa !186
+  %v339.i = load <16 x float>, ptr %122, align 16, !tbaa !191
+  %v341.i = load <16 x float>, ptr %123, align 16, !tbaa !193
+  %v343.i = load <16 x float>, ptr %124, align 16, !tbaa !196
+  %v345.i = load <16 x float>, ptr %125, align 16, !tbaa !198
+  %v347.i = load <16 x float>, ptr %126, align 16, !tbaa !202
+  %v349.i = load <16 x float>, ptr %127, align 16, !tbaa !204
+  %v351.i = load <16 x float>, ptr %128, align 16, !tbaa !207
+  br label %for_begin_to485.preheader.i
+
+for_body_to316.i:                                 ; preds = %for_body_to316.i, %for_body_to316.lr.ph.i
+  %indvars.iv951.i = phi i64 [ %indvars.iv.next952.i.3, %for_body_to316.i ], [ 0, %for_body_to316.lr.ph.i ]
+  %tile_sum.rf_global728.sroa.0.0802.i = phi <16 x float> [ %2241, %for_body_to316.i ], [ zeroinitializer, %for_body_to316.lr.ph.i ]
+  %niter346 = phi i64 [ %niter346.next.3, %for_body_to316.i ], [ 0, %for_body_to316.lr.ph.i ]
+  %.idx1191.i = shl nsw i64 %indvars.iv951.i, 8
+  %gep1256.i = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %.idx1191.i
+  %2195 = load <16 x float>, ptr %gep1256.i, align 4, !tbaa !4
+  %2196 = fadd <16 x float> %tile_sum.rf_global728.sroa.0.0802.i, %2195
+  %2197 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 64
+  %2198 = load <16 x float>, ptr %2197, align 4, !tbaa !4
+  %2199 = fadd <16 x float> %2196, %2198
+  %2200 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 128
+  %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !4
+  %2202 = fadd <16 x float> %2199, %2201
+  %2203 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 192
+  %2204 = load <16 x float>, ptr %2203, align 4, !tbaa !4
+  %2205 = fadd <16 x float> %2202, %2204
+  %indvars.iv.next952.i = shl i64 %indvars.iv951.i, 8
+  %2206 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %indvars.iv.next952.i
+  %gep1256.i.1 = getelementptr inbounds nuw i8, ptr %2206, i64 256
+  %2207 = load <16 x float>, ptr %gep1256.i.1, align 4, !tbaa !4
+  %2208 = fadd <16 x float> %2205, %2207
+  %2209 = getelementptr inbounds nuw i8, ptr %2206, i64 320
+  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !4
+  %2211 = fadd <16 x float> %2208, %2210
+  %2212 = getelementptr inbounds nuw i8, ptr %2206, i64 384
+  %2213 = load <16 x float>, ptr %2212, align 4, !tbaa !4
+  %2214 = fadd <16 x float> %2211, %2213
+  %2215 = getelementptr inbounds nuw i8, ptr %2206, i64 448
+  %2216 = load <16 x float>, ptr %2215, align 4, !tbaa !4
+  %2217 = fadd <16 x float> %2214, %2216
+  %indvars.iv.next952.i.1 = shl i64 %indvars.iv951.i, 8
+  %2218 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %indvars.iv.next952.i.1
+  %gep1256.i.2 = getelementptr inbounds nuw i8, ptr %2218, i64 512
+  %2219 = load <16 x float>, ptr %gep1256.i.2, align 4, !tbaa !4
+  %2220 = fadd <16 x float> %2217, %2219
+  %2221 = getelementptr inbounds nuw i8, ptr %2218, i64 576
+  %2222 = load <16 x float>, ptr %2221, align 4, !tbaa !4
+  %2223 = fadd <16 x float> %2220, %2222
+  %2224 = getelementptr inbounds nuw i8, ptr %2218, i64 640
+  %2225 = load <16 x float>, ptr %2224, align 4, !tbaa !4
+  %2226 = fadd <16 x float> %2223, %2225
+  %2227 = getelementptr inbounds nuw i8, ptr %2218, i64 704
+  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !4
+  %2229 = fadd <16 x float> %2226, %2228
+  %indvars.iv.next952.i.2 = shl i64 %indvars.iv951.i, 8
+  %2230 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %indvars.iv.next952.i.2
+  %gep1256.i.3 = getelementptr inbounds nuw i8, ptr %2230, i64 768
+  %2231 = load <16 x float>, ptr %gep1256.i.3, align 4, !tbaa !4
+  %2232 = fadd <16 x float> %2229, %2231
+  %2233 = getelementptr inbounds nuw i8, ptr %2230, i64 832
+  %2234 = load <16 x float>, ptr %2233, align 4, !tbaa !4
+  %2235 = fadd <16 x float> %2232, %2234
+  %2236 = getelementptr inbounds nuw i8, ptr %2230, i64 896
+  %2237 = load <16 x float>, ptr %2236, align 4, !tbaa !4
+  %2238 = fadd <16 x float> %2235, %2237
+  %2239 = getelementptr inbounds nuw i8, ptr %2230, i64 960
+  %2240 = load <16 x float>, ptr %2239, align 4, !tbaa !4
+  %2241 = fadd <16 x float> %2238, %2240
+  %indvars.iv.next952.i.3 = add nuw nsw i64 %indvars.iv951.i, 4
+  %niter346.next.3 = add i64 %niter346, 4
+  %niter346.ncmp.3 = icmp eq i64 %niter346.next.3, %unroll_iter345
+  br i1 %niter346.ncmp.3, label %for_end_to317.i.loopexit.unr-lcssa, label %for_body_to316.i, !prof !102, !llvm.loop !209
+
+for_end_to317.i.loopexit.unr-lcssa:               ; preds = %for_body_to316.i
+  br i1 %lcmp.mod342.not, label %for_end_to317.i, label %for_body_to316.i.epil.preheader, !prof !105
+
+for_body_to316.i.epil.preheader:                  ; preds = %for_end_to317.i.loopexit.unr-lcssa, %for_body_to316.lr.ph.i
+  %indvars.iv951.i.epil.init = phi i64 [ 0, %for_body_to316.lr.ph.i ], [ %indvars.iv.next952.i.3, %for_end_to317.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global728.sroa.0.0802.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_to316.lr.ph.i ], [ %2241, %for_end_to317.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod344)
+  br label %for_body_to316.i.epil
+
+for_body_to316.i.epil:                            ; preds = %for_body_to316.i.epil, %for_body_to316.i.epil.preheader
+  %indvars.iv951.i.epil = phi i64 [ %indvars.iv951.i.epil.init, %for_body_to316.i.epil.preheader ], [ %indvars.iv.next952.i.epil, %for_body_to316.i.epil ]
+  %tile_sum.rf_global728.sroa.0.0802.i.epil = phi <16 x float> [ %tile_sum.rf_global728.sroa.0.0802.i.epil.init, %for_body_to316.i.epil.preheader ], [ %2252, %for_body_to316.i.epil ]
+  %epil.iter341 = phi i64 [ 0, %for_body_to316.i.epil.preheader ], [ %epil.iter341.next, %for_body_to316.i.epil ]
+  %.idx1191.i.epil = shl nsw i64 %indvars.iv951.i.epil, 8
+  %gep1256.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %.idx1191.i.epil
+  %2242 = load <16 x float>, ptr %gep1256.i.epil, align 4, !tbaa !4
+  %2243 = fadd <16 x float> %tile_sum.rf_global728.sroa.0.0802.i.epil, %2242
+  %2244 = getelementptr inbounds nuw i8, ptr %gep1256.i.epil, i64 64
+  %2245 = load <16 x float>, ptr %2244, align 4, !tbaa !4
+  %2246 = fadd <16 x float> %2243, %2245
+  %2247 = getelementptr inbounds nuw i8, ptr %gep1256.i.epil, i64 128
+  %2248 = load <16 x float>, ptr %2247, align 4, !tbaa !4
+  %2249 = fadd <16 x float> %2246, %2248
+  %2250 = getelementptr inbounds nuw i8, ptr %gep1256.i.epil, i64 192
+  %2251 = load <16 x float>, ptr %2250, align 4, !tbaa !4
+  %2252 = fadd <16 x float> %2249, %2251
+  %indvars.iv.next952.i.epil = add nuw nsw i64 %indvars.iv951.i.epil, 1
+  %epil.iter341.next = add i64 %epil.iter341, 1
+  %epil.iter341.cmp.not = icmp eq i64 %epil.iter341.next, %xtraiter340
+  br i1 %epil.iter341.cmp.not, label %for_end_to317.i, label %for_body_to316.i.epil, !prof !100, !llvm.loop !210
+
+for_end_to317.i:                                  ; preds = %for_body_to316.i.epil, %for_end_to317.i.loopexit.unr-lcssa, %for_begin_to315.preheader.i
+  %tile_sum.rf_global728.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to315.preheader.i ], [ %2241, %for_end_to317.i.loopexit.unr-lcssa ], [ %2252, %for_body_to316.i.epil ]
+  %.idx1193.i = shl nuw nsw i64 %indvars.iv956.i, 6
+  %2253 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 %.idx1193.i
+  store <16 x float> %tile_sum.rf_global728.sroa.0.0.lcssa.i, ptr %2253, align 16, !tbaa !211
+  %indvars.iv.next957.i = add nuw nsw i64 %indvars.iv956.i, 1
+  %exitcond959.not.i = icmp eq i64 %indvars.iv.next957.i, 16
+  br i1 %exitcond959.not.i, label %for_end_r312.i, label %for_begin_to315.preheader.i, !prof !31
+
+for_begin_to485.preheader.i:                      ; preds = %for_begin_to485.preheader.i.backedge, %for_end_r312.i
+  %indvars.iv965.i = phi i64 [ 0, %for_end_r312.i ], [ %indvars.iv965.i.be, %for_begin_to485.preheader.i.backedge ]
+  br i1 %1450, label %for_body_to486.lr.ph.i, label %for_end_to487.thread.i, !prof !3
+
+for_body_to486.lr.ph.i:                           ; preds = %for_begin_to485.preheader.i
+  %.idx1194.i = shl nuw nsw i64 %indvars.iv965.i, 9
+  %invariant.gep1257.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1194.i
+  %.idx1195.i = shl nuw nsw i64 %indvars.iv965.i, 10
+  %invariant.gep1259.i = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1195.i
+  br i1 %1461, label %for_body_to486.i.epil.preheader, label %for_body_to486.i, !prof !101
+
+for_body_to486.i:                                 ; preds = %for_body_to486.i, %for_body_to486.lr.ph.i
+  %indvars.iv960.i = phi i64 [ %indvars.iv.next961.i.3, %for_body_to486.i ], [ 0, %for_body_to486.lr.ph.i ]
+  %niter352 = phi i64 [ %niter352.next.3, %for_body_to486.i ], [ 0, %for_body_to486.lr.ph.i ]
+  %2254 = shl nsw i64 %indvars.iv960.i, 6
+  %gep1258.i = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2254
+  %2255 = load <64 x i32>, ptr %gep1258.i, align 4, !tbaa !4
+  %2256 = lshr <64 x i32> %2255, splat (i32 16)
+  %gep1260.i = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2254
+  store <64 x i32> %2256, ptr %gep1260.i, align 4, !tbaa !4
+  %indvars.iv.next961.i = shl i64 %indvars.iv960.i, 6
+  %2257 = or disjoint i64 %indvars.iv.next961.i, 64
+  %gep1258.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2257
+  %2258 = load <64 x i32>, ptr %gep1258.i.1, align 4, !tbaa !4
+  %2259 = lshr <64 x i32> %2258, splat (i32 16)
+  %gep1260.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2257
+  store <64 x i32> %2259, ptr %gep1260.i.1, align 4, !tbaa !4
+  %indvars.iv.next961.i.1 = shl i64 %indvars.iv960.i, 6
+  %2260 = or disjoint i64 %indvars.iv.next961.i.1, 128
+  %gep1258.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2260
+  %2261 = load <64 x i32>, ptr %gep1258.i.2, align 4, !tbaa !4
+  %2262 = lshr <64 x i32> %2261, splat (i32 16)
+  %gep1260.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2260
+  store <64 x i32> %2262, ptr %gep1260.i.2, align 4, !tbaa !4
+  %indvars.iv.next961.i.2 = shl i64 %indvars.iv960.i, 6
+  %2263 = or disjoint i64 %indvars.iv.next961.i.2, 192
+  %gep1258.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2263
+  %2264 = load <64 x i32>, ptr %gep1258.i.3, align 4, !tbaa !4
+  %2265 = lshr <64 x i32> %2264, splat (i32 16)
+  %gep1260.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2263
+  store <64 x i32> %2265, ptr %gep1260.i.3, align 4, !tbaa !4
+  %indvars.iv.next961.i.3 = add nuw nsw i64 %indvars.iv960.i, 4
+  %niter352.next.3 = add i64 %niter352, 4
+  %niter352.ncmp.3 = icmp eq i64 %niter352.next.3, %unroll_iter351
+  br i1 %niter352.ncmp.3, label %for_end_to487.i.unr-lcssa, label %for_body_to486.i, !prof !102, !llvm.loop !212
+
+for_end_to487.i.unr-lcssa:                        ; preds = %for_body_to486.i
+  br i1 %lcmp.mod349.not, label %for_end_to487.i, label %for_body_to486.i.epil.preheader, !prof !105
+
+for_body_to486.i.epil.preheader:                  ; preds = %for_end_to487.i.unr-lcssa, %for_body_to486.lr.ph.i
+  %indvars.iv960.i.epil.init = phi i64 [ 0, %for_body_to486.lr.ph.i ], [ %indvars.iv.next961.i.3, %for_end_to487.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod350)
+  br label %for_body_to486.i.epil
+
+for_body_to486.i.epil:                            ; preds = %for_body_to486.i.epil, %for_body_to486.i.epil.preheader
+  %indvars.iv960.i.epil = phi i64 [ %indvars.iv960.i.epil.init, %for_body_to486.i.epil.preheader ], [ %indvars.iv.next961.i.epil, %for_body_to486.i.epil ]
+  %epil.iter348 = phi i64 [ 0, %for_body_to486.i.epil.preheader ], [ %epil.iter348.next, %for_body_to486.i.epil ]
+  %2266 = shl nsw i64 %indvars.iv960.i.epil, 6
+  %gep1258.i.epil = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2266
+  %2267 = load <64 x i32>, ptr %gep1258.i.epil, align 4, !tbaa !4
+  %2268 = lshr <64 x i32> %2267, splat (i32 16)
+  %gep1260.i.epil = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2266
+  store <64 x i32> %2268, ptr %gep1260.i.epil, align 4, !tbaa !4
+  %indvars.iv.next961.i.epil = add nuw nsw i64 %indvars.iv960.i.epil, 1
+  %epil.iter348.next = add i64 %epil.iter348, 1
+  %epil.iter348.cmp.not = icmp eq i64 %epil.iter348.next, %xtraiter347
+  br i1 %epil.iter348.cmp.not, label %for_end_to487.i, label %for_body_to486.i.epil, !prof !100, !llvm.loop !213
+
+for_end_to487.i:                                  ; preds = %for_body_to486.i.epil, %for_end_to487.i.unr-lcssa
+  %indvars.iv.next966.i = add nuw nsw i64 %indvars.iv965.i, 1
+  %exitcond968.not.i = icmp eq i64 %indvars.iv.next966.i, 16
+  br i1 %exitcond968.not.i, label %for_body_to496.i.preheader, label %for_begin_to485.preheader.i.backedge, !prof !31
+
+for_body_to496.i.preheader:                       ; preds = %for_end_to487.i
+  br i1 %1462, label %for_body_to496.i.epil.preheader, label %for_body_to496.i, !prof !214
+
+for_end_to487.thread.i:                           ; preds = %for_begin_to485.preheader.i
+  %indvars.iv.next9661222.i = add nuw nsw i64 %indvars.iv965.i, 1
+  %exitcond968.not1223.i = icmp eq i64 %indvars.iv.next9661222.i, 16
+  br i1 %exitcond968.not1223.i, label %for_end_to497.15.i, label %for_begin_to485.preheader.i.backedge, !prof !31
+
+for_begin_to485.preheader.i.backedge:             ; preds = %for_end_to487.thread.i, %for_end_to487.i
+  %indvars.iv965.i.be = phi i64 [ %indvars.iv.next966.i, %for_end_to487.i ], [ %indvars.iv.next9661222.i, %for_end_to487.thread.i ]
+  br label %for_begin_to485.preheader.i
+
+for_body_to496.i:                                 ; preds = %for_body_to496.i, %for_body_to496.i.preheader
+  %indvars.iv970.i = phi i64 [ %indvars.iv.next971.i.7, %for_body_to496.i ], [ 0, %for_body_to496.i.preheader ]
+  %niter358 = phi i64 [ %niter358.next.7, %for_body_to496.i ], [ 0, %for_body_to496.i.preheader ]
+  %2269 = shl nsw i64 %indvars.iv970.i, 6
+  %2270 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2269
+  %2271 = load <64 x i32>, ptr %2270, align 4, !tbaa !4
+  %2272 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2269
+  %2273 = getelementptr inbounds nuw i8, ptr %2272, i64 512
+  store <64 x i32> %2271, ptr %2273, align 4, !tbaa !4
+  %indvars.iv.next971.i = shl i64 %indvars.iv970.i, 6
+  %2274 = or disjoint i64 %indvars.iv.next971.i, 64
+  %2275 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2274
+  %2276 = load <64 x i32>, ptr %2275, align 4, !tbaa !4
+  %2277 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2274
+  %2278 = getelementptr inbounds nuw i8, ptr %2277, i64 512
+  store <64 x i32> %2276, ptr %2278, align 4, !tbaa !4
+  %indvars.iv.next971.i.1 = shl i64 %indvars.iv970.i, 6
+  %2279 = or disjoint i64 %indvars.iv.next971.i.1, 128
+  %2280 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2279
+  %2281 = load <64 x i32>, ptr %2280, align 4, !tbaa !4
+  %2282 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2279
+  %2283 = getelementptr inbounds nuw i8, ptr %2282, i64 512
+  store <64 x i32> %2281, ptr %2283, align 4, !tbaa !4
+  %indvars.iv.next971.i.2 = shl i64 %indvars.iv970.i, 6
+  %2284 = or disjoint i64 %indvars.iv.next971.i.2, 192
+  %2285 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2284
+  %2286 = load <64 x i32>, ptr %2285, align 4, !tbaa !4
+  %2287 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2284
+  %2288 = getelementptr inbounds nuw i8, ptr %2287, i64 512
+  store <64 x i32> %2286, ptr %2288, align 4, !tbaa !4
+  %indvars.iv.next971.i.3 = shl i64 %indvars.iv970.i, 6
+  %2289 = or disjoint i64 %indvars.iv.next971.i.3, 256
+  %2290 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2289
+  %2291 = load <64 x i32>, ptr %2290, align 4, !tbaa !4
+  %2292 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2289
+  %2293 = getelementptr inbounds nuw i8, ptr %2292, i64 512
+  store <64 x i32> %2291, ptr %2293, align 4, !tbaa !4
+  %indvars.iv.next971.i.4 = shl i64 %indvars.iv970.i, 6
+  %2294 = or disjoint i64 %indvars.iv.next971.i.4, 320
+  %2295 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2294
+  %2296 = load <64 x i32>, ptr %2295, align 4, !tbaa !4
+  %2297 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2294
+  %2298 = getelementptr inbounds nuw i8, ptr %2297, i64 512
+  store <64 x i32> %2296, ptr %2298, align 4, !tbaa !4
+  %indvars.iv.next971.i.5 = shl i64 %indvars.iv970.i, 6
+  %2299 = or disjoint i64 %indvars.iv.next971.i.5, 384
+  %2300 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2299
+  %2301 = load <64 x i32>, ptr %2300, align 4, !tbaa !4
+  %2302 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2299
+  %2303 = getelementptr inbounds nuw i8, ptr %2302, i64 512
+  store <64 x i32> %2301, ptr %2303, align 4, !tbaa !4
+  %indvars.iv.next971.i.6 = shl i64 %indvars.iv970.i, 6
+  %2304 = or disjoint i64 %indvars.iv.next971.i.6, 448
+  %2305 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2304
+  %2306 = load <64 x i32>, ptr %2305, align 4, !tbaa !4
+  %2307 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2304
+  %2308 = getelementptr inbounds nuw i8, ptr %2307, i64 512
+  store <64 x i32> %2306, ptr %2308, align 4, !tbaa !4
+  %indvars.iv.next971.i.7 = add nuw nsw i64 %indvars.iv970.i, 8
+  %niter358.next.7 = add i64 %niter358, 8
+  %niter358.ncmp.7 = icmp eq i64 %niter358.next.7, %unroll_iter357
+  br i1 %niter358.ncmp.7, label %for_body_to496.1.i.preheader.unr-lcssa, label %for_body_to496.i, !prof !215, !llvm.loop !216
+
+for_body_to496.1.i.preheader.unr-lcssa:           ; preds = %for_body_to496.i
+  br i1 %lcmp.mod355.not, label %for_body_to496.1.i.preheader, label %for_body_to496.i.epil.preheader, !prof !218
+
+for_body_to496.i.epil.preheader:                  ; preds = %for_body_to496.1.i.preheader.unr-lcssa, %for_body_to496.i.preheader
+  %indvars.iv970.i.epil.init = phi i64 [ 0, %for_body_to496.i.preheader ], [ %indvars.iv.next971.i.7, %for_body_to496.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod356)
+  br label %for_body_to496.i.epil
+
+for_body_to496.i.epil:                            ; preds = %for_body_to496.i.epil, %for_body_to496.i.epil.preheader
+  %indvars.iv970.i.epil = phi i64 [ %indvars.iv.next971.i.epil, %for_body_to496.i.epil ], [ %indvars.iv970.i.epil.init, %for_body_to496.i.epil.preheader ]
+  %epil.iter354 = phi i64 [ %epil.iter354.next, %for_body_to496.i.epil ], [ 0, %for_body_to496.i.epil.preheader ]
+  %2309 = shl nsw i64 %indvars.iv970.i.epil, 6
+  %2310 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2309
+  %2311 = load <64 x i32>, ptr %2310, align 4, !tbaa !4
+  %2312 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2309
+  %2313 = getelementptr inbounds nuw i8, ptr %2312, i64 512
+  store <64 x i32> %2311, ptr %2313, align 4, !tbaa !4
+  %indvars.iv.next971.i.epil = add nuw nsw i64 %indvars.iv970.i.epil, 1
+  %epil.iter354.next = add i64 %epil.iter354, 1
+  %epil.iter354.cmp.not = icmp eq i64 %epil.iter354.next, %xtraiter353
+  br i1 %epil.iter354.cmp.not, label %for_body_to496.1.i.preheader, label %for_body_to496.i.epil, !prof !105, !llvm.loop !219
+
+for_body_to496.1.i.preheader:                     ; preds = %for_body_to496.i.epil, %for_body_to496.1.i.preheader.unr-lcssa
+  br i1 %1463, label %for_body_to496.1.i.epil.preheader, label %for_body_to496.1.i, !prof !214
+
+for_body_to496.1.i:                               ; preds = %for_body_to496.1.i, %for_body_to496.1.i.preheader
+  %indvars.iv970.1.i = phi i64 [ %indvars.iv.next971.1.i.7, %for_body_to496.1.i ], [ 0, %for_body_to496.1.i.preheader ]
+  %niter364 = phi i64 [ %niter364.next.7, %for_body_to496.1.i ], [ 0, %for_body_to496.1.i.preheader ]
+  %2314 = shl nsw i64 %indvars.iv970.1.i, 6
+  %2315 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2314
+  %2316 = getelementptr inbounds nuw i8, ptr %2315, i64 512
+  %2317 = load <64 x i32>, ptr %2316, align 4, !tbaa !4
+  %2318 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2314
+  %2319 = getelementptr inbounds nuw i8, ptr %2318, i64 1536
+  store <64 x i32> %2317, ptr %2319, align 4, !tbaa !4
+  %indvars.iv.next971.1.i = shl i64 %indvars.iv970.1.i, 6
+  %2320 = or disjoint i64 %indvars.iv.next971.1.i, 64
+  %2321 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2320
+  %2322 = getelementptr inbounds nuw i8, ptr %2321, i64 512
+  %2323 = load <64 x i32>, ptr %2322, align 4, !tbaa !4
+  %2324 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2320
+  %2325 = getelementptr inbounds nuw i8, ptr %2324, i64 1536
+  store <64 x i32> %2323, ptr %2325, align 4, !tbaa !4
+  %indvars.iv.next971.1.i.1 = shl i64 %indvars.iv970.1.i, 6
+  %2326 = or disjoint i64 %indvars.iv.next971.1.i.1, 128
+  %2327 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2326
+  %2328 = getelementptr inbounds nuw i8, ptr %2327, i64 512
+  %2329 = load <64 x i32>, ptr %2328, align 4, !tbaa !4
+  %2330 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2326
+  %2331 = getelementptr inbounds nuw i8, ptr %2330, i64 1536
+  store <64 x i32> %2329, ptr %2331, align 4, !tbaa !4
+  %indvars.iv.next971.1.i.2 = shl i64 %indvars.iv970.1.i, 6
+  %2332 = or disjoint i64 %indvars.iv.next971.1.i.2, 192
+  %2333 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2332
+  %2334 = getelementptr inbounds nuw i8, ptr %2333, i64 512
+  %2335 = load <64 x i32>, ptr %2334, align 4, !tbaa !4
+  %2336 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2332
+  %2337 = getelementptr inbounds nuw i8, ptr %2336, i64 1536
+  store <64 x i32> %2335, ptr %2337, align 4, !tbaa !4
+  %indvars.iv.next971.1.i.3 = shl i64 %indvars.iv970.1.i, 6
+  %2338 = or disjoint i64 %indvars.iv.next971.1.i.3, 256
+  %2339 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2338
+  %2340 = getelementptr inbounds nuw i8, ptr %2339, i64 512
+  %2341 = load <64 x i32>, ptr %2340, align 4, !tbaa !4
+  %2342 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2338
+  %2343 = getelementptr inbounds nuw i8, ptr %2342, i64 1536
+  store <64 x i32> %2341, ptr %2343, align 4, !tbaa !4
+  %indvars.iv.next971.1.i.4 = shl i64 %indvars.iv970.1.i, 6
+  %2344 = or disjoint i64 %indvars.iv.next971.1.i.4, 320
+  %2345 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2344
+  %2346 = getelementptr inbounds nuw i8, ptr %2345, i64 512
+  %2347 = load <64 x i32>, ptr %2346, align 4, !tbaa !4
+  %2348 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2344
+  %2349 = getelementptr inbounds nuw i8, ptr %2348, i64 1536
+  store <64 x i32> %2347, ptr %2349, align 4, !tbaa !4
+  %indvars.iv.next971.1.i.5 = shl i64 %indvars.iv970.1.i, 6
+  %2350 = or disjoint i64 %indvars.iv.next971.1.i.5, 384
+  %2351 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2350
+  %2352 = getelementptr inbounds nuw i8, ptr %2351, i64 512
+  %2353 = load <64 x i32>, ptr %2352, align 4, !tbaa !4
+  %2354 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2350
+  %2355 = getelementptr inbounds nuw i8, ptr %2354, i64 1536
+  store <64 x i32> %2353, ptr %2355, align 4, !tbaa !4
+  %indvars.iv.next971.1.i.6 = shl i64 %indvars.iv970.1.i, 6
+  %2356 = or disjoint i64 %indvars.iv.next971.1.i.6, 448
+  %2357 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2356
+  %2358 = getelementptr inbounds nuw i8, ptr %2357, i64 512
+  %2359 = load <64 x i32>, ptr %2358, align 4, !tbaa !4
+  %2360 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2356
+  %2361 = getelementptr inbounds nuw i8, ptr %2360, i64 1536
+  store <64 x i32> %2359, ptr %2361, align 4, !tbaa !4
+  %indvars.iv.next971.1.i.7 = add nuw nsw i64 %indvars.iv970.1.i, 8
+  %niter364.next.7 = add i64 %niter364, 8
+  %niter364.ncmp.7 = icmp eq i64 %niter364.next.7, %unroll_iter363
+  br i1 %niter364.ncmp.7, label %for_body_to496.2.i.preheader.unr-lcssa, label %for_body_to496.1.i, !prof !215, !llvm.loop !220
+
+for_body_to496.2.i.preheader.unr-lcssa:           ; preds = %for_body_to496.1.i
+  br i1 %lcmp.mod361.not, label %for_body_to496.2.i.preheader, label %for_body_to496.1.i.epil.preheader, !prof !218
+
+for_body_to496.1.i.epil.preheader:                ; preds = %for_body_to496.2.i.preheader.unr-lcssa, %for_body_to496.1.i.preheader
+  %indvars.iv970.1.i.epil.init = phi i64 [ 0, %for_body_to496.1.i.preheader ], [ %indvars.iv.next971.1.i.7, %for_body_to496.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod362)
+  br label %for_body_to496.1.i.epil
+
+for_body_to496.1.i.epil:                          ; preds = %for_body_to496.1.i.epil, %for_body_to496.1.i.epil.preheader
+  %indvars.iv970.1.i.epil = phi i64 [ %indvars.iv.next971.1.i.epil, %for_body_to496.1.i.epil ], [ %indvars.iv970.1.i.epil.init, %for_body_to496.1.i.epil.preheader ]
+  %epil.iter360 = phi i64 [ %epil.iter360.next, %for_body_to496.1.i.epil ], [ 0, %for_body_to496.1.i.epil.preheader ]
+  %2362 = shl nsw i64 %indvars.iv970.1.i.epil, 6
+  %2363 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2362
+  %2364 = getelementptr inbounds nuw i8, ptr %2363, i64 512
+  %2365 = load <64 x i32>, ptr %2364, align 4, !tbaa !4
+  %2366 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2362
+  %2367 = getelementptr inbounds nuw i8, ptr %2366, i64 1536
+  store <64 x i32> %2365, ptr %2367, align 4, !tbaa !4
+  %indvars.iv.next971.1.i.epil = add nuw nsw i64 %indvars.iv970.1.i.epil, 1
+  %epil.iter360.next = add i64 %epil.iter360, 1
+  %epil.iter360.cmp.not = icmp eq i64 %epil.iter360.next, %xtraiter359
+  br i1 %epil.iter360.cmp.not, label %for_body_to496.2.i.preheader, label %for_body_to496.1.i.epil, !prof !105, !llvm.loop !221
+
+for_body_to496.2.i.preheader:                     ; preds = %for_body_to496.1.i.epil, %for_body_to496.2.i.preheader.unr-lcssa
+  br i1 %1464, label %for_body_to496.2.i.epil.preheader, label %for_body_to496.2.i, !prof !214
+
+for_body_to496.2.i:                               ; preds = %for_body_to496.2.i, %for_body_to496.2.i.preheader
+  %indvars.iv970.2.i = phi i64 [ %indvars.iv.next971.2.i.7, %for_body_to496.2.i ], [ 0, %for_body_to496.2.i.preheader ]
+  %niter370 = phi i64 [ %niter370.next.7, %for_body_to496.2.i ], [ 0, %for_body_to496.2.i.preheader ]
+  %2368 = shl nsw i64 %indvars.iv970.2.i, 6
+  %2369 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2368
+  %2370 = getelementptr inbounds nuw i8, ptr %2369, i64 1024
+  %2371 = load <64 x i32>, ptr %2370, align 4, !tbaa !4
+  %2372 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2368
+  %2373 = getelementptr inbounds nuw i8, ptr %2372, i64 2560
+  store <64 x i32> %2371, ptr %2373, align 4, !tbaa !4
+  %indvars.iv.next971.2.i = shl i64 %indvars.iv970.2.i, 6
+  %2374 = or disjoint i64 %indvars.iv.next971.2.i, 64
+  %2375 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2374
+  %2376 = getelementptr inbounds nuw i8, ptr %2375, i64 1024
+  %2377 = load <64 x i32>, ptr %2376, align 4, !tbaa !4
+  %2378 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2374
+  %2379 = getelementptr inbounds nuw i8, ptr %2378, i64 2560
+  store <64 x i32> %2377, ptr %2379, align 4, !tbaa !4
+  %indvars.iv.next971.2.i.1 = shl i64 %indvars.iv970.2.i, 6
+  %2380 = or disjoint i64 %indvars.iv.next971.2.i.1, 128
+  %2381 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2380
+  %2382 = getelementptr inbounds nuw i8, ptr %2381, i64 1024
+  %2383 = load <64 x i32>, ptr %2382, align 4, !tbaa !4
+  %2384 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2380
+  %2385 = getelementptr inbounds nuw i8, ptr %2384, i64 2560
+  store <64 x i32> %2383, ptr %2385, align 4, !tbaa !4
+  %indvars.iv.next971.2.i.2 = shl i64 %indvars.iv970.2.i, 6
+  %2386 = or disjoint i64 %indvars.iv.next971.2.i.2, 192
+  %2387 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2386
+  %2388 = getelementptr inbounds nuw i8, ptr %2387, i64 1024
+  %2389 = load <64 x i32>, ptr %2388, align 4, !tbaa !4
+  %2390 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2386
+  %2391 = getelementptr inbounds nuw i8, ptr %2390, i64 2560
+  store <64 x i32> %2389, ptr %2391, align 4, !tbaa !4
+  %indvars.iv.next971.2.i.3 = shl i64 %indvars.iv970.2.i, 6
+  %2392 = or disjoint i64 %indvars.iv.next971.2.i.3, 256
+  %2393 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2392
+  %2394 = getelementptr inbounds nuw i8, ptr %2393, i64 1024
+  %2395 = load <64 x i32>, ptr %2394, align 4, !tbaa !4
+  %2396 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2392
+  %2397 = getelementptr inbounds nuw i8, ptr %2396, i64 2560
+  store <64 x i32> %2395, ptr %2397, align 4, !tbaa !4
+  %indvars.iv.next971.2.i.4 = shl i64 %indvars.iv970.2.i, 6
+  %2398 = or disjoint i64 %indvars.iv.next971.2.i.4, 320
+  %2399 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2398
+  %2400 = getelementptr inbounds nuw i8, ptr %2399, i64 1024
+  %2401 = load <64 x i32>, ptr %2400, align 4, !tbaa !4
+  %2402 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2398
+  %2403 = getelementptr inbounds nuw i8, ptr %2402, i64 2560
+  store <64 x i32> %2401, ptr %2403, align 4, !tbaa !4
+  %indvars.iv.next971.2.i.5 = shl i64 %indvars.iv970.2.i, 6
+  %2404 = or disjoint i64 %indvars.iv.next971.2.i.5, 384
+  %2405 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2404
+  %2406 = getelementptr inbounds nuw i8, ptr %2405, i64 1024
+  %2407 = load <64 x i32>, ptr %2406, align 4, !tbaa !4
+  %2408 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2404
+  %2409 = getelementptr inbounds nuw i8, ptr %2408, i64 2560
+  store <64 x i32> %2407, ptr %2409, align 4, !tbaa !4
+  %indvars.iv.next971.2.i.6 = shl i64 %indvars.iv970.2.i, 6
+  %2410 = or disjoint i64 %indvars.iv.next971.2.i.6, 448
+  %2411 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2410
+  %2412 = getelementptr inbounds nuw i8, ptr %2411, i64 1024
+  %2413 = load <64 x i32>, ptr %2412, align 4, !tbaa !4
+  %2414 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2410
+  %2415 = getelementptr inbounds nuw i8, ptr %2414, i64 2560
+  store <64 x i32> %2413, ptr %2415, align 4, !tbaa !4
+  %indvars.iv.next971.2.i.7 = add nuw nsw i64 %indvars.iv970.2.i, 8
+  %niter370.next.7 = add i64 %niter370, 8
+  %niter370.ncmp.7 = icmp eq i64 %niter370.next.7, %unroll_iter369
+  br i1 %niter370.ncmp.7, label %for_body_to496.3.i.preheader.unr-lcssa, label %for_body_to496.2.i, !prof !215, !llvm.loop !222
+
+for_body_to496.3.i.preheader.unr-lcssa:           ; preds = %for_body_to496.2.i
+  br i1 %lcmp.mod367.not, label %for_body_to496.3.i.preheader, label %for_body_to496.2.i.epil.preheader, !prof !218
+
+for_body_to496.2.i.epil.preheader:                ; preds = %for_body_to496.3.i.preheader.unr-lcssa, %for_body_to496.2.i.preheader
+  %indvars.iv970.2.i.epil.init = phi i64 [ 0, %for_body_to496.2.i.preheader ], [ %indvars.iv.next971.2.i.7, %for_body_to496.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod368)
+  br label %for_body_to496.2.i.epil
+
+for_body_to496.2.i.epil:                          ; preds = %for_body_to496.2.i.epil, %for_body_to496.2.i.epil.preheader
+  %indvars.iv970.2.i.epil = phi i64 [ %indvars.iv.next971.2.i.epil, %for_body_to496.2.i.epil ], [ %indvars.iv970.2.i.epil.init, %for_body_to496.2.i.epil.preheader ]
+  %epil.iter366 = phi i64 [ %epil.iter366.next, %for_body_to496.2.i.epil ], [ 0, %for_body_to496.2.i.epil.preheader ]
+  %2416 = shl nsw i64 %indvars.iv970.2.i.epil, 6
+  %2417 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2416
+  %2418 = getelementptr inbounds nuw i8, ptr %2417, i64 1024
+  %2419 = load <64 x i32>, ptr %2418, align 4, !tbaa !4
+  %2420 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2416
+  %2421 = getelementptr inbounds nuw i8, ptr %2420, i64 2560
+  store <64 x i32> %2419, ptr %2421, align 4, !tbaa !4
+  %indvars.iv.next971.2.i.epil = add nuw nsw i64 %indvars.iv970.2.i.epil, 1
+  %epil.iter366.next = add i64 %epil.iter366, 1
+  %epil.iter366.cmp.not = icmp eq i64 %epil.iter366.next, %xtraiter365
+  br i1 %epil.iter366.cmp.not, label %for_body_to496.3.i.preheader, label %for_body_to496.2.i.epil, !prof !105, !llvm.loop !223
+
+for_body_to496.3.i.preheader:                     ; preds = %for_body_to496.2.i.epil, %for_body_to496.3.i.preheader.unr-lcssa
+  br i1 %1465, label %for_body_to496.3.i.epil.preheader, label %for_body_to496.3.i, !prof !214
+
+for_body_to496.3.i:                               ; preds = %for_body_to496.3.i, %for_body_to496.3.i.preheader
+  %indvars.iv970.3.i = phi i64 [ %indvars.iv.next971.3.i.7, %for_body_to496.3.i ], [ 0, %for_body_to496.3.i.preheader ]
+  %niter376 = phi i64 [ %niter376.next.7, %for_body_to496.3.i ], [ 0, %for_body_to496.3.i.preheader ]
+  %2422 = shl nsw i64 %indvars.iv970.3.i, 6
+  %2423 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2422
+  %2424 = getelementptr inbounds nuw i8, ptr %2423, i64 1536
+  %2425 = load <64 x i32>, ptr %2424, align 4, !tbaa !4
+  %2426 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2422
+  %2427 = getelementptr inbounds nuw i8, ptr %2426, i64 3584
+  store <64 x i32> %2425, ptr %2427, align 4, !tbaa !4
+  %indvars.iv.next971.3.i = shl i64 %indvars.iv970.3.i, 6
+  %2428 = or disjoint i64 %indvars.iv.next971.3.i, 64
+  %2429 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2428
+  %2430 = getelementptr inbounds nuw i8, ptr %2429, i64 1536
+  %2431 = load <64 x i32>, ptr %2430, align 4, !tbaa !4
+  %2432 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2428
+  %2433 = getelementptr inbounds nuw i8, ptr %2432, i64 3584
+  store <64 x i32> %2431, ptr %2433, align 4, !tbaa !4
+  %indvars.iv.next971.3.i.1 = shl i64 %indvars.iv970.3.i, 6
+  %2434 = or disjoint i64 %indvars.iv.next971.3.i.1, 128
+  %2435 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2434
+  %2436 = getelementptr inbounds nuw i8, ptr %2435, i64 1536
+  %2437 = load <64 x i32>, ptr %2436, align 4, !tbaa !4
+  %2438 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2434
+  %2439 = getelementptr inbounds nuw i8, ptr %2438, i64 3584
+  store <64 x i32> %2437, ptr %2439, align 4, !tbaa !4
+  %indvars.iv.next971.3.i.2 = shl i64 %indvars.iv970.3.i, 6
+  %2440 = or disjoint i64 %indvars.iv.next971.3.i.2, 192
+  %2441 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2440
+  %2442 = getelementptr inbounds nuw i8, ptr %2441, i64 1536
+  %2443 = load <64 x i32>, ptr %2442, align 4, !tbaa !4
+  %2444 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2440
+  %2445 = getelementptr inbounds nuw i8, ptr %2444, i64 3584
+  store <64 x i32> %2443, ptr %2445, align 4, !tbaa !4
+  %indvars.iv.next971.3.i.3 = shl i64 %indvars.iv970.3.i, 6
+  %2446 = or disjoint i64 %indvars.iv.next971.3.i.3, 256
+  %2447 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2446
+  %2448 = getelementptr inbounds nuw i8, ptr %2447, i64 1536
+  %2449 = load <64 x i32>, ptr %2448, align 4, !tbaa !4
+  %2450 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2446
+  %2451 = getelementptr inbounds nuw i8, ptr %2450, i64 3584
+  store <64 x i32> %2449, ptr %2451, align 4, !tbaa !4
+  %indvars.iv.next971.3.i.4 = shl i64 %indvars.iv970.3.i, 6
+  %2452 = or disjoint i64 %indvars.iv.next971.3.i.4, 320
+  %2453 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2452
+  %2454 = getelementptr inbounds nuw i8, ptr %2453, i64 1536
+  %2455 = load <64 x i32>, ptr %2454, align 4, !tbaa !4
+  %2456 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2452
+  %2457 = getelementptr inbounds nuw i8, ptr %2456, i64 3584
+  store <64 x i32> %2455, ptr %2457, align 4, !tbaa !4
+  %indvars.iv.next971.3.i.5 = shl i64 %indvars.iv970.3.i, 6
+  %2458 = or disjoint i64 %indvars.iv.next971.3.i.5, 384
+  %2459 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2458
+  %2460 = getelementptr inbounds nuw i8, ptr %2459, i64 1536
+  %2461 = load <64 x i32>, ptr %2460, align 4, !tbaa !4
+  %2462 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2458
+  %2463 = getelementptr inbounds nuw i8, ptr %2462, i64 3584
+  store <64 x i32> %2461, ptr %2463, align 4, !tbaa !4
+  %indvars.iv.next971.3.i.6 = shl i64 %indvars.iv970.3.i, 6
+  %2464 = or disjoint i64 %indvars.iv.next971.3.i.6, 448
+  %2465 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2464
+  %2466 = getelementptr inbounds nuw i8, ptr %2465, i64 1536
+  %2467 = load <64 x i32>, ptr %2466, align 4, !tbaa !4
+  %2468 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2464
+  %2469 = getelementptr inbounds nuw i8, ptr %2468, i64 3584
+  store <64 x i32> %2467, ptr %2469, align 4, !tbaa !4
+  %indvars.iv.next971.3.i.7 = add nuw nsw i64 %indvars.iv970.3.i, 8
+  %niter376.next.7 = add i64 %niter376, 8
+  %niter376.ncmp.7 = icmp eq i64 %niter376.next.7, %unroll_iter375
+  br i1 %niter376.ncmp.7, label %for_body_to496.4.i.preheader.unr-lcssa, label %for_body_to496.3.i, !prof !215, !llvm.loop !224
+
+for_body_to496.4.i.preheader.unr-lcssa:           ; preds = %for_body_to496.3.i
+  br i1 %lcmp.mod373.not, label %for_body_to496.4.i.preheader, label %for_body_to496.3.i.epil.preheader, !prof !218
+
+for_body_to496.3.i.epil.preheader:                ; preds = %for_body_to496.4.i.preheader.unr-lcssa, %for_body_to496.3.i.preheader
+  %indvars.iv970.3.i.epil.init = phi i64 [ 0, %for_body_to496.3.i.preheader ], [ %indvars.iv.next971.3.i.7, %for_body_to496.4.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod374)
+  br label %for_body_to496.3.i.epil
+
+for_body_to496.3.i.epil:                          ; preds = %for_body_to496.3.i.epil, %for_body_to496.3.i.epil.preheader
+  %indvars.iv970.3.i.epil = phi i64 [ %indvars.iv.next971.3.i.epil, %for_body_to496.3.i.epil ], [ %indvars.iv970.3.i.epil.init, %for_body_to496.3.i.epil.preheader ]
+  %epil.iter372 = phi i64 [ %epil.iter372.next, %for_body_to496.3.i.epil ], [ 0, %for_body_to496.3.i.epil.preheader ]
+  %2470 = shl nsw i64 %indvars.iv970.3.i.epil, 6
+  %2471 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2470
+  %2472 = getelementptr inbounds nuw i8, ptr %2471, i64 1536
+  %2473 = load <64 x i32>, ptr %2472, align 4, !tbaa !4
+  %2474 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2470
+  %2475 = getelementptr inbounds nuw i8, ptr %2474, i64 3584
+  store <64 x i32> %2473, ptr %2475, align 4, !tbaa !4
+  %indvars.iv.next971.3.i.epil = add nuw nsw i64 %indvars.iv970.3.i.epil, 1
+  %epil.iter372.next = add i64 %epil.iter372, 1
+  %epil.iter372.cmp.not = icmp eq i64 %epil.iter372.next, %xtraiter371
+  br i1 %epil.iter372.cmp.not, label %for_body_to496.4.i.preheader, label %for_body_to496.3.i.epil, !prof !105, !llvm.loop !225
+
+for_body_to496.4.i.preheader:                     ; preds = %for_body_to496.3.i.epil, %for_body_to496.4.i.preheader.unr-lcssa
+  br i1 %1466, label %for_body_to496.4.i.epil.preheader, label %for_body_to496.4.i, !prof !214
+
+for_body_to496.4.i:                               ; preds = %for_body_to496.4.i, %for_body_to496.4.i.preheader
+  %indvars.iv970.4.i = phi i64 [ %indvars.iv.next971.4.i.7, %for_body_to496.4.i ], [ 0, %for_body_to496.4.i.preheader ]
+  %niter382 = phi i64 [ %niter382.next.7, %for_body_to496.4.i ], [ 0, %for_body_to496.4.i.preheader ]
+  %2476 = shl nsw i64 %indvars.iv970.4.i, 6
+  %2477 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2476
+  %2478 = getelementptr inbounds nuw i8, ptr %2477, i64 2048
+  %2479 = load <64 x i32>, ptr %2478, align 4, !tbaa !4
+  %2480 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2476
+  %2481 = getelementptr inbounds nuw i8, ptr %2480, i64 4608
+  store <64 x i32> %2479, ptr %2481, align 4, !tbaa !4
+  %indvars.iv.next971.4.i = shl i64 %indvars.iv970.4.i, 6
+  %2482 = or disjoint i64 %indvars.iv.next971.4.i, 64
+  %2483 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2482
+  %2484 = getelementptr inbounds nuw i8, ptr %2483, i64 2048
+  %2485 = load <64 x i32>, ptr %2484, align 4, !tbaa !4
+  %2486 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2482
+  %2487 = getelementptr inbounds nuw i8, ptr %2486, i64 4608
+  store <64 x i32> %2485, ptr %2487, align 4, !tbaa !4
+  %indvars.iv.next971.4.i.1 = shl i64 %indvars.iv970.4.i, 6
+  %2488 = or disjoint i64 %indvars.iv.next971.4.i.1, 128
+  %2489 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2488
+  %2490 = getelementptr inbounds nuw i8, ptr %2489, i64 2048
+  %2491 = load <64 x i32>, ptr %2490, align 4, !tbaa !4
+  %2492 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2488
+  %2493 = getelementptr inbounds nuw i8, ptr %2492, i64 4608
+  store <64 x i32> %2491, ptr %2493, align 4, !tbaa !4
+  %indvars.iv.next971.4.i.2 = shl i64 %indvars.iv970.4.i, 6
+  %2494 = or disjoint i64 %indvars.iv.next971.4.i.2, 192
+  %2495 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2494
+  %2496 = getelementptr inbounds nuw i8, ptr %2495, i64 2048
+  %2497 = load <64 x i32>, ptr %2496, align 4, !tbaa !4
+  %2498 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2494
+  %2499 = getelementptr inbounds nuw i8, ptr %2498, i64 4608
+  store <64 x i32> %2497, ptr %2499, align 4, !tbaa !4
+  %indvars.iv.next971.4.i.3 = shl i64 %indvars.iv970.4.i, 6
+  %2500 = or disjoint i64 %indvars.iv.next971.4.i.3, 256
+  %2501 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2500
+  %2502 = getelementptr inbounds nuw i8, ptr %2501, i64 2048
+  %2503 = load <64 x i32>, ptr %2502, align 4, !tbaa !4
+  %2504 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2500
+  %2505 = getelementptr inbounds nuw i8, ptr %2504, i64 4608
+  store <64 x i32> %2503, ptr %2505, align 4, !tbaa !4
+  %indvars.iv.next971.4.i.4 = shl i64 %indvars.iv970.4.i, 6
+  %2506 = or disjoint i64 %indvars.iv.next971.4.i.4, 320
+  %2507 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2506
+  %2508 = getelementptr inbounds nuw i8, ptr %2507, i64 2048
+  %2509 = load <64 x i32>, ptr %2508, align 4, !tbaa !4
+  %2510 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2506
+  %2511 = getelementptr inbounds nuw i8, ptr %2510, i64 4608
+  store <64 x i32> %2509, ptr %2511, align 4, !tbaa !4
+  %indvars.iv.next971.4.i.5 = shl i64 %indvars.iv970.4.i, 6
+  %2512 = or disjoint i64 %indvars.iv.next971.4.i.5, 384
+  %2513 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2512
+  %2514 = getelementptr inbounds nuw i8, ptr %2513, i64 2048
+  %2515 = load <64 x i32>, ptr %2514, align 4, !tbaa !4
+  %2516 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2512
+  %2517 = getelementptr inbounds nuw i8, ptr %2516, i64 4608
+  store <64 x i32> %2515, ptr %2517, align 4, !tbaa !4
+  %indvars.iv.next971.4.i.6 = shl i64 %indvars.iv970.4.i, 6
+  %2518 = or disjoint i64 %indvars.iv.next971.4.i.6, 448
+  %2519 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2518
+  %2520 = getelementptr inbounds nuw i8, ptr %2519, i64 2048
+  %2521 = load <64 x i32>, ptr %2520, align 4, !tbaa !4
+  %2522 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2518
+  %2523 = getelementptr inbounds nuw i8, ptr %2522, i64 4608
+  store <64 x i32> %2521, ptr %2523, align 4, !tbaa !4
+  %indvars.iv.next971.4.i.7 = add nuw nsw i64 %indvars.iv970.4.i, 8
+  %niter382.next.7 = add i64 %niter382, 8
+  %niter382.ncmp.7 = icmp eq i64 %niter382.next.7, %unroll_iter381
+  br i1 %niter382.ncmp.7, label %for_body_to496.5.i.preheader.unr-lcssa, label %for_body_to496.4.i, !prof !215, !llvm.loop !226
+
+for_body_to496.5.i.preheader.unr-lcssa:           ; preds = %for_body_to496.4.i
+  br i1 %lcmp.mod379.not, label %for_body_to496.5.i.preheader, label %for_body_to496.4.i.epil.preheader, !prof !218
+
+for_body_to496.4.i.epil.preheader:                ; preds = %for_body_to496.5.i.preheader.unr-lcssa, %for_body_to496.4.i.preheader
+  %indvars.iv970.4.i.epil.init = phi i64 [ 0, %for_body_to496.4.i.preheader ], [ %indvars.iv.next971.4.i.7, %for_body_to496.5.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod380)
+  br label %for_body_to496.4.i.epil
+
+for_body_to496.4.i.epil:                          ; preds = %for_body_to496.4.i.epil, %for_body_to496.4.i.epil.preheader
+  %indvars.iv970.4.i.epil = phi i64 [ %indvars.iv.next971.4.i.epil, %for_body_to496.4.i.epil ], [ %indvars.iv970.4.i.epil.init, %for_body_to496.4.i.epil.preheader ]
+  %epil.iter378 = phi i64 [ %epil.iter378.next, %for_body_to496.4.i.epil ], [ 0, %for_body_to496.4.i.epil.preheader ]
+  %2524 = shl nsw i64 %indvars.iv970.4.i.epil, 6
+  %2525 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2524
+  %2526 = getelementptr inbounds nuw i8, ptr %2525, i64 2048
+  %2527 = load <64 x i32>, ptr %2526, align 4, !tbaa !4
+  %2528 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2524
+  %2529 = getelementptr inbounds nuw i8, ptr %2528, i64 4608
+  store <64 x i32> %2527, ptr %2529, align 4, !tbaa !4
+  %indvars.iv.next971.4.i.epil = add nuw nsw i64 %indvars.iv970.4.i.epil, 1
+  %epil.iter378.next = add i64 %epil.iter378, 1
+  %epil.iter378.cmp.not = icmp eq i64 %epil.iter378.next, %xtraiter377
+  br i1 %epil.iter378.cmp.not, label %for_body_to496.5.i.preheader, label %for_body_to496.4.i.epil, !prof !105, !llvm.loop !227
+
+for_body_to496.5.i.preheader:                     ; preds = %for_body_to496.4.i.epil, %for_body_to496.5.i.preheader.unr-lcssa
+  br i1 %1467, label %for_body_to496.5.i.epil.preheader, label %for_body_to496.5.i, !prof !214
+
+for_body_to496.5.i:                               ; preds = %for_body_to496.5.i, %for_body_to496.5.i.preheader
+  %indvars.iv970.5.i = phi i64 [ %indvars.iv.next971.5.i.7, %for_body_to496.5.i ], [ 0, %for_body_to496.5.i.preheader ]
+  %niter388 = phi i64 [ %niter388.next.7, %for_body_to496.5.i ], [ 0, %for_body_to496.5.i.preheader ]
+  %2530 = shl nsw i64 %indvars.iv970.5.i, 6
+  %2531 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2530
+  %2532 = getelementptr inbounds nuw i8, ptr %2531, i64 2560
+  %2533 = load <64 x i32>, ptr %2532, align 4, !tbaa !4
+  %2534 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2530
+  %2535 = getelementptr inbounds nuw i8, ptr %2534, i64 5632
+  store <64 x i32> %2533, ptr %2535, align 4, !tbaa !4
+  %indvars.iv.next971.5.i = shl i64 %indvars.iv970.5.i, 6
+  %2536 = or disjoint i64 %indvars.iv.next971.5.i, 64
+  %2537 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2536
+  %2538 = getelementptr inbounds nuw i8, ptr %2537, i64 2560
+  %2539 = load <64 x i32>, ptr %2538, align 4, !tbaa !4
+  %2540 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2536
+  %2541 = getelementptr inbounds nuw i8, ptr %2540, i64 5632
+  store <64 x i32> %2539, ptr %2541, align 4, !tbaa !4
+  %indvars.iv.next971.5.i.1 = shl i64 %indvars.iv970.5.i, 6
+  %2542 = or disjoint i64 %indvars.iv.next971.5.i.1, 128
+  %2543 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2542
+  %2544 = getelementptr inbounds nuw i8, ptr %2543, i64 2560
+  %2545 = load <64 x i32>, ptr %2544, align 4, !tbaa !4
+  %2546 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2542
+  %2547 = getelementptr inbounds nuw i8, ptr %2546, i64 5632
+  store <64 x i32> %2545, ptr %2547, align 4, !tbaa !4
+  %indvars.iv.next971.5.i.2 = shl i64 %indvars.iv970.5.i, 6
+  %2548 = or disjoint i64 %indvars.iv.next971.5.i.2, 192
+  %2549 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2548
+  %2550 = getelementptr inbounds nuw i8, ptr %2549, i64 2560
+  %2551 = load <64 x i32>, ptr %2550, align 4, !tbaa !4
+  %2552 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2548
+  %2553 = getelementptr inbounds nuw i8, ptr %2552, i64 5632
+  store <64 x i32> %2551, ptr %2553, align 4, !tbaa !4
+  %indvars.iv.next971.5.i.3 = shl i64 %indvars.iv970.5.i, 6
+  %2554 = or disjoint i64 %indvars.iv.next971.5.i.3, 256
+  %2555 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2554
+  %2556 = getelementptr inbounds nuw i8, ptr %2555, i64 2560
+  %2557 = load <64 x i32>, ptr %2556, align 4, !tbaa !4
+  %2558 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2554
+  %2559 = getelementptr inbounds nuw i8, ptr %2558, i64 5632
+  store <64 x i32> %2557, ptr %2559, align 4, !tbaa !4
+  %indvars.iv.next971.5.i.4 = shl i64 %indvars.iv970.5.i, 6
+  %2560 = or disjoint i64 %indvars.iv.next971.5.i.4, 320
+  %2561 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2560
+  %2562 = getelementptr inbounds nuw i8, ptr %2561, i64 2560
+  %2563 = load <64 x i32>, ptr %2562, align 4, !tbaa !4
+  %2564 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2560
+  %2565 = getelementptr inbounds nuw i8, ptr %2564, i64 5632
+  store <64 x i32> %2563, ptr %2565, align 4, !tbaa !4
+  %indvars.iv.next971.5.i.5 = shl i64 %indvars.iv970.5.i, 6
+  %2566 = or disjoint i64 %indvars.iv.next971.5.i.5, 384
+  %2567 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2566
+  %2568 = getelementptr inbounds nuw i8, ptr %2567, i64 2560
+  %2569 = load <64 x i32>, ptr %2568, align 4, !tbaa !4
+  %2570 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2566
+  %2571 = getelementptr inbounds nuw i8, ptr %2570, i64 5632
+  store <64 x i32> %2569, ptr %2571, align 4, !tbaa !4
+  %indvars.iv.next971.5.i.6 = shl i64 %indvars.iv970.5.i, 6
+  %2572 = or disjoint i64 %indvars.iv.next971.5.i.6, 448
+  %2573 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2572
+  %2574 = getelementptr inbounds nuw i8, ptr %2573, i64 2560
+  %2575 = load <64 x i32>, ptr %2574, align 4, !tbaa !4
+  %2576 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2572
+  %2577 = getelementptr inbounds nuw i8, ptr %2576, i64 5632
+  store <64 x i32> %2575, ptr %2577, align 4, !tbaa !4
+  %indvars.iv.next971.5.i.7 = add nuw nsw i64 %indvars.iv970.5.i, 8
+  %niter388.next.7 = add i64 %niter388, 8
+  %niter388.ncmp.7 = icmp eq i64 %niter388.next.7, %unroll_iter387
+  br i1 %niter388.ncmp.7, label %for_body_to496.6.i.preheader.unr-lcssa, label %for_body_to496.5.i, !prof !215, !llvm.loop !228
+
+for_body_to496.6.i.preheader.unr-lcssa:           ; preds = %for_body_to496.5.i
+  br i1 %lcmp.mod385.not, label %for_body_to496.6.i.preheader, label %for_body_to496.5.i.epil.preheader, !prof !218
+
+for_body_to496.5.i.epil.preheader:                ; preds = %for_body_to496.6.i.preheader.unr-lcssa, %for_body_to496.5.i.preheader
+  %indvars.iv970.5.i.epil.init = phi i64 [ 0, %for_body_to496.5.i.preheader ], [ %indvars.iv.next971.5.i.7, %for_body_to496.6.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod386)
+  br label %for_body_to496.5.i.epil
+
+for_body_to496.5.i.epil:                          ; preds = %for_body_to496.5.i.epil, %for_body_to496.5.i.epil.preheader
+  %indvars.iv970.5.i.epil = phi i64 [ %indvars.iv.next971.5.i.epil, %for_body_to496.5.i.epil ], [ %indvars.iv970.5.i.epil.init, %for_body_to496.5.i.epil.preheader ]
+  %epil.iter384 = phi i64 [ %epil.iter384.next, %for_body_to496.5.i.epil ], [ 0, %for_body_to496.5.i.epil.preheader ]
+  %2578 = shl nsw i64 %indvars.iv970.5.i.epil, 6
+  %2579 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2578
+  %2580 = getelementptr inbounds nuw i8, ptr %2579, i64 2560
+  %2581 = load <64 x i32>, ptr %2580, align 4, !tbaa !4
+  %2582 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2578
+  %2583 = getelementptr inbounds nuw i8, ptr %2582, i64 5632
+  store <64 x i32> %2581, ptr %2583, align 4, !tbaa !4
+  %indvars.iv.next971.5.i.epil = add nuw nsw i64 %indvars.iv970.5.i.epil, 1
+  %epil.iter384.next = add i64 %epil.iter384, 1
+  %epil.iter384.cmp.not = icmp eq i64 %epil.iter384.next, %xtraiter383
+  br i1 %epil.iter384.cmp.not, label %for_body_to496.6.i.preheader, label %for_body_to496.5.i.epil, !prof !105, !llvm.loop !229
+
+for_body_to496.6.i.preheader:                     ; preds = %for_body_to496.5.i.epil, %for_body_to496.6.i.preheader.unr-lcssa
+  br i1 %1468, label %for_body_to496.6.i.epil.preheader, label %for_body_to496.6.i, !prof !214
+
+for_body_to496.6.i:                               ; preds = %for_body_to496.6.i, %for_body_to496.6.i.preheader
+  %indvars.iv970.6.i = phi i64 [ %indvars.iv.next971.6.i.7, %for_body_to496.6.i ], [ 0, %for_body_to496.6.i.preheader ]
+  %niter394 = phi i64 [ %niter394.next.7, %for_body_to496.6.i ], [ 0, %for_body_to496.6.i.preheader ]
+  %2584 = shl nsw i64 %indvars.iv970.6.i, 6
+  %2585 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2584
+  %2586 = getelementptr inbounds nuw i8, ptr %2585, i64 3072
+  %2587 = load <64 x i32>, ptr %2586, align 4, !tbaa !4
+  %2588 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2584
+  %2589 = getelementptr inbounds nuw i8, ptr %2588, i64 6656
+  store <64 x i32> %2587, ptr %2589, align 4, !tbaa !4
+  %indvars.iv.next971.6.i = shl i64 %indvars.iv970.6.i, 6
+  %2590 = or disjoint i64 %indvars.iv.next971.6.i, 64
+  %2591 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2590
+  %2592 = getelementptr inbounds nuw i8, ptr %2591, i64 3072
+  %2593 = load <64 x i32>, ptr %2592, align 4, !tbaa !4
+  %2594 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2590
+  %2595 = getelementptr inbounds nuw i8, ptr %2594, i64 6656
+  store <64 x i32> %2593, ptr %2595, align 4, !tbaa !4
+  %indvars.iv.next971.6.i.1 = shl i64 %indvars.iv970.6.i, 6
+  %2596 = or disjoint i64 %indvars.iv.next971.6.i.1, 128
+  %2597 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2596
+  %2598 = getelementptr inbounds nuw i8, ptr %2597, i64 3072
+  %2599 = load <64 x i32>, ptr %2598, align 4, !tbaa !4
+  %2600 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2596
+  %2601 = getelementptr inbounds nuw i8, ptr %2600, i64 6656
+  store <64 x i32> %2599, ptr %2601, align 4, !tbaa !4
+  %indvars.iv.next971.6.i.2 = shl i64 %indvars.iv970.6.i, 6
+  %2602 = or disjoint i64 %indvars.iv.next971.6.i.2, 192
+  %2603 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2602
+  %2604 = getelementptr inbounds nuw i8, ptr %2603, i64 3072
+  %2605 = load <64 x i32>, ptr %2604, align 4, !tbaa !4
+  %2606 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2602
+  %2607 = getelementptr inbounds nuw i8, ptr %2606, i64 6656
+  store <64 x i32> %2605, ptr %2607, align 4, !tbaa !4
+  %indvars.iv.next971.6.i.3 = shl i64 %indvars.iv970.6.i, 6
+  %2608 = or disjoint i64 %indvars.iv.next971.6.i.3, 256
+  %2609 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2608
+  %2610 = getelementptr inbounds nuw i8, ptr %2609, i64 3072
+  %2611 = load <64 x i32>, ptr %2610, align 4, !tbaa !4
+  %2612 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2608
+  %2613 = getelementptr inbounds nuw i8, ptr %2612, i64 6656
+  store <64 x i32> %2611, ptr %2613, align 4, !tbaa !4
+  %indvars.iv.next971.6.i.4 = shl i64 %indvars.iv970.6.i, 6
+  %2614 = or disjoint i64 %indvars.iv.next971.6.i.4, 320
+  %2615 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2614
+  %2616 = getelementptr inbounds nuw i8, ptr %2615, i64 3072
+  %2617 = load <64 x i32>, ptr %2616, align 4, !tbaa !4
+  %2618 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2614
+  %2619 = getelementptr inbounds nuw i8, ptr %2618, i64 6656
+  store <64 x i32> %2617, ptr %2619, align 4, !tbaa !4
+  %indvars.iv.next971.6.i.5 = shl i64 %indvars.iv970.6.i, 6
+  %2620 = or disjoint i64 %indvars.iv.next971.6.i.5, 384
+  %2621 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2620
+  %2622 = getelementptr inbounds nuw i8, ptr %2621, i64 3072
+  %2623 = load <64 x i32>, ptr %2622, align 4, !tbaa !4
+  %2624 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2620
+  %2625 = getelementptr inbounds nuw i8, ptr %2624, i64 6656
+  store <64 x i32> %2623, ptr %2625, align 4, !tbaa !4
+  %indvars.iv.next971.6.i.6 = shl i64 %indvars.iv970.6.i, 6
+  %2626 = or disjoint i64 %indvars.iv.next971.6.i.6, 448
+  %2627 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2626
+  %2628 = getelementptr inbounds nuw i8, ptr %2627, i64 3072
+  %2629 = load <64 x i32>, ptr %2628, align 4, !tbaa !4
+  %2630 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2626
+  %2631 = getelementptr inbounds nuw i8, ptr %2630, i64 6656
+  store <64 x i32> %2629, ptr %2631, align 4, !tbaa !4
+  %indvars.iv.next971.6.i.7 = add nuw nsw i64 %indvars.iv970.6.i, 8
+  %niter394.next.7 = add i64 %niter394, 8
+  %niter394.ncmp.7 = icmp eq i64 %niter394.next.7, %unroll_iter393
+  br i1 %niter394.ncmp.7, label %for_body_to496.7.i.preheader.unr-lcssa, label %for_body_to496.6.i, !prof !215, !llvm.loop !230
+
+for_body_to496.7.i.preheader.unr-lcssa:           ; preds = %for_body_to496.6.i
+  br i1 %lcmp.mod391.not, label %for_body_to496.7.i.preheader, label %for_body_to496.6.i.epil.preheader, !prof !218
+
+for_body_to496.6.i.epil.preheader:                ; preds = %for_body_to496.7.i.preheader.unr-lcssa, %for_body_to496.6.i.preheader
+  %indvars.iv970.6.i.epil.init = phi i64 [ 0, %for_body_to496.6.i.preheader ], [ %indvars.iv.next971.6.i.7, %for_body_to496.7.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod392)
+  br label %for_body_to496.6.i.epil
+
+for_body_to496.6.i.epil:                          ; preds = %for_body_to496.6.i.epil, %for_body_to496.6.i.epil.preheader
+  %indvars.iv970.6.i.epil = phi i64 [ %indvars.iv.next971.6.i.epil, %for_body_to496.6.i.epil ], [ %indvars.iv970.6.i.epil.init, %for_body_to496.6.i.epil.preheader ]
+  %epil.iter390 = phi i64 [ %epil.iter390.next, %for_body_to496.6.i.epil ], [ 0, %for_body_to496.6.i.epil.preheader ]
+  %2632 = shl nsw i64 %indvars.iv970.6.i.epil, 6
+  %2633 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2632
+  %2634 = getelementptr inbounds nuw i8, ptr %2633, i64 3072
+  %2635 = load <64 x i32>, ptr %2634, align 4, !tbaa !4
+  %2636 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2632
+  %2637 = getelementptr inbounds nuw i8, ptr %2636, i64 6656
+  store <64 x i32> %2635, ptr %2637, align 4, !tbaa !4
+  %indvars.iv.next971.6.i.epil = add nuw nsw i64 %indvars.iv970.6.i.epil, 1
+  %epil.iter390.next = add i64 %epil.iter390, 1
+  %epil.iter390.cmp.not = icmp eq i64 %epil.iter390.next, %xtraiter389
+  br i1 %epil.iter390.cmp.not, label %for_body_to496.7.i.preheader, label %for_body_to496.6.i.epil, !prof !105, !llvm.loop !231
+
+for_body_to496.7.i.preheader:                     ; preds = %for_body_to496.6.i.epil, %for_body_to496.7.i.preheader.unr-lcssa
+  br i1 %1469, label %for_body_to496.7.i.epil.preheader, label %for_body_to496.7.i, !prof !214
+
+for_body_to496.7.i:                               ; preds = %for_body_to496.7.i, %for_body_to496.7.i.preheader
+  %indvars.iv970.7.i = phi i64 [ %indvars.iv.next971.7.i.7, %for_body_to496.7.i ], [ 0, %for_body_to496.7.i.preheader ]
+  %niter400 = phi i64 [ %niter400.next.7, %for_body_to496.7.i ], [ 0, %for_body_to496.7.i.preheader ]
+  %2638 = shl nsw i64 %indvars.iv970.7.i, 6
+  %2639 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2638
+  %2640 = getelementptr inbounds nuw i8, ptr %2639, i64 3584
+  %2641 = load <64 x i32>, ptr %2640, align 4, !tbaa !4
+  %2642 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2638
+  %2643 = getelementptr inbounds nuw i8, ptr %2642, i64 7680
+  store <64 x i32> %2641, ptr %2643, align 4, !tbaa !4
+  %indvars.iv.next971.7.i = shl i64 %indvars.iv970.7.i, 6
+  %2644 = or disjoint i64 %indvars.iv.next971.7.i, 64
+  %2645 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2644
+  %2646 = getelementptr inbounds nuw i8, ptr %2645, i64 3584
+  %2647 = load <64 x i32>, ptr %2646, align 4, !tbaa !4
+  %2648 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2644
+  %2649 = getelementptr inbounds nuw i8, ptr %2648, i64 7680
+  store <64 x i32> %2647, ptr %2649, align 4, !tbaa !4
+  %indvars.iv.next971.7.i.1 = shl i64 %indvars.iv970.7.i, 6
+  %2650 = or disjoint i64 %indvars.iv.next971.7.i.1, 128
+  %2651 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2650
+  %2652 = getelementptr inbounds nuw i8, ptr %2651, i64 3584
+  %2653 = load <64 x i32>, ptr %2652, align 4, !tbaa !4
+  %2654 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2650
+  %2655 = getelementptr inbounds nuw i8, ptr %2654, i64 7680
+  store <64 x i32> %2653, ptr %2655, align 4, !tbaa !4
+  %indvars.iv.next971.7.i.2 = shl i64 %indvars.iv970.7.i, 6
+  %2656 = or disjoint i64 %indvars.iv.next971.7.i.2, 192
+  %2657 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2656
+  %2658 = getelementptr inbounds nuw i8, ptr %2657, i64 3584
+  %2659 = load <64 x i32>, ptr %2658, align 4, !tbaa !4
+  %2660 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2656
+  %2661 = getelementptr inbounds nuw i8, ptr %2660, i64 7680
+  store <64 x i32> %2659, ptr %2661, align 4, !tbaa !4
+  %indvars.iv.next971.7.i.3 = shl i64 %indvars.iv970.7.i, 6
+  %2662 = or disjoint i64 %indvars.iv.next971.7.i.3, 256
+  %2663 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2662
+  %2664 = getelementptr inbounds nuw i8, ptr %2663, i64 3584
+  %2665 = load <64 x i32>, ptr %2664, align 4, !tbaa !4
+  %2666 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2662
+  %2667 = getelementptr inbounds nuw i8, ptr %2666, i64 7680
+  store <64 x i32> %2665, ptr %2667, align 4, !tbaa !4
+  %indvars.iv.next971.7.i.4 = shl i64 %indvars.iv970.7.i, 6
+  %2668 = or disjoint i64 %indvars.iv.next971.7.i.4, 320
+  %2669 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2668
+  %2670 = getelementptr inbounds nuw i8, ptr %2669, i64 3584
+  %2671 = load <64 x i32>, ptr %2670, align 4, !tbaa !4
+  %2672 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2668
+  %2673 = getelementptr inbounds nuw i8, ptr %2672, i64 7680
+  store <64 x i32> %2671, ptr %2673, align 4, !tbaa !4
+  %indvars.iv.next971.7.i.5 = shl i64 %indvars.iv970.7.i, 6
+  %2674 = or disjoint i64 %indvars.iv.next971.7.i.5, 384
+  %2675 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2674
+  %2676 = getelementptr inbounds nuw i8, ptr %2675, i64 3584
+  %2677 = load <64 x i32>, ptr %2676, align 4, !tbaa !4
+  %2678 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2674
+  %2679 = getelementptr inbounds nuw i8, ptr %2678, i64 7680
+  store <64 x i32> %2677, ptr %2679, align 4, !tbaa !4
+  %indvars.iv.next971.7.i.6 = shl i64 %indvars.iv970.7.i, 6
+  %2680 = or disjoint i64 %indvars.iv.next971.7.i.6, 448
+  %2681 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2680
+  %2682 = getelementptr inbounds nuw i8, ptr %2681, i64 3584
+  %2683 = load <64 x i32>, ptr %2682, align 4, !tbaa !4
+  %2684 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2680
+  %2685 = getelementptr inbounds nuw i8, ptr %2684, i64 7680
+  store <64 x i32> %2683, ptr %2685, align 4, !tbaa !4
+  %indvars.iv.next971.7.i.7 = add nuw nsw i64 %indvars.iv970.7.i, 8
+  %niter400.next.7 = add i64 %niter400, 8
+  %niter400.ncmp.7 = icmp eq i64 %niter400.next.7, %unroll_iter399
+  br i1 %niter400.ncmp.7, label %for_body_to496.8.i.preheader.unr-lcssa, label %for_body_to496.7.i, !prof !215, !llvm.loop !232
+
+for_body_to496.8.i.preheader.unr-lcssa:           ; preds = %for_body_to496.7.i
+  br i1 %lcmp.mod397.not, label %for_body_to496.8.i.preheader, label %for_body_to496.7.i.epil.preheader, !prof !218
+
+for_body_to496.7.i.epil.preheader:                ; preds = %for_body_to496.8.i.preheader.unr-lcssa, %for_body_to496.7.i.preheader
+  %indvars.iv970.7.i.epil.init = phi i64 [ 0, %for_body_to496.7.i.preheader ], [ %indvars.iv.next971.7.i.7, %for_body_to496.8.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod398)
+  br label %for_body_to496.7.i.epil
+
+for_body_to496.7.i.epil:                          ; preds = %for_body_to496.7.i.epil, %for_body_to496.7.i.epil.preheader
+  %indvars.iv970.7.i.epil = phi i64 [ %indvars.iv.next971.7.i.epil, %for_body_to496.7.i.epil ], [ %indvars.iv970.7.i.epil.init, %for_body_to496.7.i.epil.preheader ]
+  %epil.iter396 = phi i64 [ %epil.iter396.next, %for_body_to496.7.i.epil ], [ 0, %for_body_to496.7.i.epil.preheader ]
+  %2686 = shl nsw i64 %indvars.iv970.7.i.epil, 6
+  %2687 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2686
+  %2688 = getelementptr inbounds nuw i8, ptr %2687, i64 3584
+  %2689 = load <64 x i32>, ptr %2688, align 4, !tbaa !4
+  %2690 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2686
+  %2691 = getelementptr inbounds nuw i8, ptr %2690, i64 7680
+  store <64 x i32> %2689, ptr %2691, align 4, !tbaa !4
+  %indvars.iv.next971.7.i.epil = add nuw nsw i64 %indvars.iv970.7.i.epil, 1
+  %epil.iter396.next = add i64 %epil.iter396, 1
+  %epil.iter396.cmp.not = icmp eq i64 %epil.iter396.next, %xtraiter395
+  br i1 %epil.iter396.cmp.not, label %for_body_to496.8.i.preheader, label %for_body_to496.7.i.epil, !prof !105, !llvm.loop !233
+
+for_body_to496.8.i.preheader:                     ; preds = %for_body_to496.7.i.epil, %for_body_to496.8.i.preheader.unr-lcssa
+  br i1 %1470, label %for_body_to496.8.i.epil.preheader, label %for_body_to496.8.i, !prof !214
+
+for_body_to496.8.i:                               ; preds = %for_body_to496.8.i, %for_body_to496.8.i.preheader
+  %indvars.iv970.8.i = phi i64 [ %indvars.iv.next971.8.i.7, %for_body_to496.8.i ], [ 0, %for_body_to496.8.i.preheader ]
+  %niter406 = phi i64 [ %niter406.next.7, %for_body_to496.8.i ], [ 0, %for_body_to496.8.i.preheader ]
+  %2692 = shl nsw i64 %indvars.iv970.8.i, 6
+  %2693 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2692
+  %2694 = getelementptr inbounds nuw i8, ptr %2693, i64 4096
+  %2695 = load <64 x i32>, ptr %2694, align 4, !tbaa !4
+  %2696 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2692
+  %2697 = getelementptr inbounds nuw i8, ptr %2696, i64 8704
+  store <64 x i32> %2695, ptr %2697, align 4, !tbaa !4
+  %indvars.iv.next971.8.i = shl i64 %indvars.iv970.8.i, 6
+  %2698 = or disjoint i64 %indvars.iv.next971.8.i, 64
+  %2699 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2698
+  %2700 = getelementptr inbounds nuw i8, ptr %2699, i64 4096
+  %2701 = load <64 x i32>, ptr %2700, align 4, !tbaa !4
+  %2702 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2698
+  %2703 = getelementptr inbounds nuw i8, ptr %2702, i64 8704
+  store <64 x i32> %2701, ptr %2703, align 4, !tbaa !4
+  %indvars.iv.next971.8.i.1 = shl i64 %indvars.iv970.8.i, 6
+  %2704 = or disjoint i64 %indvars.iv.next971.8.i.1, 128
+  %2705 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2704
+  %2706 = getelementptr inbounds nuw i8, ptr %2705, i64 4096
+  %2707 = load <64 x i32>, ptr %2706, align 4, !tbaa !4
+  %2708 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2704
+  %2709 = getelementptr inbounds nuw i8, ptr %2708, i64 8704
+  store <64 x i32> %2707, ptr %2709, align 4, !tbaa !4
+  %indvars.iv.next971.8.i.2 = shl i64 %indvars.iv970.8.i, 6
+  %2710 = or disjoint i64 %indvars.iv.next971.8.i.2, 192
+  %2711 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2710
+  %2712 = getelementptr inbounds nuw i8, ptr %2711, i64 4096
+  %2713 = load <64 x i32>, ptr %2712, align 4, !tbaa !4
+  %2714 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2710
+  %2715 = getelementptr inbounds nuw i8, ptr %2714, i64 8704
+  store <64 x i32> %2713, ptr %2715, align 4, !tbaa !4
+  %indvars.iv.next971.8.i.3 = shl i64 %indvars.iv970.8.i, 6
+  %2716 = or disjoint i64 %indvars.iv.next971.8.i.3, 256
+  %2717 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2716
+  %2718 = getelementptr inbounds nuw i8, ptr %2717, i64 4096
+  %2719 = load <64 x i32>, ptr %2718, align 4, !tbaa !4
+  %2720 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2716
+  %2721 = getelementptr inbounds nuw i8, ptr %2720, i64 8704
+  store <64 x i32> %2719, ptr %2721, align 4, !tbaa !4
+  %indvars.iv.next971.8.i.4 = shl i64 %indvars.iv970.8.i, 6
+  %2722 = or disjoint i64 %indvars.iv.next971.8.i.4, 320
+  %2723 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2722
+  %2724 = getelementptr inbounds nuw i8, ptr %2723, i64 4096
+  %2725 = load <64 x i32>, ptr %2724, align 4, !tbaa !4
+  %2726 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2722
+  %2727 = getelementptr inbounds nuw i8, ptr %2726, i64 8704
+  store <64 x i32> %2725, ptr %2727, align 4, !tbaa !4
+  %indvars.iv.next971.8.i.5 = shl i64 %indvars.iv970.8.i, 6
+  %2728 = or disjoint i64 %indvars.iv.next971.8.i.5, 384
+  %2729 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2728
+  %2730 = getelementptr inbounds nuw i8, ptr %2729, i64 4096
+  %2731 = load <64 x i32>, ptr %2730, align 4, !tbaa !4
+  %2732 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2728
+  %2733 = getelementptr inbounds nuw i8, ptr %2732, i64 8704
+  store <64 x i32> %2731, ptr %2733, align 4, !tbaa !4
+  %indvars.iv.next971.8.i.6 = shl i64 %indvars.iv970.8.i, 6
+  %2734 = or disjoint i64 %indvars.iv.next971.8.i.6, 448
+  %2735 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2734
+  %2736 = getelementptr inbounds nuw i8, ptr %2735, i64 4096
+  %2737 = load <64 x i32>, ptr %2736, align 4, !tbaa !4
+  %2738 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2734
+  %2739 = getelementptr inbounds nuw i8, ptr %2738, i64 8704
+  store <64 x i32> %2737, ptr %2739, align 4, !tbaa !4
+  %indvars.iv.next971.8.i.7 = add nuw nsw i64 %indvars.iv970.8.i, 8
+  %niter406.next.7 = add i64 %niter406, 8
+  %niter406.ncmp.7 = icmp eq i64 %niter406.next.7, %unroll_iter405
+  br i1 %niter406.ncmp.7, label %for_body_to496.9.i.preheader.unr-lcssa, label %for_body_to496.8.i, !prof !215, !llvm.loop !234
+
+for_body_to496.9.i.preheader.unr-lcssa:           ; preds = %for_body_to496.8.i
+  br i1 %lcmp.mod403.not, label %for_body_to496.9.i.preheader, label %for_body_to496.8.i.epil.preheader, !prof !218
+
+for_body_to496.8.i.epil.preheader:                ; preds = %for_body_to496.9.i.preheader.unr-lcssa, %for_body_to496.8.i.preheader
+  %indvars.iv970.8.i.epil.init = phi i64 [ 0, %for_body_to496.8.i.preheader ], [ %indvars.iv.next971.8.i.7, %for_body_to496.9.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod404)
+  br label %for_body_to496.8.i.epil
+
+for_body_to496.8.i.epil:                          ; preds = %for_body_to496.8.i.epil, %for_body_to496.8.i.epil.preheader
+  %indvars.iv970.8.i.epil = phi i64 [ %indvars.iv.next971.8.i.epil, %for_body_to496.8.i.epil ], [ %indvars.iv970.8.i.epil.init, %for_body_to496.8.i.epil.preheader ]
+  %epil.iter402 = phi i64 [ %epil.iter402.next, %for_body_to496.8.i.epil ], [ 0, %for_body_to496.8.i.epil.preheader ]
+  %2740 = shl nsw i64 %indvars.iv970.8.i.epil, 6
+  %2741 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2740
+  %2742 = getelementptr inbounds nuw i8, ptr %2741, i64 4096
+  %2743 = load <64 x i32>, ptr %2742, align 4, !tbaa !4
+  %2744 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2740
+  %2745 = getelementptr inbounds nuw i8, ptr %2744, i64 8704
+  store <64 x i32> %2743, ptr %2745, align 4, !tbaa !4
+  %indvars.iv.next971.8.i.epil = add nuw nsw i64 %indvars.iv970.8.i.epil, 1
+  %epil.iter402.next = add i64 %epil.iter402, 1
+  %epil.iter402.cmp.not = icmp eq i64 %epil.iter402.next, %xtraiter401
+  br i1 %epil.iter402.cmp.not, label %for_body_to496.9.i.preheader, label %for_body_to496.8.i.epil, !prof !105, !llvm.loop !235
+
+for_body_to496.9.i.preheader:                     ; preds = %for_body_to496.8.i.epil, %for_body_to496.9.i.preheader.unr-lcssa
+  br i1 %1471, label %for_body_to496.9.i.epil.preheader, label %for_body_to496.9.i, !prof !214
+
+for_body_to496.9.i:                               ; preds = %for_body_to496.9.i, %for_body_to496.9.i.preheader
+  %indvars.iv970.9.i = phi i64 [ %indvars.iv.next971.9.i.7, %for_body_to496.9.i ], [ 0, %for_body_to496.9.i.preheader ]
+  %niter412 = phi i64 [ %niter412.next.7, %for_body_to496.9.i ], [ 0, %for_body_to496.9.i.preheader ]
+  %2746 = shl nsw i64 %indvars.iv970.9.i, 6
+  %2747 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2746
+  %2748 = getelementptr inbounds nuw i8, ptr %2747, i64 4608
+  %2749 = load <64 x i32>, ptr %2748, align 4, !tbaa !4
+  %2750 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2746
+  %2751 = getelementptr inbounds nuw i8, ptr %2750, i64 9728
+  store <64 x i32> %2749, ptr %2751, align 4, !tbaa !4
+  %indvars.iv.next971.9.i = shl i64 %indvars.iv970.9.i, 6
+  %2752 = or disjoint i64 %indvars.iv.next971.9.i, 64
+  %2753 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2752
+  %2754 = getelementptr inbounds nuw i8, ptr %2753, i64 4608
+  %2755 = load <64 x i32>, ptr %2754, align 4, !tbaa !4
+  %2756 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2752
+  %2757 = getelementptr inbounds nuw i8, ptr %2756, i64 9728
+  store <64 x i32> %2755, ptr %2757, align 4, !tbaa !4
+  %indvars.iv.next971.9.i.1 = shl i64 %indvars.iv970.9.i, 6
+  %2758 = or disjoint i64 %indvars.iv.next971.9.i.1, 128
+  %2759 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2758
+  %2760 = getelementptr inbounds nuw i8, ptr %2759, i64 4608
+  %2761 = load <64 x i32>, ptr %2760, align 4, !tbaa !4
+  %2762 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2758
+  %2763 = getelementptr inbounds nuw i8, ptr %2762, i64 9728
+  store <64 x i32> %2761, ptr %2763, align 4, !tbaa !4
+  %indvars.iv.next971.9.i.2 = shl i64 %indvars.iv970.9.i, 6
+  %2764 = or disjoint i64 %indvars.iv.next971.9.i.2, 192
+  %2765 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2764
+  %2766 = getelementptr inbounds nuw i8, ptr %2765, i64 4608
+  %2767 = load <64 x i32>, ptr %2766, align 4, !tbaa !4
+  %2768 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2764
+  %2769 = getelementptr inbounds nuw i8, ptr %2768, i64 9728
+  store <64 x i32> %2767, ptr %2769, align 4, !tbaa !4
+  %indvars.iv.next971.9.i.3 = shl i64 %indvars.iv970.9.i, 6
+  %2770 = or disjoint i64 %indvars.iv.next971.9.i.3, 256
+  %2771 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2770
+  %2772 = getelementptr inbounds nuw i8, ptr %2771, i64 4608
+  %2773 = load <64 x i32>, ptr %2772, align 4, !tbaa !4
+  %2774 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2770
+  %2775 = getelementptr inbounds nuw i8, ptr %2774, i64 9728
+  store <64 x i32> %2773, ptr %2775, align 4, !tbaa !4
+  %indvars.iv.next971.9.i.4 = shl i64 %indvars.iv970.9.i, 6
+  %2776 = or disjoint i64 %indvars.iv.next971.9.i.4, 320
+  %2777 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2776
+  %2778 = getelementptr inbounds nuw i8, ptr %2777, i64 4608
+  %2779 = load <64 x i32>, ptr %2778, align 4, !tbaa !4
+  %2780 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2776
+  %2781 = getelementptr inbounds nuw i8, ptr %2780, i64 9728
+  store <64 x i32> %2779, ptr %2781, align 4, !tbaa !4
+  %indvars.iv.next971.9.i.5 = shl i64 %indvars.iv970.9.i, 6
+  %2782 = or disjoint i64 %indvars.iv.next971.9.i.5, 384
+  %2783 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2782
+  %2784 = getelementptr inbounds nuw i8, ptr %2783, i64 4608
+  %2785 = load <64 x i32>, ptr %2784, align 4, !tbaa !4
+  %2786 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2782
+  %2787 = getelementptr inbounds nuw i8, ptr %2786, i64 9728
+  store <64 x i32> %2785, ptr %2787, align 4, !tbaa !4
+  %indvars.iv.next971.9.i.6 = shl i64 %indvars.iv970.9.i, 6
+  %2788 = or disjoint i64 %indvars.iv.next971.9.i.6, 448
+  %2789 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2788
+  %2790 = getelementptr inbounds nuw i8, ptr %2789, i64 4608
+  %2791 = load <64 x i32>, ptr %2790, align 4, !tbaa !4
+  %2792 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2788
+  %2793 = getelementptr inbounds nuw i8, ptr %2792, i64 9728
+  store <64 x i32> %2791, ptr %2793, align 4, !tbaa !4
+  %indvars.iv.next971.9.i.7 = add nuw nsw i64 %indvars.iv970.9.i, 8
+  %niter412.next.7 = add i64 %niter412, 8
+  %niter412.ncmp.7 = icmp eq i64 %niter412.next.7, %unroll_iter411
+  br i1 %niter412.ncmp.7, label %for_body_to496.10.i.preheader.unr-lcssa, label %for_body_to496.9.i, !prof !215, !llvm.loop !236
+
+for_body_to496.10.i.preheader.unr-lcssa:          ; preds = %for_body_to496.9.i
+  br i1 %lcmp.mod409.not, label %for_body_to496.10.i.preheader, label %for_body_to496.9.i.epil.preheader, !prof !218
+
+for_body_to496.9.i.epil.preheader:                ; preds = %for_body_to496.10.i.preheader.unr-lcssa, %for_body_to496.9.i.preheader
+  %indvars.iv970.9.i.epil.init = phi i64 [ 0, %for_body_to496.9.i.preheader ], [ %indvars.iv.next971.9.i.7, %for_body_to496.10.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod410)
+  br label %for_body_to496.9.i.epil
+
+for_body_to496.9.i.epil:                          ; preds = %for_body_to496.9.i.epil, %for_body_to496.9.i.epil.preheader
+  %indvars.iv970.9.i.epil = phi i64 [ %indvars.iv.next971.9.i.epil, %for_body_to496.9.i.epil ], [ %indvars.iv970.9.i.epil.init, %for_body_to496.9.i.epil.preheader ]
+  %epil.iter408 = phi i64 [ %epil.iter408.next, %for_body_to496.9.i.epil ], [ 0, %for_body_to496.9.i.epil.preheader ]
+  %2794 = shl nsw i64 %indvars.iv970.9.i.epil, 6
+  %2795 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2794
+  %2796 = getelementptr inbounds nuw i8, ptr %2795, i64 4608
+  %2797 = load <64 x i32>, ptr %2796, align 4, !tbaa !4
+  %2798 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2794
+  %2799 = getelementptr inbounds nuw i8, ptr %2798, i64 9728
+  store <64 x i32> %2797, ptr %2799, align 4, !tbaa !4
+  %indvars.iv.next971.9.i.epil = add nuw nsw i64 %indvars.iv970.9.i.epil, 1
+  %epil.iter408.next = add i64 %epil.iter408, 1
+  %epil.iter408.cmp.not = icmp eq i64 %epil.iter408.next, %xtraiter407
+  br i1 %epil.iter408.cmp.not, label %for_body_to496.10.i.preheader, label %for_body_to496.9.i.epil, !prof !105, !llvm.loop !237
+
+for_body_to496.10.i.preheader:                    ; preds = %for_body_to496.9.i.epil, %for_body_to496.10.i.preheader.unr-lcssa
+  br i1 %1472, label %for_body_to496.10.i.epil.preheader, label %for_body_to496.10.i, !prof !214
+
+for_body_to496.10.i:                              ; preds = %for_body_to496.10.i, %for_body_to496.10.i.preheader
+  %indvars.iv970.10.i = phi i64 [ %indvars.iv.next971.10.i.7, %for_body_to496.10.i ], [ 0, %for_body_to496.10.i.preheader ]
+  %niter418 = phi i64 [ %niter418.next.7, %for_body_to496.10.i ], [ 0, %for_body_to496.10.i.preheader ]
+  %2800 = shl nsw i64 %indvars.iv970.10.i, 6
+  %2801 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2800
+  %2802 = getelementptr inbounds nuw i8, ptr %2801, i64 5120
+  %2803 = load <64 x i32>, ptr %2802, align 4, !tbaa !4
+  %2804 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2800
+  %2805 = getelementptr inbounds nuw i8, ptr %2804, i64 10752
+  store <64 x i32> %2803, ptr %2805, align 4, !tbaa !4
+  %indvars.iv.next971.10.i = shl i64 %indvars.iv970.10.i, 6
+  %2806 = or disjoint i64 %indvars.iv.next971.10.i, 64
+  %2807 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2806
+  %2808 = getelementptr inbounds nuw i8, ptr %2807, i64 5120
+  %2809 = load <64 x i32>, ptr %2808, align 4, !tbaa !4
+  %2810 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2806
+  %2811 = getelementptr inbounds nuw i8, ptr %2810, i64 10752
+  store <64 x i32> %2809, ptr %2811, align 4, !tbaa !4
+  %indvars.iv.next971.10.i.1 = shl i64 %indvars.iv970.10.i, 6
+  %2812 = or disjoint i64 %indvars.iv.next971.10.i.1, 128
+  %2813 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2812
+  %2814 = getelementptr inbounds nuw i8, ptr %2813, i64 5120
+  %2815 = load <64 x i32>, ptr %2814, align 4, !tbaa !4
+  %2816 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2812
+  %2817 = getelementptr inbounds nuw i8, ptr %2816, i64 10752
+  store <64 x i32> %2815, ptr %2817, align 4, !tbaa !4
+  %indvars.iv.next971.10.i.2 = shl i64 %indvars.iv970.10.i, 6
+  %2818 = or disjoint i64 %indvars.iv.next971.10.i.2, 192
+  %2819 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2818
+  %2820 = getelementptr inbounds nuw i8, ptr %2819, i64 5120
+  %2821 = load <64 x i32>, ptr %2820, align 4, !tbaa !4
+  %2822 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2818
+  %2823 = getelementptr inbounds nuw i8, ptr %2822, i64 10752
+  store <64 x i32> %2821, ptr %2823, align 4, !tbaa !4
+  %indvars.iv.next971.10.i.3 = shl i64 %indvars.iv970.10.i, 6
+  %2824 = or disjoint i64 %indvars.iv.next971.10.i.3, 256
+  %2825 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2824
+  %2826 = getelementptr inbounds nuw i8, ptr %2825, i64 5120
+  %2827 = load <64 x i32>, ptr %2826, align 4, !tbaa !4
+  %2828 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2824
+  %2829 = getelementptr inbounds nuw i8, ptr %2828, i64 10752
+  store <64 x i32> %2827, ptr %2829, align 4, !tbaa !4
+  %indvars.iv.next971.10.i.4 = shl i64 %indvars.iv970.10.i, 6
+  %2830 = or disjoint i64 %indvars.iv.next971.10.i.4, 320
+  %2831 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2830
+  %2832 = getelementptr inbounds nuw i8, ptr %2831, i64 5120
+  %2833 = load <64 x i32>, ptr %2832, align 4, !tbaa !4
+  %2834 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2830
+  %2835 = getelementptr inbounds nuw i8, ptr %2834, i64 10752
+  store <64 x i32> %2833, ptr %2835, align 4, !tbaa !4
+  %indvars.iv.next971.10.i.5 = shl i64 %indvars.iv970.10.i, 6
+  %2836 = or disjoint i64 %indvars.iv.next971.10.i.5, 384
+  %2837 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2836
+  %2838 = getelementptr inbounds nuw i8, ptr %2837, i64 5120
+  %2839 = load <64 x i32>, ptr %2838, align 4, !tbaa !4
+  %2840 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2836
+  %2841 = getelementptr inbounds nuw i8, ptr %2840, i64 10752
+  store <64 x i32> %2839, ptr %2841, align 4, !tbaa !4
+  %indvars.iv.next971.10.i.6 = shl i64 %indvars.iv970.10.i, 6
+  %2842 = or disjoint i64 %indvars.iv.next971.10.i.6, 448
+  %2843 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2842
+  %2844 = getelementptr inbounds nuw i8, ptr %2843, i64 5120
+  %2845 = load <64 x i32>, ptr %2844, align 4, !tbaa !4
+  %2846 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2842
+  %2847 = getelementptr inbounds nuw i8, ptr %2846, i64 10752
+  store <64 x i32> %2845, ptr %2847, align 4, !tbaa !4
+  %indvars.iv.next971.10.i.7 = add nuw nsw i64 %indvars.iv970.10.i, 8
+  %niter418.next.7 = add i64 %niter418, 8
+  %niter418.ncmp.7 = icmp eq i64 %niter418.next.7, %unroll_iter417
+  br i1 %niter418.ncmp.7, label %for_body_to496.11.i.preheader.unr-lcssa, label %for_body_to496.10.i, !prof !215, !llvm.loop !238
+
+for_body_to496.11.i.preheader.unr-lcssa:          ; preds = %for_body_to496.10.i
+  br i1 %lcmp.mod415.not, label %for_body_to496.11.i.preheader, label %for_body_to496.10.i.epil.preheader, !prof !218
+
+for_body_to496.10.i.epil.preheader:               ; preds = %for_body_to496.11.i.preheader.unr-lcssa, %for_body_to496.10.i.preheader
+  %indvars.iv970.10.i.epil.init = phi i64 [ 0, %for_body_to496.10.i.preheader ], [ %indvars.iv.next971.10.i.7, %for_body_to496.11.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod416)
+  br label %for_body_to496.10.i.epil
+
+for_body_to496.10.i.epil:                         ; preds = %for_body_to496.10.i.epil, %for_body_to496.10.i.epil.preheader
+  %indvars.iv970.10.i.epil = phi i64 [ %indvars.iv.next971.10.i.epil, %for_body_to496.10.i.epil ], [ %indvars.iv970.10.i.epil.init, %for_body_to496.10.i.epil.preheader ]
+  %epil.iter414 = phi i64 [ %epil.iter414.next, %for_body_to496.10.i.epil ], [ 0, %for_body_to496.10.i.epil.preheader ]
+  %2848 = shl nsw i64 %indvars.iv970.10.i.epil, 6
+  %2849 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2848
+  %2850 = getelementptr inbounds nuw i8, ptr %2849, i64 5120
+  %2851 = load <64 x i32>, ptr %2850, align 4, !tbaa !4
+  %2852 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2848
+  %2853 = getelementptr inbounds nuw i8, ptr %2852, i64 10752
+  store <64 x i32> %2851, ptr %2853, align 4, !tbaa !4
+  %indvars.iv.next971.10.i.epil = add nuw nsw i64 %indvars.iv970.10.i.epil, 1
+  %epil.iter414.next = add i64 %epil.iter414, 1
+  %epil.iter414.cmp.not = icmp eq i64 %epil.iter414.next, %xtraiter413
+  br i1 %epil.iter414.cmp.not, label %for_body_to496.11.i.preheader, label %for_body_to496.10.i.epil, !prof !105, !llvm.loop !239
+
+for_body_to496.11.i.preheader:                    ; preds = %for_body_to496.10.i.epil, %for_body_to496.11.i.preheader.unr-lcssa
+  br i1 %1473, label %for_body_to496.11.i.epil.preheader, label %for_body_to496.11.i, !prof !214
+
+for_body_to496.11.i:                              ; preds = %for_body_to496.11.i, %for_body_to496.11.i.preheader
+  %indvars.iv970.11.i = phi i64 [ %indvars.iv.next971.11.i.7, %for_body_to496.11.i ], [ 0, %for_body_to496.11.i.preheader ]
+  %niter424 = phi i64 [ %niter424.next.7, %for_body_to496.11.i ], [ 0, %for_body_to496.11.i.preheader ]
+  %2854 = shl nsw i64 %indvars.iv970.11.i, 6
+  %2855 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2854
+  %2856 = getelementptr inbounds nuw i8, ptr %2855, i64 5632
+  %2857 = load <64 x i32>, ptr %2856, align 4, !tbaa !4
+  %2858 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2854
+  %2859 = getelementptr inbounds nuw i8, ptr %2858, i64 11776
+  store <64 x i32> %2857, ptr %2859, align 4, !tbaa !4
+  %indvars.iv.next971.11.i = shl i64 %indvars.iv970.11.i, 6
+  %2860 = or disjoint i64 %indvars.iv.next971.11.i, 64
+  %2861 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2860
+  %2862 = getelementptr inbounds nuw i8, ptr %2861, i64 5632
+  %2863 = load <64 x i32>, ptr %2862, align 4, !tbaa !4
+  %2864 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2860
+  %2865 = getelementptr inbounds nuw i8, ptr %2864, i64 11776
+  store <64 x i32> %2863, ptr %2865, align 4, !tbaa !4
+  %indvars.iv.next971.11.i.1 = shl i64 %indvars.iv970.11.i, 6
+  %2866 = or disjoint i64 %indvars.iv.next971.11.i.1, 128
+  %2867 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2866
+  %2868 = getelementptr inbounds nuw i8, ptr %2867, i64 5632
+  %2869 = load <64 x i32>, ptr %2868, align 4, !tbaa !4
+  %2870 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2866
+  %2871 = getelementptr inbounds nuw i8, ptr %2870, i64 11776
+  store <64 x i32> %2869, ptr %2871, align 4, !tbaa !4
+  %indvars.iv.next971.11.i.2 = shl i64 %indvars.iv970.11.i, 6
+  %2872 = or disjoint i64 %indvars.iv.next971.11.i.2, 192
+  %2873 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2872
+  %2874 = getelementptr inbounds nuw i8, ptr %2873, i64 5632
+  %2875 = load <64 x i32>, ptr %2874, align 4, !tbaa !4
+  %2876 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2872
+  %2877 = getelementptr inbounds nuw i8, ptr %2876, i64 11776
+  store <64 x i32> %2875, ptr %2877, align 4, !tbaa !4
+  %indvars.iv.next971.11.i.3 = shl i64 %indvars.iv970.11.i, 6
+  %2878 = or disjoint i64 %indvars.iv.next971.11.i.3, 256
+  %2879 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2878
+  %2880 = getelementptr inbounds nuw i8, ptr %2879, i64 5632
+  %2881 = load <64 x i32>, ptr %2880, align 4, !tbaa !4
+  %2882 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2878
+  %2883 = getelementptr inbounds nuw i8, ptr %2882, i64 11776
+  store <64 x i32> %2881, ptr %2883, align 4, !tbaa !4
+  %indvars.iv.next971.11.i.4 = shl i64 %indvars.iv970.11.i, 6
+  %2884 = or disjoint i64 %indvars.iv.next971.11.i.4, 320
+  %2885 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2884
+  %2886 = getelementptr inbounds nuw i8, ptr %2885, i64 5632
+  %2887 = load <64 x i32>, ptr %2886, align 4, !tbaa !4
+  %2888 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2884
+  %2889 = getelementptr inbounds nuw i8, ptr %2888, i64 11776
+  store <64 x i32> %2887, ptr %2889, align 4, !tbaa !4
+  %indvars.iv.next971.11.i.5 = shl i64 %indvars.iv970.11.i, 6
+  %2890 = or disjoint i64 %indvars.iv.next971.11.i.5, 384
+  %2891 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2890
+  %2892 = getelementptr inbounds nuw i8, ptr %2891, i64 5632
+  %2893 = load <64 x i32>, ptr %2892, align 4, !tbaa !4
+  %2894 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2890
+  %2895 = getelementptr inbounds nuw i8, ptr %2894, i64 11776
+  store <64 x i32> %2893, ptr %2895, align 4, !tbaa !4
+  %indvars.iv.next971.11.i.6 = shl i64 %indvars.iv970.11.i, 6
+  %2896 = or disjoint i64 %indvars.iv.next971.11.i.6, 448
+  %2897 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2896
+  %2898 = getelementptr inbounds nuw i8, ptr %2897, i64 5632
+  %2899 = load <64 x i32>, ptr %2898, align 4, !tbaa !4
+  %2900 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2896
+  %2901 = getelementptr inbounds nuw i8, ptr %2900, i64 11776
+  store <64 x i32> %2899, ptr %2901, align 4, !tbaa !4
+  %indvars.iv.next971.11.i.7 = add nuw nsw i64 %indvars.iv970.11.i, 8
+  %niter424.next.7 = add i64 %niter424, 8
+  %niter424.ncmp.7 = icmp eq i64 %niter424.next.7, %unroll_iter423
+  br i1 %niter424.ncmp.7, label %for_body_to496.12.i.preheader.unr-lcssa, label %for_body_to496.11.i, !prof !215, !llvm.loop !240
+
+for_body_to496.12.i.preheader.unr-lcssa:          ; preds = %for_body_to496.11.i
+  br i1 %lcmp.mod421.not, label %for_body_to496.12.i.preheader, label %for_body_to496.11.i.epil.preheader, !prof !218
+
+for_body_to496.11.i.epil.preheader:               ; preds = %for_body_to496.12.i.preheader.unr-lcssa, %for_body_to496.11.i.preheader
+  %indvars.iv970.11.i.epil.init = phi i64 [ 0, %for_body_to496.11.i.preheader ], [ %indvars.iv.next971.11.i.7, %for_body_to496.12.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod422)
+  br label %for_body_to496.11.i.epil
+
+for_body_to496.11.i.epil:                         ; preds = %for_body_to496.11.i.epil, %for_body_to496.11.i.epil.preheader
+  %indvars.iv970.11.i.epil = phi i64 [ %indvars.iv.next971.11.i.epil, %for_body_to496.11.i.epil ], [ %indvars.iv970.11.i.epil.init, %for_body_to496.11.i.epil.preheader ]
+  %epil.iter420 = phi i64 [ %epil.iter420.next, %for_body_to496.11.i.epil ], [ 0, %for_body_to496.11.i.epil.preheader ]
+  %2902 = shl nsw i64 %indvars.iv970.11.i.epil, 6
+  %2903 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2902
+  %2904 = getelementptr inbounds nuw i8, ptr %2903, i64 5632
+  %2905 = load <64 x i32>, ptr %2904, align 4, !tbaa !4
+  %2906 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2902
+  %2907 = getelementptr inbounds nuw i8, ptr %2906, i64 11776
+  store <64 x i32> %2905, ptr %2907, align 4, !tbaa !4
+  %indvars.iv.next971.11.i.epil = add nuw nsw i64 %indvars.iv970.11.i.epil, 1
+  %epil.iter420.next = add i64 %epil.iter420, 1
+  %epil.iter420.cmp.not = icmp eq i64 %epil.iter420.next, %xtraiter419
+  br i1 %epil.iter420.cmp.not, label %for_body_to496.12.i.preheader, label %for_body_to496.11.i.epil, !prof !105, !llvm.loop !241
+
+for_body_to496.12.i.preheader:                    ; preds = %for_body_to496.11.i.epil, %for_body_to496.12.i.preheader.unr-lcssa
+  br i1 %1474, label %for_body_to496.12.i.epil.preheader, label %for_body_to496.12.i, !prof !214
+
+for_body_to496.12.i:                              ; preds = %for_body_to496.12.i, %for_body_to496.12.i.preheader
+  %indvars.iv970.12.i = phi i64 [ %indvars.iv.next971.12.i.7, %for_body_to496.12.i ], [ 0, %for_body_to496.12.i.preheader ]
+  %niter430 = phi i64 [ %niter430.next.7, %for_body_to496.12.i ], [ 0, %for_body_to496.12.i.preheader ]
+  %2908 = shl nsw i64 %indvars.iv970.12.i, 6
+  %2909 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2908
+  %2910 = getelementptr inbounds nuw i8, ptr %2909, i64 6144
+  %2911 = load <64 x i32>, ptr %2910, align 4, !tbaa !4
+  %2912 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2908
+  %2913 = getelementptr inbounds nuw i8, ptr %2912, i64 12800
+  store <64 x i32> %2911, ptr %2913, align 4, !tbaa !4
+  %indvars.iv.next971.12.i = shl i64 %indvars.iv970.12.i, 6
+  %2914 = or disjoint i64 %indvars.iv.next971.12.i, 64
+  %2915 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2914
+  %2916 = getelementptr inbounds nuw i8, ptr %2915, i64 6144
+  %2917 = load <64 x i32>, ptr %2916, align 4, !tbaa !4
+  %2918 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2914
+  %2919 = getelementptr inbounds nuw i8, ptr %2918, i64 12800
+  store <64 x i32> %2917, ptr %2919, align 4, !tbaa !4
+  %indvars.iv.next971.12.i.1 = shl i64 %indvars.iv970.12.i, 6
+  %2920 = or disjoint i64 %indvars.iv.next971.12.i.1, 128
+  %2921 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2920
+  %2922 = getelementptr inbounds nuw i8, ptr %2921, i64 6144
+  %2923 = load <64 x i32>, ptr %2922, align 4, !tbaa !4
+  %2924 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2920
+  %2925 = getelementptr inbounds nuw i8, ptr %2924, i64 12800
+  store <64 x i32> %2923, ptr %2925, align 4, !tbaa !4
+  %indvars.iv.next971.12.i.2 = shl i64 %indvars.iv970.12.i, 6
+  %2926 = or disjoint i64 %indvars.iv.next971.12.i.2, 192
+  %2927 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2926
+  %2928 = getelementptr inbounds nuw i8, ptr %2927, i64 6144
+  %2929 = load <64 x i32>, ptr %2928, align 4, !tbaa !4
+  %2930 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2926
+  %2931 = getelementptr inbounds nuw i8, ptr %2930, i64 12800
+  store <64 x i32> %2929, ptr %2931, align 4, !tbaa !4
+  %indvars.iv.next971.12.i.3 = shl i64 %indvars.iv970.12.i, 6
+  %2932 = or disjoint i64 %indvars.iv.next971.12.i.3, 256
+  %2933 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2932
+  %2934 = getelementptr inbounds nuw i8, ptr %2933, i64 6144
+  %2935 = load <64 x i32>, ptr %2934, align 4, !tbaa !4
+  %2936 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2932
+  %2937 = getelementptr inbounds nuw i8, ptr %2936, i64 12800
+  store <64 x i32> %2935, ptr %2937, align 4, !tbaa !4
+  %indvars.iv.next971.12.i.4 = shl i64 %indvars.iv970.12.i, 6
+  %2938 = or disjoint i64 %indvars.iv.next971.12.i.4, 320
+  %2939 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2938
+  %2940 = getelementptr inbounds nuw i8, ptr %2939, i64 6144
+  %2941 = load <64 x i32>, ptr %2940, align 4, !tbaa !4
+  %2942 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2938
+  %2943 = getelementptr inbounds nuw i8, ptr %2942, i64 12800
+  store <64 x i32> %2941, ptr %2943, align 4, !tbaa !4
+  %indvars.iv.next971.12.i.5 = shl i64 %indvars.iv970.12.i, 6
+  %2944 = or disjoint i64 %indvars.iv.next971.12.i.5, 384
+  %2945 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2944
+  %2946 = getelementptr inbounds nuw i8, ptr %2945, i64 6144
+  %2947 = load <64 x i32>, ptr %2946, align 4, !tbaa !4
+  %2948 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2944
+  %2949 = getelementptr inbounds nuw i8, ptr %2948, i64 12800
+  store <64 x i32> %2947, ptr %2949, align 4, !tbaa !4
+  %indvars.iv.next971.12.i.6 = shl i64 %indvars.iv970.12.i, 6
+  %2950 = or disjoint i64 %indvars.iv.next971.12.i.6, 448
+  %2951 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2950
+  %2952 = getelementptr inbounds nuw i8, ptr %2951, i64 6144
+  %2953 = load <64 x i32>, ptr %2952, align 4, !tbaa !4
+  %2954 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2950
+  %2955 = getelementptr inbounds nuw i8, ptr %2954, i64 12800
+  store <64 x i32> %2953, ptr %2955, align 4, !tbaa !4
+  %indvars.iv.next971.12.i.7 = add nuw nsw i64 %indvars.iv970.12.i, 8
+  %niter430.next.7 = add i64 %niter430, 8
+  %niter430.ncmp.7 = icmp eq i64 %niter430.next.7, %unroll_iter429
+  br i1 %niter430.ncmp.7, label %for_body_to496.13.i.preheader.unr-lcssa, label %for_body_to496.12.i, !prof !215, !llvm.loop !242
+
+for_body_to496.13.i.preheader.unr-lcssa:          ; preds = %for_body_to496.12.i
+  br i1 %lcmp.mod427.not, label %for_body_to496.13.i.preheader, label %for_body_to496.12.i.epil.preheader, !prof !218
+
+for_body_to496.12.i.epil.preheader:               ; preds = %for_body_to496.13.i.preheader.unr-lcssa, %for_body_to496.12.i.preheader
+  %indvars.iv970.12.i.epil.init = phi i64 [ 0, %for_body_to496.12.i.preheader ], [ %indvars.iv.next971.12.i.7, %for_body_to496.13.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod428)
+  br label %for_body_to496.12.i.epil
+
+for_body_to496.12.i.epil:                         ; preds = %for_body_to496.12.i.epil, %for_body_to496.12.i.epil.preheader
+  %indvars.iv970.12.i.epil = phi i64 [ %indvars.iv.next971.12.i.epil, %for_body_to496.12.i.epil ], [ %indvars.iv970.12.i.epil.init, %for_body_to496.12.i.epil.preheader ]
+  %epil.iter426 = phi i64 [ %epil.iter426.next, %for_body_to496.12.i.epil ], [ 0, %for_body_to496.12.i.epil.preheader ]
+  %2956 = shl nsw i64 %indvars.iv970.12.i.epil, 6
+  %2957 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2956
+  %2958 = getelementptr inbounds nuw i8, ptr %2957, i64 6144
+  %2959 = load <64 x i32>, ptr %2958, align 4, !tbaa !4
+  %2960 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2956
+  %2961 = getelementptr inbounds nuw i8, ptr %2960, i64 12800
+  store <64 x i32> %2959, ptr %2961, align 4, !tbaa !4
+  %indvars.iv.next971.12.i.epil = add nuw nsw i64 %indvars.iv970.12.i.epil, 1
+  %epil.iter426.next = add i64 %epil.iter426, 1
+  %epil.iter426.cmp.not = icmp eq i64 %epil.iter426.next, %xtraiter425
+  br i1 %epil.iter426.cmp.not, label %for_body_to496.13.i.preheader, label %for_body_to496.12.i.epil, !prof !105, !llvm.loop !243
+
+for_body_to496.13.i.preheader:                    ; preds = %for_body_to496.12.i.epil, %for_body_to496.13.i.preheader.unr-lcssa
+  br i1 %1475, label %for_body_to496.13.i.epil.preheader, label %for_body_to496.13.i, !prof !214
+
+for_body_to496.13.i:                              ; preds = %for_body_to496.13.i, %for_body_to496.13.i.preheader
+  %indvars.iv970.13.i = phi i64 [ %indvars.iv.next971.13.i.7, %for_body_to496.13.i ], [ 0, %for_body_to496.13.i.preheader ]
+  %niter436 = phi i64 [ %niter436.next.7, %for_body_to496.13.i ], [ 0, %for_body_to496.13.i.preheader ]
+  %2962 = shl nsw i64 %indvars.iv970.13.i, 6
+  %2963 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2962
+  %2964 = getelementptr inbounds nuw i8, ptr %2963, i64 6656
+  %2965 = load <64 x i32>, ptr %2964, align 4, !tbaa !4
+  %2966 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2962
+  %2967 = getelementptr inbounds nuw i8, ptr %2966, i64 13824
+  store <64 x i32> %2965, ptr %2967, align 4, !tbaa !4
+  %indvars.iv.next971.13.i = shl i64 %indvars.iv970.13.i, 6
+  %2968 = or disjoint i64 %indvars.iv.next971.13.i, 64
+  %2969 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2968
+  %2970 = getelementptr inbounds nuw i8, ptr %2969, i64 6656
+  %2971 = load <64 x i32>, ptr %2970, align 4, !tbaa !4
+  %2972 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2968
+  %2973 = getelementptr inbounds nuw i8, ptr %2972, i64 13824
+  store <64 x i32> %2971, ptr %2973, align 4, !tbaa !4
+  %indvars.iv.next971.13.i.1 = shl i64 %indvars.iv970.13.i, 6
+  %2974 = or disjoint i64 %indvars.iv.next971.13.i.1, 128
+  %2975 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2974
+  %2976 = getelementptr inbounds nuw i8, ptr %2975, i64 6656
+  %2977 = load <64 x i32>, ptr %2976, align 4, !tbaa !4
+  %2978 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2974
+  %2979 = getelementptr inbounds nuw i8, ptr %2978, i64 13824
+  store <64 x i32> %2977, ptr %2979, align 4, !tbaa !4
+  %indvars.iv.next971.13.i.2 = shl i64 %indvars.iv970.13.i, 6
+  %2980 = or disjoint i64 %indvars.iv.next971.13.i.2, 192
+  %2981 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2980
+  %2982 = getelementptr inbounds nuw i8, ptr %2981, i64 6656
+  %2983 = load <64 x i32>, ptr %2982, align 4, !tbaa !4
+  %2984 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2980
+  %2985 = getelementptr inbounds nuw i8, ptr %2984, i64 13824
+  store <64 x i32> %2983, ptr %2985, align 4, !tbaa !4
+  %indvars.iv.next971.13.i.3 = shl i64 %indvars.iv970.13.i, 6
+  %2986 = or disjoint i64 %indvars.iv.next971.13.i.3, 256
+  %2987 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2986
+  %2988 = getelementptr inbounds nuw i8, ptr %2987, i64 6656
+  %2989 = load <64 x i32>, ptr %2988, align 4, !tbaa !4
+  %2990 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2986
+  %2991 = getelementptr inbounds nuw i8, ptr %2990, i64 13824
+  store <64 x i32> %2989, ptr %2991, align 4, !tbaa !4
+  %indvars.iv.next971.13.i.4 = shl i64 %indvars.iv970.13.i, 6
+  %2992 = or disjoint i64 %indvars.iv.next971.13.i.4, 320
+  %2993 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2992
+  %2994 = getelementptr inbounds nuw i8, ptr %2993, i64 6656
+  %2995 = load <64 x i32>, ptr %2994, align 4, !tbaa !4
+  %2996 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2992
+  %2997 = getelementptr inbounds nuw i8, ptr %2996, i64 13824
+  store <64 x i32> %2995, ptr %2997, align 4, !tbaa !4
+  %indvars.iv.next971.13.i.5 = shl i64 %indvars.iv970.13.i, 6
+  %2998 = or disjoint i64 %indvars.iv.next971.13.i.5, 384
+  %2999 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2998
+  %3000 = getelementptr inbounds nuw i8, ptr %2999, i64 6656
+  %3001 = load <64 x i32>, ptr %3000, align 4, !tbaa !4
+  %3002 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2998
+  %3003 = getelementptr inbounds nuw i8, ptr %3002, i64 13824
+  store <64 x i32> %3001, ptr %3003, align 4, !tbaa !4
+  %indvars.iv.next971.13.i.6 = shl i64 %indvars.iv970.13.i, 6
+  %3004 = or disjoint i64 %indvars.iv.next971.13.i.6, 448
+  %3005 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3004
+  %3006 = getelementptr inbounds nuw i8, ptr %3005, i64 6656
+  %3007 = load <64 x i32>, ptr %3006, align 4, !tbaa !4
+  %3008 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3004
+  %3009 = getelementptr inbounds nuw i8, ptr %3008, i64 13824
+  store <64 x i32> %3007, ptr %3009, align 4, !tbaa !4
+  %indvars.iv.next971.13.i.7 = add nuw nsw i64 %indvars.iv970.13.i, 8
+  %niter436.next.7 = add i64 %niter436, 8
+  %niter436.ncmp.7 = icmp eq i64 %niter436.next.7, %unroll_iter435
+  br i1 %niter436.ncmp.7, label %for_body_to496.14.i.preheader.unr-lcssa, label %for_body_to496.13.i, !prof !215, !llvm.loop !244
+
+for_body_to496.14.i.preheader.unr-lcssa:          ; preds = %for_body_to496.13.i
+  br i1 %lcmp.mod433.not, label %for_body_to496.14.i.preheader, label %for_body_to496.13.i.epil.preheader, !prof !218
+
+for_body_to496.13.i.epil.preheader:               ; preds = %for_body_to496.14.i.preheader.unr-lcssa, %for_body_to496.13.i.preheader
+  %indvars.iv970.13.i.epil.init = phi i64 [ 0, %for_body_to496.13.i.preheader ], [ %indvars.iv.next971.13.i.7, %for_body_to496.14.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod434)
+  br label %for_body_to496.13.i.epil
+
+for_body_to496.13.i.epil:                         ; preds = %for_body_to496.13.i.epil, %for_body_to496.13.i.epil.preheader
+  %indvars.iv970.13.i.epil = phi i64 [ %indvars.iv.next971.13.i.epil, %for_body_to496.13.i.epil ], [ %indvars.iv970.13.i.epil.init, %for_body_to496.13.i.epil.preheader ]
+  %epil.iter432 = phi i64 [ %epil.iter432.next, %for_body_to496.13.i.epil ], [ 0, %for_body_to496.13.i.epil.preheader ]
+  %3010 = shl nsw i64 %indvars.iv970.13.i.epil, 6
+  %3011 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3010
+  %3012 = getelementptr inbounds nuw i8, ptr %3011, i64 6656
+  %3013 = load <64 x i32>, ptr %3012, align 4, !tbaa !4
+  %3014 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3010
+  %3015 = getelementptr inbounds nuw i8, ptr %3014, i64 13824
+  store <64 x i32> %3013, ptr %3015, align 4, !tbaa !4
+  %indvars.iv.next971.13.i.epil = add nuw nsw i64 %indvars.iv970.13.i.epil, 1
+  %epil.iter432.next = add i64 %epil.iter432, 1
+  %epil.iter432.cmp.not = icmp eq i64 %epil.iter432.next, %xtraiter431
+  br i1 %epil.iter432.cmp.not, label %for_body_to496.14.i.preheader, label %for_body_to496.13.i.epil, !prof !105, !llvm.loop !245
+
+for_body_to496.14.i.preheader:                    ; preds = %for_body_to496.13.i.epil, %for_body_to496.14.i.preheader.unr-lcssa
+  br i1 %1476, label %for_body_to496.14.i.epil.preheader, label %for_body_to496.14.i, !prof !214
+
+for_body_to496.14.i:                              ; preds = %for_body_to496.14.i, %for_body_to496.14.i.preheader
+  %indvars.iv970.14.i = phi i64 [ %indvars.iv.next971.14.i.7, %for_body_to496.14.i ], [ 0, %for_body_to496.14.i.preheader ]
+  %niter442 = phi i64 [ %niter442.next.7, %for_body_to496.14.i ], [ 0, %for_body_to496.14.i.preheader ]
+  %3016 = shl nsw i64 %indvars.iv970.14.i, 6
+  %3017 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3016
+  %3018 = getelementptr inbounds nuw i8, ptr %3017, i64 7168
+  %3019 = load <64 x i32>, ptr %3018, align 4, !tbaa !4
+  %3020 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3016
+  %3021 = getelementptr inbounds nuw i8, ptr %3020, i64 14848
+  store <64 x i32> %3019, ptr %3021, align 4, !tbaa !4
+  %indvars.iv.next971.14.i = shl i64 %indvars.iv970.14.i, 6
+  %3022 = or disjoint i64 %indvars.iv.next971.14.i, 64
+  %3023 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3022
+  %3024 = getelementptr inbounds nuw i8, ptr %3023, i64 7168
+  %3025 = load <64 x i32>, ptr %3024, align 4, !tbaa !4
+  %3026 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3022
+  %3027 = getelementptr inbounds nuw i8, ptr %3026, i64 14848
+  store <64 x i32> %3025, ptr %3027, align 4, !tbaa !4
+  %indvars.iv.next971.14.i.1 = shl i64 %indvars.iv970.14.i, 6
+  %3028 = or disjoint i64 %indvars.iv.next971.14.i.1, 128
+  %3029 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3028
+  %3030 = getelementptr inbounds nuw i8, ptr %3029, i64 7168
+  %3031 = load <64 x i32>, ptr %3030, align 4, !tbaa !4
+  %3032 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3028
+  %3033 = getelementptr inbounds nuw i8, ptr %3032, i64 14848
+  store <64 x i32> %3031, ptr %3033, align 4, !tbaa !4
+  %indvars.iv.next971.14.i.2 = shl i64 %indvars.iv970.14.i, 6
+  %3034 = or disjoint i64 %indvars.iv.next971.14.i.2, 192
+  %3035 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3034
+  %3036 = getelementptr inbounds nuw i8, ptr %3035, i64 7168
+  %3037 = load <64 x i32>, ptr %3036, align 4, !tbaa !4
+  %3038 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3034
+  %3039 = getelementptr inbounds nuw i8, ptr %3038, i64 14848
+  store <64 x i32> %3037, ptr %3039, align 4, !tbaa !4
+  %indvars.iv.next971.14.i.3 = shl i64 %indvars.iv970.14.i, 6
+  %3040 = or disjoint i64 %indvars.iv.next971.14.i.3, 256
+  %3041 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3040
+  %3042 = getelementptr inbounds nuw i8, ptr %3041, i64 7168
+  %3043 = load <64 x i32>, ptr %3042, align 4, !tbaa !4
+  %3044 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3040
+  %3045 = getelementptr inbounds nuw i8, ptr %3044, i64 14848
+  store <64 x i32> %3043, ptr %3045, align 4, !tbaa !4
+  %indvars.iv.next971.14.i.4 = shl i64 %indvars.iv970.14.i, 6
+  %3046 = or disjoint i64 %indvars.iv.next971.14.i.4, 320
+  %3047 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3046
+  %3048 = getelementptr inbounds nuw i8, ptr %3047, i64 7168
+  %3049 = load <64 x i32>, ptr %3048, align 4, !tbaa !4
+  %3050 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3046
+  %3051 = getelementptr inbounds nuw i8, ptr %3050, i64 14848
+  store <64 x i32> %3049, ptr %3051, align 4, !tbaa !4
+  %indvars.iv.next971.14.i.5 = shl i64 %indvars.iv970.14.i, 6
+  %3052 = or disjoint i64 %indvars.iv.next971.14.i.5, 384
+  %3053 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3052
+  %3054 = getelementptr inbounds nuw i8, ptr %3053, i64 7168
+  %3055 = load <64 x i32>, ptr %3054, align 4, !tbaa !4
+  %3056 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3052
+  %3057 = getelementptr inbounds nuw i8, ptr %3056, i64 14848
+  store <64 x i32> %3055, ptr %3057, align 4, !tbaa !4
+  %indvars.iv.next971.14.i.6 = shl i64 %indvars.iv970.14.i, 6
+  %3058 = or disjoint i64 %indvars.iv.next971.14.i.6, 448
+  %3059 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3058
+  %3060 = getelementptr inbounds nuw i8, ptr %3059, i64 7168
+  %3061 = load <64 x i32>, ptr %3060, align 4, !tbaa !4
+  %3062 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3058
+  %3063 = getelementptr inbounds nuw i8, ptr %3062, i64 14848
+  store <64 x i32> %3061, ptr %3063, align 4, !tbaa !4
+  %indvars.iv.next971.14.i.7 = add nuw nsw i64 %indvars.iv970.14.i, 8
+  %niter442.next.7 = add i64 %niter442, 8
+  %niter442.ncmp.7 = icmp eq i64 %niter442.next.7, %unroll_iter441
+  br i1 %niter442.ncmp.7, label %for_body_to496.15.i.preheader.unr-lcssa, label %for_body_to496.14.i, !prof !215, !llvm.loop !246
+
+for_body_to496.15.i.preheader.unr-lcssa:          ; preds = %for_body_to496.14.i
+  br i1 %lcmp.mod439.not, label %for_body_to496.15.i.preheader, label %for_body_to496.14.i.epil.preheader, !prof !218
+
+for_body_to496.14.i.epil.preheader:               ; preds = %for_body_to496.15.i.preheader.unr-lcssa, %for_body_to496.14.i.preheader
+  %indvars.iv970.14.i.epil.init = phi i64 [ 0, %for_body_to496.14.i.preheader ], [ %indvars.iv.next971.14.i.7, %for_body_to496.15.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod440)
+  br label %for_body_to496.14.i.epil
+
+for_body_to496.14.i.epil:                         ; preds = %for_body_to496.14.i.epil, %for_body_to496.14.i.epil.preheader
+  %indvars.iv970.14.i.epil = phi i64 [ %indvars.iv.next971.14.i.epil, %for_body_to496.14.i.epil ], [ %indvars.iv970.14.i.epil.init, %for_body_to496.14.i.epil.preheader ]
+  %epil.iter438 = phi i64 [ %epil.iter438.next, %for_body_to496.14.i.epil ], [ 0, %for_body_to496.14.i.epil.preheader ]
+  %3064 = shl nsw i64 %indvars.iv970.14.i.epil, 6
+  %3065 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3064
+  %3066 = getelementptr inbounds nuw i8, ptr %3065, i64 7168
+  %3067 = load <64 x i32>, ptr %3066, align 4, !tbaa !4
+  %3068 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3064
+  %3069 = getelementptr inbounds nuw i8, ptr %3068, i64 14848
+  store <64 x i32> %3067, ptr %3069, align 4, !tbaa !4
+  %indvars.iv.next971.14.i.epil = add nuw nsw i64 %indvars.iv970.14.i.epil, 1
+  %epil.iter438.next = add i64 %epil.iter438, 1
+  %epil.iter438.cmp.not = icmp eq i64 %epil.iter438.next, %xtraiter437
+  br i1 %epil.iter438.cmp.not, label %for_body_to496.15.i.preheader, label %for_body_to496.14.i.epil, !prof !105, !llvm.loop !247
+
+for_body_to496.15.i.preheader:                    ; preds = %for_body_to496.14.i.epil, %for_body_to496.15.i.preheader.unr-lcssa
+  br i1 %1477, label %for_body_to496.15.i.epil.preheader, label %for_body_to496.15.i, !prof !214
+
+for_body_to496.15.i:                              ; preds = %for_body_to496.15.i, %for_body_to496.15.i.preheader
+  %indvars.iv970.15.i = phi i64 [ %indvars.iv.next971.15.i.7, %for_body_to496.15.i ], [ 0, %for_body_to496.15.i.preheader ]
+  %niter448 = phi i64 [ %niter448.next.7, %for_body_to496.15.i ], [ 0, %for_body_to496.15.i.preheader ]
+  %3070 = shl nsw i64 %indvars.iv970.15.i, 6
+  %3071 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3070
+  %3072 = getelementptr inbounds nuw i8, ptr %3071, i64 7680
+  %3073 = load <64 x i32>, ptr %3072, align 4, !tbaa !4
+  %3074 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3070
+  %3075 = getelementptr inbounds nuw i8, ptr %3074, i64 15872
+  store <64 x i32> %3073, ptr %3075, align 4, !tbaa !4
+  %indvars.iv.next971.15.i = shl i64 %indvars.iv970.15.i, 6
+  %3076 = or disjoint i64 %indvars.iv.next971.15.i, 64
+  %3077 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3076
+  %3078 = getelementptr inbounds nuw i8, ptr %3077, i64 7680
+  %3079 = load <64 x i32>, ptr %3078, align 4, !tbaa !4
+  %3080 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3076
+  %3081 = getelementptr inbounds nuw i8, ptr %3080, i64 15872
+  store <64 x i32> %3079, ptr %3081, align 4, !tbaa !4
+  %indvars.iv.next971.15.i.1 = shl i64 %indvars.iv970.15.i, 6
+  %3082 = or disjoint i64 %indvars.iv.next971.15.i.1, 128
+  %3083 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3082
+  %3084 = getelementptr inbounds nuw i8, ptr %3083, i64 7680
+  %3085 = load <64 x i32>, ptr %3084, align 4, !tbaa !4
+  %3086 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3082
+  %3087 = getelementptr inbounds nuw i8, ptr %3086, i64 15872
+  store <64 x i32> %3085, ptr %3087, align 4, !tbaa !4
+  %indvars.iv.next971.15.i.2 = shl i64 %indvars.iv970.15.i, 6
+  %3088 = or disjoint i64 %indvars.iv.next971.15.i.2, 192
+  %3089 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3088
+  %3090 = getelementptr inbounds nuw i8, ptr %3089, i64 7680
+  %3091 = load <64 x i32>, ptr %3090, align 4, !tbaa !4
+  %3092 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3088
+  %3093 = getelementptr inbounds nuw i8, ptr %3092, i64 15872
+  store <64 x i32> %3091, ptr %3093, align 4, !tbaa !4
+  %indvars.iv.next971.15.i.3 = shl i64 %indvars.iv970.15.i, 6
+  %3094 = or disjoint i64 %indvars.iv.next971.15.i.3, 256
+  %3095 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3094
+  %3096 = getelementptr inbounds nuw i8, ptr %3095, i64 7680
+  %3097 = load <64 x i32>, ptr %3096, align 4, !tbaa !4
+  %3098 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3094
+  %3099 = getelementptr inbounds nuw i8, ptr %3098, i64 15872
+  store <64 x i32> %3097, ptr %3099, align 4, !tbaa !4
+  %indvars.iv.next971.15.i.4 = shl i64 %indvars.iv970.15.i, 6
+  %3100 = or disjoint i64 %indvars.iv.next971.15.i.4, 320
+  %3101 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3100
+  %3102 = getelementptr inbounds nuw i8, ptr %3101, i64 7680
+  %3103 = load <64 x i32>, ptr %3102, align 4, !tbaa !4
+  %3104 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3100
+  %3105 = getelementptr inbounds nuw i8, ptr %3104, i64 15872
+  store <64 x i32> %3103, ptr %3105, align 4, !tbaa !4
+  %indvars.iv.next971.15.i.5 = shl i64 %indvars.iv970.15.i, 6
+  %3106 = or disjoint i64 %indvars.iv.next971.15.i.5, 384
+  %3107 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3106
+  %3108 = getelementptr inbounds nuw i8, ptr %3107, i64 7680
+  %3109 = load <64 x i32>, ptr %3108, align 4, !tbaa !4
+  %3110 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3106
+  %3111 = getelementptr inbounds nuw i8, ptr %3110, i64 15872
+  store <64 x i32> %3109, ptr %3111, align 4, !tbaa !4
+  %indvars.iv.next971.15.i.6 = shl i64 %indvars.iv970.15.i, 6
+  %3112 = or disjoint i64 %indvars.iv.next971.15.i.6, 448
+  %3113 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3112
+  %3114 = getelementptr inbounds nuw i8, ptr %3113, i64 7680
+  %3115 = load <64 x i32>, ptr %3114, align 4, !tbaa !4
+  %3116 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3112
+  %3117 = getelementptr inbounds nuw i8, ptr %3116, i64 15872
+  store <64 x i32> %3115, ptr %3117, align 4, !tbaa !4
+  %indvars.iv.next971.15.i.7 = add nuw nsw i64 %indvars.iv970.15.i, 8
+  %niter448.next.7 = add i64 %niter448, 8
+  %niter448.ncmp.7 = icmp eq i64 %niter448.next.7, %unroll_iter447
+  br i1 %niter448.ncmp.7, label %for_end_to497.15.i.loopexit.unr-lcssa, label %for_body_to496.15.i, !prof !215, !llvm.loop !248
+
+for_end_to497.15.i.loopexit.unr-lcssa:            ; preds = %for_body_to496.15.i
+  br i1 %lcmp.mod445.not, label %for_end_to497.15.i, label %for_body_to496.15.i.epil.preheader, !prof !218
+
+for_body_to496.15.i.epil.preheader:               ; preds = %for_end_to497.15.i.loopexit.unr-lcssa, %for_body_to496.15.i.preheader
+  %indvars.iv970.15.i.epil.init = phi i64 [ 0, %for_body_to496.15.i.preheader ], [ %indvars.iv.next971.15.i.7, %for_end_to497.15.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod446)
+  br label %for_body_to496.15.i.epil
+
+for_body_to496.15.i.epil:                         ; preds = %for_body_to496.15.i.epil, %for_body_to496.15.i.epil.preheader
+  %indvars.iv970.15.i.epil = phi i64 [ %indvars.iv.next971.15.i.epil, %for_body_to496.15.i.epil ], [ %indvars.iv970.15.i.epil.init, %for_body_to496.15.i.epil.preheader ]
+  %epil.iter444 = phi i64 [ %epil.iter444.next, %for_body_to496.15.i.epil ], [ 0, %for_body_to496.15.i.epil.preheader ]
+  %3118 = shl nsw i64 %indvars.iv970.15.i.epil, 6
+  %3119 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3118
+  %3120 = getelementptr inbounds nuw i8, ptr %3119, i64 7680
+  %3121 = load <64 x i32>, ptr %3120, align 4, !tbaa !4
+  %3122 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3118
+  %3123 = getelementptr inbounds nuw i8, ptr %3122, i64 15872
+  store <64 x i32> %3121, ptr %3123, align 4, !tbaa !4
+  %indvars.iv.next971.15.i.epil = add nuw nsw i64 %indvars.iv970.15.i.epil, 1
+  %epil.iter444.next = add i64 %epil.iter444, 1
+  %epil.iter444.cmp.not = icmp eq i64 %epil.iter444.next, %xtraiter443
+  br i1 %epil.iter444.cmp.not, label %for_end_to497.15.i, label %for_body_to496.15.i.epil, !prof !105, !llvm.loop !249
+
+for_end_to497.15.i:                               ; preds = %for_body_to496.15.i.epil, %for_end_to497.15.i.loopexit.unr-lcssa, %for_end_to487.thread.i
+  %3124 = shufflevector <16 x float> %v321.i, <16 x float> %v337.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3125 = shufflevector <16 x float> %v329.i, <16 x float> %v345.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3126 = shufflevector <16 x float> %v321.i, <16 x float> %v337.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3127 = shufflevector <16 x float> %v329.i, <16 x float> %v345.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3128 = shufflevector <16 x float> %v323.i, <16 x float> %v339.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3129 = shufflevector <16 x float> %v331.i, <16 x float> %v347.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3130 = shufflevector <16 x float> %v323.i, <16 x float> %v339.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3131 = shufflevector <16 x float> %v331.i, <16 x float> %v347.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3132 = shufflevector <16 x float> %v325.i, <16 x float> %v341.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3133 = shufflevector <16 x float> %v333.i, <16 x float> %v349.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3134 = shufflevector <16 x float> %v325.i, <16 x float> %v341.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3135 = shufflevector <16 x float> %v333.i, <16 x float> %v349.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3136 = shufflevector <16 x float> %v327.i, <16 x float> %v343.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3137 = shufflevector <16 x float> %v335.i, <16 x float> %v351.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3138 = shufflevector <16 x float> %v327.i, <16 x float> %v343.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3139 = shufflevector <16 x float> %v335.i, <16 x float> %v351.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3140 = shufflevector <16 x float> %3124, <16 x float> %3125, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3141 = shufflevector <16 x float> %3132, <16 x float> %3133, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3142 = shufflevector <16 x float> %3124, <16 x float> %3125, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3143 = shufflevector <16 x float> %3132, <16 x float> %3133, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3144 = shufflevector <16 x float> %3126, <16 x float> %3127, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3145 = shufflevector <16 x float> %3134, <16 x float> %3135, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3146 = shufflevector <16 x float> %3126, <16 x float> %3127, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3147 = shufflevector <16 x float> %3134, <16 x float> %3135, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3148 = shufflevector <16 x float> %3128, <16 x float> %3129, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3149 = shufflevector <16 x float> %3136, <16 x float> %3137, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3150 = shufflevector <16 x float> %3128, <16 x float> %3129, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3151 = shufflevector <16 x float> %3136, <16 x float> %3137, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3152 = shufflevector <16 x float> %3130, <16 x float> %3131, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3153 = shufflevector <16 x float> %3138, <16 x float> %3139, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3154 = shufflevector <16 x float> %3130, <16 x float> %3131, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3155 = shufflevector <16 x float> %3138, <16 x float> %3139, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3156 = shufflevector <16 x float> %3140, <16 x float> %3141, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3157 = shufflevector <16 x float> %3148, <16 x float> %3149, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3158 = shufflevector <16 x float> %3140, <16 x float> %3141, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3159 = shufflevector <16 x float> %3148, <16 x float> %3149, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3160 = shufflevector <16 x float> %3142, <16 x float> %3143, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3161 = shufflevector <16 x float> %3150, <16 x float> %3151, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3162 = shufflevector <16 x float> %3142, <16 x float> %3143, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3163 = shufflevector <16 x float> %3150, <16 x float> %3151, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3164 = shufflevector <16 x float> %3144, <16 x float> %3145, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3165 = shufflevector <16 x float> %3152, <16 x float> %3153, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3166 = shufflevector <16 x float> %3144, <16 x float> %3145, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3167 = shufflevector <16 x float> %3152, <16 x float> %3153, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3168 = shufflevector <16 x float> %3146, <16 x float> %3147, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3169 = shufflevector <16 x float> %3154, <16 x float> %3155, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3170 = shufflevector <16 x float> %3146, <16 x float> %3147, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3171 = shufflevector <16 x float> %3154, <16 x float> %3155, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3172 = shufflevector <16 x float> %3170, <16 x float> %3171, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3173 = shufflevector <16 x float> %3170, <16 x float> %3171, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3174 = shufflevector <16 x float> %3168, <16 x float> %3169, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3175 = shufflevector <16 x float> %3168, <16 x float> %3169, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3176 = shufflevector <16 x float> %3166, <16 x float> %3167, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3177 = shufflevector <16 x float> %3166, <16 x float> %3167, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3178 = shufflevector <16 x float> %3164, <16 x float> %3165, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3179 = shufflevector <16 x float> %3164, <16 x float> %3165, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3180 = shufflevector <16 x float> %3162, <16 x float> %3163, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3181 = shufflevector <16 x float> %3162, <16 x float> %3163, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3182 = shufflevector <16 x float> %3160, <16 x float> %3161, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3183 = shufflevector <16 x float> %3160, <16 x float> %3161, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3184 = shufflevector <16 x float> %3158, <16 x float> %3159, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3185 = shufflevector <16 x float> %3158, <16 x float> %3159, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3186 = shufflevector <16 x float> %3156, <16 x float> %3157, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3187 = shufflevector <16 x float> %3156, <16 x float> %3157, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3188 = fadd <16 x float> %3187, zeroinitializer
+  %3189 = fadd <16 x float> %3186, %3188
+  %3190 = fadd <16 x float> %3185, %3189
+  %3191 = fadd <16 x float> %3184, %3190
+  %3192 = fadd <16 x float> %3183, %3191
+  %3193 = fadd <16 x float> %3182, %3192
+  %3194 = fadd <16 x float> %3181, %3193
+  %3195 = fadd <16 x float> %3180, %3194
+  %3196 = fadd <16 x float> %3179, %3195
+  %3197 = fadd <16 x float> %3178, %3196
+  %3198 = fadd <16 x float> %3177, %3197
+  %3199 = fadd <16 x float> %3176, %3198
+  %3200 = fadd <16 x float> %3175, %3199
+  %3201 = fadd <16 x float> %3174, %3200
+  %3202 = fadd <16 x float> %3173, %3201
+  %3203 = fadd <16 x float> %3172, %3202
+  %3204 = shl nuw nsw i64 %indvars.iv1095.i, 4
+  %3205 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %3204
+  %3206 = load <16 x float>, ptr %3205, align 16, !tbaa !83
+  %old_max.i = select <16 x i1> %1454, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %3206
+  %3207 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %3204
+  %3208 = load <16 x float>, ptr %3207, align 16, !tbaa !85
+  %old_sum.i = select <16 x i1> %1454, <16 x float> zeroinitializer, <16 x float> %3208
+  %3209 = load <16 x float>, ptr %tile_max734.i, align 16, !tbaa !250
+  %3210 = fcmp ogt <16 x float> %old_max.i, %3209
+  %3211 = fcmp oeq <16 x float> %3203, zeroinitializer
+  %3212 = select <16 x i1> %3211, <16 x i1> splat (i1 true), <16 x i1> %3210
+  %old_or_both.i = select <16 x i1> %3212, <16 x float> %old_max.i, <16 x float> %3209
+  %3213 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %3213, <16 x float> %3209, <16 x float> %old_or_both.i
+  %3214 = fsub <16 x float> %old_max.i, %m.i
+  %3215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3214, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3216 = bitcast <16 x float> %3215 to <16 x i32>
+  %3217 = fadd <16 x float> %3215, splat (float 0xC168000FE0000000)
+  %3218 = fmul <16 x float> %3217, splat (float 0x3F2BD01060000000)
+  %3219 = fmul <16 x float> %3217, splat (float 0x3FE6300000000000)
+  %3220 = fsub <16 x float> %3214, %3219
+  %3221 = fadd <16 x float> %3218, %3220
+  %3222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3221, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3222, <16 x float> %3221, <16 x float> splat (float 0x3FA5558F20000000))
+  %3224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3223, <16 x float> %3221, <16 x float> splat (float 0x3FC5554920000000))
+  %3225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3224, <16 x float> %3221, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3226 = fmul <16 x float> %3221, %3221
+  %3227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3225, <16 x float> %3226, <16 x float> %3221)
+  %3228 = shl <16 x i32> %3216, splat (i32 23)
+  %3229 = bitcast <16 x i32> %3228 to <16 x float>
+  %3230 = fadd <16 x float> %3227, splat (float 1.000000e+00)
+  %3231 = fmul <16 x float> %3230, %3229
+  %3232 = fcmp olt <16 x float> %3214, splat (float -8.700000e+01)
+  %3233 = select <16 x i1> %3232, <16 x float> zeroinitializer, <16 x float> %3231
+  %3234 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %3235 = select <16 x i1> %3234, <16 x float> %3233, <16 x float> zeroinitializer
+  store <16 x float> %3235, ptr %alpha736.i, align 16, !tbaa !256
+  %arg517.i = fsub <16 x float> %3209, %m.i
+  %3236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg517.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3237 = bitcast <16 x float> %3236 to <16 x i32>
+  %3238 = fadd <16 x float> %3236, splat (float 0xC168000FE0000000)
+  %3239 = fmul <16 x float> %3238, splat (float 0x3F2BD01060000000)
+  %3240 = fmul <16 x float> %3238, splat (float 0x3FE6300000000000)
+  %3241 = fsub <16 x float> %arg517.i, %3240
+  %3242 = fadd <16 x float> %3239, %3241
+  %3243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3242, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3243, <16 x float> %3242, <16 x float> splat (float 0x3FA5558F20000000))
+  %3245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3244, <16 x float> %3242, <16 x float> splat (float 0x3FC5554920000000))
+  %3246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3245, <16 x float> %3242, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3247 = fmul <16 x float> %3242, %3242
+  %3248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3246, <16 x float> %3247, <16 x float> %3242)
+  %3249 = shl <16 x i32> %3237, splat (i32 23)
+  %3250 = bitcast <16 x i32> %3249 to <16 x float>
+  %3251 = fadd <16 x float> %3248, splat (float 1.000000e+00)
+  %3252 = fmul <16 x float> %3251, %3250
+  %3253 = fcmp olt <16 x float> %arg517.i, splat (float -8.700000e+01)
+  %3254 = select <16 x i1> %3253, <16 x float> zeroinitializer, <16 x float> %3252
+  %3255 = fcmp one <16 x float> %3203, zeroinitializer
+  %3256 = select <16 x i1> %3255, <16 x float> %3254, <16 x float> zeroinitializer
+  store <16 x float> %3256, ptr %beta735.i, align 16, !tbaa !263
+  %3257 = fmul <16 x float> %old_sum.i, %3235
+  %3258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3256, <16 x float> %3203, <16 x float> %3257)
+  store <16 x float> %m.i, ptr %3205, align 16, !tbaa !83
+  store <16 x float> %3258, ptr %3207, align 16, !tbaa !85
+  %3259 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc532.i = tail call ptr %3259(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
+  %3260 = icmp eq ptr %acc532.i, null
+  br i1 %3260, label %fused_decode_compute_.exit, label %for_body_p.i, !prof !7
+
+for_body_p.i:                                     ; preds = %for_end_to539.i, %for_end_to497.15.i
+  %indvars.iv1014.i = phi i64 [ %indvars.iv.next1015.i, %for_end_to539.i ], [ 0, %for_end_to497.15.i ]
   tail call void @llvm.x86.tilezero(i8 0)
   tail call void @llvm.x86.tilezero(i8 1)
   tail call void @llvm.x86.tilezero(i8 2)
   tail call void @llvm.x86.tilezero(i8 3)
-  %3259 = shl nuw nsw i64 %indvars.iv1028.i, 5
-  br i1 %1450, label %for_body_to545.lr.ph.i, label %for_end_to546.i, !prof !3
+  %3261 = shl nuw nsw i64 %indvars.iv1014.i, 5
+  br i1 %1450, label %for_body_to538.lr.ph.i, label %for_end_to539.i, !prof !3
 
-for_body_to545.lr.ph.i:                           ; preds = %for_body_p.i
-  %invariant.gep821.i = getelementptr i32, ptr %key_cache, i64 %3259
-  br label %for_body_to545.i
+for_body_to538.lr.ph.i:                           ; preds = %for_body_p.i
+  %invariant.gep811.i = getelementptr i32, ptr %key_cache, i64 %3261
+  br label %for_body_to538.i
 
-for_body_to545.i:                                 ; preds = %if_end550.i, %for_body_to545.lr.ph.i
-  %indvars.iv1023.i = phi i64 [ 0, %for_body_to545.lr.ph.i ], [ %indvars.iv.next1024.i, %if_end550.i ]
-  %3260 = shl nsw i64 %indvars.iv1023.i, 6
-  %3261 = add nuw nsw i64 %3260, 64
-  %.not762.i = icmp sgt i64 %3261, %1439
-  br i1 %.not762.i, label %if_else551.i, label %for_body_s553.preheader.i
+for_body_to538.i:                                 ; preds = %if_end543.i, %for_body_to538.lr.ph.i
+  %indvars.iv1009.i = phi i64 [ 0, %for_body_to538.lr.ph.i ], [ %indvars.iv.next1010.i, %if_end543.i ]
+  %3262 = shl nsw i64 %indvars.iv1009.i, 6
+  %3263 = add nuw nsw i64 %3262, 64
+  %.not751.i = icmp sgt i64 %3263, %1439
+  br i1 %.not751.i, label %if_else544.i, label %for_body_s546.preheader.i
 
-for_body_s553.preheader.i:                        ; preds = %for_body_to545.i
-  %3262 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3260
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3262, i64 512)
-  %3263 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3260
-  %3264 = load i64, ptr %3263, align 8, !tbaa !4
-  %gep822.i = getelementptr i32, ptr %invariant.gep821.i, i64 %3264
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr %gep822.i, i64 %96)
+for_body_s546.preheader.i:                        ; preds = %for_body_to538.i
+  %3264 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3262
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3264, i64 512)
+  %3265 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3262
+  %3266 = load i64, ptr %3265, align 8, !tbaa !4
+  %gep812.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3266
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr %gep812.i, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
-  %3265 = getelementptr inbounds nuw i8, ptr %3262, i64 8192
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3265, i64 512)
+  %3267 = getelementptr inbounds nuw i8, ptr %3264, i64 8192
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3267, i64 512)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
-  %3266 = load i64, ptr %3263, align 8, !tbaa !4
-  %gep824.i = getelementptr i32, ptr %invariant.gep821.i, i64 %3266
-  %3267 = getelementptr i8, ptr %gep824.i, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr %3267, i64 %96)
+  %3268 = load i64, ptr %3265, align 8, !tbaa !4
+  %gep814.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3268
+  %3269 = getelementptr i8, ptr %gep814.i, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr %3269, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 6)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 6)
-  %3268 = or disjoint i64 %3260, 16
-  %3269 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3268
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3269, i64 512)
-  %3270 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3268
-  %3271 = load i64, ptr %3270, align 8, !tbaa !4
-  %gep822.1.i = getelementptr i32, ptr %invariant.gep821.i, i64 %3271
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr %gep822.1.i, i64 %96)
+  %3270 = or disjoint i64 %3262, 16
+  %3271 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3270
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3271, i64 512)
+  %3272 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3270
+  %3273 = load i64, ptr %3272, align 8, !tbaa !4
+  %gep812.1.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3273
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr %gep812.1.i, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
-  %3272 = getelementptr inbounds nuw i8, ptr %3269, i64 8192
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3272, i64 512)
+  %3274 = getelementptr inbounds nuw i8, ptr %3271, i64 8192
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3274, i64 512)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
-  %3273 = load i64, ptr %3270, align 8, !tbaa !4
-  %gep824.1.i = getelementptr i32, ptr %invariant.gep821.i, i64 %3273
-  %3274 = getelementptr i8, ptr %gep824.1.i, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr %3274, i64 %96)
+  %3275 = load i64, ptr %3272, align 8, !tbaa !4
+  %gep814.1.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3275
+  %3276 = getelementptr i8, ptr %gep814.1.i, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr %3276, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 6)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 6)
-  %3275 = or disjoint i64 %3260, 32
-  %3276 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3275
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3276, i64 512)
-  %3277 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3275
-  %3278 = load i64, ptr %3277, align 8, !tbaa !4
-  %gep822.2.i = getelementptr i32, ptr %invariant.gep821.i, i64 %3278
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr %gep822.2.i, i64 %96)
+  %3277 = or disjoint i64 %3262, 32
+  %3278 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3277
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3278, i64 512)
+  %3279 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3277
+  %3280 = load i64, ptr %3279, align 8, !tbaa !4
+  %gep812.2.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3280
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr %gep812.2.i, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
-  %3279 = getelementptr inbounds nuw i8, ptr %3276, i64 8192
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3279, i64 512)
+  %3281 = getelementptr inbounds nuw i8, ptr %3278, i64 8192
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3281, i64 512)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
-  %3280 = load i64, ptr %3277, align 8, !tbaa !4
-  %gep824.2.i = getelementptr i32, ptr %invariant.gep821.i, i64 %3280
-  %3281 = getelementptr i8, ptr %gep824.2.i, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr %3281, i64 %96)
+  %3282 = load i64, ptr %3279, align 8, !tbaa !4
+  %gep814.2.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3282
+  %3283 = getelementptr i8, ptr %gep814.2.i, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr %3283, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 6)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 6)
-  %3282 = or disjoint i64 %3260, 48
-  %3283 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3282
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3283, i64 512)
-  %3284 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3282
-  %3285 = load i64, ptr %3284, align 8, !tbaa !4
-  %gep822.3.i = getelementptr i32, ptr %invariant.gep821.i, i64 %3285
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr %gep822.3.i, i64 %96)
+  %3284 = or disjoint i64 %3262, 48
+  %3285 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3284
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3285, i64 512)
+  %3286 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3284
+  %3287 = load i64, ptr %3286, align 8, !tbaa !4
+  %gep812.3.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3287
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr %gep812.3.i, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
-  %3286 = getelementptr inbounds nuw i8, ptr %3283, i64 8192
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3286, i64 512)
+  %3288 = getelementptr inbounds nuw i8, ptr %3285, i64 8192
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3288, i64 512)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
-  %3287 = load i64, ptr %3284, align 8, !tbaa !4
-  %gep824.3.i = getelementptr i32, ptr %invariant.gep821.i, i64 %3287
-  %3288 = getelementptr i8, ptr %gep824.3.i, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr %3288, i64 %96)
+  %3289 = load i64, ptr %3286, align 8, !tbaa !4
+  %gep814.3.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3289
+  %3290 = getelementptr i8, ptr %gep814.3.i, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr %3290, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 6)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 6)
-  br label %if_end550.i
+  br label %if_end543.i
 
-for_end_to546.i:                                  ; preds = %if_end550.i, %for_body_p.i
-  %3289 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3259
-  tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %3289, i64 1024)
-  %3290 = getelementptr inbounds nuw i8, ptr %3289, i64 16384
-  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %3290, i64 1024)
-  %3291 = getelementptr inbounds nuw i8, ptr %3289, i64 64
-  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %3291, i64 1024)
-  %3292 = getelementptr inbounds nuw i8, ptr %3289, i64 16448
-  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %3292, i64 1024)
-  %indvars.iv.next1029.i = add nuw nsw i64 %indvars.iv1028.i, 1
-  %exitcond1031.not.i = icmp eq i64 %indvars.iv.next1029.i, 8
-  br i1 %exitcond1031.not.i, label %for_begin_w.preheader.i, label %for_body_p.i, !prof !31
+for_end_to539.i:                                  ; preds = %if_end543.i, %for_body_p.i
+  %3291 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3261
+  tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %3291, i64 1024)
+  %3292 = getelementptr inbounds nuw i8, ptr %3291, i64 16384
+  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %3292, i64 1024)
+  %3293 = getelementptr inbounds nuw i8, ptr %3291, i64 64
+  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %3293, i64 1024)
+  %3294 = getelementptr inbounds nuw i8, ptr %3291, i64 16448
+  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %3294, i64 1024)
+  %indvars.iv.next1015.i = add nuw nsw i64 %indvars.iv1014.i, 1
+  %exitcond1017.not.i = icmp eq i64 %indvars.iv.next1015.i, 8
+  br i1 %exitcond1017.not.i, label %for_begin_w.preheader.i, label %for_body_p.i, !prof !31
 
-if_end550.i:                                      ; preds = %for_body_s561.preheader.i, %for_body_s553.preheader.i
-  %indvars.iv.next1024.i = add nuw nsw i64 %indvars.iv1023.i, 1
-  %exitcond1027.not.i = icmp eq i64 %indvars.iv.next1024.i, %wide.trip.count914.i
-  br i1 %exitcond1027.not.i, label %for_end_to546.i, label %for_body_to545.i, !prof !8
+if_end543.i:                                      ; preds = %for_body_s554.preheader.i, %for_body_s546.preheader.i
+  %indvars.iv.next1010.i = add nuw nsw i64 %indvars.iv1009.i, 1
+  %exitcond1013.not.i = icmp eq i64 %indvars.iv.next1010.i, %wide.trip.count909.i
+  br i1 %exitcond1013.not.i, label %for_end_to539.i, label %for_body_to538.i, !prof !8
 
-if_else551.i:                                     ; preds = %for_body_to545.i
-  %3293 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %edge.i = tail call ptr %3293(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %3294 = icmp eq ptr %edge.i, null
-  br i1 %3294, label %fused_decode_compute_.exit, label %for_begin_w_0.preheader.i, !prof !7
+if_else544.i:                                     ; preds = %for_body_to538.i
+  %3295 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %edge.i = tail call ptr %3295(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %3296 = icmp eq ptr %edge.i, null
+  br i1 %3296, label %fused_decode_compute_.exit, label %for_begin_w_0.preheader.i, !prof !7
 
-for_begin_w_0.preheader.i:                        ; preds = %for_begin_w_0.preheader.i, %if_else551.i
-  %indvars.iv1015.i = phi i64 [ %indvars.iv.next1016.i.1, %for_begin_w_0.preheader.i ], [ 0, %if_else551.i ]
-  %3295 = and i64 %indvars.iv1015.i, 14
-  %3296 = mul nsw i64 %3295, %k_row
-  %3297 = or disjoint i64 %indvars.iv1015.i, %3260
-  %3298 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3297
-  %3299 = icmp slt i64 %3297, %1439
-  %3300 = insertelement <16 x i1> poison, i1 %3299, i64 0
-  %3301 = shufflevector <16 x i1> %3300, <16 x i1> poison, <16 x i32> zeroinitializer
-  %3302 = load i64, ptr %3298, align 8, !tbaa !4
-  %gep1280.i = getelementptr i32, ptr %invariant.gep821.i, i64 %3302
-  %3303 = getelementptr i32, ptr %gep1280.i, i64 %3296
-  %3304 = load <16 x i32>, ptr %3303, align 4, !tbaa !4
-  %3305 = select <16 x i1> %3301, <16 x i32> %3304, <16 x i32> zeroinitializer
-  %.idx = shl nuw nsw i64 %indvars.iv1015.i, 7
-  %3306 = getelementptr inbounds nuw i8, ptr %edge.i, i64 %.idx
-  store <16 x i32> %3305, ptr %3306, align 4, !tbaa !4
-  %3307 = load i64, ptr %3298, align 8, !tbaa !4
-  %gep1282.i = getelementptr i32, ptr %invariant.gep821.i, i64 %3307
-  %3308 = getelementptr i8, ptr %gep1282.i, i64 64
-  %3309 = getelementptr i32, ptr %3308, i64 %3296
-  %3310 = load <16 x i32>, ptr %3309, align 4, !tbaa !4
-  %3311 = select <16 x i1> %3301, <16 x i32> %3310, <16 x i32> zeroinitializer
-  %3312 = getelementptr inbounds nuw i8, ptr %3306, i64 64
-  store <16 x i32> %3311, ptr %3312, align 4, !tbaa !4
-  %indvars.iv.next1016.i = or disjoint i64 %indvars.iv1015.i, 1
-  %3313 = and i64 %indvars.iv.next1016.i, 15
-  %3314 = mul nsw i64 %3313, %k_row
-  %3315 = or disjoint i64 %indvars.iv.next1016.i, %3260
-  %3316 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3315
-  %3317 = icmp slt i64 %3315, %1439
-  %3318 = insertelement <16 x i1> poison, i1 %3317, i64 0
-  %3319 = shufflevector <16 x i1> %3318, <16 x i1> poison, <16 x i32> zeroinitializer
-  %3320 = load i64, ptr %3316, align 8, !tbaa !4
-  %gep1280.i.1 = getelementptr i32, ptr %invariant.gep821.i, i64 %3320
-  %3321 = getelementptr i32, ptr %gep1280.i.1, i64 %3314
-  %3322 = load <16 x i32>, ptr %3321, align 4, !tbaa !4
-  %3323 = select <16 x i1> %3319, <16 x i32> %3322, <16 x i32> zeroinitializer
-  %.idx.1 = shl nuw nsw i64 %indvars.iv.next1016.i, 7
-  %3324 = getelementptr inbounds nuw i8, ptr %edge.i, i64 %.idx.1
-  store <16 x i32> %3323, ptr %3324, align 4, !tbaa !4
-  %3325 = load i64, ptr %3316, align 8, !tbaa !4
-  %gep1282.i.1 = getelementptr i32, ptr %invariant.gep821.i, i64 %3325
-  %3326 = getelementptr i8, ptr %gep1282.i.1, i64 64
-  %3327 = getelementptr i32, ptr %3326, i64 %3314
-  %3328 = load <16 x i32>, ptr %3327, align 4, !tbaa !4
-  %3329 = select <16 x i1> %3319, <16 x i32> %3328, <16 x i32> zeroinitializer
-  %3330 = getelementptr inbounds nuw i8, ptr %3324, i64 64
-  store <16 x i32> %3329, ptr %3330, align 4, !tbaa !4
-  %indvars.iv.next1016.i.1 = add nuw nsw i64 %indvars.iv1015.i, 2
-  %exitcond1018.not.i.1 = icmp eq i64 %indvars.iv.next1016.i.1, 64
-  br i1 %exitcond1018.not.i.1, label %for_body_s561.preheader.i, label %for_begin_w_0.preheader.i, !prof !31, !llvm.loop !270
+for_begin_w_0.preheader.i:                        ; preds = %for_begin_w_0.preheader.i, %if_else544.i
+  %indvars.iv1001.i = phi i64 [ %indvars.iv.next1002.i.1, %for_begin_w_0.preheader.i ], [ 0, %if_else544.i ]
+  %3297 = and i64 %indvars.iv1001.i, 14
+  %3298 = mul nsw i64 %3297, %k_row
+  %3299 = or disjoint i64 %indvars.iv1001.i, %3262
+  %3300 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3299
+  %3301 = icmp slt i64 %3299, %1439
+  %3302 = insertelement <16 x i1> poison, i1 %3301, i64 0
+  %3303 = shufflevector <16 x i1> %3302, <16 x i1> poison, <16 x i32> zeroinitializer
+  %3304 = load i64, ptr %3300, align 8, !tbaa !4
+  %gep1262.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3304
+  %3305 = getelementptr i32, ptr %gep1262.i, i64 %3298
+  %3306 = load <16 x i32>, ptr %3305, align 4, !tbaa !4
+  %3307 = select <16 x i1> %3303, <16 x i32> %3306, <16 x i32> zeroinitializer
+  %.idx = shl nuw nsw i64 %indvars.iv1001.i, 7
+  %3308 = getelementptr inbounds nuw i8, ptr %edge.i, i64 %.idx
+  store <16 x i32> %3307, ptr %3308, align 4, !tbaa !4
+  %3309 = load i64, ptr %3300, align 8, !tbaa !4
+  %gep1264.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3309
+  %3310 = getelementptr i8, ptr %gep1264.i, i64 64
+  %3311 = getelementptr i32, ptr %3310, i64 %3298
+  %3312 = load <16 x i32>, ptr %3311, align 4, !tbaa !4
+  %3313 = select <16 x i1> %3303, <16 x i32> %3312, <16 x i32> zeroinitializer
+  %3314 = getelementptr inbounds nuw i8, ptr %3308, i64 64
+  store <16 x i32> %3313, ptr %3314, align 4, !tbaa !4
+  %indvars.iv.next1002.i = or disjoint i64 %indvars.iv1001.i, 1
+  %3315 = and i64 %indvars.iv.next1002.i, 15
+  %3316 = mul nsw i64 %3315, %k_row
+  %3317 = or disjoint i64 %indvars.iv.next1002.i, %3262
+  %3318 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3317
+  %3319 = icmp slt i64 %3317, %1439
+  %3320 = insertelement <16 x i1> poison, i1 %3319, i64 0
+  %3321 = shufflevector <16 x i1> %3320, <16 x i1> poison, <16 x i32> zeroinitializer
+  %3322 = load i64, ptr %3318, align 8, !tbaa !4
+  %gep1262.i.1 = getelementptr i32, ptr %invariant.gep811.i, i64 %3322
+  %3323 = getelementptr i32, ptr %gep1262.i.1, i64 %3316
+  %3324 = load <16 x i32>, ptr %3323, align 4, !tbaa !4
+  %3325 = select <16 x i1> %3321, <16 x i32> %3324, <16 x i32> zeroinitializer
+  %.idx.1 = shl nuw nsw i64 %indvars.iv.next1002.i, 7
+  %3326 = getelementptr inbounds nuw i8, ptr %edge.i, i64 %.idx.1
+  store <16 x i32> %3325, ptr %3326, align 4, !tbaa !4
+  %3327 = load i64, ptr %3318, align 8, !tbaa !4
+  %gep1264.i.1 = getelementptr i32, ptr %invariant.gep811.i, i64 %3327
+  %3328 = getelementptr i8, ptr %gep1264.i.1, i64 64
+  %3329 = getelementptr i32, ptr %3328, i64 %3316
+  %3330 = load <16 x i32>, ptr %3329, align 4, !tbaa !4
+  %3331 = select <16 x i1> %3321, <16 x i32> %3330, <16 x i32> zeroinitializer
+  %3332 = getelementptr inbounds nuw i8, ptr %3326, i64 64
+  store <16 x i32> %3331, ptr %3332, align 4, !tbaa !4
+  %indvars.iv.next1002.i.1 = add nuw nsw i64 %indvars.iv1001.i, 2
+  %exitcond1004.not.i.1 = icmp eq i64 %indvars.iv.next1002.i.1, 64
+  br i1 %exitcond1004.not.i.1, label %for_body_s554.preheader.i, label %for_begin_w_0.preheader.i, !prof !31, !llvm.loop !270
 
-for_body_s561.preheader.i:                        ; preds = %for_begin_w_0.preheader.i
-  %3331 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3260
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3331, i64 512)
+for_body_s554.preheader.i:                        ; preds = %for_begin_w_0.preheader.i
+  %3333 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3262
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3333, i64 512)
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %edge.i, i64 128)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
-  %3332 = getelementptr inbounds nuw i8, ptr %3331, i64 8192
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3332, i64 512)
+  %3334 = getelementptr inbounds nuw i8, ptr %3333, i64 8192
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3334, i64 512)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
-  %3333 = getelementptr inbounds nuw i8, ptr %edge.i, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3333, i64 128)
-  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 6)
-  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 6)
-  %3334 = getelementptr inbounds nuw i8, ptr %3331, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3334, i64 512)
-  %3335 = getelementptr inbounds nuw i8, ptr %edge.i, i64 2048
+  %3335 = getelementptr inbounds nuw i8, ptr %edge.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3335, i64 128)
-  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
-  %3336 = getelementptr inbounds nuw i8, ptr %3331, i64 8256
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3336, i64 512)
-  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
-  %3337 = getelementptr inbounds nuw i8, ptr %edge.i, i64 2112
+  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 6)
+  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 6)
+  %3336 = getelementptr inbounds nuw i8, ptr %3333, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3336, i64 512)
+  %3337 = getelementptr inbounds nuw i8, ptr %edge.i, i64 2048
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3337, i64 128)
-  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 6)
-  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 6)
-  %3338 = getelementptr inbounds nuw i8, ptr %3331, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3338, i64 512)
-  %3339 = getelementptr inbounds nuw i8, ptr %edge.i, i64 4096
+  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
+  %3338 = getelementptr inbounds nuw i8, ptr %3333, i64 8256
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3338, i64 512)
+  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
+  %3339 = getelementptr inbounds nuw i8, ptr %edge.i, i64 2112
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3339, i64 128)
-  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
-  %3340 = getelementptr inbounds nuw i8, ptr %3331, i64 8320
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3340, i64 512)
-  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
-  %3341 = getelementptr inbounds nuw i8, ptr %edge.i, i64 4160
+  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 6)
+  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 6)
+  %3340 = getelementptr inbounds nuw i8, ptr %3333, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3340, i64 512)
+  %3341 = getelementptr inbounds nuw i8, ptr %edge.i, i64 4096
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3341, i64 128)
-  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 6)
-  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 6)
-  %3342 = getelementptr inbounds nuw i8, ptr %3331, i64 192
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3342, i64 512)
-  %3343 = getelementptr inbounds nuw i8, ptr %edge.i, i64 6144
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3343, i64 128)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
-  %3344 = getelementptr inbounds nuw i8, ptr %3331, i64 8384
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3344, i64 512)
+  %3342 = getelementptr inbounds nuw i8, ptr %3333, i64 8320
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3342, i64 512)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
-  %3345 = getelementptr inbounds nuw i8, ptr %edge.i, i64 6208
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3345, i64 128)
+  %3343 = getelementptr inbounds nuw i8, ptr %edge.i, i64 4160
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3343, i64 128)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 6)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 6)
-  %3346 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3347 = tail call i32 %3346(i32 1, i32 %dev_id, ptr nonnull %edge.i)
-  %.not763.i = icmp eq i32 %3347, 0
-  br i1 %.not763.i, label %if_end550.i, label %fused_decode_compute_.exit, !prof !75
+  %3344 = getelementptr inbounds nuw i8, ptr %3333, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3344, i64 512)
+  %3345 = getelementptr inbounds nuw i8, ptr %edge.i, i64 6144
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3345, i64 128)
+  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
+  %3346 = getelementptr inbounds nuw i8, ptr %3333, i64 8384
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3346, i64 512)
+  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
+  %3347 = getelementptr inbounds nuw i8, ptr %edge.i, i64 6208
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3347, i64 128)
+  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 6)
+  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 6)
+  %3348 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3349 = tail call i32 %3348(i32 1, i32 %dev_id, ptr nonnull %edge.i)
+  %.not752.i = icmp eq i32 %3349, 0
+  br i1 %.not752.i, label %if_end543.i, label %fused_decode_compute_.exit, !prof !75
 
 for_begin_lane.preheader.i:                       ; preds = %for_begin_w.preheader.i
-  %3348 = icmp eq <16 x i32> %.fr, splat (i32 2139095040)
-  %3349 = bitcast <16 x i1> %3348 to i16
-  %3350 = icmp eq i16 %3349, 0
-  br i1 %3350, label %if_end573.i, label %if_then572.i, !prof !75
+  %3350 = icmp eq <16 x i32> %.fr, splat (i32 2139095040)
+  %3351 = bitcast <16 x i1> %3350 to i16
+  %3352 = icmp eq i16 %3351, 0
+  br i1 %3352, label %if_end566.i, label %if_then565.i, !prof !75
 
-for_begin_w.preheader.i:                          ; preds = %for_begin_w.preheader.i, %for_end_to546.i
-  %indvars.iv1036.i = phi i64 [ %indvars.iv.next1037.i, %for_begin_w.preheader.i ], [ 0, %for_end_to546.i ]
-  %3351 = phi <16 x i32> [ %.fr, %for_begin_w.preheader.i ], [ zeroinitializer, %for_end_to546.i ]
-  %.idx65 = shl nuw nsw i64 %indvars.iv1036.i, 10
-  %3352 = getelementptr inbounds nuw i8, ptr %acc539.i, i64 %.idx65
-  %3353 = load <16 x i32>, ptr %3352, align 4, !tbaa !4
-  %3354 = and <16 x i32> %3353, splat (i32 2139095040)
-  %3355 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %3351, <16 x i32> %3354)
-  %3356 = getelementptr inbounds nuw i8, ptr %3352, i64 64
-  %3357 = load <16 x i32>, ptr %3356, align 4, !tbaa !4
-  %3358 = and <16 x i32> %3357, splat (i32 2139095040)
-  %3359 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3355, <16 x i32> %3358)
-  %3360 = getelementptr inbounds nuw i8, ptr %3352, i64 128
-  %3361 = load <16 x i32>, ptr %3360, align 4, !tbaa !4
-  %3362 = and <16 x i32> %3361, splat (i32 2139095040)
-  %3363 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3359, <16 x i32> %3362)
-  %3364 = getelementptr inbounds nuw i8, ptr %3352, i64 192
-  %3365 = load <16 x i32>, ptr %3364, align 4, !tbaa !4
-  %3366 = and <16 x i32> %3365, splat (i32 2139095040)
-  %3367 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3363, <16 x i32> %3366)
-  %3368 = getelementptr inbounds nuw i8, ptr %3352, i64 256
-  %3369 = load <16 x i32>, ptr %3368, align 4, !tbaa !4
-  %3370 = and <16 x i32> %3369, splat (i32 2139095040)
-  %3371 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3367, <16 x i32> %3370)
-  %3372 = getelementptr inbounds nuw i8, ptr %3352, i64 320
-  %3373 = load <16 x i32>, ptr %3372, align 4, !tbaa !4
-  %3374 = and <16 x i32> %3373, splat (i32 2139095040)
-  %3375 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3371, <16 x i32> %3374)
-  %3376 = getelementptr inbounds nuw i8, ptr %3352, i64 384
-  %3377 = load <16 x i32>, ptr %3376, align 4, !tbaa !4
-  %3378 = and <16 x i32> %3377, splat (i32 2139095040)
-  %3379 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3375, <16 x i32> %3378)
-  %3380 = getelementptr inbounds nuw i8, ptr %3352, i64 448
-  %3381 = load <16 x i32>, ptr %3380, align 4, !tbaa !4
-  %3382 = and <16 x i32> %3381, splat (i32 2139095040)
-  %3383 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3379, <16 x i32> %3382)
-  %3384 = getelementptr inbounds nuw i8, ptr %3352, i64 512
-  %3385 = load <16 x i32>, ptr %3384, align 4, !tbaa !4
-  %3386 = and <16 x i32> %3385, splat (i32 2139095040)
-  %3387 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3383, <16 x i32> %3386)
-  %3388 = getelementptr inbounds nuw i8, ptr %3352, i64 576
-  %3389 = load <16 x i32>, ptr %3388, align 4, !tbaa !4
-  %3390 = and <16 x i32> %3389, splat (i32 2139095040)
-  %3391 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3387, <16 x i32> %3390)
-  %3392 = getelementptr inbounds nuw i8, ptr %3352, i64 640
-  %3393 = load <16 x i32>, ptr %3392, align 4, !tbaa !4
-  %3394 = and <16 x i32> %3393, splat (i32 2139095040)
-  %3395 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3391, <16 x i32> %3394)
-  %3396 = getelementptr inbounds nuw i8, ptr %3352, i64 704
-  %3397 = load <16 x i32>, ptr %3396, align 4, !tbaa !4
-  %3398 = and <16 x i32> %3397, splat (i32 2139095040)
-  %3399 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3395, <16 x i32> %3398)
-  %3400 = getelementptr inbounds nuw i8, ptr %3352, i64 768
-  %3401 = load <16 x i32>, ptr %3400, align 4, !tbaa !4
-  %3402 = and <16 x i32> %3401, splat (i32 2139095040)
-  %3403 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3399, <16 x i32> %3402)
-  %3404 = getelementptr inbounds nuw i8, ptr %3352, i64 832
-  %3405 = load <16 x i32>, ptr %3404, align 4, !tbaa !4
-  %3406 = and <16 x i32> %3405, splat (i32 2139095040)
-  %3407 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3403, <16 x i32> %3406)
-  %3408 = getelementptr inbounds nuw i8, ptr %3352, i64 896
-  %3409 = load <16 x i32>, ptr %3408, align 4, !tbaa !4
-  %3410 = and <16 x i32> %3409, splat (i32 2139095040)
-  %3411 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3407, <16 x i32> %3410)
-  %3412 = getelementptr inbounds nuw i8, ptr %3352, i64 960
-  %3413 = load <16 x i32>, ptr %3412, align 4, !tbaa !4
-  %3414 = and <16 x i32> %3413, splat (i32 2139095040)
-  %3415 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3411, <16 x i32> %3414)
-  %.fr = freeze <16 x i32> %3415
-  %indvars.iv.next1037.i = add nuw nsw i64 %indvars.iv1036.i, 1
-  %exitcond1039.not.i = icmp eq i64 %indvars.iv.next1037.i, 32
-  br i1 %exitcond1039.not.i, label %for_begin_lane.preheader.i, label %for_begin_w.preheader.i, !prof !31
+for_begin_w.preheader.i:                          ; preds = %for_begin_w.preheader.i, %for_end_to539.i
+  %indvars.iv1022.i = phi i64 [ %indvars.iv.next1023.i, %for_begin_w.preheader.i ], [ 0, %for_end_to539.i ]
+  %3353 = phi <16 x i32> [ %.fr, %for_begin_w.preheader.i ], [ zeroinitializer, %for_end_to539.i ]
+  %.idx65 = shl nuw nsw i64 %indvars.iv1022.i, 10
+  %3354 = getelementptr inbounds nuw i8, ptr %acc532.i, i64 %.idx65
+  %3355 = load <16 x i32>, ptr %3354, align 4, !tbaa !4
+  %3356 = and <16 x i32> %3355, splat (i32 2139095040)
+  %3357 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %3353, <16 x i32> %3356)
+  %3358 = getelementptr inbounds nuw i8, ptr %3354, i64 64
+  %3359 = load <16 x i32>, ptr %3358, align 4, !tbaa !4
+  %3360 = and <16 x i32> %3359, splat (i32 2139095040)
+  %3361 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3357, <16 x i32> %3360)
+  %3362 = getelementptr inbounds nuw i8, ptr %3354, i64 128
+  %3363 = load <16 x i32>, ptr %3362, align 4, !tbaa !4
+  %3364 = and <16 x i32> %3363, splat (i32 2139095040)
+  %3365 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3361, <16 x i32> %3364)
+  %3366 = getelementptr inbounds nuw i8, ptr %3354, i64 192
+  %3367 = load <16 x i32>, ptr %3366, align 4, !tbaa !4
+  %3368 = and <16 x i32> %3367, splat (i32 2139095040)
+  %3369 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3365, <16 x i32> %3368)
+  %3370 = getelementptr inbounds nuw i8, ptr %3354, i64 256
+  %3371 = load <16 x i32>, ptr %3370, align 4, !tbaa !4
+  %3372 = and <16 x i32> %3371, splat (i32 2139095040)
+  %3373 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3369, <16 x i32> %3372)
+  %3374 = getelementptr inbounds nuw i8, ptr %3354, i64 320
+  %3375 = load <16 x i32>, ptr %3374, align 4, !tbaa !4
+  %3376 = and <16 x i32> %3375, splat (i32 2139095040)
+  %3377 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3373, <16 x i32> %3376)
+  %3378 = getelementptr inbounds nuw i8, ptr %3354, i64 384
+  %3379 = load <16 x i32>, ptr %3378, align 4, !tbaa !4
+  %3380 = and <16 x i32> %3379, splat (i32 2139095040)
+  %3381 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3377, <16 x i32> %3380)
+  %3382 = getelementptr inbounds nuw i8, ptr %3354, i64 448
+  %3383 = load <16 x i32>, ptr %3382, align 4, !tbaa !4
+  %3384 = and <16 x i32> %3383, splat (i32 2139095040)
+  %3385 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3381, <16 x i32> %3384)
+  %3386 = getelementptr inbounds nuw i8, ptr %3354, i64 512
+  %3387 = load <16 x i32>, ptr %3386, align 4, !tbaa !4
+  %3388 = and <16 x i32> %3387, splat (i32 2139095040)
+  %3389 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3385, <16 x i32> %3388)
+  %3390 = getelementptr inbounds nuw i8, ptr %3354, i64 576
+  %3391 = load <16 x i32>, ptr %3390, align 4, !tbaa !4
+  %3392 = and <16 x i32> %3391, splat (i32 2139095040)
+  %3393 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3389, <16 x i32> %3392)
+  %3394 = getelementptr inbounds nuw i8, ptr %3354, i64 640
+  %3395 = load <16 x i32>, ptr %3394, align 4, !tbaa !4
+  %3396 = and <16 x i32> %3395, splat (i32 2139095040)
+  %3397 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3393, <16 x i32> %3396)
+  %3398 = getelementptr inbounds nuw i8, ptr %3354, i64 704
+  %3399 = load <16 x i32>, ptr %3398, align 4, !tbaa !4
+  %3400 = and <16 x i32> %3399, splat (i32 2139095040)
+  %3401 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3397, <16 x i32> %3400)
+  %3402 = getelementptr inbounds nuw i8, ptr %3354, i64 768
+  %3403 = load <16 x i32>, ptr %3402, align 4, !tbaa !4
+  %3404 = and <16 x i32> %3403, splat (i32 2139095040)
+  %3405 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3401, <16 x i32> %3404)
+  %3406 = getelementptr inbounds nuw i8, ptr %3354, i64 832
+  %3407 = load <16 x i32>, ptr %3406, align 4, !tbaa !4
+  %3408 = and <16 x i32> %3407, splat (i32 2139095040)
+  %3409 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3405, <16 x i32> %3408)
+  %3410 = getelementptr inbounds nuw i8, ptr %3354, i64 896
+  %3411 = load <16 x i32>, ptr %3410, align 4, !tbaa !4
+  %3412 = and <16 x i32> %3411, splat (i32 2139095040)
+  %3413 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3409, <16 x i32> %3412)
+  %3414 = getelementptr inbounds nuw i8, ptr %3354, i64 960
+  %3415 = load <16 x i32>, ptr %3414, align 4, !tbaa !4
+  %3416 = and <16 x i32> %3415, splat (i32 2139095040)
+  %3417 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3413, <16 x i32> %3416)
+  %.fr = freeze <16 x i32> %3417
+  %indvars.iv.next1023.i = add nuw nsw i64 %indvars.iv1022.i, 1
+  %exitcond1025.not.i = icmp eq i64 %indvars.iv.next1023.i, 32
+  br i1 %exitcond1025.not.i, label %for_begin_lane.preheader.i, label %for_begin_w.preheader.i, !prof !31
 
-if_then572.i:                                     ; preds = %for_begin_lane.preheader.i
-  %3416 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %element_acc.i = tail call ptr %3416(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
-  %3417 = icmp eq ptr %element_acc.i, null
-  br i1 %3417, label %fused_decode_compute_.exit, label %for_begin_p582.preheader.i, !prof !7
-
-if_end573.i:                                      ; preds = %for_end_r599.i, %for_begin_lane.preheader.i
+if_then565.i:                                     ; preds = %for_begin_lane.preheader.i
   %3418 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %tile_acc.i = tail call ptr %3418(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
-  %3419 = icmp eq ptr %tile_acc.i, null
-  br i1 %3419, label %fused_decode_compute_.exit, label %for_begin_w_0623.preheader.i, !prof !7
+  %element_acc.i = tail call ptr %3418(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
+  %3419 = icmp eq ptr %element_acc.i, null
+  br i1 %3419, label %fused_decode_compute_.exit, label %for_begin_p575.preheader.i, !prof !7
 
-for_begin_p582.preheader.i:                       ; preds = %for_end_p584.i, %if_then572.i
-  %indvar.i = phi i64 [ %indvar.next.i, %for_end_p584.i ], [ 0, %if_then572.i ]
-  %3420 = shl nuw nsw i64 %indvar.i, 11
-  %3421 = getelementptr i8, ptr %element_acc.i, i64 %3420
+if_end566.i:                                      ; preds = %for_end_r592.i, %for_begin_lane.preheader.i
+  %3420 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %tile_acc.i = tail call ptr %3420(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
+  %3421 = icmp eq ptr %tile_acc.i, null
+  br i1 %3421, label %fused_decode_compute_.exit, label %for_begin_w_0616.preheader.i, !prof !7
+
+for_begin_p575.preheader.i:                       ; preds = %for_end_p577.i, %if_then565.i
+  %indvar.i = phi i64 [ %indvar.next.i, %for_end_p577.i ], [ 0, %if_then565.i ]
+  %3422 = shl nuw nsw i64 %indvar.i, 11
+  %3423 = getelementptr i8, ptr %element_acc.i, i64 %3422
   br i1 %1451, label %for_begin_w_0_init.preheader.us.preheader.i, label %for_begin_w_0_init.preheader.preheader.i, !prof !3
 
-for_begin_w_0_init.preheader.preheader.i:         ; preds = %for_begin_p582.preheader.i
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(2048) %3421, i8 0, i64 2048, i1 false), !tbaa !4
-  br label %for_end_p584.i
+for_begin_w_0_init.preheader.preheader.i:         ; preds = %for_begin_p575.preheader.i
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(2048) %3423, i8 0, i64 2048, i1 false), !tbaa !4
+  br label %for_end_p577.i
 
-for_begin_w_0_init.preheader.us.preheader.i:      ; preds = %for_begin_p582.preheader.i
-  %.idx1238.i = shl nuw nsw i64 %indvar.i, 10
-  %invariant.gep1283.i = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1238.i
+for_begin_w_0_init.preheader.us.preheader.i:      ; preds = %for_begin_p575.preheader.i
+  %.idx1221.i = shl nuw nsw i64 %indvar.i, 10
+  %invariant.gep1265.i = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1221.i
   br label %for_begin_w_0_init.preheader.us.i
 
-for_begin_w_0_init.preheader.us.i:                ; preds = %for_begin_t587.for_end_t589_crit_edge.us.i, %for_begin_w_0_init.preheader.us.preheader.i
-  %3422 = phi i1 [ true, %for_begin_w_0_init.preheader.us.preheader.i ], [ false, %for_begin_t587.for_end_t589_crit_edge.us.i ]
-  %indvar1051.i = phi i64 [ 0, %for_begin_w_0_init.preheader.us.preheader.i ], [ 1024, %for_begin_t587.for_end_t589_crit_edge.us.i ]
-  %scevgep.i = getelementptr nuw i8, ptr %3421, i64 %indvar1051.i
+for_begin_w_0_init.preheader.us.i:                ; preds = %for_begin_t580.for_end_t582_crit_edge.us.i, %for_begin_w_0_init.preheader.us.preheader.i
+  %3424 = phi i1 [ true, %for_begin_w_0_init.preheader.us.preheader.i ], [ false, %for_begin_t580.for_end_t582_crit_edge.us.i ]
+  %indvar1037.i = phi i64 [ 0, %for_begin_w_0_init.preheader.us.preheader.i ], [ 1024, %for_begin_t580.for_end_t582_crit_edge.us.i ]
+  %scevgep.i = getelementptr nuw i8, ptr %3423, i64 %indvar1037.i
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(1024) %scevgep.i, i8 0, i64 1024, i1 false), !tbaa !4
-  %3423 = insertelement <16 x i1> poison, i1 %3422, i64 0
-  %3424 = shufflevector <16 x i1> %3423, <16 x i1> poison, <16 x i32> zeroinitializer
-  %3425 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 64
-  %3426 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 128
-  %3427 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 192
-  %3428 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 256
-  %3429 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 320
-  %3430 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 384
-  %3431 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 448
-  %3432 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 512
-  %3433 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 576
-  %3434 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 640
-  %3435 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 704
-  %3436 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 768
-  %3437 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 832
-  %3438 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 896
-  %3439 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 960
-  br label %for_begin_w_0592.preheader.us.i
+  %3425 = insertelement <16 x i1> poison, i1 %3424, i64 0
+  %3426 = shufflevector <16 x i1> %3425, <16 x i1> poison, <16 x i32> zeroinitializer
+  %3427 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 64
+  %3428 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 128
+  %3429 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 192
+  %3430 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 256
+  %3431 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 320
+  %3432 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 384
+  %3433 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 448
+  %3434 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 512
+  %3435 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 576
+  %3436 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 640
+  %3437 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 704
+  %3438 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 768
+  %3439 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 832
+  %3440 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 896
+  %3441 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 960
+  br label %for_begin_w_0585.preheader.us.i
 
-for_begin_w_0592.preheader.us.i:                  ; preds = %for_begin_w_0592.preheader.us.i, %for_begin_w_0_init.preheader.us.i
-  %3440 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3666, %for_begin_w_0592.preheader.us.i ]
-  %3441 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3653, %for_begin_w_0592.preheader.us.i ]
-  %3442 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3640, %for_begin_w_0592.preheader.us.i ]
-  %3443 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3627, %for_begin_w_0592.preheader.us.i ]
-  %3444 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3614, %for_begin_w_0592.preheader.us.i ]
-  %3445 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3601, %for_begin_w_0592.preheader.us.i ]
-  %3446 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3588, %for_begin_w_0592.preheader.us.i ]
-  %3447 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3575, %for_begin_w_0592.preheader.us.i ]
-  %3448 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3562, %for_begin_w_0592.preheader.us.i ]
-  %3449 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3549, %for_begin_w_0592.preheader.us.i ]
-  %3450 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3536, %for_begin_w_0592.preheader.us.i ]
-  %3451 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3523, %for_begin_w_0592.preheader.us.i ]
-  %3452 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3510, %for_begin_w_0592.preheader.us.i ]
-  %3453 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3497, %for_begin_w_0592.preheader.us.i ]
-  %3454 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3484, %for_begin_w_0592.preheader.us.i ]
-  %3455 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3471, %for_begin_w_0592.preheader.us.i ]
-  %indvars.iv1060.i = phi i64 [ 0, %for_begin_w_0_init.preheader.us.i ], [ %indvars.iv.next1061.i, %for_begin_w_0592.preheader.us.i ]
-  %gep1284.i = getelementptr inbounds nuw i32, ptr %invariant.gep1283.i, i64 %indvars.iv1060.i
-  %3456 = getelementptr inbounds nuw i8, ptr %gep1284.i, i64 512
-  %3457 = and i64 %indvars.iv1060.i, 15
-  %3458 = mul nsw i64 %3457, %k_row
-  %3459 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1060.i
-  %3460 = load float, ptr %3456, align 4, !tbaa !4
-  %3461 = insertelement <16 x float> poison, float %3460, i64 0
-  %3462 = shufflevector <16 x float> %3461, <16 x float> poison, <16 x i32> zeroinitializer
-  %3463 = load i64, ptr %3459, align 8, !tbaa !4
-  %3464 = getelementptr i32, ptr %key_cache, i64 %3463
-  %3465 = getelementptr i32, ptr %3464, i64 %3458
-  %3466 = load <16 x i32>, ptr %3465, align 4, !tbaa !4
-  %3467 = and <16 x i32> %3466, %132
-  %3468 = shl <16 x i32> %3466, splat (i32 16)
-  %3469 = select <16 x i1> %3424, <16 x i32> %3468, <16 x i32> %3467
-  %3470 = bitcast <16 x i32> %3469 to <16 x float>
-  %3471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3462, <16 x float> %3470, <16 x float> %3455)
-  store <16 x float> %3471, ptr %scevgep.i, align 4, !tbaa !4
-  %3472 = load float, ptr %3456, align 4, !tbaa !4
-  %3473 = insertelement <16 x float> poison, float %3472, i64 0
-  %3474 = shufflevector <16 x float> %3473, <16 x float> poison, <16 x i32> zeroinitializer
-  %3475 = load i64, ptr %3459, align 8, !tbaa !4
-  %3476 = getelementptr i32, ptr %key_cache, i64 %3475
-  %3477 = getelementptr i8, ptr %3476, i64 64
-  %3478 = getelementptr i32, ptr %3477, i64 %3458
-  %3479 = load <16 x i32>, ptr %3478, align 4, !tbaa !4
-  %3480 = and <16 x i32> %3479, %132
-  %3481 = shl <16 x i32> %3479, splat (i32 16)
-  %3482 = select <16 x i1> %3424, <16 x i32> %3481, <16 x i32> %3480
-  %3483 = bitcast <16 x i32> %3482 to <16 x float>
-  %3484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3474, <16 x float> %3483, <16 x float> %3454)
-  store <16 x float> %3484, ptr %3425, align 4, !tbaa !4
-  %3485 = load float, ptr %3456, align 4, !tbaa !4
-  %3486 = insertelement <16 x float> poison, float %3485, i64 0
-  %3487 = shufflevector <16 x float> %3486, <16 x float> poison, <16 x i32> zeroinitializer
-  %3488 = load i64, ptr %3459, align 8, !tbaa !4
-  %3489 = getelementptr i32, ptr %key_cache, i64 %3488
-  %3490 = getelementptr i8, ptr %3489, i64 128
-  %3491 = getelementptr i32, ptr %3490, i64 %3458
-  %3492 = load <16 x i32>, ptr %3491, align 4, !tbaa !4
-  %3493 = and <16 x i32> %3492, %132
-  %3494 = shl <16 x i32> %3492, splat (i32 16)
-  %3495 = select <16 x i1> %3424, <16 x i32> %3494, <16 x i32> %3493
-  %3496 = bitcast <16 x i32> %3495 to <16 x float>
-  %3497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3487, <16 x float> %3496, <16 x float> %3453)
-  store <16 x float> %3497, ptr %3426, align 4, !tbaa !4
-  %3498 = load float, ptr %3456, align 4, !tbaa !4
-  %3499 = insertelement <16 x float> poison, float %3498, i64 0
-  %3500 = shufflevector <16 x float> %3499, <16 x float> poison, <16 x i32> zeroinitializer
-  %3501 = load i64, ptr %3459, align 8, !tbaa !4
-  %3502 = getelementptr i32, ptr %key_cache, i64 %3501
-  %3503 = getelementptr i8, ptr %3502, i64 192
-  %3504 = getelementptr i32, ptr %3503, i64 %3458
-  %3505 = load <16 x i32>, ptr %3504, align 4, !tbaa !4
-  %3506 = and <16 x i32> %3505, %132
-  %3507 = shl <16 x i32> %3505, splat (i32 16)
-  %3508 = select <16 x i1> %3424, <16 x i32> %3507, <16 x i32> %3506
-  %3509 = bitcast <16 x i32> %3508 to <16 x float>
-  %3510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3500, <16 x float> %3509, <16 x float> %3452)
-  store <16 x float> %3510, ptr %3427, align 4, !tbaa !4
-  %3511 = load float, ptr %3456, align 4, !tbaa !4
-  %3512 = insertelement <16 x float> poison, float %3511, i64 0
-  %3513 = shufflevector <16 x float> %3512, <16 x float> poison, <16 x i32> zeroinitializer
-  %3514 = load i64, ptr %3459, align 8, !tbaa !4
-  %3515 = getelementptr i32, ptr %key_cache, i64 %3514
-  %3516 = getelementptr i8, ptr %3515, i64 256
-  %3517 = getelementptr i32, ptr %3516, i64 %3458
-  %3518 = load <16 x i32>, ptr %3517, align 4, !tbaa !4
-  %3519 = and <16 x i32> %3518, %132
-  %3520 = shl <16 x i32> %3518, splat (i32 16)
-  %3521 = select <16 x i1> %3424, <16 x i32> %3520, <16 x i32> %3519
-  %3522 = bitcast <16 x i32> %3521 to <16 x float>
-  %3523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3513, <16 x float> %3522, <16 x float> %3451)
-  store <16 x float> %3523, ptr %3428, align 4, !tbaa !4
-  %3524 = load float, ptr %3456, align 4, !tbaa !4
-  %3525 = insertelement <16 x float> poison, float %3524, i64 0
-  %3526 = shufflevector <16 x float> %3525, <16 x float> poison, <16 x i32> zeroinitializer
-  %3527 = load i64, ptr %3459, align 8, !tbaa !4
-  %3528 = getelementptr i32, ptr %key_cache, i64 %3527
-  %3529 = getelementptr i8, ptr %3528, i64 320
-  %3530 = getelementptr i32, ptr %3529, i64 %3458
-  %3531 = load <16 x i32>, ptr %3530, align 4, !tbaa !4
-  %3532 = and <16 x i32> %3531, %132
-  %3533 = shl <16 x i32> %3531, splat (i32 16)
-  %3534 = select <16 x i1> %3424, <16 x i32> %3533, <16 x i32> %3532
-  %3535 = bitcast <16 x i32> %3534 to <16 x float>
-  %3536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3526, <16 x float> %3535, <16 x float> %3450)
-  store <16 x float> %3536, ptr %3429, align 4, !tbaa !4
-  %3537 = load float, ptr %3456, align 4, !tbaa !4
-  %3538 = insertelement <16 x float> poison, float %3537, i64 0
-  %3539 = shufflevector <16 x float> %3538, <16 x float> poison, <16 x i32> zeroinitializer
-  %3540 = load i64, ptr %3459, align 8, !tbaa !4
-  %3541 = getelementptr i32, ptr %key_cache, i64 %3540
-  %3542 = getelementptr i8, ptr %3541, i64 384
-  %3543 = getelementptr i32, ptr %3542, i64 %3458
-  %3544 = load <16 x i32>, ptr %3543, align 4, !tbaa !4
-  %3545 = and <16 x i32> %3544, %132
-  %3546 = shl <16 x i32> %3544, splat (i32 16)
-  %3547 = select <16 x i1> %3424, <16 x i32> %3546, <16 x i32> %3545
-  %3548 = bitcast <16 x i32> %3547 to <16 x float>
-  %3549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3539, <16 x float> %3548, <16 x float> %3449)
-  store <16 x float> %3549, ptr %3430, align 4, !tbaa !4
-  %3550 = load float, ptr %3456, align 4, !tbaa !4
-  %3551 = insertelement <16 x float> poison, float %3550, i64 0
-  %3552 = shufflevector <16 x float> %3551, <16 x float> poison, <16 x i32> zeroinitializer
-  %3553 = load i64, ptr %3459, align 8, !tbaa !4
-  %3554 = getelementptr i32, ptr %key_cache, i64 %3553
-  %3555 = getelementptr i8, ptr %3554, i64 448
-  %3556 = getelementptr i32, ptr %3555, i64 %3458
-  %3557 = load <16 x i32>, ptr %3556, align 4, !tbaa !4
-  %3558 = and <16 x i32> %3557, %132
-  %3559 = shl <16 x i32> %3557, splat (i32 16)
-  %3560 = select <16 x i1> %3424, <16 x i32> %3559, <16 x i32> %3558
-  %3561 = bitcast <16 x i32> %3560 to <16 x float>
-  %3562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3552, <16 x float> %3561, <16 x float> %3448)
-  store <16 x float> %3562, ptr %3431, align 4, !tbaa !4
-  %3563 = load float, ptr %3456, align 4, !tbaa !4
-  %3564 = insertelement <16 x float> poison, float %3563, i64 0
-  %3565 = shufflevector <16 x float> %3564, <16 x float> poison, <16 x i32> zeroinitializer
-  %3566 = load i64, ptr %3459, align 8, !tbaa !4
-  %3567 = getelementptr i32, ptr %key_cache, i64 %3566
-  %3568 = getelementptr i8, ptr %3567, i64 512
-  %3569 = getelementptr i32, ptr %3568, i64 %3458
-  %3570 = load <16 x i32>, ptr %3569, align 4, !tbaa !4
-  %3571 = and <16 x i32> %3570, %132
-  %3572 = shl <16 x i32> %3570, splat (i32 16)
-  %3573 = select <16 x i1> %3424, <16 x i32> %3572, <16 x i32> %3571
-  %3574 = bitcast <16 x i32> %3573 to <16 x float>
-  %3575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3565, <16 x float> %3574, <16 x float> %3447)
-  store <16 x float> %3575, ptr %3432, align 4, !tbaa !4
-  %3576 = load float, ptr %3456, align 4, !tbaa !4
-  %3577 = insertelement <16 x float> poison, float %3576, i64 0
-  %3578 = shufflevector <16 x float> %3577, <16 x float> poison, <16 x i32> zeroinitializer
-  %3579 = load i64, ptr %3459, align 8, !tbaa !4
-  %3580 = getelementptr i32, ptr %key_cache, i64 %3579
-  %3581 = getelementptr i8, ptr %3580, i64 576
-  %3582 = getelementptr i32, ptr %3581, i64 %3458
-  %3583 = load <16 x i32>, ptr %3582, align 4, !tbaa !4
-  %3584 = and <16 x i32> %3583, %132
-  %3585 = shl <16 x i32> %3583, splat (i32 16)
-  %3586 = select <16 x i1> %3424, <16 x i32> %3585, <16 x i32> %3584
-  %3587 = bitcast <16 x i32> %3586 to <16 x float>
-  %3588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3578, <16 x float> %3587, <16 x float> %3446)
-  store <16 x float> %3588, ptr %3433, align 4, !tbaa !4
-  %3589 = load float, ptr %3456, align 4, !tbaa !4
-  %3590 = insertelement <16 x float> poison, float %3589, i64 0
-  %3591 = shufflevector <16 x float> %3590, <16 x float> poison, <16 x i32> zeroinitializer
-  %3592 = load i64, ptr %3459, align 8, !tbaa !4
-  %3593 = getelementptr i32, ptr %key_cache, i64 %3592
-  %3594 = getelementptr i8, ptr %3593, i64 640
-  %3595 = getelementptr i32, ptr %3594, i64 %3458
-  %3596 = load <16 x i32>, ptr %3595, align 4, !tbaa !4
-  %3597 = and <16 x i32> %3596, %132
-  %3598 = shl <16 x i32> %3596, splat (i32 16)
-  %3599 = select <16 x i1> %3424, <16 x i32> %3598, <16 x i32> %3597
-  %3600 = bitcast <16 x i32> %3599 to <16 x float>
-  %3601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3591, <16 x float> %3600, <16 x float> %3445)
-  store <16 x float> %3601, ptr %3434, align 4, !tbaa !4
-  %3602 = load float, ptr %3456, align 4, !tbaa !4
-  %3603 = insertelement <16 x float> poison, float %3602, i64 0
-  %3604 = shufflevector <16 x float> %3603, <16 x float> poison, <16 x i32> zeroinitializer
-  %3605 = load i64, ptr %3459, align 8, !tbaa !4
-  %3606 = getelementptr i32, ptr %key_cache, i64 %3605
-  %3607 = getelementptr i8, ptr %3606, i64 704
-  %3608 = getelementptr i32, ptr %3607, i64 %3458
-  %3609 = load <16 x i32>, ptr %3608, align 4, !tbaa !4
-  %3610 = and <16 x i32> %3609, %132
-  %3611 = shl <16 x i32> %3609, splat (i32 16)
-  %3612 = select <16 x i1> %3424, <16 x i32> %3611, <16 x i32> %3610
-  %3613 = bitcast <16 x i32> %3612 to <16 x float>
-  %3614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3604, <16 x float> %3613, <16 x float> %3444)
-  store <16 x float> %3614, ptr %3435, align 4, !tbaa !4
-  %3615 = load float, ptr %3456, align 4, !tbaa !4
-  %3616 = insertelement <16 x float> poison, float %3615, i64 0
-  %3617 = shufflevector <16 x float> %3616, <16 x float> poison, <16 x i32> zeroinitializer
-  %3618 = load i64, ptr %3459, align 8, !tbaa !4
-  %3619 = getelementptr i32, ptr %key_cache, i64 %3618
-  %3620 = getelementptr i8, ptr %3619, i64 768
-  %3621 = getelementptr i32, ptr %3620, i64 %3458
-  %3622 = load <16 x i32>, ptr %3621, align 4, !tbaa !4
-  %3623 = and <16 x i32> %3622, %132
-  %3624 = shl <16 x i32> %3622, splat (i32 16)
-  %3625 = select <16 x i1> %3424, <16 x i32> %3624, <16 x i32> %3623
-  %3626 = bitcast <16 x i32> %3625 to <16 x float>
-  %3627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3617, <16 x float> %3626, <16 x float> %3443)
-  store <16 x float> %3627, ptr %3436, align 4, !tbaa !4
-  %3628 = load float, ptr %3456, align 4, !tbaa !4
-  %3629 = insertelement <16 x float> poison, float %3628, i64 0
-  %3630 = shufflevector <16 x float> %3629, <16 x float> poison, <16 x i32> zeroinitializer
-  %3631 = load i64, ptr %3459, align 8, !tbaa !4
-  %3632 = getelementptr i32, ptr %key_cache, i64 %3631
-  %3633 = getelementptr i8, ptr %3632, i64 832
-  %3634 = getelementptr i32, ptr %3633, i64 %3458
-  %3635 = load <16 x i32>, ptr %3634, align 4, !tbaa !4
-  %3636 = and <16 x i32> %3635, %132
-  %3637 = shl <16 x i32> %3635, splat (i32 16)
-  %3638 = select <16 x i1> %3424, <16 x i32> %3637, <16 x i32> %3636
-  %3639 = bitcast <16 x i32> %3638 to <16 x float>
-  %3640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3630, <16 x float> %3639, <16 x float> %3442)
-  store <16 x float> %3640, ptr %3437, align 4, !tbaa !4
-  %3641 = load float, ptr %3456, align 4, !tbaa !4
-  %3642 = insertelement <16 x float> poison, float %3641, i64 0
-  %3643 = shufflevector <16 x float> %3642, <16 x float> poison, <16 x i32> zeroinitializer
-  %3644 = load i64, ptr %3459, align 8, !tbaa !4
-  %3645 = getelementptr i32, ptr %key_cache, i64 %3644
-  %3646 = getelementptr i8, ptr %3645, i64 896
-  %3647 = getelementptr i32, ptr %3646, i64 %3458
-  %3648 = load <16 x i32>, ptr %3647, align 4, !tbaa !4
-  %3649 = and <16 x i32> %3648, %132
-  %3650 = shl <16 x i32> %3648, splat (i32 16)
-  %3651 = select <16 x i1> %3424, <16 x i32> %3650, <16 x i32> %3649
-  %3652 = bitcast <16 x i32> %3651 to <16 x float>
-  %3653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3643, <16 x float> %3652, <16 x float> %3441)
-  store <16 x float> %3653, ptr %3438, align 4, !tbaa !4
-  %3654 = load float, ptr %3456, align 4, !tbaa !4
-  %3655 = insertelement <16 x float> poison, float %3654, i64 0
-  %3656 = shufflevector <16 x float> %3655, <16 x float> poison, <16 x i32> zeroinitializer
-  %3657 = load i64, ptr %3459, align 8, !tbaa !4
-  %3658 = getelementptr i32, ptr %key_cache, i64 %3657
-  %3659 = getelementptr i8, ptr %3658, i64 960
-  %3660 = getelementptr i32, ptr %3659, i64 %3458
-  %3661 = load <16 x i32>, ptr %3660, align 4, !tbaa !4
-  %3662 = and <16 x i32> %3661, %132
-  %3663 = shl <16 x i32> %3661, splat (i32 16)
-  %3664 = select <16 x i1> %3424, <16 x i32> %3663, <16 x i32> %3662
-  %3665 = bitcast <16 x i32> %3664 to <16 x float>
-  %3666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3656, <16 x float> %3665, <16 x float> %3440)
-  store <16 x float> %3666, ptr %3439, align 4, !tbaa !4
-  %indvars.iv.next1061.i = add nuw nsw i64 %indvars.iv1060.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next1061.i, %1200
-  br i1 %exitcond.not, label %for_begin_t587.for_end_t589_crit_edge.us.i, label %for_begin_w_0592.preheader.us.i, !prof !8
+for_begin_w_0585.preheader.us.i:                  ; preds = %for_begin_w_0585.preheader.us.i, %for_begin_w_0_init.preheader.us.i
+  %3442 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3668, %for_begin_w_0585.preheader.us.i ]
+  %3443 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3655, %for_begin_w_0585.preheader.us.i ]
+  %3444 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3642, %for_begin_w_0585.preheader.us.i ]
+  %3445 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3629, %for_begin_w_0585.preheader.us.i ]
+  %3446 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3616, %for_begin_w_0585.preheader.us.i ]
+  %3447 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3603, %for_begin_w_0585.preheader.us.i ]
+  %3448 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3590, %for_begin_w_0585.preheader.us.i ]
+  %3449 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3577, %for_begin_w_0585.preheader.us.i ]
+  %3450 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3564, %for_begin_w_0585.preheader.us.i ]
+  %3451 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3551, %for_begin_w_0585.preheader.us.i ]
+  %3452 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3538, %for_begin_w_0585.preheader.us.i ]
+  %3453 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3525, %for_begin_w_0585.preheader.us.i ]
+  %3454 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3512, %for_begin_w_0585.preheader.us.i ]
+  %3455 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3499, %for_begin_w_0585.preheader.us.i ]
+  %3456 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3486, %for_begin_w_0585.preheader.us.i ]
+  %3457 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3473, %for_begin_w_0585.preheader.us.i ]
+  %indvars.iv1046.i = phi i64 [ 0, %for_begin_w_0_init.preheader.us.i ], [ %indvars.iv.next1047.i, %for_begin_w_0585.preheader.us.i ]
+  %gep1266.i = getelementptr inbounds nuw i32, ptr %invariant.gep1265.i, i64 %indvars.iv1046.i
+  %3458 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 512
+  %3459 = and i64 %indvars.iv1046.i, 15
+  %3460 = mul nsw i64 %3459, %k_row
+  %3461 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1046.i
+  %3462 = load float, ptr %3458, align 4, !tbaa !4
+  %3463 = insertelement <16 x float> poison, float %3462, i64 0
+  %3464 = shufflevector <16 x float> %3463, <16 x float> poison, <16 x i32> zeroinitializer
+  %3465 = load i64, ptr %3461, align 8, !tbaa !4
+  %3466 = getelementptr i32, ptr %key_cache, i64 %3465
+  %3467 = getelementptr i32, ptr %3466, i64 %3460
+  %3468 = load <16 x i32>, ptr %3467, align 4, !tbaa !4
+  %3469 = and <16 x i32> %3468, %132
+  %3470 = shl <16 x i32> %3468, splat (i32 16)
+  %3471 = select <16 x i1> %3426, <16 x i32> %3470, <16 x i32> %3469
+  %3472 = bitcast <16 x i32> %3471 to <16 x float>
+  %3473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3464, <16 x float> %3472, <16 x float> %3457)
+  store <16 x float> %3473, ptr %scevgep.i, align 4, !tbaa !4
+  %3474 = load float, ptr %3458, align 4, !tbaa !4
+  %3475 = insertelement <16 x float> poison, float %3474, i64 0
+  %3476 = shufflevector <16 x float> %3475, <16 x float> poison, <16 x i32> zeroinitializer
+  %3477 = load i64, ptr %3461, align 8, !tbaa !4
+  %3478 = getelementptr i32, ptr %key_cache, i64 %3477
+  %3479 = getelementptr i8, ptr %3478, i64 64
+  %3480 = getelementptr i32, ptr %3479, i64 %3460
+  %3481 = load <16 x i32>, ptr %3480, align 4, !tbaa !4
+  %3482 = and <16 x i32> %3481, %132
+  %3483 = shl <16 x i32> %3481, splat (i32 16)
+  %3484 = select <16 x i1> %3426, <16 x i32> %3483, <16 x i32> %3482
+  %3485 = bitcast <16 x i32> %3484 to <16 x float>
+  %3486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3476, <16 x float> %3485, <16 x float> %3456)
+  store <16 x float> %3486, ptr %3427, align 4, !tbaa !4
+  %3487 = load float, ptr %3458, align 4, !tbaa !4
+  %3488 = insertelement <16 x float> poison, float %3487, i64 0
+  %3489 = shufflevector <16 x float> %3488, <16 x float> poison, <16 x i32> zeroinitializer
+  %3490 = load i64, ptr %3461, align 8, !tbaa !4
+  %3491 = getelementptr i32, ptr %key_cache, i64 %3490
+  %3492 = getelementptr i8, ptr %3491, i64 128
+  %3493 = getelementptr i32, ptr %3492, i64 %3460
+  %3494 = load <16 x i32>, ptr %3493, align 4, !tbaa !4
+  %3495 = and <16 x i32> %3494, %132
+  %3496 = shl <16 x i32> %3494, splat (i32 16)
+  %3497 = select <16 x i1> %3426, <16 x i32> %3496, <16 x i32> %3495
+  %3498 = bitcast <16 x i32> %3497 to <16 x float>
+  %3499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3489, <16 x float> %3498, <16 x float> %3455)
+  store <16 x float> %3499, ptr %3428, align 4, !tbaa !4
+  %3500 = load float, ptr %3458, align 4, !tbaa !4
+  %3501 = insertelement <16 x float> poison, float %3500, i64 0
+  %3502 = shufflevector <16 x float> %3501, <16 x float> poison, <16 x i32> zeroinitializer
+  %3503 = load i64, ptr %3461, align 8, !tbaa !4
+  %3504 = getelementptr i32, ptr %key_cache, i64 %3503
+  %3505 = getelementptr i8, ptr %3504, i64 192
+  %3506 = getelementptr i32, ptr %3505, i64 %3460
+  %3507 = load <16 x i32>, ptr %3506, align 4, !tbaa !4
+  %3508 = and <16 x i32> %3507, %132
+  %3509 = shl <16 x i32> %3507, splat (i32 16)
+  %3510 = select <16 x i1> %3426, <16 x i32> %3509, <16 x i32> %3508
+  %3511 = bitcast <16 x i32> %3510 to <16 x float>
+  %3512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3502, <16 x float> %3511, <16 x float> %3454)
+  store <16 x float> %3512, ptr %3429, align 4, !tbaa !4
+  %3513 = load float, ptr %3458, align 4, !tbaa !4
+  %3514 = insertelement <16 x float> poison, float %3513, i64 0
+  %3515 = shufflevector <16 x float> %3514, <16 x float> poison, <16 x i32> zeroinitializer
+  %3516 = load i64, ptr %3461, align 8, !tbaa !4
+  %3517 = getelementptr i32, ptr %key_cache, i64 %3516
+  %3518 = getelementptr i8, ptr %3517, i64 256
+  %3519 = getelementptr i32, ptr %3518, i64 %3460
+  %3520 = load <16 x i32>, ptr %3519, align 4, !tbaa !4
+  %3521 = and <16 x i32> %3520, %132
+  %3522 = shl <16 x i32> %3520, splat (i32 16)
+  %3523 = select <16 x i1> %3426, <16 x i32> %3522, <16 x i32> %3521
+  %3524 = bitcast <16 x i32> %3523 to <16 x float>
+  %3525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3515, <16 x float> %3524, <16 x float> %3453)
+  store <16 x float> %3525, ptr %3430, align 4, !tbaa !4
+  %3526 = load float, ptr %3458, align 4, !tbaa !4
+  %3527 = insertelement <16 x float> poison, float %3526, i64 0
+  %3528 = shufflevector <16 x float> %3527, <16 x float> poison, <16 x i32> zeroinitializer
+  %3529 = load i64, ptr %3461, align 8, !tbaa !4
+  %3530 = getelementptr i32, ptr %key_cache, i64 %3529
+  %3531 = getelementptr i8, ptr %3530, i64 320
+  %3532 = getelementptr i32, ptr %3531, i64 %3460
+  %3533 = load <16 x i32>, ptr %3532, align 4, !tbaa !4
+  %3534 = and <16 x i32> %3533, %132
+  %3535 = shl <16 x i32> %3533, splat (i32 16)
+  %3536 = select <16 x i1> %3426, <16 x i32> %3535, <16 x i32> %3534
+  %3537 = bitcast <16 x i32> %3536 to <16 x float>
+  %3538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3528, <16 x float> %3537, <16 x float> %3452)
+  store <16 x float> %3538, ptr %3431, align 4, !tbaa !4
+  %3539 = load float, ptr %3458, align 4, !tbaa !4
+  %3540 = insertelement <16 x float> poison, float %3539, i64 0
+  %3541 = shufflevector <16 x float> %3540, <16 x float> poison, <16 x i32> zeroinitializer
+  %3542 = load i64, ptr %3461, align 8, !tbaa !4
+  %3543 = getelementptr i32, ptr %key_cache, i64 %3542
+  %3544 = getelementptr i8, ptr %3543, i64 384
+  %3545 = getelementptr i32, ptr %3544, i64 %3460
+  %3546 = load <16 x i32>, ptr %3545, align 4, !tbaa !4
+  %3547 = and <16 x i32> %3546, %132
+  %3548 = shl <16 x i32> %3546, splat (i32 16)
+  %3549 = select <16 x i1> %3426, <16 x i32> %3548, <16 x i32> %3547
+  %3550 = bitcast <16 x i32> %3549 to <16 x float>
+  %3551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3541, <16 x float> %3550, <16 x float> %3451)
+  store <16 x float> %3551, ptr %3432, align 4, !tbaa !4
+  %3552 = load float, ptr %3458, align 4, !tbaa !4
+  %3553 = insertelement <16 x float> poison, float %3552, i64 0
+  %3554 = shufflevector <16 x float> %3553, <16 x float> poison, <16 x i32> zeroinitializer
+  %3555 = load i64, ptr %3461, align 8, !tbaa !4
+  %3556 = getelementptr i32, ptr %key_cache, i64 %3555
+  %3557 = getelementptr i8, ptr %3556, i64 448
+  %3558 = getelementptr i32, ptr %3557, i64 %3460
+  %3559 = load <16 x i32>, ptr %3558, align 4, !tbaa !4
+  %3560 = and <16 x i32> %3559, %132
+  %3561 = shl <16 x i32> %3559, splat (i32 16)
+  %3562 = select <16 x i1> %3426, <16 x i32> %3561, <16 x i32> %3560
+  %3563 = bitcast <16 x i32> %3562 to <16 x float>
+  %3564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3554, <16 x float> %3563, <16 x float> %3450)
+  store <16 x float> %3564, ptr %3433, align 4, !tbaa !4
+  %3565 = load float, ptr %3458, align 4, !tbaa !4
+  %3566 = insertelement <16 x float> poison, float %3565, i64 0
+  %3567 = shufflevector <16 x float> %3566, <16 x float> poison, <16 x i32> zeroinitializer
+  %3568 = load i64, ptr %3461, align 8, !tbaa !4
+  %3569 = getelementptr i32, ptr %key_cache, i64 %3568
+  %3570 = getelementptr i8, ptr %3569, i64 512
+  %3571 = getelementptr i32, ptr %3570, i64 %3460
+  %3572 = load <16 x i32>, ptr %3571, align 4, !tbaa !4
+  %3573 = and <16 x i32> %3572, %132
+  %3574 = shl <16 x i32> %3572, splat (i32 16)
+  %3575 = select <16 x i1> %3426, <16 x i32> %3574, <16 x i32> %3573
+  %3576 = bitcast <16 x i32> %3575 to <16 x float>
+  %3577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3567, <16 x float> %3576, <16 x float> %3449)
+  store <16 x float> %3577, ptr %3434, align 4, !tbaa !4
+  %3578 = load float, ptr %3458, align 4, !tbaa !4
+  %3579 = insertelement <16 x float> poison, float %3578, i64 0
+  %3580 = shufflevector <16 x float> %3579, <16 x float> poison, <16 x i32> zeroinitializer
+  %3581 = load i64, ptr %3461, align 8, !tbaa !4
+  %3582 = getelementptr i32, ptr %key_cache, i64 %3581
+  %3583 = getelementptr i8, ptr %3582, i64 576
+  %3584 = getelementptr i32, ptr %3583, i64 %3460
+  %3585 = load <16 x i32>, ptr %3584, align 4, !tbaa !4
+  %3586 = and <16 x i32> %3585, %132
+  %3587 = shl <16 x i32> %3585, splat (i32 16)
+  %3588 = select <16 x i1> %3426, <16 x i32> %3587, <16 x i32> %3586
+  %3589 = bitcast <16 x i32> %3588 to <16 x float>
+  %3590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3580, <16 x float> %3589, <16 x float> %3448)
+  store <16 x float> %3590, ptr %3435, align 4, !tbaa !4
+  %3591 = load float, ptr %3458, align 4, !tbaa !4
+  %3592 = insertelement <16 x float> poison, float %3591, i64 0
+  %3593 = shufflevector <16 x float> %3592, <16 x float> poison, <16 x i32> zeroinitializer
+  %3594 = load i64, ptr %3461, align 8, !tbaa !4
+  %3595 = getelementptr i32, ptr %key_cache, i64 %3594
+  %3596 = getelementptr i8, ptr %3595, i64 640
+  %3597 = getelementptr i32, ptr %3596, i64 %3460
+  %3598 = load <16 x i32>, ptr %3597, align 4, !tbaa !4
+  %3599 = and <16 x i32> %3598, %132
+  %3600 = shl <16 x i32> %3598, splat (i32 16)
+  %3601 = select <16 x i1> %3426, <16 x i32> %3600, <16 x i32> %3599
+  %3602 = bitcast <16 x i32> %3601 to <16 x float>
+  %3603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3593, <16 x float> %3602, <16 x float> %3447)
+  store <16 x float> %3603, ptr %3436, align 4, !tbaa !4
+  %3604 = load float, ptr %3458, align 4, !tbaa !4
+  %3605 = insertelement <16 x float> poison, float %3604, i64 0
+  %3606 = shufflevector <16 x float> %3605, <16 x float> poison, <16 x i32> zeroinitializer
+  %3607 = load i64, ptr %3461, align 8, !tbaa !4
+  %3608 = getelementptr i32, ptr %key_cache, i64 %3607
+  %3609 = getelementptr i8, ptr %3608, i64 704
+  %3610 = getelementptr i32, ptr %3609, i64 %3460
+  %3611 = load <16 x i32>, ptr %3610, align 4, !tbaa !4
+  %3612 = and <16 x i32> %3611, %132
+  %3613 = shl <16 x i32> %3611, splat (i32 16)
+  %3614 = select <16 x i1> %3426, <16 x i32> %3613, <16 x i32> %3612
+  %3615 = bitcast <16 x i32> %3614 to <16 x float>
+  %3616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3606, <16 x float> %3615, <16 x float> %3446)
+  store <16 x float> %3616, ptr %3437, align 4, !tbaa !4
+  %3617 = load float, ptr %3458, align 4, !tbaa !4
+  %3618 = insertelement <16 x float> poison, float %3617, i64 0
+  %3619 = shufflevector <16 x float> %3618, <16 x float> poison, <16 x i32> zeroinitializer
+  %3620 = load i64, ptr %3461, align 8, !tbaa !4
+  %3621 = getelementptr i32, ptr %key_cache, i64 %3620
+  %3622 = getelementptr i8, ptr %3621, i64 768
+  %3623 = getelementptr i32, ptr %3622, i64 %3460
+  %3624 = load <16 x i32>, ptr %3623, align 4, !tbaa !4
+  %3625 = and <16 x i32> %3624, %132
+  %3626 = shl <16 x i32> %3624, splat (i32 16)
+  %3627 = select <16 x i1> %3426, <16 x i32> %3626, <16 x i32> %3625
+  %3628 = bitcast <16 x i32> %3627 to <16 x float>
+  %3629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3619, <16 x float> %3628, <16 x float> %3445)
+  store <16 x float> %3629, ptr %3438, align 4, !tbaa !4
+  %3630 = load float, ptr %3458, align 4, !tbaa !4
+  %3631 = insertelement <16 x float> poison, float %3630, i64 0
+  %3632 = shufflevector <16 x float> %3631, <16 x float> poison, <16 x i32> zeroinitializer
+  %3633 = load i64, ptr %3461, align 8, !tbaa !4
+  %3634 = getelementptr i32, ptr %key_cache, i64 %3633
+  %3635 = getelementptr i8, ptr %3634, i64 832
+  %3636 = getelementptr i32, ptr %3635, i64 %3460
+  %3637 = load <16 x i32>, ptr %3636, align 4, !tbaa !4
+  %3638 = and <16 x i32> %3637, %132
+  %3639 = shl <16 x i32> %3637, splat (i32 16)
+  %3640 = select <16 x i1> %3426, <16 x i32> %3639, <16 x i32> %3638
+  %3641 = bitcast <16 x i32> %3640 to <16 x float>
+  %3642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3632, <16 x float> %3641, <16 x float> %3444)
+  store <16 x float> %3642, ptr %3439, align 4, !tbaa !4
+  %3643 = load float, ptr %3458, align 4, !tbaa !4
+  %3644 = insertelement <16 x float> poison, float %3643, i64 0
+  %3645 = shufflevector <16 x float> %3644, <16 x float> poison, <16 x i32> zeroinitializer
+  %3646 = load i64, ptr %3461, align 8, !tbaa !4
+  %3647 = getelementptr i32, ptr %key_cache, i64 %3646
+  %3648 = getelementptr i8, ptr %3647, i64 896
+  %3649 = getelementptr i32, ptr %3648, i64 %3460
+  %3650 = load <16 x i32>, ptr %3649, align 4, !tbaa !4
+  %3651 = and <16 x i32> %3650, %132
+  %3652 = shl <16 x i32> %3650, splat (i32 16)
+  %3653 = select <16 x i1> %3426, <16 x i32> %3652, <16 x i32> %3651
+  %3654 = bitcast <16 x i32> %3653 to <16 x float>
+  %3655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3645, <16 x float> %3654, <16 x float> %3443)
+  store <16 x float> %3655, ptr %3440, align 4, !tbaa !4
+  %3656 = load float, ptr %3458, align 4, !tbaa !4
+  %3657 = insertelement <16 x float> poison, float %3656, i64 0
+  %3658 = shufflevector <16 x float> %3657, <16 x float> poison, <16 x i32> zeroinitializer
+  %3659 = load i64, ptr %3461, align 8, !tbaa !4
+  %3660 = getelementptr i32, ptr %key_cache, i64 %3659
+  %3661 = getelementptr i8, ptr %3660, i64 960
+  %3662 = getelementptr i32, ptr %3661, i64 %3460
+  %3663 = load <16 x i32>, ptr %3662, align 4, !tbaa !4
+  %3664 = and <16 x i32> %3663, %132
+  %3665 = shl <16 x i32> %3663, splat (i32 16)
+  %3666 = select <16 x i1> %3426, <16 x i32> %3665, <16 x i32> %3664
+  %3667 = bitcast <16 x i32> %3666 to <16 x float>
+  %3668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3658, <16 x float> %3667, <16 x float> %3442)
+  store <16 x float> %3668, ptr %3441, align 4, !tbaa !4
+  %indvars.iv.next1047.i = add nuw nsw i64 %indvars.iv1046.i, 1
+  %exitcond.not = icmp eq i64 %indvars.iv.next1047.i, %1200
+  br i1 %exitcond.not, label %for_begin_t580.for_end_t582_crit_edge.us.i, label %for_begin_w_0585.preheader.us.i, !prof !8
 
-for_begin_t587.for_end_t589_crit_edge.us.i:       ; preds = %for_begin_w_0592.preheader.us.i
-  br i1 %3422, label %for_begin_w_0_init.preheader.us.i, label %for_end_p584.i, !prof !271
+for_begin_t580.for_end_t582_crit_edge.us.i:       ; preds = %for_begin_w_0585.preheader.us.i
+  br i1 %3424, label %for_begin_w_0_init.preheader.us.i, label %for_end_p577.i, !prof !271
 
-for_end_p584.i:                                   ; preds = %for_begin_t587.for_end_t589_crit_edge.us.i, %for_begin_w_0_init.preheader.preheader.i
+for_end_p577.i:                                   ; preds = %for_begin_t580.for_end_t582_crit_edge.us.i, %for_begin_w_0_init.preheader.preheader.i
   %indvar.next.i = add nuw nsw i64 %indvar.i, 1
-  %exitcond1066.not.i = icmp eq i64 %indvar.next.i, 16
-  br i1 %exitcond1066.not.i, label %for_begin_p602.preheader.i, label %for_begin_p582.preheader.i, !prof !31
+  %exitcond1052.not.i = icmp eq i64 %indvar.next.i, 16
+  br i1 %exitcond1052.not.i, label %for_begin_p595.preheader.i, label %for_begin_p575.preheader.i, !prof !31
 
-for_begin_p602.preheader.i:                       ; preds = %for_begin_p602.preheader.i, %for_end_p584.i
-  %indvars.iv1080.i = phi i64 [ %indvars.iv.next1081.i, %for_begin_p602.preheader.i ], [ 0, %for_end_p584.i ]
-  %3667 = shl nuw nsw i64 %indvars.iv1080.i, 9
-  %3668 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3667
-  %3669 = load <16 x float>, ptr %3668, align 4, !tbaa !4
-  %3670 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3667
-  store <16 x float> %3669, ptr %3670, align 4, !tbaa !4
-  %3671 = or disjoint i64 %3667, 16
-  %3672 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3671
-  %3673 = load <16 x float>, ptr %3672, align 4, !tbaa !4
-  %3674 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3671
-  store <16 x float> %3673, ptr %3674, align 4, !tbaa !4
-  %3675 = or disjoint i64 %3667, 32
-  %3676 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3675
-  %3677 = load <16 x float>, ptr %3676, align 4, !tbaa !4
-  %3678 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3675
-  store <16 x float> %3677, ptr %3678, align 4, !tbaa !4
-  %3679 = or disjoint i64 %3667, 48
-  %3680 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3679
-  %3681 = load <16 x float>, ptr %3680, align 4, !tbaa !4
-  %3682 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3679
-  store <16 x float> %3681, ptr %3682, align 4, !tbaa !4
-  %3683 = or disjoint i64 %3667, 64
-  %3684 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3683
-  %3685 = load <16 x float>, ptr %3684, align 4, !tbaa !4
-  %3686 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3683
-  store <16 x float> %3685, ptr %3686, align 4, !tbaa !4
-  %3687 = or disjoint i64 %3667, 80
-  %3688 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3687
-  %3689 = load <16 x float>, ptr %3688, align 4, !tbaa !4
-  %3690 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3687
-  store <16 x float> %3689, ptr %3690, align 4, !tbaa !4
-  %3691 = or disjoint i64 %3667, 96
-  %3692 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3691
-  %3693 = load <16 x float>, ptr %3692, align 4, !tbaa !4
-  %3694 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3691
-  store <16 x float> %3693, ptr %3694, align 4, !tbaa !4
-  %3695 = or disjoint i64 %3667, 112
-  %3696 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3695
-  %3697 = load <16 x float>, ptr %3696, align 4, !tbaa !4
-  %3698 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3695
-  store <16 x float> %3697, ptr %3698, align 4, !tbaa !4
-  %3699 = or disjoint i64 %3667, 128
-  %3700 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3699
-  %3701 = load <16 x float>, ptr %3700, align 4, !tbaa !4
-  %3702 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3699
-  store <16 x float> %3701, ptr %3702, align 4, !tbaa !4
-  %3703 = or disjoint i64 %3667, 144
-  %3704 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3703
-  %3705 = load <16 x float>, ptr %3704, align 4, !tbaa !4
-  %3706 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3703
-  store <16 x float> %3705, ptr %3706, align 4, !tbaa !4
-  %3707 = or disjoint i64 %3667, 160
-  %3708 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3707
-  %3709 = load <16 x float>, ptr %3708, align 4, !tbaa !4
-  %3710 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3707
-  store <16 x float> %3709, ptr %3710, align 4, !tbaa !4
-  %3711 = or disjoint i64 %3667, 176
-  %3712 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3711
-  %3713 = load <16 x float>, ptr %3712, align 4, !tbaa !4
-  %3714 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3711
-  store <16 x float> %3713, ptr %3714, align 4, !tbaa !4
-  %3715 = or disjoint i64 %3667, 192
-  %3716 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3715
-  %3717 = load <16 x float>, ptr %3716, align 4, !tbaa !4
-  %3718 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3715
-  store <16 x float> %3717, ptr %3718, align 4, !tbaa !4
-  %3719 = or disjoint i64 %3667, 208
-  %3720 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3719
-  %3721 = load <16 x float>, ptr %3720, align 4, !tbaa !4
-  %3722 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3719
-  store <16 x float> %3721, ptr %3722, align 4, !tbaa !4
-  %3723 = or disjoint i64 %3667, 224
-  %3724 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3723
-  %3725 = load <16 x float>, ptr %3724, align 4, !tbaa !4
-  %3726 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3723
-  store <16 x float> %3725, ptr %3726, align 4, !tbaa !4
-  %3727 = or disjoint i64 %3667, 240
-  %3728 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3727
-  %3729 = load <16 x float>, ptr %3728, align 4, !tbaa !4
-  %3730 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3727
-  store <16 x float> %3729, ptr %3730, align 4, !tbaa !4
-  %3731 = or disjoint i64 %3667, 256
-  %3732 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3731
-  %3733 = load <16 x float>, ptr %3732, align 4, !tbaa !4
-  %3734 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3731
-  store <16 x float> %3733, ptr %3734, align 4, !tbaa !4
-  %3735 = or disjoint i64 %3667, 272
-  %3736 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3735
-  %3737 = load <16 x float>, ptr %3736, align 4, !tbaa !4
-  %3738 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3735
-  store <16 x float> %3737, ptr %3738, align 4, !tbaa !4
-  %3739 = or disjoint i64 %3667, 288
-  %3740 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3739
-  %3741 = load <16 x float>, ptr %3740, align 4, !tbaa !4
-  %3742 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3739
-  store <16 x float> %3741, ptr %3742, align 4, !tbaa !4
-  %3743 = or disjoint i64 %3667, 304
-  %3744 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3743
-  %3745 = load <16 x float>, ptr %3744, align 4, !tbaa !4
-  %3746 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3743
-  store <16 x float> %3745, ptr %3746, align 4, !tbaa !4
-  %3747 = or disjoint i64 %3667, 320
-  %3748 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3747
-  %3749 = load <16 x float>, ptr %3748, align 4, !tbaa !4
-  %3750 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3747
-  store <16 x float> %3749, ptr %3750, align 4, !tbaa !4
-  %3751 = or disjoint i64 %3667, 336
-  %3752 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3751
-  %3753 = load <16 x float>, ptr %3752, align 4, !tbaa !4
-  %3754 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3751
-  store <16 x float> %3753, ptr %3754, align 4, !tbaa !4
-  %3755 = or disjoint i64 %3667, 352
-  %3756 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3755
-  %3757 = load <16 x float>, ptr %3756, align 4, !tbaa !4
-  %3758 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3755
-  store <16 x float> %3757, ptr %3758, align 4, !tbaa !4
-  %3759 = or disjoint i64 %3667, 368
-  %3760 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3759
-  %3761 = load <16 x float>, ptr %3760, align 4, !tbaa !4
-  %3762 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3759
-  store <16 x float> %3761, ptr %3762, align 4, !tbaa !4
-  %3763 = or disjoint i64 %3667, 384
-  %3764 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3763
-  %3765 = load <16 x float>, ptr %3764, align 4, !tbaa !4
-  %3766 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3763
-  store <16 x float> %3765, ptr %3766, align 4, !tbaa !4
-  %3767 = or disjoint i64 %3667, 400
-  %3768 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3767
-  %3769 = load <16 x float>, ptr %3768, align 4, !tbaa !4
-  %3770 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3767
-  store <16 x float> %3769, ptr %3770, align 4, !tbaa !4
-  %3771 = or disjoint i64 %3667, 416
-  %3772 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3771
-  %3773 = load <16 x float>, ptr %3772, align 4, !tbaa !4
-  %3774 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3771
-  store <16 x float> %3773, ptr %3774, align 4, !tbaa !4
-  %3775 = or disjoint i64 %3667, 432
-  %3776 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3775
-  %3777 = load <16 x float>, ptr %3776, align 4, !tbaa !4
-  %3778 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3775
-  store <16 x float> %3777, ptr %3778, align 4, !tbaa !4
-  %3779 = or disjoint i64 %3667, 448
-  %3780 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3779
-  %3781 = load <16 x float>, ptr %3780, align 4, !tbaa !4
-  %3782 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3779
-  store <16 x float> %3781, ptr %3782, align 4, !tbaa !4
-  %3783 = or disjoint i64 %3667, 464
-  %3784 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3783
-  %3785 = load <16 x float>, ptr %3784, align 4, !tbaa !4
-  %3786 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3783
-  store <16 x float> %3785, ptr %3786, align 4, !tbaa !4
-  %3787 = or disjoint i64 %3667, 480
-  %3788 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3787
-  %3789 = load <16 x float>, ptr %3788, align 4, !tbaa !4
-  %3790 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3787
-  store <16 x float> %3789, ptr %3790, align 4, !tbaa !4
-  %3791 = or disjoint i64 %3667, 496
-  %3792 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3791
-  %3793 = load <16 x float>, ptr %3792, align 4, !tbaa !4
-  %3794 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3791
-  store <16 x float> %3793, ptr %3794, align 4, !tbaa !4
-  %indvars.iv.next1081.i = add nuw nsw i64 %indvars.iv1080.i, 1
-  %exitcond1083.not.i = icmp eq i64 %indvars.iv.next1081.i, 16
-  br i1 %exitcond1083.not.i, label %for_end_r599.i, label %for_begin_p602.preheader.i, !prof !31
+for_begin_p595.preheader.i:                       ; preds = %for_begin_p595.preheader.i, %for_end_p577.i
+  %indvars.iv1066.i = phi i64 [ %indvars.iv.next1067.i, %for_begin_p595.preheader.i ], [ 0, %for_end_p577.i ]
+  %3669 = shl nuw nsw i64 %indvars.iv1066.i, 9
+  %3670 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3669
+  %3671 = load <16 x float>, ptr %3670, align 4, !tbaa !4
+  %3672 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3669
+  store <16 x float> %3671, ptr %3672, align 4, !tbaa !4
+  %3673 = or disjoint i64 %3669, 16
+  %3674 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3673
+  %3675 = load <16 x float>, ptr %3674, align 4, !tbaa !4
+  %3676 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3673
+  store <16 x float> %3675, ptr %3676, align 4, !tbaa !4
+  %3677 = or disjoint i64 %3669, 32
+  %3678 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3677
+  %3679 = load <16 x float>, ptr %3678, align 4, !tbaa !4
+  %3680 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3677
+  store <16 x float> %3679, ptr %3680, align 4, !tbaa !4
+  %3681 = or disjoint i64 %3669, 48
+  %3682 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3681
+  %3683 = load <16 x float>, ptr %3682, align 4, !tbaa !4
+  %3684 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3681
+  store <16 x float> %3683, ptr %3684, align 4, !tbaa !4
+  %3685 = or disjoint i64 %3669, 64
+  %3686 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3685
+  %3687 = load <16 x float>, ptr %3686, align 4, !tbaa !4
+  %3688 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3685
+  store <16 x float> %3687, ptr %3688, align 4, !tbaa !4
+  %3689 = or disjoint i64 %3669, 80
+  %3690 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3689
+  %3691 = load <16 x float>, ptr %3690, align 4, !tbaa !4
+  %3692 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3689
+  store <16 x float> %3691, ptr %3692, align 4, !tbaa !4
+  %3693 = or disjoint i64 %3669, 96
+  %3694 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3693
+  %3695 = load <16 x float>, ptr %3694, align 4, !tbaa !4
+  %3696 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3693
+  store <16 x float> %3695, ptr %3696, align 4, !tbaa !4
+  %3697 = or disjoint i64 %3669, 112
+  %3698 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3697
+  %3699 = load <16 x float>, ptr %3698, align 4, !tbaa !4
+  %3700 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3697
+  store <16 x float> %3699, ptr %3700, align 4, !tbaa !4
+  %3701 = or disjoint i64 %3669, 128
+  %3702 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3701
+  %3703 = load <16 x float>, ptr %3702, align 4, !tbaa !4
+  %3704 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3701
+  store <16 x float> %3703, ptr %3704, align 4, !tbaa !4
+  %3705 = or disjoint i64 %3669, 144
+  %3706 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3705
+  %3707 = load <16 x float>, ptr %3706, align 4, !tbaa !4
+  %3708 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3705
+  store <16 x float> %3707, ptr %3708, align 4, !tbaa !4
+  %3709 = or disjoint i64 %3669, 160
+  %3710 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3709
+  %3711 = load <16 x float>, ptr %3710, align 4, !tbaa !4
+  %3712 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3709
+  store <16 x float> %3711, ptr %3712, align 4, !tbaa !4
+  %3713 = or disjoint i64 %3669, 176
+  %3714 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3713
+  %3715 = load <16 x float>, ptr %3714, align 4, !tbaa !4
+  %3716 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3713
+  store <16 x float> %3715, ptr %3716, align 4, !tbaa !4
+  %3717 = or disjoint i64 %3669, 192
+  %3718 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3717
+  %3719 = load <16 x float>, ptr %3718, align 4, !tbaa !4
+  %3720 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3717
+  store <16 x float> %3719, ptr %3720, align 4, !tbaa !4
+  %3721 = or disjoint i64 %3669, 208
+  %3722 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3721
+  %3723 = load <16 x float>, ptr %3722, align 4, !tbaa !4
+  %3724 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3721
+  store <16 x float> %3723, ptr %3724, align 4, !tbaa !4
+  %3725 = or disjoint i64 %3669, 224
+  %3726 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3725
+  %3727 = load <16 x float>, ptr %3726, align 4, !tbaa !4
+  %3728 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3725
+  store <16 x float> %3727, ptr %3728, align 4, !tbaa !4
+  %3729 = or disjoint i64 %3669, 240
+  %3730 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3729
+  %3731 = load <16 x float>, ptr %3730, align 4, !tbaa !4
+  %3732 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3729
+  store <16 x float> %3731, ptr %3732, align 4, !tbaa !4
+  %3733 = or disjoint i64 %3669, 256
+  %3734 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3733
+  %3735 = load <16 x float>, ptr %3734, align 4, !tbaa !4
+  %3736 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3733
+  store <16 x float> %3735, ptr %3736, align 4, !tbaa !4
+  %3737 = or disjoint i64 %3669, 272
+  %3738 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3737
+  %3739 = load <16 x float>, ptr %3738, align 4, !tbaa !4
+  %3740 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3737
+  store <16 x float> %3739, ptr %3740, align 4, !tbaa !4
+  %3741 = or disjoint i64 %3669, 288
+  %3742 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3741
+  %3743 = load <16 x float>, ptr %3742, align 4, !tbaa !4
+  %3744 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3741
+  store <16 x float> %3743, ptr %3744, align 4, !tbaa !4
+  %3745 = or disjoint i64 %3669, 304
+  %3746 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3745
+  %3747 = load <16 x float>, ptr %3746, align 4, !tbaa !4
+  %3748 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3745
+  store <16 x float> %3747, ptr %3748, align 4, !tbaa !4
+  %3749 = or disjoint i64 %3669, 320
+  %3750 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3749
+  %3751 = load <16 x float>, ptr %3750, align 4, !tbaa !4
+  %3752 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3749
+  store <16 x float> %3751, ptr %3752, align 4, !tbaa !4
+  %3753 = or disjoint i64 %3669, 336
+  %3754 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3753
+  %3755 = load <16 x float>, ptr %3754, align 4, !tbaa !4
+  %3756 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3753
+  store <16 x float> %3755, ptr %3756, align 4, !tbaa !4
+  %3757 = or disjoint i64 %3669, 352
+  %3758 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3757
+  %3759 = load <16 x float>, ptr %3758, align 4, !tbaa !4
+  %3760 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3757
+  store <16 x float> %3759, ptr %3760, align 4, !tbaa !4
+  %3761 = or disjoint i64 %3669, 368
+  %3762 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3761
+  %3763 = load <16 x float>, ptr %3762, align 4, !tbaa !4
+  %3764 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3761
+  store <16 x float> %3763, ptr %3764, align 4, !tbaa !4
+  %3765 = or disjoint i64 %3669, 384
+  %3766 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3765
+  %3767 = load <16 x float>, ptr %3766, align 4, !tbaa !4
+  %3768 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3765
+  store <16 x float> %3767, ptr %3768, align 4, !tbaa !4
+  %3769 = or disjoint i64 %3669, 400
+  %3770 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3769
+  %3771 = load <16 x float>, ptr %3770, align 4, !tbaa !4
+  %3772 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3769
+  store <16 x float> %3771, ptr %3772, align 4, !tbaa !4
+  %3773 = or disjoint i64 %3669, 416
+  %3774 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3773
+  %3775 = load <16 x float>, ptr %3774, align 4, !tbaa !4
+  %3776 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3773
+  store <16 x float> %3775, ptr %3776, align 4, !tbaa !4
+  %3777 = or disjoint i64 %3669, 432
+  %3778 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3777
+  %3779 = load <16 x float>, ptr %3778, align 4, !tbaa !4
+  %3780 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3777
+  store <16 x float> %3779, ptr %3780, align 4, !tbaa !4
+  %3781 = or disjoint i64 %3669, 448
+  %3782 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3781
+  %3783 = load <16 x float>, ptr %3782, align 4, !tbaa !4
+  %3784 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3781
+  store <16 x float> %3783, ptr %3784, align 4, !tbaa !4
+  %3785 = or disjoint i64 %3669, 464
+  %3786 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3785
+  %3787 = load <16 x float>, ptr %3786, align 4, !tbaa !4
+  %3788 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3785
+  store <16 x float> %3787, ptr %3788, align 4, !tbaa !4
+  %3789 = or disjoint i64 %3669, 480
+  %3790 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3789
+  %3791 = load <16 x float>, ptr %3790, align 4, !tbaa !4
+  %3792 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3789
+  store <16 x float> %3791, ptr %3792, align 4, !tbaa !4
+  %3793 = or disjoint i64 %3669, 496
+  %3794 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3793
+  %3795 = load <16 x float>, ptr %3794, align 4, !tbaa !4
+  %3796 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3793
+  store <16 x float> %3795, ptr %3796, align 4, !tbaa !4
+  %indvars.iv.next1067.i = add nuw nsw i64 %indvars.iv1066.i, 1
+  %exitcond1069.not.i = icmp eq i64 %indvars.iv.next1067.i, 16
+  br i1 %exitcond1069.not.i, label %for_end_r592.i, label %for_begin_p595.preheader.i, !prof !31
 
-for_end_r599.i:                                   ; preds = %for_begin_p602.preheader.i
-  %3795 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3796 = tail call i32 %3795(i32 1, i32 %dev_id, ptr nonnull %element_acc.i)
-  %.not753.i = icmp eq i32 %3796, 0
-  br i1 %.not753.i, label %if_end573.i, label %fused_decode_compute_.exit, !prof !75
+for_end_r592.i:                                   ; preds = %for_begin_p595.preheader.i
+  %3797 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3798 = tail call i32 %3797(i32 1, i32 %dev_id, ptr nonnull %element_acc.i)
+  %.not743.i = icmp eq i32 %3798, 0
+  br i1 %.not743.i, label %if_end566.i, label %fused_decode_compute_.exit, !prof !75
 
-for_begin_r_0.preheader.i:                        ; preds = %for_begin_w_0623.preheader.i
-  %3797 = shl nuw nsw i64 %indvars.iv1109.i, 13
-  br label %for_begin_d_0636.preheader.i
+for_begin_r_0.preheader.i:                        ; preds = %for_begin_w_0616.preheader.i
+  %3799 = shl nuw nsw i64 %indvars.iv1095.i, 13
+  br label %for_begin_d_0629.preheader.i
 
-for_begin_w_0623.preheader.i:                     ; preds = %for_begin_w_0623.preheader.i, %if_end573.i
-  %indvars.iv1088.i = phi i64 [ %indvars.iv.next1089.i, %for_begin_w_0623.preheader.i ], [ 0, %if_end573.i ]
-  %3798 = shl nuw nsw i64 %indvars.iv1088.i, 9
-  %3799 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3798
-  %v629.i = load <16 x float>, ptr %3799, align 4, !tbaa !4
-  %3800 = getelementptr inbounds nuw i8, ptr %3799, i64 1024
-  %v631.i = load <16 x float>, ptr %3800, align 4, !tbaa !4
-  %3801 = shufflevector <16 x float> %v629.i, <16 x float> %v631.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3802 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3798
-  store <16 x float> %3801, ptr %3802, align 4, !tbaa !4
-  %3803 = shufflevector <16 x float> %v629.i, <16 x float> %v631.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3804 = getelementptr inbounds nuw i8, ptr %3802, i64 64
+for_begin_w_0616.preheader.i:                     ; preds = %for_begin_w_0616.preheader.i, %if_end566.i
+  %indvars.iv1074.i = phi i64 [ %indvars.iv.next1075.i, %for_begin_w_0616.preheader.i ], [ 0, %if_end566.i ]
+  %3800 = shl nuw nsw i64 %indvars.iv1074.i, 9
+  %3801 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3800
+  %v622.i = load <16 x float>, ptr %3801, align 4, !tbaa !4
+  %3802 = getelementptr inbounds nuw i8, ptr %3801, i64 1024
+  %v624.i = load <16 x float>, ptr %3802, align 4, !tbaa !4
+  %3803 = shufflevector <16 x float> %v622.i, <16 x float> %v624.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3804 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3800
   store <16 x float> %3803, ptr %3804, align 4, !tbaa !4
-  %3805 = getelementptr inbounds nuw i8, ptr %3799, i64 64
-  %v629.1.i = load <16 x float>, ptr %3805, align 4, !tbaa !4
-  %3806 = getelementptr inbounds nuw i8, ptr %3799, i64 1088
-  %v631.1.i = load <16 x float>, ptr %3806, align 4, !tbaa !4
-  %3807 = shufflevector <16 x float> %v629.1.i, <16 x float> %v631.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3808 = or disjoint i64 %3798, 32
-  %3809 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3808
-  store <16 x float> %3807, ptr %3809, align 4, !tbaa !4
-  %3810 = shufflevector <16 x float> %v629.1.i, <16 x float> %v631.1.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3811 = getelementptr inbounds nuw i8, ptr %3809, i64 64
-  store <16 x float> %3810, ptr %3811, align 4, !tbaa !4
-  %3812 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3808
-  %v629.2.i = load <16 x float>, ptr %3812, align 4, !tbaa !4
-  %3813 = getelementptr inbounds nuw i8, ptr %3812, i64 1024
-  %v631.2.i = load <16 x float>, ptr %3813, align 4, !tbaa !4
-  %3814 = shufflevector <16 x float> %v629.2.i, <16 x float> %v631.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3815 = or disjoint i64 %3798, 64
-  %3816 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3815
-  store <16 x float> %3814, ptr %3816, align 4, !tbaa !4
-  %3817 = shufflevector <16 x float> %v629.2.i, <16 x float> %v631.2.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3818 = getelementptr inbounds nuw i8, ptr %3816, i64 64
-  store <16 x float> %3817, ptr %3818, align 4, !tbaa !4
-  %3819 = getelementptr inbounds nuw i8, ptr %3799, i64 192
-  %v629.3.i = load <16 x float>, ptr %3819, align 4, !tbaa !4
-  %3820 = getelementptr inbounds nuw i8, ptr %3799, i64 1216
-  %v631.3.i = load <16 x float>, ptr %3820, align 4, !tbaa !4
-  %3821 = shufflevector <16 x float> %v629.3.i, <16 x float> %v631.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3822 = or disjoint i64 %3798, 96
-  %3823 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3822
-  store <16 x float> %3821, ptr %3823, align 4, !tbaa !4
-  %3824 = shufflevector <16 x float> %v629.3.i, <16 x float> %v631.3.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3825 = getelementptr inbounds nuw i8, ptr %3823, i64 64
-  store <16 x float> %3824, ptr %3825, align 4, !tbaa !4
-  %3826 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3815
-  %v629.4.i = load <16 x float>, ptr %3826, align 4, !tbaa !4
-  %3827 = getelementptr inbounds nuw i8, ptr %3826, i64 1024
-  %v631.4.i = load <16 x float>, ptr %3827, align 4, !tbaa !4
-  %3828 = shufflevector <16 x float> %v629.4.i, <16 x float> %v631.4.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3829 = or disjoint i64 %3798, 128
-  %3830 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3829
-  store <16 x float> %3828, ptr %3830, align 4, !tbaa !4
-  %3831 = shufflevector <16 x float> %v629.4.i, <16 x float> %v631.4.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3832 = getelementptr inbounds nuw i8, ptr %3830, i64 64
-  store <16 x float> %3831, ptr %3832, align 4, !tbaa !4
-  %3833 = getelementptr inbounds nuw i8, ptr %3799, i64 320
-  %v629.5.i = load <16 x float>, ptr %3833, align 4, !tbaa !4
-  %3834 = getelementptr inbounds nuw i8, ptr %3799, i64 1344
-  %v631.5.i = load <16 x float>, ptr %3834, align 4, !tbaa !4
-  %3835 = shufflevector <16 x float> %v629.5.i, <16 x float> %v631.5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3836 = or disjoint i64 %3798, 160
-  %3837 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3836
-  store <16 x float> %3835, ptr %3837, align 4, !tbaa !4
-  %3838 = shufflevector <16 x float> %v629.5.i, <16 x float> %v631.5.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3839 = getelementptr inbounds nuw i8, ptr %3837, i64 64
-  store <16 x float> %3838, ptr %3839, align 4, !tbaa !4
-  %3840 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3822
-  %v629.6.i = load <16 x float>, ptr %3840, align 4, !tbaa !4
-  %3841 = getelementptr inbounds nuw i8, ptr %3840, i64 1024
-  %v631.6.i = load <16 x float>, ptr %3841, align 4, !tbaa !4
-  %3842 = shufflevector <16 x float> %v629.6.i, <16 x float> %v631.6.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3843 = or disjoint i64 %3798, 192
-  %3844 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3843
-  store <16 x float> %3842, ptr %3844, align 4, !tbaa !4
-  %3845 = shufflevector <16 x float> %v629.6.i, <16 x float> %v631.6.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3846 = getelementptr inbounds nuw i8, ptr %3844, i64 64
-  store <16 x float> %3845, ptr %3846, align 4, !tbaa !4
-  %3847 = getelementptr inbounds nuw i8, ptr %3799, i64 448
-  %v629.7.i = load <16 x float>, ptr %3847, align 4, !tbaa !4
-  %3848 = getelementptr inbounds nuw i8, ptr %3799, i64 1472
-  %v631.7.i = load <16 x float>, ptr %3848, align 4, !tbaa !4
-  %3849 = shufflevector <16 x float> %v629.7.i, <16 x float> %v631.7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3850 = or disjoint i64 %3798, 224
-  %3851 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3850
-  store <16 x float> %3849, ptr %3851, align 4, !tbaa !4
-  %3852 = shufflevector <16 x float> %v629.7.i, <16 x float> %v631.7.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3853 = getelementptr inbounds nuw i8, ptr %3851, i64 64
-  store <16 x float> %3852, ptr %3853, align 4, !tbaa !4
-  %3854 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3829
-  %v629.8.i = load <16 x float>, ptr %3854, align 4, !tbaa !4
-  %3855 = getelementptr inbounds nuw i8, ptr %3854, i64 1024
-  %v631.8.i = load <16 x float>, ptr %3855, align 4, !tbaa !4
-  %3856 = shufflevector <16 x float> %v629.8.i, <16 x float> %v631.8.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3857 = getelementptr inbounds nuw i8, ptr %3802, i64 1024
-  store <16 x float> %3856, ptr %3857, align 4, !tbaa !4
-  %3858 = shufflevector <16 x float> %v629.8.i, <16 x float> %v631.8.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3859 = getelementptr inbounds nuw i8, ptr %3802, i64 1088
+  %3805 = shufflevector <16 x float> %v622.i, <16 x float> %v624.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3806 = getelementptr inbounds nuw i8, ptr %3804, i64 64
+  store <16 x float> %3805, ptr %3806, align 4, !tbaa !4
+  %3807 = getelementptr inbounds nuw i8, ptr %3801, i64 64
+  %v622.1.i = load <16 x float>, ptr %3807, align 4, !tbaa !4
+  %3808 = getelementptr inbounds nuw i8, ptr %3801, i64 1088
+  %v624.1.i = load <16 x float>, ptr %3808, align 4, !tbaa !4
+  %3809 = shufflevector <16 x float> %v622.1.i, <16 x float> %v624.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3810 = or disjoint i64 %3800, 32
+  %3811 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3810
+  store <16 x float> %3809, ptr %3811, align 4, !tbaa !4
+  %3812 = shufflevector <16 x float> %v622.1.i, <16 x float> %v624.1.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3813 = getelementptr inbounds nuw i8, ptr %3811, i64 64
+  store <16 x float> %3812, ptr %3813, align 4, !tbaa !4
+  %3814 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3810
+  %v622.2.i = load <16 x float>, ptr %3814, align 4, !tbaa !4
+  %3815 = getelementptr inbounds nuw i8, ptr %3814, i64 1024
+  %v624.2.i = load <16 x float>, ptr %3815, align 4, !tbaa !4
+  %3816 = shufflevector <16 x float> %v622.2.i, <16 x float> %v624.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3817 = or disjoint i64 %3800, 64
+  %3818 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3817
+  store <16 x float> %3816, ptr %3818, align 4, !tbaa !4
+  %3819 = shufflevector <16 x float> %v622.2.i, <16 x float> %v624.2.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3820 = getelementptr inbounds nuw i8, ptr %3818, i64 64
+  store <16 x float> %3819, ptr %3820, align 4, !tbaa !4
+  %3821 = getelementptr inbounds nuw i8, ptr %3801, i64 192
+  %v622.3.i = load <16 x float>, ptr %3821, align 4, !tbaa !4
+  %3822 = getelementptr inbounds nuw i8, ptr %3801, i64 1216
+  %v624.3.i = load <16 x float>, ptr %3822, align 4, !tbaa !4
+  %3823 = shufflevector <16 x float> %v622.3.i, <16 x float> %v624.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3824 = or disjoint i64 %3800, 96
+  %3825 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3824
+  store <16 x float> %3823, ptr %3825, align 4, !tbaa !4
+  %3826 = shufflevector <16 x float> %v622.3.i, <16 x float> %v624.3.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3827 = getelementptr inbounds nuw i8, ptr %3825, i64 64
+  store <16 x float> %3826, ptr %3827, align 4, !tbaa !4
+  %3828 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3817
+  %v622.4.i = load <16 x float>, ptr %3828, align 4, !tbaa !4
+  %3829 = getelementptr inbounds nuw i8, ptr %3828, i64 1024
+  %v624.4.i = load <16 x float>, ptr %3829, align 4, !tbaa !4
+  %3830 = shufflevector <16 x float> %v622.4.i, <16 x float> %v624.4.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3831 = or disjoint i64 %3800, 128
+  %3832 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3831
+  store <16 x float> %3830, ptr %3832, align 4, !tbaa !4
+  %3833 = shufflevector <16 x float> %v622.4.i, <16 x float> %v624.4.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3834 = getelementptr inbounds nuw i8, ptr %3832, i64 64
+  store <16 x float> %3833, ptr %3834, align 4, !tbaa !4
+  %3835 = getelementptr inbounds nuw i8, ptr %3801, i64 320
+  %v622.5.i = load <16 x float>, ptr %3835, align 4, !tbaa !4
+  %3836 = getelementptr inbounds nuw i8, ptr %3801, i64 1344
+  %v624.5.i = load <16 x float>, ptr %3836, align 4, !tbaa !4
+  %3837 = shufflevector <16 x float> %v622.5.i, <16 x float> %v624.5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3838 = or disjoint i64 %3800, 160
+  %3839 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3838
+  store <16 x float> %3837, ptr %3839, align 4, !tbaa !4
+  %3840 = shufflevector <16 x float> %v622.5.i, <16 x float> %v624.5.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3841 = getelementptr inbounds nuw i8, ptr %3839, i64 64
+  store <16 x float> %3840, ptr %3841, align 4, !tbaa !4
+  %3842 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3824
+  %v622.6.i = load <16 x float>, ptr %3842, align 4, !tbaa !4
+  %3843 = getelementptr inbounds nuw i8, ptr %3842, i64 1024
+  %v624.6.i = load <16 x float>, ptr %3843, align 4, !tbaa !4
+  %3844 = shufflevector <16 x float> %v622.6.i, <16 x float> %v624.6.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3845 = or disjoint i64 %3800, 192
+  %3846 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3845
+  store <16 x float> %3844, ptr %3846, align 4, !tbaa !4
+  %3847 = shufflevector <16 x float> %v622.6.i, <16 x float> %v624.6.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3848 = getelementptr inbounds nuw i8, ptr %3846, i64 64
+  store <16 x float> %3847, ptr %3848, align 4, !tbaa !4
+  %3849 = getelementptr inbounds nuw i8, ptr %3801, i64 448
+  %v622.7.i = load <16 x float>, ptr %3849, align 4, !tbaa !4
+  %3850 = getelementptr inbounds nuw i8, ptr %3801, i64 1472
+  %v624.7.i = load <16 x float>, ptr %3850, align 4, !tbaa !4
+  %3851 = shufflevector <16 x float> %v622.7.i, <16 x float> %v624.7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3852 = or disjoint i64 %3800, 224
+  %3853 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3852
+  store <16 x float> %3851, ptr %3853, align 4, !tbaa !4
+  %3854 = shufflevector <16 x float> %v622.7.i, <16 x float> %v624.7.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3855 = getelementptr inbounds nuw i8, ptr %3853, i64 64
+  store <16 x float> %3854, ptr %3855, align 4, !tbaa !4
+  %3856 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3831
+  %v622.8.i = load <16 x float>, ptr %3856, align 4, !tbaa !4
+  %3857 = getelementptr inbounds nuw i8, ptr %3856, i64 1024
+  %v624.8.i = load <16 x float>, ptr %3857, align 4, !tbaa !4
+  %3858 = shufflevector <16 x float> %v622.8.i, <16 x float> %v624.8.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3859 = getelementptr inbounds nuw i8, ptr %3804, i64 1024
   store <16 x float> %3858, ptr %3859, align 4, !tbaa !4
-  %3860 = getelementptr inbounds nuw i8, ptr %3799, i64 576
-  %v629.9.i = load <16 x float>, ptr %3860, align 4, !tbaa !4
-  %3861 = getelementptr inbounds nuw i8, ptr %3799, i64 1600
-  %v631.9.i = load <16 x float>, ptr %3861, align 4, !tbaa !4
-  %3862 = shufflevector <16 x float> %v629.9.i, <16 x float> %v631.9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3863 = getelementptr inbounds nuw i8, ptr %3802, i64 1152
-  store <16 x float> %3862, ptr %3863, align 4, !tbaa !4
-  %3864 = shufflevector <16 x float> %v629.9.i, <16 x float> %v631.9.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3865 = getelementptr inbounds nuw i8, ptr %3802, i64 1216
+  %3860 = shufflevector <16 x float> %v622.8.i, <16 x float> %v624.8.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3861 = getelementptr inbounds nuw i8, ptr %3804, i64 1088
+  store <16 x float> %3860, ptr %3861, align 4, !tbaa !4
+  %3862 = getelementptr inbounds nuw i8, ptr %3801, i64 576
+  %v622.9.i = load <16 x float>, ptr %3862, align 4, !tbaa !4
+  %3863 = getelementptr inbounds nuw i8, ptr %3801, i64 1600
+  %v624.9.i = load <16 x float>, ptr %3863, align 4, !tbaa !4
+  %3864 = shufflevector <16 x float> %v622.9.i, <16 x float> %v624.9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3865 = getelementptr inbounds nuw i8, ptr %3804, i64 1152
   store <16 x float> %3864, ptr %3865, align 4, !tbaa !4
-  %3866 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3836
-  %v629.10.i = load <16 x float>, ptr %3866, align 4, !tbaa !4
-  %3867 = getelementptr inbounds nuw i8, ptr %3866, i64 1024
-  %v631.10.i = load <16 x float>, ptr %3867, align 4, !tbaa !4
-  %3868 = shufflevector <16 x float> %v629.10.i, <16 x float> %v631.10.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3869 = getelementptr inbounds nuw i8, ptr %3802, i64 1280
-  store <16 x float> %3868, ptr %3869, align 4, !tbaa !4
-  %3870 = shufflevector <16 x float> %v629.10.i, <16 x float> %v631.10.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3871 = getelementptr inbounds nuw i8, ptr %3802, i64 1344
+  %3866 = shufflevector <16 x float> %v622.9.i, <16 x float> %v624.9.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3867 = getelementptr inbounds nuw i8, ptr %3804, i64 1216
+  store <16 x float> %3866, ptr %3867, align 4, !tbaa !4
+  %3868 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3838
+  %v622.10.i = load <16 x float>, ptr %3868, align 4, !tbaa !4
+  %3869 = getelementptr inbounds nuw i8, ptr %3868, i64 1024
+  %v624.10.i = load <16 x float>, ptr %3869, align 4, !tbaa !4
+  %3870 = shufflevector <16 x float> %v622.10.i, <16 x float> %v624.10.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3871 = getelementptr inbounds nuw i8, ptr %3804, i64 1280
   store <16 x float> %3870, ptr %3871, align 4, !tbaa !4
-  %3872 = getelementptr inbounds nuw i8, ptr %3799, i64 704
-  %v629.11.i = load <16 x float>, ptr %3872, align 4, !tbaa !4
-  %3873 = getelementptr inbounds nuw i8, ptr %3799, i64 1728
-  %v631.11.i = load <16 x float>, ptr %3873, align 4, !tbaa !4
-  %3874 = shufflevector <16 x float> %v629.11.i, <16 x float> %v631.11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3875 = getelementptr inbounds nuw i8, ptr %3802, i64 1408
-  store <16 x float> %3874, ptr %3875, align 4, !tbaa !4
-  %3876 = shufflevector <16 x float> %v629.11.i, <16 x float> %v631.11.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3877 = getelementptr inbounds nuw i8, ptr %3802, i64 1472
+  %3872 = shufflevector <16 x float> %v622.10.i, <16 x float> %v624.10.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3873 = getelementptr inbounds nuw i8, ptr %3804, i64 1344
+  store <16 x float> %3872, ptr %3873, align 4, !tbaa !4
+  %3874 = getelementptr inbounds nuw i8, ptr %3801, i64 704
+  %v622.11.i = load <16 x float>, ptr %3874, align 4, !tbaa !4
+  %3875 = getelementptr inbounds nuw i8, ptr %3801, i64 1728
+  %v624.11.i = load <16 x float>, ptr %3875, align 4, !tbaa !4
+  %3876 = shufflevector <16 x float> %v622.11.i, <16 x float> %v624.11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3877 = getelementptr inbounds nuw i8, ptr %3804, i64 1408
   store <16 x float> %3876, ptr %3877, align 4, !tbaa !4
-  %3878 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3843
-  %v629.12.i = load <16 x float>, ptr %3878, align 4, !tbaa !4
-  %3879 = getelementptr inbounds nuw i8, ptr %3878, i64 1024
-  %v631.12.i = load <16 x float>, ptr %3879, align 4, !tbaa !4
-  %3880 = shufflevector <16 x float> %v629.12.i, <16 x float> %v631.12.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3881 = getelementptr inbounds nuw i8, ptr %3802, i64 1536
-  store <16 x float> %3880, ptr %3881, align 4, !tbaa !4
-  %3882 = shufflevector <16 x float> %v629.12.i, <16 x float> %v631.12.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3883 = getelementptr inbounds nuw i8, ptr %3802, i64 1600
+  %3878 = shufflevector <16 x float> %v622.11.i, <16 x float> %v624.11.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3879 = getelementptr inbounds nuw i8, ptr %3804, i64 1472
+  store <16 x float> %3878, ptr %3879, align 4, !tbaa !4
+  %3880 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3845
+  %v622.12.i = load <16 x float>, ptr %3880, align 4, !tbaa !4
+  %3881 = getelementptr inbounds nuw i8, ptr %3880, i64 1024
+  %v624.12.i = load <16 x float>, ptr %3881, align 4, !tbaa !4
+  %3882 = shufflevector <16 x float> %v622.12.i, <16 x float> %v624.12.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3883 = getelementptr inbounds nuw i8, ptr %3804, i64 1536
   store <16 x float> %3882, ptr %3883, align 4, !tbaa !4
-  %3884 = getelementptr inbounds nuw i8, ptr %3799, i64 832
-  %v629.13.i = load <16 x float>, ptr %3884, align 4, !tbaa !4
-  %3885 = getelementptr inbounds nuw i8, ptr %3799, i64 1856
-  %v631.13.i = load <16 x float>, ptr %3885, align 4, !tbaa !4
-  %3886 = shufflevector <16 x float> %v629.13.i, <16 x float> %v631.13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3887 = getelementptr inbounds nuw i8, ptr %3802, i64 1664
-  store <16 x float> %3886, ptr %3887, align 4, !tbaa !4
-  %3888 = shufflevector <16 x float> %v629.13.i, <16 x float> %v631.13.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3889 = getelementptr inbounds nuw i8, ptr %3802, i64 1728
+  %3884 = shufflevector <16 x float> %v622.12.i, <16 x float> %v624.12.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3885 = getelementptr inbounds nuw i8, ptr %3804, i64 1600
+  store <16 x float> %3884, ptr %3885, align 4, !tbaa !4
+  %3886 = getelementptr inbounds nuw i8, ptr %3801, i64 832
+  %v622.13.i = load <16 x float>, ptr %3886, align 4, !tbaa !4
+  %3887 = getelementptr inbounds nuw i8, ptr %3801, i64 1856
+  %v624.13.i = load <16 x float>, ptr %3887, align 4, !tbaa !4
+  %3888 = shufflevector <16 x float> %v622.13.i, <16 x float> %v624.13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3889 = getelementptr inbounds nuw i8, ptr %3804, i64 1664
   store <16 x float> %3888, ptr %3889, align 4, !tbaa !4
-  %3890 = getelementptr inbounds nuw float, ptr %acc539.i, i64 %3850
-  %v629.14.i = load <16 x float>, ptr %3890, align 4, !tbaa !4
-  %3891 = getelementptr inbounds nuw i8, ptr %3890, i64 1024
-  %v631.14.i = load <16 x float>, ptr %3891, align 4, !tbaa !4
-  %3892 = shufflevector <16 x float> %v629.14.i, <16 x float> %v631.14.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3893 = getelementptr inbounds nuw i8, ptr %3802, i64 1792
-  store <16 x float> %3892, ptr %3893, align 4, !tbaa !4
-  %3894 = shufflevector <16 x float> %v629.14.i, <16 x float> %v631.14.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3895 = getelementptr inbounds nuw i8, ptr %3802, i64 1856
+  %3890 = shufflevector <16 x float> %v622.13.i, <16 x float> %v624.13.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3891 = getelementptr inbounds nuw i8, ptr %3804, i64 1728
+  store <16 x float> %3890, ptr %3891, align 4, !tbaa !4
+  %3892 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3852
+  %v622.14.i = load <16 x float>, ptr %3892, align 4, !tbaa !4
+  %3893 = getelementptr inbounds nuw i8, ptr %3892, i64 1024
+  %v624.14.i = load <16 x float>, ptr %3893, align 4, !tbaa !4
+  %3894 = shufflevector <16 x float> %v622.14.i, <16 x float> %v624.14.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3895 = getelementptr inbounds nuw i8, ptr %3804, i64 1792
   store <16 x float> %3894, ptr %3895, align 4, !tbaa !4
-  %3896 = getelementptr inbounds nuw i8, ptr %3799, i64 960
-  %v629.15.i = load <16 x float>, ptr %3896, align 4, !tbaa !4
-  %3897 = getelementptr inbounds nuw i8, ptr %3799, i64 1984
-  %v631.15.i = load <16 x float>, ptr %3897, align 4, !tbaa !4
-  %3898 = shufflevector <16 x float> %v629.15.i, <16 x float> %v631.15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %3899 = getelementptr inbounds nuw i8, ptr %3802, i64 1920
-  store <16 x float> %3898, ptr %3899, align 4, !tbaa !4
-  %3900 = shufflevector <16 x float> %v629.15.i, <16 x float> %v631.15.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %3901 = getelementptr inbounds nuw i8, ptr %3802, i64 1984
+  %3896 = shufflevector <16 x float> %v622.14.i, <16 x float> %v624.14.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3897 = getelementptr inbounds nuw i8, ptr %3804, i64 1856
+  store <16 x float> %3896, ptr %3897, align 4, !tbaa !4
+  %3898 = getelementptr inbounds nuw i8, ptr %3801, i64 960
+  %v622.15.i = load <16 x float>, ptr %3898, align 4, !tbaa !4
+  %3899 = getelementptr inbounds nuw i8, ptr %3801, i64 1984
+  %v624.15.i = load <16 x float>, ptr %3899, align 4, !tbaa !4
+  %3900 = shufflevector <16 x float> %v622.15.i, <16 x float> %v624.15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %3901 = getelementptr inbounds nuw i8, ptr %3804, i64 1920
   store <16 x float> %3900, ptr %3901, align 4, !tbaa !4
-  %indvars.iv.next1089.i = add nuw nsw i64 %indvars.iv1088.i, 1
-  %exitcond1091.not.i = icmp eq i64 %indvars.iv.next1089.i, 16
-  br i1 %exitcond1091.not.i, label %for_begin_r_0.preheader.i, label %for_begin_w_0623.preheader.i, !prof !31
+  %3902 = shufflevector <16 x float> %v622.15.i, <16 x float> %v624.15.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %3903 = getelementptr inbounds nuw i8, ptr %3804, i64 1984
+  store <16 x float> %3902, ptr %3903, align 4, !tbaa !4
+  %indvars.iv.next1075.i = add nuw nsw i64 %indvars.iv1074.i, 1
+  %exitcond1077.not.i = icmp eq i64 %indvars.iv.next1075.i, 16
+  br i1 %exitcond1077.not.i, label %for_begin_r_0.preheader.i, label %for_begin_w_0616.preheader.i, !prof !31
 
-for_begin_d_0636.preheader.i:                     ; preds = %for_end_d_0638.i, %for_begin_r_0.preheader.i
-  %indvars.iv1105.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next1106.i, %for_end_d_0638.i ]
-  %3902 = getelementptr inbounds nuw float, ptr %beta745.i, i64 %indvars.iv1105.i
-  %3903 = load float, ptr %3902, align 4, !tbaa !272
-  %3904 = insertelement <16 x float> poison, float %3903, i64 0
-  %3905 = shufflevector <16 x float> %3904, <16 x float> poison, <16 x i32> zeroinitializer
-  %3906 = shl nuw nsw i64 %indvars.iv1105.i, 9
-  %3907 = add nuw nsw i64 %3906, %3797
-  %3908 = getelementptr inbounds nuw float, ptr %alpha746.i, i64 %indvars.iv1105.i
-  %3909 = load float, ptr %3908, align 4, !tbaa !273
-  %3910 = insertelement <16 x float> poison, float %3909, i64 0
-  %3911 = shufflevector <16 x float> %3910, <16 x float> poison, <16 x i32> zeroinitializer
-  br i1 %1452, label %for_body_d_0637.us.preheader.i, label %for_body_d_0637.preheader.i, !prof !7
+for_begin_d_0629.preheader.i:                     ; preds = %for_end_d_0631.i, %for_begin_r_0.preheader.i
+  %indvars.iv1091.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next1092.i, %for_end_d_0631.i ]
+  %3904 = getelementptr inbounds nuw float, ptr %beta735.i, i64 %indvars.iv1091.i
+  %3905 = load float, ptr %3904, align 4, !tbaa !272
+  %3906 = insertelement <16 x float> poison, float %3905, i64 0
+  %3907 = shufflevector <16 x float> %3906, <16 x float> poison, <16 x i32> zeroinitializer
+  %3908 = shl nuw nsw i64 %indvars.iv1091.i, 9
+  %3909 = add nuw nsw i64 %3908, %3799
+  %3910 = getelementptr inbounds nuw float, ptr %alpha736.i, i64 %indvars.iv1091.i
+  %3911 = load float, ptr %3910, align 4, !tbaa !273
+  %3912 = insertelement <16 x float> poison, float %3911, i64 0
+  %3913 = shufflevector <16 x float> %3912, <16 x float> poison, <16 x i32> zeroinitializer
+  br i1 %1452, label %for_body_d_0630.us.preheader.i, label %for_body_d_0630.preheader.i, !prof !7
 
-for_body_d_0637.preheader.i:                      ; preds = %for_begin_d_0636.preheader.i
-  %3912 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3906
-  %3913 = load <16 x float>, ptr %3912, align 4, !tbaa !4
-  %3914 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3907
+for_body_d_0630.preheader.i:                      ; preds = %for_begin_d_0629.preheader.i
+  %3914 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3908
   %3915 = load <16 x float>, ptr %3914, align 4, !tbaa !4
-  %3916 = fmul <16 x float> %3911, %3915
-  %3917 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3913, <16 x float> %3916)
-  store <16 x float> %3917, ptr %3914, align 4, !tbaa !4
-  %3918 = getelementptr inbounds nuw i8, ptr %3912, i64 64
-  %3919 = load <16 x float>, ptr %3918, align 4, !tbaa !4
+  %3916 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3909
+  %3917 = load <16 x float>, ptr %3916, align 4, !tbaa !4
+  %3918 = fmul <16 x float> %3913, %3917
+  %3919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3915, <16 x float> %3918)
+  store <16 x float> %3919, ptr %3916, align 4, !tbaa !4
   %3920 = getelementptr inbounds nuw i8, ptr %3914, i64 64
   %3921 = load <16 x float>, ptr %3920, align 4, !tbaa !4
-  %3922 = fmul <16 x float> %3911, %3921
-  %3923 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3919, <16 x float> %3922)
-  store <16 x float> %3923, ptr %3920, align 4, !tbaa !4
-  %3924 = getelementptr inbounds nuw i8, ptr %3912, i64 128
-  %3925 = load <16 x float>, ptr %3924, align 4, !tbaa !4
+  %3922 = getelementptr inbounds nuw i8, ptr %3916, i64 64
+  %3923 = load <16 x float>, ptr %3922, align 4, !tbaa !4
+  %3924 = fmul <16 x float> %3913, %3923
+  %3925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3921, <16 x float> %3924)
+  store <16 x float> %3925, ptr %3922, align 4, !tbaa !4
   %3926 = getelementptr inbounds nuw i8, ptr %3914, i64 128
   %3927 = load <16 x float>, ptr %3926, align 4, !tbaa !4
-  %3928 = fmul <16 x float> %3911, %3927
-  %3929 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3925, <16 x float> %3928)
-  store <16 x float> %3929, ptr %3926, align 4, !tbaa !4
-  %3930 = getelementptr inbounds nuw i8, ptr %3912, i64 192
-  %3931 = load <16 x float>, ptr %3930, align 4, !tbaa !4
+  %3928 = getelementptr inbounds nuw i8, ptr %3916, i64 128
+  %3929 = load <16 x float>, ptr %3928, align 4, !tbaa !4
+  %3930 = fmul <16 x float> %3913, %3929
+  %3931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3927, <16 x float> %3930)
+  store <16 x float> %3931, ptr %3928, align 4, !tbaa !4
   %3932 = getelementptr inbounds nuw i8, ptr %3914, i64 192
   %3933 = load <16 x float>, ptr %3932, align 4, !tbaa !4
-  %3934 = fmul <16 x float> %3911, %3933
-  %3935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3931, <16 x float> %3934)
-  store <16 x float> %3935, ptr %3932, align 4, !tbaa !4
-  %3936 = getelementptr inbounds nuw i8, ptr %3912, i64 256
-  %3937 = load <16 x float>, ptr %3936, align 4, !tbaa !4
+  %3934 = getelementptr inbounds nuw i8, ptr %3916, i64 192
+  %3935 = load <16 x float>, ptr %3934, align 4, !tbaa !4
+  %3936 = fmul <16 x float> %3913, %3935
+  %3937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3933, <16 x float> %3936)
+  store <16 x float> %3937, ptr %3934, align 4, !tbaa !4
   %3938 = getelementptr inbounds nuw i8, ptr %3914, i64 256
   %3939 = load <16 x float>, ptr %3938, align 4, !tbaa !4
-  %3940 = fmul <16 x float> %3911, %3939
-  %3941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3937, <16 x float> %3940)
-  store <16 x float> %3941, ptr %3938, align 4, !tbaa !4
-  %3942 = getelementptr inbounds nuw i8, ptr %3912, i64 320
-  %3943 = load <16 x float>, ptr %3942, align 4, !tbaa !4
+  %3940 = getelementptr inbounds nuw i8, ptr %3916, i64 256
+  %3941 = load <16 x float>, ptr %3940, align 4, !tbaa !4
+  %3942 = fmul <16 x float> %3913, %3941
+  %3943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3939, <16 x float> %3942)
+  store <16 x float> %3943, ptr %3940, align 4, !tbaa !4
   %3944 = getelementptr inbounds nuw i8, ptr %3914, i64 320
   %3945 = load <16 x float>, ptr %3944, align 4, !tbaa !4
-  %3946 = fmul <16 x float> %3911, %3945
-  %3947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3943, <16 x float> %3946)
-  store <16 x float> %3947, ptr %3944, align 4, !tbaa !4
-  %3948 = getelementptr inbounds nuw i8, ptr %3912, i64 384
-  %3949 = load <16 x float>, ptr %3948, align 4, !tbaa !4
+  %3946 = getelementptr inbounds nuw i8, ptr %3916, i64 320
+  %3947 = load <16 x float>, ptr %3946, align 4, !tbaa !4
+  %3948 = fmul <16 x float> %3913, %3947
+  %3949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3945, <16 x float> %3948)
+  store <16 x float> %3949, ptr %3946, align 4, !tbaa !4
   %3950 = getelementptr inbounds nuw i8, ptr %3914, i64 384
   %3951 = load <16 x float>, ptr %3950, align 4, !tbaa !4
-  %3952 = fmul <16 x float> %3911, %3951
-  %3953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3949, <16 x float> %3952)
-  store <16 x float> %3953, ptr %3950, align 4, !tbaa !4
-  %3954 = getelementptr inbounds nuw i8, ptr %3912, i64 448
-  %3955 = load <16 x float>, ptr %3954, align 4, !tbaa !4
+  %3952 = getelementptr inbounds nuw i8, ptr %3916, i64 384
+  %3953 = load <16 x float>, ptr %3952, align 4, !tbaa !4
+  %3954 = fmul <16 x float> %3913, %3953
+  %3955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3951, <16 x float> %3954)
+  store <16 x float> %3955, ptr %3952, align 4, !tbaa !4
   %3956 = getelementptr inbounds nuw i8, ptr %3914, i64 448
   %3957 = load <16 x float>, ptr %3956, align 4, !tbaa !4
-  %3958 = fmul <16 x float> %3911, %3957
-  %3959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3955, <16 x float> %3958)
-  store <16 x float> %3959, ptr %3956, align 4, !tbaa !4
-  %3960 = getelementptr inbounds nuw i8, ptr %3912, i64 512
-  %3961 = load <16 x float>, ptr %3960, align 4, !tbaa !4
+  %3958 = getelementptr inbounds nuw i8, ptr %3916, i64 448
+  %3959 = load <16 x float>, ptr %3958, align 4, !tbaa !4
+  %3960 = fmul <16 x float> %3913, %3959
+  %3961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3957, <16 x float> %3960)
+  store <16 x float> %3961, ptr %3958, align 4, !tbaa !4
   %3962 = getelementptr inbounds nuw i8, ptr %3914, i64 512
   %3963 = load <16 x float>, ptr %3962, align 4, !tbaa !4
-  %3964 = fmul <16 x float> %3911, %3963
-  %3965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3961, <16 x float> %3964)
-  store <16 x float> %3965, ptr %3962, align 4, !tbaa !4
-  %3966 = getelementptr inbounds nuw i8, ptr %3912, i64 576
-  %3967 = load <16 x float>, ptr %3966, align 4, !tbaa !4
+  %3964 = getelementptr inbounds nuw i8, ptr %3916, i64 512
+  %3965 = load <16 x float>, ptr %3964, align 4, !tbaa !4
+  %3966 = fmul <16 x float> %3913, %3965
+  %3967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3963, <16 x float> %3966)
+  store <16 x float> %3967, ptr %3964, align 4, !tbaa !4
   %3968 = getelementptr inbounds nuw i8, ptr %3914, i64 576
   %3969 = load <16 x float>, ptr %3968, align 4, !tbaa !4
-  %3970 = fmul <16 x float> %3911, %3969
-  %3971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3967, <16 x float> %3970)
-  store <16 x float> %3971, ptr %3968, align 4, !tbaa !4
-  %3972 = getelementptr inbounds nuw i8, ptr %3912, i64 640
-  %3973 = load <16 x float>, ptr %3972, align 4, !tbaa !4
+  %3970 = getelementptr inbounds nuw i8, ptr %3916, i64 576
+  %3971 = load <16 x float>, ptr %3970, align 4, !tbaa !4
+  %3972 = fmul <16 x float> %3913, %3971
+  %3973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3969, <16 x float> %3972)
+  store <16 x float> %3973, ptr %3970, align 4, !tbaa !4
   %3974 = getelementptr inbounds nuw i8, ptr %3914, i64 640
   %3975 = load <16 x float>, ptr %3974, align 4, !tbaa !4
-  %3976 = fmul <16 x float> %3911, %3975
-  %3977 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3973, <16 x float> %3976)
-  store <16 x float> %3977, ptr %3974, align 4, !tbaa !4
-  %3978 = getelementptr inbounds nuw i8, ptr %3912, i64 704
-  %3979 = load <16 x float>, ptr %3978, align 4, !tbaa !4
+  %3976 = getelementptr inbounds nuw i8, ptr %3916, i64 640
+  %3977 = load <16 x float>, ptr %3976, align 4, !tbaa !4
+  %3978 = fmul <16 x float> %3913, %3977
+  %3979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3975, <16 x float> %3978)
+  store <16 x float> %3979, ptr %3976, align 4, !tbaa !4
   %3980 = getelementptr inbounds nuw i8, ptr %3914, i64 704
   %3981 = load <16 x float>, ptr %3980, align 4, !tbaa !4
-  %3982 = fmul <16 x float> %3911, %3981
-  %3983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3979, <16 x float> %3982)
-  store <16 x float> %3983, ptr %3980, align 4, !tbaa !4
-  %3984 = getelementptr inbounds nuw i8, ptr %3912, i64 768
-  %3985 = load <16 x float>, ptr %3984, align 4, !tbaa !4
+  %3982 = getelementptr inbounds nuw i8, ptr %3916, i64 704
+  %3983 = load <16 x float>, ptr %3982, align 4, !tbaa !4
+  %3984 = fmul <16 x float> %3913, %3983
+  %3985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3981, <16 x float> %3984)
+  store <16 x float> %3985, ptr %3982, align 4, !tbaa !4
   %3986 = getelementptr inbounds nuw i8, ptr %3914, i64 768
   %3987 = load <16 x float>, ptr %3986, align 4, !tbaa !4
-  %3988 = fmul <16 x float> %3911, %3987
-  %3989 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3985, <16 x float> %3988)
-  store <16 x float> %3989, ptr %3986, align 4, !tbaa !4
-  %3990 = getelementptr inbounds nuw i8, ptr %3912, i64 832
-  %3991 = load <16 x float>, ptr %3990, align 4, !tbaa !4
+  %3988 = getelementptr inbounds nuw i8, ptr %3916, i64 768
+  %3989 = load <16 x float>, ptr %3988, align 4, !tbaa !4
+  %3990 = fmul <16 x float> %3913, %3989
+  %3991 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3987, <16 x float> %3990)
+  store <16 x float> %3991, ptr %3988, align 4, !tbaa !4
   %3992 = getelementptr inbounds nuw i8, ptr %3914, i64 832
   %3993 = load <16 x float>, ptr %3992, align 4, !tbaa !4
-  %3994 = fmul <16 x float> %3911, %3993
-  %3995 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3991, <16 x float> %3994)
-  store <16 x float> %3995, ptr %3992, align 4, !tbaa !4
-  %3996 = getelementptr inbounds nuw i8, ptr %3912, i64 896
-  %3997 = load <16 x float>, ptr %3996, align 4, !tbaa !4
+  %3994 = getelementptr inbounds nuw i8, ptr %3916, i64 832
+  %3995 = load <16 x float>, ptr %3994, align 4, !tbaa !4
+  %3996 = fmul <16 x float> %3913, %3995
+  %3997 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3993, <16 x float> %3996)
+  store <16 x float> %3997, ptr %3994, align 4, !tbaa !4
   %3998 = getelementptr inbounds nuw i8, ptr %3914, i64 896
   %3999 = load <16 x float>, ptr %3998, align 4, !tbaa !4
-  %4000 = fmul <16 x float> %3911, %3999
-  %4001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %3997, <16 x float> %4000)
-  store <16 x float> %4001, ptr %3998, align 4, !tbaa !4
-  %4002 = getelementptr inbounds nuw i8, ptr %3912, i64 960
-  %4003 = load <16 x float>, ptr %4002, align 4, !tbaa !4
+  %4000 = getelementptr inbounds nuw i8, ptr %3916, i64 896
+  %4001 = load <16 x float>, ptr %4000, align 4, !tbaa !4
+  %4002 = fmul <16 x float> %3913, %4001
+  %4003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3999, <16 x float> %4002)
+  store <16 x float> %4003, ptr %4000, align 4, !tbaa !4
   %4004 = getelementptr inbounds nuw i8, ptr %3914, i64 960
   %4005 = load <16 x float>, ptr %4004, align 4, !tbaa !4
-  %4006 = fmul <16 x float> %3911, %4005
-  %4007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4003, <16 x float> %4006)
-  store <16 x float> %4007, ptr %4004, align 4, !tbaa !4
-  %4008 = getelementptr inbounds nuw i8, ptr %3912, i64 1024
-  %4009 = load <16 x float>, ptr %4008, align 4, !tbaa !4
+  %4006 = getelementptr inbounds nuw i8, ptr %3916, i64 960
+  %4007 = load <16 x float>, ptr %4006, align 4, !tbaa !4
+  %4008 = fmul <16 x float> %3913, %4007
+  %4009 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4005, <16 x float> %4008)
+  store <16 x float> %4009, ptr %4006, align 4, !tbaa !4
   %4010 = getelementptr inbounds nuw i8, ptr %3914, i64 1024
   %4011 = load <16 x float>, ptr %4010, align 4, !tbaa !4
-  %4012 = fmul <16 x float> %3911, %4011
-  %4013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4009, <16 x float> %4012)
-  store <16 x float> %4013, ptr %4010, align 4, !tbaa !4
-  %4014 = getelementptr inbounds nuw i8, ptr %3912, i64 1088
-  %4015 = load <16 x float>, ptr %4014, align 4, !tbaa !4
+  %4012 = getelementptr inbounds nuw i8, ptr %3916, i64 1024
+  %4013 = load <16 x float>, ptr %4012, align 4, !tbaa !4
+  %4014 = fmul <16 x float> %3913, %4013
+  %4015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4011, <16 x float> %4014)
+  store <16 x float> %4015, ptr %4012, align 4, !tbaa !4
   %4016 = getelementptr inbounds nuw i8, ptr %3914, i64 1088
   %4017 = load <16 x float>, ptr %4016, align 4, !tbaa !4
-  %4018 = fmul <16 x float> %3911, %4017
-  %4019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4015, <16 x float> %4018)
-  store <16 x float> %4019, ptr %4016, align 4, !tbaa !4
-  %4020 = getelementptr inbounds nuw i8, ptr %3912, i64 1152
-  %4021 = load <16 x float>, ptr %4020, align 4, !tbaa !4
+  %4018 = getelementptr inbounds nuw i8, ptr %3916, i64 1088
+  %4019 = load <16 x float>, ptr %4018, align 4, !tbaa !4
+  %4020 = fmul <16 x float> %3913, %4019
+  %4021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4017, <16 x float> %4020)
+  store <16 x float> %4021, ptr %4018, align 4, !tbaa !4
   %4022 = getelementptr inbounds nuw i8, ptr %3914, i64 1152
   %4023 = load <16 x float>, ptr %4022, align 4, !tbaa !4
-  %4024 = fmul <16 x float> %3911, %4023
-  %4025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4021, <16 x float> %4024)
-  store <16 x float> %4025, ptr %4022, align 4, !tbaa !4
-  %4026 = getelementptr inbounds nuw i8, ptr %3912, i64 1216
-  %4027 = load <16 x float>, ptr %4026, align 4, !tbaa !4
+  %4024 = getelementptr inbounds nuw i8, ptr %3916, i64 1152
+  %4025 = load <16 x float>, ptr %4024, align 4, !tbaa !4
+  %4026 = fmul <16 x float> %3913, %4025
+  %4027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4023, <16 x float> %4026)
+  store <16 x float> %4027, ptr %4024, align 4, !tbaa !4
   %4028 = getelementptr inbounds nuw i8, ptr %3914, i64 1216
   %4029 = load <16 x float>, ptr %4028, align 4, !tbaa !4
-  %4030 = fmul <16 x float> %3911, %4029
-  %4031 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4027, <16 x float> %4030)
-  store <16 x float> %4031, ptr %4028, align 4, !tbaa !4
-  %4032 = getelementptr inbounds nuw i8, ptr %3912, i64 1280
-  %4033 = load <16 x float>, ptr %4032, align 4, !tbaa !4
+  %4030 = getelementptr inbounds nuw i8, ptr %3916, i64 1216
+  %4031 = load <16 x float>, ptr %4030, align 4, !tbaa !4
+  %4032 = fmul <16 x float> %3913, %4031
+  %4033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4029, <16 x float> %4032)
+  store <16 x float> %4033, ptr %4030, align 4, !tbaa !4
   %4034 = getelementptr inbounds nuw i8, ptr %3914, i64 1280
   %4035 = load <16 x float>, ptr %4034, align 4, !tbaa !4
-  %4036 = fmul <16 x float> %3911, %4035
-  %4037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4033, <16 x float> %4036)
-  store <16 x float> %4037, ptr %4034, align 4, !tbaa !4
-  %4038 = getelementptr inbounds nuw i8, ptr %3912, i64 1344
-  %4039 = load <16 x float>, ptr %4038, align 4, !tbaa !4
+  %4036 = getelementptr inbounds nuw i8, ptr %3916, i64 1280
+  %4037 = load <16 x float>, ptr %4036, align 4, !tbaa !4
+  %4038 = fmul <16 x float> %3913, %4037
+  %4039 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4035, <16 x float> %4038)
+  store <16 x float> %4039, ptr %4036, align 4, !tbaa !4
   %4040 = getelementptr inbounds nuw i8, ptr %3914, i64 1344
   %4041 = load <16 x float>, ptr %4040, align 4, !tbaa !4
-  %4042 = fmul <16 x float> %3911, %4041
-  %4043 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4039, <16 x float> %4042)
-  store <16 x float> %4043, ptr %4040, align 4, !tbaa !4
-  %4044 = getelementptr inbounds nuw i8, ptr %3912, i64 1408
-  %4045 = load <16 x float>, ptr %4044, align 4, !tbaa !4
+  %4042 = getelementptr inbounds nuw i8, ptr %3916, i64 1344
+  %4043 = load <16 x float>, ptr %4042, align 4, !tbaa !4
+  %4044 = fmul <16 x float> %3913, %4043
+  %4045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4041, <16 x float> %4044)
+  store <16 x float> %4045, ptr %4042, align 4, !tbaa !4
   %4046 = getelementptr inbounds nuw i8, ptr %3914, i64 1408
   %4047 = load <16 x float>, ptr %4046, align 4, !tbaa !4
-  %4048 = fmul <16 x float> %3911, %4047
-  %4049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4045, <16 x float> %4048)
-  store <16 x float> %4049, ptr %4046, align 4, !tbaa !4
-  %4050 = getelementptr inbounds nuw i8, ptr %3912, i64 1472
-  %4051 = load <16 x float>, ptr %4050, align 4, !tbaa !4
+  %4048 = getelementptr inbounds nuw i8, ptr %3916, i64 1408
+  %4049 = load <16 x float>, ptr %4048, align 4, !tbaa !4
+  %4050 = fmul <16 x float> %3913, %4049
+  %4051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4047, <16 x float> %4050)
+  store <16 x float> %4051, ptr %4048, align 4, !tbaa !4
   %4052 = getelementptr inbounds nuw i8, ptr %3914, i64 1472
   %4053 = load <16 x float>, ptr %4052, align 4, !tbaa !4
-  %4054 = fmul <16 x float> %3911, %4053
-  %4055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4051, <16 x float> %4054)
-  store <16 x float> %4055, ptr %4052, align 4, !tbaa !4
-  %4056 = getelementptr inbounds nuw i8, ptr %3912, i64 1536
-  %4057 = load <16 x float>, ptr %4056, align 4, !tbaa !4
+  %4054 = getelementptr inbounds nuw i8, ptr %3916, i64 1472
+  %4055 = load <16 x float>, ptr %4054, align 4, !tbaa !4
+  %4056 = fmul <16 x float> %3913, %4055
+  %4057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4053, <16 x float> %4056)
+  store <16 x float> %4057, ptr %4054, align 4, !tbaa !4
   %4058 = getelementptr inbounds nuw i8, ptr %3914, i64 1536
   %4059 = load <16 x float>, ptr %4058, align 4, !tbaa !4
-  %4060 = fmul <16 x float> %3911, %4059
-  %4061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4057, <16 x float> %4060)
-  store <16 x float> %4061, ptr %4058, align 4, !tbaa !4
-  %4062 = getelementptr inbounds nuw i8, ptr %3912, i64 1600
-  %4063 = load <16 x float>, ptr %4062, align 4, !tbaa !4
+  %4060 = getelementptr inbounds nuw i8, ptr %3916, i64 1536
+  %4061 = load <16 x float>, ptr %4060, align 4, !tbaa !4
+  %4062 = fmul <16 x float> %3913, %4061
+  %4063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4059, <16 x float> %4062)
+  store <16 x float> %4063, ptr %4060, align 4, !tbaa !4
   %4064 = getelementptr inbounds nuw i8, ptr %3914, i64 1600
   %4065 = load <16 x float>, ptr %4064, align 4, !tbaa !4
-  %4066 = fmul <16 x float> %3911, %4065
-  %4067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4063, <16 x float> %4066)
-  store <16 x float> %4067, ptr %4064, align 4, !tbaa !4
-  %4068 = getelementptr inbounds nuw i8, ptr %3912, i64 1664
-  %4069 = load <16 x float>, ptr %4068, align 4, !tbaa !4
+  %4066 = getelementptr inbounds nuw i8, ptr %3916, i64 1600
+  %4067 = load <16 x float>, ptr %4066, align 4, !tbaa !4
+  %4068 = fmul <16 x float> %3913, %4067
+  %4069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4065, <16 x float> %4068)
+  store <16 x float> %4069, ptr %4066, align 4, !tbaa !4
   %4070 = getelementptr inbounds nuw i8, ptr %3914, i64 1664
   %4071 = load <16 x float>, ptr %4070, align 4, !tbaa !4
-  %4072 = fmul <16 x float> %3911, %4071
-  %4073 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4069, <16 x float> %4072)
-  store <16 x float> %4073, ptr %4070, align 4, !tbaa !4
-  %4074 = getelementptr inbounds nuw i8, ptr %3912, i64 1728
-  %4075 = load <16 x float>, ptr %4074, align 4, !tbaa !4
+  %4072 = getelementptr inbounds nuw i8, ptr %3916, i64 1664
+  %4073 = load <16 x float>, ptr %4072, align 4, !tbaa !4
+  %4074 = fmul <16 x float> %3913, %4073
+  %4075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4071, <16 x float> %4074)
+  store <16 x float> %4075, ptr %4072, align 4, !tbaa !4
   %4076 = getelementptr inbounds nuw i8, ptr %3914, i64 1728
   %4077 = load <16 x float>, ptr %4076, align 4, !tbaa !4
-  %4078 = fmul <16 x float> %3911, %4077
-  %4079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4075, <16 x float> %4078)
-  store <16 x float> %4079, ptr %4076, align 4, !tbaa !4
-  %4080 = getelementptr inbounds nuw i8, ptr %3912, i64 1792
-  %4081 = load <16 x float>, ptr %4080, align 4, !tbaa !4
+  %4078 = getelementptr inbounds nuw i8, ptr %3916, i64 1728
+  %4079 = load <16 x float>, ptr %4078, align 4, !tbaa !4
+  %4080 = fmul <16 x float> %3913, %4079
+  %4081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4077, <16 x float> %4080)
+  store <16 x float> %4081, ptr %4078, align 4, !tbaa !4
   %4082 = getelementptr inbounds nuw i8, ptr %3914, i64 1792
   %4083 = load <16 x float>, ptr %4082, align 4, !tbaa !4
-  %4084 = fmul <16 x float> %3911, %4083
-  %4085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4081, <16 x float> %4084)
-  store <16 x float> %4085, ptr %4082, align 4, !tbaa !4
-  %4086 = getelementptr inbounds nuw i8, ptr %3912, i64 1856
-  %4087 = load <16 x float>, ptr %4086, align 4, !tbaa !4
+  %4084 = getelementptr inbounds nuw i8, ptr %3916, i64 1792
+  %4085 = load <16 x float>, ptr %4084, align 4, !tbaa !4
+  %4086 = fmul <16 x float> %3913, %4085
+  %4087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4083, <16 x float> %4086)
+  store <16 x float> %4087, ptr %4084, align 4, !tbaa !4
   %4088 = getelementptr inbounds nuw i8, ptr %3914, i64 1856
   %4089 = load <16 x float>, ptr %4088, align 4, !tbaa !4
-  %4090 = fmul <16 x float> %3911, %4089
-  %4091 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4087, <16 x float> %4090)
-  store <16 x float> %4091, ptr %4088, align 4, !tbaa !4
-  %4092 = getelementptr inbounds nuw i8, ptr %3912, i64 1920
-  %4093 = load <16 x float>, ptr %4092, align 4, !tbaa !4
+  %4090 = getelementptr inbounds nuw i8, ptr %3916, i64 1856
+  %4091 = load <16 x float>, ptr %4090, align 4, !tbaa !4
+  %4092 = fmul <16 x float> %3913, %4091
+  %4093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4089, <16 x float> %4092)
+  store <16 x float> %4093, ptr %4090, align 4, !tbaa !4
   %4094 = getelementptr inbounds nuw i8, ptr %3914, i64 1920
   %4095 = load <16 x float>, ptr %4094, align 4, !tbaa !4
-  %4096 = fmul <16 x float> %3911, %4095
-  %4097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4093, <16 x float> %4096)
-  store <16 x float> %4097, ptr %4094, align 4, !tbaa !4
-  %4098 = getelementptr inbounds nuw i8, ptr %3912, i64 1984
-  %4099 = load <16 x float>, ptr %4098, align 4, !tbaa !4
+  %4096 = getelementptr inbounds nuw i8, ptr %3916, i64 1920
+  %4097 = load <16 x float>, ptr %4096, align 4, !tbaa !4
+  %4098 = fmul <16 x float> %3913, %4097
+  %4099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4095, <16 x float> %4098)
+  store <16 x float> %4099, ptr %4096, align 4, !tbaa !4
   %4100 = getelementptr inbounds nuw i8, ptr %3914, i64 1984
   %4101 = load <16 x float>, ptr %4100, align 4, !tbaa !4
-  %4102 = fmul <16 x float> %3911, %4101
-  %4103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4099, <16 x float> %4102)
-  store <16 x float> %4103, ptr %4100, align 4, !tbaa !4
-  br label %for_end_d_0638.i
+  %4102 = getelementptr inbounds nuw i8, ptr %3916, i64 1984
+  %4103 = load <16 x float>, ptr %4102, align 4, !tbaa !4
+  %4104 = fmul <16 x float> %3913, %4103
+  %4105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4101, <16 x float> %4104)
+  store <16 x float> %4105, ptr %4102, align 4, !tbaa !4
+  br label %for_end_d_0631.i
 
-for_body_d_0637.us.preheader.i:                   ; preds = %for_begin_d_0636.preheader.i
-  %4104 = fmul <16 x float> %3911, zeroinitializer
-  %4105 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3907
-  store <16 x float> zeroinitializer, ptr %4105, align 4, !tbaa !4
-  %4106 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3906
-  %4107 = load <16 x float>, ptr %4106, align 4, !tbaa !4
-  %4108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4107, <16 x float> %4104)
-  store <16 x float> %4108, ptr %4105, align 4, !tbaa !4
-  %4109 = getelementptr inbounds nuw i8, ptr %4105, i64 64
-  store <16 x float> zeroinitializer, ptr %4109, align 4, !tbaa !4
-  %4110 = getelementptr inbounds nuw i8, ptr %4106, i64 64
-  %4111 = load <16 x float>, ptr %4110, align 4, !tbaa !4
-  %4112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4111, <16 x float> %4104)
-  store <16 x float> %4112, ptr %4109, align 4, !tbaa !4
-  %4113 = getelementptr inbounds nuw i8, ptr %4105, i64 128
-  store <16 x float> zeroinitializer, ptr %4113, align 4, !tbaa !4
-  %4114 = getelementptr inbounds nuw i8, ptr %4106, i64 128
-  %4115 = load <16 x float>, ptr %4114, align 4, !tbaa !4
-  %4116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4115, <16 x float> %4104)
-  store <16 x float> %4116, ptr %4113, align 4, !tbaa !4
-  %4117 = getelementptr inbounds nuw i8, ptr %4105, i64 192
-  store <16 x float> zeroinitializer, ptr %4117, align 4, !tbaa !4
-  %4118 = getelementptr inbounds nuw i8, ptr %4106, i64 192
-  %4119 = load <16 x float>, ptr %4118, align 4, !tbaa !4
-  %4120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4119, <16 x float> %4104)
-  store <16 x float> %4120, ptr %4117, align 4, !tbaa !4
-  %4121 = getelementptr inbounds nuw i8, ptr %4105, i64 256
-  store <16 x float> zeroinitializer, ptr %4121, align 4, !tbaa !4
-  %4122 = getelementptr inbounds nuw i8, ptr %4106, i64 256
-  %4123 = load <16 x float>, ptr %4122, align 4, !tbaa !4
-  %4124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4123, <16 x float> %4104)
-  store <16 x float> %4124, ptr %4121, align 4, !tbaa !4
-  %4125 = getelementptr inbounds nuw i8, ptr %4105, i64 320
-  store <16 x float> zeroinitializer, ptr %4125, align 4, !tbaa !4
-  %4126 = getelementptr inbounds nuw i8, ptr %4106, i64 320
-  %4127 = load <16 x float>, ptr %4126, align 4, !tbaa !4
-  %4128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4127, <16 x float> %4104)
-  store <16 x float> %4128, ptr %4125, align 4, !tbaa !4
-  %4129 = getelementptr inbounds nuw i8, ptr %4105, i64 384
-  store <16 x float> zeroinitializer, ptr %4129, align 4, !tbaa !4
-  %4130 = getelementptr inbounds nuw i8, ptr %4106, i64 384
-  %4131 = load <16 x float>, ptr %4130, align 4, !tbaa !4
-  %4132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4131, <16 x float> %4104)
-  store <16 x float> %4132, ptr %4129, align 4, !tbaa !4
-  %4133 = getelementptr inbounds nuw i8, ptr %4105, i64 448
-  store <16 x float> zeroinitializer, ptr %4133, align 4, !tbaa !4
-  %4134 = getelementptr inbounds nuw i8, ptr %4106, i64 448
-  %4135 = load <16 x float>, ptr %4134, align 4, !tbaa !4
-  %4136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4135, <16 x float> %4104)
-  store <16 x float> %4136, ptr %4133, align 4, !tbaa !4
-  %4137 = getelementptr inbounds nuw i8, ptr %4105, i64 512
-  store <16 x float> zeroinitializer, ptr %4137, align 4, !tbaa !4
-  %4138 = getelementptr inbounds nuw i8, ptr %4106, i64 512
-  %4139 = load <16 x float>, ptr %4138, align 4, !tbaa !4
-  %4140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4139, <16 x float> %4104)
-  store <16 x float> %4140, ptr %4137, align 4, !tbaa !4
-  %4141 = getelementptr inbounds nuw i8, ptr %4105, i64 576
-  store <16 x float> zeroinitializer, ptr %4141, align 4, !tbaa !4
-  %4142 = getelementptr inbounds nuw i8, ptr %4106, i64 576
-  %4143 = load <16 x float>, ptr %4142, align 4, !tbaa !4
-  %4144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4143, <16 x float> %4104)
-  store <16 x float> %4144, ptr %4141, align 4, !tbaa !4
-  %4145 = getelementptr inbounds nuw i8, ptr %4105, i64 640
-  store <16 x float> zeroinitializer, ptr %4145, align 4, !tbaa !4
-  %4146 = getelementptr inbounds nuw i8, ptr %4106, i64 640
-  %4147 = load <16 x float>, ptr %4146, align 4, !tbaa !4
-  %4148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4147, <16 x float> %4104)
-  store <16 x float> %4148, ptr %4145, align 4, !tbaa !4
-  %4149 = getelementptr inbounds nuw i8, ptr %4105, i64 704
-  store <16 x float> zeroinitializer, ptr %4149, align 4, !tbaa !4
-  %4150 = getelementptr inbounds nuw i8, ptr %4106, i64 704
-  %4151 = load <16 x float>, ptr %4150, align 4, !tbaa !4
-  %4152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4151, <16 x float> %4104)
-  store <16 x float> %4152, ptr %4149, align 4, !tbaa !4
-  %4153 = getelementptr inbounds nuw i8, ptr %4105, i64 768
-  store <16 x float> zeroinitializer, ptr %4153, align 4, !tbaa !4
-  %4154 = getelementptr inbounds nuw i8, ptr %4106, i64 768
-  %4155 = load <16 x float>, ptr %4154, align 4, !tbaa !4
-  %4156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4155, <16 x float> %4104)
-  store <16 x float> %4156, ptr %4153, align 4, !tbaa !4
-  %4157 = getelementptr inbounds nuw i8, ptr %4105, i64 832
-  store <16 x float> zeroinitializer, ptr %4157, align 4, !tbaa !4
-  %4158 = getelementptr inbounds nuw i8, ptr %4106, i64 832
-  %4159 = load <16 x float>, ptr %4158, align 4, !tbaa !4
-  %4160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4159, <16 x float> %4104)
-  store <16 x float> %4160, ptr %4157, align 4, !tbaa !4
-  %4161 = getelementptr inbounds nuw i8, ptr %4105, i64 896
-  store <16 x float> zeroinitializer, ptr %4161, align 4, !tbaa !4
-  %4162 = getelementptr inbounds nuw i8, ptr %4106, i64 896
-  %4163 = load <16 x float>, ptr %4162, align 4, !tbaa !4
-  %4164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4163, <16 x float> %4104)
-  store <16 x float> %4164, ptr %4161, align 4, !tbaa !4
-  %4165 = getelementptr inbounds nuw i8, ptr %4105, i64 960
-  store <16 x float> zeroinitializer, ptr %4165, align 4, !tbaa !4
-  %4166 = getelementptr inbounds nuw i8, ptr %4106, i64 960
-  %4167 = load <16 x float>, ptr %4166, align 4, !tbaa !4
-  %4168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4167, <16 x float> %4104)
-  store <16 x float> %4168, ptr %4165, align 4, !tbaa !4
-  %4169 = getelementptr inbounds nuw i8, ptr %4105, i64 1024
-  store <16 x float> zeroinitializer, ptr %4169, align 4, !tbaa !4
-  %4170 = getelementptr inbounds nuw i8, ptr %4106, i64 1024
-  %4171 = load <16 x float>, ptr %4170, align 4, !tbaa !4
-  %4172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4171, <16 x float> %4104)
-  store <16 x float> %4172, ptr %4169, align 4, !tbaa !4
-  %4173 = getelementptr inbounds nuw i8, ptr %4105, i64 1088
-  store <16 x float> zeroinitializer, ptr %4173, align 4, !tbaa !4
-  %4174 = getelementptr inbounds nuw i8, ptr %4106, i64 1088
-  %4175 = load <16 x float>, ptr %4174, align 4, !tbaa !4
-  %4176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4175, <16 x float> %4104)
-  store <16 x float> %4176, ptr %4173, align 4, !tbaa !4
-  %4177 = getelementptr inbounds nuw i8, ptr %4105, i64 1152
-  store <16 x float> zeroinitializer, ptr %4177, align 4, !tbaa !4
-  %4178 = getelementptr inbounds nuw i8, ptr %4106, i64 1152
-  %4179 = load <16 x float>, ptr %4178, align 4, !tbaa !4
-  %4180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4179, <16 x float> %4104)
-  store <16 x float> %4180, ptr %4177, align 4, !tbaa !4
-  %4181 = getelementptr inbounds nuw i8, ptr %4105, i64 1216
-  store <16 x float> zeroinitializer, ptr %4181, align 4, !tbaa !4
-  %4182 = getelementptr inbounds nuw i8, ptr %4106, i64 1216
-  %4183 = load <16 x float>, ptr %4182, align 4, !tbaa !4
-  %4184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4183, <16 x float> %4104)
-  store <16 x float> %4184, ptr %4181, align 4, !tbaa !4
-  %4185 = getelementptr inbounds nuw i8, ptr %4105, i64 1280
-  store <16 x float> zeroinitializer, ptr %4185, align 4, !tbaa !4
-  %4186 = getelementptr inbounds nuw i8, ptr %4106, i64 1280
-  %4187 = load <16 x float>, ptr %4186, align 4, !tbaa !4
-  %4188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4187, <16 x float> %4104)
-  store <16 x float> %4188, ptr %4185, align 4, !tbaa !4
-  %4189 = getelementptr inbounds nuw i8, ptr %4105, i64 1344
-  store <16 x float> zeroinitializer, ptr %4189, align 4, !tbaa !4
-  %4190 = getelementptr inbounds nuw i8, ptr %4106, i64 1344
-  %4191 = load <16 x float>, ptr %4190, align 4, !tbaa !4
-  %4192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4191, <16 x float> %4104)
-  store <16 x float> %4192, ptr %4189, align 4, !tbaa !4
-  %4193 = getelementptr inbounds nuw i8, ptr %4105, i64 1408
-  store <16 x float> zeroinitializer, ptr %4193, align 4, !tbaa !4
-  %4194 = getelementptr inbounds nuw i8, ptr %4106, i64 1408
-  %4195 = load <16 x float>, ptr %4194, align 4, !tbaa !4
-  %4196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4195, <16 x float> %4104)
-  store <16 x float> %4196, ptr %4193, align 4, !tbaa !4
-  %4197 = getelementptr inbounds nuw i8, ptr %4105, i64 1472
-  store <16 x float> zeroinitializer, ptr %4197, align 4, !tbaa !4
-  %4198 = getelementptr inbounds nuw i8, ptr %4106, i64 1472
-  %4199 = load <16 x float>, ptr %4198, align 4, !tbaa !4
-  %4200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4199, <16 x float> %4104)
-  store <16 x float> %4200, ptr %4197, align 4, !tbaa !4
-  %4201 = getelementptr inbounds nuw i8, ptr %4105, i64 1536
-  store <16 x float> zeroinitializer, ptr %4201, align 4, !tbaa !4
-  %4202 = getelementptr inbounds nuw i8, ptr %4106, i64 1536
-  %4203 = load <16 x float>, ptr %4202, align 4, !tbaa !4
-  %4204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4203, <16 x float> %4104)
-  store <16 x float> %4204, ptr %4201, align 4, !tbaa !4
-  %4205 = getelementptr inbounds nuw i8, ptr %4105, i64 1600
-  store <16 x float> zeroinitializer, ptr %4205, align 4, !tbaa !4
-  %4206 = getelementptr inbounds nuw i8, ptr %4106, i64 1600
-  %4207 = load <16 x float>, ptr %4206, align 4, !tbaa !4
-  %4208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4207, <16 x float> %4104)
-  store <16 x float> %4208, ptr %4205, align 4, !tbaa !4
-  %4209 = getelementptr inbounds nuw i8, ptr %4105, i64 1664
-  store <16 x float> zeroinitializer, ptr %4209, align 4, !tbaa !4
-  %4210 = getelementptr inbounds nuw i8, ptr %4106, i64 1664
-  %4211 = load <16 x float>, ptr %4210, align 4, !tbaa !4
-  %4212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4211, <16 x float> %4104)
-  store <16 x float> %4212, ptr %4209, align 4, !tbaa !4
-  %4213 = getelementptr inbounds nuw i8, ptr %4105, i64 1728
-  store <16 x float> zeroinitializer, ptr %4213, align 4, !tbaa !4
-  %4214 = getelementptr inbounds nuw i8, ptr %4106, i64 1728
-  %4215 = load <16 x float>, ptr %4214, align 4, !tbaa !4
-  %4216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4215, <16 x float> %4104)
-  store <16 x float> %4216, ptr %4213, align 4, !tbaa !4
-  %4217 = getelementptr inbounds nuw i8, ptr %4105, i64 1792
-  store <16 x float> zeroinitializer, ptr %4217, align 4, !tbaa !4
-  %4218 = getelementptr inbounds nuw i8, ptr %4106, i64 1792
-  %4219 = load <16 x float>, ptr %4218, align 4, !tbaa !4
-  %4220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4219, <16 x float> %4104)
-  store <16 x float> %4220, ptr %4217, align 4, !tbaa !4
-  %4221 = getelementptr inbounds nuw i8, ptr %4105, i64 1856
-  store <16 x float> zeroinitializer, ptr %4221, align 4, !tbaa !4
-  %4222 = getelementptr inbounds nuw i8, ptr %4106, i64 1856
-  %4223 = load <16 x float>, ptr %4222, align 4, !tbaa !4
-  %4224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4223, <16 x float> %4104)
-  store <16 x float> %4224, ptr %4221, align 4, !tbaa !4
-  %4225 = getelementptr inbounds nuw i8, ptr %4105, i64 1920
-  store <16 x float> zeroinitializer, ptr %4225, align 4, !tbaa !4
-  %4226 = getelementptr inbounds nuw i8, ptr %4106, i64 1920
-  %4227 = load <16 x float>, ptr %4226, align 4, !tbaa !4
-  %4228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4227, <16 x float> %4104)
-  store <16 x float> %4228, ptr %4225, align 4, !tbaa !4
-  %4229 = getelementptr inbounds nuw i8, ptr %4105, i64 1984
-  store <16 x float> zeroinitializer, ptr %4229, align 4, !tbaa !4
-  %4230 = getelementptr inbounds nuw i8, ptr %4106, i64 1984
-  %4231 = load <16 x float>, ptr %4230, align 4, !tbaa !4
-  %4232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3905, <16 x float> %4231, <16 x float> %4104)
-  store <16 x float> %4232, ptr %4229, align 4, !tbaa !4
-  br label %for_end_d_0638.i
+for_body_d_0630.us.preheader.i:                   ; preds = %for_begin_d_0629.preheader.i
+  %4106 = fmul <16 x float> %3913, zeroinitializer
+  %4107 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3909
+  store <16 x float> zeroinitializer, ptr %4107, align 4, !tbaa !4
+  %4108 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3908
+  %4109 = load <16 x float>, ptr %4108, align 4, !tbaa !4
+  %4110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4109, <16 x float> %4106)
+  store <16 x float> %4110, ptr %4107, align 4, !tbaa !4
+  %4111 = getelementptr inbounds nuw i8, ptr %4107, i64 64
+  store <16 x float> zeroinitializer, ptr %4111, align 4, !tbaa !4
+  %4112 = getelementptr inbounds nuw i8, ptr %4108, i64 64
+  %4113 = load <16 x float>, ptr %4112, align 4, !tbaa !4
+  %4114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4113, <16 x float> %4106)
+  store <16 x float> %4114, ptr %4111, align 4, !tbaa !4
+  %4115 = getelementptr inbounds nuw i8, ptr %4107, i64 128
+  store <16 x float> zeroinitializer, ptr %4115, align 4, !tbaa !4
+  %4116 = getelementptr inbounds nuw i8, ptr %4108, i64 128
+  %4117 = load <16 x float>, ptr %4116, align 4, !tbaa !4
+  %4118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4117, <16 x float> %4106)
+  store <16 x float> %4118, ptr %4115, align 4, !tbaa !4
+  %4119 = getelementptr inbounds nuw i8, ptr %4107, i64 192
+  store <16 x float> zeroinitializer, ptr %4119, align 4, !tbaa !4
+  %4120 = getelementptr inbounds nuw i8, ptr %4108, i64 192
+  %4121 = load <16 x float>, ptr %4120, align 4, !tbaa !4
+  %4122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4121, <16 x float> %4106)
+  store <16 x float> %4122, ptr %4119, align 4, !tbaa !4
+  %4123 = getelementptr inbounds nuw i8, ptr %4107, i64 256
+  store <16 x float> zeroinitializer, ptr %4123, align 4, !tbaa !4
+  %4124 = getelementptr inbounds nuw i8, ptr %4108, i64 256
+  %4125 = load <16 x float>, ptr %4124, align 4, !tbaa !4
+  %4126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4125, <16 x float> %4106)
+  store <16 x float> %4126, ptr %4123, align 4, !tbaa !4
+  %4127 = getelementptr inbounds nuw i8, ptr %4107, i64 320
+  store <16 x float> zeroinitializer, ptr %4127, align 4, !tbaa !4
+  %4128 = getelementptr inbounds nuw i8, ptr %4108, i64 320
+  %4129 = load <16 x float>, ptr %4128, align 4, !tbaa !4
+  %4130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4129, <16 x float> %4106)
+  store <16 x float> %4130, ptr %4127, align 4, !tbaa !4
+  %4131 = getelementptr inbounds nuw i8, ptr %4107, i64 384
+  store <16 x float> zeroinitializer, ptr %4131, align 4, !tbaa !4
+  %4132 = getelementptr inbounds nuw i8, ptr %4108, i64 384
+  %4133 = load <16 x float>, ptr %4132, align 4, !tbaa !4
+  %4134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4133, <16 x float> %4106)
+  store <16 x float> %4134, ptr %4131, align 4, !tbaa !4
+  %4135 = getelementptr inbounds nuw i8, ptr %4107, i64 448
+  store <16 x float> zeroinitializer, ptr %4135, align 4, !tbaa !4
+  %4136 = getelementptr inbounds nuw i8, ptr %4108, i64 448
+  %4137 = load <16 x float>, ptr %4136, align 4, !tbaa !4
+  %4138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4137, <16 x float> %4106)
+  store <16 x float> %4138, ptr %4135, align 4, !tbaa !4
+  %4139 = getelementptr inbounds nuw i8, ptr %4107, i64 512
+  store <16 x float> zeroinitializer, ptr %4139, align 4, !tbaa !4
+  %4140 = getelementptr inbounds nuw i8, ptr %4108, i64 512
+  %4141 = load <16 x float>, ptr %4140, align 4, !tbaa !4
+  %4142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4141, <16 x float> %4106)
+  store <16 x float> %4142, ptr %4139, align 4, !tbaa !4
+  %4143 = getelementptr inbounds nuw i8, ptr %4107, i64 576
+  store <16 x float> zeroinitializer, ptr %4143, align 4, !tbaa !4
+  %4144 = getelementptr inbounds nuw i8, ptr %4108, i64 576
+  %4145 = load <16 x float>, ptr %4144, align 4, !tbaa !4
+  %4146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4145, <16 x float> %4106)
+  store <16 x float> %4146, ptr %4143, align 4, !tbaa !4
+  %4147 = getelementptr inbounds nuw i8, ptr %4107, i64 640
+  store <16 x float> zeroinitializer, ptr %4147, align 4, !tbaa !4
+  %4148 = getelementptr inbounds nuw i8, ptr %4108, i64 640
+  %4149 = load <16 x float>, ptr %4148, align 4, !tbaa !4
+  %4150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4149, <16 x float> %4106)
+  store <16 x float> %4150, ptr %4147, align 4, !tbaa !4
+  %4151 = getelementptr inbounds nuw i8, ptr %4107, i64 704
+  store <16 x float> zeroinitializer, ptr %4151, align 4, !tbaa !4
+  %4152 = getelementptr inbounds nuw i8, ptr %4108, i64 704
+  %4153 = load <16 x float>, ptr %4152, align 4, !tbaa !4
+  %4154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4153, <16 x float> %4106)
+  store <16 x float> %4154, ptr %4151, align 4, !tbaa !4
+  %4155 = getelementptr inbounds nuw i8, ptr %4107, i64 768
+  store <16 x float> zeroinitializer, ptr %4155, align 4, !tbaa !4
+  %4156 = getelementptr inbounds nuw i8, ptr %4108, i64 768
+  %4157 = load <16 x float>, ptr %4156, align 4, !tbaa !4
+  %4158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4157, <16 x float> %4106)
+  store <16 x float> %4158, ptr %4155, align 4, !tbaa !4
+  %4159 = getelementptr inbounds nuw i8, ptr %4107, i64 832
+  store <16 x float> zeroinitializer, ptr %4159, align 4, !tbaa !4
+  %4160 = getelementptr inbounds nuw i8, ptr %4108, i64 832
+  %4161 = load <16 x float>, ptr %4160, align 4, !tbaa !4
+  %4162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4161, <16 x float> %4106)
+  store <16 x float> %4162, ptr %4159, align 4, !tbaa !4
+  %4163 = getelementptr inbounds nuw i8, ptr %4107, i64 896
+  store <16 x float> zeroinitializer, ptr %4163, align 4, !tbaa !4
+  %4164 = getelementptr inbounds nuw i8, ptr %4108, i64 896
+  %4165 = load <16 x float>, ptr %4164, align 4, !tbaa !4
+  %4166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4165, <16 x float> %4106)
+  store <16 x float> %4166, ptr %4163, align 4, !tbaa !4
+  %4167 = getelementptr inbounds nuw i8, ptr %4107, i64 960
+  store <16 x float> zeroinitializer, ptr %4167, align 4, !tbaa !4
+  %4168 = getelementptr inbounds nuw i8, ptr %4108, i64 960
+  %4169 = load <16 x float>, ptr %4168, align 4, !tbaa !4
+  %4170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4169, <16 x float> %4106)
+  store <16 x float> %4170, ptr %4167, align 4, !tbaa !4
+  %4171 = getelementptr inbounds nuw i8, ptr %4107, i64 1024
+  store <16 x float> zeroinitializer, ptr %4171, align 4, !tbaa !4
+  %4172 = getelementptr inbounds nuw i8, ptr %4108, i64 1024
+  %4173 = load <16 x float>, ptr %4172, align 4, !tbaa !4
+  %4174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4173, <16 x float> %4106)
+  store <16 x float> %4174, ptr %4171, align 4, !tbaa !4
+  %4175 = getelementptr inbounds nuw i8, ptr %4107, i64 1088
+  store <16 x float> zeroinitializer, ptr %4175, align 4, !tbaa !4
+  %4176 = getelementptr inbounds nuw i8, ptr %4108, i64 1088
+  %4177 = load <16 x float>, ptr %4176, align 4, !tbaa !4
+  %4178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4177, <16 x float> %4106)
+  store <16 x float> %4178, ptr %4175, align 4, !tbaa !4
+  %4179 = getelementptr inbounds nuw i8, ptr %4107, i64 1152
+  store <16 x float> zeroinitializer, ptr %4179, align 4, !tbaa !4
+  %4180 = getelementptr inbounds nuw i8, ptr %4108, i64 1152
+  %4181 = load <16 x float>, ptr %4180, align 4, !tbaa !4
+  %4182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4181, <16 x float> %4106)
+  store <16 x float> %4182, ptr %4179, align 4, !tbaa !4
+  %4183 = getelementptr inbounds nuw i8, ptr %4107, i64 1216
+  store <16 x float> zeroinitializer, ptr %4183, align 4, !tbaa !4
+  %4184 = getelementptr inbounds nuw i8, ptr %4108, i64 1216
+  %4185 = load <16 x float>, ptr %4184, align 4, !tbaa !4
+  %4186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4185, <16 x float> %4106)
+  store <16 x float> %4186, ptr %4183, align 4, !tbaa !4
+  %4187 = getelementptr inbounds nuw i8, ptr %4107, i64 1280
+  store <16 x float> zeroinitializer, ptr %4187, align 4, !tbaa !4
+  %4188 = getelementptr inbounds nuw i8, ptr %4108, i64 1280
+  %4189 = load <16 x float>, ptr %4188, align 4, !tbaa !4
+  %4190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4189, <16 x float> %4106)
+  store <16 x float> %4190, ptr %4187, align 4, !tbaa !4
+  %4191 = getelementptr inbounds nuw i8, ptr %4107, i64 1344
+  store <16 x float> zeroinitializer, ptr %4191, align 4, !tbaa !4
+  %4192 = getelementptr inbounds nuw i8, ptr %4108, i64 1344
+  %4193 = load <16 x float>, ptr %4192, align 4, !tbaa !4
+  %4194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4193, <16 x float> %4106)
+  store <16 x float> %4194, ptr %4191, align 4, !tbaa !4
+  %4195 = getelementptr inbounds nuw i8, ptr %4107, i64 1408
+  store <16 x float> zeroinitializer, ptr %4195, align 4, !tbaa !4
+  %4196 = getelementptr inbounds nuw i8, ptr %4108, i64 1408
+  %4197 = load <16 x float>, ptr %4196, align 4, !tbaa !4
+  %4198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4197, <16 x float> %4106)
+  store <16 x float> %4198, ptr %4195, align 4, !tbaa !4
+  %4199 = getelementptr inbounds nuw i8, ptr %4107, i64 1472
+  store <16 x float> zeroinitializer, ptr %4199, align 4, !tbaa !4
+  %4200 = getelementptr inbounds nuw i8, ptr %4108, i64 1472
+  %4201 = load <16 x float>, ptr %4200, align 4, !tbaa !4
+  %4202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4201, <16 x float> %4106)
+  store <16 x float> %4202, ptr %4199, align 4, !tbaa !4
+  %4203 = getelementptr inbounds nuw i8, ptr %4107, i64 1536
+  store <16 x float> zeroinitializer, ptr %4203, align 4, !tbaa !4
+  %4204 = getelementptr inbounds nuw i8, ptr %4108, i64 1536
+  %4205 = load <16 x float>, ptr %4204, align 4, !tbaa !4
+  %4206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4205, <16 x float> %4106)
+  store <16 x float> %4206, ptr %4203, align 4, !tbaa !4
+  %4207 = getelementptr inbounds nuw i8, ptr %4107, i64 1600
+  store <16 x float> zeroinitializer, ptr %4207, align 4, !tbaa !4
+  %4208 = getelementptr inbounds nuw i8, ptr %4108, i64 1600
+  %4209 = load <16 x float>, ptr %4208, align 4, !tbaa !4
+  %4210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4209, <16 x float> %4106)
+  store <16 x float> %4210, ptr %4207, align 4, !tbaa !4
+  %4211 = getelementptr inbounds nuw i8, ptr %4107, i64 1664
+  store <16 x float> zeroinitializer, ptr %4211, align 4, !tbaa !4
+  %4212 = getelementptr inbounds nuw i8, ptr %4108, i64 1664
+  %4213 = load <16 x float>, ptr %4212, align 4, !tbaa !4
+  %4214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4213, <16 x float> %4106)
+  store <16 x float> %4214, ptr %4211, align 4, !tbaa !4
+  %4215 = getelementptr inbounds nuw i8, ptr %4107, i64 1728
+  store <16 x float> zeroinitializer, ptr %4215, align 4, !tbaa !4
+  %4216 = getelementptr inbounds nuw i8, ptr %4108, i64 1728
+  %4217 = load <16 x float>, ptr %4216, align 4, !tbaa !4
+  %4218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4217, <16 x float> %4106)
+  store <16 x float> %4218, ptr %4215, align 4, !tbaa !4
+  %4219 = getelementptr inbounds nuw i8, ptr %4107, i64 1792
+  store <16 x float> zeroinitializer, ptr %4219, align 4, !tbaa !4
+  %4220 = getelementptr inbounds nuw i8, ptr %4108, i64 1792
+  %4221 = load <16 x float>, ptr %4220, align 4, !tbaa !4
+  %4222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4221, <16 x float> %4106)
+  store <16 x float> %4222, ptr %4219, align 4, !tbaa !4
+  %4223 = getelementptr inbounds nuw i8, ptr %4107, i64 1856
+  store <16 x float> zeroinitializer, ptr %4223, align 4, !tbaa !4
+  %4224 = getelementptr inbounds nuw i8, ptr %4108, i64 1856
+  %4225 = load <16 x float>, ptr %4224, align 4, !tbaa !4
+  %4226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4225, <16 x float> %4106)
+  store <16 x float> %4226, ptr %4223, align 4, !tbaa !4
+  %4227 = getelementptr inbounds nuw i8, ptr %4107, i64 1920
+  store <16 x float> zeroinitializer, ptr %4227, align 4, !tbaa !4
+  %4228 = getelementptr inbounds nuw i8, ptr %4108, i64 1920
+  %4229 = load <16 x float>, ptr %4228, align 4, !tbaa !4
+  %4230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4229, <16 x float> %4106)
+  store <16 x float> %4230, ptr %4227, align 4, !tbaa !4
+  %4231 = getelementptr inbounds nuw i8, ptr %4107, i64 1984
+  store <16 x float> zeroinitializer, ptr %4231, align 4, !tbaa !4
+  %4232 = getelementptr inbounds nuw i8, ptr %4108, i64 1984
+  %4233 = load <16 x float>, ptr %4232, align 4, !tbaa !4
+  %4234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4233, <16 x float> %4106)
+  store <16 x float> %4234, ptr %4231, align 4, !tbaa !4
+  br label %for_end_d_0631.i
 
-for_end_r_0.i:                                    ; preds = %for_end_d_0638.i
-  %4233 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %4234 = tail call i32 %4233(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
-  %.not754.i = icmp eq i32 %4234, 0
-  br i1 %.not754.i, label %if_end658.i, label %fused_decode_compute_.exit, !prof !75
-
-for_end_d_0638.i:                                 ; preds = %for_body_d_0637.us.preheader.i, %for_body_d_0637.preheader.i
-  %indvars.iv.next1106.i = add nuw nsw i64 %indvars.iv1105.i, 1
-  %exitcond1108.not.i = icmp eq i64 %indvars.iv.next1106.i, 16
-  br i1 %exitcond1108.not.i, label %for_end_r_0.i, label %for_begin_d_0636.preheader.i, !prof !31
-
-if_end658.i:                                      ; preds = %for_end_r_0.i
+for_end_r_0.i:                                    ; preds = %for_end_d_0631.i
   %4235 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %4236 = tail call i32 %4235(i32 1, i32 %dev_id, ptr nonnull %acc539.i)
-  %.not755.i = icmp eq i32 %4236, 0
-  br i1 %.not755.i, label %if_end661.i, label %fused_decode_compute_.exit, !prof !75
+  %4236 = tail call i32 %4235(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
+  %.not744.i = icmp eq i32 %4236, 0
+  br i1 %.not744.i, label %if_end651.i, label %fused_decode_compute_.exit, !prof !75
 
-if_end661.i:                                      ; preds = %if_end658.i
+for_end_d_0631.i:                                 ; preds = %for_body_d_0630.us.preheader.i, %for_body_d_0630.preheader.i
+  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
+  %exitcond1094.not.i = icmp eq i64 %indvars.iv.next1092.i, 16
+  br i1 %exitcond1094.not.i, label %for_end_r_0.i, label %for_begin_d_0629.preheader.i, !prof !31
+
+if_end651.i:                                      ; preds = %for_end_r_0.i
   %4237 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %4238 = tail call i32 %4237(i32 1, i32 %dev_id, ptr nonnull %exact.i)
-  %.not756.i = icmp eq i32 %4238, 0
-  br i1 %.not756.i, label %if_end664.i, label %fused_decode_compute_.exit, !prof !75
+  %4238 = tail call i32 %4237(i32 1, i32 %dev_id, ptr nonnull %acc532.i)
+  %.not745.i = icmp eq i32 %4238, 0
+  br i1 %.not745.i, label %if_end654.i, label %fused_decode_compute_.exit, !prof !75
 
-if_end664.i:                                      ; preds = %if_end661.i
+if_end654.i:                                      ; preds = %if_end651.i
   %4239 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %4240 = tail call i32 %4239(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not757.i = icmp eq i32 %4240, 0
-  br i1 %.not757.i, label %if_end667.i, label %fused_decode_compute_.exit, !prof !75
+  %4240 = tail call i32 %4239(i32 1, i32 %dev_id, ptr nonnull %exact.i)
+  %.not746.i = icmp eq i32 %4240, 0
+  br i1 %.not746.i, label %if_end657.i, label %fused_decode_compute_.exit, !prof !75
 
-if_end667.i:                                      ; preds = %if_end664.i
+if_end657.i:                                      ; preds = %if_end654.i
   %4241 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %4242 = tail call i32 %4241(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not758.i = icmp eq i32 %4242, 0
-  br i1 %.not758.i, label %if_end670.i, label %fused_decode_compute_.exit, !prof !75
+  %4242 = tail call i32 %4241(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not747.i = icmp eq i32 %4242, 0
+  br i1 %.not747.i, label %if_end660.i, label %fused_decode_compute_.exit, !prof !75
 
-if_end670.i:                                      ; preds = %if_end667.i
+if_end660.i:                                      ; preds = %if_end657.i
   %4243 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %4244 = tail call i32 %4243(i32 1, i32 %dev_id, ptr nonnull %by_token.i)
-  %.not759.i = icmp eq i32 %4244, 0
-  br i1 %.not759.i, label %if_end673.i, label %fused_decode_compute_.exit, !prof !75
+  %4244 = tail call i32 %4243(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not748.i = icmp eq i32 %4244, 0
+  br i1 %.not748.i, label %if_end663.i, label %fused_decode_compute_.exit, !prof !75
 
-if_end673.i:                                      ; preds = %if_end670.i
+if_end663.i:                                      ; preds = %if_end660.i
   %4245 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %4246 = tail call i32 %4245(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
-  %.not760.i = icmp eq i32 %4246, 0
-  br i1 %.not760.i, label %if_end676.i, label %fused_decode_compute_.exit, !prof !75
+  %.not749.i = icmp eq i32 %4246, 0
+  br i1 %.not749.i, label %if_end666.i, label %fused_decode_compute_.exit, !prof !75
 
-if_end676.i:                                      ; preds = %if_end673.i
+if_end666.i:                                      ; preds = %if_end663.i
   %4247 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %4248 = tail call i32 %4247(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not761.i = icmp eq i32 %4248, 0
-  br i1 %.not761.i, label %for_begin_group_tile.i, label %fused_decode_compute_.exit, !prof !75
+  %.not750.i = icmp eq i32 %4248, 0
+  br i1 %.not750.i, label %for_begin_group_tile.i, label %fused_decode_compute_.exit, !prof !75
 
-for_body_tile685.i:                               ; preds = %if_end690.loopexit774.i, %for_begin_tile684.preheader.i
-  %indvars.iv1142.i = phi i64 [ %indvars.iv.next1143.i, %if_end690.loopexit774.i ], [ 0, %for_begin_tile684.preheader.i ]
-  %4249 = shl nuw nsw i64 %indvars.iv1142.i, 4
+for_body_tile675.i:                               ; preds = %if_end680.loopexit765.i, %for_begin_tile674.preheader.i
+  %indvars.iv1128.i = phi i64 [ %indvars.iv.next1129.i, %if_end680.loopexit765.i ], [ 0, %for_begin_tile674.preheader.i ]
+  %4249 = shl nuw nsw i64 %indvars.iv1128.i, 4
   %4250 = add nuw nsw i64 %4249, %1202
-  %4251 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4249
+  %4251 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4249
   %4252 = load float, ptr %4251, align 16, !tbaa !83
   %4253 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4250
   store float %4252, ptr %4253, align 4, !tbaa !4
-  %4254 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4249
+  %4254 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4249
   %4255 = load float, ptr %4254, align 16, !tbaa !85
   %4256 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4250
   store float %4255, ptr %4256, align 4, !tbaa !4
   %4257 = or disjoint i64 %4249, 1
-  %4258 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4257
+  %4258 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4257
   %4259 = load float, ptr %4258, align 4, !tbaa !83
   %4260 = or disjoint i64 %4250, 1
   %4261 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4260
   store float %4259, ptr %4261, align 4, !tbaa !4
-  %4262 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4257
+  %4262 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4257
   %4263 = load float, ptr %4262, align 4, !tbaa !85
   %4264 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4260
   store float %4263, ptr %4264, align 4, !tbaa !4
   %4265 = or disjoint i64 %4249, 2
-  %4266 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4265
+  %4266 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4265
   %4267 = load float, ptr %4266, align 8, !tbaa !83
   %4268 = or disjoint i64 %4250, 2
   %4269 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4268
   store float %4267, ptr %4269, align 4, !tbaa !4
-  %4270 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4265
+  %4270 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4265
   %4271 = load float, ptr %4270, align 8, !tbaa !85
   %4272 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4268
   store float %4271, ptr %4272, align 4, !tbaa !4
   %4273 = or disjoint i64 %4249, 3
-  %4274 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4273
+  %4274 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4273
   %4275 = load float, ptr %4274, align 4, !tbaa !83
   %4276 = or disjoint i64 %4250, 3
   %4277 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4276
   store float %4275, ptr %4277, align 4, !tbaa !4
-  %4278 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4273
+  %4278 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4273
   %4279 = load float, ptr %4278, align 4, !tbaa !85
   %4280 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4276
   store float %4279, ptr %4280, align 4, !tbaa !4
   %4281 = or disjoint i64 %4249, 4
-  %4282 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4281
+  %4282 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4281
   %4283 = load float, ptr %4282, align 16, !tbaa !83
   %4284 = or disjoint i64 %4250, 4
   %4285 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4284
   store float %4283, ptr %4285, align 4, !tbaa !4
-  %4286 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4281
+  %4286 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4281
   %4287 = load float, ptr %4286, align 16, !tbaa !85
   %4288 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4284
   store float %4287, ptr %4288, align 4, !tbaa !4
   %4289 = or disjoint i64 %4249, 5
-  %4290 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4289
+  %4290 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4289
   %4291 = load float, ptr %4290, align 4, !tbaa !83
   %4292 = or disjoint i64 %4250, 5
   %4293 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4292
   store float %4291, ptr %4293, align 4, !tbaa !4
-  %4294 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4289
+  %4294 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4289
   %4295 = load float, ptr %4294, align 4, !tbaa !85
   %4296 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4292
   store float %4295, ptr %4296, align 4, !tbaa !4
   %4297 = or disjoint i64 %4249, 6
-  %4298 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4297
+  %4298 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4297
   %4299 = load float, ptr %4298, align 8, !tbaa !83
   %4300 = or disjoint i64 %4250, 6
   %4301 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4300
   store float %4299, ptr %4301, align 4, !tbaa !4
-  %4302 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4297
+  %4302 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4297
   %4303 = load float, ptr %4302, align 8, !tbaa !85
   %4304 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4300
   store float %4303, ptr %4304, align 4, !tbaa !4
   %4305 = or disjoint i64 %4249, 7
-  %4306 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4305
+  %4306 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4305
   %4307 = load float, ptr %4306, align 4, !tbaa !83
   %4308 = or disjoint i64 %4250, 7
   %4309 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4308
   store float %4307, ptr %4309, align 4, !tbaa !4
-  %4310 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4305
+  %4310 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4305
   %4311 = load float, ptr %4310, align 4, !tbaa !85
   %4312 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4308
   store float %4311, ptr %4312, align 4, !tbaa !4
   %4313 = or disjoint i64 %4249, 8
-  %4314 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4313
+  %4314 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4313
   %4315 = load float, ptr %4314, align 16, !tbaa !83
   %4316 = or disjoint i64 %4250, 8
   %4317 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4316
   store float %4315, ptr %4317, align 4, !tbaa !4
-  %4318 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4313
+  %4318 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4313
   %4319 = load float, ptr %4318, align 16, !tbaa !85
   %4320 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4316
   store float %4319, ptr %4320, align 4, !tbaa !4
   %4321 = or disjoint i64 %4249, 9
-  %4322 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4321
+  %4322 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4321
   %4323 = load float, ptr %4322, align 4, !tbaa !83
   %4324 = or disjoint i64 %4250, 9
   %4325 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4324
   store float %4323, ptr %4325, align 4, !tbaa !4
-  %4326 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4321
+  %4326 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4321
   %4327 = load float, ptr %4326, align 4, !tbaa !85
   %4328 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4324
   store float %4327, ptr %4328, align 4, !tbaa !4
   %4329 = or disjoint i64 %4249, 10
-  %4330 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4329
+  %4330 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4329
   %4331 = load float, ptr %4330, align 8, !tbaa !83
   %4332 = or disjoint i64 %4250, 10
   %4333 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4332
   store float %4331, ptr %4333, align 4, !tbaa !4
-  %4334 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4329
+  %4334 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4329
   %4335 = load float, ptr %4334, align 8, !tbaa !85
   %4336 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4332
   store float %4335, ptr %4336, align 4, !tbaa !4
   %4337 = or disjoint i64 %4249, 11
-  %4338 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4337
+  %4338 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4337
   %4339 = load float, ptr %4338, align 4, !tbaa !83
   %4340 = or disjoint i64 %4250, 11
   %4341 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4340
   store float %4339, ptr %4341, align 4, !tbaa !4
-  %4342 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4337
+  %4342 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4337
   %4343 = load float, ptr %4342, align 4, !tbaa !85
   %4344 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4340
   store float %4343, ptr %4344, align 4, !tbaa !4
   %4345 = or disjoint i64 %4249, 12
-  %4346 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4345
+  %4346 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4345
   %4347 = load float, ptr %4346, align 16, !tbaa !83
   %4348 = or disjoint i64 %4250, 12
   %4349 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4348
   store float %4347, ptr %4349, align 4, !tbaa !4
-  %4350 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4345
+  %4350 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4345
   %4351 = load float, ptr %4350, align 16, !tbaa !85
   %4352 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4348
   store float %4351, ptr %4352, align 4, !tbaa !4
   %4353 = or disjoint i64 %4249, 13
-  %4354 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4353
+  %4354 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4353
   %4355 = load float, ptr %4354, align 4, !tbaa !83
   %4356 = or disjoint i64 %4250, 13
   %4357 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4356
   store float %4355, ptr %4357, align 4, !tbaa !4
-  %4358 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4353
+  %4358 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4353
   %4359 = load float, ptr %4358, align 4, !tbaa !85
   %4360 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4356
   store float %4359, ptr %4360, align 4, !tbaa !4
   %4361 = or disjoint i64 %4249, 14
-  %4362 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4361
+  %4362 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4361
   %4363 = load float, ptr %4362, align 8, !tbaa !83
   %4364 = or disjoint i64 %4250, 14
   %4365 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4364
   store float %4363, ptr %4365, align 4, !tbaa !4
-  %4366 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4361
+  %4366 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4361
   %4367 = load float, ptr %4366, align 8, !tbaa !85
   %4368 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4364
   store float %4367, ptr %4368, align 4, !tbaa !4
   %4369 = or disjoint i64 %4249, 15
-  %4370 = getelementptr inbounds nuw float, ptr %row_max748.i, i64 %4369
+  %4370 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4369
   %4371 = load float, ptr %4370, align 4, !tbaa !83
   %4372 = or disjoint i64 %4250, 15
   %4373 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4372
   store float %4371, ptr %4373, align 4, !tbaa !4
-  %4374 = getelementptr inbounds nuw float, ptr %row_sum747.i, i64 %4369
+  %4374 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4369
   %4375 = load float, ptr %4374, align 4, !tbaa !85
   %4376 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4372
   store float %4375, ptr %4376, align 4, !tbaa !4
-  %4377 = shl nuw nsw i64 %indvars.iv1142.i, 13
+  %4377 = shl nuw nsw i64 %indvars.iv1128.i, 13
   %4378 = getelementptr inbounds nuw float, ptr %1203, i64 %4377
-  %invariant.gep75 = getelementptr inbounds nuw float, ptr %acc.i, i64 %4377
-  br label %for_begin_d_0720.preheader.i
+  %invariant.gep76 = getelementptr inbounds nuw float, ptr %acc.i, i64 %4377
+  br label %for_begin_d_0710.preheader.i
 
-for_end_tile686.i:                                ; preds = %if_end690.loopexit774.i, %if_end709.us.15.i
+for_end_tile676.i:                                ; preds = %if_end680.loopexit765.i, %if_end699.us.15.i
   %4379 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %4380 = tail call i32 %4379(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %4380, 0
-  br i1 %.not.i, label %if_end726.i, label %fused_decode_compute_.exit, !prof !75
+  br i1 %.not.i, label %if_end716.i, label %fused_decode_compute_.exit, !prof !75
 
-if_end690.loopexit774.i:                          ; preds = %for_begin_d_0720.preheader.i
-  %indvars.iv.next1143.i = add nuw nsw i64 %indvars.iv1142.i, 1
-  %exitcond1145.not.i = icmp eq i64 %indvars.iv.next1143.i, 8
-  br i1 %exitcond1145.not.i, label %for_end_tile686.i, label %for_body_tile685.i, !prof !31
+if_end680.loopexit765.i:                          ; preds = %for_begin_d_0710.preheader.i
+  %indvars.iv.next1129.i = add nuw nsw i64 %indvars.iv1128.i, 1
+  %exitcond1131.not.i = icmp eq i64 %indvars.iv.next1129.i, 8
+  br i1 %exitcond1131.not.i, label %for_end_tile676.i, label %for_body_tile675.i, !prof !31
 
-for_begin_d_0720.preheader.i:                     ; preds = %for_begin_d_0720.preheader.i, %for_body_tile685.i
-  %indvars.iv1138.i = phi i64 [ 0, %for_body_tile685.i ], [ %indvars.iv.next1139.i, %for_begin_d_0720.preheader.i ]
-  %4381 = shl nuw nsw i64 %indvars.iv1138.i, 9
+for_begin_d_0710.preheader.i:                     ; preds = %for_begin_d_0710.preheader.i, %for_body_tile675.i
+  %indvars.iv1124.i = phi i64 [ 0, %for_body_tile675.i ], [ %indvars.iv.next1125.i, %for_begin_d_0710.preheader.i ]
+  %4381 = shl nuw nsw i64 %indvars.iv1124.i, 9
   %4382 = getelementptr inbounds nuw float, ptr %4378, i64 %4381
-  %gep76 = getelementptr inbounds nuw float, ptr %invariant.gep75, i64 %4381
-  %4383 = load <16 x float>, ptr %gep76, align 4, !tbaa !4
+  %gep77 = getelementptr inbounds nuw float, ptr %invariant.gep76, i64 %4381
+  %4383 = load <16 x float>, ptr %gep77, align 4, !tbaa !4
   store <16 x float> %4383, ptr %4382, align 4, !tbaa !4
-  %4384 = getelementptr inbounds nuw i8, ptr %gep76, i64 64
+  %4384 = getelementptr inbounds nuw i8, ptr %gep77, i64 64
   %4385 = load <16 x float>, ptr %4384, align 4, !tbaa !4
   %4386 = getelementptr inbounds nuw i8, ptr %4382, i64 64
   store <16 x float> %4385, ptr %4386, align 4, !tbaa !4
-  %4387 = getelementptr inbounds nuw i8, ptr %gep76, i64 128
+  %4387 = getelementptr inbounds nuw i8, ptr %gep77, i64 128
   %4388 = load <16 x float>, ptr %4387, align 4, !tbaa !4
   %4389 = getelementptr inbounds nuw i8, ptr %4382, i64 128
   store <16 x float> %4388, ptr %4389, align 4, !tbaa !4
-  %4390 = getelementptr inbounds nuw i8, ptr %gep76, i64 192
+  %4390 = getelementptr inbounds nuw i8, ptr %gep77, i64 192
   %4391 = load <16 x float>, ptr %4390, align 4, !tbaa !4
   %4392 = getelementptr inbounds nuw i8, ptr %4382, i64 192
   store <16 x float> %4391, ptr %4392, align 4, !tbaa !4
-  %4393 = getelementptr inbounds nuw i8, ptr %gep76, i64 256
+  %4393 = getelementptr inbounds nuw i8, ptr %gep77, i64 256
   %4394 = load <16 x float>, ptr %4393, align 4, !tbaa !4
   %4395 = getelementptr inbounds nuw i8, ptr %4382, i64 256
   store <16 x float> %4394, ptr %4395, align 4, !tbaa !4
-  %4396 = getelementptr inbounds nuw i8, ptr %gep76, i64 320
+  %4396 = getelementptr inbounds nuw i8, ptr %gep77, i64 320
   %4397 = load <16 x float>, ptr %4396, align 4, !tbaa !4
   %4398 = getelementptr inbounds nuw i8, ptr %4382, i64 320
   store <16 x float> %4397, ptr %4398, align 4, !tbaa !4
-  %4399 = getelementptr inbounds nuw i8, ptr %gep76, i64 384
+  %4399 = getelementptr inbounds nuw i8, ptr %gep77, i64 384
   %4400 = load <16 x float>, ptr %4399, align 4, !tbaa !4
   %4401 = getelementptr inbounds nuw i8, ptr %4382, i64 384
   store <16 x float> %4400, ptr %4401, align 4, !tbaa !4
-  %4402 = getelementptr inbounds nuw i8, ptr %gep76, i64 448
+  %4402 = getelementptr inbounds nuw i8, ptr %gep77, i64 448
   %4403 = load <16 x float>, ptr %4402, align 4, !tbaa !4
   %4404 = getelementptr inbounds nuw i8, ptr %4382, i64 448
   store <16 x float> %4403, ptr %4404, align 4, !tbaa !4
-  %4405 = getelementptr inbounds nuw i8, ptr %gep76, i64 512
+  %4405 = getelementptr inbounds nuw i8, ptr %gep77, i64 512
   %4406 = load <16 x float>, ptr %4405, align 4, !tbaa !4
   %4407 = getelementptr inbounds nuw i8, ptr %4382, i64 512
   store <16 x float> %4406, ptr %4407, align 4, !tbaa !4
-  %4408 = getelementptr inbounds nuw i8, ptr %gep76, i64 576
+  %4408 = getelementptr inbounds nuw i8, ptr %gep77, i64 576
   %4409 = load <16 x float>, ptr %4408, align 4, !tbaa !4
   %4410 = getelementptr inbounds nuw i8, ptr %4382, i64 576
   store <16 x float> %4409, ptr %4410, align 4, !tbaa !4
-  %4411 = getelementptr inbounds nuw i8, ptr %gep76, i64 640
+  %4411 = getelementptr inbounds nuw i8, ptr %gep77, i64 640
   %4412 = load <16 x float>, ptr %4411, align 4, !tbaa !4
   %4413 = getelementptr inbounds nuw i8, ptr %4382, i64 640
   store <16 x float> %4412, ptr %4413, align 4, !tbaa !4
-  %4414 = getelementptr inbounds nuw i8, ptr %gep76, i64 704
+  %4414 = getelementptr inbounds nuw i8, ptr %gep77, i64 704
   %4415 = load <16 x float>, ptr %4414, align 4, !tbaa !4
   %4416 = getelementptr inbounds nuw i8, ptr %4382, i64 704
   store <16 x float> %4415, ptr %4416, align 4, !tbaa !4
-  %4417 = getelementptr inbounds nuw i8, ptr %gep76, i64 768
+  %4417 = getelementptr inbounds nuw i8, ptr %gep77, i64 768
   %4418 = load <16 x float>, ptr %4417, align 4, !tbaa !4
   %4419 = getelementptr inbounds nuw i8, ptr %4382, i64 768
   store <16 x float> %4418, ptr %4419, align 4, !tbaa !4
-  %4420 = getelementptr inbounds nuw i8, ptr %gep76, i64 832
+  %4420 = getelementptr inbounds nuw i8, ptr %gep77, i64 832
   %4421 = load <16 x float>, ptr %4420, align 4, !tbaa !4
   %4422 = getelementptr inbounds nuw i8, ptr %4382, i64 832
   store <16 x float> %4421, ptr %4422, align 4, !tbaa !4
-  %4423 = getelementptr inbounds nuw i8, ptr %gep76, i64 896
+  %4423 = getelementptr inbounds nuw i8, ptr %gep77, i64 896
   %4424 = load <16 x float>, ptr %4423, align 4, !tbaa !4
   %4425 = getelementptr inbounds nuw i8, ptr %4382, i64 896
   store <16 x float> %4424, ptr %4425, align 4, !tbaa !4
-  %4426 = getelementptr inbounds nuw i8, ptr %gep76, i64 960
+  %4426 = getelementptr inbounds nuw i8, ptr %gep77, i64 960
   %4427 = load <16 x float>, ptr %4426, align 4, !tbaa !4
   %4428 = getelementptr inbounds nuw i8, ptr %4382, i64 960
   store <16 x float> %4427, ptr %4428, align 4, !tbaa !4
-  %4429 = getelementptr inbounds nuw i8, ptr %gep76, i64 1024
+  %4429 = getelementptr inbounds nuw i8, ptr %gep77, i64 1024
   %4430 = load <16 x float>, ptr %4429, align 4, !tbaa !4
   %4431 = getelementptr inbounds nuw i8, ptr %4382, i64 1024
   store <16 x float> %4430, ptr %4431, align 4, !tbaa !4
-  %4432 = getelementptr inbounds nuw i8, ptr %gep76, i64 1088
+  %4432 = getelementptr inbounds nuw i8, ptr %gep77, i64 1088
   %4433 = load <16 x float>, ptr %4432, align 4, !tbaa !4
   %4434 = getelementptr inbounds nuw i8, ptr %4382, i64 1088
   store <16 x float> %4433, ptr %4434, align 4, !tbaa !4
-  %4435 = getelementptr inbounds nuw i8, ptr %gep76, i64 1152
+  %4435 = getelementptr inbounds nuw i8, ptr %gep77, i64 1152
   %4436 = load <16 x float>, ptr %4435, align 4, !tbaa !4
   %4437 = getelementptr inbounds nuw i8, ptr %4382, i64 1152
   store <16 x float> %4436, ptr %4437, align 4, !tbaa !4
-  %4438 = getelementptr inbounds nuw i8, ptr %gep76, i64 1216
+  %4438 = getelementptr inbounds nuw i8, ptr %gep77, i64 1216
   %4439 = load <16 x float>, ptr %4438, align 4, !tbaa !4
   %4440 = getelementptr inbounds nuw i8, ptr %4382, i64 1216
   store <16 x float> %4439, ptr %4440, align 4, !tbaa !4
-  %4441 = getelementptr inbounds nuw i8, ptr %gep76, i64 1280
+  %4441 = getelementptr inbounds nuw i8, ptr %gep77, i64 1280
   %4442 = load <16 x float>, ptr %4441, align 4, !tbaa !4
   %4443 = getelementptr inbounds nuw i8, ptr %4382, i64 1280
   store <16 x float> %4442, ptr %4443, align 4, !tbaa !4
-  %4444 = getelementptr inbounds nuw i8, ptr %gep76, i64 1344
+  %4444 = getelementptr inbounds nuw i8, ptr %gep77, i64 1344
   %4445 = load <16 x float>, ptr %4444, align 4, !tbaa !4
   %4446 = getelementptr inbounds nuw i8, ptr %4382, i64 1344
   store <16 x float> %4445, ptr %4446, align 4, !tbaa !4
-  %4447 = getelementptr inbounds nuw i8, ptr %gep76, i64 1408
+  %4447 = getelementptr inbounds nuw i8, ptr %gep77, i64 1408
   %4448 = load <16 x float>, ptr %4447, align 4, !tbaa !4
   %4449 = getelementptr inbounds nuw i8, ptr %4382, i64 1408
   store <16 x float> %4448, ptr %4449, align 4, !tbaa !4
-  %4450 = getelementptr inbounds nuw i8, ptr %gep76, i64 1472
+  %4450 = getelementptr inbounds nuw i8, ptr %gep77, i64 1472
   %4451 = load <16 x float>, ptr %4450, align 4, !tbaa !4
   %4452 = getelementptr inbounds nuw i8, ptr %4382, i64 1472
   store <16 x float> %4451, ptr %4452, align 4, !tbaa !4
-  %4453 = getelementptr inbounds nuw i8, ptr %gep76, i64 1536
+  %4453 = getelementptr inbounds nuw i8, ptr %gep77, i64 1536
   %4454 = load <16 x float>, ptr %4453, align 4, !tbaa !4
   %4455 = getelementptr inbounds nuw i8, ptr %4382, i64 1536
   store <16 x float> %4454, ptr %4455, align 4, !tbaa !4
-  %4456 = getelementptr inbounds nuw i8, ptr %gep76, i64 1600
+  %4456 = getelementptr inbounds nuw i8, ptr %gep77, i64 1600
   %4457 = load <16 x float>, ptr %4456, align 4, !tbaa !4
   %4458 = getelementptr inbounds nuw i8, ptr %4382, i64 1600
   store <16 x float> %4457, ptr %4458, align 4, !tbaa !4
-  %4459 = getelementptr inbounds nuw i8, ptr %gep76, i64 1664
+  %4459 = getelementptr inbounds nuw i8, ptr %gep77, i64 1664
   %4460 = load <16 x float>, ptr %4459, align 4, !tbaa !4
   %4461 = getelementptr inbounds nuw i8, ptr %4382, i64 1664
   store <16 x float> %4460, ptr %4461, align 4, !tbaa !4
-  %4462 = getelementptr inbounds nuw i8, ptr %gep76, i64 1728
+  %4462 = getelementptr inbounds nuw i8, ptr %gep77, i64 1728
   %4463 = load <16 x float>, ptr %4462, align 4, !tbaa !4
   %4464 = getelementptr inbounds nuw i8, ptr %4382, i64 1728
   store <16 x float> %4463, ptr %4464, align 4, !tbaa !4
-  %4465 = getelementptr inbounds nuw i8, ptr %gep76, i64 1792
+  %4465 = getelementptr inbounds nuw i8, ptr %gep77, i64 1792
   %4466 = load <16 x float>, ptr %4465, align 4, !tbaa !4
   %4467 = getelementptr inbounds nuw i8, ptr %4382, i64 1792
   store <16 x float> %4466, ptr %4467, align 4, !tbaa !4
-  %4468 = getelementptr inbounds nuw i8, ptr %gep76, i64 1856
+  %4468 = getelementptr inbounds nuw i8, ptr %gep77, i64 1856
   %4469 = load <16 x float>, ptr %4468, align 4, !tbaa !4
   %4470 = getelementptr inbounds nuw i8, ptr %4382, i64 1856
   store <16 x float> %4469, ptr %4470, align 4, !tbaa !4
-  %4471 = getelementptr inbounds nuw i8, ptr %gep76, i64 1920
+  %4471 = getelementptr inbounds nuw i8, ptr %gep77, i64 1920
   %4472 = load <16 x float>, ptr %4471, align 4, !tbaa !4
   %4473 = getelementptr inbounds nuw i8, ptr %4382, i64 1920
   store <16 x float> %4472, ptr %4473, align 4, !tbaa !4
-  %4474 = getelementptr inbounds nuw i8, ptr %gep76, i64 1984
+  %4474 = getelementptr inbounds nuw i8, ptr %gep77, i64 1984
   %4475 = load <16 x float>, ptr %4474, align 4, !tbaa !4
   %4476 = getelementptr inbounds nuw i8, ptr %4382, i64 1984
   store <16 x float> %4475, ptr %4476, align 4, !tbaa !4
-  %indvars.iv.next1139.i = add nuw nsw i64 %indvars.iv1138.i, 1
-  %exitcond1141.not.i = icmp eq i64 %indvars.iv.next1139.i, 16
-  br i1 %exitcond1141.not.i, label %if_end690.loopexit774.i, label %for_begin_d_0720.preheader.i, !prof !31
+  %indvars.iv.next1125.i = add nuw nsw i64 %indvars.iv1124.i, 1
+  %exitcond1127.not.i = icmp eq i64 %indvars.iv.next1125.i, 16
+  br i1 %exitcond1127.not.i, label %if_end680.loopexit765.i, label %for_begin_d_0710.preheader.i, !prof !31
 
-if_end726.i:                                      ; preds = %for_end_tile686.i
+if_end716.i:                                      ; preds = %for_end_tile676.i
   %4477 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %4478 = tail call i32 %4477(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not749.i = icmp eq i32 %4478, 0
-  br i1 %.not749.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !75
+  %.not739.i = icmp eq i32 %4478, 0
+  br i1 %.not739.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !75
 
-fused_decode_compute_.exit:                       ; preds = %if_end726.i, %for_end_tile686.i, %if_end676.i, %if_end673.i, %if_end670.i, %if_end667.i, %if_end664.i, %if_end661.i, %if_end658.i, %for_end_r_0.i, %for_end_r599.i, %if_end573.i, %if_then572.i, %for_body_s561.preheader.i, %if_else551.i, %for_end_to504.15.i, %if_end203.i, %if_end200.i, %for_end_to33.i, %if_end11.i, %if_end8.i, %for_end_group_tile.i, %for_body_group_tile.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
-  %common.ret.op.i = phi i32 [ -1, %if_else551.i ], [ -1, %for_body_group_tile.i ], [ -1, %for_body_step.i ], [ 0, %if_end51 ], [ -1, %for_body_s561.preheader.i ], [ -1, %if_end676.i ], [ -1, %if_end673.i ], [ -1, %if_end670.i ], [ -1, %if_end667.i ], [ -1, %if_end664.i ], [ -1, %if_end661.i ], [ -1, %if_end658.i ], [ -1, %for_end_r_0.i ], [ -1, %for_end_r599.i ], [ -1, %if_end573.i ], [ -1, %if_then572.i ], [ -1, %for_end_to504.15.i ], [ -1, %if_end203.i ], [ -1, %if_end200.i ], [ -1, %for_end_to33.i ], [ -1, %if_end11.i ], [ -1, %if_end8.i ], [ -1, %for_end_group_tile.i ], [ -1, %if_end726.i ], [ 0, %for_begin_s.i ], [ -1, %for_end_tile686.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor734.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum.rf740.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %peak.rf741.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %tile_max744.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta745.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha746.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum747.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max748.i)
+fused_decode_compute_.exit:                       ; preds = %if_end716.i, %for_end_tile676.i, %if_end666.i, %if_end663.i, %if_end660.i, %if_end657.i, %if_end654.i, %if_end651.i, %for_end_r_0.i, %for_end_r592.i, %if_end566.i, %if_then565.i, %for_body_s554.preheader.i, %if_else544.i, %for_end_to497.15.i, %if_end196.i, %if_end193.i, %for_end_ax0.i, %for_end_to.i, %for_body_to.i, %if_end8.i, %for_end_group_tile.i, %for_body_group_tile.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
+  %common.ret.op.i = phi i32 [ -1, %for_body_group_tile.i ], [ -1, %if_else544.i ], [ 0, %if_end51 ], [ -1, %for_body_to.i ], [ -1, %for_body_step.i ], [ -1, %for_body_s554.preheader.i ], [ -1, %for_end_ax0.i ], [ -1, %if_end666.i ], [ -1, %if_end663.i ], [ -1, %if_end660.i ], [ -1, %if_end657.i ], [ -1, %if_end654.i ], [ -1, %if_end651.i ], [ -1, %for_end_r_0.i ], [ -1, %for_end_r592.i ], [ -1, %if_end566.i ], [ -1, %if_then565.i ], [ -1, %for_end_to497.15.i ], [ -1, %if_end196.i ], [ -1, %if_end193.i ], [ -1, %for_end_to.i ], [ -1, %if_end8.i ], [ -1, %for_end_group_tile.i ], [ -1, %for_body_s.i ], [ -1, %for_end_tile676.i ], [ -1, %if_end.i ], [ -1, %if_end716.i ], [ 0, %for_begin_s.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor724.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum.rf730.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %peak.rf731.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_max734.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta735.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha736.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum737.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max738.i)
   ret i32 %common.ret.op.i
 }
 

@@ -131,10 +131,10 @@ class Module:
                                         with T.sblock("qk_matmul"):
                                             T.reads(q_tile[first, 0:288, 0:16], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:16, 0:128])
-                                            by_token = T.sblock_alloc_buffer((128, 16))
-                                            for to in range((valid_len + 64 - 1) // 64):
+                                            by_token = T.sblock_alloc_buffer((1, 128, 16))
+                                            for to, i in T.grid((valid_len + 64 - 1) // 64, 1):
                                                 with T.sblock("scores_init_o"):
-                                                    vs_o = T.axis.spatial((valid_len + 64 - 1) // 64, to)
+                                                    vs_o, vi_o = T.axis.remap("SS", [to, i])
                                                     vt_o = T.axis.spatial(1, 0)
                                                     vr_o = T.axis.spatial(1, 0)
                                                     T.reads()
@@ -149,131 +149,134 @@ class Module:
                                                             T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + to * 64 + ((d_0 * 4 + s_1) * 16 + line) // 18] + next_head * k_head + T.Cast("int64", ((d_0 * 4 + s_1) * 16 + line) % 18 * 16) + T.Cast("int64", (next_tile + to * 64 + ((d_0 * 4 + s_1) * 16 + line) // 18) % 16) * k_row]), 0, 2, 1)
                                                         with T.sblock("scores_update_o"):
                                                             vs_o = T.axis.spatial(4 * ((valid_len + 64 - 1) // 64), to * 4 + s_1)
+                                                            vi_o = T.axis.spatial(1, i)
                                                             vt_o = T.axis.spatial(1, 0)
                                                             vr_o = T.axis.spatial(1, 0)
                                                             vd_o = T.axis.reduce(18, d_0)
-                                                            T.reads(key_cache[T.Cast("int64", vd_o) * T.int64(16) + key_offsets[vs_o * 16] + key_head + T.Select(T.int64(0) <= k_row, T.int64(0), k_row * T.int64(15)):T.Cast("int64", vd_o) * T.int64(16) + key_offsets[vs_o * 16] + key_head + T.Select(T.int64(0) <= k_row, T.int64(0), k_row * T.int64(15)) + (T.Select(T.int64(0) <= k_row, k_row * T.int64(15), k_row * T.int64(-15)) + T.int64(16))], key_offsets[vs_o * 16], q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:16])
+                                                            T.reads(key_cache[T.Cast("int64", vd_o) * T.int64(16) + key_offsets[vs_o * 16] + key_head + T.Cast("int64", vi_o) // T.int64(8) * k_head + T.Select(T.int64(0) <= k_row, T.int64(0), k_row * T.int64(15)):T.Cast("int64", vd_o) * T.int64(16) + key_offsets[vs_o * 16] + key_head + T.Cast("int64", vi_o) // T.int64(8) * k_head + T.Select(T.int64(0) <= k_row, T.int64(0), k_row * T.int64(15)) + (T.Select(T.int64(0) <= k_row, k_row * T.int64(15), k_row * T.int64(-15)) + T.int64(16))], key_offsets[vs_o * 16], q_tile[first + vi_o, vd_o * 16:vd_o * 16 + 16, 0:16])
                                                             T.writes()
-                                                            buffer = T.match_buffer(q_tile[first, vd_o * 16:vd_o * 16 + 16, 0:16], (16, 16), "int32", strides=("row", 1), offset_factor=1)
-                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(key_cache[T.Cast("int64", vd_o) * T.int64(16) + key_offsets[vs_o * 16] + key_head]), T.Cast("int64", T.Cast("int64", k_row)) * T.int64(4))
+                                                            buffer = T.match_buffer(q_tile[first + vi_o, vd_o * 16:vd_o * 16 + 16, 0:16], (16, 16), "int32", strides=("row", 1), offset_factor=1)
+                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(key_cache[T.Cast("int64", vd_o) * T.int64(16) + key_offsets[vs_o * 16] + key_head + T.Cast("int64", vi_o) // T.int64(8) * k_head]), T.Cast("int64", T.Cast("int64", k_row)) * T.int64(4))
                                                             if vs_o * 16 // 16 % 4 == 0:
                                                                 T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(buffer[0, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
                                                             T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vs_o * 16 // 16 % 4), T.int8(4), T.int8(5))
-                                                with T.sblock("by_token_global_o"):
-                                                    v0_o = T.axis.spatial((valid_len + 64 - 1) // 64, to)
-                                                    v1_o = T.axis.spatial(1, 0)
-                                                    T.reads()
-                                                    T.writes(by_token[v0_o * 64:v0_o * 64 + 64, 0:16])
-                                                    buffer = T.match_buffer(by_token[v0_o * 64:v0_o * 64 + 64, 0:16], (64, 16), strides=("row", 1), offset_factor=1)
-                                                    T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(buffer[0, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
-                                                    T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(buffer[16, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
-                                                    T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(buffer[32, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
-                                                    T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(buffer[48, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
-                                            for to, s_1 in T.grid((valid_len + 64 - 1) // 64, 4):
-                                                with T.sblock("turned_scores_o"):
-                                                    vs_o = T.axis.spatial(4 * ((valid_len + 64 - 1) // 64), to * 4 + s_1)
-                                                    vt_o = T.axis.spatial(1, 0)
-                                                    vr_o = T.axis.spatial(1, 0)
-                                                    T.reads(by_token[vs_o * 16:vs_o * 16 + 16, 0:16])
-                                                    T.writes(scores[0, 0:16, vs_o * 16:vs_o * 16 + 16])
-                                                    turned = T.match_buffer(scores[0, 0:16, vs_o * 16:vs_o * 16 + 16], (16, 16), strides=("turned_row", 1), offset_factor=1)
-                                                    block = T.match_buffer(by_token[vs_o * 16:vs_o * 16 + 16, 0:16], (16, 16), strides=("block_row", 1), offset_factor=1)
-                                                    v: T.let[T.float32x16] = block[0, T.Ramp(0, 1, 16)]
-                                                    v_1: T.let[T.float32x16] = block[1, T.Ramp(0, 1, 16)]
-                                                    v_2: T.let[T.float32x16] = block[2, T.Ramp(0, 1, 16)]
-                                                    v_3: T.let[T.float32x16] = block[3, T.Ramp(0, 1, 16)]
-                                                    v_4: T.let[T.float32x16] = block[4, T.Ramp(0, 1, 16)]
-                                                    v_5: T.let[T.float32x16] = block[5, T.Ramp(0, 1, 16)]
-                                                    v_6: T.let[T.float32x16] = block[6, T.Ramp(0, 1, 16)]
-                                                    v_7: T.let[T.float32x16] = block[7, T.Ramp(0, 1, 16)]
-                                                    v_8: T.let[T.float32x16] = block[8, T.Ramp(0, 1, 16)]
-                                                    v_9: T.let[T.float32x16] = block[9, T.Ramp(0, 1, 16)]
-                                                    v_10: T.let[T.float32x16] = block[10, T.Ramp(0, 1, 16)]
-                                                    v_11: T.let[T.float32x16] = block[11, T.Ramp(0, 1, 16)]
-                                                    v_12: T.let[T.float32x16] = block[12, T.Ramp(0, 1, 16)]
-                                                    v_13: T.let[T.float32x16] = block[13, T.Ramp(0, 1, 16)]
-                                                    v_14: T.let[T.float32x16] = block[14, T.Ramp(0, 1, 16)]
-                                                    v_15: T.let[T.float32x16] = block[15, T.Ramp(0, 1, 16)]
-                                                    v_16: T.let[T.float32x16] = T.Shuffle([v, v_8], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_17: T.let[T.float32x16] = T.Shuffle([v, v_8], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_18: T.let[T.float32x16] = T.Shuffle([v_1, v_9], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_19: T.let[T.float32x16] = T.Shuffle([v_1, v_9], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_20: T.let[T.float32x16] = T.Shuffle([v_2, v_10], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_21: T.let[T.float32x16] = T.Shuffle([v_2, v_10], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_22: T.let[T.float32x16] = T.Shuffle([v_3, v_11], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_23: T.let[T.float32x16] = T.Shuffle([v_3, v_11], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_24: T.let[T.float32x16] = T.Shuffle([v_4, v_12], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_25: T.let[T.float32x16] = T.Shuffle([v_4, v_12], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_26: T.let[T.float32x16] = T.Shuffle([v_5, v_13], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_27: T.let[T.float32x16] = T.Shuffle([v_5, v_13], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_28: T.let[T.float32x16] = T.Shuffle([v_6, v_14], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_29: T.let[T.float32x16] = T.Shuffle([v_6, v_14], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_30: T.let[T.float32x16] = T.Shuffle([v_7, v_15], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_31: T.let[T.float32x16] = T.Shuffle([v_7, v_15], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_32: T.let[T.float32x16] = T.Shuffle([v_16, v_24], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_33: T.let[T.float32x16] = T.Shuffle([v_16, v_24], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_34: T.let[T.float32x16] = T.Shuffle([v_17, v_25], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_35: T.let[T.float32x16] = T.Shuffle([v_17, v_25], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_36: T.let[T.float32x16] = T.Shuffle([v_18, v_26], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_37: T.let[T.float32x16] = T.Shuffle([v_18, v_26], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_38: T.let[T.float32x16] = T.Shuffle([v_19, v_27], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_39: T.let[T.float32x16] = T.Shuffle([v_19, v_27], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_40: T.let[T.float32x16] = T.Shuffle([v_20, v_28], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_41: T.let[T.float32x16] = T.Shuffle([v_20, v_28], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_42: T.let[T.float32x16] = T.Shuffle([v_21, v_29], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_43: T.let[T.float32x16] = T.Shuffle([v_21, v_29], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_44: T.let[T.float32x16] = T.Shuffle([v_22, v_30], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_45: T.let[T.float32x16] = T.Shuffle([v_22, v_30], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_46: T.let[T.float32x16] = T.Shuffle([v_23, v_31], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_47: T.let[T.float32x16] = T.Shuffle([v_23, v_31], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_48: T.let[T.float32x16] = T.Shuffle([v_32, v_40], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_49: T.let[T.float32x16] = T.Shuffle([v_32, v_40], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_50: T.let[T.float32x16] = T.Shuffle([v_33, v_41], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_51: T.let[T.float32x16] = T.Shuffle([v_33, v_41], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_52: T.let[T.float32x16] = T.Shuffle([v_34, v_42], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_53: T.let[T.float32x16] = T.Shuffle([v_34, v_42], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_54: T.let[T.float32x16] = T.Shuffle([v_35, v_43], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_55: T.let[T.float32x16] = T.Shuffle([v_35, v_43], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_56: T.let[T.float32x16] = T.Shuffle([v_36, v_44], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_57: T.let[T.float32x16] = T.Shuffle([v_36, v_44], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_58: T.let[T.float32x16] = T.Shuffle([v_37, v_45], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_59: T.let[T.float32x16] = T.Shuffle([v_37, v_45], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_60: T.let[T.float32x16] = T.Shuffle([v_38, v_46], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_61: T.let[T.float32x16] = T.Shuffle([v_38, v_46], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_62: T.let[T.float32x16] = T.Shuffle([v_39, v_47], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_63: T.let[T.float32x16] = T.Shuffle([v_39, v_47], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_64: T.let[T.float32x16] = T.Shuffle([v_48, v_56], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_65: T.let[T.float32x16] = T.Shuffle([v_48, v_56], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_66: T.let[T.float32x16] = T.Shuffle([v_49, v_57], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_67: T.let[T.float32x16] = T.Shuffle([v_49, v_57], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_68: T.let[T.float32x16] = T.Shuffle([v_50, v_58], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_69: T.let[T.float32x16] = T.Shuffle([v_50, v_58], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_70: T.let[T.float32x16] = T.Shuffle([v_51, v_59], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_71: T.let[T.float32x16] = T.Shuffle([v_51, v_59], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_72: T.let[T.float32x16] = T.Shuffle([v_52, v_60], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_73: T.let[T.float32x16] = T.Shuffle([v_52, v_60], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_74: T.let[T.float32x16] = T.Shuffle([v_53, v_61], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_75: T.let[T.float32x16] = T.Shuffle([v_53, v_61], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_76: T.let[T.float32x16] = T.Shuffle([v_54, v_62], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_77: T.let[T.float32x16] = T.Shuffle([v_54, v_62], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    v_78: T.let[T.float32x16] = T.Shuffle([v_55, v_63], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
-                                                    v_79: T.let[T.float32x16] = T.Shuffle([v_55, v_63], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
-                                                    turned[0, 0:16] = v_64
-                                                    turned[1, 0:16] = v_65
-                                                    turned[2, 0:16] = v_66
-                                                    turned[3, 0:16] = v_67
-                                                    turned[4, 0:16] = v_68
-                                                    turned[5, 0:16] = v_69
-                                                    turned[6, 0:16] = v_70
-                                                    turned[7, 0:16] = v_71
-                                                    turned[8, 0:16] = v_72
-                                                    turned[9, 0:16] = v_73
-                                                    turned[10, 0:16] = v_74
-                                                    turned[11, 0:16] = v_75
-                                                    turned[12, 0:16] = v_76
-                                                    turned[13, 0:16] = v_77
-                                                    turned[14, 0:16] = v_78
-                                                    turned[15, 0:16] = v_79
+                                                for ax0 in range(1):
+                                                    with T.sblock("by_token_global_o"):
+                                                        v0_o, v1_o = T.axis.remap("SS", [ax0, to])
+                                                        v2_o = T.axis.spatial(1, 0)
+                                                        T.reads()
+                                                        T.writes(by_token[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
+                                                        buffer = T.match_buffer(by_token[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("row", 1), offset_factor=1)
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(buffer[0, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(buffer[16, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(buffer[32, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(buffer[48, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                for ax0, ax1 in T.grid(4, 1):
+                                                    with T.sblock("turned_scores_o"):
+                                                        vs_o = T.axis.spatial(4 * T.min((valid_len + 64 - 1) // 64, 2), to * 4 + ax0)
+                                                        vi_o = T.axis.spatial(1, ax1)
+                                                        vt_o = T.axis.spatial(1, 0)
+                                                        vr_o = T.axis.spatial(1, 0)
+                                                        T.reads(by_token[vi_o, vs_o * 16:vs_o * 16 + 16, 0:16])
+                                                        T.writes(scores[vi_o, 0:16, vs_o * 16:vs_o * 16 + 16])
+                                                        turned = T.match_buffer(scores[vi_o, 0:16, vs_o * 16:vs_o * 16 + 16], (16, 16), strides=("turned_row", 1), offset_factor=1)
+                                                        block = T.match_buffer(by_token[vi_o, vs_o * 16:vs_o * 16 + 16, 0:16], (16, 16), strides=("block_row", 1), offset_factor=1)
+                                                        v: T.let[T.float32x16] = block[0, T.Ramp(0, 1, 16)]
+                                                        v_1: T.let[T.float32x16] = block[1, T.Ramp(0, 1, 16)]
+                                                        v_2: T.let[T.float32x16] = block[2, T.Ramp(0, 1, 16)]
+                                                        v_3: T.let[T.float32x16] = block[3, T.Ramp(0, 1, 16)]
+                                                        v_4: T.let[T.float32x16] = block[4, T.Ramp(0, 1, 16)]
+                                                        v_5: T.let[T.float32x16] = block[5, T.Ramp(0, 1, 16)]
+                                                        v_6: T.let[T.float32x16] = block[6, T.Ramp(0, 1, 16)]
+                                                        v_7: T.let[T.float32x16] = block[7, T.Ramp(0, 1, 16)]
+                                                        v_8: T.let[T.float32x16] = block[8, T.Ramp(0, 1, 16)]
+                                                        v_9: T.let[T.float32x16] = block[9, T.Ramp(0, 1, 16)]
+                                                        v_10: T.let[T.float32x16] = block[10, T.Ramp(0, 1, 16)]
+                                                        v_11: T.let[T.float32x16] = block[11, T.Ramp(0, 1, 16)]
+                                                        v_12: T.let[T.float32x16] = block[12, T.Ramp(0, 1, 16)]
+                                                        v_13: T.let[T.float32x16] = block[13, T.Ramp(0, 1, 16)]
+                                                        v_14: T.let[T.float32x16] = block[14, T.Ramp(0, 1, 16)]
+                                                        v_15: T.let[T.float32x16] = block[15, T.Ramp(0, 1, 16)]
+                                                        v_16: T.let[T.float32x16] = T.Shuffle([v, v_8], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_17: T.let[T.float32x16] = T.Shuffle([v, v_8], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_18: T.let[T.float32x16] = T.Shuffle([v_1, v_9], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_19: T.let[T.float32x16] = T.Shuffle([v_1, v_9], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_20: T.let[T.float32x16] = T.Shuffle([v_2, v_10], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_21: T.let[T.float32x16] = T.Shuffle([v_2, v_10], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_22: T.let[T.float32x16] = T.Shuffle([v_3, v_11], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_23: T.let[T.float32x16] = T.Shuffle([v_3, v_11], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_24: T.let[T.float32x16] = T.Shuffle([v_4, v_12], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_25: T.let[T.float32x16] = T.Shuffle([v_4, v_12], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_26: T.let[T.float32x16] = T.Shuffle([v_5, v_13], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_27: T.let[T.float32x16] = T.Shuffle([v_5, v_13], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_28: T.let[T.float32x16] = T.Shuffle([v_6, v_14], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_29: T.let[T.float32x16] = T.Shuffle([v_6, v_14], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_30: T.let[T.float32x16] = T.Shuffle([v_7, v_15], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_31: T.let[T.float32x16] = T.Shuffle([v_7, v_15], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_32: T.let[T.float32x16] = T.Shuffle([v_16, v_24], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_33: T.let[T.float32x16] = T.Shuffle([v_16, v_24], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_34: T.let[T.float32x16] = T.Shuffle([v_17, v_25], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_35: T.let[T.float32x16] = T.Shuffle([v_17, v_25], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_36: T.let[T.float32x16] = T.Shuffle([v_18, v_26], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_37: T.let[T.float32x16] = T.Shuffle([v_18, v_26], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_38: T.let[T.float32x16] = T.Shuffle([v_19, v_27], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_39: T.let[T.float32x16] = T.Shuffle([v_19, v_27], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_40: T.let[T.float32x16] = T.Shuffle([v_20, v_28], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_41: T.let[T.float32x16] = T.Shuffle([v_20, v_28], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_42: T.let[T.float32x16] = T.Shuffle([v_21, v_29], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_43: T.let[T.float32x16] = T.Shuffle([v_21, v_29], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_44: T.let[T.float32x16] = T.Shuffle([v_22, v_30], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_45: T.let[T.float32x16] = T.Shuffle([v_22, v_30], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_46: T.let[T.float32x16] = T.Shuffle([v_23, v_31], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_47: T.let[T.float32x16] = T.Shuffle([v_23, v_31], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_48: T.let[T.float32x16] = T.Shuffle([v_32, v_40], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_49: T.let[T.float32x16] = T.Shuffle([v_32, v_40], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_50: T.let[T.float32x16] = T.Shuffle([v_33, v_41], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_51: T.let[T.float32x16] = T.Shuffle([v_33, v_41], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_52: T.let[T.float32x16] = T.Shuffle([v_34, v_42], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_53: T.let[T.float32x16] = T.Shuffle([v_34, v_42], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_54: T.let[T.float32x16] = T.Shuffle([v_35, v_43], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_55: T.let[T.float32x16] = T.Shuffle([v_35, v_43], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_56: T.let[T.float32x16] = T.Shuffle([v_36, v_44], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_57: T.let[T.float32x16] = T.Shuffle([v_36, v_44], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_58: T.let[T.float32x16] = T.Shuffle([v_37, v_45], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_59: T.let[T.float32x16] = T.Shuffle([v_37, v_45], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_60: T.let[T.float32x16] = T.Shuffle([v_38, v_46], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_61: T.let[T.float32x16] = T.Shuffle([v_38, v_46], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_62: T.let[T.float32x16] = T.Shuffle([v_39, v_47], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_63: T.let[T.float32x16] = T.Shuffle([v_39, v_47], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_64: T.let[T.float32x16] = T.Shuffle([v_48, v_56], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_65: T.let[T.float32x16] = T.Shuffle([v_48, v_56], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_66: T.let[T.float32x16] = T.Shuffle([v_49, v_57], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_67: T.let[T.float32x16] = T.Shuffle([v_49, v_57], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_68: T.let[T.float32x16] = T.Shuffle([v_50, v_58], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_69: T.let[T.float32x16] = T.Shuffle([v_50, v_58], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_70: T.let[T.float32x16] = T.Shuffle([v_51, v_59], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_71: T.let[T.float32x16] = T.Shuffle([v_51, v_59], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_72: T.let[T.float32x16] = T.Shuffle([v_52, v_60], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_73: T.let[T.float32x16] = T.Shuffle([v_52, v_60], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_74: T.let[T.float32x16] = T.Shuffle([v_53, v_61], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_75: T.let[T.float32x16] = T.Shuffle([v_53, v_61], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_76: T.let[T.float32x16] = T.Shuffle([v_54, v_62], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_77: T.let[T.float32x16] = T.Shuffle([v_54, v_62], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_78: T.let[T.float32x16] = T.Shuffle([v_55, v_63], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_79: T.let[T.float32x16] = T.Shuffle([v_55, v_63], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        turned[0, 0:16] = v_64
+                                                        turned[1, 0:16] = v_65
+                                                        turned[2, 0:16] = v_66
+                                                        turned[3, 0:16] = v_67
+                                                        turned[4, 0:16] = v_68
+                                                        turned[5, 0:16] = v_69
+                                                        turned[6, 0:16] = v_70
+                                                        turned[7, 0:16] = v_71
+                                                        turned[8, 0:16] = v_72
+                                                        turned[9, 0:16] = v_73
+                                                        turned[10, 0:16] = v_74
+                                                        turned[11, 0:16] = v_75
+                                                        turned[12, 0:16] = v_76
+                                                        turned[13, 0:16] = v_77
+                                                        turned[14, 0:16] = v_78
+                                                        turned[15, 0:16] = v_79
                                         for i in range(1):
                                             with T.sblock("softmax"):
                                                 vslot = T.axis.spatial(1, i)
@@ -513,23 +516,23 @@ class Module:
                                                             sums[0:16] = sums[T.Ramp(0, 1, 16)] + v_64 + v_65 + v_66 + v_67 + v_68 + v_69 + v_70 + v_71 + v_72 + v_73 + v_74 + v_75 + v_76 + v_77 + v_78 + v_79
                                                 with T.sblock("split_probs"):
                                                     T.reads(probs[vslot, 0:16, 0:128])
-                                                    T.writes(prob_pairs[0, 0:32, 0:128])
+                                                    T.writes(prob_pairs[vslot, 0:32, 0:128])
                                                     for r, to in T.grid(16, (valid_len + 64 - 1) // 64):
                                                         for ti in T.vectorized(64):
                                                             with T.sblock("even_weight"):
                                                                 vt = T.axis.spatial(128, to * 64 + ti)
                                                                 vr = T.axis.spatial(16, r)
                                                                 T.reads(probs[vslot, vr, vt])
-                                                                T.writes(prob_pairs[0, vr * 2, vt])
-                                                                prob_pairs[0, vr * 2, vt] = T.reinterpret("int32", probs[vslot, vr, vt]) >> 16 & 65535
+                                                                T.writes(prob_pairs[vslot, vr * 2, vt])
+                                                                prob_pairs[vslot, vr * 2, vt] = T.reinterpret("int32", probs[vslot, vr, vt]) >> 16 & 65535
                                                     for r, to in T.grid(16, (valid_len + 64 - 1) // 64):
                                                         for ti in T.vectorized(64):
                                                             with T.sblock("odd_weight"):
                                                                 vt = T.axis.spatial(128, to * 64 + ti)
                                                                 vr = T.axis.spatial(16, r)
                                                                 T.reads(probs[vslot, vr, vt])
-                                                                T.writes(prob_pairs[0, vr * 2 + 1, vt])
-                                                                prob_pairs[0, vr * 2 + 1, vt] = T.reinterpret("int32", probs[vslot, vr, vt])
+                                                                T.writes(prob_pairs[vslot, vr * 2 + 1, vt])
+                                                                prob_pairs[vslot, vr * 2 + 1, vt] = T.reinterpret("int32", probs[vslot, vr, vt])
                                                 with T.sblock("rescale"):
                                                     T.reads(tile_max[vslot, 0:16], tile_sum[vslot, 0:16], row_max[first + vslot, 0:16], row_sum[first + vslot, 0:16])
                                                     T.writes(row_max[first + vslot, 0:16], row_sum[first + vslot, 0:16], alpha[vslot, 0:16], beta[vslot, 0:16])
@@ -581,8 +584,7 @@ class Module:
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
-                                            acc_1 = T.sblock_alloc_buffer((32, 256))
-                                            infinite = T.sblock_alloc_buffer((1,), "int32")
+                                            acc_1 = T.sblock_alloc_buffer((1, 32, 256))
                                             for p in T.serial(8, annotations={"pa.fetch.pass": "next_values"}):
                                                 with T.sblock("clear_sums"):
                                                     vp = T.axis.spatial(8, p)
@@ -603,42 +605,44 @@ class Module:
                                                             for w_0 in T.unroll(2, annotations={"pa.fetch.here": "next_values", "pa.fetch.share": "next_values"}):
                                                                 for m_0 in T.unroll(2):
                                                                     with T.sblock("whole_sum_o"):
+                                                                        vi_o = T.axis.spatial(1, 0)
                                                                         vp_o = T.axis.spatial(8, p)
                                                                         vs_o = T.axis.reduce(4 * ((valid_len + 63) // 64), to * 4 + s_1)
                                                                         vm_o, vw_o = T.axis.remap("SS", [m_0, w_0])
                                                                         vk_o = T.axis.reduce(1, 0)
-                                                                        T.reads(prob_pairs[0, vm_o * 16:vm_o * 16 + 16, vs_o * 16:vs_o * 16 + 16], key_cache[T.Cast("int64", vp_o) * T.int64(32) + T.Cast("int64", vw_o) * T.int64(16) + key_offsets[vs_o * 16] + value_head + T.Select(T.int64(0) <= k_row, T.int64(0), k_row * T.int64(15)):T.Cast("int64", vp_o) * T.int64(32) + T.Cast("int64", vw_o) * T.int64(16) + key_offsets[vs_o * 16] + value_head + T.Select(T.int64(0) <= k_row, T.int64(0), k_row * T.int64(15)) + (T.Select(T.int64(0) <= k_row, k_row * T.int64(15), k_row * T.int64(-15)) + T.int64(16))], key_offsets[vs_o * 16])
+                                                                        T.reads(prob_pairs[vi_o, vm_o * 16:vm_o * 16 + 16, vs_o * 16:vs_o * 16 + 16], key_cache[T.Cast("int64", vp_o) * T.int64(32) + T.Cast("int64", vw_o) * T.int64(16) + key_offsets[vs_o * 16] + value_head + T.Cast("int64", vi_o) // T.int64(8) * k_head + T.Select(T.int64(0) <= k_row, T.int64(0), k_row * T.int64(15)):T.Cast("int64", vp_o) * T.int64(32) + T.Cast("int64", vw_o) * T.int64(16) + key_offsets[vs_o * 16] + value_head + T.Cast("int64", vi_o) // T.int64(8) * k_head + T.Select(T.int64(0) <= k_row, T.int64(0), k_row * T.int64(15)) + (T.Select(T.int64(0) <= k_row, k_row * T.int64(15), k_row * T.int64(-15)) + T.int64(16))], key_offsets[vs_o * 16])
                                                                         T.writes()
-                                                                        buffer = T.match_buffer(prob_pairs[0, vm_o * 16:vm_o * 16 + 16, 0:128], (16, 128), "int32", strides=("row", 1), offset_factor=1)
+                                                                        buffer = T.match_buffer(prob_pairs[vi_o, vm_o * 16:vm_o * 16 + 16, 0:128], (16, 128), "int32", strides=("row", 1), offset_factor=1)
                                                                         if vw_o * 16 // 16 % 2 == 0:
                                                                             T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.Cast("int8", 4 + vm_o * 16 // 16 % 2), T.address_of(buffer[0, vs_o * 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
                                                                         if vm_o * 16 // 16 % 2 == 0:
-                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(key_cache[T.Cast("int64", vp_o) * T.int64(32) + T.Cast("int64", vw_o) * T.int64(16) + key_offsets[vs_o * 16] + value_head]), T.Cast("int64", T.Cast("int64", k_row)) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(key_cache[T.Cast("int64", vp_o) * T.int64(32) + T.Cast("int64", vw_o) * T.int64(16) + key_offsets[vs_o * 16] + value_head + T.Cast("int64", vi_o) // T.int64(8) * k_head]), T.Cast("int64", T.Cast("int64", k_row)) * T.int64(4))
                                                                         T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vw_o * 16 // 16 % 2 * 2 + vm_o * 16 // 16 % 2), T.Cast("int8", 4 + vm_o * 16 // 16 % 2), T.int8(6))
                                                     else:
                                                         with T.sblock("edge_group"):
+                                                            vi = T.axis.spatial(1, 0)
                                                             vp = T.axis.spatial(8, p)
                                                             vto = T.axis.opaque(2, to)
                                                             T.reads()
                                                             T.writes()
                                                             edge = T.sblock_alloc_buffer((64, 32), "int32")
-                                                            for i, w_0 in T.grid(64, 2):
+                                                            for ti, w_0 in T.grid(64, 2):
                                                                 for w_1 in T.vectorized(16):
                                                                     with T.sblock("edge_value"):
-                                                                        vi = T.axis.spatial(64, i)
+                                                                        vt = T.axis.spatial(64, ti)
                                                                         vw = T.axis.spatial(32, w_0 * 16 + w_1)
-                                                                        T.reads(key_cache[key_offsets[vto * 64 + vi] + (value_head + T.Cast("int64", (vto * 64 + vi) % 16) * k_row) + T.Cast("int64", vp * 32 + vw)], key_offsets[vto * 64 + vi])
-                                                                        T.writes(edge[vi, vw])
-                                                                        edge[vi, vw] = T.Select(vto * 64 + vi < valid_len, key_cache[key_offsets[vto * 64 + vi] + (value_head + T.Cast("int64", (vto * 64 + vi) % 16) * k_row) + T.Cast("int64", vp * 32 + vw)], 0)
+                                                                        T.reads(key_cache[key_offsets[vto * 64 + vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", (vto * 64 + vt) % 16) * k_row) + T.Cast("int64", vp * 32 + vw)], key_offsets[vto * 64 + vt])
+                                                                        T.writes(edge[vt, vw])
+                                                                        edge[vt, vw] = T.Select(vto * 64 + vt < valid_len, key_cache[key_offsets[vto * 64 + vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", (vto * 64 + vt) % 16) * k_row) + T.Cast("int64", vp * 32 + vw)], 0)
                                                             for s_1 in range(4):
                                                                 for w_0 in T.unroll(2):
                                                                     for m_0 in T.unroll(2):
                                                                         with T.sblock("edge_sum_o"):
                                                                             vs_o, vm_o, vw_o = T.axis.remap("RSS", [s_1, m_0, w_0])
                                                                             vk_o = T.axis.reduce(1, 0)
-                                                                            T.reads(prob_pairs[0, vm_o * 16:vm_o * 16 + 16, vto * 64 + vs_o * 16:vto * 64 + vs_o * 16 + 16], edge[vs_o * 16:vs_o * 16 + 16, vw_o * 16:vw_o * 16 + 16])
+                                                                            T.reads(prob_pairs[vi, vm_o * 16:vm_o * 16 + 16, vto * 64 + vs_o * 16:vto * 64 + vs_o * 16 + 16], edge[vs_o * 16:vs_o * 16 + 16, vw_o * 16:vw_o * 16 + 16])
                                                                             T.writes()
-                                                                            buffer = T.match_buffer(prob_pairs[0, vm_o * 16:vm_o * 16 + 16, 0:128], (16, 128), "int32", strides=("row", 1), offset_factor=1)
+                                                                            buffer = T.match_buffer(prob_pairs[vi, vm_o * 16:vm_o * 16 + 16, 0:128], (16, 128), "int32", strides=("row", 1), offset_factor=1)
                                                                             buffer_1 = T.match_buffer(edge[vs_o * 16:vs_o * 16 + 16, 0:32], (16, 32), "int32", strides=("row", 1), offset_factor=1)
                                                                             if vw_o * 16 // 16 % 2 == 0:
                                                                                 T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.Cast("int8", 4 + vm_o * 16 // 16 % 2), T.address_of(buffer[0, vto * 64 + vs_o * 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
@@ -646,91 +650,98 @@ class Module:
                                                                                 T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(buffer_1[0, vw_o * 16]), T.Cast("int64", buffer_1.strides[0]) * T.int64(4))
                                                                             T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vw_o * 16 // 16 % 2 * 2 + vm_o * 16 // 16 % 2), T.Cast("int8", 4 + vm_o * 16 // 16 % 2), T.int8(6))
                                                 with T.sblock("store_sums"):
+                                                    vi = T.axis.spatial(1, 0)
                                                     vp = T.axis.spatial(8, p)
                                                     T.reads()
-                                                    T.writes(acc_1[0:32, vp * 32:vp * 32 + 32])
+                                                    T.writes(acc_1[vi, 0:32, vp * 32:vp * 32 + 32])
                                                     with T.sblock("stored_sum_o"):
                                                         vm_o = T.axis.spatial(1, 0)
                                                         vw_o = T.axis.spatial(1, 0)
                                                         T.reads()
-                                                        T.writes(acc_1[0:32, vp * 32:vp * 32 + 32])
-                                                        buffer = T.match_buffer(acc_1[0:32, 0:256], (32, 256), strides=("row", 1), offset_factor=1)
+                                                        T.writes(acc_1[vi, 0:32, vp * 32:vp * 32 + 32])
+                                                        buffer = T.match_buffer(acc_1[vi, 0:32, 0:256], (32, 256), strides=("row", 1), offset_factor=1)
                                                         T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(buffer[0, vp * 32]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
                                                         T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(buffer[16, vp * 32]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
                                                         T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(buffer[0, vp * 32 + 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
                                                         T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(buffer[16, vp * 32 + 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
-                                            with T.sblock("find_infinite"):
-                                                T.reads(acc_1[0:32, 0:256])
-                                                T.writes(infinite[0])
-                                                largest = T.sblock_alloc_buffer((16,), "int32")
-                                                for lane_init in T.vectorized(16):
-                                                    with T.sblock("largest_init"):
-                                                        vlane = T.axis.spatial(16, lane_init)
-                                                        T.reads()
-                                                        T.writes(largest[vlane])
-                                                        largest[vlane] = 0
-                                                for m, w in T.grid(32, 16):
-                                                    for lane in T.vectorized(16):
-                                                        with T.sblock("largest_update"):
-                                                            vlane, vm, vw = T.axis.remap("SRR", [lane, m, w])
-                                                            T.reads(largest[vlane], acc_1[vm, vw * 16 + vlane])
-                                                            T.writes(largest[vlane])
-                                                            largest[vlane] = T.max(largest[vlane], T.reinterpret("int32", acc_1[vm, vw * 16 + vlane]) & 2139095040)
-                                                with T.sblock("infinite_init"):
-                                                    T.reads()
-                                                    T.writes(infinite[0])
-                                                    infinite[0] = 0
-                                                for lane in range(16):
-                                                    with T.sblock("infinite_update"):
-                                                        vlane = T.axis.reduce(16, lane)
-                                                        T.reads(infinite[0], largest[vlane])
-                                                        T.writes(infinite[0])
-                                                        infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
-                                            if infinite[0] != 0:
-                                                begin: T.let[T.int32] = 0
-                                                with T.sblock("element_sums"):
+                                            for i in range(1):
+                                                with T.sblock("finite_sums"):
+                                                    vi = T.axis.spatial(1, i)
                                                     T.reads()
                                                     T.writes()
-                                                    element_acc = T.sblock_alloc_buffer((16, 2, 256))
-                                                    for r, p in T.grid(16, 2):
-                                                        for w_0_init in range(16):
-                                                            for w_1_init in T.vectorized(16):
-                                                                with T.sblock("element_sum_init"):
-                                                                    vr, vp = T.axis.remap("SS", [r, p])
-                                                                    vw = T.axis.spatial(256, w_0_init * 16 + w_1_init)
-                                                                    T.reads()
-                                                                    T.writes(element_acc[vr, vp, vw])
-                                                                    element_acc[vr, vp, vw] = T.float32(0.0)
-                                                        for t, w_0 in T.grid(valid_len - begin, 16):
-                                                            for w_1 in T.vectorized(16):
-                                                                with T.sblock("element_sum_update"):
-                                                                    vr, vp = T.axis.remap("SS", [r, p])
-                                                                    vw = T.axis.spatial(256, w_0 * 16 + w_1)
-                                                                    vt = T.axis.reduce(128, t + begin)
-                                                                    T.reads(element_acc[vr, vp, vw], prob_pairs[0, vr * 2 + 1, vt], key_cache[key_offsets[vt] + value_head + T.Cast("int64", vt) % T.int64(16) * k_row + T.Cast("int64", vw)], key_offsets[vt])
-                                                                    T.writes(element_acc[vr, vp, vw])
-                                                                    element_acc[vr, vp, vw] = element_acc[vr, vp, vw] + T.reinterpret("float32", prob_pairs[0, vr * 2 + 1, vt]) * T.reinterpret("float32", T.Select(vp % 2 == 0, key_cache[key_offsets[vt] + (value_head + T.Cast("int64", vt % 16) * k_row) + T.Cast("int64", vw)] << 16, key_cache[key_offsets[vt] + (value_head + T.Cast("int64", vt % 16) * k_row) + T.Cast("int64", vw)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
-                                                    for r, p, w_0 in T.grid(16, 2, 16):
-                                                        for w_1 in T.vectorized(16):
-                                                            with T.sblock("stored_element"):
-                                                                vr, vp = T.axis.remap("SS", [r, p])
-                                                                vw = T.axis.spatial(256, w_0 * 16 + w_1)
-                                                                T.reads(element_acc[vr, vp, vw])
-                                                                T.writes(acc_1[vr * 2 + vp, vw])
-                                                                acc_1[vr * 2 + vp, vw] = element_acc[vr, vp, vw]
+                                                    infinite = T.sblock_alloc_buffer((1,), "int32")
+                                                    with T.sblock("find_infinite"):
+                                                        T.reads(acc_1[vi, 0:32, 0:256])
+                                                        T.writes(infinite[0])
+                                                        largest = T.sblock_alloc_buffer((16,), "int32")
+                                                        for lane_init in T.vectorized(16):
+                                                            with T.sblock("largest_init"):
+                                                                vlane = T.axis.spatial(16, lane_init)
+                                                                T.reads()
+                                                                T.writes(largest[vlane])
+                                                                largest[vlane] = 0
+                                                        for m, w in T.grid(32, 16):
+                                                            for lane in T.vectorized(16):
+                                                                with T.sblock("largest_update"):
+                                                                    vlane, vm, vw = T.axis.remap("SRR", [lane, m, w])
+                                                                    T.reads(largest[vlane], acc_1[vi, vm, vw * 16 + vlane])
+                                                                    T.writes(largest[vlane])
+                                                                    largest[vlane] = T.max(largest[vlane], T.reinterpret("int32", acc_1[vi, vm, vw * 16 + vlane]) & 2139095040)
+                                                        with T.sblock("infinite_init"):
+                                                            T.reads()
+                                                            T.writes(infinite[0])
+                                                            infinite[0] = 0
+                                                        for lane in range(16):
+                                                            with T.sblock("infinite_update"):
+                                                                vlane = T.axis.reduce(16, lane)
+                                                                T.reads(infinite[0], largest[vlane])
+                                                                T.writes(infinite[0])
+                                                                infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
+                                                    if infinite[0] != 0:
+                                                        begin: T.let[T.int32] = 0
+                                                        with T.sblock("element_sums"):
+                                                            T.reads()
+                                                            T.writes()
+                                                            element_acc = T.sblock_alloc_buffer((16, 2, 256))
+                                                            for r, p in T.grid(16, 2):
+                                                                for w_0_init in range(16):
+                                                                    for w_1_init in T.vectorized(16):
+                                                                        with T.sblock("element_sum_init"):
+                                                                            vr, vp = T.axis.remap("SS", [r, p])
+                                                                            vw = T.axis.spatial(256, w_0_init * 16 + w_1_init)
+                                                                            T.reads()
+                                                                            T.writes(element_acc[vr, vp, vw])
+                                                                            element_acc[vr, vp, vw] = T.float32(0.0)
+                                                                for t, w_0 in T.grid(valid_len - begin, 16):
+                                                                    for w_1 in T.vectorized(16):
+                                                                        with T.sblock("element_sum_update"):
+                                                                            vr, vp = T.axis.remap("SS", [r, p])
+                                                                            vw = T.axis.spatial(256, w_0 * 16 + w_1)
+                                                                            vt = T.axis.reduce(128, t + begin)
+                                                                            T.reads(element_acc[vr, vp, vw], prob_pairs[vi, vr * 2 + 1, vt], key_cache[key_offsets[vt] + value_head + T.Cast("int64", vi) // T.int64(8) * k_head + T.Cast("int64", vt) % T.int64(16) * k_row + T.Cast("int64", vw)], key_offsets[vt])
+                                                                            T.writes(element_acc[vr, vp, vw])
+                                                                            element_acc[vr, vp, vw] = element_acc[vr, vp, vw] + T.reinterpret("float32", prob_pairs[vi, vr * 2 + 1, vt]) * T.reinterpret("float32", T.Select(vp % 2 == 0, key_cache[key_offsets[vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", vt % 16) * k_row) + T.Cast("int64", vw)] << 16, key_cache[key_offsets[vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", vt % 16) * k_row) + T.Cast("int64", vw)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                            for r, p, w_0 in T.grid(16, 2, 16):
+                                                                for w_1 in T.vectorized(16):
+                                                                    with T.sblock("stored_element"):
+                                                                        vr, vp = T.axis.remap("SS", [r, p])
+                                                                        vw = T.axis.spatial(256, w_0 * 16 + w_1)
+                                                                        T.reads(element_acc[vr, vp, vw])
+                                                                        T.writes(acc_1[vi, vr * 2 + vp, vw])
+                                                                        acc_1[vi, vr * 2 + vp, vw] = element_acc[vr, vp, vw]
                                             with T.sblock("fold"):
-                                                T.reads(acc_1[0:32, 0:256], alpha[0, 0:16], beta[0, 0:16])
+                                                T.reads(acc_1[0, 0:32, 0:256], alpha[0, 0:16], beta[0, 0:16])
                                                 T.writes(acc[first, 0:16, 0:512])
                                                 tile_acc = T.sblock_alloc_buffer((1, 16, 256, 2))
-                                                for r, w_0 in T.grid(16, 16):
+                                                for i, r, w_0 in T.grid(1, 16, 16):
                                                     with T.sblock("in_order_o"):
-                                                        vr_o = T.axis.spatial(16, r)
+                                                        vi_o, vr_o = T.axis.remap("SS", [i, r])
                                                         vp_o = T.axis.spatial(1, 0)
                                                         vw_o = T.axis.spatial(16, w_0)
-                                                        T.reads(acc_1[vr_o * 2:vr_o * 2 + 2, vw_o * 16:vw_o * 16 + 16])
-                                                        T.writes(tile_acc[0, vr_o, vw_o * 16:vw_o * 16 + 16, 0:2])
-                                                        turned = T.match_buffer(tile_acc[0, vr_o, vw_o * 16:vw_o * 16 + 16, 0:2], (16, 2), strides=("turned_row", 1), offset_factor=1)
-                                                        block = T.match_buffer(acc_1[vr_o * 2:vr_o * 2 + 2, vw_o * 16:vw_o * 16 + 16], (2, 16), strides=("block_row", 1), offset_factor=1)
+                                                        T.reads(acc_1[vi_o, vr_o * 2:vr_o * 2 + 2, vw_o * 16:vw_o * 16 + 16])
+                                                        T.writes(tile_acc[vi_o, vr_o, vw_o * 16:vw_o * 16 + 16, 0:2])
+                                                        turned = T.match_buffer(tile_acc[vi_o, vr_o, vw_o * 16:vw_o * 16 + 16, 0:2], (16, 2), strides=("turned_row", 1), offset_factor=1)
+                                                        block = T.match_buffer(acc_1[vi_o, vr_o * 2:vr_o * 2 + 2, vw_o * 16:vw_o * 16 + 16], (2, 16), strides=("block_row", 1), offset_factor=1)
                                                         v: T.let[T.float32x16] = block[0, T.Ramp(0, 1, 16)]
                                                         v_1: T.let[T.float32x16] = block[1, T.Ramp(0, 1, 16)]
                                                         v_2: T.let[T.float32x16] = T.Shuffle([v, v_1], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])

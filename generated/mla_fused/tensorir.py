@@ -133,23 +133,23 @@ class Module:
                                         with T.sblock("qk_matmul"):
                                             T.reads(q_tile[first, 0:288, 0:16], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:16, 0:128])
-                                            by_token = T.sblock_alloc_buffer((128, 16))
-                                            for to, s_1, t, r, d in T.grid((valid_len + 64 - 1) // 64, 4, 16, 16, 288):
+                                            by_token = T.sblock_alloc_buffer((1, 128, 16))
+                                            for to, i, s_1, t, r, d in T.grid((valid_len + 64 - 1) // 64, 1, 4, 16, 16, 288):
                                                 with T.sblock("scores"):
                                                     vs_1 = T.axis.spatial(8, to * 4 + s_1)
-                                                    vt, vr, vd = T.axis.remap("SSR", [t, r, d])
-                                                    T.reads(key_cache[key_offsets[vs_1 * 16] + key_head + T.Cast("int64", vt) * k_row + T.Cast("int64", vd)], key_offsets[vs_1 * 16], q_tile[first, vd, vr])
-                                                    T.writes(by_token[vs_1 * 16 + vt, vr])
+                                                    vi, vt, vr, vd = T.axis.remap("SSSR", [i, t, r, d])
+                                                    T.reads(key_cache[key_offsets[vs_1 * 16] + key_head + T.Cast("int64", vi) // T.int64(8) * k_head + T.Cast("int64", vt) * k_row + T.Cast("int64", vd)], key_offsets[vs_1 * 16], q_tile[first + vi, vd, vr])
+                                                    T.writes(by_token[vi, vs_1 * 16 + vt, vr])
                                                     with T.init():
-                                                        by_token[vs_1 * 16 + vt, vr] = T.float32(0.0)
-                                                    by_token[vs_1 * 16 + vt, vr] = by_token[vs_1 * 16 + vt, vr] + (T.reinterpret("float32", key_cache[key_offsets[vs_1 * 16] + key_head + (T.Cast("int64", vt) * k_row + T.Cast("int64", vd))] << 16) * T.reinterpret("float32", q_tile[first, vd, vr] << 16) + T.reinterpret("float32", key_cache[key_offsets[vs_1 * 16] + key_head + (T.Cast("int64", vt) * k_row + T.Cast("int64", vd))] & -65536) * T.reinterpret("float32", q_tile[first, vd, vr] & -65536))
-                                            for to, s_1, t, r in T.grid((valid_len + 64 - 1) // 64, 4, 16, 16):
+                                                        by_token[vi, vs_1 * 16 + vt, vr] = T.float32(0.0)
+                                                    by_token[vi, vs_1 * 16 + vt, vr] = by_token[vi, vs_1 * 16 + vt, vr] + (T.reinterpret("float32", key_cache[key_offsets[vs_1 * 16] + (key_head + T.Cast("int64", vi // 8) * k_head) + (T.Cast("int64", vt) * k_row + T.Cast("int64", vd))] << 16) * T.reinterpret("float32", q_tile[first + vi, vd, vr] << 16) + T.reinterpret("float32", key_cache[key_offsets[vs_1 * 16] + (key_head + T.Cast("int64", vi // 8) * k_head) + (T.Cast("int64", vt) * k_row + T.Cast("int64", vd))] & -65536) * T.reinterpret("float32", q_tile[first + vi, vd, vr] & -65536))
+                                            for to, i, s_1, t, r in T.grid((valid_len + 64 - 1) // 64, 1, 4, 16, 16):
                                                 with T.sblock("turned_scores"):
                                                     vs_1 = T.axis.spatial(8, to * 4 + s_1)
-                                                    vt, vr = T.axis.remap("SS", [t, r])
-                                                    T.reads(by_token[vs_1 * 16 + vt, vr])
-                                                    T.writes(scores[0, vr, vs_1 * 16 + vt])
-                                                    scores[0, vr, vs_1 * 16 + vt] = by_token[vs_1 * 16 + vt, vr]
+                                                    vi, vt, vr = T.axis.remap("SSS", [i, t, r])
+                                                    T.reads(by_token[vi, vs_1 * 16 + vt, vr])
+                                                    T.writes(scores[vi, vr, vs_1 * 16 + vt])
+                                                    scores[vi, vr, vs_1 * 16 + vt] = by_token[vi, vs_1 * 16 + vt, vr]
                                         for i in range(1):
                                             with T.sblock("softmax"):
                                                 vslot = T.axis.spatial(1, i)
@@ -216,21 +216,21 @@ class Module:
                                                             tile_sum[vslot, vr] = tile_sum[vslot, vr] + probs[vslot, vr, vt]
                                                 with T.sblock("split_probs"):
                                                     T.reads(probs[vslot, 0:16, 0:128])
-                                                    T.writes(prob_pairs[0, 0:32, 0:128])
+                                                    T.writes(prob_pairs[vslot, 0:32, 0:128])
                                                     for r, to, ti in T.grid(16, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("even_weight"):
                                                             vt = T.axis.spatial(128, to * 64 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(probs[vslot, vr, vt])
-                                                            T.writes(prob_pairs[0, vr * 2, vt])
-                                                            prob_pairs[0, vr * 2, vt] = T.reinterpret("int32", probs[vslot, vr, vt]) >> 16 & 65535
+                                                            T.writes(prob_pairs[vslot, vr * 2, vt])
+                                                            prob_pairs[vslot, vr * 2, vt] = T.reinterpret("int32", probs[vslot, vr, vt]) >> 16 & 65535
                                                     for r, to, ti in T.grid(16, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("odd_weight"):
                                                             vt = T.axis.spatial(128, to * 64 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(probs[vslot, vr, vt])
-                                                            T.writes(prob_pairs[0, vr * 2 + 1, vt])
-                                                            prob_pairs[0, vr * 2 + 1, vt] = T.reinterpret("int32", probs[vslot, vr, vt])
+                                                            T.writes(prob_pairs[vslot, vr * 2 + 1, vt])
+                                                            prob_pairs[vslot, vr * 2 + 1, vt] = T.reinterpret("int32", probs[vslot, vr, vt])
                                                 with T.sblock("rescale"):
                                                     T.reads(tile_max[vslot, 0:16], tile_sum[vslot, 0:16], row_max[first + vslot, 0:16], row_sum[first + vslot, 0:16])
                                                     T.writes(row_max[first + vslot, 0:16], row_sum[first + vslot, 0:16], alpha[vslot, 0:16], beta[vslot, 0:16])
@@ -282,8 +282,7 @@ class Module:
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
-                                            acc_1 = T.sblock_alloc_buffer((32, 256))
-                                            infinite = T.sblock_alloc_buffer((1,), "int32")
+                                            acc_1 = T.sblock_alloc_buffer((1, 32, 256))
                                             sums = T.sblock_alloc_buffer((32, 32))
                                             for p in range(8):
                                                 with T.sblock("clear_sums"):
@@ -300,92 +299,101 @@ class Module:
                                                     if to * 64 + 64 <= valid_len:
                                                         for s_1, m, w, k in T.grid(4, 32, 32, 16):
                                                             with T.sblock("whole_sum"):
+                                                                vi = T.axis.spatial(1, 0)
                                                                 vp = T.axis.spatial(8, p)
                                                                 vs_1 = T.axis.reduce(8, to * 4 + s_1)
                                                                 vm, vw, vk = T.axis.remap("SSR", [m, w, k])
-                                                                T.reads(sums[vm, vw], prob_pairs[0, vm, vs_1 * 16 + vk], key_cache[T.Cast("int64", vp) * T.int64(32) + key_offsets[vs_1 * 16] + value_head + T.Cast("int64", vk) * k_row + T.Cast("int64", vw)], key_offsets[vs_1 * 16])
+                                                                T.reads(sums[vm, vw], prob_pairs[vi, vm, vs_1 * 16 + vk], key_cache[T.Cast("int64", vp) * T.int64(32) + key_offsets[vs_1 * 16] + value_head + T.Cast("int64", vi) // T.int64(8) * k_head + T.Cast("int64", vk) * k_row + T.Cast("int64", vw)], key_offsets[vs_1 * 16])
                                                                 T.writes(sums[vm, vw])
-                                                                sums[vm, vw] = sums[vm, vw] + (T.reinterpret("float32", prob_pairs[0, vm, vs_1 * 16 + vk] << 16) * T.reinterpret("float32", key_cache[key_offsets[vs_1 * 16] + value_head + (T.Cast("int64", vk) * k_row + T.Cast("int64", vp * 32 + vw))] << 16) + T.reinterpret("float32", prob_pairs[0, vm, vs_1 * 16 + vk] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vs_1 * 16] + value_head + (T.Cast("int64", vk) * k_row + T.Cast("int64", vp * 32 + vw))] & -65536))
+                                                                sums[vm, vw] = sums[vm, vw] + (T.reinterpret("float32", prob_pairs[vi, vm, vs_1 * 16 + vk] << 16) * T.reinterpret("float32", key_cache[key_offsets[vs_1 * 16] + (value_head + T.Cast("int64", vi // 8) * k_head) + (T.Cast("int64", vk) * k_row + T.Cast("int64", vp * 32 + vw))] << 16) + T.reinterpret("float32", prob_pairs[vi, vm, vs_1 * 16 + vk] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vs_1 * 16] + (value_head + T.Cast("int64", vi // 8) * k_head) + (T.Cast("int64", vk) * k_row + T.Cast("int64", vp * 32 + vw))] & -65536))
                                                     else:
                                                         with T.sblock("edge_group"):
+                                                            vi = T.axis.spatial(1, 0)
                                                             vp = T.axis.spatial(8, p)
                                                             vto = T.axis.opaque(2, to)
                                                             T.reads()
                                                             T.writes()
                                                             edge = T.sblock_alloc_buffer((64, 32), "int32")
-                                                            for i, w in T.grid(64, 32):
+                                                            for ti, w in T.grid(64, 32):
                                                                 with T.sblock("edge_value"):
-                                                                    vi, vw = T.axis.remap("SS", [i, w])
-                                                                    T.reads(key_cache[key_offsets[vto * 64 + vi] + (value_head + T.Cast("int64", (vto * 64 + vi) % 16) * k_row) + T.Cast("int64", vp * 32 + vw)], key_offsets[vto * 64 + vi])
-                                                                    T.writes(edge[vi, vw])
-                                                                    edge[vi, vw] = T.Select(vto * 64 + vi < valid_len, key_cache[key_offsets[vto * 64 + vi] + (value_head + T.Cast("int64", (vto * 64 + vi) % 16) * k_row) + T.Cast("int64", vp * 32 + vw)], 0)
+                                                                    vt, vw = T.axis.remap("SS", [ti, w])
+                                                                    T.reads(key_cache[key_offsets[vto * 64 + vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", (vto * 64 + vt) % 16) * k_row) + T.Cast("int64", vp * 32 + vw)], key_offsets[vto * 64 + vt])
+                                                                    T.writes(edge[vt, vw])
+                                                                    edge[vt, vw] = T.Select(vto * 64 + vt < valid_len, key_cache[key_offsets[vto * 64 + vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", (vto * 64 + vt) % 16) * k_row) + T.Cast("int64", vp * 32 + vw)], 0)
                                                             for s_1, m, w, k in T.grid(4, 32, 32, 16):
                                                                 with T.sblock("edge_sum"):
                                                                     vs_1, vm, vw, vk = T.axis.remap("RSSR", [s_1, m, w, k])
-                                                                    T.reads(sums[vm, vw], prob_pairs[0, vm, vto * 64 + vs_1 * 16 + vk], edge[vs_1 * 16 + vk, vw])
+                                                                    T.reads(sums[vm, vw], prob_pairs[vi, vm, vto * 64 + vs_1 * 16 + vk], edge[vs_1 * 16 + vk, vw])
                                                                     T.writes(sums[vm, vw])
-                                                                    sums[vm, vw] = sums[vm, vw] + (T.reinterpret("float32", prob_pairs[0, vm, vto * 64 + vs_1 * 16 + vk] << 16) * T.reinterpret("float32", edge[vs_1 * 16 + vk, vw] << 16) + T.reinterpret("float32", prob_pairs[0, vm, vto * 64 + vs_1 * 16 + vk] & -65536) * T.reinterpret("float32", edge[vs_1 * 16 + vk, vw] & -65536))
+                                                                    sums[vm, vw] = sums[vm, vw] + (T.reinterpret("float32", prob_pairs[vi, vm, vto * 64 + vs_1 * 16 + vk] << 16) * T.reinterpret("float32", edge[vs_1 * 16 + vk, vw] << 16) + T.reinterpret("float32", prob_pairs[vi, vm, vto * 64 + vs_1 * 16 + vk] & -65536) * T.reinterpret("float32", edge[vs_1 * 16 + vk, vw] & -65536))
                                                 with T.sblock("store_sums"):
+                                                    vi = T.axis.spatial(1, 0)
                                                     vp = T.axis.spatial(8, p)
                                                     T.reads(sums[0:32, 0:32])
-                                                    T.writes(acc_1[0:32, vp * 32:vp * 32 + 32])
+                                                    T.writes(acc_1[vi, 0:32, vp * 32:vp * 32 + 32])
                                                     for m, w in T.grid(32, 32):
                                                         with T.sblock("stored_sum"):
                                                             vm, vw = T.axis.remap("SS", [m, w])
                                                             T.reads(sums[vm, vw])
-                                                            T.writes(acc_1[vm, vp * 32 + vw])
-                                                            acc_1[vm, vp * 32 + vw] = sums[vm, vw]
-                                            with T.sblock("find_infinite"):
-                                                T.reads(acc_1[0:32, 0:256])
-                                                T.writes(infinite[0])
-                                                largest = T.sblock_alloc_buffer((16,), "int32")
-                                                for lane, m, w in T.grid(16, 32, 16):
-                                                    with T.sblock("largest"):
-                                                        vlane, vm, vw = T.axis.remap("SRR", [lane, m, w])
-                                                        T.reads(acc_1[vm, vw * 16 + vlane])
-                                                        T.writes(largest[vlane])
-                                                        with T.init():
-                                                            largest[vlane] = 0
-                                                        largest[vlane] = T.max(largest[vlane], T.reinterpret("int32", acc_1[vm, vw * 16 + vlane]) & 2139095040)
-                                                for lane in range(16):
-                                                    with T.sblock("infinite"):
-                                                        vlane = T.axis.reduce(16, lane)
-                                                        T.reads(largest[vlane])
-                                                        T.writes(infinite[0])
-                                                        with T.init():
-                                                            infinite[0] = 0
-                                                        infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
-                                            if infinite[0] != 0:
-                                                begin: T.let[T.int32] = 0
-                                                with T.sblock("element_sums"):
+                                                            T.writes(acc_1[vi, vm, vp * 32 + vw])
+                                                            acc_1[vi, vm, vp * 32 + vw] = sums[vm, vw]
+                                            for i in range(1):
+                                                with T.sblock("finite_sums"):
+                                                    vi = T.axis.spatial(1, i)
                                                     T.reads()
                                                     T.writes()
-                                                    element_acc = T.sblock_alloc_buffer((16, 2, 256))
-                                                    for r, p, t, w in T.grid(16, 2, valid_len - begin, 256):
-                                                        with T.sblock("element_sum"):
-                                                            vr, vp, vw = T.axis.remap("SSS", [r, p, w])
-                                                            vt = T.axis.reduce(128, begin + t)
-                                                            T.reads(prob_pairs[0, vr * 2 + 1, vt], key_cache[key_offsets[vt] + value_head + T.Cast("int64", vt) % T.int64(16) * k_row + T.Cast("int64", vw)], key_offsets[vt])
-                                                            T.writes(element_acc[vr, vp, vw])
-                                                            with T.init():
-                                                                element_acc[vr, vp, vw] = T.float32(0.0)
-                                                            element_acc[vr, vp, vw] = element_acc[vr, vp, vw] + T.reinterpret("float32", prob_pairs[0, vr * 2 + 1, vt]) * T.reinterpret("float32", T.Select(vp % 2 == 0, key_cache[key_offsets[vt] + (value_head + T.Cast("int64", vt % 16) * k_row) + T.Cast("int64", vw)] << 16, key_cache[key_offsets[vt] + (value_head + T.Cast("int64", vt % 16) * k_row) + T.Cast("int64", vw)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
-                                                    for r, p, w in T.grid(16, 2, 256):
-                                                        with T.sblock("stored_element"):
-                                                            vr, vp, vw = T.axis.remap("SSS", [r, p, w])
-                                                            T.reads(element_acc[vr, vp, vw])
-                                                            T.writes(acc_1[vr * 2 + vp, vw])
-                                                            acc_1[vr * 2 + vp, vw] = element_acc[vr, vp, vw]
+                                                    infinite = T.sblock_alloc_buffer((1,), "int32")
+                                                    with T.sblock("find_infinite"):
+                                                        T.reads(acc_1[vi, 0:32, 0:256])
+                                                        T.writes(infinite[0])
+                                                        largest = T.sblock_alloc_buffer((16,), "int32")
+                                                        for lane, m, w in T.grid(16, 32, 16):
+                                                            with T.sblock("largest"):
+                                                                vlane, vm, vw = T.axis.remap("SRR", [lane, m, w])
+                                                                T.reads(acc_1[vi, vm, vw * 16 + vlane])
+                                                                T.writes(largest[vlane])
+                                                                with T.init():
+                                                                    largest[vlane] = 0
+                                                                largest[vlane] = T.max(largest[vlane], T.reinterpret("int32", acc_1[vi, vm, vw * 16 + vlane]) & 2139095040)
+                                                        for lane in range(16):
+                                                            with T.sblock("infinite"):
+                                                                vlane = T.axis.reduce(16, lane)
+                                                                T.reads(largest[vlane])
+                                                                T.writes(infinite[0])
+                                                                with T.init():
+                                                                    infinite[0] = 0
+                                                                infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
+                                                    if infinite[0] != 0:
+                                                        begin: T.let[T.int32] = 0
+                                                        with T.sblock("element_sums"):
+                                                            T.reads()
+                                                            T.writes()
+                                                            element_acc = T.sblock_alloc_buffer((16, 2, 256))
+                                                            for r, p, t, w in T.grid(16, 2, valid_len - begin, 256):
+                                                                with T.sblock("element_sum"):
+                                                                    vr, vp, vw = T.axis.remap("SSS", [r, p, w])
+                                                                    vt = T.axis.reduce(128, begin + t)
+                                                                    T.reads(prob_pairs[vi, vr * 2 + 1, vt], key_cache[key_offsets[vt] + value_head + T.Cast("int64", vi) // T.int64(8) * k_head + T.Cast("int64", vt) % T.int64(16) * k_row + T.Cast("int64", vw)], key_offsets[vt])
+                                                                    T.writes(element_acc[vr, vp, vw])
+                                                                    with T.init():
+                                                                        element_acc[vr, vp, vw] = T.float32(0.0)
+                                                                    element_acc[vr, vp, vw] = element_acc[vr, vp, vw] + T.reinterpret("float32", prob_pairs[vi, vr * 2 + 1, vt]) * T.reinterpret("float32", T.Select(vp % 2 == 0, key_cache[key_offsets[vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", vt % 16) * k_row) + T.Cast("int64", vw)] << 16, key_cache[key_offsets[vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", vt % 16) * k_row) + T.Cast("int64", vw)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                            for r, p, w in T.grid(16, 2, 256):
+                                                                with T.sblock("stored_element"):
+                                                                    vr, vp, vw = T.axis.remap("SSS", [r, p, w])
+                                                                    T.reads(element_acc[vr, vp, vw])
+                                                                    T.writes(acc_1[vi, vr * 2 + vp, vw])
+                                                                    acc_1[vi, vr * 2 + vp, vw] = element_acc[vr, vp, vw]
                                             with T.sblock("fold"):
-                                                T.reads(acc_1[0:32, 0:256], alpha[0, 0:16], beta[0, 0:16])
+                                                T.reads(acc_1[0, 0:32, 0:256], alpha[0, 0:16], beta[0, 0:16])
                                                 T.writes(acc[first, 0:16, 0:512])
                                                 tile_acc = T.sblock_alloc_buffer((1, 16, 512))
-                                                for r, p, w in T.grid(16, 2, 256):
+                                                for i, r, p, w in T.grid(1, 16, 2, 256):
                                                     with T.sblock("in_order"):
-                                                        vr, vp, vw = T.axis.remap("SSS", [r, p, w])
-                                                        T.reads(acc_1[vr * 2 + vp, vw])
-                                                        T.writes(tile_acc[0, vr, vw * 2 + vp])
-                                                        tile_acc[0, vr, vw * 2 + vp] = acc_1[vr * 2 + vp, vw]
+                                                        vi, vr, vp, vw = T.axis.remap("SSSS", [i, r, p, w])
+                                                        T.reads(acc_1[vi, vr * 2 + vp, vw])
+                                                        T.writes(tile_acc[vi, vr, vw * 2 + vp])
+                                                        tile_acc[vi, vr, vw * 2 + vp] = acc_1[vi, vr * 2 + vp, vw]
                                                 for i, r, d in T.grid(1, 16, 512):
                                                     with T.sblock("acc"):
                                                         vi, vr, vd = T.axis.remap("SSS", [i, r, d])
