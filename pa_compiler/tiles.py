@@ -10,6 +10,10 @@ from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 LINE_BYTES = 64
 """A line of the memory system."""
 
+TILE_TOKENS = TILE_ROWS = 16
+"""Rows of tokens that a matrix unit reads at once where they lie, from a multiple of it in a block on; and rows, or
+columns, of a tile of sums."""
+
 FEW_ROWS = "fused_attend_few"
 """The PrimFunc of attend that has the tiles of Tiling.few."""
 
@@ -83,6 +87,7 @@ class Tiling:
         value_pairs: Pairs of tokens, all of one block, that a matrix unit adds up at a time where it multiplies packed
             values as they lie in the cache. 0: it does not.
         value_dims: Elements of value_dim whose sums it holds then.
+        rows_in_place: Whether a matrix unit multiplies keys and values as they lie in the cache in rows of tokens.
         few: Tiles of work items with no more rows than a tile of these has: they have a kernel of their own, which
             gives a query token the same bits. None: the kernel is one for all items.
     """
@@ -110,6 +115,7 @@ class Tiling:
     fetches_early: bool = dataclasses.field(default=False, kw_only=True)
     value_pairs: int = dataclasses.field(default=0, kw_only=True)
     value_dims: int = dataclasses.field(default=0, kw_only=True)
+    rows_in_place: bool = dataclasses.field(default=False, kw_only=True)
     few: Tiling | None = dataclasses.field(default=None, kw_only=True)
 
     @property

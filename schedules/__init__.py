@@ -19,6 +19,7 @@ from pa_compiler.schedules.cpu import (
     heads_in_lanes,
     in_tile_registers,
     merge_parts,
+    rows_in_tiles,
     tokens_in_lanes,
     tokens_in_tiles,
 )
@@ -31,6 +32,7 @@ _STRATEGIES = {
     "head_dim_in_lanes": head_dim_in_lanes,
     "tokens_in_lanes": tokens_in_lanes,
     "tokens_in_tiles": tokens_in_tiles,
+    "rows_in_tiles": rows_in_tiles,
     "cuda_threads": cuda_threads,
 }
 

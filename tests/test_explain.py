@@ -16,7 +16,7 @@ from pa_compiler.verification.comparison import Errors
 
 OPTIONS = {
     "heads_in_lanes": "--num-heads 16 --dtype float32",
-    "head_dim_in_lanes": "--num-heads 32 --num-kv-heads 8",
+    "head_dim_in_lanes": "--num-heads 32 --num-kv-heads 8 --block-size 8",  # tile registers take no blocks of 8
     "tokens_in_lanes": "--num-heads 32 --num-kv-heads 8 --kv-layout packed --dtype float32",
 }
 REASONS = {
@@ -99,6 +99,15 @@ def test_explain_tile_registers():
     assert "4 rows x 64 elements of a value, in 4 of 8 tile registers" in flat
 
 
+def test_explain_rows_in_tile_registers():
+    text = invoke("explain", *"--num-heads 16 --num-kv-heads 1 --kv-layout HND --target sapphirerapids".split())
+    flat = " ".join(text.split())
+    assert "strategy rows_in_tiles. AMX multiplies rows of bfloat16 as they lie in the caches." in flat
+    assert "read in place and multiplied by AMX" in flat
+    assert "16 rows x 64 tokens, in 4 of 8 tile registers" in flat
+    assert "16 rows x 64 elements of a value, in 4 of 8 tile registers" in flat
+
+
 def accumulators(asm):
     """Of the loops that fetch or broadcast in an operand, in how many zmm registers their FMAs end."""
     for loop in assembly.inner_loops(asm):
@@ -179,7 +188,7 @@ def test_the_roofline_is_the_lower_of_two(monkeypatch):
 )
 def test_dot_products_of_pairs_are_told(monkeypatch, options, values):
     monkeypatch.setattr(backend, "emit", lambda *_: {"asm": ""})
-    words = "explain --target sapphirerapids --head-dim 128 --flops 100 --bandwidth 1000".split()
+    words = "explain --target znver4 --head-dim 128 --flops 100 --bandwidth 1000".split()
     text = " ".join(invoke(*words, *options.split()).split())
     assert f"keys read in place and multiplied as pairs of bfloat16, {values}" in text
     assert "200 GFLOP/s, min(200, 1000 x" in text

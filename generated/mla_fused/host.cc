@@ -16,6 +16,7 @@
 #include "cpu/features.h"
 #include "cpu/kernel_call.h"
 #include "cpu/partials.h"
+#include "cpu/tile_registers.h"
 
 // The kernels, compiled by TVM from TensorIR.
 extern "C" pa::KernelFunction __tvm_ffi_fused_decode, __tvm_ffi_merge_partials, __tvm_ffi_append_row;
@@ -77,6 +78,7 @@ struct AppendRow {
 
 // One kernel takes a work item of decode through all four stages, tile by tile.
 void Compute(const WorkItem& item, const DecodeArguments& args, const Partials<Spec>& partials) {
+  const TileRegisters registers(16, 16);
   Call(FusedDecode{
       .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
       .block_table = args.block_table.entries, .row_starts = args.block_table.row_starts,
@@ -103,6 +105,7 @@ void RunItem(const WorkItem& item, const DecodeArguments& args, const Plan<Spec>
 // decode: attention of one query token per sequence.
 void Decode(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
+  CheckTileRegisters();
   const DecodeCall<Spec, DecodeParameters> decode(in);
   const Partials<Spec> partials(decode.plan, decode.args.batch);
   ParallelFor(decode.plan.num_items, decode.threads,

@@ -61,12 +61,12 @@ class Module:
                 q_tile = T.sblock_alloc_buffer((8, 288, 16), "int32")
                 row_max = T.sblock_alloc_buffer((8, 16))
                 row_sum = T.sblock_alloc_buffer((8, 16))
-                acc = T.sblock_alloc_buffer((8, 512, 16))
+                acc = T.sblock_alloc_buffer((8, 16, 512))
                 seq: T.let[T.int32] = batch_start + vs
                 places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
                 range_begin: T.let[T.int32] = block_begin * 64
                 range_len: T.let[T.int32] = T.max(T.min(block_end * 64, context_lens[seq]) - range_begin, 0)
-                num_steps: T.let[T.int32] = T.max((range_len + 112 - 1) // 112, 1)
+                num_steps: T.let[T.int32] = T.max((range_len + 128 - 1) // 128, 1)
                 for tile in range(8):
                     with T.sblock("query_tile"):
                         vtile = T.axis.spatial(8, tile)
@@ -75,196 +75,312 @@ class Module:
                         with T.sblock("load_query"):
                             T.reads(query[seq, vtile // 8 * 128 + vtile % 8 * 16:vtile // 8 * 128 + vtile % 8 * 16 + 16, 0:576])
                             T.writes(q_tile[vtile, 0:288, 0:16])
-                            q_tile_global = T.sblock_alloc_buffer((1, 16, 288), "int32")
                             for r, d in T.grid(16, 288):
                                 with T.sblock("q_tile"):
                                     vr, vd = T.axis.remap("SS", [r, d])
                                     T.reads(query[seq, vtile * 16 + vr, vd * 2:vd * 2 + 2])
-                                    T.writes(q_tile_global[0, vr, vd])
-                                    q_tile_global[0, vr, vd] = T.if_then_else(vr < 16, T.reinterpret("int32", T.Cast("float32", query[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr, 2 * vd + 1]) * query_scale), 0)
-                            for ax0, ax1_0, ax2_0 in T.grid(1, 4, 72):
-                                with T.sblock("q_tile_global_o"):
-                                    v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
-                                    T.reads(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
-                                    T.writes(q_tile[vtile, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
-                                    turned = T.match_buffer(q_tile[vtile, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), "int32", strides=("turned_row", 1), offset_factor=1)
-                                    block = T.match_buffer(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), "int32", strides=("block_row", 1), offset_factor=1)
-                                    v: T.let[T.int32x4] = block[0, T.Ramp(0, 1, 4)]
-                                    v_1: T.let[T.int32x4] = block[1, T.Ramp(0, 1, 4)]
-                                    v_2: T.let[T.int32x4] = block[2, T.Ramp(0, 1, 4)]
-                                    v_3: T.let[T.int32x4] = block[3, T.Ramp(0, 1, 4)]
-                                    v_4: T.let[T.int32x4] = T.Shuffle([v, v_2], [0, 4, 1, 5])
-                                    v_5: T.let[T.int32x4] = T.Shuffle([v, v_2], [2, 6, 3, 7])
-                                    v_6: T.let[T.int32x4] = T.Shuffle([v_1, v_3], [0, 4, 1, 5])
-                                    v_7: T.let[T.int32x4] = T.Shuffle([v_1, v_3], [2, 6, 3, 7])
-                                    v_8: T.let[T.int32x4] = T.Shuffle([v_4, v_6], [0, 4, 1, 5])
-                                    v_9: T.let[T.int32x4] = T.Shuffle([v_4, v_6], [2, 6, 3, 7])
-                                    v_10: T.let[T.int32x4] = T.Shuffle([v_5, v_7], [0, 4, 1, 5])
-                                    v_11: T.let[T.int32x4] = T.Shuffle([v_5, v_7], [2, 6, 3, 7])
-                                    turned[0, 0:4] = v_8
-                                    turned[1, 0:4] = v_9
-                                    turned[2, 0:4] = v_10
-                                    turned[3, 0:4] = v_11
+                                    T.writes(q_tile[vtile, vd, vr])
+                                    q_tile[vtile, vd, vr] = T.if_then_else(vr < 16, T.reinterpret("int32", T.Cast("float32", query[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr, 2 * vd + 1]) * query_scale), 0)
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((224,), "int64")
-                        tile_start: T.let[T.int32] = range_begin + vstep * 112
-                        valid_len: T.let[T.int32] = T.min(range_len - vstep * 112, 112)
+                        key_offsets = T.sblock_alloc_buffer((256,), "int64")
+                        tile_start: T.let[T.int32] = range_begin + vstep * 128
+                        valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
                         has_next: T.let[T.bool] = vstep < num_steps - 1
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 224, (valid_len + 8 - 1) // 8 * 8)
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 64 - 1) // 64 * 64)
                         last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
-                            T.writes(key_offsets[0:224])
+                            T.writes(key_offsets[0:256])
                             row_start: T.let[T.int32] = row_starts[seq]
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(224, t)
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 64])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 64])
                                     slot: T.let[T.int32] = token % 64
-                                    key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
+                                    key_offsets[vt] = block * k_block + T.Cast("int64", slot - slot % 16) * k_row
                         for kv_head in range(1):
                             with T.sblock("kv_head"):
                                 vkv = T.axis.spatial(1, kv_head)
                                 T.reads()
                                 T.writes()
-                                v_tile = T.sblock_alloc_buffer((56, 16, 2, 16), "int32")
                                 is_last: T.let[T.bool] = vkv == 0
-                                next_tile: T.let[T.int32] = T.Select(is_last and has_next, 112, 0)
+                                next_tile: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
                                 next_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", vkv) * k_head
-                                with T.sblock("load_values"):
-                                    T.reads(key_cache[0:k_span], key_offsets[0:224])
-                                    T.writes(v_tile[0:(valid_len + 7) // 8 * 4, 0:16, 0:2, 0:16])
-                                    for to, ti, d_0 in T.grid((valid_len + 8 - 1) // 8, 4, 1):
-                                        for d_1 in T.unroll(16):
-                                            for d_3 in T.unroll(2):
-                                                for d_2 in T.vectorized(16):
-                                                    with T.sblock("load_values_element"):
-                                                        vt = T.axis.spatial(56, to * 4 + ti)
-                                                        vd = T.axis.spatial(512, d_0 * 512 + d_1 * 32 + d_2 * 2 + d_3)
-                                                        T.reads(key_cache[0:k_span], key_offsets[0:224])
-                                                        T.writes(v_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
-                                                        v_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.Select(vd % 2 == 0, key_cache[key_offsets[2 * vt] + value_head + T.Cast("int64", vd // 2)] & 65535 | key_cache[key_offsets[2 * vt + 1] + value_head + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[2 * vt] + value_head + T.Cast("int64", vd // 2)] >> 16 & 65535 | key_cache[key_offsets[2 * vt + 1] + value_head + T.Cast("int64", vd // 2)] & -65536)
                                 for group_tile in range(8):
                                     with T.sblock("head_tile"):
                                         vgt = T.axis.spatial(8, group_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 112, 16))
-                                        probs = T.sblock_alloc_buffer((1, 112, 16))
+                                        scores = T.sblock_alloc_buffer((1, 16, 128))
+                                        probs = T.sblock_alloc_buffer((1, 16, 128))
                                         tile_max = T.sblock_alloc_buffer((1, 16))
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
                                         alpha = T.sblock_alloc_buffer((1, 16))
                                         beta = T.sblock_alloc_buffer((1, 16))
-                                        prob_pairs = T.sblock_alloc_buffer((1, 56, 16), "int32")
+                                        prob_pairs = T.sblock_alloc_buffer((1, 32, 128), "int32")
                                         first: T.let[T.int32] = vkv * 8 + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[first, 0:288, 0:16], key_cache[0:k_span], key_offsets[0:224])
-                                            T.writes(scores[0, 0:(valid_len + 7) // 8 * 8, 0:16])
-                                            scores_global = T.sblock_alloc_buffer((1, (valid_len + 7) // 8 * 8, 16))
-                                            for i, to in T.grid(1, (valid_len + 8 - 1) // 8):
-                                                for ti_init in T.unroll(8):
-                                                    for r_init in T.vectorized(16):
-                                                        with T.sblock("scores_init"):
-                                                            vt = T.axis.spatial(112, to * 8 + ti_init)
-                                                            vi, vr = T.axis.remap("SS", [i, r_init])
-                                                            T.reads()
-                                                            T.writes(scores_global[0, vt, vr])
-                                                            scores_global[0, vt, vr] = T.float32(0.0)
-                                                for d_0, d_1_0 in T.grid(18, 2):
-                                                    for line in range(4):
-                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + to * 8 + ((d_0 * 2 + d_1_0) * 4 + line) // 18] + next_head * k_head + T.Cast("int64", ((d_0 * 2 + d_1_0) * 4 + line) % 18 * 16)]), 0, 2, 1)
-                                                    for d_1_1 in T.unroll(8):
-                                                        for d_2 in range(1):
-                                                            for ti in T.unroll(8):
-                                                                for r in T.vectorized(16):
-                                                                    with T.sblock("scores_update"):
-                                                                        vt = T.axis.spatial(112, to * 8 + ti)
-                                                                        vi, vr = T.axis.remap("SS", [i, r])
-                                                                        vd = T.axis.reduce(288, d_0 * 16 + d_1_0 * 8 + d_1_1 + d_2)
-                                                                        T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], key_cache[key_offsets[vt] + key_head + T.Cast("int64", vi) // T.int64(8) * k_head + T.Cast("int64", vd)], key_offsets[vt])
-                                                                        T.writes(scores_global[0, vt, vr])
-                                                                        scores_global[0, vt, vr] = scores_global[0, vt, vr] + (T.reinterpret("float32", q_tile[first, vd, vr] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi // 8) * k_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", q_tile[first, vd, vr] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi // 8) * k_head) + T.Cast("int64", vd)] & -65536))
+                                            T.reads(q_tile[first, 0:288, 0:16], key_cache[0:k_span], key_offsets[0:256])
+                                            T.writes(scores[0, 0:16, 0:128])
+                                            by_token = T.sblock_alloc_buffer((1, 128, 16))
+                                            for to, i in T.grid((valid_len + 64 - 1) // 64, 1):
+                                                with T.sblock("scores_init_o"):
+                                                    vs_o, vi_o = T.axis.remap("SS", [to, i])
+                                                    vt_o = T.axis.spatial(1, 0)
+                                                    vr_o = T.axis.spatial(1, 0)
+                                                    T.reads()
+                                                    T.writes()
+                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                    T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                for d_0 in range(18):
+                                                    for s_1 in T.unroll(4):
+                                                        for line in range(16):
+                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + to * 64 + ((d_0 * 4 + s_1) * 16 + line) // 18] + next_head * k_head + T.Cast("int64", ((d_0 * 4 + s_1) * 16 + line) % 18 * 16) + T.Cast("int64", (next_tile + to * 64 + ((d_0 * 4 + s_1) * 16 + line) // 18) % 16) * k_row]), 0, 2, 1)
+                                                        with T.sblock("scores_update_o"):
+                                                            vs_o = T.axis.spatial(4 * ((valid_len + 64 - 1) // 64), to * 4 + s_1)
+                                                            vi_o = T.axis.spatial(1, i)
+                                                            vt_o = T.axis.spatial(1, 0)
+                                                            vr_o = T.axis.spatial(1, 0)
+                                                            vd_o = T.axis.reduce(18, d_0)
+                                                            T.reads(key_cache[T.Cast("int64", vd_o) * T.int64(16) + key_offsets[vs_o * 16] + key_head + T.Cast("int64", vi_o) // T.int64(8) * k_head + T.Select(T.int64(0) <= k_row, T.int64(0), k_row * T.int64(15)):T.Cast("int64", vd_o) * T.int64(16) + key_offsets[vs_o * 16] + key_head + T.Cast("int64", vi_o) // T.int64(8) * k_head + T.Select(T.int64(0) <= k_row, T.int64(0), k_row * T.int64(15)) + (T.Select(T.int64(0) <= k_row, k_row * T.int64(15), k_row * T.int64(-15)) + T.int64(16))], key_offsets[vs_o * 16], q_tile[first + vi_o, vd_o * 16:vd_o * 16 + 16, 0:16])
+                                                            T.writes()
+                                                            buffer = T.match_buffer(q_tile[first + vi_o, vd_o * 16:vd_o * 16 + 16, 0:16], (16, 16), "int32", strides=("row", 1), offset_factor=1)
+                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(4), T.address_of(key_cache[T.Cast("int64", vd_o) * T.int64(16) + key_offsets[vs_o * 16] + key_head + T.Cast("int64", vi_o) // T.int64(8) * k_head]), T.Cast("int64", T.Cast("int64", k_row)) * T.int64(4))
+                                                            if vs_o * 16 // 16 % 4 == 0:
+                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(5), T.address_of(buffer[0, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vs_o * 16 // 16 % 4), T.int8(4), T.int8(5))
                                                 for ax0 in range(1):
-                                                    for ax1 in T.unroll(8):
-                                                        for ax2 in T.vectorized(16):
-                                                            with T.sblock("scores_global"):
-                                                                v0 = T.axis.spatial(1, ax0)
-                                                                v1 = T.axis.spatial((valid_len + 7) // 8 * 8, to * 8 + ax1)
-                                                                v2 = T.axis.spatial(16, ax2)
-                                                                T.reads(scores_global[v0, v1, v2])
-                                                                T.writes(scores[v0, v1, v2])
-                                                                scores[v0, v1, v2] = scores_global[v0, v1, v2]
+                                                    with T.sblock("by_token_global_o"):
+                                                        v0_o, v1_o = T.axis.remap("SS", [ax0, to])
+                                                        v2_o = T.axis.spatial(1, 0)
+                                                        T.reads()
+                                                        T.writes(by_token[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16])
+                                                        buffer = T.match_buffer(by_token[v0_o, v1_o * 64:v1_o * 64 + 64, 0:16], (64, 16), strides=("row", 1), offset_factor=1)
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(buffer[0, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(buffer[16, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(buffer[32, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(buffer[48, 0]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                for ax0, ax1 in T.grid(4, 1):
+                                                    with T.sblock("turned_scores_o"):
+                                                        vs_o = T.axis.spatial(4 * T.min((valid_len + 64 - 1) // 64, 2), to * 4 + ax0)
+                                                        vi_o = T.axis.spatial(1, ax1)
+                                                        vt_o = T.axis.spatial(1, 0)
+                                                        vr_o = T.axis.spatial(1, 0)
+                                                        T.reads(by_token[vi_o, vs_o * 16:vs_o * 16 + 16, 0:16])
+                                                        T.writes(scores[vi_o, 0:16, vs_o * 16:vs_o * 16 + 16])
+                                                        turned = T.match_buffer(scores[vi_o, 0:16, vs_o * 16:vs_o * 16 + 16], (16, 16), strides=("turned_row", 1), offset_factor=1)
+                                                        block = T.match_buffer(by_token[vi_o, vs_o * 16:vs_o * 16 + 16, 0:16], (16, 16), strides=("block_row", 1), offset_factor=1)
+                                                        v: T.let[T.float32x16] = block[0, T.Ramp(0, 1, 16)]
+                                                        v_1: T.let[T.float32x16] = block[1, T.Ramp(0, 1, 16)]
+                                                        v_2: T.let[T.float32x16] = block[2, T.Ramp(0, 1, 16)]
+                                                        v_3: T.let[T.float32x16] = block[3, T.Ramp(0, 1, 16)]
+                                                        v_4: T.let[T.float32x16] = block[4, T.Ramp(0, 1, 16)]
+                                                        v_5: T.let[T.float32x16] = block[5, T.Ramp(0, 1, 16)]
+                                                        v_6: T.let[T.float32x16] = block[6, T.Ramp(0, 1, 16)]
+                                                        v_7: T.let[T.float32x16] = block[7, T.Ramp(0, 1, 16)]
+                                                        v_8: T.let[T.float32x16] = block[8, T.Ramp(0, 1, 16)]
+                                                        v_9: T.let[T.float32x16] = block[9, T.Ramp(0, 1, 16)]
+                                                        v_10: T.let[T.float32x16] = block[10, T.Ramp(0, 1, 16)]
+                                                        v_11: T.let[T.float32x16] = block[11, T.Ramp(0, 1, 16)]
+                                                        v_12: T.let[T.float32x16] = block[12, T.Ramp(0, 1, 16)]
+                                                        v_13: T.let[T.float32x16] = block[13, T.Ramp(0, 1, 16)]
+                                                        v_14: T.let[T.float32x16] = block[14, T.Ramp(0, 1, 16)]
+                                                        v_15: T.let[T.float32x16] = block[15, T.Ramp(0, 1, 16)]
+                                                        v_16: T.let[T.float32x16] = T.Shuffle([v, v_8], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_17: T.let[T.float32x16] = T.Shuffle([v, v_8], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_18: T.let[T.float32x16] = T.Shuffle([v_1, v_9], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_19: T.let[T.float32x16] = T.Shuffle([v_1, v_9], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_20: T.let[T.float32x16] = T.Shuffle([v_2, v_10], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_21: T.let[T.float32x16] = T.Shuffle([v_2, v_10], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_22: T.let[T.float32x16] = T.Shuffle([v_3, v_11], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_23: T.let[T.float32x16] = T.Shuffle([v_3, v_11], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_24: T.let[T.float32x16] = T.Shuffle([v_4, v_12], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_25: T.let[T.float32x16] = T.Shuffle([v_4, v_12], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_26: T.let[T.float32x16] = T.Shuffle([v_5, v_13], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_27: T.let[T.float32x16] = T.Shuffle([v_5, v_13], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_28: T.let[T.float32x16] = T.Shuffle([v_6, v_14], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_29: T.let[T.float32x16] = T.Shuffle([v_6, v_14], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_30: T.let[T.float32x16] = T.Shuffle([v_7, v_15], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_31: T.let[T.float32x16] = T.Shuffle([v_7, v_15], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_32: T.let[T.float32x16] = T.Shuffle([v_16, v_24], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_33: T.let[T.float32x16] = T.Shuffle([v_16, v_24], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_34: T.let[T.float32x16] = T.Shuffle([v_17, v_25], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_35: T.let[T.float32x16] = T.Shuffle([v_17, v_25], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_36: T.let[T.float32x16] = T.Shuffle([v_18, v_26], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_37: T.let[T.float32x16] = T.Shuffle([v_18, v_26], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_38: T.let[T.float32x16] = T.Shuffle([v_19, v_27], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_39: T.let[T.float32x16] = T.Shuffle([v_19, v_27], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_40: T.let[T.float32x16] = T.Shuffle([v_20, v_28], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_41: T.let[T.float32x16] = T.Shuffle([v_20, v_28], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_42: T.let[T.float32x16] = T.Shuffle([v_21, v_29], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_43: T.let[T.float32x16] = T.Shuffle([v_21, v_29], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_44: T.let[T.float32x16] = T.Shuffle([v_22, v_30], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_45: T.let[T.float32x16] = T.Shuffle([v_22, v_30], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_46: T.let[T.float32x16] = T.Shuffle([v_23, v_31], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_47: T.let[T.float32x16] = T.Shuffle([v_23, v_31], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_48: T.let[T.float32x16] = T.Shuffle([v_32, v_40], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_49: T.let[T.float32x16] = T.Shuffle([v_32, v_40], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_50: T.let[T.float32x16] = T.Shuffle([v_33, v_41], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_51: T.let[T.float32x16] = T.Shuffle([v_33, v_41], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_52: T.let[T.float32x16] = T.Shuffle([v_34, v_42], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_53: T.let[T.float32x16] = T.Shuffle([v_34, v_42], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_54: T.let[T.float32x16] = T.Shuffle([v_35, v_43], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_55: T.let[T.float32x16] = T.Shuffle([v_35, v_43], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_56: T.let[T.float32x16] = T.Shuffle([v_36, v_44], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_57: T.let[T.float32x16] = T.Shuffle([v_36, v_44], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_58: T.let[T.float32x16] = T.Shuffle([v_37, v_45], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_59: T.let[T.float32x16] = T.Shuffle([v_37, v_45], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_60: T.let[T.float32x16] = T.Shuffle([v_38, v_46], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_61: T.let[T.float32x16] = T.Shuffle([v_38, v_46], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_62: T.let[T.float32x16] = T.Shuffle([v_39, v_47], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_63: T.let[T.float32x16] = T.Shuffle([v_39, v_47], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_64: T.let[T.float32x16] = T.Shuffle([v_48, v_56], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_65: T.let[T.float32x16] = T.Shuffle([v_48, v_56], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_66: T.let[T.float32x16] = T.Shuffle([v_49, v_57], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_67: T.let[T.float32x16] = T.Shuffle([v_49, v_57], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_68: T.let[T.float32x16] = T.Shuffle([v_50, v_58], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_69: T.let[T.float32x16] = T.Shuffle([v_50, v_58], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_70: T.let[T.float32x16] = T.Shuffle([v_51, v_59], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_71: T.let[T.float32x16] = T.Shuffle([v_51, v_59], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_72: T.let[T.float32x16] = T.Shuffle([v_52, v_60], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_73: T.let[T.float32x16] = T.Shuffle([v_52, v_60], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_74: T.let[T.float32x16] = T.Shuffle([v_53, v_61], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_75: T.let[T.float32x16] = T.Shuffle([v_53, v_61], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_76: T.let[T.float32x16] = T.Shuffle([v_54, v_62], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_77: T.let[T.float32x16] = T.Shuffle([v_54, v_62], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        v_78: T.let[T.float32x16] = T.Shuffle([v_55, v_63], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_79: T.let[T.float32x16] = T.Shuffle([v_55, v_63], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        turned[0, 0:16] = v_64
+                                                        turned[1, 0:16] = v_65
+                                                        turned[2, 0:16] = v_66
+                                                        turned[3, 0:16] = v_67
+                                                        turned[4, 0:16] = v_68
+                                                        turned[5, 0:16] = v_69
+                                                        turned[6, 0:16] = v_70
+                                                        turned[7, 0:16] = v_71
+                                                        turned[8, 0:16] = v_72
+                                                        turned[9, 0:16] = v_73
+                                                        turned[10, 0:16] = v_74
+                                                        turned[11, 0:16] = v_75
+                                                        turned[12, 0:16] = v_76
+                                                        turned[13, 0:16] = v_77
+                                                        turned[14, 0:16] = v_78
+                                                        turned[15, 0:16] = v_79
                                         for i in range(1):
                                             with T.sblock("softmax"):
                                                 vslot = T.axis.spatial(1, i)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vslot, 0:(valid_len + 7) // 8 * 8, 0:16])
-                                                    T.writes(probs[vslot, 0:(valid_len + 7) // 8 * 8, 0:16], tile_max[vslot, 0:16], tile_sum[vslot, 0:16])
-                                                    scaled = T.sblock_alloc_buffer((112, 16))
+                                                    T.reads(scores[vslot, 0:16, 0:128])
+                                                    T.writes(probs[vslot, 0:16, 0:128], tile_max[vslot, 0:16], tile_sum[vslot, 0:16])
+                                                    scaled = T.sblock_alloc_buffer((16, 128))
                                                     peak = T.sblock_alloc_buffer((16,))
-                                                    exact = T.sblock_alloc_buffer((112, 16))
-                                                    peak_rf = T.sblock_alloc_buffer((4, 16))
-                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
-                                                        for r in T.vectorized(16):
+                                                    exact = T.sblock_alloc_buffer((16, 128))
+                                                    peak_rf = T.sblock_alloc_buffer((16, 16))
+                                                    peak_rf_global = T.sblock_alloc_buffer((16, 16))
+                                                    tile_sum_rf = T.sblock_alloc_buffer((1, 16, 16))
+                                                    tile_sum_rf_global = T.sblock_alloc_buffer((1, 16, 16))
+                                                    for r, to in T.grid(16, (valid_len + 64 - 1) // 64):
+                                                        for ti in T.vectorized(64):
                                                             with T.sblock("scaled"):
-                                                                vo = T.axis.spatial(14, to)
+                                                                vo = T.axis.spatial(2, to)
                                                                 vi, vr = T.axis.remap("SS", [ti, r])
-                                                                T.reads(scores[vslot, vo * 8 + vi, vr])
-                                                                T.writes(scaled[vo * 8 + vi, vr])
-                                                                scaled[vo * 8 + vi, vr] = T.Select(vi < valid_len - vo * 8, scores[vslot, vo * 8 + vi, vr] * score_scale, T.float32("-inf"))
-                                                    for ti_1_init in T.unroll(4):
-                                                        for r_init in T.vectorized(16):
+                                                                T.reads(scores[vslot, vr, vo * 64 + vi])
+                                                                T.writes(scaled[vr, vo * 64 + vi])
+                                                                scaled[vr, vo * 64 + vi] = T.Select(vi < valid_len - vo * 64, scores[vslot, vr, vo * 64 + vi] * score_scale, T.float32("-inf"))
+                                                    for r in range(16):
+                                                        for ti_1_init in T.vectorized(16):
                                                             with T.sblock("peak_rf_init"):
-                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r_init])
+                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r])
                                                                 T.reads()
-                                                                T.writes(peak_rf[vti_1, vr])
-                                                                peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for to, ti_0 in T.grid((valid_len + 8 - 1) // 8, 2):
-                                                        for ti_1 in T.unroll(4):
-                                                            for r in T.vectorized(16):
-                                                                with T.sblock("peak_rf_update"):
-                                                                    vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
-                                                                    T.reads(peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1, vr])
-                                                                    T.writes(peak_rf[vti_1, vr])
-                                                                    peak_rf[vti_1, vr] = T.max(peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1, vr])
+                                                                T.writes(peak_rf_global[vr, vti_1])
+                                                                peak_rf_global[vr, vti_1] = T.float32(-340282346638528859811704183484516925440.0)
+                                                        for to in range((valid_len + 64 - 1) // 64):
+                                                            for ti_0 in T.unroll(4):
+                                                                for ti_1 in T.vectorized(16):
+                                                                    with T.sblock("peak_rf_update"):
+                                                                        vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
+                                                                        T.reads(peak_rf_global[vr, vti_1], scaled[vr, vto * 64 + vti_0 * 16 + vti_1])
+                                                                        T.writes(peak_rf_global[vr, vti_1])
+                                                                        peak_rf_global[vr, vti_1] = T.max(peak_rf_global[vr, vti_1], scaled[vr, vto * 64 + vti_0 * 16 + vti_1])
+                                                        for ax0 in T.vectorized(16):
+                                                            with T.sblock("peak.rf_global"):
+                                                                v0, v1 = T.axis.remap("SS", [r, ax0])
+                                                                T.reads(peak_rf_global[v0, v1])
+                                                                T.writes(peak_rf[v0, v1])
+                                                                peak_rf[v0, v1] = peak_rf_global[v0, v1]
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("peak_init"):
                                                             vr = T.axis.spatial(16, r_init)
                                                             T.reads()
                                                             T.writes(peak[vr])
                                                             peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for ti_1 in range(4):
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("peak_update"):
-                                                                vti_1, vr = T.axis.remap("RS", [ti_1, r])
-                                                                T.reads(peak[vr], peak_rf[vti_1, vr])
-                                                                T.writes(peak[vr])
-                                                                peak[vr] = T.max(peak[vr], peak_rf[vti_1, vr])
-                                                    for r in T.vectorized(16):
+                                                    for r_0 in range(1):
+                                                        with T.sblock("peak_update_o"):
+                                                            vti_1_o = T.axis.reduce(1, 0)
+                                                            vr_o = T.axis.spatial(1, r_0)
+                                                            T.reads(peak[0:16], peak_rf[0:16, 0:16])
+                                                            T.writes(peak[0:16])
+                                                            maxima = T.match_buffer(peak[0:16], (16,), offset_factor=1)
+                                                            parts = T.match_buffer(peak_rf[0:16, 0:16], (16, 16), offset_factor=1)
+                                                            v: T.let[T.float32x16] = parts[0, T.Ramp(0, 1, 16)]
+                                                            v_1: T.let[T.float32x16] = parts[1, T.Ramp(0, 1, 16)]
+                                                            v_2: T.let[T.float32x16] = parts[2, T.Ramp(0, 1, 16)]
+                                                            v_3: T.let[T.float32x16] = parts[3, T.Ramp(0, 1, 16)]
+                                                            v_4: T.let[T.float32x16] = parts[4, T.Ramp(0, 1, 16)]
+                                                            v_5: T.let[T.float32x16] = parts[5, T.Ramp(0, 1, 16)]
+                                                            v_6: T.let[T.float32x16] = parts[6, T.Ramp(0, 1, 16)]
+                                                            v_7: T.let[T.float32x16] = parts[7, T.Ramp(0, 1, 16)]
+                                                            v_8: T.let[T.float32x16] = parts[8, T.Ramp(0, 1, 16)]
+                                                            v_9: T.let[T.float32x16] = parts[9, T.Ramp(0, 1, 16)]
+                                                            v_10: T.let[T.float32x16] = parts[10, T.Ramp(0, 1, 16)]
+                                                            v_11: T.let[T.float32x16] = parts[11, T.Ramp(0, 1, 16)]
+                                                            v_12: T.let[T.float32x16] = parts[12, T.Ramp(0, 1, 16)]
+                                                            v_13: T.let[T.float32x16] = parts[13, T.Ramp(0, 1, 16)]
+                                                            v_14: T.let[T.float32x16] = parts[14, T.Ramp(0, 1, 16)]
+                                                            v_15: T.let[T.float32x16] = parts[15, T.Ramp(0, 1, 16)]
+                                                            v_16: T.let[T.float32x16] = T.max(T.Shuffle([v, v_1], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v, v_1], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                            v_17: T.let[T.float32x16] = T.max(T.Shuffle([v_2, v_3], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_2, v_3], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                            v_18: T.let[T.float32x16] = T.max(T.Shuffle([v_4, v_5], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_4, v_5], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                            v_19: T.let[T.float32x16] = T.max(T.Shuffle([v_6, v_7], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_6, v_7], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                            v_20: T.let[T.float32x16] = T.max(T.Shuffle([v_8, v_9], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_8, v_9], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                            v_21: T.let[T.float32x16] = T.max(T.Shuffle([v_10, v_11], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_10, v_11], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                            v_22: T.let[T.float32x16] = T.max(T.Shuffle([v_12, v_13], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_12, v_13], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                            v_23: T.let[T.float32x16] = T.max(T.Shuffle([v_14, v_15], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]), T.Shuffle([v_14, v_15], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31]))
+                                                            v_24: T.let[T.float32x16] = T.max(T.Shuffle([v_16, v_17], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_16, v_17], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                            v_25: T.let[T.float32x16] = T.max(T.Shuffle([v_18, v_19], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_18, v_19], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                            v_26: T.let[T.float32x16] = T.max(T.Shuffle([v_20, v_21], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_20, v_21], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                            v_27: T.let[T.float32x16] = T.max(T.Shuffle([v_22, v_23], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]), T.Shuffle([v_22, v_23], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31]))
+                                                            v_28: T.let[T.float32x16] = T.max(T.Shuffle([v_24, v_25], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]), T.Shuffle([v_24, v_25], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]))
+                                                            v_29: T.let[T.float32x16] = T.max(T.Shuffle([v_26, v_27], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]), T.Shuffle([v_26, v_27], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]))
+                                                            v_30: T.let[T.float32x16] = T.max(T.Shuffle([v_28, v_29], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]), T.Shuffle([v_28, v_29], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]))
+                                                            maxima[0:16] = T.max(maxima[T.Ramp(0, 1, 16)], v_30)
+                                                    for r in range(16):
                                                         with T.sblock("tile_max"):
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(peak[vr])
                                                             T.writes(tile_max[vslot, vr])
                                                             tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
-                                                        for r in T.vectorized(16):
+                                                    for r, to in T.grid(16, (valid_len + 64 - 1) // 64):
+                                                        for ti in T.vectorized(64):
                                                             with T.sblock("exact"):
-                                                                vt = T.axis.spatial(112, to * 8 + ti)
+                                                                vt = T.axis.spatial(128, to * 64 + ti)
                                                                 vr = T.axis.spatial(16, r)
-                                                                T.reads(scaled[vt, vr], tile_max[vslot, vr])
-                                                                T.writes(exact[vt, vr])
-                                                                arg: T.let[T.float32] = scaled[vt, vr] - tile_max[vslot, vr]
+                                                                T.reads(scaled[vr, vt], tile_max[vslot, vr])
+                                                                T.writes(exact[vr, vt])
+                                                                arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
                                                                 bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places)))
                                                                 n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places))
                                                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
@@ -272,40 +388,151 @@ class Module:
                                                                 p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                                 series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                exact[vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
-                                                        for r in T.vectorized(16):
+                                                                exact[vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
+                                                    for r, to in T.grid(16, (valid_len + 64 - 1) // 64):
+                                                        for ti in T.vectorized(64):
                                                             with T.sblock("probs"):
-                                                                vt = T.axis.spatial(112, to * 8 + ti)
+                                                                vt = T.axis.spatial(128, to * 64 + ti)
                                                                 vr = T.axis.spatial(16, r)
-                                                                T.reads(exact[vt, vr])
-                                                                T.writes(probs[vslot, vt, vr])
-                                                                probs[vslot, vt, vr] = T.reinterpret("float32", T.reinterpret("int32", exact[vt, vr]) + 32767 + (T.reinterpret("int32", exact[vt, vr]) >> 16 & 1) & -65536)
+                                                                T.reads(exact[vr, vt])
+                                                                T.writes(probs[vslot, vr, vt])
+                                                                probs[vslot, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32767 + (T.reinterpret("int32", exact[vr, vt]) >> 16 & 1) & -65536)
+                                                    for r in range(16):
+                                                        for ti_1_init in T.vectorized(16):
+                                                            with T.sblock("tile_sum_rf_init"):
+                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r])
+                                                                T.reads()
+                                                                T.writes(tile_sum_rf_global[0, vr, vti_1])
+                                                                tile_sum_rf_global[0, vr, vti_1] = T.float32(0.0)
+                                                        for to in range((valid_len + 64 - 1) // 64):
+                                                            for ti_0 in T.unroll(4):
+                                                                for ti_1 in T.vectorized(16):
+                                                                    with T.sblock("tile_sum_rf_update"):
+                                                                        vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
+                                                                        T.reads(tile_sum_rf_global[0, vr, vti_1], probs[vslot, vr, vto * 64 + vti_0 * 16 + vti_1])
+                                                                        T.writes(tile_sum_rf_global[0, vr, vti_1])
+                                                                        tile_sum_rf_global[0, vr, vti_1] = tile_sum_rf_global[0, vr, vti_1] + probs[vslot, vr, vto * 64 + vti_0 * 16 + vti_1]
+                                                        for ax0 in T.vectorized(16):
+                                                            with T.sblock("tile_sum.rf_global"):
+                                                                v0 = T.axis.spatial(1, 0)
+                                                                v1, v2 = T.axis.remap("SS", [r, ax0])
+                                                                T.reads(tile_sum_rf_global[v0, v1, v2])
+                                                                T.writes(tile_sum_rf[vslot + v0, v1, v2])
+                                                                tile_sum_rf[vslot + v0, v1, v2] = tile_sum_rf_global[v0, v1, v2]
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("tile_sum_init"):
                                                             vr = T.axis.spatial(16, r_init)
                                                             T.reads()
                                                             T.writes(tile_sum[vslot, vr])
                                                             tile_sum[vslot, vr] = T.float32(0.0)
-                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("tile_sum_update"):
-                                                                vt = T.axis.reduce(112, to * 8 + ti)
+                                                    for r_0 in range(1):
+                                                        with T.sblock("tile_sum_update_o"):
+                                                            vti_1_o = T.axis.reduce(1, 0)
+                                                            vr_o = T.axis.spatial(1, r_0)
+                                                            T.reads(tile_sum[vslot, 0:16], tile_sum_rf[vslot, 0:16, 0:16])
+                                                            T.writes(tile_sum[vslot, 0:16])
+                                                            sums = T.match_buffer(tile_sum[vslot, 0:16], (16,), offset_factor=1)
+                                                            parts = T.match_buffer(tile_sum_rf[vslot, 0:16, 0:16], (16, 16), offset_factor=1)
+                                                            v: T.let[T.float32x16] = parts[0, T.Ramp(0, 1, 16)]
+                                                            v_1: T.let[T.float32x16] = parts[1, T.Ramp(0, 1, 16)]
+                                                            v_2: T.let[T.float32x16] = parts[2, T.Ramp(0, 1, 16)]
+                                                            v_3: T.let[T.float32x16] = parts[3, T.Ramp(0, 1, 16)]
+                                                            v_4: T.let[T.float32x16] = parts[4, T.Ramp(0, 1, 16)]
+                                                            v_5: T.let[T.float32x16] = parts[5, T.Ramp(0, 1, 16)]
+                                                            v_6: T.let[T.float32x16] = parts[6, T.Ramp(0, 1, 16)]
+                                                            v_7: T.let[T.float32x16] = parts[7, T.Ramp(0, 1, 16)]
+                                                            v_8: T.let[T.float32x16] = parts[8, T.Ramp(0, 1, 16)]
+                                                            v_9: T.let[T.float32x16] = parts[9, T.Ramp(0, 1, 16)]
+                                                            v_10: T.let[T.float32x16] = parts[10, T.Ramp(0, 1, 16)]
+                                                            v_11: T.let[T.float32x16] = parts[11, T.Ramp(0, 1, 16)]
+                                                            v_12: T.let[T.float32x16] = parts[12, T.Ramp(0, 1, 16)]
+                                                            v_13: T.let[T.float32x16] = parts[13, T.Ramp(0, 1, 16)]
+                                                            v_14: T.let[T.float32x16] = parts[14, T.Ramp(0, 1, 16)]
+                                                            v_15: T.let[T.float32x16] = parts[15, T.Ramp(0, 1, 16)]
+                                                            v_16: T.let[T.float32x16] = T.Shuffle([v, v_8], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_17: T.let[T.float32x16] = T.Shuffle([v, v_8], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_18: T.let[T.float32x16] = T.Shuffle([v_1, v_9], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_19: T.let[T.float32x16] = T.Shuffle([v_1, v_9], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_20: T.let[T.float32x16] = T.Shuffle([v_2, v_10], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_21: T.let[T.float32x16] = T.Shuffle([v_2, v_10], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_22: T.let[T.float32x16] = T.Shuffle([v_3, v_11], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_23: T.let[T.float32x16] = T.Shuffle([v_3, v_11], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_24: T.let[T.float32x16] = T.Shuffle([v_4, v_12], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_25: T.let[T.float32x16] = T.Shuffle([v_4, v_12], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_26: T.let[T.float32x16] = T.Shuffle([v_5, v_13], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_27: T.let[T.float32x16] = T.Shuffle([v_5, v_13], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_28: T.let[T.float32x16] = T.Shuffle([v_6, v_14], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_29: T.let[T.float32x16] = T.Shuffle([v_6, v_14], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_30: T.let[T.float32x16] = T.Shuffle([v_7, v_15], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_31: T.let[T.float32x16] = T.Shuffle([v_7, v_15], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_32: T.let[T.float32x16] = T.Shuffle([v_16, v_24], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_33: T.let[T.float32x16] = T.Shuffle([v_16, v_24], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_34: T.let[T.float32x16] = T.Shuffle([v_17, v_25], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_35: T.let[T.float32x16] = T.Shuffle([v_17, v_25], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_36: T.let[T.float32x16] = T.Shuffle([v_18, v_26], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_37: T.let[T.float32x16] = T.Shuffle([v_18, v_26], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_38: T.let[T.float32x16] = T.Shuffle([v_19, v_27], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_39: T.let[T.float32x16] = T.Shuffle([v_19, v_27], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_40: T.let[T.float32x16] = T.Shuffle([v_20, v_28], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_41: T.let[T.float32x16] = T.Shuffle([v_20, v_28], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_42: T.let[T.float32x16] = T.Shuffle([v_21, v_29], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_43: T.let[T.float32x16] = T.Shuffle([v_21, v_29], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_44: T.let[T.float32x16] = T.Shuffle([v_22, v_30], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_45: T.let[T.float32x16] = T.Shuffle([v_22, v_30], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_46: T.let[T.float32x16] = T.Shuffle([v_23, v_31], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_47: T.let[T.float32x16] = T.Shuffle([v_23, v_31], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_48: T.let[T.float32x16] = T.Shuffle([v_32, v_40], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_49: T.let[T.float32x16] = T.Shuffle([v_32, v_40], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_50: T.let[T.float32x16] = T.Shuffle([v_33, v_41], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_51: T.let[T.float32x16] = T.Shuffle([v_33, v_41], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_52: T.let[T.float32x16] = T.Shuffle([v_34, v_42], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_53: T.let[T.float32x16] = T.Shuffle([v_34, v_42], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_54: T.let[T.float32x16] = T.Shuffle([v_35, v_43], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_55: T.let[T.float32x16] = T.Shuffle([v_35, v_43], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_56: T.let[T.float32x16] = T.Shuffle([v_36, v_44], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_57: T.let[T.float32x16] = T.Shuffle([v_36, v_44], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_58: T.let[T.float32x16] = T.Shuffle([v_37, v_45], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_59: T.let[T.float32x16] = T.Shuffle([v_37, v_45], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_60: T.let[T.float32x16] = T.Shuffle([v_38, v_46], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_61: T.let[T.float32x16] = T.Shuffle([v_38, v_46], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_62: T.let[T.float32x16] = T.Shuffle([v_39, v_47], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_63: T.let[T.float32x16] = T.Shuffle([v_39, v_47], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_64: T.let[T.float32x16] = T.Shuffle([v_48, v_56], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_65: T.let[T.float32x16] = T.Shuffle([v_48, v_56], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_66: T.let[T.float32x16] = T.Shuffle([v_49, v_57], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_67: T.let[T.float32x16] = T.Shuffle([v_49, v_57], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_68: T.let[T.float32x16] = T.Shuffle([v_50, v_58], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_69: T.let[T.float32x16] = T.Shuffle([v_50, v_58], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_70: T.let[T.float32x16] = T.Shuffle([v_51, v_59], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_71: T.let[T.float32x16] = T.Shuffle([v_51, v_59], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_72: T.let[T.float32x16] = T.Shuffle([v_52, v_60], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_73: T.let[T.float32x16] = T.Shuffle([v_52, v_60], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_74: T.let[T.float32x16] = T.Shuffle([v_53, v_61], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_75: T.let[T.float32x16] = T.Shuffle([v_53, v_61], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_76: T.let[T.float32x16] = T.Shuffle([v_54, v_62], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_77: T.let[T.float32x16] = T.Shuffle([v_54, v_62], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            v_78: T.let[T.float32x16] = T.Shuffle([v_55, v_63], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                            v_79: T.let[T.float32x16] = T.Shuffle([v_55, v_63], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                            sums[0:16] = sums[T.Ramp(0, 1, 16)] + v_64 + v_65 + v_66 + v_67 + v_68 + v_69 + v_70 + v_71 + v_72 + v_73 + v_74 + v_75 + v_76 + v_77 + v_78 + v_79
+                                                with T.sblock("split_probs"):
+                                                    T.reads(probs[vslot, 0:16, 0:128])
+                                                    T.writes(prob_pairs[vslot, 0:32, 0:128])
+                                                    for r, to in T.grid(16, (valid_len + 64 - 1) // 64):
+                                                        for ti in T.vectorized(64):
+                                                            with T.sblock("even_weight"):
+                                                                vt = T.axis.spatial(128, to * 64 + ti)
                                                                 vr = T.axis.spatial(16, r)
-                                                                T.reads(tile_sum[vslot, vr], probs[vslot, vt, vr])
-                                                                T.writes(tile_sum[vslot, vr])
-                                                                tile_sum[vslot, vr] = tile_sum[vslot, vr] + probs[vslot, vt, vr]
-                                                with T.sblock("pair_probs"):
-                                                    T.reads(probs[vslot, 0:(valid_len + 7) // 8 * 8, 0:16])
-                                                    T.writes(prob_pairs[vslot, 0:(valid_len + 7) // 8 * 4, 0:16])
-                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 4):
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("pairs"):
-                                                                vt = T.axis.spatial(56, to * 4 + ti)
+                                                                T.reads(probs[vslot, vr, vt])
+                                                                T.writes(prob_pairs[vslot, vr * 2, vt])
+                                                                prob_pairs[vslot, vr * 2, vt] = T.reinterpret("int32", probs[vslot, vr, vt]) >> 16 & 65535
+                                                    for r, to in T.grid(16, (valid_len + 64 - 1) // 64):
+                                                        for ti in T.vectorized(64):
+                                                            with T.sblock("odd_weight"):
+                                                                vt = T.axis.spatial(128, to * 64 + ti)
                                                                 vr = T.axis.spatial(16, r)
-                                                                T.reads(probs[vslot, vt * 2:vt * 2 + 2, vr])
-                                                                T.writes(prob_pairs[vslot, vt, vr])
-                                                                prob_pairs[vslot, vt, vr] = T.reinterpret("int32", probs[vslot, vt * 2, vr]) >> 16 & 65535 | T.reinterpret("int32", probs[vslot, vt * 2 + 1, vr])
+                                                                T.reads(probs[vslot, vr, vt])
+                                                                T.writes(prob_pairs[vslot, vr * 2 + 1, vt])
+                                                                prob_pairs[vslot, vr * 2 + 1, vt] = T.reinterpret("int32", probs[vslot, vr, vt])
                                                 with T.sblock("rescale"):
                                                     T.reads(tile_max[vslot, 0:16], tile_sum[vslot, 0:16], row_max[first + vslot, 0:16], row_sum[first + vslot, 0:16])
                                                     T.writes(row_max[first + vslot, 0:16], row_sum[first + vslot, 0:16], alpha[vslot, 0:16], beta[vslot, 0:16])
@@ -354,62 +581,187 @@ class Module:
                                                             T.writes(row_max[first + vslot, vr], row_sum[first + vslot, vr])
                                                             row_max[first + vslot, vr] = new_max[vr]
                                                             row_sum[first + vslot, vr] = new_sum[vr]
-                                        num_full: T.let[T.int32] = valid_len // 8
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
-                                            tile_acc = T.sblock_alloc_buffer((1, 512, 16))
-                                            full_acc = T.sblock_alloc_buffer((1, 512, 16))
-                                            for i_m in range(1):
-                                                for d_0_m in T.serial(64, annotations={"pa.fetch.pass": "next_values"}):
-                                                    for d_1_init in T.unroll(8):
-                                                        for r_init in T.vectorized(16):
-                                                            with T.sblock("full_groups_init"):
-                                                                vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                                vd = T.axis.spatial(512, d_0_m * 8 + d_1_init)
+                                            acc_1 = T.sblock_alloc_buffer((1, 32, 256))
+                                            for p in T.serial(8, annotations={"pa.fetch.pass": "next_values"}):
+                                                with T.sblock("clear_sums"):
+                                                    vp = T.axis.spatial(8, p)
+                                                    T.reads()
+                                                    T.writes()
+                                                    with T.sblock("no_sum_o"):
+                                                        vm_o = T.axis.spatial(1, 0)
+                                                        vw_o = T.axis.spatial(1, 0)
+                                                        T.reads()
+                                                        T.writes()
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(0))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
+                                                for to in T.serial((valid_len + 63) // 64, annotations={"pa.fetch.group": "next_values"}):
+                                                    if to * 64 + 64 <= valid_len:
+                                                        for s_1 in T.serial(4, annotations={"pa.fetch.share": "next_values"}):
+                                                            for w_0 in T.unroll(2, annotations={"pa.fetch.here": "next_values", "pa.fetch.share": "next_values"}):
+                                                                for m_0 in T.unroll(2):
+                                                                    with T.sblock("whole_sum_o"):
+                                                                        vi_o = T.axis.spatial(1, 0)
+                                                                        vp_o = T.axis.spatial(8, p)
+                                                                        vs_o = T.axis.reduce(4 * ((valid_len + 63) // 64), to * 4 + s_1)
+                                                                        vm_o, vw_o = T.axis.remap("SS", [m_0, w_0])
+                                                                        vk_o = T.axis.reduce(1, 0)
+                                                                        T.reads(prob_pairs[vi_o, vm_o * 16:vm_o * 16 + 16, vs_o * 16:vs_o * 16 + 16], key_cache[T.Cast("int64", vp_o) * T.int64(32) + T.Cast("int64", vw_o) * T.int64(16) + key_offsets[vs_o * 16] + value_head + T.Cast("int64", vi_o) // T.int64(8) * k_head + T.Select(T.int64(0) <= k_row, T.int64(0), k_row * T.int64(15)):T.Cast("int64", vp_o) * T.int64(32) + T.Cast("int64", vw_o) * T.int64(16) + key_offsets[vs_o * 16] + value_head + T.Cast("int64", vi_o) // T.int64(8) * k_head + T.Select(T.int64(0) <= k_row, T.int64(0), k_row * T.int64(15)) + (T.Select(T.int64(0) <= k_row, k_row * T.int64(15), k_row * T.int64(-15)) + T.int64(16))], key_offsets[vs_o * 16])
+                                                                        T.writes()
+                                                                        buffer = T.match_buffer(prob_pairs[vi_o, vm_o * 16:vm_o * 16 + 16, 0:128], (16, 128), "int32", strides=("row", 1), offset_factor=1)
+                                                                        if vw_o * 16 // 16 % 2 == 0:
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.Cast("int8", 4 + vm_o * 16 // 16 % 2), T.address_of(buffer[0, vs_o * 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                        if vm_o * 16 // 16 % 2 == 0:
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(key_cache[T.Cast("int64", vp_o) * T.int64(32) + T.Cast("int64", vw_o) * T.int64(16) + key_offsets[vs_o * 16] + value_head + T.Cast("int64", vi_o) // T.int64(8) * k_head]), T.Cast("int64", T.Cast("int64", k_row)) * T.int64(4))
+                                                                        T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vw_o * 16 // 16 % 2 * 2 + vm_o * 16 // 16 % 2), T.Cast("int8", 4 + vm_o * 16 // 16 % 2), T.int8(6))
+                                                    else:
+                                                        with T.sblock("edge_group"):
+                                                            vi = T.axis.spatial(1, 0)
+                                                            vp = T.axis.spatial(8, p)
+                                                            vto = T.axis.opaque(2, to)
+                                                            T.reads()
+                                                            T.writes()
+                                                            edge = T.sblock_alloc_buffer((64, 32), "int32")
+                                                            for ti, w_0 in T.grid(64, 2):
+                                                                for w_1 in T.vectorized(16):
+                                                                    with T.sblock("edge_value"):
+                                                                        vt = T.axis.spatial(64, ti)
+                                                                        vw = T.axis.spatial(32, w_0 * 16 + w_1)
+                                                                        T.reads(key_cache[key_offsets[vto * 64 + vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", (vto * 64 + vt) % 16) * k_row) + T.Cast("int64", vp * 32 + vw)], key_offsets[vto * 64 + vt])
+                                                                        T.writes(edge[vt, vw])
+                                                                        edge[vt, vw] = T.Select(vto * 64 + vt < valid_len, key_cache[key_offsets[vto * 64 + vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", (vto * 64 + vt) % 16) * k_row) + T.Cast("int64", vp * 32 + vw)], 0)
+                                                            for s_1 in range(4):
+                                                                for w_0 in T.unroll(2):
+                                                                    for m_0 in T.unroll(2):
+                                                                        with T.sblock("edge_sum_o"):
+                                                                            vs_o, vm_o, vw_o = T.axis.remap("RSS", [s_1, m_0, w_0])
+                                                                            vk_o = T.axis.reduce(1, 0)
+                                                                            T.reads(prob_pairs[vi, vm_o * 16:vm_o * 16 + 16, vto * 64 + vs_o * 16:vto * 64 + vs_o * 16 + 16], edge[vs_o * 16:vs_o * 16 + 16, vw_o * 16:vw_o * 16 + 16])
+                                                                            T.writes()
+                                                                            buffer = T.match_buffer(prob_pairs[vi, vm_o * 16:vm_o * 16 + 16, 0:128], (16, 128), "int32", strides=("row", 1), offset_factor=1)
+                                                                            buffer_1 = T.match_buffer(edge[vs_o * 16:vs_o * 16 + 16, 0:32], (16, 32), "int32", strides=("row", 1), offset_factor=1)
+                                                                            if vw_o * 16 // 16 % 2 == 0:
+                                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.Cast("int8", 4 + vm_o * 16 // 16 % 2), T.address_of(buffer[0, vto * 64 + vs_o * 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                                            if vm_o * 16 // 16 % 2 == 0:
+                                                                                T.call_llvm_intrin("void", "llvm.x86.tileloadd64", T.int8(6), T.address_of(buffer_1[0, vw_o * 16]), T.Cast("int64", buffer_1.strides[0]) * T.int64(4))
+                                                                            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.Cast("int8", vw_o * 16 // 16 % 2 * 2 + vm_o * 16 // 16 % 2), T.Cast("int8", 4 + vm_o * 16 // 16 % 2), T.int8(6))
+                                                with T.sblock("store_sums"):
+                                                    vi = T.axis.spatial(1, 0)
+                                                    vp = T.axis.spatial(8, p)
+                                                    T.reads()
+                                                    T.writes(acc_1[vi, 0:32, vp * 32:vp * 32 + 32])
+                                                    with T.sblock("stored_sum_o"):
+                                                        vm_o = T.axis.spatial(1, 0)
+                                                        vw_o = T.axis.spatial(1, 0)
+                                                        T.reads()
+                                                        T.writes(acc_1[vi, 0:32, vp * 32:vp * 32 + 32])
+                                                        buffer = T.match_buffer(acc_1[vi, 0:32, 0:256], (32, 256), strides=("row", 1), offset_factor=1)
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(0), T.address_of(buffer[0, vp * 32]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(1), T.address_of(buffer[16, vp * 32]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(2), T.address_of(buffer[0, vp * 32 + 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                                        T.call_llvm_intrin("void", "llvm.x86.tilestored64", T.int8(3), T.address_of(buffer[16, vp * 32 + 16]), T.Cast("int64", buffer.strides[0]) * T.int64(4))
+                                            for i in range(1):
+                                                with T.sblock("finite_sums"):
+                                                    vi = T.axis.spatial(1, i)
+                                                    T.reads()
+                                                    T.writes()
+                                                    infinite = T.sblock_alloc_buffer((1,), "int32")
+                                                    with T.sblock("find_infinite"):
+                                                        T.reads(acc_1[vi, 0:32, 0:256])
+                                                        T.writes(infinite[0])
+                                                        largest = T.sblock_alloc_buffer((16,), "int32")
+                                                        for lane_init in T.vectorized(16):
+                                                            with T.sblock("largest_init"):
+                                                                vlane = T.axis.spatial(16, lane_init)
                                                                 T.reads()
-                                                                T.writes(full_acc[vi, vd, vr])
-                                                                full_acc[vi, vd, vr] = T.float32(0.0)
-                                                    for to in T.serial(num_full, annotations={"pa.fetch.group": "next_values", "pa.fetch.here": "next_values"}):
-                                                        for ti in range(4):
-                                                            for d_1 in T.unroll(8):
-                                                                for r in T.vectorized(16):
-                                                                    with T.sblock("full_groups_update"):
-                                                                        vt = T.axis.reduce(56, to * 4 + ti)
-                                                                        vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                        vd = T.axis.spatial(512, d_0_m * 8 + d_1)
-                                                                        T.reads(full_acc[vi, vd, vr], prob_pairs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], key_offsets[vt * 2:vt * 2 + 2])
-                                                                        T.writes(full_acc[vi, vd, vr])
-                                                                        full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", v_tile[vt, vd // 32, vd % 2, vd % 32 // 2] << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", v_tile[vt, vd // 32, vd % 2, vd % 32 // 2] & -65536))
-                                                    for d_1_init in T.unroll(8):
-                                                        for r_init in T.vectorized(16):
-                                                            with T.sblock("tile_acc_init"):
-                                                                vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                                vd = T.axis.spatial(512, d_0_m * 8 + d_1_init)
-                                                                T.reads()
-                                                                T.writes(tile_acc[0, vd, vr])
-                                                                tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
-                                                    for ti in range((valid_len % 8 + 2 - 1) // 2):
-                                                        for d_1 in T.unroll(8):
-                                                            for r in T.vectorized(16):
-                                                                with T.sblock("tile_acc_update"):
-                                                                    vt = T.axis.reduce(56, ti + num_full * 4)
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                    vd = T.axis.spatial(512, d_0_m * 8 + d_1)
-                                                                    T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], prob_pairs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], key_offsets[vt * 2:vt * 2 + 2])
-                                                                    T.writes(tile_acc[0, vd, vr])
-                                                                    tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", (v_tile[vt, vd // 32, vd % 2, vd % 32 // 2] & T.Select(2 * vt + 1 < valid_len, -1, 65535)) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", v_tile[vt, vd // 32, vd % 2, vd % 32 // 2] & T.Select(2 * vt + 1 < valid_len, -1, 65535) & -65536))
-                                                    for d_1 in T.unroll(8):
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("acc"):
-                                                                vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                vd = T.axis.spatial(512, d_0_m * 8 + d_1)
-                                                                vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
-                                                                T.writes(acc[first, vd, vr])
-                                                                with T.init():
-                                                                    acc[first, vd, vr] = T.float32(0.0)
-                                                                acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
+                                                                T.writes(largest[vlane])
+                                                                largest[vlane] = 0
+                                                        for m, w in T.grid(32, 16):
+                                                            for lane in T.vectorized(16):
+                                                                with T.sblock("largest_update"):
+                                                                    vlane, vm, vw = T.axis.remap("SRR", [lane, m, w])
+                                                                    T.reads(largest[vlane], acc_1[vi, vm, vw * 16 + vlane])
+                                                                    T.writes(largest[vlane])
+                                                                    largest[vlane] = T.max(largest[vlane], T.reinterpret("int32", acc_1[vi, vm, vw * 16 + vlane]) & 2139095040)
+                                                        with T.sblock("infinite_init"):
+                                                            T.reads()
+                                                            T.writes(infinite[0])
+                                                            infinite[0] = 0
+                                                        for lane in range(16):
+                                                            with T.sblock("infinite_update"):
+                                                                vlane = T.axis.reduce(16, lane)
+                                                                T.reads(infinite[0], largest[vlane])
+                                                                T.writes(infinite[0])
+                                                                infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
+                                                    if infinite[0] != 0:
+                                                        begin: T.let[T.int32] = 0
+                                                        with T.sblock("element_sums"):
+                                                            T.reads()
+                                                            T.writes()
+                                                            element_acc = T.sblock_alloc_buffer((16, 2, 256))
+                                                            for r, p in T.grid(16, 2):
+                                                                for w_0_init in range(16):
+                                                                    for w_1_init in T.vectorized(16):
+                                                                        with T.sblock("element_sum_init"):
+                                                                            vr, vp = T.axis.remap("SS", [r, p])
+                                                                            vw = T.axis.spatial(256, w_0_init * 16 + w_1_init)
+                                                                            T.reads()
+                                                                            T.writes(element_acc[vr, vp, vw])
+                                                                            element_acc[vr, vp, vw] = T.float32(0.0)
+                                                                for t, w_0 in T.grid(valid_len - begin, 16):
+                                                                    for w_1 in T.vectorized(16):
+                                                                        with T.sblock("element_sum_update"):
+                                                                            vr, vp = T.axis.remap("SS", [r, p])
+                                                                            vw = T.axis.spatial(256, w_0 * 16 + w_1)
+                                                                            vt = T.axis.reduce(128, t + begin)
+                                                                            T.reads(element_acc[vr, vp, vw], prob_pairs[vi, vr * 2 + 1, vt], key_cache[key_offsets[vt] + value_head + T.Cast("int64", vi) // T.int64(8) * k_head + T.Cast("int64", vt) % T.int64(16) * k_row + T.Cast("int64", vw)], key_offsets[vt])
+                                                                            T.writes(element_acc[vr, vp, vw])
+                                                                            element_acc[vr, vp, vw] = element_acc[vr, vp, vw] + T.reinterpret("float32", prob_pairs[vi, vr * 2 + 1, vt]) * T.reinterpret("float32", T.Select(vp % 2 == 0, key_cache[key_offsets[vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", vt % 16) * k_row) + T.Cast("int64", vw)] << 16, key_cache[key_offsets[vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", vt % 16) * k_row) + T.Cast("int64", vw)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                            for r, p, w_0 in T.grid(16, 2, 16):
+                                                                for w_1 in T.vectorized(16):
+                                                                    with T.sblock("stored_element"):
+                                                                        vr, vp = T.axis.remap("SS", [r, p])
+                                                                        vw = T.axis.spatial(256, w_0 * 16 + w_1)
+                                                                        T.reads(element_acc[vr, vp, vw])
+                                                                        T.writes(acc_1[vi, vr * 2 + vp, vw])
+                                                                        acc_1[vi, vr * 2 + vp, vw] = element_acc[vr, vp, vw]
+                                            with T.sblock("fold"):
+                                                T.reads(acc_1[0, 0:32, 0:256], alpha[0, 0:16], beta[0, 0:16])
+                                                T.writes(acc[first, 0:16, 0:512])
+                                                tile_acc = T.sblock_alloc_buffer((1, 16, 256, 2))
+                                                for i, r, w_0 in T.grid(1, 16, 16):
+                                                    with T.sblock("in_order_o"):
+                                                        vi_o, vr_o = T.axis.remap("SS", [i, r])
+                                                        vp_o = T.axis.spatial(1, 0)
+                                                        vw_o = T.axis.spatial(16, w_0)
+                                                        T.reads(acc_1[vi_o, vr_o * 2:vr_o * 2 + 2, vw_o * 16:vw_o * 16 + 16])
+                                                        T.writes(tile_acc[vi_o, vr_o, vw_o * 16:vw_o * 16 + 16, 0:2])
+                                                        turned = T.match_buffer(tile_acc[vi_o, vr_o, vw_o * 16:vw_o * 16 + 16, 0:2], (16, 2), strides=("turned_row", 1), offset_factor=1)
+                                                        block = T.match_buffer(acc_1[vi_o, vr_o * 2:vr_o * 2 + 2, vw_o * 16:vw_o * 16 + 16], (2, 16), strides=("block_row", 1), offset_factor=1)
+                                                        v: T.let[T.float32x16] = block[0, T.Ramp(0, 1, 16)]
+                                                        v_1: T.let[T.float32x16] = block[1, T.Ramp(0, 1, 16)]
+                                                        v_2: T.let[T.float32x16] = T.Shuffle([v, v_1], [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23])
+                                                        v_3: T.let[T.float32x16] = T.Shuffle([v, v_1], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
+                                                        turned[0, 0:16] = v_2
+                                                        turned[8, 0:16] = v_3
+                                                for i, r_0, d_0 in T.grid(1, 16, 4):
+                                                    for r_1 in T.unroll(1):
+                                                        for d_1_0 in T.unroll(8):
+                                                            for d_1_1 in T.vectorized(16):
+                                                                with T.sblock("acc"):
+                                                                    vi = T.axis.spatial(1, i)
+                                                                    vr = T.axis.spatial(16, r_0 + r_1)
+                                                                    vd = T.axis.spatial(512, d_0 * 128 + d_1_0 * 16 + d_1_1)
+                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd // 2, vd % 2])
+                                                                    T.writes(acc[first + vi, vr, vd])
+                                                                    with T.init():
+                                                                        acc[first + vi, vr, vd] = T.float32(0.0)
+                                                                    acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd // 2, vd % 2]
                 for tile in range(8):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(8, tile)
@@ -417,10 +769,9 @@ class Module:
                         T.writes()
                         if partial_start < 0:
                             with T.sblock("normalize"):
-                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:512, 0:16])
+                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:16, 0:512])
                                 T.writes(out[seq, vtile // 8 * 128 + vtile % 8 * 16:vtile // 8 * 128 + vtile % 8 * 16 + 16, 0:512], lse[seq, vtile // 8 * 128 + vtile % 8 * 16:vtile // 8 * 128 + vtile % 8 * 16 + 16])
                                 factor = T.sblock_alloc_buffer((16,))
-                                acc_global = T.sblock_alloc_buffer((1, 16, 512))
                                 for r in T.vectorized(16):
                                     with T.sblock("factor"):
                                         vr = T.axis.spatial(16, r)
@@ -428,40 +779,14 @@ class Module:
                                         T.writes(factor[vr])
                                         total: T.let[T.float32] = row_sum[vtile, vr]
                                         factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-                                for r_0, d_0 in T.grid(4, 32):
-                                    for ax0, ax1_0, ax2_0 in T.grid(1, 4, 1):
-                                        with T.sblock("acc_global_o"):
-                                            v0_o = T.axis.spatial(1, ax0)
-                                            v1_o = T.axis.spatial(128, d_0 * 4 + ax1_0)
-                                            v2_o = T.axis.spatial(4, r_0 + ax2_0)
-                                            T.reads(acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
-                                            T.writes(acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
-                                            turned = T.match_buffer(acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
-                                            block = T.match_buffer(acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
-                                            v: T.let[T.float32x4] = block[0, T.Ramp(0, 1, 4)]
-                                            v_1: T.let[T.float32x4] = block[1, T.Ramp(0, 1, 4)]
-                                            v_2: T.let[T.float32x4] = block[2, T.Ramp(0, 1, 4)]
-                                            v_3: T.let[T.float32x4] = block[3, T.Ramp(0, 1, 4)]
-                                            v_4: T.let[T.float32x4] = T.Shuffle([v, v_2], [0, 4, 1, 5])
-                                            v_5: T.let[T.float32x4] = T.Shuffle([v, v_2], [2, 6, 3, 7])
-                                            v_6: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [0, 4, 1, 5])
-                                            v_7: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [2, 6, 3, 7])
-                                            v_8: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [0, 4, 1, 5])
-                                            v_9: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [2, 6, 3, 7])
-                                            v_10: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [0, 4, 1, 5])
-                                            v_11: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [2, 6, 3, 7])
-                                            turned[0, 0:4] = v_8
-                                            turned[1, 0:4] = v_9
-                                            turned[2, 0:4] = v_10
-                                            turned[3, 0:4] = v_11
-                                    for r_1 in T.unroll(4):
-                                        for d_1 in T.vectorized(16):
-                                            with T.sblock("out"):
-                                                vr = T.axis.spatial(16, r_0 * 4 + r_1)
-                                                vd = T.axis.spatial(512, d_0 * 16 + d_1)
-                                                T.reads(acc_global[0, vr, vd], factor[vr])
-                                                T.writes(out[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr, vd])
-                                                out[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr, vd] = T.Cast("bfloat16", acc_global[0, vr, vd] * factor[vr])
+                                for r, d_0 in T.grid(16, 32):
+                                    for d_1 in T.vectorized(16):
+                                        with T.sblock("out"):
+                                            vr = T.axis.spatial(16, r)
+                                            vd = T.axis.spatial(512, d_0 * 16 + d_1)
+                                            T.reads(acc[vtile, vr, vd], factor[vr])
+                                            T.writes(out[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr, vd])
+                                            out[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr, vd] = T.Cast("bfloat16", acc[vtile, vr, vd] * factor[vr])
                                 for r in range(16):
                                     with T.sblock("lse"):
                                         vr = T.axis.spatial(16, r)
@@ -470,7 +795,7 @@ class Module:
                                         lse[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr] * T.reinterpret("float32", places + 127 << 23)))
                         else:
                             with T.sblock("store_partial"):
-                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:512, 0:16])
+                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:16, 0:512])
                                 T.writes(partial_max[partial_start + vs, vtile // 8 * 128 + vtile % 8 * 16:vtile // 8 * 128 + vtile % 8 * 16 + 16], partial_sum[partial_start + vs, vtile // 8 * 128 + vtile % 8 * 16:vtile // 8 * 128 + vtile % 8 * 16 + 16], partial_acc[partial_start + vs, vtile // 8 * 128 + vtile % 8 * 16:vtile // 8 * 128 + vtile % 8 * 16 + 16, 0:512])
                                 for r in range(16):
                                     with T.sblock("store_row"):
@@ -479,12 +804,14 @@ class Module:
                                         T.writes(partial_max[partial_start + vs, vtile // 8 * 128 + vtile % 8 * 16 + vr], partial_sum[partial_start + vs, vtile // 8 * 128 + vtile % 8 * 16 + vr])
                                         partial_max[partial_start + vs, vtile // 8 * 128 + vtile % 8 * 16 + vr] = row_max[vtile, vr]
                                         partial_sum[partial_start + vs, vtile // 8 * 128 + vtile % 8 * 16 + vr] = row_sum[vtile, vr]
-                                for r, d in T.grid(16, 512):
-                                    with T.sblock("store_acc"):
-                                        vr, vd = T.axis.remap("SS", [r, d])
-                                        T.reads(acc[vtile, vd, vr])
-                                        T.writes(partial_acc[partial_start + vs, vtile // 8 * 128 + vtile % 8 * 16 + vr, vd])
-                                        partial_acc[partial_start + vs, vtile // 8 * 128 + vtile % 8 * 16 + vr, vd] = acc[vtile, vd, vr]
+                                for r, d_0 in T.grid(16, 32):
+                                    for d_1 in T.vectorized(16):
+                                        with T.sblock("store_acc"):
+                                            vr = T.axis.spatial(16, r)
+                                            vd = T.axis.spatial(512, d_0 * 16 + d_1)
+                                            T.reads(acc[vtile, vr, vd])
+                                            T.writes(partial_acc[partial_start + vs, vtile // 8 * 128 + vtile % 8 * 16 + vr, vd])
+                                            partial_acc[partial_start + vs, vtile // 8 * 128 + vtile % 8 * 16 + vr, vd] = acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
     def merge_partials(context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(128)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(128)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(128), T.int64(512)), "float32", align=4), out: T.Buffer((batch, T.int64(128), T.int64(512)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(128)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):

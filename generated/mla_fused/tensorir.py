@@ -56,7 +56,7 @@ class Module:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer((8, 16, 288), "int32")
+                q_tile = T.sblock_alloc_buffer((8, 288, 16), "int32")
                 row_max = T.sblock_alloc_buffer((8, 16))
                 row_sum = T.sblock_alloc_buffer((8, 16))
                 acc = T.sblock_alloc_buffer((8, 16, 512))
@@ -64,7 +64,7 @@ class Module:
                 places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
                 range_begin: T.let[T.int32] = block_begin * 64
                 range_len: T.let[T.int32] = T.max(T.min(block_end * 64, context_lens[seq]) - range_begin, 0)
-                num_steps: T.let[T.int32] = T.max((range_len + 112 - 1) // 112, 1)
+                num_steps: T.let[T.int32] = T.max((range_len + 128 - 1) // 128, 1)
                 for tile in range(8):
                     with T.sblock("query_tile"):
                         vtile = T.axis.spatial(8, tile)
@@ -72,45 +72,44 @@ class Module:
                         T.writes()
                         with T.sblock("load_query"):
                             T.reads(query[seq, vtile // 8 * 128 + vtile % 8 * 16:vtile // 8 * 128 + vtile % 8 * 16 + 16, 0:576])
-                            T.writes(q_tile[vtile, 0:16, 0:288])
+                            T.writes(q_tile[vtile, 0:288, 0:16])
                             for r, d in T.grid(16, 288):
                                 with T.sblock("q_tile"):
                                     vr, vd = T.axis.remap("SS", [r, d])
                                     T.reads(query[seq, vtile * 16 + vr, vd * 2:vd * 2 + 2])
-                                    T.writes(q_tile[vtile, vr, vd])
-                                    q_tile[vtile, vr, vd] = T.if_then_else(vr < 16, T.reinterpret("int32", T.Cast("float32", query[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr, 2 * vd + 1]) * query_scale), 0)
+                                    T.writes(q_tile[vtile, vd, vr])
+                                    q_tile[vtile, vd, vr] = T.if_then_else(vr < 16, T.reinterpret("int32", T.Cast("float32", query[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[seq, vtile // 8 * 128 + vtile % 8 * 16 + vr, 2 * vd + 1]) * query_scale), 0)
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((224,), "int64")
-                        tile_start: T.let[T.int32] = range_begin + vstep * 112
-                        valid_len: T.let[T.int32] = T.min(range_len - vstep * 112, 112)
+                        key_offsets = T.sblock_alloc_buffer((256,), "int64")
+                        tile_start: T.let[T.int32] = range_begin + vstep * 128
+                        valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
                         has_next: T.let[T.bool] = vstep < num_steps - 1
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 224, (valid_len + 8 - 1) // 8 * 8)
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 64 - 1) // 64 * 64)
                         last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
-                            T.writes(key_offsets[0:224])
+                            T.writes(key_offsets[0:256])
                             row_start: T.let[T.int32] = row_starts[seq]
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(224, t)
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 64])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, row_start + token // 64])
                                     slot: T.let[T.int32] = token % 64
-                                    key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
+                                    key_offsets[vt] = block * k_block + T.Cast("int64", slot - slot % 16) * k_row
                         for kv_head in range(1):
                             with T.sblock("kv_head"):
                                 vkv = T.axis.spatial(1, kv_head)
                                 T.reads()
                                 T.writes()
-                                v_tile = T.sblock_alloc_buffer((56, 512), "int32")
                                 is_last: T.let[T.bool] = vkv == 0
-                                next_tile: T.let[T.int32] = T.Select(is_last and has_next, 112, 0)
+                                next_tile: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
                                 next_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
                                 with T.sblock("next_keys"):
                                     T.reads()
@@ -118,62 +117,60 @@ class Module:
                                     T.call_extern("int32", "next_tile", key_cache[0], key_offsets[0], k_block, k_row, k_head, next_tile, next_head * k_head)
                                 key_head: T.let[T.int64] = T.Cast("int64", vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", vkv) * k_head
-                                with T.sblock("load_values"):
-                                    T.reads(key_cache[0:k_span], key_offsets[0:224])
-                                    T.writes(v_tile[0:56, 0:512])
-                                    for to, ti, d in T.grid((valid_len + 8 - 1) // 8, 4, 512):
-                                        with T.sblock("load_values_element"):
-                                            vt = T.axis.spatial(56, to * 4 + ti)
-                                            vd = T.axis.spatial(512, d)
-                                            T.reads(key_cache[0:k_span], key_offsets[0:224])
-                                            T.writes(v_tile[vt, vd])
-                                            v_tile[vt, vd] = T.Select(vd % 2 == 0, key_cache[key_offsets[2 * vt] + value_head + T.Cast("int64", vd // 2)] & 65535 | key_cache[key_offsets[2 * vt + 1] + value_head + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[2 * vt] + value_head + T.Cast("int64", vd // 2)] >> 16 & 65535 | key_cache[key_offsets[2 * vt + 1] + value_head + T.Cast("int64", vd // 2)] & -65536)
                                 for group_tile in range(8):
                                     with T.sblock("head_tile"):
                                         vgt = T.axis.spatial(8, group_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 16, 112))
-                                        probs = T.sblock_alloc_buffer((1, 16, 112))
+                                        scores = T.sblock_alloc_buffer((1, 16, 128))
+                                        probs = T.sblock_alloc_buffer((1, 16, 128))
                                         tile_max = T.sblock_alloc_buffer((1, 16))
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
                                         alpha = T.sblock_alloc_buffer((1, 16))
                                         beta = T.sblock_alloc_buffer((1, 16))
-                                        prob_pairs = T.sblock_alloc_buffer((1, 16, 56), "int32")
+                                        prob_pairs = T.sblock_alloc_buffer((1, 32, 128), "int32")
                                         first: T.let[T.int32] = vkv * 8 + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[first, 0:16, 0:288], key_cache[0:k_span], key_offsets[0:224])
-                                            T.writes(scores[0, 0:16, 0:112])
-                                            for i, to, ti, r, d in T.grid(1, (valid_len + 8 - 1) // 8, 8, 16, 288):
+                                            T.reads(q_tile[first, 0:288, 0:16], key_cache[0:k_span], key_offsets[0:256])
+                                            T.writes(scores[0, 0:16, 0:128])
+                                            by_token = T.sblock_alloc_buffer((1, 128, 16))
+                                            for to, i, s_1, t, r, d in T.grid((valid_len + 64 - 1) // 64, 1, 4, 16, 16, 288):
                                                 with T.sblock("scores"):
-                                                    vt = T.axis.spatial(112, to * 8 + ti)
-                                                    vi, vr, vd = T.axis.remap("SSR", [i, r, d])
-                                                    T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt] + key_head + T.Cast("int64", vi) // T.int64(8) * k_head + T.Cast("int64", vd)], key_offsets[vt])
-                                                    T.writes(scores[0, vr, vt])
+                                                    vs_1 = T.axis.spatial(8, to * 4 + s_1)
+                                                    vi, vt, vr, vd = T.axis.remap("SSSR", [i, t, r, d])
+                                                    T.reads(key_cache[key_offsets[vs_1 * 16] + key_head + T.Cast("int64", vi) // T.int64(8) * k_head + T.Cast("int64", vt) * k_row + T.Cast("int64", vd)], key_offsets[vs_1 * 16], q_tile[first + vi, vd, vr])
+                                                    T.writes(by_token[vi, vs_1 * 16 + vt, vr])
                                                     with T.init():
-                                                        scores[0, vr, vt] = T.float32(0.0)
-                                                    scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi // 8) * k_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi // 8) * k_head) + T.Cast("int64", vd)] & -65536))
+                                                        by_token[vi, vs_1 * 16 + vt, vr] = T.float32(0.0)
+                                                    by_token[vi, vs_1 * 16 + vt, vr] = by_token[vi, vs_1 * 16 + vt, vr] + (T.reinterpret("float32", key_cache[key_offsets[vs_1 * 16] + (key_head + T.Cast("int64", vi // 8) * k_head) + (T.Cast("int64", vt) * k_row + T.Cast("int64", vd))] << 16) * T.reinterpret("float32", q_tile[first + vi, vd, vr] << 16) + T.reinterpret("float32", key_cache[key_offsets[vs_1 * 16] + (key_head + T.Cast("int64", vi // 8) * k_head) + (T.Cast("int64", vt) * k_row + T.Cast("int64", vd))] & -65536) * T.reinterpret("float32", q_tile[first + vi, vd, vr] & -65536))
+                                            for to, i, s_1, t, r in T.grid((valid_len + 64 - 1) // 64, 1, 4, 16, 16):
+                                                with T.sblock("turned_scores"):
+                                                    vs_1 = T.axis.spatial(8, to * 4 + s_1)
+                                                    vi, vt, vr = T.axis.remap("SSS", [i, t, r])
+                                                    T.reads(by_token[vi, vs_1 * 16 + vt, vr])
+                                                    T.writes(scores[vi, vr, vs_1 * 16 + vt])
+                                                    scores[vi, vr, vs_1 * 16 + vt] = by_token[vi, vs_1 * 16 + vt, vr]
                                         for i in range(1):
                                             with T.sblock("softmax"):
                                                 vslot = T.axis.spatial(1, i)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vslot, 0:16, 0:112])
-                                                    T.writes(probs[vslot, 0:16, 0:112], tile_max[vslot, 0:16], tile_sum[vslot, 0:16])
-                                                    scaled = T.sblock_alloc_buffer((16, 112))
+                                                    T.reads(scores[vslot, 0:16, 0:128])
+                                                    T.writes(probs[vslot, 0:16, 0:128], tile_max[vslot, 0:16], tile_sum[vslot, 0:16])
+                                                    scaled = T.sblock_alloc_buffer((16, 128))
                                                     peak = T.sblock_alloc_buffer((16,))
-                                                    exact = T.sblock_alloc_buffer((16, 112))
-                                                    for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
+                                                    exact = T.sblock_alloc_buffer((16, 128))
+                                                    for r, to, ti in T.grid(16, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("scaled"):
-                                                            vo = T.axis.spatial(14, to)
+                                                            vo = T.axis.spatial(2, to)
                                                             vi, vr = T.axis.remap("SS", [ti, r])
-                                                            T.reads(scores[vslot, vr, vo * 8 + vi])
-                                                            T.writes(scaled[vr, vo * 8 + vi])
-                                                            scaled[vr, vo * 8 + vi] = T.Select(vi < valid_len - vo * 8, scores[vslot, vr, vo * 8 + vi] * score_scale, T.float32("-inf"))
-                                                    for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
+                                                            T.reads(scores[vslot, vr, vo * 64 + vi])
+                                                            T.writes(scaled[vr, vo * 64 + vi])
+                                                            scaled[vr, vo * 64 + vi] = T.Select(vi < valid_len - vo * 64, scores[vslot, vr, vo * 64 + vi] * score_scale, T.float32("-inf"))
+                                                    for r, to, ti in T.grid(16, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("peak"):
-                                                            vt = T.axis.reduce(112, to * 8 + ti)
+                                                            vt = T.axis.reduce(128, to * 64 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(scaled[vr, vt])
                                                             T.writes(peak[vr])
@@ -186,9 +183,9 @@ class Module:
                                                             T.reads(peak[vr])
                                                             T.writes(tile_max[vslot, vr])
                                                             tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                    for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
+                                                    for r, to, ti in T.grid(16, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("exact"):
-                                                            vt = T.axis.spatial(112, to * 8 + ti)
+                                                            vt = T.axis.spatial(128, to * 64 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(scaled[vr, vt], tile_max[vslot, vr])
                                                             T.writes(exact[vr, vt])
@@ -201,32 +198,39 @@ class Module:
                                                             series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                             exact[vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
-                                                    for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
+                                                    for r, to, ti in T.grid(16, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("probs"):
-                                                            vt = T.axis.spatial(112, to * 8 + ti)
+                                                            vt = T.axis.spatial(128, to * 64 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(exact[vr, vt])
                                                             T.writes(probs[vslot, vr, vt])
                                                             probs[vslot, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32767 + (T.reinterpret("int32", exact[vr, vt]) >> 16 & 1) & -65536)
-                                                    for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
+                                                    for r, to, ti in T.grid(16, (valid_len + 64 - 1) // 64, 64):
                                                         with T.sblock("tile_sum"):
-                                                            vt = T.axis.reduce(112, to * 8 + ti)
+                                                            vt = T.axis.reduce(128, to * 64 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(probs[vslot, vr, vt])
                                                             T.writes(tile_sum[vslot, vr])
                                                             with T.init():
                                                                 tile_sum[vslot, vr] = T.float32(0.0)
                                                             tile_sum[vslot, vr] = tile_sum[vslot, vr] + probs[vslot, vr, vt]
-                                                with T.sblock("pair_probs"):
-                                                    T.reads(probs[vslot, 0:16, 0:112])
-                                                    T.writes(prob_pairs[vslot, 0:16, 0:56])
-                                                    for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 4):
-                                                        with T.sblock("pairs"):
-                                                            vt = T.axis.spatial(56, to * 4 + ti)
+                                                with T.sblock("split_probs"):
+                                                    T.reads(probs[vslot, 0:16, 0:128])
+                                                    T.writes(prob_pairs[vslot, 0:32, 0:128])
+                                                    for r, to, ti in T.grid(16, (valid_len + 64 - 1) // 64, 64):
+                                                        with T.sblock("even_weight"):
+                                                            vt = T.axis.spatial(128, to * 64 + ti)
                                                             vr = T.axis.spatial(16, r)
-                                                            T.reads(probs[vslot, vr, vt * 2:vt * 2 + 2])
-                                                            T.writes(prob_pairs[vslot, vr, vt])
-                                                            prob_pairs[vslot, vr, vt] = T.reinterpret("int32", probs[vslot, vr, 2 * vt]) >> 16 & 65535 | T.reinterpret("int32", probs[vslot, vr, 2 * vt + 1])
+                                                            T.reads(probs[vslot, vr, vt])
+                                                            T.writes(prob_pairs[vslot, vr * 2, vt])
+                                                            prob_pairs[vslot, vr * 2, vt] = T.reinterpret("int32", probs[vslot, vr, vt]) >> 16 & 65535
+                                                    for r, to, ti in T.grid(16, (valid_len + 64 - 1) // 64, 64):
+                                                        with T.sblock("odd_weight"):
+                                                            vt = T.axis.spatial(128, to * 64 + ti)
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(probs[vslot, vr, vt])
+                                                            T.writes(prob_pairs[vslot, vr * 2 + 1, vt])
+                                                            prob_pairs[vslot, vr * 2 + 1, vt] = T.reinterpret("int32", probs[vslot, vr, vt])
                                                 with T.sblock("rescale"):
                                                     T.reads(tile_max[vslot, 0:16], tile_sum[vslot, 0:16], row_max[first + vslot, 0:16], row_sum[first + vslot, 0:16])
                                                     T.writes(row_max[first + vslot, 0:16], row_sum[first + vslot, 0:16], alpha[vslot, 0:16], beta[vslot, 0:16])
@@ -275,39 +279,130 @@ class Module:
                                                             T.writes(row_max[first + vslot, vr], row_sum[first + vslot, vr])
                                                             row_max[first + vslot, vr] = new_max[vr]
                                                             row_sum[first + vslot, vr] = new_sum[vr]
-                                        num_full: T.let[T.int32] = valid_len // 8
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
-                                            tile_acc = T.sblock_alloc_buffer((1, 16, 512))
-                                            full_acc = T.sblock_alloc_buffer((1, 16, 512))
-                                            for i, to, ti, r, d in T.grid(1, num_full, 4, 16, 512):
-                                                with T.sblock("full_groups"):
-                                                    vt = T.axis.reduce(56, to * 4 + ti)
-                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    T.reads(prob_pairs[0, vr, vt], v_tile[0:56, 0:512], key_offsets[vt * 2:vt * 2 + 2])
-                                                    T.writes(full_acc[vi, vr, vd])
-                                                    with T.init():
-                                                        full_acc[vi, vr, vd] = T.float32(0.0)
-                                                    full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", v_tile[vt, vd] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", v_tile[vt, vd] & -65536))
-                                            for i, ti, r, d in T.grid(1, (valid_len % 8 + 2 - 1) // 2, 16, 512):
-                                                with T.sblock("tile_acc"):
-                                                    vt = T.axis.reduce(56, num_full * 4 + ti)
-                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    T.reads(full_acc[vi, vr, vd], prob_pairs[0, vr, vt], v_tile[0:56, 0:512], key_offsets[vt * 2:vt * 2 + 2])
-                                                    T.writes(tile_acc[0, vr, vd])
-                                                    with T.init():
-                                                        tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                    tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (v_tile[vt, vd] & T.Select(2 * vt + 1 < valid_len, -1, 65535)) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", v_tile[vt, vd] & T.Select(2 * vt + 1 < valid_len, -1, 65535) & -65536))
-                                            for i, r, d in T.grid(1, 16, 512):
-                                                with T.sblock("acc"):
-                                                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                    T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
-                                                    T.writes(acc[first + vi, vr, vd])
-                                                    with T.init():
-                                                        acc[first + vi, vr, vd] = T.float32(0.0)
-                                                    acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                                            acc_1 = T.sblock_alloc_buffer((1, 32, 256))
+                                            sums = T.sblock_alloc_buffer((32, 32))
+                                            for p in range(8):
+                                                with T.sblock("clear_sums"):
+                                                    vp = T.axis.spatial(8, p)
+                                                    T.reads()
+                                                    T.writes(sums[0:32, 0:32])
+                                                    for m, w in T.grid(32, 32):
+                                                        with T.sblock("no_sum"):
+                                                            vm, vw = T.axis.remap("SS", [m, w])
+                                                            T.reads()
+                                                            T.writes(sums[vm, vw])
+                                                            sums[vm, vw] = T.float32(0.0)
+                                                for to in range((valid_len + 63) // 64):
+                                                    if to * 64 + 64 <= valid_len:
+                                                        for s_1, m, w, k in T.grid(4, 32, 32, 16):
+                                                            with T.sblock("whole_sum"):
+                                                                vi = T.axis.spatial(1, 0)
+                                                                vp = T.axis.spatial(8, p)
+                                                                vs_1 = T.axis.reduce(8, to * 4 + s_1)
+                                                                vm, vw, vk = T.axis.remap("SSR", [m, w, k])
+                                                                T.reads(sums[vm, vw], prob_pairs[vi, vm, vs_1 * 16 + vk], key_cache[T.Cast("int64", vp) * T.int64(32) + key_offsets[vs_1 * 16] + value_head + T.Cast("int64", vi) // T.int64(8) * k_head + T.Cast("int64", vk) * k_row + T.Cast("int64", vw)], key_offsets[vs_1 * 16])
+                                                                T.writes(sums[vm, vw])
+                                                                sums[vm, vw] = sums[vm, vw] + (T.reinterpret("float32", prob_pairs[vi, vm, vs_1 * 16 + vk] << 16) * T.reinterpret("float32", key_cache[key_offsets[vs_1 * 16] + (value_head + T.Cast("int64", vi // 8) * k_head) + (T.Cast("int64", vk) * k_row + T.Cast("int64", vp * 32 + vw))] << 16) + T.reinterpret("float32", prob_pairs[vi, vm, vs_1 * 16 + vk] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vs_1 * 16] + (value_head + T.Cast("int64", vi // 8) * k_head) + (T.Cast("int64", vk) * k_row + T.Cast("int64", vp * 32 + vw))] & -65536))
+                                                    else:
+                                                        with T.sblock("edge_group"):
+                                                            vi = T.axis.spatial(1, 0)
+                                                            vp = T.axis.spatial(8, p)
+                                                            vto = T.axis.opaque(2, to)
+                                                            T.reads()
+                                                            T.writes()
+                                                            edge = T.sblock_alloc_buffer((64, 32), "int32")
+                                                            for ti, w in T.grid(64, 32):
+                                                                with T.sblock("edge_value"):
+                                                                    vt, vw = T.axis.remap("SS", [ti, w])
+                                                                    T.reads(key_cache[key_offsets[vto * 64 + vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", (vto * 64 + vt) % 16) * k_row) + T.Cast("int64", vp * 32 + vw)], key_offsets[vto * 64 + vt])
+                                                                    T.writes(edge[vt, vw])
+                                                                    edge[vt, vw] = T.Select(vto * 64 + vt < valid_len, key_cache[key_offsets[vto * 64 + vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", (vto * 64 + vt) % 16) * k_row) + T.Cast("int64", vp * 32 + vw)], 0)
+                                                            for s_1, m, w, k in T.grid(4, 32, 32, 16):
+                                                                with T.sblock("edge_sum"):
+                                                                    vs_1, vm, vw, vk = T.axis.remap("RSSR", [s_1, m, w, k])
+                                                                    T.reads(sums[vm, vw], prob_pairs[vi, vm, vto * 64 + vs_1 * 16 + vk], edge[vs_1 * 16 + vk, vw])
+                                                                    T.writes(sums[vm, vw])
+                                                                    sums[vm, vw] = sums[vm, vw] + (T.reinterpret("float32", prob_pairs[vi, vm, vto * 64 + vs_1 * 16 + vk] << 16) * T.reinterpret("float32", edge[vs_1 * 16 + vk, vw] << 16) + T.reinterpret("float32", prob_pairs[vi, vm, vto * 64 + vs_1 * 16 + vk] & -65536) * T.reinterpret("float32", edge[vs_1 * 16 + vk, vw] & -65536))
+                                                with T.sblock("store_sums"):
+                                                    vi = T.axis.spatial(1, 0)
+                                                    vp = T.axis.spatial(8, p)
+                                                    T.reads(sums[0:32, 0:32])
+                                                    T.writes(acc_1[vi, 0:32, vp * 32:vp * 32 + 32])
+                                                    for m, w in T.grid(32, 32):
+                                                        with T.sblock("stored_sum"):
+                                                            vm, vw = T.axis.remap("SS", [m, w])
+                                                            T.reads(sums[vm, vw])
+                                                            T.writes(acc_1[vi, vm, vp * 32 + vw])
+                                                            acc_1[vi, vm, vp * 32 + vw] = sums[vm, vw]
+                                            for i in range(1):
+                                                with T.sblock("finite_sums"):
+                                                    vi = T.axis.spatial(1, i)
+                                                    T.reads()
+                                                    T.writes()
+                                                    infinite = T.sblock_alloc_buffer((1,), "int32")
+                                                    with T.sblock("find_infinite"):
+                                                        T.reads(acc_1[vi, 0:32, 0:256])
+                                                        T.writes(infinite[0])
+                                                        largest = T.sblock_alloc_buffer((16,), "int32")
+                                                        for lane, m, w in T.grid(16, 32, 16):
+                                                            with T.sblock("largest"):
+                                                                vlane, vm, vw = T.axis.remap("SRR", [lane, m, w])
+                                                                T.reads(acc_1[vi, vm, vw * 16 + vlane])
+                                                                T.writes(largest[vlane])
+                                                                with T.init():
+                                                                    largest[vlane] = 0
+                                                                largest[vlane] = T.max(largest[vlane], T.reinterpret("int32", acc_1[vi, vm, vw * 16 + vlane]) & 2139095040)
+                                                        for lane in range(16):
+                                                            with T.sblock("infinite"):
+                                                                vlane = T.axis.reduce(16, lane)
+                                                                T.reads(largest[vlane])
+                                                                T.writes(infinite[0])
+                                                                with T.init():
+                                                                    infinite[0] = 0
+                                                                infinite[0] = T.Select(largest[vlane] == 2139095040, 1, infinite[0])
+                                                    if infinite[0] != 0:
+                                                        begin: T.let[T.int32] = 0
+                                                        with T.sblock("element_sums"):
+                                                            T.reads()
+                                                            T.writes()
+                                                            element_acc = T.sblock_alloc_buffer((16, 2, 256))
+                                                            for r, p, t, w in T.grid(16, 2, valid_len - begin, 256):
+                                                                with T.sblock("element_sum"):
+                                                                    vr, vp, vw = T.axis.remap("SSS", [r, p, w])
+                                                                    vt = T.axis.reduce(128, begin + t)
+                                                                    T.reads(prob_pairs[vi, vr * 2 + 1, vt], key_cache[key_offsets[vt] + value_head + T.Cast("int64", vi) // T.int64(8) * k_head + T.Cast("int64", vt) % T.int64(16) * k_row + T.Cast("int64", vw)], key_offsets[vt])
+                                                                    T.writes(element_acc[vr, vp, vw])
+                                                                    with T.init():
+                                                                        element_acc[vr, vp, vw] = T.float32(0.0)
+                                                                    element_acc[vr, vp, vw] = element_acc[vr, vp, vw] + T.reinterpret("float32", prob_pairs[vi, vr * 2 + 1, vt]) * T.reinterpret("float32", T.Select(vp % 2 == 0, key_cache[key_offsets[vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", vt % 16) * k_row) + T.Cast("int64", vw)] << 16, key_cache[key_offsets[vt] + (value_head + T.Cast("int64", vi // 8) * k_head + T.Cast("int64", vt % 16) * k_row) + T.Cast("int64", vw)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                            for r, p, w in T.grid(16, 2, 256):
+                                                                with T.sblock("stored_element"):
+                                                                    vr, vp, vw = T.axis.remap("SSS", [r, p, w])
+                                                                    T.reads(element_acc[vr, vp, vw])
+                                                                    T.writes(acc_1[vi, vr * 2 + vp, vw])
+                                                                    acc_1[vi, vr * 2 + vp, vw] = element_acc[vr, vp, vw]
+                                            with T.sblock("fold"):
+                                                T.reads(acc_1[0, 0:32, 0:256], alpha[0, 0:16], beta[0, 0:16])
+                                                T.writes(acc[first, 0:16, 0:512])
+                                                tile_acc = T.sblock_alloc_buffer((1, 16, 512))
+                                                for i, r, p, w in T.grid(1, 16, 2, 256):
+                                                    with T.sblock("in_order"):
+                                                        vi, vr, vp, vw = T.axis.remap("SSSS", [i, r, p, w])
+                                                        T.reads(acc_1[vi, vr * 2 + vp, vw])
+                                                        T.writes(tile_acc[vi, vr, vw * 2 + vp])
+                                                        tile_acc[vi, vr, vw * 2 + vp] = acc_1[vi, vr * 2 + vp, vw]
+                                                for i, r, d in T.grid(1, 16, 512):
+                                                    with T.sblock("acc"):
+                                                        vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                        T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                        T.writes(acc[first + vi, vr, vd])
+                                                        with T.init():
+                                                            acc[first + vi, vr, vd] = T.float32(0.0)
+                                                        acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
                 for tile in range(8):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(8, tile)

@@ -20,6 +20,7 @@ from pa_compiler.cpu.tiles.in_tile_registers import TILES
 from pa_compiler.key_ranges import decodes_by_attend
 from pa_compiler.runtime import threads
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import TILE_ROWS, TILE_TOKENS
 from pa_compiler.words import counted
 
 PREDICTED_TOKENS = 1000
@@ -102,7 +103,7 @@ def decisions(spec: PagedAttentionSpec, cpu: CpuTarget, pipeline: str, limits: L
 
 def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> list[tuple[str, str]]:
     """The tiles: of rows and tokens, and what of them lies in registers."""
-    if tiles.value_pairs:
+    if tiles.value_pairs or tiles.rows_in_place:
         read = "read in place and multiplied by AMX, but for copies of values at the ends of what is seen"
     elif tiles.in_tile_registers:
         read = "tiles copied to scratch once for all their rows, values turned, and multiplied by AMX"
@@ -123,6 +124,9 @@ def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> li
         if tiles.value_pairs:
             rows, dims = tiles.row_tile, tiles.value_dims
         qk, pv = TILES, dims // 16
+        if tiles.rows_in_place:
+            rows, dims, qk = tiles.row_tile, tiles.value_dims, tiles.qk_tokens // TILE_TOKENS
+            pv = dims // (2 * TILE_ROWS) * -(-2 * rows // TILE_ROWS)
         of_all = "in {} of 8 tile registers".format
     return [
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {counted(spec.group, 'row')} of a kv head"),

@@ -17,7 +17,7 @@ from tvm.tirx import Buffer, BufferRegion
 
 from pa_compiler.kernels.elements import number, pair_halves
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
-from pa_compiler.tiles import Element, Tiling
+from pa_compiler.tiles import TILE_TOKENS, Element, Tiling
 from pa_compiler.tvmscript import inline
 
 
@@ -61,6 +61,8 @@ class CacheAccess(NamedTuple):
 def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
     """How key_cache is read."""
     keys = tiling.keys
+    if tiling.rows_in_place:
+        return _rows_in_step(keys, spec.head_dim)
     if spec.kv_layout != "packed":
         return _token_rows(keys, spec.head_dim)
     rows = spec.head_dim // keys.word
@@ -89,6 +91,8 @@ def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
 def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
     """How value_cache is read."""
     values = tiling.values
+    if tiling.rows_in_place:
+        return _rows_in_step(values, spec.result_dim)
     if spec.kv_layout != "packed" or spec.packed_pair == 1:
         return _token_rows(values, spec.result_dim)._replace(pair=_pair_of_rows)
     lines = -(-spec.result_dim // values.line_elements)
@@ -129,6 +133,28 @@ def _token_rows(of: Element, dim: int) -> CacheAccess:
     return CacheAccess(slot_offset, element, _word, line, lines)
 
 
+def _rows_in_step(of: Element, dim: int) -> CacheAccess:
+    """The same where TILE_TOKENS rows of a block are read at once: a token's offset is that of the first of them."""
+    rows = _token_rows(of, dim)
+
+    def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
+        return T.Cast("int64", slot - T.floormod(slot, TILE_TOKENS)) * row_stride
+
+    def in_step(cache: Cache, t: Expr) -> Expr:
+        return T.Cast("int64", T.floormod(t, TILE_TOKENS)) * cache.row
+
+    def element(cache: Cache, t: Expr, head_offset: Expr, d: Expr) -> Expr:
+        return rows.element(cache, t, head_offset + in_step(cache, t), d)
+
+    def pair(cache: Cache, t: Expr, head_offset: Expr, word: Expr) -> Expr:
+        return _word(cache, t, head_offset + in_step(cache, t), word)
+
+    def line(cache: Cache, token: Expr, nth: Expr, head_offset: Expr) -> Expr:
+        return rows.line(cache, token, nth, head_offset) + in_step(cache, token + T.floordiv(nth, rows.num_lines))
+
+    return CacheAccess(slot_offset, element, pair, line, rows.num_lines)
+
+
 def _word(cache: Cache, t: Expr, head_offset: Expr, word: Expr) -> Expr:
     """A word of a token's row."""
     return cache.memory[cache.offsets[t] + head_offset + T.Cast("int64", word)]
@@ -141,8 +167,8 @@ def _pair_of_rows(cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
     return pair_halves(first, second, d)
 
 
-def value_rows(cache: Cache, first: Expr, row: Expr, head_offset: Expr, d: Expr) -> Expr:
-    """The word of element d in a row of packed values, from that of the token in column `first` on, in its block."""
+def rows_from(cache: Cache, first: Expr, row: Expr, head_offset: Expr, d: Expr) -> Expr:
+    """Word d of a row of the cache, counted from that of the token in column `first` on, in its block."""
     in_block = T.Cast("int64", row) * cache.row + T.Cast("int64", d)
     return cache.memory[cache.offsets[first] + head_offset + in_block]
 

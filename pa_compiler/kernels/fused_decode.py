@@ -8,12 +8,12 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
-from pa_compiler.kernels import ahead, state
+from pa_compiler.kernels import ahead, rows_in_place, state
 from pa_compiler.kernels.arrays import Arrays, BlockTable, without
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.headroom import headroom
-from pa_compiler.kernels.load_query import load_query
+from pa_compiler.kernels.load_query import load_query, query_shape
 from pa_compiler.kernels.pv_in_place import update_in_place
 from pa_compiler.kernels.pv_matmul import pv_update
 from pa_compiler.kernels.qk_matmul import qk_matmul
@@ -41,7 +41,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """
     arrays, kv_tile = Arrays(spec, tiling), tiling.kv_tile
     tiles, rows = spec.num_kv_heads * tiling.row_tiles(spec), tiling.row_tile
-    depth, dim = spec.head_dim // tiling.keys.terms, spec.result_dim
+    dim, masks_first = spec.result_dim, masks_first_tile(spec, in_step=tiling.rows_in_place)
     look_up, attend = _look_up(spec, tiling), _attend_heads(spec, tiling)
     load_queries, finish = _load_queries(spec, tiling), _finish(spec, tiling)
     functions = ScoreFunctions(spec)
@@ -98,7 +98,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer((tiles, rows, depth), tiling.keys.factor_dtype)
+                q_tile = T.sblock_alloc_buffer(query_shape(spec, tiling, tiles), tiling.keys.factor_dtype)
                 row_max = T.sblock_alloc_buffer((tiles, rows), "float32")
                 row_sum = T.sblock_alloc_buffer((tiles, rows), "float32")
                 acc = T.sblock_alloc_buffer((tiles, rows, dim), "float32")
@@ -125,7 +125,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         tile_start: T.let = range_begin + vstep * kv_tile
                         valid_len: T.let = T.min(range_len - vstep * kv_tile, kv_tile)
                         has_next: T.let = vstep < num_steps - 1
-                        tile = T.meta_var(Tile(tiling, tile_start, valid_len, seen if masks_first_tile(spec) else None))
+                        tile = T.meta_var(Tile(tiling, tile_start, valid_len, seen if masks_first else None))
                         keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
                         values = T.meta_var(
                             keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
@@ -237,11 +237,11 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The four stages for the head tiles that go from scores to outputs at once."""
     num_tiles, rows, tokens = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile
     in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
-    qk_stage, softmax_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling)
-    update_stage = update_in_place(spec, tiling) if tiling.value_pairs else pv_update(spec, tiling)
-    pairs_stage, rescale_stage = pair_probs(tiling), state.rescale(rows)
-    functions = ScoreFunctions(spec)
-    visible_stage = compute_visible(functions, tiling)
+    update = update_in_place if tiling.value_pairs else pv_update
+    matmuls = qk_matmul(spec, tiling), pair_probs(tiling), update(spec, tiling)
+    qk_stage, pairs_stage, update_stage = rows_in_place.stages(spec, tiling) if tiling.rows_in_place else matmuls
+    functions, rescale_stage = ScoreFunctions(spec), state.rescale(rows)
+    visible_stage, softmax_stage = compute_visible(functions, tiling), softmax_prepare(spec, tiling)
 
     @script.inline
     def stage(q_tile, first, keys, key_head, values, value_head, tile, running, step, num_steps, sequence):
@@ -253,7 +253,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         beta = T.sblock_alloc_buffer((num_tiles, rows), "float32")
         qk_stage(q_tile, first, keys, key_head, tile, scores, 0)
         if in_pairs:
-            prob_pairs = T.sblock_alloc_buffer((num_tiles, rows, tokens // 2), "int32")
+            prob_pairs = T.sblock_alloc_buffer(rows_in_place.pairs_shape(tiling, num_tiles), "int32")
         weights = T.meta_var(prob_pairs if in_pairs else probs)
         computed = T.meta_var(allocate_visible(functions, tiling, sequence.computed, num_tiles))
         for i in range(num_tiles):

@@ -7,17 +7,24 @@ from tvm.script import tirx as T
 from pa_compiler.kernels.elements import pair_floats
 from pa_compiler.kernels.headroom import scaled
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiles import Tiling
+from pa_compiler.tiles import TILE_ROWS, Tiling
 from pa_compiler.tvmscript import inline
+
+
+def query_shape(spec: PagedAttentionSpec, tiling: Tiling, tiles: int) -> tuple[int, int, int]:
+    """The shape of load_query's q_tile of so many tiles."""
+    depth = spec.head_dim // tiling.keys.terms
+    return (tiles, depth, TILE_ROWS) if tiling.rows_in_place else (tiles, tiling.row_tile, depth)
 
 
 def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """q_tile[tile, r, :] = query_scale * query of row r, for the rows that there are; 0 in rows that pad the tile.
 
     In float32, and of float16 without query_scale (headroom.scaled). Where pairs are multiplied, q_tile[tile, r, d] is
-    the word of the elements 2d and 2d + 1 instead.
+    the word of the elements 2d and 2d + 1 instead; with Tiling.rows_in_place in q_tile[tile, d, r].
     """
     capacity, head_dim, depth = tiling.row_tile, spec.head_dim, spec.head_dim // tiling.keys.terms
+    turned = tiling.rows_in_place
 
     def element(x, query_scale):
         return scaled(spec, T.Cast("float32", x), query_scale)
@@ -26,12 +33,12 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     def stage(query, q_tile, tile, rows, query_scale):
         with T.sblock("load_query"):
             T.reads(query[rows.all(slice(0, head_dim))])
-            T.writes(q_tile[tile, 0:capacity, 0:depth])
+            T.writes(q_tile[tile, 0:depth, 0:capacity] if turned else q_tile[tile, 0:capacity, 0:depth])
             if tiling.keys.terms == 2:
                 for r, d in T.grid(capacity, depth):
                     with T.sblock("q_tile"):
                         vr, vd = T.axis.remap("SS", [r, d])
-                        q_tile[tile, vr, vd] = T.if_then_else(
+                        q_tile[(tile, vd, vr) if turned else (tile, vr, vd)] = T.if_then_else(
                             vr < rows.num,
                             pair_floats(
                                 element(query[rows.at(vr, 2 * vd)], query_scale),

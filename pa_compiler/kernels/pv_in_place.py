@@ -12,7 +12,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels import state
-from pa_compiler.kernels.caches import value_access, value_rows
+from pa_compiler.kernels.caches import rows_from, value_access
 from pa_compiler.kernels.elements import HIGH, INFINITE, LOW, dot_pairs, larger_exponent
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -182,7 +182,7 @@ def _sum_groups(spec: PagedAttentionSpec, tiling: Tiling, of: str) -> Callable[.
                             vr, vd, vk = T.axis.remap("SSR", [r, d, k])
                             sums[vr, vd] = sums[vr, vd] + dot_pairs(
                                 weights[0, vr, vs * step + vk],
-                                value_rows(values, vs * 2 * step, vk, head_offset, vp * dims + vd),
+                                rows_from(values, vs * 2 * step, vk, head_offset, vp * dims + vd),
                             )
                 else:
                     with T.sblock(f"{of}edge_group"):

@@ -12,7 +12,7 @@ from tvm.tirx import Buffer
 
 from pa_compiler.bounds import affine, bounds
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
-from pa_compiler.tiles import Tiling
+from pa_compiler.tiles import TILE_TOKENS, Tiling
 from pa_compiler.tvmscript import inline
 
 
@@ -207,15 +207,17 @@ def first_of_range(spec: PagedAttentionSpec, tiling: Tiling, block_begin: Expr, 
 
     In the steps of attend, tiles begin at multiples of kv_tile, of which ranges have whole numbers.
     """
+    if tiling.rows_in_place:
+        return T.max(block_begin * spec.block_size, seen - T.floormod(seen, TILE_TOKENS))
     if not tiling.weight_sums:
         return T.max(block_begin * spec.block_size, first_read(spec, seen))
     begin = block_begin * spec.block_size
     return T.Select(seen < begin, begin, T.floordiv(seen, tiling.kv_tile) * tiling.kv_tile)
 
 
-def masks_first_tile(spec: PagedAttentionSpec, many_tokens: bool = False) -> bool:
-    """Whether tiles may begin before the first key that is seen."""
-    return begins_late(spec, many_tokens) and spec.kv_layout == "packed"
+def masks_first_tile(spec: PagedAttentionSpec, many_tokens: bool = False, in_step: bool = False) -> bool:
+    """Whether tiles may begin before the first key that is seen: packed, or in_step, Tiling.rows_in_place."""
+    return begins_late(spec, many_tokens) and (spec.kv_layout == "packed" or in_step)
 
 
 def by_rows(tiling: Tiling, made: Callable[[bool], Callable[..., None]]) -> Callable[..., None]:

@@ -4,13 +4,16 @@ tile_products.py has intrinsics of TensorIR, whose operands are regions of buffe
 paged cache too, whose place is looked up: what is asked of the nest is that its body adds a dot product of two words to
 a sum, as kernels/elements.py has it, and that the words lie in rows of tiles.
 
-A nest has a loop over tiles of 16 columns, and in it loops over rows, over the columns and, of products, over pairs. Of
-the sums of a nest tile i lies in register i from an instruction that clears it to one that stores it: their buffer is
-never read or written.
+A nest has one or two loops over tiles of sums, of 16 columns or of 16 rows, and in them loops over rows, over the
+columns and, of products, over pairs. Of the sums of a nest tile i lies in register i from an instruction that clears it
+to one that stores it: their buffer is never read or written.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tvm_ffi
@@ -45,7 +48,7 @@ COLUMNS = 16
 
 
 class Registers(NamedTuple):
-    """The tile registers of the operands of a product."""
+    """The tile registers of the operands of a product. Of left ones that are held side by side, that of the first."""
 
     left: int
     right: int
@@ -54,21 +57,27 @@ class Registers(NamedTuple):
 def clear(sch: Schedule, tiles: LoopRV) -> None:
     """A nest that sets sums to 0: that clears their registers."""
     sblock = sch.blockize(tiles)
-    nest = _nest(sch, sblock, 3)
-    statements = [_instruction("tilezero", T.int8(i)) for i in range(int(nest.loops[0].extent))]
+    nest = _nest(sch, sblock)
+    count = math.prod(int(loop.extent) for loop in nest.loops[:-2])
+    statements = [_instruction("tilezero", T.int8(i)) for i in range(count)]
     _become(sch, sblock, statements, [], nest.body.buffer)
 
 
-def multiply(sch: Schedule, tiles: LoopRV, registers: Registers) -> None:
+def multiply(sch: Schedule, tiles: LoopRV, registers: Registers, row_tiles: int = 1) -> None:
     """A nest that adds to sums: the left operand has its rows, the right one its columns.
+
+    The loops over tiles are one over those of columns, one over row_tiles tiles of rows, or both, rows within columns:
+    then the left operands stay in registers side by side. An operand is loaded once for all tiles that share it.
 
     Raises:
         ValueError: the nest is of another form.
     """
-    count, (row, *_) = int(sch.get(tiles).extent), _inner(sch, tiles)
-    sch.unroll(tiles)
+    *more, row, _, _ = _inner(sch, tiles)
+    count = math.prod(int(sch.get(loop).extent) for loop in (tiles, *more))
+    for loop in (tiles, *more):
+        sch.unroll(loop)
     sblock = sch.blockize(row)
-    nest = _nest(sch, sblock, 3)
+    nest = _nest(sch, sblock)
     row, column, pair = nest.loops
     match nest.body:
         case BufferStore(value=Add(b=Add(a=Mul(a=Call(args=[LShift(a=a)]), b=Call(args=[LShift(a=b)]))) as product)):
@@ -79,12 +88,20 @@ def multiply(sch: Schedule, tiles: LoopRV, registers: Registers) -> None:
         raise ValueError(f"nest: expected a dot product of pairs, got {product}")
     left, right = (a, b) if nest.goes_by(b, column) else (b, a)
     rows, columns = _rows(nest, left, row, pair), _rows(nest, right, pair, column)
-    number = T.floormod(T.floordiv(nest.at(nest.body.indices[-1]), COLUMNS), count)
+    column_tiles = count // row_tiles
+    of_rows, of_columns = (
+        T.floormod(T.floordiv(nest.at(index), COLUMNS), tiles) if tiles > 1 else T.int32(0)
+        for index, tiles in zip(nest.body.indices[-2:], (row_tiles, column_tiles), strict=True)
+    )
     of_left, of_right = T.int8(registers.left), T.int8(registers.right)
+    if row_tiles > 1 and column_tiles > 1:
+        of_left = T.Cast("int8", registers.left + of_rows)
+    load_left = _instruction("tileloadd64", of_left, *rows.at(0))
+    load_right = _instruction("tileloadd64", of_right, *columns.at(0))
     statements = [
-        IfThenElse(number == 0, _instruction("tileloadd64", of_left, *rows.at(0)), None),
-        _instruction("tileloadd64", of_right, *columns.at(0)),
-        _instruction("tdpbf16ps", T.Cast("int8", number), of_left, of_right),
+        IfThenElse(of_columns == 0, load_left, None) if column_tiles > 1 else load_left,
+        IfThenElse(of_rows == 0, load_right, None) if row_tiles > 1 else load_right,
+        _instruction("tdpbf16ps", T.Cast("int8", of_columns * row_tiles + of_rows), of_left, of_right),
     ]
     _become(sch, sblock, statements, [*rows.matched, *columns.matched], nest.body.buffer)
 
@@ -98,16 +115,28 @@ def _inner(sch: Schedule, loop: LoopRV) -> list[LoopRV]:
 
 def store(sch: Schedule, tiles: LoopRV) -> None:
     """A nest that copies sums: that stores their registers."""
-    sblock = sch.blockize(tiles)
-    nest = _nest(sch, sblock, 3)
-    tile, row, column = nest.loops
-    stored = _rows(nest, BufferLoad(nest.body.buffer, nest.body.indices), row, column, tile)
-    count = int(tile.extent)
-    statements = [_instruction("tilestored64", T.int8(i), *stored.at(i)) for i in range(count)]
-    sums = nest.body.value.source
-    _become(sch, sblock, statements, stored.matched, sums)
+    sums, sblock = _copy(sch, tiles, "tilestored64", lambda body: (body.value, BufferLoad(body.buffer, body.indices)))
     place = _allocating(sch, sblock, sums)[-1]
     _replace(sch, place, alloc_buffers=[each for each in place.stmt.alloc_buffers if not each.same_as(sums)])
+
+
+def load(sch: Schedule, tiles: LoopRV) -> None:
+    """A nest that copies what was stored to sums: that loads their registers."""
+    _copy(sch, tiles, "tileloadd64", lambda body: (BufferLoad(body.buffer, body.indices), body.value))
+
+
+def _copy(
+    sch: Schedule, tiles: LoopRV, instruction: str, sides: Callable[[BufferStore], tuple[BufferLoad, BufferLoad]]
+) -> tuple[Buffer, SBlockRV]:
+    """A nest between sums and memory, which are the sides of its body: the buffer of the sums, and its sblock."""
+    sblock = sch.blockize(tiles)
+    nest = _nest(sch, sblock)
+    *loops, row, column = nest.loops
+    sums, memory = sides(nest.body)
+    rows = _rows(nest, memory, row, column, loops)
+    statements = [_instruction(instruction, T.int8(i), *rows.at(i)) for i in range(len(rows.first))]
+    _become(sch, sblock, statements, rows.matched, sums.source)
+    return sums.source, sblock
 
 
 class _Nest(NamedTuple):
@@ -125,11 +154,11 @@ class _Nest(NamedTuple):
             for variable in undefined_vars(expression)
         )
 
-    def at(self, expression: Expr, tile: int = 0) -> Expr:
-        """An expression at the first row, column and pair of a tile, which is a loop's if there are several."""
+    def at(self, expression: Expr, tile: tuple[int, ...] = ()) -> Expr:
+        """An expression at the first row, column and pair of a tile, by its numbers in the outermost loops."""
         analyzer = Analyzer()
         for i, loop in enumerate(self.loops):
-            analyzer.bind(loop.loop_var, T.int32(0 if i else tile))
+            analyzer.bind(loop.loop_var, T.int32(tile[i] if i < len(tile) else 0))
         for variable, value in self.values.items():
             analyzer.bind(variable, value)
         return analyzer.simplify(expression)
@@ -164,33 +193,34 @@ class _Rows(NamedTuple):
         return T.address_of(self.first[number]), T.Cast("int64", self.row) * T.int64(4)
 
 
-def _rows(nest: _Nest, load: BufferLoad, row: For, column: For, tiles: For | None = None) -> _Rows:
+def _rows(nest: _Nest, load: BufferLoad, row: For, column: For, tiles: Sequence[For] = ()) -> _Rows:
     """An operand of which load is an element. A buffer of several axes is matched: its strides are not known yet."""
-    numbers = range(int(tiles.extent) if tiles else 1)
+    numbers = [*itertools.product(*(range(int(loop.extent)) for loop in tiles))]
     if len(load.source.shape) == 1:
         (index,) = load.indices
         return _Rows([BufferLoad(load.source, [nest.at(index, i)]) for i in numbers], nest.step(index, row), [])
-    *mins, of_row, _ = (nest.at(index, 0) for index in load.indices)
+    *mins, of_row, _ = (nest.at(index) for index in load.indices)
     columns, stride = load.source.shape[-1], Var("row", "int32")
-    region = [*(Range.from_min_extent(first, 1) for first in mins), Range.from_min_extent(of_row, row.extent)]
+    down = [Analyzer().simplify(nest.at(load.indices[-2], i) - of_row) for i in numbers]
+    region = [*(Range.from_min_extent(first, 1) for first in mins)]
+    region.append(Range.from_min_extent(of_row, row.extent + max(map(int, down))))
     region.append(Range.from_min_extent(T.int32(0), columns))
     rows = decl_buffer(
-        (row.extent, columns), load.source.dtype, strides=[stride, 1], elem_offset=Var("first", "int32"),
+        (region[-2].extent, columns), load.source.dtype, strides=[stride, 1], elem_offset=Var("first", "int32"),
         offset_factor=1,
     )  # fmt: skip
     matched = [MatchBufferRegion(rows, BufferRegion(load.source, region))]
-    return _Rows([BufferLoad(rows, [T.int32(0), nest.at(load.indices[-1], i)]) for i in numbers], stride, matched)
+    first = [BufferLoad(rows, [by, nest.at(load.indices[-1], i)]) for by, i in zip(down, numbers, strict=True)]
+    return _Rows(first, stride, matched)
 
 
-def _nest(sch: Schedule, sblock: SBlockRV, depth: int) -> _Nest:
+def _nest(sch: Schedule, sblock: SBlockRV) -> _Nest:
     """The nest that an sblock is."""
     loops: list[For] = []
     statement = sch.get(sblock).body
     while isinstance(statement, For):
         loops.append(statement)
         statement = statement.body
-    if len(loops) != depth:
-        raise ValueError(f"nest: expected {depth} loops, got {len(loops)}")
     inner = statement.block
     values = {axis.var: value for axis, value in zip(inner.iter_vars, statement.iter_values, strict=True)}
     return _Nest(loops, inner.body, values)

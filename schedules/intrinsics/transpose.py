@@ -32,7 +32,7 @@ def turn(sch: Schedule, copy: SBlockRV, rows: int, columns: int, producer: str |
 def transpose(rows: int, columns: int, dtype: str) -> str:
     """Register the intrinsic turned[c, r] = block[r, c] for powers of 2 whose product is at least 8; return its name.
 
-    Rows of fewer than four elements, of either, must lie one after another. Of 16 by 16, vectors are whole rows.
+    Rows of fewer than four elements, of either, must lie one after another. Of 16 or 2 by 16, vectors are whole rows.
     """
     return registered(f"pa_compiler.transpose_{rows}_{columns}_{dtype}", lambda: _transpose(rows, columns, dtype))
 
@@ -53,7 +53,7 @@ def turned_vectors(vectors: list[Expr], rows: int) -> list[Expr]:
 
 
 def _transpose(rows: int, columns: int, dtype: str) -> tuple[PrimFunc, PrimFunc]:
-    width = 16 if rows == columns == 16 else 4
+    width = 16 if columns == 16 and rows in (2, 16) else 4
     count = rows * columns // width
 
     @script.prim_func(s_tir=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from seeded_bug import Fault
 from seeded_gpu_bugs import GPU_FAULTS
+from seeded_tile_bugs import TILE_FAULTS
 
 _DECODE = (
     "test_decode.py::test_every_length_to_three_blocks test_decode.py::test_lengths_around_the_tiles "
@@ -48,24 +49,6 @@ FAULTS = {
     ),
     "queries without their part of the scale": Fault(
         f"{_KERNELS}headroom.py", "element * query_scale if", "element if", "test_ends.py test_decode.py"
-    ),
-    "a token group that is not seen whole read in place by tiles": Fault(
-        f"{_KERNELS}pv_in_place.py",
-        "holds = first + tiling.token_group <= tile.valid_len",
-        "holds = first <= tile.valid_len",
-        "test_tokens_in_tiles.py",
-    ),
-    "an unused slot in a tile of packed values": Fault(
-        f"{_KERNELS}pv_in_place.py",
-        "seen = column < tile.valid_len",
-        "seen = column <= tile.valid_len",
-        "test_tokens_in_tiles.py",
-    ),
-    "rows of one tile of products for all": Fault(
-        "schedules/intrinsics/tile_nests.py",
-        "IfThenElse(number == 0,",
-        "IfThenElse(number == 1,",
-        "test_tokens_in_tiles.py",
     ),
     "offsets in 32 bits": Fault(
         f"{_KERNELS}tokens.py",
@@ -401,6 +384,7 @@ FAULTS = {
     "a work item for the busiest thread": Fault(
         "pa_compiler/report/schedule.py", "heapq.heappop(free)", "free.pop()", "test_report.py"
     ),
+    **TILE_FAULTS,
     **GPU_FAULTS,
 }
 """By what goes wrong."""

@@ -13,13 +13,20 @@ from pa_compiler.cpu.tiles.basis import Basis, CpuTiling, basis, rows
 from pa_compiler.cpu.tiles.head_dim_in_lanes import HeadDimInLanes
 from pa_compiler.cpu.tiles.heads_in_lanes import HeadsInLanes
 from pa_compiler.cpu.tiles.in_tile_registers import InTileRegisters
+from pa_compiler.cpu.tiles.rows_in_tiles import RowsInTiles
 from pa_compiler.cpu.tiles.tokens_in_lanes import TokensInLanes
 from pa_compiler.cpu.tiles.tokens_in_tiles import TokensInTiles
 from pa_compiler.key_ranges import ATTEND_KV_TILE, decodes_in_step
 from pa_compiler.spec import ITEMSIZES, PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiles import divisors
 
-STRATEGIES: tuple[type[CpuTiling], ...] = (TokensInTiles, TokensInLanes, HeadsInLanes, HeadDimInLanes)
+STRATEGIES: tuple[type[CpuTiling], ...] = (
+    TokensInTiles,
+    RowsInTiles,
+    TokensInLanes,
+    HeadsInLanes,
+    HeadDimInLanes,
+)
 """In the order in which they are asked; the last takes what no other does."""
 
 ATTEND_ROWS = 16
