@@ -45,10 +45,10 @@ def test_no_link_is_wrong(module, name):
 
 
 def test_stages_have_the_instructions_of_their_work(module):
-    """DeepSeek's shape on AVX512_BF16: QK and PV multiply pairs, and nothing else does; exp is of the softmax."""
+    """DeepSeek's shape on AMX: QK and PV multiply tiles of pairs, and nothing else does; exp is of the softmax."""
     counts = Counter((line.split()[0], stage) for line, stage in stages_of_lines(module("mla_fused")) if line.strip())
-    assert {stage for kind, stage in counts if kind == "vdpbf16ps"} == {"qk_matmul", "pv_matmul"}
-    assert counts["vdpbf16ps", "qk_matmul"] == counts["vdpbf16ps", "pv_matmul"] == 64
+    assert {stage for kind, stage in counts if kind == "tdpbf16ps"} == {"qk_matmul", "pv_matmul"}
+    assert (counts["tdpbf16ps", "qk_matmul"], counts["tdpbf16ps", "pv_matmul"]) == (4, 32)
     assert not [kind for kind, stage in counts if stage == "qk_matmul" and re.match("vmax|vmin|vdiv|vcvt", kind)]
     assert counts["vmaxps", "softmax"] >= 16
 
