@@ -83,7 +83,7 @@ def test_what_a_page_says(module, made):
         f"library SHA-256 {module.checksum}",
         "pa-compiler report --target",
         "natural logarithm",
-        "predicted, at the least: 90 GFLOP/s",
+        "predicted, at most: 90 GFLOP/s",
     ):
         assert part in said, part
 

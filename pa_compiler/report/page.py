@@ -19,6 +19,8 @@ from pa_compiler.words import counted
 
 _MOST_BYTES = 2_000_000
 _TEMPLATES = "report/"
+_WORK = ("work", "roofline", "time")
+"""The decisions' labels that say how much is computed and read, and what that takes."""
 
 
 class Call(NamedTuple):
@@ -100,6 +102,8 @@ def page(subject: Subject) -> str:
         subject=subject,
         spec_rows=[*text.spec_rows(subject.spec), ("target", text.target_text(subject.target))],
         inside=inside,
+        work=[row for row in inside.facts if row[0] in _WORK],
+        why=[row for row in inside.facts if row[0] not in _WORK],
         loops=_loops(inside, units, target),
         stages=_stages(units),
         data=columns.packed({"columns": columns.columns(subject.sources, units), "units": units.all}),
@@ -190,7 +194,7 @@ def _roofline(subject: Subject, inside: Inside) -> str:
     if inside.flops is None or limits.bandwidth is None:
         return ""
     intensity = spec.token_flops / spec.token_bytes
-    points = [Point("predicted, at the least", min(inside.flops, limits.bandwidth * intensity), False)]
+    points = [Point("predicted, at most", min(inside.flops, limits.bandwidth * intensity), False)]
     if subject.measured:
         points.append(Point("measured on one thread", subject.measured.flops / subject.measured.seconds / 1e9, True))
     return pictures.roofline(intensity, inside.flops, limits.bandwidth, points)

@@ -112,7 +112,10 @@ def roofline(intensity: float, flops: float, bandwidth: float, points: Sequence[
         shape = f'<circle class="{"measured" if point.measured else "predicted"}" r="6" '
         said = f"{point.label}: {point.rate:,.4g} GFLOP/s"
         parts.append(f'{shape}cx="{x(intensity):.1f}" cy="{y(point.rate):.1f}"><title>{_safe(said)}</title></circle>')
-        parts.append(_text(x(intensity) + 11, y(point.rate) + (16 if point.measured else -8), said, "start"))
+        if point.measured:
+            parts.append(_text(x(intensity) + 11, y(point.rate) + 5, said, "start"))
+        else:  # on the roof, which rises to the right
+            parts.append(_text(x(intensity) - 10, y(point.rate) - 9, said, "end"))
     return _picture(top + height + 40, "GFLOP/s over FLOPs a byte: the limits of a core, and this spec", parts)
 
 
