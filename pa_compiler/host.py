@@ -39,6 +39,9 @@ _DTYPES = {
     "float32": "{kDLFloat, 32, 1}",
     "float16": "{kDLFloat, 16, 1}",
     "bfloat16": "{kDLBfloat, 16, 1}",
+    "float8_e4m3fn": "{kDLFloat8_e4m3fn, 8, 1}",
+    "float8_e5m2": "{kDLFloat8_e5m2, 8, 1}",
+    "int8": "{kDLInt, 8, 1}",
     "int32": "{kDLInt, 32, 1}",
     "int64": "{kDLInt, 64, 1}",
     "bool": "{kDLBool, 8, 1}",
@@ -60,6 +63,12 @@ STRIDES = {
     "v_block": "BlockStride<Values>",
     "v_row": "RowStride<Values>",
     "v_head": "HeadStride<Values>",
+    "ks_block": "BlockStride<KeyScales>",
+    "ks_row": "RowStride<KeyScales>",
+    "ks_head": "HeadStride<KeyScales>",
+    "vs_block": "BlockStride<ValueScales>",
+    "vs_row": "RowStride<ValueScales>",
+    "vs_head": "HeadStride<ValueScales>",
 }
 """The C++ types of kernels' parameters that are strides of a cache: each has its own."""
 

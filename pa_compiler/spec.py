@@ -6,12 +6,15 @@ import dataclasses
 from typing import Any
 
 from pa_compiler import score_checks
+from pa_compiler.kv_types import KV_TYPES, checked_kv_type
 from pa_compiler.score import Constant, Function
 
-ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = ("float32", "float16", "bfloat16")
+"""The types of queries and out, and of caches that hold what they are given."""
+
+ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2} | dict.fromkeys(KV_TYPES, 1)
 """The element types, with their bytes."""
 
-DTYPES = tuple(ITEMSIZES)
 KV_LAYOUTS = ("NHD", "HND", "packed")
 
 PACKED_TOKENS = 16
@@ -70,6 +73,11 @@ class PagedAttentionSpec:
         mask_mod: A Python function mask_mod(batch, head, query_pos, key_pos): where it is False, the key is not seen.
         inputs: The arrays that these functions take by keyword, {name: (dtype, shape)}, given to decode at each call:
             "batch" in a shape is the call's. Kept as a tuple of Input.
+        kv_dtype: Element type of both caches where it is another than dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
+            Each element then counts as often as a scale says, see kv_scale. None: dtype. For CPUs, pipeline "fused",
+            kv_layout "NHD" and "HND", not with shared_kv.
+        kv_scale: What has a scale of its own, float32: "tensor", each cache, or "head", each of its heads, of float8;
+            "token_head", each head of each token, of int8. None: the first of these that kv_dtype has.
         invariant: Whether a query token's out and lse are the same in every bit whether it is decoded, or attended to
             with others of its sequence, however many. Packed, and staged, it mostly is without. For CPUs.
 
@@ -96,6 +104,8 @@ class PagedAttentionSpec:
     score_mod: Any = dataclasses.field(default=None, kw_only=True)
     mask_mod: Any = dataclasses.field(default=None, kw_only=True)
     inputs: Any = dataclasses.field(default=(), kw_only=True)
+    kv_dtype: str | None = dataclasses.field(default=None, kw_only=True)
+    kv_scale: str | None = dataclasses.field(default=None, kw_only=True)
     invariant: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -103,6 +113,8 @@ class PagedAttentionSpec:
         self._check_names()
         self._check_scores()
         self._check_shapes()
+        for name, value in checked_kv_type(self).items():
+            object.__setattr__(self, name, value)
         self._trace_functions()
 
     def _check_integers(self) -> None:
@@ -196,6 +208,33 @@ class PagedAttentionSpec:
         return self.value_dim or self.head_dim
 
     @property
+    def cache_dtype(self) -> str:
+        """Element type of the caches: kv_dtype, or else dtype."""
+        return self.kv_dtype or self.dtype
+
+    @property
+    def scales_of(self) -> str | None:
+        """What has a scale of its own: kv_scale, or else the first that kv_dtype has. None without a kv_dtype."""
+        return (self.kv_scale or KV_TYPES[self.kv_dtype][0]) if self.kv_dtype else None
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether the caches hold codes, with scales beside them."""
+        return self.kv_dtype is not None
+
+    @property
+    def token_scales(self) -> bool:
+        """Whether each head of each token has a scale, which append_kv writes."""
+        return self.scales_of == "token_head"
+
+    @property
+    def scale_shape(self) -> tuple[str | int, ...]:
+        """Shape of key_scale and of value_scale, with the run-time extent by name: the same in every layout."""
+        if self.token_scales:
+            return ("num_blocks", self.num_kv_heads, self.block_size)
+        return (self.num_kv_heads,) if self.scales_of == "head" else (1,)
+
+    @property
     def functions(self) -> tuple[Function, ...]:
         """score_mod and mask_mod, as far as there are."""
         return tuple(function for function in (self.score_mod, self.mask_mod) if isinstance(function, Function))
@@ -213,7 +252,7 @@ class PagedAttentionSpec:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields |= {name: fields[name] and fields[name].text for name in score_checks.FIELDS}
         fields["inputs"] = tuple(map(tuple, self.inputs))
-        return fields | {"out_dtype": self.result_dtype, "value_dim": self.result_dim}
+        return fields | {"out_dtype": self.result_dtype, "value_dim": self.result_dim, "kv_scale": self.scales_of}
 
     def __eq__(self, other: object) -> bool:
         return self.stated() == other.stated() if isinstance(other, PagedAttentionSpec) else NotImplemented
@@ -240,14 +279,15 @@ class PagedAttentionSpec:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that the caches hold of a token: its keys, and its values where they are no part of the keys."""
+        """Bytes that the caches hold of a token: its keys, its values where they are no part of the keys, its scales."""
         elements = self.head_dim + (0 if self.shared_kv else self.result_dim)
-        return self.num_kv_heads * elements * ITEMSIZES[self.dtype]
+        scales = 2 * ITEMSIZES["float32"] if self.token_scales else 0
+        return self.num_kv_heads * (elements * ITEMSIZES[self.cache_dtype] + scales)
 
     @property
     def wide_range(self) -> bool:
         """Whether elements reach as far as float32 does, so that products and sums of a few may leave its range."""
-        return self.dtype != "float16"
+        return self.dtype != "float16" or self.kv_dtype is not None
 
     @property
     def packed_pair(self) -> int:

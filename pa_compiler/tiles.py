@@ -30,8 +30,15 @@ class Element:
 
     @property
     def word_dtype(self) -> str:
-        """The type of a word: dtype itself, or an integer for a pair."""
+        """The type of a word: dtype itself, or an integer for a pair, or for a code of 8 bits."""
+        if ITEMSIZES[self.dtype] == 1:
+            return "int8"
         return self.dtype if self.word == 1 else "int32"
+
+    @property
+    def apart(self) -> bool:
+        """Whether a pair is made of two words: of elements that are converted to bfloat16 first."""
+        return self.terms > self.word
 
     @property
     def line_elements(self) -> int:
@@ -80,6 +87,7 @@ class Tiling:
         value_pairs: Pairs of tokens, all of one block, that a matrix unit adds up at a time where it multiplies packed
             values as they lie in the cache. 0: it does not.
         value_dims: Elements of value_dim whose sums it holds then.
+        weighs_values: Whether weights are multiplied by scales of values, one for each token, before they are rounded.
     """
 
     strategy: ClassVar[str]
@@ -105,11 +113,17 @@ class Tiling:
     fetches_early: bool = dataclasses.field(default=False, kw_only=True)
     value_pairs: int = dataclasses.field(default=0, kw_only=True)
     value_dims: int = dataclasses.field(default=0, kw_only=True)
+    weighs_values: bool = dataclasses.field(default=False, kw_only=True)
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether the weights that are added up are rounded to bfloat16, as they are multiplied."""
+        return self.values.terms == 2 and not self.weighs_values
 
     @property
     def pairs_weights(self) -> bool:
         """Whether weights are made for pairs at once: of bfloat16, with no more digits than these keep."""
-        return self.values.terms == 2 and (self.many_tokens or self.weight_sums > 0)
+        return self.rounds_weights and (self.many_tokens or self.weight_sums > 0)
 
     @property
     def padded_kv_tile(self) -> int:

@@ -8,6 +8,7 @@ made a number, or multiplied as it is, by elements.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, BufferRegion
 
-from pa_compiler.kernels.elements import number, pair_halves
+from pa_compiler.kernels.elements import number, pair_halves, paired
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiles import Element, Tiling
 from pa_compiler.tvmscript import inline
@@ -45,7 +46,8 @@ class CacheAccess(NamedTuple):
             PACKED_TOKENS tokens that it is one of. What a table of offsets holds.
         element: (cache, t, head_offset, d) -> element d of token t as float32.
         pair: (cache, i, head_offset, j) -> a word of two elements, where a matmul multiplies such: of keys the elements
-            2j and 2j + 1 of token i, of values the element j of the tokens 2i and 2i + 1.
+            2j and 2j + 1 of token i, or, where they are apart, j and j + head_dim / 2, so that both are read in
+            vectors; of values the element j of the tokens 2i and 2i + 1.
         line: (cache, token, nth, head_offset) -> the offset of the nth cache line, counted from the first one of
             `token` of a tile; each token has num_lines of them. token is 0 modulo PACKED_TOKENS where keys are packed.
         num_lines: Cache lines of a token; of packed keys, PACKED_TOKENS tokens together have so many each.
@@ -90,7 +92,8 @@ def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
     """How value_cache is read."""
     values = tiling.values
     if spec.kv_layout != "packed" or spec.packed_pair == 1:
-        return _token_rows(values, spec.result_dim)._replace(pair=_pair_of_rows)
+        of_codes = functools.partial(_pair_of_codes, values)
+        return _token_rows(values, spec.result_dim)._replace(pair=of_codes if values.apart else _pair_of_rows)
     lines = -(-spec.result_dim // values.line_elements)
 
     def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
@@ -126,7 +129,10 @@ def _token_rows(of: Element, dim: int) -> CacheAccess:
         start = T.Cast("int64", T.floormod(nth, lines) * of.line_words)
         return cache.offsets[token + T.floordiv(nth, lines)] + head_offset + start
 
-    return CacheAccess(slot_offset, element, _word, line, lines)
+    def apart(cache: Cache, t: Expr, head_offset: Expr, j: Expr) -> Expr:
+        return paired(of, _word(cache, t, head_offset, j), _word(cache, t, head_offset, j + dim // 2))
+
+    return CacheAccess(slot_offset, element, apart if of.apart else _word, line, lines)
 
 
 def _word(cache: Cache, t: Expr, head_offset: Expr, word: Expr) -> Expr:
@@ -139,6 +145,11 @@ def _pair_of_rows(cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
     first = _word(cache, 2 * i, head_offset, T.floordiv(d, 2))
     second = _word(cache, 2 * i + 1, head_offset, T.floordiv(d, 2))
     return pair_halves(first, second, d)
+
+
+def _pair_of_codes(of: Element, cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
+    """The same where each element is a word."""
+    return paired(of, _word(cache, 2 * i, head_offset, d), _word(cache, 2 * i + 1, head_offset, d))
 
 
 def value_rows(cache: Cache, first: Expr, row: Expr, head_offset: Expr, d: Expr) -> Expr:
@@ -169,8 +180,7 @@ def load_tile(
 ) -> Callable[..., None]:
     """The sblock name: what reader(access, element) reads, of num_groups groups of token_group tokens, in scratch.
 
-    copy[t, d] = float32(element d of token t), or, in pairs, of values the word of element d of the tokens 2t and
-    2t + 1, of keys that of the elements 2d and 2d + 1 of token t: as shape is copy_shape or key_copy_shape.
+    copy[t, d] = float32(element d of token t), or, in pairs, CacheAccess.pair(t, d): as shape is copy_shape or key_copy_shape.
     """
     tokens, dim = shape
     group = tiling.token_group * tokens // tiling.padded_kv_tile

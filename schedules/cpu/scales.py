@@ -1,0 +1,29 @@
+"""What scales of codes multiply, with tokens in lanes; and their gathering, token by token."""
+
+from tvm.s_tir import Schedule
+
+from pa_compiler.kernels.scales import OFFSETS
+from pa_compiler.tiles import VectorTiling
+
+
+def head_scales(sch: Schedule, tiling: VectorTiling) -> None:
+    """A look-up for each token of a token group, all of them unrolled."""
+    for name in ("key_scale", "value_scale"):
+        sch.unroll(sch.get_loops(name)[-1])
+
+
+def weigh_values(sch: Schedule, tiling: VectorTiling) -> None:
+    """Tokens in lanes."""
+    sch.vectorize(sch.get_loops("weighted")[-1])
+
+
+def weigh_factors(sch: Schedule, tiling: VectorTiling) -> None:
+    """Rows in lanes."""
+    sch.vectorize(sch.get_loops("weighted_factor")[-1])
+
+
+SCALAR = dict.fromkeys(OFFSETS, "a look-up of block_table for each token, once for all heads")
+"""The sblocks that run as they are written, and why."""
+
+STAGES = {"head_scales": head_scales, "weigh_values": weigh_values, "weigh_factors": weigh_factors}
+"""How each stage is scheduled, by the name of its sblock."""
