@@ -1,4 +1,4 @@
-"""The types of caches that hold codes: each element is a code of 8 bits times a scale. And the checks of their fields."""
+"""Caches of codes: each element is a code of 8 bits times a scale. Their types, and the fields of a spec for them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,43 @@ KV_TYPES: Mapping[str, tuple[str, ...]] = {
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 """The largest finite number of each type; of int8 the largest code that append_kv writes, of either sign."""
+
+
+class CachesOfCodes:
+    """What a spec's fields kv_dtype and kv_scale mean."""
+
+    dtype: str
+    kv_dtype: str | None
+    kv_scale: str | None
+    num_kv_heads: int
+    block_size: int
+
+    @property
+    def cache_dtype(self) -> str:
+        """Element type of the caches: kv_dtype, or else dtype."""
+        return self.kv_dtype or self.dtype
+
+    @property
+    def scales_of(self) -> str | None:
+        """What has a scale of its own: kv_scale, or else the first that kv_dtype has. None without a kv_dtype."""
+        return (self.kv_scale or KV_TYPES[self.kv_dtype][0]) if self.kv_dtype else None
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether the caches hold codes, with scales beside them."""
+        return self.kv_dtype is not None
+
+    @property
+    def token_scales(self) -> bool:
+        """Whether each head of each token has a scale, which append_kv writes."""
+        return self.scales_of == "token_head"
+
+    @property
+    def scale_shape(self) -> tuple[str | int, ...]:
+        """Shape of key_scale and of value_scale, with the run-time extent by name: the same in every layout."""
+        if self.token_scales:
+            return ("num_blocks", self.num_kv_heads, self.block_size)
+        return (self.num_kv_heads,) if self.scales_of == "head" else (1,)
 
 
 def checked_kv_type(spec: PagedAttentionSpec) -> dict[str, str | None]:

@@ -135,7 +135,9 @@ def weigh(
     key, values = gathered(key_cache, value_cache, blocks, position, kv_layout)
     for numbers, scale_of, axis in ((key, key_scale, 2), (values, value_scale, 1)):
         if scale_of is not None:
-            tokens = scales_of(scale_of, blocks, position, len(numbers), value_cache.shape[1 if kv_layout == "NHD" else 2])
+            tokens = scales_of(
+                scale_of, blocks, position, len(numbers), value_cache.shape[1 if kv_layout == "NHD" else 2]
+            )
             with np.errstate(invalid="ignore"):  # NaN and infinite codes, and scales
                 numbers *= np.expand_dims(tokens, 3 - axis)
     by_kv_head = (num_kv_heads, num_heads // num_kv_heads, 1)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from pa_compiler import score_checks
-from pa_compiler.kv_types import KV_TYPES, checked_kv_type
+from pa_compiler.kv_types import KV_TYPES, CachesOfCodes, checked_kv_type
 from pa_compiler.score import Constant, Function
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -39,7 +39,7 @@ _SOFTCAPS = (1e-30, 1e30)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class PagedAttentionSpec:
+class PagedAttentionSpec(CachesOfCodes):
     """What is known about the attention at compile time. Two that mean the same are equal.
 
     All that it takes is compiled, by the targets and pipelines that say nothing else, within 20 seconds of a CPU.
@@ -208,33 +208,6 @@ class PagedAttentionSpec:
         return self.value_dim or self.head_dim
 
     @property
-    def cache_dtype(self) -> str:
-        """Element type of the caches: kv_dtype, or else dtype."""
-        return self.kv_dtype or self.dtype
-
-    @property
-    def scales_of(self) -> str | None:
-        """What has a scale of its own: kv_scale, or else the first that kv_dtype has. None without a kv_dtype."""
-        return (self.kv_scale or KV_TYPES[self.kv_dtype][0]) if self.kv_dtype else None
-
-    @property
-    def has_scales(self) -> bool:
-        """Whether the caches hold codes, with scales beside them."""
-        return self.kv_dtype is not None
-
-    @property
-    def token_scales(self) -> bool:
-        """Whether each head of each token has a scale, which append_kv writes."""
-        return self.scales_of == "token_head"
-
-    @property
-    def scale_shape(self) -> tuple[str | int, ...]:
-        """Shape of key_scale and of value_scale, with the run-time extent by name: the same in every layout."""
-        if self.token_scales:
-            return ("num_blocks", self.num_kv_heads, self.block_size)
-        return (self.num_kv_heads,) if self.scales_of == "head" else (1,)
-
-    @property
     def functions(self) -> tuple[Function, ...]:
         """score_mod and mask_mod, as far as there are."""
         return tuple(function for function in (self.score_mod, self.mask_mod) if isinstance(function, Function))
@@ -279,7 +252,7 @@ class PagedAttentionSpec:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that the caches hold of a token: its keys, its values where they are no part of the keys, its scales."""
+        """Bytes that the caches hold of a token: its keys, its values where they are no part of these, its scales."""
         elements = self.head_dim + (0 if self.shared_kv else self.result_dim)
         scales = 2 * ITEMSIZES["float32"] if self.token_scales else 0
         return self.num_kv_heads * (elements * ITEMSIZES[self.cache_dtype] + scales)

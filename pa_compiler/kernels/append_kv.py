@@ -1,6 +1,7 @@
 """append_kv: keys and values of new tokens into their slots of the paged cache, in every layout.
 
-Where a cache holds codes, quantise.py makes them. Elements of others are moved as unsigned integers of their size: NaNs keep their bits, and float16 and bfloat16 are one kernel.
+Where a cache holds codes, quantise.py makes them. Elements of others are moved as unsigned integers of their size: NaNs
+keep their bits, and float16 and bfloat16 are one kernel.
 """
 
 from collections.abc import Callable, Sequence

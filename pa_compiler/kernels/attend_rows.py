@@ -87,7 +87,20 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
 
     @script.inline
     def stage(
-        q_tile, first, keys, key_head, values, value_head, whole, running, step, num_steps, item, given, infinite, of_head
+        q_tile,
+        first,
+        keys,
+        key_head,
+        values,
+        value_head,
+        whole,
+        running,
+        step,
+        num_steps,
+        item,
+        given,
+        infinite,
+        of_head,
     ):
         scores = T.sblock_alloc_buffer((1, rows, tokens), "float32")
         if not in_whole:

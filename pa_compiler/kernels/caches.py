@@ -180,7 +180,8 @@ def load_tile(
 ) -> Callable[..., None]:
     """The sblock name: what reader(access, element) reads, of num_groups groups of token_group tokens, in scratch.
 
-    copy[t, d] = float32(element d of token t), or, in pairs, CacheAccess.pair(t, d): as shape is copy_shape or key_copy_shape.
+    copy[t, d] = float32(element d of token t), or, in pairs, CacheAccess.pair(t, d): as shape is copy_shape or
+    key_copy_shape.
     """
     tokens, dim = shape
     group = tiling.token_group * tokens // tiling.padded_kv_tile

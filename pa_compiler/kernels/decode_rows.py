@@ -1,4 +1,4 @@
-"""The rows of a sequence that decode takes: their queries before the first tile of keys, and their results at the end."""
+"""The rows of a sequence in decode: their queries before the first tile of keys, and their results at the end."""
 
 from __future__ import annotations
 

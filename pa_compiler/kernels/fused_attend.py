@@ -218,8 +218,8 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
 
     @script.inline
     def stage(
-        q_tile, key_cache, value_cache, scales, table, of_functions, item, running, step, num_steps, start, range_end, key_end,
-        first_token, runs, context_len, seen_by_all,
+        q_tile, key_cache, value_cache, scales, table, of_functions, item, running, step, num_steps, start, range_end,
+        key_end, first_token, runs, context_len, seen_by_all,
     ):  # fmt: skip
         tile_start: T.let = script.opaque(start)
         valid_len: T.let = script.opaque(T.min(range_end - tile_start, tiling.kv_tile))

@@ -9,12 +9,13 @@ token which is not seen may be anything.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
+from pa_compiler.kernels.arrays import BlockTable
 from pa_compiler.kernels.caches import Cache, CacheAccess, whole
 from pa_compiler.kernels.elements import round_up_to_bfloat16
 from pa_compiler.kernels.kept import Value, allocate, fill, stage_block
@@ -67,10 +68,10 @@ def look_up_scales(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Sc
 
     Of the current tile alone: they are not fetched ahead.
     """
-    access = CacheAccess(_slot_offset, *[_no_access] * 3, num_lines=1)
+    access = CacheAccess(_slot_offset, _no_access, _no_access, _no_access, num_lines=1)
     stages = [token_offsets(spec, tiling, access, name) for name in OFFSETS]
 
-    def stage(scales: Scales | None, table, tile: Tile, seq: Expr, last: Expr, *held) -> Scales | None:  # type: ignore[no-untyped-def]
+    def stage(scales: Scales | None, table: BlockTable, tile: Tile, seq: Expr, last: Expr, *held: Any) -> Scales | None:
         if scales is None or not spec.token_scales:
             return scales
         found = []
@@ -106,7 +107,9 @@ def scales_of_head(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Of
         if not spec.token_scales:
             return OfHead(T.bind(scale * keys.memory[heads[0]]), value=T.bind(values.memory[heads[1]]))
         found = [allocate(f"{name}_scales", (tokens,), "float32") for name in ("key", "value")]
-        with stage_block("head_scales", [whole(part) for each in scales for part in (each.memory, each.offsets)], found):
+        with stage_block(
+            "head_scales", [whole(part) for each in scales for part in (each.memory, each.offsets)], found
+        ):
             for name, cache, head, target, factor in zip(
                 ("key", "value"), scales, heads, found, (scale, None), strict=True
             ):
@@ -122,10 +125,10 @@ def scales_of_head(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Of
     return stage
 
 
-def weigh_values(tiling: Tiling) -> Callable[..., Buffer]:
-    """(probs, of_head, slot, num_groups) -> what values are multiplied by: probs, with the scales of tokens if there are.
+def weigh_values(tiling: Tiling) -> Callable[..., None]:
+    """weighted[slot, r, t] = probs[slot, r, t] times the scale of the token's value, for num_groups token groups.
 
-    Rounded to bfloat16 where pairs are multiplied.
+    The sblock weigh_values, where tokens have scales. Rounded to bfloat16 where pairs are multiplied.
     """
     rows, group = tiling.row_tile, tiling.token_group
 
@@ -151,10 +154,10 @@ def weigh_values(tiling: Tiling) -> Callable[..., Buffer]:
     return stage
 
 
-def weigh_factors(rows: int) -> Callable[..., Factors]:
-    """(factors, of_head, num_tiles) -> those of fold, with a head's scale of values in what a tile is multiplied by.
+def weigh_factors(rows: int) -> Callable[..., None]:
+    """weighted[slot, r] = factors.added[slot, r] times the scale of the head's values: what fold multiplies a tile by.
 
-    In the sblock weigh_factors; as they are where there is no such scale.
+    The sblock weigh_factors, where a head or a cache has a scale.
     """
 
     def stage(factors: Factors, weighted: Buffer | None, of_head: OfHead) -> None:

@@ -98,7 +98,19 @@ class Calls(SharedPrefix):
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
         is_table = type(block_table) is not tuple and block_table is not None
         tables = (block_table, None, None) if is_table else block_tables(block_table)
-        arrays = (query, key_cache, value_cache, *tables, context_lens, out, lse, alibi_slopes, sinks, key_scale, value_scale)
+        arrays = (
+            query,
+            key_cache,
+            value_cache,
+            *tables,
+            context_lens,
+            out,
+            lse,
+            alibi_slopes,
+            sinks,
+            key_scale,
+            value_scale,
+        )
         if inputs is not None or self.spec.inputs:
             arrays += input_arrays(self.spec, inputs)
         self._decode.call(arrays, (scale, *self._manner(check, "decode")))

@@ -34,7 +34,9 @@ class DenseCalls:
             As it, for what the library checks.
         """
         module = self._module
-        module._append_kv.call_dense((key, value, key_cache, value_cache, slot_mapping, None, None), module._thread_numbers)
+        module._append_kv.call_dense(
+            (key, value, key_cache, value_cache, slot_mapping, None, None), module._thread_numbers
+        )
 
     def decode(
         self,
@@ -81,4 +83,6 @@ class DenseCalls:
         assert attend is not None  # as __init__ has seen
         tables = (block_table, *self._absent_table)
         arrays = (query, key_cache, value_cache, *tables, context_lens, query_start_loc, out, None)
-        attend.call_dense((*arrays, alibi_slopes, sinks, None, None, None), (scale, int(causal), *module._thread_numbers))
+        attend.call_dense(
+            (*arrays, alibi_slopes, sinks, None, None, None), (scale, int(causal), *module._thread_numbers)
+        )

@@ -101,7 +101,18 @@ class SharedPrefix(Merging):
         is_table = type(block_table) is not tuple and block_table is not None
         tables = (block_table, None, None) if is_table else block_tables(block_table)
         arrays: tuple[Any, ...] = (query, key_cache, value_cache, prefix_table, prefix_lengths(prefix_len))
-        arrays += (prefix_start_loc, *tables, context_lens, query_start_loc, out, lse, alibi_slopes, sinks, key_scale, value_scale)
+        arrays += (
+            prefix_start_loc,
+            *tables,
+            context_lens,
+            query_start_loc,
+            out,
+            lse,
+            alibi_slopes,
+            sinks,
+            key_scale,
+            value_scale,
+        )
         if inputs is not None or self.spec.inputs:
             arrays += input_arrays(self.spec, inputs)
         self._attend_shared_prefix.call(arrays, (scale, *self._manner(check, "attend_shared_prefix")))
