@@ -73,13 +73,13 @@ class PagedAttentionSpec(CachesOfCodes):
         mask_mod: A Python function mask_mod(batch, head, query_pos, key_pos): where it is False, the key is not seen.
         inputs: The arrays that these functions take by keyword, {name: (dtype, shape)}, given to decode at each call:
             "batch" in a shape is the call's. Kept as a tuple of Input.
+        invariant: Whether a query token's out and lse are the same in every bit whether it is decoded, or attended to
+            with others of its sequence, however many. Packed, and staged, it mostly is without. For CPUs.
         kv_dtype: Element type of both caches where it is another than dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
             Each element then counts as often as a scale says, see kv_scale. None: dtype. For CPUs, pipeline "fused",
             kv_layout "NHD" and "HND", not with shared_kv.
         kv_scale: What has a scale of its own, float32: "tensor", each cache, or "head", each of its heads, of float8;
             "token_head", each head of each token, of int8. None: the first of these that kv_dtype has.
-        invariant: Whether a query token's out and lse are the same in every bit whether it is decoded, or attended to
-            with others of its sequence, however many. Packed, and staged, it mostly is without. For CPUs.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -104,9 +104,9 @@ class PagedAttentionSpec(CachesOfCodes):
     score_mod: Any = dataclasses.field(default=None, kw_only=True)
     mask_mod: Any = dataclasses.field(default=None, kw_only=True)
     inputs: Any = dataclasses.field(default=(), kw_only=True)
+    invariant: bool = dataclasses.field(default=False, kw_only=True)
     kv_dtype: str | None = dataclasses.field(default=None, kw_only=True)
     kv_scale: str | None = dataclasses.field(default=None, kw_only=True)
-    invariant: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_integers()

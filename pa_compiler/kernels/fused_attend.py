@@ -49,7 +49,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     range_tokens, late = attend_range_blocks(spec) * spec.block_size, begins_late(spec, many_tokens=True)
     start, attend, finish = start_rows(spec, tiling), _attend_range(spec, tiling), finish_item(spec, tiling)
     runs_stage, looks_beyond = find_runs(spec), spec.invariant or decodes_in_step(spec)
-    merge_stage = state.merge(rows, dim, "range_")
+    merge_stage = _merge_range(rows, dim)
     functions = ScoreFunctions(spec, many_tokens=True)
 
     @script.prim_func(s_tir=True)
@@ -118,6 +118,9 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         if spec.has_scales:
             key_scale = arrays.key_scale(key_scale_handle)
             value_scale = arrays.value_scale(value_scale_handle)
+            scales = T.meta_var(Scales(
+                Cache(key_scale, ks_block, ks_row, ks_head, None), Cache(value_scale, vs_block, vs_row, vs_head, None)
+            ))  # fmt: skip
         of_functions = T.meta_var(arrays.of_functions(functions.arrays))
         with T.sblock("root"):
             q_tile = T.sblock_alloc_buffer((tiles, rows, depth), tiling.keys.factor_dtype)
@@ -138,11 +141,10 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             context_len: T.let = context_lens[seq]
             head_tiles: T.let = T.ceildiv(num_query * spec.group, rows)
             num_tiles: T.let = num_kv_heads * head_tiles
-            slopes = T.meta_var(alibi_slopes if spec.alibi else None)
             item = T.meta_var(Item(
                 seq, token_begin, num_query, kv_head_begin, num_kv_heads, head_tiles, score_scale,
                 Bounds(positions, limits, begins if late else None, places if spec.wide_range else None, reach),
-                Tree(tree_mask, tree_start, tree_size, context_len - tree_size), slopes,
+                Tree(tree_mask, tree_start, tree_size, context_len - tree_size), alibi_slopes if spec.alibi else None,
             ))  # fmt: skip
             sees_all: T.let = T.Or(causal == 0, tree_start >= T.int64(0))
             total = T.meta_var(State(total_max, total_sum, total_acc, 0))
@@ -174,32 +176,36 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                             values = T.meta_var(
                                 keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
                             )
-                            scales = T.meta_var(
-                                Scales(
-                                    Cache(key_scale, ks_block, ks_row, ks_head, None),
-                                    Cache(value_scale, vs_block, vs_row, vs_head, None),
-                                )
-                                if spec.has_scales
-                                else None
-                            )
                             attend(
-                                q_tile, keys, values, scales, table, of_functions, item, running, vstep, num_steps,
-                                read_begin + vstep * kv_tile, range_end, key_end if looks_beyond else range_end,
-                                span[0] if late else None, runs, context_len, span[2],
+                                q_tile, keys, values, scales if spec.has_scales else None, table, of_functions, item,
+                                running, vstep, num_steps, read_begin + vstep * kv_tile, range_end,
+                                key_end if looks_beyond else range_end, span[0] if late else None, runs, context_len,
+                                span[2],
                             )  # fmt: skip
-                    for tile in range(num_tiles):
-                        with T.sblock("range_state"):
-                            vtile = T.axis.spatial(num_tiles, tile)
-                            T.reads()
-                            T.writes()
-                            if T.And(num_steps > 0, read_begin < reach[vtile, LIMIT]):
-                                merge_stage(running._replace(slot=vtile), total._replace(slot=vtile), 1, 2)
+                    merge_stage(running, total, num_tiles, num_steps, read_begin, reach)
             finish(
                 total, State(partial_max, partial_sum, partial_acc, partial_start), partial_start < 0, out, lse, item,
                 num_tiles, sinks if spec.sinks else None,
             )  # fmt: skip
 
     return without(fused_attend, *unused(spec))
+
+
+def _merge_range(rows: int, dim: int) -> Callable[..., None]:
+    """The states of a range into those of all ranges before it, of the tiles of rows that see a key of the range."""
+    merge_stage = state.merge(rows, dim, "range_")
+
+    @script.inline
+    def stage(running, total, num_tiles, num_steps, read_begin, reach):
+        for tile in range(num_tiles):
+            with T.sblock("range_state"):
+                vtile = T.axis.spatial(num_tiles, tile)
+                T.reads()
+                T.writes()
+                if T.And(num_steps > 0, read_begin < reach[vtile, LIMIT]):
+                    merge_stage(running._replace(slot=vtile), total._replace(slot=vtile), 1, 2)
+
+    return stage
 
 
 def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:

@@ -105,6 +105,9 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         if spec.has_scales:
             key_scale = arrays.key_scale(key_scale_handle)
             value_scale = arrays.value_scale(value_scale_handle)
+            scales = T.meta_var(Scales(
+                Cache(key_scale, ks_block, ks_row, ks_head, None), Cache(value_scale, vs_block, vs_row, vs_head, None)
+            ))  # fmt: skip
         of_functions = T.meta_var(arrays.of_functions(functions.arrays))
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -145,16 +148,9 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         )
                         first_token = T.meta_var(seen if begins_late(spec) and tiling.weight_sums else None)
                         look_up(table, keys, values, tile, seq, range_begin + range_len - 1, has_next, first_token)
-                        scales = T.meta_var(
-                            Scales(
-                                Cache(key_scale, ks_block, ks_row, ks_head, None),
-                                Cache(value_scale, vs_block, vs_row, vs_head, None),
-                            )
-                            if spec.has_scales
-                            else None
-                        )
                         last = T.meta_var(range_begin + range_len - 1)
-                        scales_of_tile = T.meta_var(scales_stage(scales, table, tile, seq, last, first_token))
+                        given = T.meta_var(scales if spec.has_scales else None)
+                        scales_of_tile = T.meta_var(scales_stage(given, table, tile, seq, last, first_token))
                         computed = T.meta_var(
                             columns_stage(of_functions, seq, context_lens[seq], tile, tile.num_groups)
                         )

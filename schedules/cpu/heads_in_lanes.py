@@ -162,14 +162,6 @@ def _sum_by_token(sch: Schedule) -> None:
     sch.decompose_reduction(total, token)
 
 
-def weigh_values(sch: Schedule, tiling: VectorTiling) -> None:
-    """Vertical too."""
-    rows_last(sch, "weighted")
-    row, group, token = sch.get_loops("weighted")[-3:]
-    sch.reorder(group, token, row)
-    sch.vectorize(row)
-
-
 def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical too."""
     rows_last(sch, "pairs")
@@ -257,9 +249,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "visible_rows": visible_rows,
     "softmax_prepare": softmax_prepare,
     "full_scores": full_scores,
-    "head_scales": scales.head_scales,
-    "weigh_values": weigh_values,
-    "weigh_factors": scales.weigh_factors,
+    **scales.VERTICAL,
     "pair_probs": pair_probs,
     "rescale": head_dim_in_lanes.rescale,
     "pv_update": pv_update,
@@ -273,11 +263,8 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
 }
 """How each stage is scheduled, by the name of its sblock."""
 
-SCALAR = (
-    head_dim_in_lanes.SCALAR
-    | attend.SCALAR
-    | {"store_partial": "acc is turned back element by element, once for a range of a long sequence"}
-)
+SCALAR = head_dim_in_lanes.SCALAR | attend.SCALAR
+SCALAR |= {"store_partial": "acc is turned back element by element, once for a range of a long sequence"}
 """The sblocks that run as they are written, and why."""
 
 

@@ -17,6 +17,14 @@ def weigh_values(sch: Schedule, tiling: VectorTiling) -> None:
     sch.vectorize(sch.get_loops("weighted")[-1])
 
 
+def weigh_values_vertically(sch: Schedule, tiling: VectorTiling) -> None:
+    """Rows in lanes, and last in what is written."""
+    sch.transform_layout("weighted", ("write", 0), lambda slot, row, token: (slot, token, row))
+    row, group, token = sch.get_loops("weighted")[-3:]
+    sch.reorder(group, token, row)
+    sch.vectorize(row)
+
+
 def weigh_factors(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows in lanes."""
     sch.vectorize(sch.get_loops("weighted_factor")[-1])
@@ -27,3 +35,6 @@ SCALAR = dict.fromkeys(OFFSETS, "a look-up of block_table for each token, once f
 
 STAGES = {"head_scales": head_scales, "weigh_values": weigh_values, "weigh_factors": weigh_factors}
 """How each stage is scheduled, by the name of its sblock."""
+
+VERTICAL = STAGES | {"weigh_values": weigh_values_vertically}
+"""The same where rows lie in lanes."""
