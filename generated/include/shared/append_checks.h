@@ -24,7 +24,7 @@ struct Sharing {
 
 struct AppendArguments {
   Array key, value, key_cache, value_cache, slot_mapping;  // where the values are in the keys, views of those
-  Cache<KeyScales> key_scale;  // where the caches hold codes
+  Cache<KeyScales> key_scale;                              // where the caches hold codes
   Cache<ValueScales> value_scale;
   Sharing sharing;
   int64_t num_slots;
@@ -79,12 +79,16 @@ void CheckScalesApart(const ArgumentCheck<Spec>& check, AppendArguments& args) {
   args.key_scale = CheckScales<KeyScales>(check, Given::kKeyScale, args.key_cache.shape[0]);
   args.value_scale = CheckScales<ValueScales>(check, Given::kValueScale, args.key_cache.shape[0]);
   if constexpr (kHasScales<Spec>) {
-    const Named others[] = {{"key_cache", &args.key_cache}, {"value_cache", &args.value_cache}, {"key", &args.key},
-                            {"value", &args.value},         {"slot_mapping", &args.slot_mapping}};
+    const Named others[] = {{"key_cache", &args.key_cache},
+                            {"value_cache", &args.value_cache},
+                            {"key", &args.key},
+                            {"value", &args.value},
+                            {"slot_mapping", &args.slot_mapping}};
     const Named scales[] = {{"key_scale", &args.key_scale.memory}, {"value_scale", &args.value_scale.memory}};
     for (const Named& scale : scales) {
       for (const Named& other : others) {
-        if (kTokenScales<Spec> || &other - others < 2) CheckNoOverlap(scale.name, *scale.array, other.name, *other.array);
+        if (kTokenScales<Spec> || &other - others < 2)
+          CheckNoOverlap(scale.name, *scale.array, other.name, *other.array);
       }
       if (kTokenScales<Spec>) CheckDistinctElements(scale.name, *scale.array);
     }

@@ -6,8 +6,8 @@
 //
 // A Spec has what a library was compiled for: kDevice, kNumHeads, kNumKVHeads, kHeadDim, kValueDim, kBlockSize, kDType,
 // kOutDType, kWideRange, kSharedKV, kWindow, kAlibi, kSinks, kSlotsApart, kKeyCache, kValueCache, kRowAxis, kHeadAxis,
-// kWordElements, kCacheAlignment. Where the caches hold codes it has kHasScales, kTokenScales, kCacheDType and kScaleShape
-// besides.
+// kWordElements, kCacheAlignment. Where the caches hold codes it has kHasScales, kTokenScales, kCacheDType and
+// kScaleShape besides.
 #pragma once
 
 #include <cinttypes>
@@ -172,8 +172,8 @@ void CheckCaches(const ArgumentCheck<Spec>& check, Array* key_cache, Array* valu
   }
 }
 
-// The scales of keys, or of values, in strides as those of a cache: 0 where there is no such axis. Their memory is as it
-// was checked, and AsSpan's as kernels see it.
+// The scales of keys, or of values, in strides as those of a cache: 0 where there is no such axis. Their memory is as
+// it was checked, and AsSpan's as kernels see it.
 template <typename Of, typename Spec>
 Cache<Of> CheckScales(const ArgumentCheck<Spec>& check, const Parameter& of, [[maybe_unused]] int64_t num_blocks) {
   if constexpr (kTokenScales<Spec>) {
