@@ -19,6 +19,7 @@ from pa_compiler.kernels.arrays import BlockTable
 from pa_compiler.kernels.caches import Cache, CacheAccess, whole
 from pa_compiler.kernels.elements import round_up_to_bfloat16
 from pa_compiler.kernels.kept import Value, allocate, fill, stage_block
+from pa_compiler.kernels.rows import begins_late
 from pa_compiler.kernels.state import Factors
 from pa_compiler.kernels.tokens import Tile, token_offsets
 from pa_compiler.spec import PagedAttentionSpec
@@ -97,7 +98,13 @@ def scales_of_head(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Of
 
     Of tokens in the sblock head_scales, which gathers those of a tile.
     """
-    tokens = tiling.padded_kv_tile
+    tokens, group, in_row = tiling.padded_kv_tile, tiling.token_group, lie_in_rows(spec, tiling)
+
+    def place(cache: Cache, head: Expr, t: Expr) -> Expr:
+        if not in_row:
+            return cache.offsets[t] + head
+        first = T.floordiv(t, group) * group
+        return cache.offsets[first] + head + T.Cast("int64", t - first)
 
     def stage(scales: Scales | None, kv_head: Expr, tile: Tile, scale: Expr) -> OfHead:
         if scales is None:
@@ -115,14 +122,20 @@ def scales_of_head(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Of
             ):
 
                 def value(t: Expr, cache: Cache = cache, head: Expr = head, factor: Expr | None = factor) -> Value:
-                    scale = cache.memory[cache.offsets[t] + head]
+                    scale = cache.memory[place(cache, head, t)]
                     reads = [whole(cache.memory), whole(cache.offsets)]
                     return Value(scale if factor is None else scale * factor, reads)
 
-                fill(f"{name}_scale", target, value, tile.num_groups, tiling.token_group)
+                fill(f"{name}_scale", target, value, tile.num_groups, group)
         return OfHead(scale, found[0], None, found[1])
 
     return stage
+
+
+def lie_in_rows(spec: PagedAttentionSpec, tiling: Tiling) -> bool:
+    """Whether the scales of a token group lie side by side, those of its columns without a token too: in one block."""
+    aligned = tiling.streams == 1 and (tiling.many_tokens or not begins_late(spec))
+    return aligned and spec.block_size % tiling.token_group == 0
 
 
 def weigh_values(tiling: Tiling) -> Callable[..., None]:
