@@ -86,8 +86,6 @@ def checked_kv_type(spec: PagedAttentionSpec) -> dict[str, str | None]:
         raise ValueError(
             f"kv_scale: expected {' or '.join(KV_TYPES[kv_dtype])} with kv_dtype {kv_dtype}, got {kv_scale!r}"
         )
-    if spec.kv_layout == "packed":
-        raise ValueError(f"kv_layout: expected NHD or HND with kv_dtype {kv_dtype}, got 'packed'")
     if spec.shared_kv:
         raise ValueError(f"shared_kv: expected False with kv_dtype {kv_dtype}, got True")
     return found

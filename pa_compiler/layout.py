@@ -36,8 +36,8 @@ def convert_cache(
         value_cache: NumPy array in from_layout, of the same dtype; its value_dim may be another than key_cache's
             head_dim. None for shared_kv, where key_cache alone is converted.
         from_layout: "NHD", "HND" or "packed".
-        to_layout: The same; "packed" is not for codes, and needs a block_size that is a multiple of 16, for bfloat16 an
-            even head_dim, and a value_cache.
+        to_layout: The same; "packed" needs a block_size that is a multiple of 16, for bfloat16 an even head_dim, and a
+            value_cache.
 
     Returns:
         key_cache and value_cache in to_layout: new contiguous arrays, even where the layouts are the same; None for
@@ -53,9 +53,6 @@ def convert_cache(
         if value_cache is None and layout == "packed":
             raise ValueError("value_cache: expected an array for layout packed, which orders keys otherwise, got None")
     spec = _spec_of(key_cache, value_cache, from_layout)
-    for name, layout in (("from_layout", from_layout), ("to_layout", to_layout)):
-        if layout == "packed" and key_cache.dtype.name in KV_TYPES:
-            raise ValueError(f"{name}: expected NHD or HND for caches of {key_cache.dtype}, got 'packed'")
     target = dataclasses.replace(spec, kv_layout=to_layout)
     # Where no layout of the two pairs elements, sizes need not be even.
     pair = spec.packed_pair if "packed" in (from_layout, to_layout) else 1

@@ -77,7 +77,7 @@ class PagedAttentionSpec(CachesOfCodes):
             with others of its sequence, however many. Packed, and staged, it mostly is without. For CPUs.
         kv_dtype: Element type of both caches where it is another than dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
             Each element then counts as often as a scale says, see kv_scale. None: dtype. For CPUs, pipeline "fused",
-            kv_layout "NHD" and "HND", not with shared_kv.
+            not with shared_kv.
         kv_scale: What has a scale of its own, float32: "tensor", each cache, or "head", each of its heads, of float8;
             "token_head", each head of each token, of int8. None: the first of these that kv_dtype has.
 
@@ -265,7 +265,7 @@ class PagedAttentionSpec(CachesOfCodes):
     @property
     def packed_pair(self) -> int:
         """Elements that kv_layout "packed" keeps side by side: 2 of bfloat16, as its dot product takes them, else 1."""
-        return 2 if self.dtype == "bfloat16" else 1
+        return 2 if self.cache_dtype == "bfloat16" else 1
 
     @property
     def key_cache_shape(self) -> tuple[str, int, int, int]:

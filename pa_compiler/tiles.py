@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.spec import ITEMSIZES, PACKED_TOKENS, PagedAttentionSpec
 
 LINE_BYTES = 64
 """A line of the memory system."""
@@ -34,6 +34,11 @@ class Element:
         if ITEMSIZES[self.dtype] == 1:
             return "int8"
         return self.dtype if self.word == 1 else "int32"
+
+    @property
+    def rows_of_line(self) -> int:
+        """Rows of packed keys, of PACKED_TOKENS codes each, that a line of the memory system has room for; else 1."""
+        return LINE_BYTES // PACKED_TOKENS if ITEMSIZES[self.dtype] == 1 else 1
 
     @property
     def apart(self) -> bool:

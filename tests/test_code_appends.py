@@ -7,6 +7,7 @@ import pytest
 from inputs import DTYPES
 from tolerances import assert_same_bits
 
+import pa_compiler
 from pa_compiler import PagedAttentionSpec
 from pa_compiler.verification.codes import CODE_DTYPES, quantised
 
@@ -37,7 +38,7 @@ def append(module, key, value, scales):
     caches = module.empty_cache(blocks)
     given = dict(zip(("key_scale", "value_scale"), scales or module.empty_scales(blocks), strict=True))
     module.append_kv(key, value, *caches, np.arange(len(key)), **given)
-    in_order = [cache if module.spec.kv_layout == "NHD" else cache.swapaxes(1, 2) for cache in caches]
+    in_order = pa_compiler.convert_cache(*caches, module.spec.kv_layout, "NHD")
     return [cache.reshape(-1, *cache.shape[2:])[: len(key)] for cache in in_order], list(given.values())
 
 
@@ -65,7 +66,7 @@ def _assert_same_codes(found, expected):
 
 
 @every_dtype
-@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND", "packed"])
 @pytest.mark.parametrize("order", ["by magnitude", "any"])
 def test_every_number_as_int8(compiled, order, kv_layout, dtype):
     """In rows of numbers of about one size, and in rows of any, most of which have an infinity or a NaN."""

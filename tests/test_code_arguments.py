@@ -31,7 +31,6 @@ E4M3 = dataclasses.replace(PLAIN, kv_dtype="float8_e4m3fn", kv_scale="head")
             ValueError,
             "kv_scale: expected tensor or head with kv_dtype float8_e5m2",
         ),
-        ({"kv_dtype": "int8", "kv_layout": "packed"}, ValueError, "kv_layout: expected NHD or HND with kv_dtype int8"),
         ({"kv_dtype": "int8", "shared_kv": True}, ValueError, "shared_kv: expected False with kv_dtype int8"),
     ],
 )
@@ -147,11 +146,13 @@ def test_a_module_with_codes_is_saved_and_loaded(compiled, tmp_path):
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
-def test_convert_cache_takes_codes_in_rows(kv_dtype):
+def test_convert_cache_takes_codes(kv_dtype):
     cache = np.arange(2 * 16 * 3 * 5, dtype=np.uint8).view(kv_dtype).reshape(2, 16, 3, 5)
     keys, values = pa_compiler.convert_cache(cache, cache, "NHD", "HND")
     for one in (keys, values):
         assert one.dtype == cache.dtype
         assert one.tobytes() == np.ascontiguousarray(cache.swapaxes(1, 2)).tobytes()
-    with pytest.raises(ValueError, match="to_layout: expected NHD or HND for caches of"):
-        pa_compiler.convert_cache(cache, cache, "NHD", "packed")
+    packed = pa_compiler.convert_cache(cache, cache, "NHD", "packed")
+    assert packed[0].tobytes() == np.ascontiguousarray(cache.transpose(0, 2, 3, 1)).tobytes()
+    assert packed[1].tobytes() == values.tobytes()
+    assert pa_compiler.convert_cache(*packed, "packed", "NHD")[0].tobytes() == cache.tobytes()

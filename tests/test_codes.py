@@ -25,6 +25,9 @@ SPECS = {
     "e4m3_float32": PagedAttentionSpec(16, 1, 16, 16, "float32", **E4M3),
     "e5m2": PagedAttentionSpec(6, 2, 32, 8, "float16", kv_scale="head", **E5M2),
     "e5m2_scores": PagedAttentionSpec(6, 2, 32, 8, "bfloat16", window=70, softcap=20.0, alibi=True, sinks=True, **E5M2),
+    "int8_packed": PagedAttentionSpec(10, 2, 64, 16, "bfloat16", kv_layout="packed", **INT8),
+    "int8_packed_window": PagedAttentionSpec(3, 3, 24, 32, "float32", kv_layout="packed", window=70, **INT8),
+    "e4m3_packed": PagedAttentionSpec(32, 2, 32, 64, "bfloat16", kv_layout="packed", kv_scale="head", **E4M3),
     "int8_window": PagedAttentionSpec(6, 2, 32, 8, "bfloat16", window=70, alibi=True, sinks=True, **INT8),
 }
 LENS = (1, 0, 33, 700, 128, 16, 129)

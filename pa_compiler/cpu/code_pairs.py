@@ -94,7 +94,8 @@ def _definition(lanes: int, bits: int) -> str:
 
     low, high = all_of(65535, "i32", lanes), all_of(16, "i32", lanes)
     return (
-        f"declare {numbers} {look_up}({numbers}, {numbers}) declare {words} {merge}({words}, {words}, {words}, i32 immarg) "
+        f"declare {numbers} {look_up}({numbers}, {numbers}) "
+        f"declare {words} {merge}({words}, {words}, {words}, i32 immarg) "
         f"define {words} @{_name(lanes)}({codes} %a, {codes} %b) alwaysinline nounwind {{ "
         f"%x = sext {codes} %a to {words} %y = sext {codes} %b to {words} "
         f"%hi = shl {words} %y, {high} "

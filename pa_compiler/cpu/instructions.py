@@ -61,7 +61,10 @@ def _vectorized(sch: Schedule, sblock: SBlockRV) -> set[int]:
 
 
 def _replace_sum(sch: Schedule, sblock: SBlockRV, of_codes: bool) -> bool:
-    """Let an sblock that adds a dot product of pairs call the operation; whether it is one. And code_pairs' of codes."""
+    """Let an sblock that adds a dot product of pairs call the operation, and of codes that of code_pairs.
+
+    Returns whether it is one.
+    """
     import tvm_ffi
     from tvm.ir import Call
     from tvm.tirx import Add, BufferStore, LShift, Mul

@@ -65,8 +65,10 @@ def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
     keys = tiling.keys
     if spec.kv_layout != "packed":
         return _token_rows(keys, spec.head_dim)
-    rows = spec.head_dim // keys.word
-    lines = -(-rows // PACKED_TOKENS)
+    rows, of_line = spec.head_dim // keys.word, keys.rows_of_line
+    lines = -(-rows // (PACKED_TOKENS * of_line))
+    # blocks of so few tokens have several rows side by side in a line, others several groups of tokens of a row
+    side_by_side = max(of_line * PACKED_TOKENS // spec.block_size, 1)
 
     def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
         return T.Cast("int64", slot - T.floormod(slot, PACKED_TOKENS))
@@ -79,13 +81,19 @@ def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
         in_row = T.Cast("int64", row) * cache.row + T.Cast("int64", t - first)
         return cache.memory[cache.offsets[first] + head_offset + in_row]
 
+    def apart(cache: Cache, t: Expr, head_offset: Expr, j: Expr) -> Expr:
+        return paired(keys, pair(cache, t, head_offset, j), pair(cache, t, head_offset, j + rows // 2))
+
     def line(cache: Cache, token: Expr, nth: Expr, head_offset: Expr) -> Expr:
         # a line holds one row of PACKED_TOKENS tokens; what is past the last row is it again
         first = token + T.floordiv(nth, lines * PACKED_TOKENS) * PACKED_TOKENS
-        row = T.min(T.floormod(nth, lines * PACKED_TOKENS), rows - 1)
+        row = T.floormod(nth, lines * PACKED_TOKENS)
+        if of_line > 1:  # groups of tokens whose rows share lines fetch different ones
+            row = row * of_line + T.floormod(T.floordiv(first, PACKED_TOKENS) * side_by_side, of_line)
+        row = T.min(row, rows - 1)
         return cache.offsets[first] + head_offset + T.Cast("int64", row) * cache.row
 
-    return CacheAccess(slot_offset, element, pair, line, lines)
+    return CacheAccess(slot_offset, element, apart if keys.apart else pair, line, lines)
 
 
 def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:

@@ -8,6 +8,7 @@ token which is not seen may be anything.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from pa_compiler.kernels.kept import Value, allocate, fill, stage_block
 from pa_compiler.kernels.rows import begins_late
 from pa_compiler.kernels.state import Factors
 from pa_compiler.kernels.tokens import Tile, token_offsets
-from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
 STRIDES = ("ks_block", "ks_row", "ks_head", "vs_block", "vs_row", "vs_head")
@@ -67,9 +68,14 @@ def unused(spec: PagedAttentionSpec) -> tuple[str, ...]:
 def look_up_scales(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Scales | None]:
     """(scales, what token_offsets takes) -> the scales with their offsets, where tokens have scales.
 
-    Of the current tile alone: they are not fetched ahead.
+    Of the current tile alone: they are not fetched ahead. Where scales lie side by side, that of the first of them.
     """
-    access = CacheAccess(_slot_offset, _no_access, _no_access, _no_access, num_lines=1)
+    unit = side_by_side(spec, tiling)
+
+    def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
+        return T.Cast("int64", slot - T.floormod(slot, unit) if unit > 1 else slot) * row_stride
+
+    access = CacheAccess(slot_offset, _no_access, _no_access, _no_access, num_lines=1)
     stages = [token_offsets(spec, tiling, access, name) for name in OFFSETS]
 
     def stage(scales: Scales | None, table: BlockTable, tile: Tile, seq: Expr, last: Expr, *held: Any) -> Scales | None:
@@ -85,10 +91,6 @@ def look_up_scales(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Sc
     return stage
 
 
-def _slot_offset(slot: Expr, row_stride: Expr) -> Expr:
-    return T.Cast("int64", slot) * row_stride
-
-
 def _no_access(*_: Expr) -> Expr:
     raise NotImplementedError("scales are read one by one")
 
@@ -98,12 +100,12 @@ def scales_of_head(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Of
 
     Of tokens in the sblock head_scales, which gathers those of a tile.
     """
-    tokens, group, in_row = tiling.padded_kv_tile, tiling.token_group, lie_in_rows(spec, tiling)
+    tokens, group, in_row = tiling.padded_kv_tile, tiling.token_group, side_by_side(spec, tiling)
 
     def place(cache: Cache, head: Expr, t: Expr) -> Expr:
-        if not in_row:
+        if in_row == 1:
             return cache.offsets[t] + head
-        first = T.floordiv(t, group) * group
+        first = T.floordiv(t, in_row) * in_row
         return cache.offsets[first] + head + T.Cast("int64", t - first)
 
     def stage(scales: Scales | None, kv_head: Expr, tile: Tile, scale: Expr) -> OfHead:
@@ -132,10 +134,11 @@ def scales_of_head(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Of
     return stage
 
 
-def lie_in_rows(spec: PagedAttentionSpec, tiling: Tiling) -> bool:
-    """Whether the scales of a token group lie side by side, those of its columns without a token too: in one block."""
-    aligned = tiling.streams == 1 and (tiling.many_tokens or not begins_late(spec))
-    return aligned and spec.block_size % tiling.token_group == 0
+def side_by_side(spec: PagedAttentionSpec, tiling: Tiling) -> int:
+    """So many columns have their scales side by side, in one block, those without a token too; 1 where no two have."""
+    unit = math.gcd(tiling.token_group, PACKED_TOKENS)
+    aligned = tiling.streams == 1 and (tiling.many_tokens or spec.kv_layout == "packed" or not begins_late(spec))
+    return unit if aligned and spec.block_size % unit == 0 else 1
 
 
 def weigh_values(tiling: Tiling) -> Callable[..., None]:

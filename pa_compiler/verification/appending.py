@@ -44,10 +44,10 @@ def _append_codes(
 ) -> list[str]:
     """The same into caches of codes, whose slots that are written are cleared, and so are scales that are made."""
     is_used, spec = call.is_used, module.spec
-    for cache in (key_cache, value_cache):
+    of_slots = {"NHD": [(0, 1, 2, 3)] * 2, "HND": [(0, 2, 1, 3)] * 2, "packed": [(0, 3, 1, 2), (0, 2, 1, 3)]}
+    for cache, axes in zip((key_cache, value_cache), of_slots[spec.kv_layout], strict=True):
         assert cache is not None
-        rows = cache.view(np.uint8) if spec.kv_layout == "NHD" else cache.view(np.uint8).swapaxes(1, 2)
-        rows[is_used] = 0x55
+        cache.view(np.uint8).transpose(axes)[is_used] = 0x55
     given = {name: call.heads[name] for name in ("key_scale", "value_scale")}
     made = {name: np.full_like(scale, 7) if spec.token_scales else scale for name, scale in given.items()}
     module.append_kv(key, value, key_cache, value_cache, slots, **made)

@@ -115,7 +115,7 @@ def draw(
     values = keys[..., : spec.result_dim] if spec.shared_kv else values
     poison = float(rng.choice([np.nan, np.nan, np.inf, -np.inf]))
     keys[~is_used] = values[~is_used] = poison
-    if queries is not None and kind is ordinary and spec.score_mod is None and rng.random() < 0.25:
+    if queries is not None and kind is ordinary and _weighs_all(spec) and rng.random() < 0.25:
         poison_the_last(values, is_used, block_table, context_lens, spec.block_size)
     scales, new = {}, None
     if spec.has_scales:
@@ -143,6 +143,11 @@ def draw(
         rng=rng,
         new=new,
     )
+
+
+def _weighs_all(spec: PagedAttentionSpec) -> bool:
+    """Whether all keys have weights that float32 holds in ordinary draws: one of 0 stays 0 beside a scale of NaN."""
+    return spec.score_mod is None and not (spec.token_scales and spec.alibi)
 
 
 def inside(array: np.ndarray, filler: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -85,7 +85,7 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling, reduce: Reduce | None =
         sch.vectorize(sch.get_loops(name)[-1])
     reduce(sch, "peak", 1, 0)
     if tiling.many_tokens or not tiling.pairs_weights:
-        reduce(sch, "tile_sum", 2, tiling.weight_sums // tiling.values.terms)
+        reduce(sch, "tile_sum", 2, tiling.weight_sums // (tiling.values.terms if tiling.pairs_weights else 1))
 
 
 def by_lanes(sch: Schedule, name: str, axis: int, lanes: int = 0) -> None:

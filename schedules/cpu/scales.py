@@ -1,15 +1,19 @@
 """What scales of codes multiply, with tokens in lanes; and their gathering, token by token."""
 
+import math
+
 from tvm.s_tir import Schedule
 
 from pa_compiler.kernels.scales import OFFSETS
+from pa_compiler.spec import PACKED_TOKENS
 from pa_compiler.tiles import VectorTiling
 
 
 def head_scales(sch: Schedule, tiling: VectorTiling) -> None:
     """Tokens in lanes: one load where their scales lie side by side."""
     for name in ("key_scale", "value_scale"):
-        sch.vectorize(sch.get_loops(name)[-1])
+        lane = sch.split(sch.get_loops(name)[-1], [None, math.gcd(tiling.token_group, PACKED_TOKENS)])[1]
+        sch.vectorize(lane)
 
 
 def weigh_values(sch: Schedule, tiling: VectorTiling) -> None:

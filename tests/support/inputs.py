@@ -107,7 +107,7 @@ def lay_out(spec, key: np.ndarray, value: np.ndarray | None) -> tuple[np.ndarray
     if spec.kv_layout == "HND":
         return tuple(cache if cache is None else np.ascontiguousarray(cache.swapaxes(1, 2)) for cache in (key, value))
     num_blocks, block_size, num_kv_heads, head_dim = key.shape
-    pair = 2 if spec.dtype == "bfloat16" else 1
+    pair = spec.packed_pair
     key_cache = np.empty((num_blocks, num_kv_heads, head_dim // pair, pair * block_size), key.dtype)
     value_cache = np.empty((num_blocks, num_kv_heads, block_size // pair, pair * value.shape[3]), value.dtype)
     block, slot, head, d = np.indices(key.shape, sparse=True)
