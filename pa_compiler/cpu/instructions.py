@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from pa_compiler.cpu import code_pairs
 from pa_compiler.cpu.sblocks import replace_body, sblocks
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.tiles import Tiling
@@ -40,15 +39,13 @@ def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
     from tvm.s_tir import Schedule
 
     _register()
-    of_codes = code_pairs.takes(tiling.keys, target)
     sch = Schedule(mod)
     for variable in mod.get_global_vars():
         sch.work_on(variable.name_hint)
-        sums = [sblock for sblock in sblocks(sch) if _replace_sum(sch, sblock, of_codes)]
+        sums = [sblock for sblock in sblocks(sch) if _replace_sum(sch, sblock)]
         if sums:
             lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | _BITS.keys()
-            text = _definitions(lanes) + (f" {code_pairs.definitions()}" if of_codes else "")
-            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", text)
+            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes))
     return sch.mod
 
 
@@ -60,11 +57,8 @@ def _vectorized(sch: Schedule, sblock: SBlockRV) -> set[int]:
     return {int(loop.extent) for loop in loops if loop.kind == ForKind.VECTORIZED}
 
 
-def _replace_sum(sch: Schedule, sblock: SBlockRV, of_codes: bool) -> bool:
-    """Let an sblock that adds a dot product of pairs call the operation, and of codes that of code_pairs.
-
-    Returns whether it is one.
-    """
+def _replace_sum(sch: Schedule, sblock: SBlockRV) -> bool:
+    """Let an sblock that adds a dot product of pairs call the operation; whether it is one."""
     import tvm_ffi
     from tvm.ir import Call
     from tvm.tirx import Add, BufferStore, LShift, Mul
@@ -79,7 +73,7 @@ def _replace_sum(sch: Schedule, sblock: SBlockRV, of_codes: bool) -> bool:
             pass
         case _:
             return False
-    call = Call(_OP, [total, a, code_pairs.replaced(b) if of_codes else b], ret_ty="float32")
+    call = Call(_OP, [total, a, b], ret_ty="float32")
     store = BufferStore(old.body.buffer, call, old.body.indices)
     replace_body(sch, sch.get_sref(sblock), store)
     return True

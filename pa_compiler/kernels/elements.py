@@ -24,7 +24,10 @@ PAIR_OF_ONES = 0x3F803F80
 
 
 def number(element: Element, word: Expr, index: Expr) -> Expr:
-    """The number `index` of a word, as float32: of a pair the one that index % 2 says, of others the element itself."""
+    """The number `index` of a word, as float32: of a pair the one that index % 2 says, of others the element itself.
+
+    Of a code its number in units of UNITS.
+    """
     if element.word == 2:
         return half(word, index)
     return _OF_CODES[element.dtype](word) if element.dtype in _OF_CODES else T.Cast("float32", word)
@@ -36,22 +39,24 @@ def paired(element: Element, first: Expr, second: Expr) -> Expr:
 
 
 def _of_float8_e4m3fn(code: Expr) -> Expr:
-    """The number of a code, an int8: exact, and NaN for its two NaN.
+    """The number of a code, an int8, in units of UNITS: exact, and NaN for its two NaN.
 
-    The bits are moved to those of float16, whose exponent has a bit more. That it counts 2**-8 of the number is taken
-    back in float32: so subnormal numbers are exact, and no operation has one of float32's, which x86 CPUs of Intel
-    multiply in a hundred cycles more.
+    The bits are moved to those of float16, whose exponent has a bit more, and counts 2**-8 of the number. Only the
+    magnitude of NaN reaches bit 14 when a last place is added, and that bit makes NaN of it there too. Subnormal
+    numbers are exact so, and no operation has one of float32's, which CPUs of Intel multiply in a hundred cycles more.
     """
     bits = T.bitwise_and(T.shift_left(T.Cast("int16", code), T.int16(7)), T.int16(-0x4080))
-    moved = T.Cast("float32", T.reinterpret("float16", bits)) * T.float32(256)
-    magnitude = T.bitwise_and(code, T.int8(0x7F))
-    return T.Select(magnitude == T.int8(0x7F), T.float32("nan"), moved)
+    nan = T.bitwise_and(bits + T.int16(0x80), T.int16(0x4000))
+    return T.Cast("float32", T.reinterpret("float16", T.bitwise_or(bits, nan)))
 
 
 def _of_float8_e5m2(code: Expr) -> Expr:
     """The number of a code, an int8: the upper half of float16."""
     return T.Cast("float32", T.reinterpret("float16", T.shift_left(T.Cast("int16", code), T.int16(8))))
 
+
+UNITS = {"float8_e4m3fn": 256.0}
+"""What the numbers of codes count, by their type, where it is not 1: scales take it in (kernels/scales.py)."""
 
 _OF_CODES = {"float8_e4m3fn": _of_float8_e4m3fn, "float8_e5m2": _of_float8_e5m2}
 """How codes become float32, by their type; int8's are numbers by themselves."""

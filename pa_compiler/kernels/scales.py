@@ -18,7 +18,7 @@ from tvm.tirx import Buffer
 
 from pa_compiler.kernels.arrays import BlockTable
 from pa_compiler.kernels.caches import Cache, CacheAccess, whole
-from pa_compiler.kernels.elements import round_up_to_bfloat16
+from pa_compiler.kernels.elements import UNITS, round_up_to_bfloat16
 from pa_compiler.kernels.kept import Value, allocate, fill, stage_block
 from pa_compiler.kernels.rows import begins_late
 from pa_compiler.kernels.state import Factors
@@ -100,6 +100,7 @@ def scales_of_head(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Of
 
     Of tokens in the sblock head_scales, which gathers those of a tile.
     """
+    unit = T.float32(UNITS.get(spec.cache_dtype, 1.0))
     tokens, group, in_row = tiling.padded_kv_tile, tiling.token_group, side_by_side(spec, tiling)
 
     def place(cache: Cache, head: Expr, t: Expr) -> Expr:
@@ -114,7 +115,8 @@ def scales_of_head(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Of
         keys, values = scales
         heads = [T.Cast("int64", kv_head) * cache.head for cache in scales]
         if not spec.token_scales:
-            return OfHead(T.bind(scale * keys.memory[heads[0]]), value=T.bind(values.memory[heads[1]]))
+            of_keys = T.bind(scale * (keys.memory[heads[0]] * unit))
+            return OfHead(of_keys, value=T.bind(values.memory[heads[1]] * unit))
         found = [allocate(f"{name}_scales", (tokens,), "float32") for name in ("key", "value")]
         with stage_block(
             "head_scales", [whole(part) for each in scales for part in (each.memory, each.offsets)], found

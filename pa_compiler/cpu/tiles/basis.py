@@ -135,9 +135,11 @@ def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Basis:
 def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Basis:
     """The same of caches of codes, each a word, which become bfloat16 where pairs are multiplied, else float32."""
     whole_words = spec.head_dim % (2 * DOT_DIMS) == spec.result_dim % DOT_DIMS == 0
-    dot_pairs = spec.dtype == "bfloat16" and pipeline == "fused" and target.dot_pairs and whole_words
+    machine = machine_of(target)
+    pairs = target.dot_pairs and machine.pairs_codes and pipeline == "fused"
+    dot_pairs = spec.dtype == "bfloat16" and pairs and whole_words
     element = Element(spec.cache_dtype, terms=2 if dot_pairs else 1)
-    return Basis(spec, target, pipeline, machine_of(target), rows(spec), element, element)
+    return Basis(spec, target, pipeline, machine, rows(spec), element, element)
 
 
 def rows(spec: PagedAttentionSpec) -> int:
