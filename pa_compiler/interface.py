@@ -88,7 +88,7 @@ class Parameter(NamedTuple):
         name: In Python, in errors and, with a k before it, in the C++.
         dtype: Of an array, a dtype or the spec's property that has it; "" for a number. Indices of a call on a CPU may
             be of either type, and so may masks.
-        written: Whether an array is written.
+        written: Whether an array is written; of some, the spec's property that says so.
         optional: Whether None may stand for an array.
         of_values: Whether an array holds values: None with shared_kv, where they are in the keys.
         field: Field of the spec that says whether there is an array: None where the spec has it not. "" for all specs.
@@ -99,7 +99,7 @@ class Parameter(NamedTuple):
 
     name: str
     dtype: str = ""
-    written: bool = False
+    written: bool | str = False
     optional: bool = False
     of_values: bool = False
     field: str = ""
@@ -118,6 +118,10 @@ class Parameter(NamedTuple):
             return "shared_kv"
         return f"no {self.field}" if self.field and not getattr(spec, self.field) else ""
 
+    def is_written(self, spec: PagedAttentionSpec) -> bool:
+        """Whether an array is written, of a spec's library."""
+        return bool(getattr(spec, self.written) if isinstance(self.written, str) else self.written)
+
     def dtypes(self, spec: PagedAttentionSpec, on_gpu: bool) -> tuple[str, ...]:
         """The dtypes that an array may have. A CPU's library takes indices of both types, a GPU's as kernels do."""
         if self.of_input:
@@ -135,8 +139,8 @@ INPUT_PREFIX = "input_"
 
 _DECODE = (
     Parameter("query", "dtype"),
-    Parameter("key_cache", "dtype"),
-    Parameter("value_cache", "dtype", of_values=True),
+    Parameter("key_cache", "cache_dtype"),
+    Parameter("value_cache", "cache_dtype", of_values=True),
     Parameter("block_table", "int32", optional=True),
     Parameter("block_indptr", "int32", optional=True, shown="block_table[0]"),
     Parameter("block_indices", "int32", optional=True, shown="block_table[1]"),
@@ -145,6 +149,8 @@ _DECODE = (
     Parameter("lse", "float32", written=True, optional=True),
     Parameter("alibi_slopes", "float32", field="alibi"),
     Parameter("sinks", "float32", field="sinks"),
+    Parameter("key_scale", "float32", field="kv_dtype"),
+    Parameter("value_scale", "float32", field="kv_dtype"),
     Parameter("scale"),
 )
 
@@ -170,9 +176,11 @@ _SHARED_PREFIX = (
 _APPEND_KV = (
     Parameter("key", "dtype"),
     Parameter("value", "dtype", of_values=True),
-    Parameter("key_cache", "dtype", written=True),
-    Parameter("value_cache", "dtype", written=True, of_values=True),
+    Parameter("key_cache", "cache_dtype", written=True),
+    Parameter("value_cache", "cache_dtype", written=True, of_values=True),
     Parameter("slot_mapping", "int64"),
+    Parameter("key_scale", "float32", written="token_scales", field="kv_dtype"),
+    Parameter("value_scale", "float32", written="token_scales", field="kv_dtype"),
 )
 
 _MERGE_STATES = (

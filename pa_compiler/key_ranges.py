@@ -47,7 +47,7 @@ def attend_tiles(spec: PagedAttentionSpec, row_tile: int) -> int:
 def attend_heads(spec: PagedAttentionSpec) -> int:
     """kv heads that a work item of attend has at most."""
     elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
-    most = ATTEND_STEP_BYTES // (ATTEND_KV_TILE * elements * ITEMSIZES[spec.dtype])
+    most = ATTEND_STEP_BYTES // (ATTEND_KV_TILE * elements * ITEMSIZES[spec.cache_dtype])
     return spec.num_kv_heads if spec.kv_layout != "NHD" else min(max(most, 1), spec.num_kv_heads)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from pa_compiler.kv_types import KV_TYPES
 from pa_compiler.spec import DTYPES, KV_LAYOUTS, PagedAttentionSpec
 
 
@@ -30,7 +31,8 @@ def convert_cache(
     It is for loading and saving caches: it goes through memory with large strides.
 
     Args:
-        key_cache: NumPy array in from_layout, float32, float16 or ml_dtypes.bfloat16, with any strides.
+        key_cache: NumPy array in from_layout, float32, float16 or ml_dtypes.bfloat16, with any strides; or of codes,
+            int8, ml_dtypes.float8_e4m3fn or float8_e5m2, whose scales are the same in every layout.
         value_cache: NumPy array in from_layout, of the same dtype; its value_dim may be another than key_cache's
             head_dim. None for shared_kv, where key_cache alone is converted.
         from_layout: "NHD", "HND" or "packed".
@@ -81,14 +83,14 @@ def _spec_of(key_cache: Any, value_cache: Any, layout: str) -> PagedAttentionSpe
             continue
         if not isinstance(cache, np.ndarray):
             raise TypeError(f"{name}: expected a NumPy array, got {type(cache).__name__}")
-        if cache.dtype.name not in DTYPES:
-            raise TypeError(f"{name}: expected dtype {', '.join(DTYPES)}, got {cache.dtype}")
+        if cache.dtype.name not in (*DTYPES, *KV_TYPES):
+            raise TypeError(f"{name}: expected dtype {', '.join((*DTYPES, *KV_TYPES))}, got {cache.dtype}")
         if cache.ndim != 4 or 0 in cache.shape[1:]:
             raise ValueError(f"{name}: expected 4 axes of at least 1 element a block, got shape {list(cache.shape)}")
     values = key_cache if shared else value_cache
     if key_cache.dtype != values.dtype:
         raise TypeError(f"value_cache: expected key_cache's dtype, {key_cache.dtype}, got {values.dtype}")
-    dtype = key_cache.dtype.name
+    dtype = "float32" if key_cache.dtype.name in KV_TYPES else key_cache.dtype.name  # which a spec may have
     pair = 2 if layout == "packed" and dtype == "bfloat16" else 1
     num_blocks, *extents = values.shape
     num_kv_heads, block_size, value_dim = (extents[i] for i in ((1, 0, 2) if layout == "NHD" else (0, 1, 2)))

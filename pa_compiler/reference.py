@@ -28,6 +28,8 @@ def decode(
     softcap: float | None = None,
     alibi_slopes: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
+    key_scale: np.ndarray | None = None,
+    value_scale: np.ndarray | None = None,
     score_mod: Functions | None = None,
     mask_mod: Functions | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
@@ -65,6 +67,8 @@ def decode(
         softcap: A scaled score becomes softcap * tanh(score / softcap); None leaves it.
         alibi_slopes: [num_heads]: slope * (token - (context_len - 1)) is added to the score of a token.
         sinks: [num_heads]: one more score of each head's softmax, which has no value. -inf is no sink.
+        key_scale: What elements of key_cache count: [1], [num_kv_heads], or [num_blocks, num_kv_heads, block_size].
+        value_scale: The same of value_cache.
         score_mod: score_mod(score, batch, head, query_pos, key_pos), called with arrays in float64 and int64: of NumPy,
             or of torch where it is the score_mod of a spec that calls functions of torch.
         mask_mod: mask_mod(batch, head, query_pos, key_pos), called likewise: whether a key is seen.
@@ -86,6 +90,8 @@ def decode(
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
+        "key_scale": key_scale,
+        "value_scale": value_scale,
     }
     fields |= {"score_mod": score_mod, "mask_mod": mask_mod, "inputs": inputs}
     found, found_lse = attend(query[used], *arrays, scale, return_lse=True, **fields)
@@ -130,8 +136,8 @@ def attend(
         causal: Whether a query token sees nothing after itself.
         tree_mask: [sum of n * n], bool or uint8: for each sequence [n, n] row after row, which of its query tokens
             (columns) each of them (rows) sees.
-        **fields: window, softcap, alibi_slopes, sinks, score_mod, mask_mod and inputs, as for decode. A window is of
-            keys from query_pos - window + 1 on.
+        **fields: window, softcap, alibi_slopes, sinks, key_scale, value_scale, score_mod, mask_mod and inputs, as for
+            decode. A window is of keys from query_pos - window + 1 on.
 
     Returns:
         out: [num_tokens, num_heads, value_dim], float64; 0 where a token sees no key, or no score but -inf.

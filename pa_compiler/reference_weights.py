@@ -94,6 +94,8 @@ def weigh(
     softcap: float | None = None,
     alibi_slopes: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
+    key_scale: np.ndarray | None = None,
+    value_scale: np.ndarray | None = None,
     score_mod: Functions | None = None,
     mask_mod: Functions | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
@@ -113,6 +115,8 @@ def weigh(
         softcap: As for decode.
         alibi_slopes: As for decode.
         sinks: As for decode.
+        key_scale: As for decode.
+        value_scale: As for decode.
         score_mod: As for decode.
         mask_mod: As for decode.
         inputs: As for decode.
@@ -129,6 +133,13 @@ def weigh(
         position, visible, is_nan = position[is_read], visible[..., is_read], is_nan[..., is_read]
         places = places._replace(key_pos=position)
     key, values = gathered(key_cache, value_cache, blocks, position, kv_layout)
+    for numbers, scale_of, axis in ((key, key_scale, 2), (values, value_scale, 1)):
+        if scale_of is not None:
+            tokens = scales_of(
+                scale_of, blocks, position, len(numbers), value_cache.shape[1 if kv_layout == "NHD" else 2]
+            )
+            with np.errstate(invalid="ignore"):  # NaN and infinite codes, and scales
+                numbers *= np.expand_dims(tokens, 3 - axis)
     by_kv_head = (num_kv_heads, num_heads // num_kv_heads, 1)
     grouped = query.astype(np.float64).reshape(num_kv_heads, -1, head_dim)
     if visible is not None:
@@ -155,6 +166,16 @@ def weigh(
     row_sum = np.where(has_weight, row_sum, 1)
     lse = (peak + np.log(row_sum)).reshape(num_heads)
     return Weighed(scores, weights / row_sum, values, lse, given, magnitude, visible, position)
+
+
+def scales_of(
+    scale: np.ndarray, blocks: np.ndarray, position: np.ndarray, num_kv_heads: int, block_size: int
+) -> np.ndarray:
+    """What each code of some tokens counts, float64 [num_kv_heads, tokens]: of a cache, of a head, or of each token."""
+    scale = np.asarray(scale, np.float64)
+    if scale.ndim == 3:
+        return scale[blocks[position // block_size], :, position % block_size].T
+    return np.broadcast_to(np.broadcast_to(scale, num_kv_heads)[:, None], (num_kv_heads, len(position)))
 
 
 def gathered(

@@ -6,12 +6,15 @@ import dataclasses
 from typing import Any
 
 from pa_compiler import score_checks
+from pa_compiler.kv_types import KV_TYPES, CachesOfCodes, checked_kv_type
 from pa_compiler.score import Constant, Function
 
-ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = ("float32", "float16", "bfloat16")
+"""The types of queries and out, and of caches that hold what they are given."""
+
+ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2} | dict.fromkeys(KV_TYPES, 1)
 """The element types, with their bytes."""
 
-DTYPES = tuple(ITEMSIZES)
 KV_LAYOUTS = ("NHD", "HND", "packed")
 
 PACKED_TOKENS = 16
@@ -36,7 +39,7 @@ _SOFTCAPS = (1e-30, 1e30)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class PagedAttentionSpec:
+class PagedAttentionSpec(CachesOfCodes):
     """What is known about the attention at compile time. Two that mean the same are equal.
 
     All that it takes is compiled, by the targets and pipelines that say nothing else, within 20 seconds of a CPU.
@@ -72,6 +75,11 @@ class PagedAttentionSpec:
             "batch" in a shape is the call's. Kept as a tuple of Input.
         invariant: Whether a query token's out and lse are the same in every bit whether it is decoded, or attended to
             with others of its sequence, however many. Packed, and staged, it mostly is without. For CPUs.
+        kv_dtype: Element type of both caches where it is another than dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
+            Each element then counts as often as a scale says, see kv_scale. None: dtype. For CPUs, pipeline "fused",
+            not with shared_kv.
+        kv_scale: What has a scale of its own, float32: "tensor", each cache, or "head", each of its heads, of float8;
+            "token_head", each head of each token, of int8. None: the first of these that kv_dtype has.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -97,12 +105,16 @@ class PagedAttentionSpec:
     mask_mod: Any = dataclasses.field(default=None, kw_only=True)
     inputs: Any = dataclasses.field(default=(), kw_only=True)
     invariant: bool = dataclasses.field(default=False, kw_only=True)
+    kv_dtype: str | None = dataclasses.field(default=None, kw_only=True)
+    kv_scale: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_integers()
         self._check_names()
         self._check_scores()
         self._check_shapes()
+        for name, value in checked_kv_type(self).items():
+            object.__setattr__(self, name, value)
         self._trace_functions()
 
     def _check_integers(self) -> None:
@@ -213,7 +225,7 @@ class PagedAttentionSpec:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields |= {name: fields[name] and fields[name].text for name in score_checks.FIELDS}
         fields["inputs"] = tuple(map(tuple, self.inputs))
-        return fields | {"out_dtype": self.result_dtype, "value_dim": self.result_dim}
+        return fields | {"out_dtype": self.result_dtype, "value_dim": self.result_dim, "kv_scale": self.scales_of}
 
     def __eq__(self, other: object) -> bool:
         return self.stated() == other.stated() if isinstance(other, PagedAttentionSpec) else NotImplemented
@@ -240,19 +252,20 @@ class PagedAttentionSpec:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that the caches hold of a token: its keys, and its values where they are no part of the keys."""
+        """Bytes that the caches hold of a token: its keys, its values where they are no part of these, its scales."""
         elements = self.head_dim + (0 if self.shared_kv else self.result_dim)
-        return self.num_kv_heads * elements * ITEMSIZES[self.dtype]
+        scales = 2 * ITEMSIZES["float32"] if self.token_scales else 0
+        return self.num_kv_heads * (elements * ITEMSIZES[self.cache_dtype] + scales)
 
     @property
     def wide_range(self) -> bool:
         """Whether elements reach as far as float32 does, so that products and sums of a few may leave its range."""
-        return self.dtype != "float16"
+        return self.dtype != "float16" or self.kv_dtype is not None
 
     @property
     def packed_pair(self) -> int:
         """Elements that kv_layout "packed" keeps side by side: 2 of bfloat16, as its dot product takes them, else 1."""
-        return 2 if self.dtype == "bfloat16" else 1
+        return 2 if self.cache_dtype == "bfloat16" else 1
 
     @property
     def key_cache_shape(self) -> tuple[str, int, int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.spec import ITEMSIZES, PACKED_TOKENS, PagedAttentionSpec
 
 LINE_BYTES = 64
 """A line of the memory system."""
@@ -37,8 +37,20 @@ class Element:
 
     @property
     def word_dtype(self) -> str:
-        """The type of a word: dtype itself, or an integer for a pair."""
+        """The type of a word: dtype itself, or an integer for a pair, or for a code of 8 bits."""
+        if ITEMSIZES[self.dtype] == 1:
+            return "int8"
         return self.dtype if self.word == 1 else "int32"
+
+    @property
+    def rows_of_line(self) -> int:
+        """Rows of packed keys, of PACKED_TOKENS codes each, that a line of the memory system has room for; else 1."""
+        return LINE_BYTES // PACKED_TOKENS if ITEMSIZES[self.dtype] == 1 else 1
+
+    @property
+    def apart(self) -> bool:
+        """Whether a pair is made of two words: of elements that are converted to bfloat16 first."""
+        return self.terms > self.word
 
     @property
     def line_elements(self) -> int:
@@ -90,6 +102,7 @@ class Tiling:
         rows_in_place: Whether a matrix unit multiplies keys and values as they lie in the cache in rows of tokens.
         few: Tiles of work items with no more rows than a tile of these has: they have a kernel of their own, which
             gives a query token the same bits. None: the kernel is one for all items.
+        weighs_values: Whether weights are multiplied by scales of values, one for each token, before they are rounded.
     """
 
     strategy: ClassVar[str]
@@ -117,11 +130,17 @@ class Tiling:
     value_dims: int = dataclasses.field(default=0, kw_only=True)
     rows_in_place: bool = dataclasses.field(default=False, kw_only=True)
     few: Tiling | None = dataclasses.field(default=None, kw_only=True)
+    weighs_values: bool = dataclasses.field(default=False, kw_only=True)
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether the weights that are added up are rounded to bfloat16, as they are multiplied."""
+        return self.values.terms == 2 and not self.weighs_values
 
     @property
     def pairs_weights(self) -> bool:
         """Whether weights are made for pairs at once: of bfloat16, with no more digits than these keep."""
-        return self.values.terms == 2 and (self.many_tokens or self.weight_sums > 0)
+        return self.rounds_weights and (self.many_tokens or self.weight_sums > 0)
 
     @property
     def padded_kv_tile(self) -> int:

@@ -29,7 +29,7 @@ from pa_compiler.cli.options import (
 )
 from pa_compiler.cli.progress import step
 from pa_compiler.cuda import gpus
-from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.verification import cases
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def _make_inputs(
     case: cases.Case, seed: int, caches: tuple[cases.np.ndarray, cases.np.ndarray | None] | None = None
 ) -> cases.Inputs:
     elements = int(case.query_counts.sum()) * case.spec.num_heads * case.spec.head_dim
-    elements += case.cache_bytes // cases.np.dtype(case.spec.dtype).itemsize
+    elements += case.cache_bytes // ITEMSIZES[case.spec.cache_dtype]
     with step("Making the inputs", elements) as advance:
         return cases.make_inputs(case, seed, advance, caches)
 

@@ -17,6 +17,7 @@ from pa_compiler.backend import Extras
 from pa_compiler.cli import functions
 from pa_compiler.cli.text import flag
 from pa_compiler.compiler import PIPELINES
+from pa_compiler.kv_types import KV_TYPES, SCALES
 from pa_compiler.spec import DTYPES, KV_LAYOUTS
 from pa_compiler.verification import cases
 
@@ -118,7 +119,9 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "batch_chunk": "Sequences of one chunk.",
     }
     names = {
-        "dtype": (DTYPES, "Type of query, key_cache and value_cache."),
+        "dtype": (DTYPES, "Type of query, and of the caches without --kv-dtype."),
+        "kv_dtype": ((*DTYPES, *KV_TYPES), "Type of the caches: codes, with scales beside them, if not --dtype."),
+        "kv_scale": (SCALES, "What has a scale of its own, with --kv-dtype."),
         "out_dtype": (DTYPES, "Type of out."),
         "kv_layout": (KV_LAYOUTS, "Layout of the caches."),
     }

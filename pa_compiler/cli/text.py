@@ -52,11 +52,19 @@ def spec_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
     shared = ", a token's value being the first elements of its key" if spec.shared_kv else ""
     return [
         ("spec", f"{heads}{values}, {spec.dtype} in, {spec.result_dtype} out"),
-        ("cache", f"{spec.kv_layout}, blocks of {counted(spec.block_size, 'token')}{shared}"),
+        ("cache", f"{spec.kv_layout}, blocks of {counted(spec.block_size, 'token')}{shared}{_codes(spec)}"),
         ("tiles", f"head_tile {spec.head_tile}, batch_chunk {spec.batch_chunk}"),
         *([("bits", "the same of a token that is decoded and of one among others")] if spec.invariant else []),
         *_score_rows(spec),
     ]
+
+
+def _codes(spec: PagedAttentionSpec) -> str:
+    """What is said of the codes in a cache, if it has such."""
+    of = {"tensor": "each cache", "head": "each kv head", "token_head": "each kv head of each token"}
+    if not spec.has_scales:
+        return ""
+    return f", {spec.kv_dtype} with a scale for {of[str(spec.scales_of)]}: {counted(spec.token_bytes, 'byte')} a token"
 
 
 def _score_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:

@@ -109,7 +109,10 @@ def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> li
         read = "tiles copied to scratch once for all their rows, values turned, and multiplied by AMX"
     elif tiles.keys.terms == 2:
         values = "values paired in scratch, once for all their rows" if tiles.copy_values else "values too"
-        read = f"keys read in place and multiplied as pairs of bfloat16, {values}"
+        keys = "read in place and multiplied as pairs of bfloat16"
+        if tiles.keys.apart:
+            keys = f"converted to pairs of bfloat16 in {'scratch' if tiles.copy_keys else 'registers'}"
+        read = f"keys {keys}, {values}"
     elif tiles.copy_keys:
         read = "tiles converted to float32 in scratch, once for all their rows"
     elif tiles.keys.dtype == "float32":

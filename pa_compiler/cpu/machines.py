@@ -31,6 +31,8 @@ class Machine(NamedTuple):
             multiplies two vectors of 16 in a cycle, as it loads no more than two operands: a broadcast serves both.
         broadcast_registers: Registers that an element of a row and the mask of a pair take, where instructions do not
             broadcast an operand in memory themselves.
+        pairs_codes: Whether codes of 8 bits become pairs of bfloat16 where there is vdpbf16ps: not where that does half
+            of the products that float32's multiply-add does.
     """
 
     second_level: int
@@ -44,6 +46,7 @@ class Machine(NamedTuple):
     load_costs: tuple[float, float] = (2, 3)
     attend_vectors: int = 1
     broadcast_registers: int = 2
+    pairs_codes: bool = True
 
 
 AVX2 = Machine(second_level=1 << 17)
@@ -52,7 +55,7 @@ AVX512 = Machine(second_level=1 << 17, broadcast_registers=0)
 """With 1 MB of second-level cache, of which no more has been tried."""
 AVX512_BF16 = Machine(second_level=1 << 17, broadcast_registers=0)
 """Zen 4, with 1 MB of second-level cache, of which no more has been tried."""
-AMX = Machine(second_level=1 << 17, attend_vectors=2, broadcast_registers=0)
+AMX = Machine(second_level=1 << 17, attend_vectors=2, broadcast_registers=0, pairs_codes=False)
 """Emerald Rapids, with 2 MB of second-level cache, of which no more has been tried."""
 
 

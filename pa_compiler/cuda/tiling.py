@@ -178,6 +178,8 @@ def check(spec: PagedAttentionSpec, pipeline: str = "fused") -> None:
         raise ValueError("kv_layout: expected NHD or HND for target cuda, got 'packed'")
     if spec.invariant:
         raise ValueError("invariant: expected False for target cuda, got True")
+    if spec.has_scales:
+        raise ValueError(f"kv_dtype: expected {spec.dtype} for target cuda, got {spec.kv_dtype!r}")
     for name, dim in (("head_dim", spec.head_dim), ("value_dim", spec.result_dim)):
         if dim % 16 or dim > MAX_HEAD_DIM:
             raise ValueError(f"{name}: expected a multiple of 16 up to {MAX_HEAD_DIM} for target cuda, got {dim}")

@@ -1,6 +1,7 @@
 """append_kv: keys and values of new tokens into their slots of the paged cache, in every layout.
 
-Elements are moved as unsigned integers of their size: NaNs keep their bits, and float16 and bfloat16 are one kernel.
+Where a cache holds codes, quantise.py makes them. Elements of others are moved as unsigned integers of their size: NaNs
+keep their bits, and float16 and bfloat16 are one kernel.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
+from pa_compiler.kernels.quantise import quantise
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
 # (block, slot, head, d) -> where element d of a head's key or value lies in its cache
@@ -70,6 +72,8 @@ def _append(
         place: Where an element lies in the cache; block and slot are int64 and not negative.
         adjacent: Of the dim elements, how many lie side by side in the cache.
     """
+    if spec.has_scales:
+        return quantise(spec, name, dim, extents, place)
     kv_heads, block_size = T.int64(spec.num_kv_heads), T.int64(spec.block_size)
     itemsize = ITEMSIZES[spec.dtype]
     bits = f"uint{8 * itemsize}"

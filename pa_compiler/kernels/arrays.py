@@ -63,6 +63,14 @@ class Arrays:
     def _span(self, handle: Var, extent: str, element: Element) -> Buffer:
         return T.match_buffer(handle, (self._var(extent),), element.word_dtype, align=ITEMSIZES[element.dtype])
 
+    def key_scale(self, handle: Var) -> Buffer:
+        """[ks_span], float32: the scales of keys from the first on, as key_cache."""
+        return T.match_buffer(handle, (self._var("ks_span"),), "float32", align=4)
+
+    def value_scale(self, handle: Var) -> Buffer:
+        """[vs_span], float32: the scales of values."""
+        return T.match_buffer(handle, (self._var("vs_span"),), "float32", align=4)
+
     def block_table(self, handle: Var) -> Buffer:
         """[batch, max_blocks], int32: the entries of BlockTable."""
         shape = (self._var("batch"), self._var("max_blocks"))

@@ -17,10 +17,11 @@ from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.pv_whole import pv_whole
 from pa_compiler.kernels.qk_matmul import qk_matmul
 from pa_compiler.kernels.rows import OfRows, TokenRows, by_rows
+from pa_compiler.kernels.scales import weigh_factors, weigh_values
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import Scoring
 from pa_compiler.kernels.sight import LAST_BEGIN, LEAST_LIMIT, LIMIT, Bounds, Sight, Tree, find_edges
-from pa_compiler.kernels.softmax import softmax_prepare
+from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.softmax_whole import softmax_whole
 from pa_compiler.kernels.state import Factors, State
 from pa_compiler.spec import PagedAttentionSpec
@@ -70,6 +71,8 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     softmax_stage = softmax_whole(spec, tiling) if in_whole else softmax_prepare(spec, tiling)
     rescale_stage = state.rescale(rows)
     functions = ScoreFunctions(spec, many_tokens=True)
+    of_tokens, of_heads = spec.token_scales, spec.has_scales and not spec.token_scales
+    weigh_stage, factors_stage, pairs_stage = weigh_values(tiling), weigh_factors(rows), pair_probs(tiling)
     visible_stage, edges_stage = compute_visible(functions, tiling), find_edges(tiling)
 
     def full_groups(tile):
@@ -84,7 +87,20 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
 
     @script.inline
     def stage(
-        q_tile, first, keys, key_head, values, value_head, whole, running, step, num_steps, item, given, infinite=None
+        q_tile,
+        first,
+        keys,
+        key_head,
+        values,
+        value_head,
+        whole,
+        running,
+        step,
+        num_steps,
+        item,
+        given,
+        infinite,
+        of_head,
     ):
         scores = T.sblock_alloc_buffer((1, rows, tokens), "float32")
         if not in_whole:
@@ -103,22 +119,33 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         qk_stage(num_rows, q_tile, first, keys, key_head, tile, scores, 0)
         if in_pairs:
             prob_pairs = T.sblock_alloc_buffer((1, rows, tokens // 2), "int32")
-        weights = T.meta_var(prob_pairs if in_pairs else probs)
+        if of_tokens:
+            weighted = T.sblock_alloc_buffer((1, rows, tokens), "float32")
+        if of_heads:
+            weighted_beta = T.sblock_alloc_buffer((1, rows), "float32")
+        if not in_whole:
+            exact = T.meta_var(weighted if of_tokens else probs)
+        weights = T.meta_var(prob_pairs if in_pairs else exact)
         query_pos = T.meta_var(OfRows(item.bounds.positions, first))
         computed = T.meta_var(allocate_visible(functions, tiling, given and given._replace(query_pos=query_pos), 1))
         added = T.meta_var(State(tile_max, tile_sum, None, 0))
-        scoring = T.meta_var(Scoring(of, query_pos, item.slopes, computed))
+        scoring = T.meta_var(Scoring(of, query_pos, item.slopes, computed, of_head.scores))
         visible_stage(computed, of, 0, tile.num_groups)
         softmax_stage(
-            scores, *([] if in_whole else [probs]), added, item.scale, item.bounds.headroom(first), tile,
-            tile.num_groups, scoring, weights if in_pairs else None, num_full,
+            scores, *([] if in_whole else [probs]), added, of_head.score, item.bounds.headroom(first), tile,
+            tile.num_groups, scoring, weights if in_pairs and not of_tokens else None, num_full,
             *([num_rows] if in_whole else []),
         )  # fmt: skip
+        weigh_stage(probs if of_tokens else None, weighted if of_tokens else None, of_head, 0, tile.num_groups)
+        if of_tokens and in_pairs:
+            pairs_stage(exact, weights, tile_sum, 0, tile.num_groups)
         rescale_stage(added, running, Factors(alpha, beta, 0), step)
+        factors_stage(Factors(alpha, beta, 0), weighted_beta if of_heads else None, of_head)
         if not in_whole:
             edges_stage(edges, tile, num_full)
         update_stage(
-            num_rows, weights, values, value_head, tile, num_full, computed, edges, Factors(alpha, beta, 0),
+            num_rows, weights, values, value_head, tile, num_full, computed, edges,
+            Factors(alpha, weighted_beta if of_heads else beta, 0),
             running._replace(slot=first), step, num_steps, *([] if infinite is None else [infinite]),
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ made a number, or multiplied as it is, by elements.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, BufferRegion
 
-from pa_compiler.kernels.elements import number, pair_halves
+from pa_compiler.kernels.elements import number, pair_halves, paired
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiles import TILE_TOKENS, Element, Tiling
 from pa_compiler.tvmscript import inline
@@ -45,7 +46,8 @@ class CacheAccess(NamedTuple):
             PACKED_TOKENS tokens that it is one of. What a table of offsets holds.
         element: (cache, t, head_offset, d) -> element d of token t as float32.
         pair: (cache, i, head_offset, j) -> a word of two elements, where a matmul multiplies such: of keys the elements
-            2j and 2j + 1 of token i, of values the element j of the tokens 2i and 2i + 1.
+            2j and 2j + 1 of token i, or, where they are apart, j and j + head_dim / 2, so that both are read in
+            vectors; of values the element j of the tokens 2i and 2i + 1.
         line: (cache, token, nth, head_offset) -> the offset of the nth cache line, counted from the first one of
             `token` of a tile; each token has num_lines of them. token is 0 modulo PACKED_TOKENS where keys are packed.
         num_lines: Cache lines of a token; of packed keys, PACKED_TOKENS tokens together have so many each.
@@ -65,8 +67,10 @@ def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
         return _rows_in_step(keys, spec.head_dim)
     if spec.kv_layout != "packed":
         return _token_rows(keys, spec.head_dim)
-    rows = spec.head_dim // keys.word
-    lines = -(-rows // PACKED_TOKENS)
+    rows, of_line = spec.head_dim // keys.word, keys.rows_of_line
+    lines = -(-rows // (PACKED_TOKENS * of_line))
+    # blocks of so few tokens have several rows side by side in a line, others several groups of tokens of a row
+    side_by_side = max(of_line * PACKED_TOKENS // spec.block_size, 1)
 
     def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
         return T.Cast("int64", slot - T.floormod(slot, PACKED_TOKENS))
@@ -79,13 +83,19 @@ def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
         in_row = T.Cast("int64", row) * cache.row + T.Cast("int64", t - first)
         return cache.memory[cache.offsets[first] + head_offset + in_row]
 
+    def apart(cache: Cache, t: Expr, head_offset: Expr, j: Expr) -> Expr:
+        return paired(keys, pair(cache, t, head_offset, j), pair(cache, t, head_offset, j + rows // 2))
+
     def line(cache: Cache, token: Expr, nth: Expr, head_offset: Expr) -> Expr:
         # a line holds one row of PACKED_TOKENS tokens; what is past the last row is it again
         first = token + T.floordiv(nth, lines * PACKED_TOKENS) * PACKED_TOKENS
-        row = T.min(T.floormod(nth, lines * PACKED_TOKENS), rows - 1)
+        row = T.floormod(nth, lines * PACKED_TOKENS)
+        if of_line > 1:  # groups of tokens whose rows share lines fetch different ones
+            row = row * of_line + T.floormod(T.floordiv(first, PACKED_TOKENS) * side_by_side, of_line)
+        row = T.min(row, rows - 1)
         return cache.offsets[first] + head_offset + T.Cast("int64", row) * cache.row
 
-    return CacheAccess(slot_offset, element, pair, line, lines)
+    return CacheAccess(slot_offset, element, apart if keys.apart else pair, line, lines)
 
 
 def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
@@ -94,7 +104,8 @@ def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
     if tiling.rows_in_place:
         return _rows_in_step(values, spec.result_dim)
     if spec.kv_layout != "packed" or spec.packed_pair == 1:
-        return _token_rows(values, spec.result_dim)._replace(pair=_pair_of_rows)
+        of_codes = functools.partial(_pair_of_codes, values)
+        return _token_rows(values, spec.result_dim)._replace(pair=of_codes if values.apart else _pair_of_rows)
     lines = -(-spec.result_dim // values.line_elements)
 
     def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
@@ -130,7 +141,10 @@ def _token_rows(of: Element, dim: int) -> CacheAccess:
         start = T.Cast("int64", T.floormod(nth, lines) * of.line_words)
         return cache.offsets[token + T.floordiv(nth, lines)] + head_offset + start
 
-    return CacheAccess(slot_offset, element, _word, line, lines)
+    def apart(cache: Cache, t: Expr, head_offset: Expr, j: Expr) -> Expr:
+        return paired(of, _word(cache, t, head_offset, j), _word(cache, t, head_offset, j + dim // 2))
+
+    return CacheAccess(slot_offset, element, apart if of.apart else _word, line, lines)
 
 
 def _rows_in_step(of: Element, dim: int) -> CacheAccess:
@@ -167,6 +181,11 @@ def _pair_of_rows(cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
     return pair_halves(first, second, d)
 
 
+def _pair_of_codes(of: Element, cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
+    """The same where each element is a word."""
+    return paired(of, _word(cache, 2 * i, head_offset, d), _word(cache, 2 * i + 1, head_offset, d))
+
+
 def rows_from(cache: Cache, first: Expr, row: Expr, head_offset: Expr, d: Expr) -> Expr:
     """Word d of a row of the cache, counted from that of the token in column `first` on, in its block."""
     in_block = T.Cast("int64", row) * cache.row + T.Cast("int64", d)
@@ -195,8 +214,8 @@ def load_tile(
 ) -> Callable[..., None]:
     """The sblock name: what reader(access, element) reads, of num_groups groups of token_group tokens, in scratch.
 
-    copy[t, d] = float32(element d of token t), or, in pairs, of values the word of element d of the tokens 2t and
-    2t + 1, of keys that of the elements 2d and 2d + 1 of token t: as shape is copy_shape or key_copy_shape.
+    copy[t, d] = float32(element d of token t), or, in pairs, CacheAccess.pair(t, d): as shape is copy_shape or
+    key_copy_shape.
     """
     tokens, dim = shape
     group = tiling.token_group * tokens // tiling.padded_kv_tile

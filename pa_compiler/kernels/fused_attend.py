@@ -10,15 +10,16 @@ from tvm.tirx import PrimFunc
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import ahead, state
 from pa_compiler.kernels.arrays import Arrays, BlockTable, without
-from pa_compiler.kernels.attend_rows import Item, attend_rows, finish_item, rows_of_item
+from pa_compiler.kernels.attend_rows import Item, attend_rows, finish_item
+from pa_compiler.kernels.attend_start import start_rows
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import compute_columns
-from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.pv_whole import load_whole
 from pa_compiler.kernels.rows import begins_late
+from pa_compiler.kernels.scales import Scales, look_up_scales, scales_of_head, unused
 from pa_compiler.kernels.score_functions import ScoreFunctions
-from pa_compiler.kernels.sight import BEGIN, LEAST_LIMIT, LIMIT, Bounds, Tree, find_bounds, find_runs
-from pa_compiler.kernels.state import EMPTY_ROW_MAX, State
+from pa_compiler.kernels.sight import LIMIT, Bounds, Tree, find_runs
+from pa_compiler.kernels.state import State
 from pa_compiler.kernels.tokens import Tile, token_offsets
 from pa_compiler.key_ranges import attend_range_blocks, attend_tiles, decodes_in_step
 from pa_compiler.spec import PagedAttentionSpec
@@ -46,9 +47,9 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     arrays, kv_tile, rows = Arrays(spec, tiling), tiling.kv_tile, tiling.row_tile
     tiles, depth, dim = attend_tiles(spec, rows), spec.head_dim // tiling.keys.terms, spec.result_dim
     range_tokens, late = attend_range_blocks(spec) * spec.block_size, begins_late(spec, many_tokens=True)
-    start, attend, finish = _start(spec, tiling), _attend_range(spec, tiling), finish_item(spec, tiling)
+    start, attend, finish = start_rows(spec, tiling), _attend_range(spec, tiling), finish_item(spec, tiling)
     runs_stage, looks_beyond = find_runs(spec), spec.invariant or decodes_in_step(spec)
-    merge_stage = state.merge(rows, dim, "range_")
+    merge_stage = _merge_range(rows, dim)
     functions = ScoreFunctions(spec, many_tokens=True)
 
     @script.prim_func(s_tir=True)
@@ -68,12 +69,20 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         lse_handle: T.handle,
         alibi_slopes_handle: T.handle,
         sinks_handle: T.handle,
+        key_scale_handle: T.handle,
+        value_scale_handle: T.handle,
         k_block: T.int64,
         k_row: T.int64,
         k_head: T.int64,
         v_block: T.int64,
         v_row: T.int64,
         v_head: T.int64,
+        ks_block: T.int64,
+        ks_row: T.int64,
+        ks_head: T.int64,
+        vs_block: T.int64,
+        vs_row: T.int64,
+        vs_head: T.int64,
         seq: T.int32,
         token_begin: T.int32,
         num_query: T.int32,
@@ -106,6 +115,12 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             alibi_slopes = arrays.alibi_slopes(alibi_slopes_handle)
         if spec.sinks:
             sinks = arrays.sinks(sinks_handle)
+        if spec.has_scales:
+            key_scale = arrays.key_scale(key_scale_handle)
+            value_scale = arrays.value_scale(value_scale_handle)
+            scales = T.meta_var(Scales(
+                Cache(key_scale, ks_block, ks_row, ks_head, None), Cache(value_scale, vs_block, vs_row, vs_head, None)
+            ))  # fmt: skip
         of_functions = T.meta_var(arrays.of_functions(functions.arrays))
         with T.sblock("root"):
             q_tile = T.sblock_alloc_buffer((tiles, rows, depth), tiling.keys.factor_dtype)
@@ -126,11 +141,10 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             context_len: T.let = context_lens[seq]
             head_tiles: T.let = T.ceildiv(num_query * spec.group, rows)
             num_tiles: T.let = num_kv_heads * head_tiles
-            slopes = T.meta_var(alibi_slopes if spec.alibi else None)
             item = T.meta_var(Item(
                 seq, token_begin, num_query, kv_head_begin, num_kv_heads, head_tiles, score_scale,
                 Bounds(positions, limits, begins if late else None, places if spec.wide_range else None, reach),
-                Tree(tree_mask, tree_start, tree_size, context_len - tree_size), slopes,
+                Tree(tree_mask, tree_start, tree_size, context_len - tree_size), alibi_slopes if spec.alibi else None,
             ))  # fmt: skip
             sees_all: T.let = T.Or(causal == 0, tree_start >= T.int64(0))
             total = T.meta_var(State(total_max, total_sum, total_acc, 0))
@@ -163,63 +177,33 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                 keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
                             )
                             attend(
-                                q_tile, keys, values, table, of_functions, item, running, vstep, num_steps,
-                                read_begin + vstep * kv_tile, range_end, key_end if looks_beyond else range_end,
-                                span[0] if late else None, runs, context_len, span[2],
+                                q_tile, keys, values, scales if spec.has_scales else None, table, of_functions, item,
+                                running, vstep, num_steps, read_begin + vstep * kv_tile, range_end,
+                                key_end if looks_beyond else range_end, span[0] if late else None, runs, context_len,
+                                span[2],
                             )  # fmt: skip
-                    for tile in range(num_tiles):
-                        with T.sblock("range_state"):
-                            vtile = T.axis.spatial(num_tiles, tile)
-                            T.reads()
-                            T.writes()
-                            if T.And(num_steps > 0, read_begin < reach[vtile, LIMIT]):
-                                merge_stage(running._replace(slot=vtile), total._replace(slot=vtile), 1, 2)
+                    merge_stage(running, total, num_tiles, num_steps, read_begin, reach)
             finish(
                 total, State(partial_max, partial_sum, partial_acc, partial_start), partial_start < 0, out, lse, item,
                 num_tiles, sinks if spec.sinks else None,
             )  # fmt: skip
 
-    return without(fused_attend)
+    return without(fused_attend, *unused(spec))
 
 
-def _start(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """The query rows of all tiles, what they see, and empty states; and from where up to where one of them sees."""
-    rows, dim, rows_of = tiling.row_tile, spec.result_dim, rows_of_item(spec, tiling)
-    load_query_stage, bounds_stage = load_query(spec, tiling), find_bounds(spec, tiling)
+def _merge_range(rows: int, dim: int) -> Callable[..., None]:
+    """The states of a range into those of all ranges before it, of the tiles of rows that see a key of the range."""
+    merge_stage = state.merge(rows, dim, "range_")
 
     @script.inline
-    def stage(query, q_tile, item, num_tiles, token_positions, context_len, sees_all, query_scale, total, span):
+    def stage(running, total, num_tiles, num_steps, read_begin, reach):
         for tile in range(num_tiles):
-            with T.sblock("query_tile"):
+            with T.sblock("range_state"):
                 vtile = T.axis.spatial(num_tiles, tile)
                 T.reads()
                 T.writes()
-                of = T.meta_var(rows_of(item, vtile))
-                load_query_stage(query, q_tile, vtile, of, query_scale)
-                bounds_stage(item.bounds, vtile, of, token_positions, context_len, sees_all)
-                with T.sblock("empty_state"):
-                    T.reads()
-                    T.writes(
-                        total.row_max[vtile, 0:rows], total.row_sum[vtile, 0:rows], total.acc[vtile, 0:rows, 0:dim]
-                    )
-                    for r in range(rows):
-                        with T.sblock("empty_row"):
-                            vr = T.axis.spatial(rows, r)
-                            total.row_max[vtile, vr] = T.float32(EMPTY_ROW_MAX)
-                            total.row_sum[vtile, vr] = T.float32(0)
-                    for r, d in T.grid(rows, dim):
-                        with T.sblock("empty_acc"):
-                            vr, vd = T.axis.remap("SS", [r, d])
-                            total.acc[vtile, vr, vd] = T.float32(0)
-        reach = T.meta_var(item.bounds.reach)
-        for tile in range(num_tiles):
-            with T.sblock("span"):
-                vtile = T.axis.opaque(num_tiles, tile)
-                T.reads(reach[vtile, 0:4])
-                T.writes(span[0:3])
-                span[0] = T.Select(vtile == 0, reach[vtile, BEGIN], T.min(span[0], reach[vtile, BEGIN]))
-                span[1] = T.Select(vtile == 0, reach[vtile, LIMIT], T.max(span[1], reach[vtile, LIMIT]))
-                span[2] = T.Select(vtile == 0, reach[vtile, LEAST_LIMIT], T.min(span[2], reach[vtile, LEAST_LIMIT]))
+                if T.And(num_steps > 0, read_begin < reach[vtile, LIMIT]):
+                    merge_stage(running._replace(slot=vtile), total._replace(slot=vtile), 1, 2)
 
     return stage
 
@@ -233,14 +217,15 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")
     attend, k_dtype, v_dtype = attend_rows(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
     columns_stage = compute_columns(ScoreFunctions(spec, many_tokens=True), tiling)
+    scales_stage, head_stage = look_up_scales(spec, tiling), scales_of_head(spec, tiling)
     load_all, in_whole = load_whole(spec, tiling), tiling.in_tile_registers and tiling.copy_values
     by_token = spec.kv_layout == "NHD" and not tiling.in_tile_registers
     announce_keys, announce_values, announce_early = map(ahead.announce, (ahead.KEYS, ahead.VALUES, ahead.EARLY_KEYS))
 
     @script.inline
     def stage(
-        q_tile, key_cache, value_cache, table, of_functions, item, running, step, num_steps, start, range_end, key_end,
-        first_token, runs, context_len, seen_by_all,
+        q_tile, key_cache, value_cache, scales, table, of_functions, item, running, step, num_steps, start, range_end,
+        key_end, first_token, runs, context_len, seen_by_all,
     ):  # fmt: skip
         tile_start: T.let = script.opaque(start)
         valid_len: T.let = script.opaque(T.min(range_end - tile_start, tiling.kv_tile))
@@ -251,6 +236,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         key_offsets_stage(table, key_cache, tile, item.seq, key_end - 1, num_offsets, first_token, runs)
         if not spec.shared_kv:
             value_offsets_stage(table, value_cache, tile, item.seq, key_end - 1, num_offsets, first_token, runs)
+        scales_of_tile = T.meta_var(scales_stage(scales, table, tile, item.seq, key_end - 1, first_token, runs))
         computed = T.meta_var(columns_stage(of_functions, item.seq, context_len, tile, tile.num_groups))
         for kv_head in range(item.num_kv_heads):
             with T.sblock("kv_head"):
@@ -264,6 +250,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                 shares = T.meta_var((item.num_kv_heads, vkv) if by_token else ())
                 key_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * key_cache.head
                 value_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * value_cache.head
+                of_head = T.meta_var(head_stage(scales_of_tile, item.kv_head_begin + vkv, tile, item.scale))
                 more: T.let = T.Or(has_next, T.Not(is_last))
                 if tiling.fetches_early:
                     announce_early(key_cache, next_tile, next_head * key_cache.head, T.And(item.head_tiles == 1, more))
@@ -294,7 +281,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                         if tile_start < item.bounds.reach[first, LIMIT]:
                             attend(
                                 q_tile, first, keys, key_head, values, value_head, tile, running._replace(slot=first),
-                                step, num_steps, item, computed, infinite if in_whole else None,
+                                step, num_steps, item, computed, infinite if in_whole else None, of_head,
                             )  # fmt: skip
 
     return stage

@@ -12,12 +12,14 @@ from pa_compiler.kernels import ahead, rows_in_place, state
 from pa_compiler.kernels.arrays import Arrays, BlockTable, without
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
+from pa_compiler.kernels.decode_rows import finish_rows, load_queries
 from pa_compiler.kernels.headroom import headroom
-from pa_compiler.kernels.load_query import load_query, query_shape
+from pa_compiler.kernels.load_query import query_shape
 from pa_compiler.kernels.pv_in_place import update_in_place
 from pa_compiler.kernels.pv_matmul import pv_update
 from pa_compiler.kernels.qk_matmul import qk_matmul
 from pa_compiler.kernels.rows import begins_late, first_of_range, first_seen, limit, masks_first_tile, rows_of_tiles
+from pa_compiler.kernels.scales import Scales, look_up_scales, scales_of_head, unused, weigh_factors, weigh_values
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import Scoring, Sequence
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
@@ -43,7 +45,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     tiles, rows = spec.num_kv_heads * tiling.row_tiles(spec), tiling.row_tile
     dim, masks_first = spec.result_dim, masks_first_tile(spec, in_step=tiling.rows_in_place)
     look_up, attend = _look_up(spec, tiling), _attend_heads(spec, tiling)
-    load_queries, finish = _load_queries(spec, tiling), _finish(spec, tiling)
+    load_stage, finish = load_queries(spec, tiling), finish_rows(spec, tiling)
+    scales_stage = look_up_scales(spec, tiling)
     functions = ScoreFunctions(spec)
     columns_stage = compute_columns(functions, tiling)
 
@@ -62,12 +65,20 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         lse_handle: T.handle,
         alibi_slopes_handle: T.handle,
         sinks_handle: T.handle,
+        key_scale_handle: T.handle,
+        value_scale_handle: T.handle,
         k_block: T.int64,
         k_row: T.int64,
         k_head: T.int64,
         v_block: T.int64,
         v_row: T.int64,
         v_head: T.int64,
+        ks_block: T.int64,
+        ks_row: T.int64,
+        ks_head: T.int64,
+        vs_block: T.int64,
+        vs_row: T.int64,
+        vs_head: T.int64,
         batch_start: T.int32,
         num_seqs: T.int32,
         block_begin: T.int32,
@@ -92,6 +103,12 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             alibi_slopes = arrays.alibi_slopes(alibi_slopes_handle)
         if spec.sinks:
             sinks = arrays.sinks(sinks_handle)
+        if spec.has_scales:
+            key_scale = arrays.key_scale(key_scale_handle)
+            value_scale = arrays.value_scale(value_scale_handle)
+            scales = T.meta_var(Scales(
+                Cache(key_scale, ks_block, ks_row, ks_head, None), Cache(value_scale, vs_block, vs_row, vs_head, None)
+            ))  # fmt: skip
         of_functions = T.meta_var(arrays.of_functions(functions.arrays))
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -113,7 +130,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 range_len: T.let = T.max(T.min(block_end * spec.block_size, end) - range_begin, 0)
                 # an empty range takes one step with valid_len == 0, which gives the empty result
                 num_steps: T.let = T.max(T.ceildiv(range_len, kv_tile), 1)
-                load_queries(query, q_tile, seq, query_scale)
+                load_stage(query, q_tile, seq, query_scale)
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -132,6 +149,9 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         )
                         first_token = T.meta_var(seen if begins_late(spec) and tiling.weight_sums else None)
                         look_up(table, keys, values, tile, seq, range_begin + range_len - 1, has_next, first_token)
+                        last = T.meta_var(range_begin + range_len - 1)
+                        given = T.meta_var(scales if spec.has_scales else None)
+                        scales_of_tile = T.meta_var(scales_stage(given, table, tile, seq, last, first_token))
                         computed = T.meta_var(
                             columns_stage(of_functions, seq, context_lens[seq], tile, tile.num_groups)
                         )
@@ -139,7 +159,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                             q_tile, keys, values, tile, has_next, State(row_max, row_sum, acc, 0), vstep, num_steps,
                             Sequence(
                                 seq, context_lens[seq] - 1, alibi_slopes if spec.alibi else None, score_scale, places,
-                                computed,
+                                computed, scales_of_tile,
                             ),
                         )  # fmt: skip
                 finish(
@@ -148,24 +168,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     sinks if spec.sinks else None,
                 )  # fmt: skip
 
-    return without(fused_decode)
-
-
-def _load_queries(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """The query rows of all head tiles of a sequence."""
-    tiles, rows_of = spec.num_kv_heads * tiling.row_tiles(spec), rows_of_tiles(spec, tiling)
-    load_query_stage = load_query(spec, tiling)
-
-    @script.inline
-    def stage(query, q_tile, seq, query_scale):
-        for tile in range(tiles):
-            with T.sblock("query_tile"):
-                vtile = T.axis.spatial(tiles, tile)
-                T.reads()
-                T.writes()
-                load_query_stage(query, q_tile, vtile, rows_of(seq, vtile), query_scale)
-
-    return stage
+    return without(fused_decode, *unused(spec))
 
 
 def _look_up(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
@@ -240,8 +243,11 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     update = update_in_place if tiling.value_pairs else pv_update
     matmuls = qk_matmul(spec, tiling), pair_probs(tiling), update(spec, tiling)
     qk_stage, pairs_stage, update_stage = rows_in_place.stages(spec, tiling) if tiling.rows_in_place else matmuls
-    functions, rescale_stage = ScoreFunctions(spec), state.rescale(rows)
-    visible_stage, softmax_stage = compute_visible(functions, tiling), softmax_prepare(spec, tiling)
+    softmax_stage, rescale_stage = softmax_prepare(spec, tiling), state.rescale(rows)
+    functions, row_tiles = ScoreFunctions(spec), tiling.row_tiles(spec)
+    visible_stage, head_stage = compute_visible(functions, tiling), scales_of_head(spec, tiling)
+    weigh_stage, factors_stage = weigh_values(tiling), weigh_factors(rows)
+    of_tokens, of_heads = spec.token_scales, spec.has_scales and not spec.token_scales
 
     @script.inline
     def stage(q_tile, first, keys, key_head, values, value_head, tile, running, step, num_steps, sequence):
@@ -254,7 +260,12 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         qk_stage(q_tile, first, keys, key_head, tile, scores, 0)
         if in_pairs:
             prob_pairs = T.sblock_alloc_buffer(rows_in_place.pairs_shape(tiling, num_tiles), "int32")
-        weights = T.meta_var(prob_pairs if in_pairs else probs)
+        if of_tokens:
+            weighted = T.sblock_alloc_buffer((num_tiles, rows, tokens), "float32")
+        if of_heads:
+            weighted_beta = T.sblock_alloc_buffer((num_tiles, rows), "float32")
+        exact = T.meta_var(weighted if of_tokens else probs)
+        weights = T.meta_var(prob_pairs if in_pairs else exact)
         computed = T.meta_var(allocate_visible(functions, tiling, sequence.computed, num_tiles))
         for i in range(num_tiles):
             with T.sblock("softmax"):
@@ -263,37 +274,19 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 T.writes()
                 added = T.meta_var(State(tile_max, tile_sum, None, vslot))
                 of = T.meta_var(rows_of(sequence.seq, first + vslot))
-                scoring = T.meta_var(Scoring(of, sequence.query_pos, sequence.slopes, computed))
+                kv_head = T.meta_var(T.floordiv(first + vslot, row_tiles))
+                of_head = T.meta_var(head_stage(sequence.scales, kv_head, tile, sequence.scale))
+                scoring = T.meta_var(Scoring(of, sequence.query_pos, sequence.slopes, computed, of_head.scores))
                 visible_stage(computed, of, vslot, tile.num_groups)
-                softmax_stage(scores, probs, added, sequence.scale, sequence.headroom, tile, tile.num_groups, scoring)
+                softmax_stage(scores, probs, added, of_head.score, sequence.headroom, tile, tile.num_groups, scoring)
+                weigh_stage(probs, weighted if of_tokens else None, of_head, vslot, tile.num_groups)
                 if in_pairs:
-                    pairs_stage(probs, weights, tile_sum, vslot, tile.num_groups)
+                    pairs_stage(exact, weights, tile_sum, vslot, tile.num_groups)
                 rescale_stage(added, running._replace(slot=first + vslot), Factors(alpha, beta, vslot), step)
+                factors_stage(Factors(alpha, beta, vslot), weighted_beta if of_heads else None, of_head)
         update_stage(
-            weights, values, value_head, tile, Factors(alpha, beta, 0), running._replace(slot=first), step, num_steps,
-            computed,
+            weights, values, value_head, tile, Factors(alpha, weighted_beta if of_heads else beta, 0),
+            running._replace(slot=first), step, num_steps, computed,
         )  # fmt: skip
-
-    return stage
-
-
-def _finish(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """out and lse of a sequence that is whole, or its partial result."""
-    tiles, rows_of = spec.num_kv_heads * tiling.row_tiles(spec), rows_of_tiles(spec, tiling)
-    normalize_stage = state.normalize(spec, tiling.row_tile)
-    store_stage = state.store(tiling.row_tile, spec.result_dim)
-
-    @script.inline
-    def stage(running, partial, is_whole, out, lse, seq, places, sinks):
-        for tile in range(tiles):
-            with T.sblock("result"):
-                vtile = T.axis.spatial(tiles, tile)
-                T.reads()
-                T.writes()
-                result = T.meta_var(running._replace(slot=vtile))
-                if is_whole:
-                    normalize_stage(result, out, lse, rows_of(seq, vtile), places, sinks)
-                else:
-                    store_stage(result, partial, rows_of(seq, vtile))
 
     return stage

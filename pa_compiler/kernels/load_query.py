@@ -21,10 +21,14 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """q_tile[tile, r, :] = query_scale * query of row r, for the rows that there are; 0 in rows that pad the tile.
 
     In float32, and of float16 without query_scale (headroom.scaled). Where pairs are multiplied, q_tile[tile, r, d] is
-    the word of the elements 2d and 2d + 1 instead; with Tiling.rows_in_place in q_tile[tile, d, r].
+    the word of the two elements that are a pair of a key, CacheAccess.pair, instead; with Tiling.rows_in_place it is
+    q_tile[tile, d, r].
     """
     capacity, head_dim, depth = tiling.row_tile, spec.head_dim, spec.head_dim // tiling.keys.terms
     turned = tiling.rows_in_place
+
+    def of_pair(d):
+        return (d, d + depth) if tiling.keys.apart else (2 * d, 2 * d + 1)
 
     def element(x, query_scale):
         return scaled(spec, T.Cast("float32", x), query_scale)
@@ -41,8 +45,8 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                         q_tile[(tile, vd, vr) if turned else (tile, vr, vd)] = T.if_then_else(
                             vr < rows.num,
                             pair_floats(
-                                element(query[rows.at(vr, 2 * vd)], query_scale),
-                                element(query[rows.at(vr, 2 * vd + 1)], query_scale),
+                                element(query[rows.at(vr, of_pair(vd)[0])], query_scale),
+                                element(query[rows.at(vr, of_pair(vd)[1])], query_scale),
                             ),
                             0,
                         )

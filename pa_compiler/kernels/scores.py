@@ -34,17 +34,26 @@ class Scoring(NamedTuple):
         query_pos: Position of their query token in its sequence; OfRows where they have several.
         slopes: alibi_slopes, float32 [num_heads]; None where the spec has none.
         computed: What its functions take; None where it has none.
+        factors: [tokens], what products are multiplied by where that is the token's; None: the scale of scores.
     """
 
     rows: AnyRows
     query_pos: Expr | OfRows
     slopes: Any
     computed: Computed | None = None
+    factors: Buffer | None = None
+
+    def product(self, score: Expr, scale: Expr, column: Expr) -> Value:
+        """A score of a column, scaled."""
+        if self.factors is None:
+            return Value(score * scale, [score])
+        return Value(score * self.factors[column], [score, self.factors[column]])
 
     @property
     def regions(self) -> list[BufferRegion]:
         """The arrays that are read besides scores, for T.reads."""
         slopes = [] if self.slopes is None else [whole(self.slopes)]
+        slopes += [] if self.factors is None else [whole(self.factors)]
         return slopes + ([] if self.computed is None else self.computed.regions)
 
 
@@ -58,6 +67,7 @@ class Sequence(NamedTuple):
         scale: What products are multiplied by.
         headroom: Its binary places (kernels/headroom.py).
         computed: What functions of scores take; None where there are none.
+        scales: Those of codes (kernels/scales.py); None where there are none.
     """
 
     seq: Expr
@@ -66,6 +76,7 @@ class Sequence(NamedTuple):
     scale: Expr
     headroom: Expr
     computed: Computed | None
+    scales: Any = None
 
 
 def slope_of(scoring: Scoring, row: Expr) -> Expr:

@@ -13,7 +13,6 @@ from pa_compiler.kernels.elements import (
     round_up_to_bfloat16,
 )
 from pa_compiler.kernels.exp import store_exp, store_weight
-from pa_compiler.kernels.kept import Value
 from pa_compiler.kernels.rows import OfRows, of_row
 from pa_compiler.kernels.scores import Scores, are_products, sees, slope_of
 from pa_compiler.kernels.sight import hide_scores
@@ -42,7 +41,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
 
     # keys that all rows see have a form of their own; beside functions of scores the comparison weighs little
     in_two, of_rows = tiling.many_tokens and are_products(spec), tiling.many_tokens and spec.wide_range
-    in_pairs = tiling.many_tokens and tiling.values.terms == 2
+    in_pairs = tiling.many_tokens and tiling.rounds_weights
     pairs_stage, in_step = pair_weights(tiling), tiling.weight_sums > 0
     weigh, rounded = (store_weight, round_up_to_bfloat16) if in_step else (store_exp, round_to_bfloat16)
     valid = () if in_step else (True,)
@@ -57,7 +56,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
             scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
             if in_two:
                 full_peak = T.sblock_alloc_buffer((rows,), "float32")
-                full_stage(scores, scaled, full_peak, slot, scale, num_full)
+                full_stage(scores, scaled, full_peak, slot, scale, num_full, scoring)
             with T.sblock("seen_scores"):
                 T.reads(scores[slot, 0:rows, 0:tokens], *scoring.regions)
                 T.writes(scaled[0:rows, 0:tokens])
@@ -108,7 +107,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                             store_weight(probs, (slot, vr, vt), shifted, of_row(places, vr))
                         else:
                             store_exp(probs, (slot, vr, vt), shifted, True, of_row(places, vr))
-            elif tiling.values.terms == 2:
+            elif tiling.rounds_weights:
                 exact = T.sblock_alloc_buffer((rows, tokens), "float32")
                 for r, to, ti in T.grid(rows, num_groups, group):
                     with T.sblock("exact"):
@@ -147,15 +146,15 @@ def _scale_full(tiling: Tiling) -> Callable[..., None]:
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
 
     @inline
-    def stage(scores, scaled, full_peak, slot, scale, num_full):
+    def stage(scores, scaled, full_peak, slot, scale, num_full, scoring):
         with T.sblock("full_scores"):
-            T.reads(scores[slot, 0:rows, 0:tokens])
+            T.reads(scores[slot, 0:rows, 0:tokens], *scoring.regions)
             T.writes(scaled[0:rows, 0:tokens], full_peak[0:rows])
             for r, to, ti in T.grid(rows, num_full, group):
                 with T.sblock("full_scaled"):
                     vt = T.axis.spatial(tokens, to * group + ti)
                     vr = T.axis.spatial(rows, r)
-                    scaled[vr, vt] = scores[slot, vr, vt] * scale
+                    scaled[vr, vt] = scoring.product(scores[slot, vr, vt], scale, vt).expression
             for r, to, ti in T.grid(rows, num_full, group):
                 with T.sblock("full_peak"):
                     vt = T.axis.reduce(tokens, to * group + ti)
@@ -183,7 +182,7 @@ def scale_scores(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None
                 with T.sblock("slope"):
                     vr = T.axis.spatial(rows, r)
                     slope[vr] = slope_of(scoring, vr)
-        product = T.meta_var(lambda r, t: Value(scores[slot, r, t] * scale, [scores[slot, r, t]]))
+        product = T.meta_var(lambda r, t: scoring.product(scores[slot, r, t], scale, t))
         kept = T.meta_var(functions.keep(product, scoring, end))
         for r, to, ti in T.grid(rows, end - begin, group):
             with T.sblock("scaled"):

@@ -75,7 +75,9 @@ class Tile(NamedTuple):
         return T.floordiv(self.valid_len, self.tiling.token_group)
 
 
-def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
+def token_offsets(
+    spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess, name: str = "token_offsets"
+) -> Callable[..., None]:
     """cache.offsets[t] = words from the start of a cache to the token in column t of a tile, in kv head 0; int64.
 
     For t < num_offsets, which may reach into the tile that is read next. Past last_token the last valid token is named
@@ -100,7 +102,7 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess)
 
     @inline
     def stage(table, cache, tile, seq, last_token, num_offsets, first_token=None, runs=None):
-        with T.sblock("token_offsets"):
+        with T.sblock(name):
             T.reads(
                 table.entries[seq, 0 : table.entries.shape[1]],
                 table.row_starts[seq],

@@ -34,6 +34,8 @@ class Calls(SharedPrefix):
         return_lse: bool = False,
         alibi_slopes: Any = None,
         sinks: Any = None,
+        key_scale: Any = None,
+        value_scale: Any = None,
         inputs: Mapping[str, Any] | None = None,
         check: str | None = None,
     ) -> Any:
@@ -65,6 +67,10 @@ class Calls(SharedPrefix):
             alibi_slopes: [num_heads], float32, where the spec has alibi: slope * (key position - query position) is
                 added to a head's scores. The query is at the last position of its sequence.
             sinks: [num_heads], float32, where the spec has sinks: one more score of each head, that has no value.
+            key_scale: [1], [num_kv_heads] or [num_blocks, num_kv_heads, block_size], float32, where the spec has a
+                kv_dtype: what each code of key_cache counts, as its kv_scale says. Those of slots without a token that
+                is seen may be anything.
+            value_scale: The same of value_cache.
             inputs: {name: array} of what the spec's functions read, with its dtypes and shapes for them, where
                 "batch" is that of query. Elements lie side by side, in C's order.
             check: Who checks context_lens and block_table: "host", and for a CPU nothing else (CudaModule).
@@ -92,7 +98,19 @@ class Calls(SharedPrefix):
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
         is_table = type(block_table) is not tuple and block_table is not None
         tables = (block_table, None, None) if is_table else block_tables(block_table)
-        arrays = (query, key_cache, value_cache, *tables, context_lens, out, lse, alibi_slopes, sinks)
+        arrays = (
+            query,
+            key_cache,
+            value_cache,
+            *tables,
+            context_lens,
+            out,
+            lse,
+            alibi_slopes,
+            sinks,
+            key_scale,
+            value_scale,
+        )
         if inputs is not None or self.spec.inputs:
             arrays += input_arrays(self.spec, inputs)
         self._decode.call(arrays, (scale, *self._manner(check, "decode")))
@@ -115,6 +133,8 @@ class Calls(SharedPrefix):
         tree_mask: Any = None,
         alibi_slopes: Any = None,
         sinks: Any = None,
+        key_scale: Any = None,
+        value_scale: Any = None,
         inputs: Mapping[str, Any] | None = None,
         check: str | None = None,
     ) -> Any:
@@ -146,6 +166,8 @@ class Calls(SharedPrefix):
                 both what the spec's window and mask_mod leave. Only with causal.
             alibi_slopes: As for decode.
             sinks: As for decode.
+            key_scale: As for decode.
+            value_scale: As for decode.
             inputs: As for decode, where "batch" is that of context_lens.
             check: As for decode.
 
@@ -171,7 +193,7 @@ class Calls(SharedPrefix):
         is_table = type(block_table) is not tuple and block_table is not None
         tables = (block_table, None, None) if is_table else block_tables(block_table)
         arrays: tuple[Any, ...] = (query, key_cache, value_cache, *tables, context_lens, query_start_loc, out, lse)
-        arrays += (alibi_slopes, sinks, tree_mask)
+        arrays += (alibi_slopes, sinks, key_scale, value_scale, tree_mask)
         if inputs is not None or self.spec.inputs:
             arrays += input_arrays(self.spec, inputs)
         self._attend.call(arrays, (scale, int(bool(causal)), *self._manner(check, "attend")))
@@ -198,9 +220,11 @@ class Calls(SharedPrefix):
         value_cache: Any,
         slot_mapping: Any,
         *,
+        key_scale: Any = None,
+        value_scale: Any = None,
         check: str | None = None,
     ) -> None:
-        """Write the keys and values of new tokens into their slots of the paged cache, bit for bit.
+        """Write the keys and values of new tokens into their slots of the paged cache, bit for bit or as codes.
 
         Arrays are of the same kinds as decode's, and as free in their strides. Tokens are written in their order: where
         two have the same slot the later stays, at any number of threads.
@@ -215,6 +239,9 @@ class Calls(SharedPrefix):
             value_cache: In kv_layout, as for decode, written. None with shared_kv.
             slot_mapping: [num_tokens], int32 or int64: block id * block_size + the slot in the block, where the token
                 goes. -1 skips the token.
+            key_scale: As for decode, where the spec has a kv_dtype. Of "token_head" written: max |key| / 127 of each
+                head of each token. Otherwise read: a code is the one nearest to key / key_scale.
+            value_scale: The same for value.
             check: Who checks slot_mapping, as for decode.
 
         Raises:
@@ -224,4 +251,5 @@ class Calls(SharedPrefix):
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
-        self._append_kv.call((key, value, key_cache, value_cache, slot_mapping), self._manner(check, "append_kv"))
+        arrays = (key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale)
+        self._append_kv.call(arrays, self._manner(check, "append_kv"))

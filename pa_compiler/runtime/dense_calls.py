@@ -15,15 +15,15 @@ class DenseCalls:
     types, strides, indices and overlaps are checked by the library, as ever, before anything is written.
 
     Args:
-        module: With attend, of a spec whose functions take no inputs.
+        module: With attend, of a spec whose functions take no inputs, and whose caches hold dtype.
 
     Raises:
         ValueError: the module is another.
     """
 
     def __init__(self, module: Module) -> None:
-        if module.spec.inputs or not module.has_attend:
-            raise ValueError(f"module: expected one with attend and without inputs, got {module}")
+        if module.spec.inputs or module.spec.has_scales or not module.has_attend:
+            raise ValueError(f"module: expected one with attend, without inputs and kv_dtype, got {module}")
         self._module = module
         self._absent_table = (None, None)  # a pair in place of a block table
 
@@ -34,7 +34,9 @@ class DenseCalls:
             As it, for what the library checks.
         """
         module = self._module
-        module._append_kv.call_dense((key, value, key_cache, value_cache, slot_mapping), module._thread_numbers)
+        module._append_kv.call_dense(
+            (key, value, key_cache, value_cache, slot_mapping, None, None), module._thread_numbers
+        )
 
     def decode(
         self,
@@ -55,7 +57,7 @@ class DenseCalls:
         """
         module = self._module
         tables = (block_table, *self._absent_table)
-        arrays = (query, key_cache, value_cache, *tables, context_lens, out, None, alibi_slopes, sinks)
+        arrays = (query, key_cache, value_cache, *tables, context_lens, out, None, alibi_slopes, sinks, None, None)
         module._decode.call_dense(arrays, (scale, *module._thread_numbers))
 
     def attend(
@@ -81,4 +83,6 @@ class DenseCalls:
         assert attend is not None  # as __init__ has seen
         tables = (block_table, *self._absent_table)
         arrays = (query, key_cache, value_cache, *tables, context_lens, query_start_loc, out, None)
-        attend.call_dense((*arrays, alibi_slopes, sinks, None), (scale, int(causal), *module._thread_numbers))
+        attend.call_dense(
+            (*arrays, alibi_slopes, sinks, None, None, None), (scale, int(causal), *module._thread_numbers)
+        )

@@ -15,7 +15,12 @@ from pa_compiler.runtime import dlpack, torch_tensors
 from pa_compiler.runtime.arguments import NUMPY_DTYPES, shown
 from pa_compiler.spec import PagedAttentionSpec
 
-_NDARRAY, _BFLOAT16, _UINT16 = np.ndarray, NUMPY_DTYPES["bfloat16"], np.dtype(np.uint16)
+_NDARRAY = np.ndarray
+_UNSIGNED = {
+    NUMPY_DTYPES[name]: np.dtype(f"u{NUMPY_DTYPES[name].itemsize}")
+    for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+}
+"""The types that NumPy does not have in DLPack, and what arrays of them are declared for a library."""
 
 
 class EntryPoint:
@@ -35,8 +40,13 @@ class EntryPoint:
         self._function = function
         self._names = tuple(parameter.said for parameter in arrays)
         self._dtypes = [[NUMPY_DTYPES[name] for name in each.dtypes(spec, on_gpu)] for each in arrays]
-        self._bfloat16 = [position for position, accepted in enumerate(self._dtypes) if _BFLOAT16 in accepted]
-        self._written = [parameter.written for parameter in arrays]
+        self._declared = [
+            (position, dtype, _UNSIGNED[dtype])
+            for position, accepted in enumerate(self._dtypes)
+            for dtype in accepted
+            if dtype in _UNSIGNED
+        ]
+        self._written = [parameter.is_written(spec) for parameter in arrays]
         self._optional = [parameter.optional for parameter in arrays]
         self._absent = [parameter.absent(spec) for parameter in arrays]
         self._fields = [parameter.field for parameter in arrays]
@@ -56,12 +66,12 @@ class EntryPoint:
                 handed = self._known(arrays)
                 break
         # NumPy has no bfloat16 in DLPack: such an array is handed over as uint16, and its bit in as_uint16 set.
-        for position in self._bfloat16:
+        for position, dtype, unsigned in self._declared:
             array = handed[position]
-            if type(array) is _NDARRAY and (array.dtype is _BFLOAT16 or array.dtype == _BFLOAT16):
+            if type(array) is _NDARRAY and (array.dtype is dtype or array.dtype == dtype):
                 if type(handed) is tuple:
                     handed = list(handed)
-                handed[position] = array.getfield(_UINT16)  # a view, in half of view's time
+                handed[position] = array.getfield(unsigned)  # a view, in half of view's time
                 as_uint16 |= 1 << position
         try:
             self._function(*handed, *values, as_uint16)

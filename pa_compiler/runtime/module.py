@@ -94,8 +94,33 @@ class Module(Calls):
             raise ValueError(f"like: expected 'numpy' or 'torch', got {like!r}")
         return self._caches(num_blocks, lambda shape: self._zeros(shape, like))
 
+    def empty_scales(self, num_blocks: int, *, like: str = "numpy") -> tuple[Any, Any]:
+        """New key_scale and value_scale, float32, for caches of num_blocks blocks.
+
+        Where append_kv makes scales, of "token_head", [num_blocks, num_kv_heads, block_size] of 0. Otherwise 1 for each
+        of [1], or of [num_kv_heads]: a code is then a number by itself.
+
+        Args:
+            num_blocks: From 1 on.
+            like: As for empty_cache.
+
+        Raises:
+            TypeError, ValueError, MemoryError, ImportError: as empty_cache.
+            NotImplementedError: the caches hold dtype, without scales.
+        """
+        num_blocks = whole_number("num_blocks", num_blocks, 1)
+        if like not in ("numpy", "torch"):
+            raise ValueError(f"like: expected 'numpy' or 'torch', got {like!r}")
+        if not self.spec.has_scales:
+            raise NotImplementedError("empty_scales: expected a spec with a kv_dtype, got one without")
+        shape = tuple(num_blocks if isinstance(extent, str) else extent for extent in self.spec.scale_shape)
+        make = np.zeros if self.spec.token_scales else np.ones
+        scales = [make(shape, np.float32) for _ in range(2)]
+        key_scale, value_scale = map(torch_tensors.from_numpy, scales) if like == "torch" else scales
+        return key_scale, value_scale
+
     def _zeros(self, shape: tuple[int, ...], like: str) -> Any:
-        array = memory.huge_zeros(shape, NUMPY_DTYPES[self.spec.dtype])
+        array = memory.huge_zeros(shape, NUMPY_DTYPES[self.spec.cache_dtype])
         return torch_tensors.from_numpy(array) if like == "torch" else array
 
     def _caches(self, num_blocks: int, make: Callable[[tuple[int, ...]], Any]) -> tuple[Any, Any]:

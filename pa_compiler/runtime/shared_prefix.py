@@ -37,6 +37,8 @@ class SharedPrefix(Merging):
         return_lse: bool = False,
         alibi_slopes: Any = None,
         sinks: Any = None,
+        key_scale: Any = None,
+        value_scale: Any = None,
         inputs: Mapping[str, Any] | None = None,
         check: str | None = None,
     ) -> Any:
@@ -69,6 +71,8 @@ class SharedPrefix(Merging):
             return_lse: Whether to return lse as well.
             alibi_slopes: As for decode.
             sinks: As for decode, once for each query token.
+            key_scale: As for decode.
+            value_scale: As for decode.
             inputs: As for decode, where "batch" is that of context_lens.
             check: As for decode.
 
@@ -97,7 +101,18 @@ class SharedPrefix(Merging):
         is_table = type(block_table) is not tuple and block_table is not None
         tables = (block_table, None, None) if is_table else block_tables(block_table)
         arrays: tuple[Any, ...] = (query, key_cache, value_cache, prefix_table, prefix_lengths(prefix_len))
-        arrays += (prefix_start_loc, *tables, context_lens, query_start_loc, out, lse, alibi_slopes, sinks)
+        arrays += (
+            prefix_start_loc,
+            *tables,
+            context_lens,
+            query_start_loc,
+            out,
+            lse,
+            alibi_slopes,
+            sinks,
+            key_scale,
+            value_scale,
+        )
         if inputs is not None or self.spec.inputs:
             arrays += input_arrays(self.spec, inputs)
         self._attend_shared_prefix.call(arrays, (scale, *self._manner(check, "attend_shared_prefix")))

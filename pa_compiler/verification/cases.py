@@ -15,6 +15,7 @@ import numpy as np
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import comparison
 from pa_compiler.verification import inputs as inputs_of
+from pa_compiler.verification.codes import CODE_DTYPES, random_codes, scale_arrays
 from pa_compiler.verification.comparison import Errors
 from pa_compiler.verification.inputs import fill
 
@@ -160,22 +161,25 @@ def make_inputs(
     """
     rng = np.random.default_rng(seed)
     spec = case.spec
+    dtype = CODE_DTYPES.get(spec.cache_dtype, spec.dtype)
     keys, values = caches or (
-        np.empty((case.num_blocks, *spec.key_cache_shape[1:]), spec.dtype),
-        None if spec.shared_kv else np.empty((case.num_blocks, *spec.value_cache_shape[1:]), spec.dtype),
+        np.empty((case.num_blocks, *spec.key_cache_shape[1:]), dtype),
+        None if spec.shared_kv else np.empty((case.num_blocks, *spec.value_cache_shape[1:]), dtype),
     )
     rows = int(case.query_counts.sum())
     query = fill(rng, np.empty((rows, spec.num_heads, spec.head_dim), spec.dtype), 0.5, advance)
-    fill(rng, keys, 0.5, advance)
+    write = fill if not spec.has_scales else random_codes
+    write(rng, keys, 0.5, advance)
     if values is not None:
-        fill(rng, values, 1.0, advance)
+        write(rng, values, 1.0, advance)
     block_table = rng.integers(0, case.num_blocks, (case.batch, case.max_blocks), dtype=np.int32)
     return Inputs(query, keys, values, block_table, case.context_lens)
 
 
 def head_arrays(case: Case, seed: int = 0) -> dict[str, Any]:
-    """alibi_slopes, sinks and inputs, as far as the case's spec has them: keywords of decode and compare."""
-    return inputs_of.head_arrays(np.random.default_rng((1, seed)), case.spec, case.batch)
+    """alibi_slopes, sinks, scales and inputs, as far as the case's spec has them: keywords of decode and compare."""
+    scales = scale_arrays(np.random.default_rng((2, seed)), case.spec, case.num_blocks)
+    return scales | inputs_of.head_arrays(np.random.default_rng((1, seed)), case.spec, case.batch)
 
 
 def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:

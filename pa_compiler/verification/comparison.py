@@ -47,6 +47,8 @@ def oracle(
     tree_mask: np.ndarray | None = None,
     alibi_slopes: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
+    key_scale: np.ndarray | None = None,
+    value_scale: np.ndarray | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What "out" and "lse" should be, in float64, each with the bound on every element's error.
@@ -68,6 +70,8 @@ def oracle(
         tree_mask: Of reference.attend.
         alibi_slopes: Of reference.decode, for a spec with alibi.
         sinks: Of reference.decode, for a spec with sinks.
+        key_scale: Of reference.decode, for a spec with a kv_dtype.
+        value_scale: Likewise.
         inputs: Of reference.decode, for a spec with inputs.
     """
     out, magnitude, of_out = (np.zeros((*query.shape[:2], spec.result_dim)) for _ in range(3))
@@ -77,7 +81,7 @@ def oracle(
     if value_cache is None:
         value_cache = key_cache[..., : spec.result_dim]
     fields: dict[str, Any] = {"kv_layout": kv_layout, "window": spec.window, "softcap": spec.softcap}
-    fields |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
+    fields |= {"alibi_slopes": alibi_slopes, "sinks": sinks, "key_scale": key_scale, "value_scale": value_scale}
     fields |= {"score_mod": spec.score_mod, "mask_mod": spec.mask_mod, "inputs": inputs}
     arrays = {**(inputs or {}), **constant_arrays(spec)}
     num_keys, done = np.zeros(len(query), np.int64), 0

@@ -15,6 +15,7 @@ from pa_compiler.reference_functions import Places
 from pa_compiler.score import BATCH
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import ragged
+from pa_compiler.verification.codes import coded
 from pa_compiler.verification.inputs import GARBAGE_IDS, function_inputs, needed_entries, used_slots
 from pa_compiler.verification.numbers import ends, huge_scores, ordinary
 from pa_compiler.verification.prefixes import Groups, Prefixes, draw_groups, share
@@ -46,8 +47,9 @@ class Draw:
         is_used: [num_blocks, block_size], bool: the slots that hold a token that is seen.
         poison: What the other slots hold: NaN or an infinity.
         scale: Factor of the scores, or None.
-        heads: alibi_slopes and sinks, float32 [num_heads], and the dict of inputs: those of these keywords of decode
-            that the spec has.
+        heads: alibi_slopes and sinks, float32 [num_heads], scales of codes, and the dict of inputs: those of these
+            keywords of decode that the spec has.
+        new: What append_kv is given for keys and values; None where it is these.
         append: Whether append_kv writes the tokens into the caches.
         one_buffer: Whether both caches lie in one buffer, block beside block.
         give_out: Whether out is given, as a view into a larger array.
@@ -75,6 +77,7 @@ class Draw:
     num_threads: int
     as_pair: bool
     rng: np.random.Generator
+    new: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def draw(
@@ -105,14 +108,20 @@ def draw(
     inputs = {"inputs": function_inputs(rng, spec, len(context_lens))} if spec.inputs else {}
     block_table, is_used, prefixes = _place(rng, spec, context_lens, queries, inputs.get("inputs", {}), groups)
     # A function has a bound on the error of its results where scores and what it makes of them are ordinary numbers.
-    kinds = (ordinary, huge_scores, ends) if spec.score_mod is None else (ordinary,)
+    # Scales of codes leave no scores that are exact.
+    kinds = (ordinary, ordinary if spec.has_scales else huge_scores, ends) if spec.score_mod is None else (ordinary,)
     kind = kinds[rng.choice(len(kinds), p=[0.5, 0.25, 0.25] if len(kinds) > 1 else None)]
     query, keys, values, scale = kind(rng, spec, rows, len(is_used))
     values = keys[..., : spec.result_dim] if spec.shared_kv else values
     poison = float(rng.choice([np.nan, np.nan, np.inf, -np.inf]))
     keys[~is_used] = values[~is_used] = poison
-    if queries is not None and kind is ordinary and spec.score_mod is None and rng.random() < 0.25:
+    if queries is not None and kind is ordinary and _weighs_all(spec) and rng.random() < 0.25:
         poison_the_last(values, is_used, block_table, context_lens, spec.block_size)
+    scales, new = {}, None
+    if spec.has_scales:
+        codes = coded(rng, spec, keys, values, is_used)
+        keys, values, new = codes.keys, codes.values, (codes.new_keys, codes.new_values)
+        scales = {name: inside(scale, np.nan, rng)[0] for name, scale in codes.scales.items()}
     return Draw(
         query=inside(query, poison, rng)[0],
         keys=keys,
@@ -124,7 +133,7 @@ def draw(
         is_used=is_used,
         poison=poison,
         scale=scale,
-        heads=_heads(rng, spec, scale if kind is huge_scores else None) | inputs,
+        heads=_heads(rng, spec, scale if kind is huge_scores else None) | scales | inputs,
         append=bool(rng.random() < 0.5),
         one_buffer=bool(rng.random() < 0.5),
         give_out=bool(rng.random() < 0.5),
@@ -132,7 +141,13 @@ def draw(
         num_threads=int(rng.choice([1, 2, 3, 8])),
         as_pair=bool(rng.random() < 0.25),
         rng=rng,
+        new=new,
     )
+
+
+def _weighs_all(spec: PagedAttentionSpec) -> bool:
+    """Whether all keys have weights that float32 holds in ordinary draws: one of 0 stays 0 beside a scale of NaN."""
+    return spec.score_mod is None and not (spec.token_scales and spec.alibi)
 
 
 def inside(array: np.ndarray, filler: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

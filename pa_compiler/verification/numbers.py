@@ -61,11 +61,12 @@ def ends(
     scale = float(rng.choice([-1, 1]) * 2.0 ** -(of_query + of_keys) / np.sqrt(spec.head_dim))
     query, keys = query * query.dtype.type(2.0**of_query), keys * keys.dtype.type(2.0**of_keys)
     unseen = -1 if spec.shared_kv else 0  # an element of the keys that is none of the values
-    if rng.random() < 0.5 and not (spec.shared_kv and spec.result_dim == spec.head_dim):
+    has_infinite = rng.random() < 0.5 and not (spec.shared_kv and spec.result_dim == spec.head_dim)
+    if has_infinite and not spec.has_scales:  # codes have no infinity
         query[..., unseen], scale = 2.0**of_query, abs(scale)
         keys[rng.random(keys.shape[:-1]) < rng.choice([0.1, 1.0]), unseen] = -np.inf
     if rng.random() < 0.5:
-        size = min(LARGEST[name] for name in types)
+        size = min(LARGEST[name] for name in types) / (2 if spec.has_scales else 1)  # a code may be larger by an eighth
         values = np.where(rng.random(values.shape) < 0.5, values, np.sign(values))
     else:
         size = 2.0 ** int(rng.integers(*(_POWERS_OF_FLOAT16 if "float16" in types else _POWERS)["values"]))

@@ -21,6 +21,7 @@ from pa_compiler.layout import convert_cache
 from pa_compiler.runtime.arguments import whole_number
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import draws
+from pa_compiler.verification.appending import append_drawn
 from pa_compiler.verification.comparison import Errors, compare, oracle
 from pa_compiler.verification.draws import Draw, inside
 from pa_compiler.verification.inputs import as_pair
@@ -168,7 +169,7 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     kind, arrays, options = _told(spec, call, key_cache, value_cache)
     try:
         if call.append:
-            _append(module, call, key_cache, value_cache)
+            wrong += append_drawn(module, call, key_cache, value_cache)
             wrong += _differences("after append_kv", (key_cache, value_cache), converted)
         inputs = _inputs(arrays | call.heads | options)
         before = _copies(inputs.values())
@@ -235,7 +236,8 @@ def _compared(
         options = options | vars(call.queries)
         row_lens = np.repeat(row_lens, call.queries.counts)
     expected = oracle(spec, *arrays, call.scale, "NHD", lambda sequences: None, **options)
-    values_seen = np.abs(call.values[call.is_used].astype(np.float64))
+    values_drawn = call.values if call.new is None else call.new[1]
+    values_seen = np.abs(values_drawn[call.is_used].astype(np.float64))
     largest = float(values_seen[~np.isnan(values_seen)].max(initial=0)) or 1.0
     errors, wrong = {}, []
     for name, result in results.items():
@@ -264,22 +266,6 @@ def _in_one_buffer(key_cache: np.ndarray, value_cache: np.ndarray | None) -> tup
     values = both[:, values_at : values_at + value_width].reshape(value_cache.shape)
     keys[...], values[...] = key_cache, value_cache
     return keys, values
-
-
-def _append(module: Verifiable, call: Draw, key_cache: np.ndarray, value_cache: np.ndarray | None) -> None:
-    """Write the draw's tokens into caches of poison, in any order and with some that are skipped, by one append_kv."""
-    rng = call.rng
-    skipped = np.full(rng.integers(0, 4), -1)
-    slots = rng.permutation(np.concatenate([np.flatnonzero(call.is_used), skipped]))
-    # Slot -1 names the last slot here, in a spare block or past a length: its poison is what must not be written.
-
-    def tokens(drawn: np.ndarray, cache: np.ndarray) -> np.ndarray:
-        cache.fill(call.poison)
-        return inside(drawn.reshape(-1, *drawn.shape[2:])[slots], np.nan, rng)[0]
-
-    key = tokens(call.keys, key_cache)
-    value = None if value_cache is None else tokens(call.values, value_cache)
-    module.append_kv(key, value, key_cache, value_cache, slots)
 
 
 def _differences(

@@ -24,7 +24,19 @@ def token(sch: Schedule, tiling: Tiling) -> None:
     sch.vectorize(lane)
 
 
-STAGES = {"token": token}
+def quantised_token(sch: Schedule, tiling: Tiling) -> None:
+    """One token in one head: its largest magnitude lane by lane, then its codes in vectors."""
+    inside = {sch.get(each).name_hint for each in sch.get_child_blocks(sch.get_sblock("quantised_token"))}
+    if "peaks" in inside:
+        step, lane = sch.get_loops("peaks")[-2:]
+        sch.vectorize(lane)
+        sch.vectorize(sch.get_loops(sch.decompose_reduction("peaks", step))[-1])
+    loop = sch.get_loops("code")[-1]
+    _, lane = sch.split(loop, [None, _factor(sch, loop, _VECTOR_ELEMENTS)])
+    sch.vectorize(lane)
+
+
+STAGES = {"token": token, "quantised_token": quantised_token}
 """How the PrimFuncs of append_kv are scheduled, by the name of the sblock."""
 
 

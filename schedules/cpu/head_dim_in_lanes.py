@@ -15,7 +15,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import functions
+from pa_compiler.schedules.cpu import functions, scales
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.pair_lanes import pair_lanes
 from pa_compiler.schedules.intrinsics.sum_lanes import sum_lanes
@@ -80,12 +80,12 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
 def softmax_prepare(sch: Schedule, tiling: VectorTiling, reduce: Reduce | None = None) -> None:
     """Tokens in lanes; the maximum and the sum of a row first lane by lane, as by_lanes or `reduce` has it."""
     reduce = reduce or by_lanes
-    exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
+    exact = ("exact",) if tiling.rounds_weights and not tiling.many_tokens else ()
     for name in (*functions.score_steps(sch, tiling), "scaled", *exact, "probs"):
         sch.vectorize(sch.get_loops(name)[-1])
     reduce(sch, "peak", 1, 0)
     if tiling.many_tokens or not tiling.pairs_weights:
-        reduce(sch, "tile_sum", 2, tiling.weight_sums // tiling.values.terms)
+        reduce(sch, "tile_sum", 2, tiling.weight_sums // (tiling.values.terms if tiling.pairs_weights else 1))
 
 
 def by_lanes(sch: Schedule, name: str, axis: int, lanes: int = 0) -> None:
@@ -237,7 +237,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "fold": fold,
     "store_partial": store_partial,
     "normalize": normalize,
-}
+} | scales.STAGES
 """How each stage is scheduled, by the name of its sblock."""
 
 _AROUND = "loops around stages"
@@ -256,7 +256,7 @@ SCALAR = {
     "every_key": "a word for each token of a block",
     "tree": "a look-up of tree_mask for each query token of a sequence",
     "token_offsets": "a look-up of block_table for each token, once for all heads",
-}
+} | scales.SCALAR
 """The sblocks that run as they are written, and why."""
 
 

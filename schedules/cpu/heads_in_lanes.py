@@ -17,7 +17,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IntImm
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import attend, functions, head_dim_in_lanes
+from pa_compiler.schedules.cpu import attend, functions, head_dim_in_lanes, scales
 from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.transpose import turn
@@ -92,9 +92,9 @@ def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
 
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical in every step."""
-    exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
+    exact = ("exact",) if tiling.rounds_weights and not tiling.many_tokens else ()
     steps = functions.score_steps(sch, tiling)
-    pairs = ("pairs",) if tiling.values.terms == 2 and tiling.many_tokens else ()
+    pairs = ("pairs",) if tiling.rounds_weights and tiling.many_tokens else ()
     rows_last(sch, *steps, "scaled", *exact, "probs", *pairs)
     four_maxima(sch, "peak")
     for name in (*steps, "scaled", *exact, "probs", *pairs, "tile_sum"):
@@ -249,6 +249,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "visible_rows": visible_rows,
     "softmax_prepare": softmax_prepare,
     "full_scores": full_scores,
+    **scales.VERTICAL,
     "pair_probs": pair_probs,
     "rescale": head_dim_in_lanes.rescale,
     "pv_update": pv_update,
@@ -262,11 +263,8 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
 }
 """How each stage is scheduled, by the name of its sblock."""
 
-SCALAR = (
-    head_dim_in_lanes.SCALAR
-    | attend.SCALAR
-    | {"store_partial": "acc is turned back element by element, once for a range of a long sequence"}
-)
+SCALAR = head_dim_in_lanes.SCALAR | attend.SCALAR
+SCALAR |= {"store_partial": "acc is turned back element by element, once for a range of a long sequence"}
 """The sblocks that run as they are written, and why."""
 
 

@@ -34,7 +34,7 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     steps = largest_divisor(head_dim // pair, _FETCH_STEPS)
     if tiling.prefetches:  # as many fetches in each step of a register tile, so that none is in question at run time
         rows_of_keys = head_dim * tiling.keys.terms // tiling.keys.word
-        fetches = tiling.token_group * -(-rows_of_keys // PACKED_TOKENS)
+        fetches = tiling.token_group * -(-rows_of_keys // (PACKED_TOKENS * tiling.keys.rows_of_line))
         steps = largest_divisor(math.gcd(head_dim // pair, fetches), _FETCH_STEPS)
     dim_outer, dim, half = sch.split(dim, [steps, None, pair])
     # a vector must not reach past the tokens whose address is looked up once: it would be gathered one by one

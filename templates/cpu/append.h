@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/converted.h"
+#include "cpu/floating_point.h"
 #include "cpu/interface.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -18,6 +19,12 @@ namespace pa {
 inline Array AsBits(Array array) {
   array.tensor.dtype.code = kDLUInt;
   return array;
+}
+
+// New keys or values as kernels take them: as bits, or, where they make codes of them, as numbers.
+template <typename Spec>
+Array AsNew(const Array& array) {
+  return kHasScales<Spec> ? array : AsBits(array);
 }
 
 // CheckSlotsApart on a copy of the slots.
@@ -48,8 +55,8 @@ class AppendCall {
       : threads_(CheckThreads<AppendKvParameters>(in)),
         args_(CheckAppend<Spec, AppendKvParameters>(in)),
         slots_(args_.slot_mapping),
-        key(AsBits(args_.key)),
-        value(AsBits(args_.value)),
+        key(AsNew<Spec>(args_.key)),
+        value(AsNew<Spec>(args_.value)),
         key_cache(AsBits(args_.key_cache)),
         value_cache(AsBits(args_.value_cache)),
         slot_mapping(slots_.array) {
@@ -80,6 +87,7 @@ class AppendCall {
   }
 
  private:
+  const DefaultFloatingPoint state_;
   const Threads threads_;
   const AppendArguments args_;
   const Converted<int64_t> slots_;
@@ -87,6 +95,9 @@ class AppendCall {
  public:
   const Array key, value, key_cache, value_cache;
   const Array& slot_mapping;
+
+  const Cache<KeyScales>& key_scale() const { return args_.key_scale; }
+  const Cache<ValueScales>& value_scale() const { return args_.value_scale; }
 };
 
 }  // namespace pa

@@ -20,6 +20,8 @@ struct Sharing {
 
 struct AppendArguments {
   Array key, value, key_cache, value_cache, slot_mapping;  // where the values are in the keys, views of those
+  Cache<KeyScales> key_scale;                              // where the caches hold codes
+  Cache<ValueScales> value_scale;
   Sharing sharing;
   int64_t num_slots;
 };
@@ -67,6 +69,30 @@ inline void CheckSlotsApart(int64_t* slots, int64_t count, const Sharing& sharin
   }
 }
 
+// The scales of codes, which are apart from all else where they are written, and else from what is.
+template <typename Spec, typename Given>
+void CheckScalesApart(const ArgumentCheck<Spec>& check, AppendArguments& args) {
+  args.key_scale = CheckScales<KeyScales>(check, Given::kKeyScale, args.key_cache.shape[0]);
+  args.value_scale = CheckScales<ValueScales>(check, Given::kValueScale, args.key_cache.shape[0]);
+  if constexpr (kHasScales<Spec>) {
+    const Named others[] = {{"key_cache", &args.key_cache},
+                            {"value_cache", &args.value_cache},
+                            {"key", &args.key},
+                            {"value", &args.value},
+                            {"slot_mapping", &args.slot_mapping}};
+    const Named scales[] = {{"key_scale", &args.key_scale.memory}, {"value_scale", &args.value_scale.memory}};
+    for (const Named& scale : scales) {
+      for (const Named& other : others) {
+        if (kTokenScales<Spec> || &other - others < 2)
+          CheckNoOverlap(scale.name, *scale.array, other.name, *other.array);
+      }
+      if (kTokenScales<Spec>) CheckDistinctElements(scale.name, *scale.array);
+    }
+    if (kTokenScales<Spec>) CheckNoOverlap("value_scale", *scales[1].array, "key_scale", *scales[0].array);
+    args.key_scale = AsSpan(args.key_scale), args.value_scale = AsSpan(args.value_scale);
+  }
+}
+
 // All but the slots, which may not be for this CPU to read.
 template <typename Spec, typename Given>
 AppendArguments CheckAppend(const Inputs& in) {
@@ -94,6 +120,7 @@ AppendArguments CheckAppend(const Inputs& in) {
   for (const Named& cache : caches) {
     for (const Named& input : inputs) CheckNoOverlap(cache.name, *cache.array, input.name, *input.array);
   }
+  CheckScalesApart<Spec, Given>(check, args);
   return args;
 }
 

@@ -2,11 +2,13 @@
 //
 // A Spec has what a library was compiled for: kDevice, kNumHeads, kNumKVHeads, kHeadDim, kValueDim, kBlockSize, kDType,
 // kOutDType, kWideRange, kSharedKV, kWindow, kAlibi, kSinks, kSlotsApart, kKeyCache, kValueCache, kRowAxis, kHeadAxis,
-// kWordElements, kCacheAlignment.
+// kWordElements, kCacheAlignment. Where the caches hold codes it has kHasScales, kTokenScales, kCacheDType and
+// kScaleShape besides.
 #pragma once
 
 #include <cinttypes>
 #include <cstdint>
+#include <type_traits>
 
 #include "shared/arrays.h"
 #include "shared/errors.h"
@@ -16,6 +18,30 @@ namespace pa {
 
 struct Keys;
 struct Values;
+struct KeyScales;
+struct ValueScales;
+
+// Whether the caches of a Spec hold codes: Spec::kHasScales, of a Spec that has it.
+template <typename Spec, typename = void>
+constexpr bool kHasScales = false;
+template <typename Spec>
+constexpr bool kHasScales<Spec, std::enable_if_t<Spec::kHasScales>> = true;
+
+// Whether each head of each token has a scale, which append_kv writes.
+template <typename Spec, typename = void>
+constexpr bool kTokenScales = false;
+template <typename Spec>
+constexpr bool kTokenScales<Spec, std::enable_if_t<Spec::kTokenScales>> = true;
+
+// The type of the caches' elements.
+template <typename Spec>
+constexpr DLDataType CacheDType() {
+  if constexpr (kHasScales<Spec>) {
+    return Spec::kCacheDType;
+  } else {
+    return Spec::kDType;
+  }
+}
 
 // Strides of a cache, in elements. Each, of Keys and of Values, is a type of its own: none is taken for another.
 template <typename Of>
@@ -87,7 +113,8 @@ inline Cache<Values> ValuesIn(const Cache<Keys>& keys) {
 }
 
 // CheckArray for the arguments of a call. Bit i of as_uint16 says that argument i holds bfloat16 and is declared
-// uint16, for arrays of libraries that have no bfloat16 in DLPack.
+// uint16, or that it holds codes of the caches' float8 and is declared uint8: for arrays of libraries that have no such
+// type in DLPack.
 template <typename Spec>
 struct ArgumentCheck {
   const Inputs& in;
@@ -99,8 +126,12 @@ struct ArgumentCheck {
   // The same of a view of the argument.
   [[gnu::noinline]] Array OfView(const Parameter& of, const DLTensor& given, DLDataType dtype, const Extents& shape,
                                  const char* any = nullptr) const {
-    const bool is_bfloat16 = as_uint16 >> of.position & 1 && Same(given.dtype, kUint16);
-    return CheckArray(of.name, given, is_bfloat16 ? kBfloat16 : given.dtype, dtype, shape, Spec::kDevice, any);
+    const bool as_unsigned = as_uint16 >> of.position & 1;
+    DLDataType holds = as_unsigned && Same(given.dtype, kUint16) ? kBfloat16 : given.dtype;
+    if constexpr (kHasScales<Spec>) {
+      if (as_unsigned && Same(given.dtype, kUint8)) holds = CacheDType<Spec>();
+    }
+    return CheckArray(of.name, given, holds, dtype, shape, Spec::kDevice, any);
   }
   // An array of indices, int32 or int64 on a CPU, where those that kernels do not read are converted, else of dtype.
   Array Indices(const Parameter& of, DLDataType dtype, const Extents& shape, const char* any = nullptr) const {
@@ -123,18 +154,42 @@ struct ArgumentCheck {
 // key_cache and value_cache of a call. Where the values are in the keys, value_cache is what they are of key_cache.
 template <typename Spec, typename Given>
 void CheckCaches(const ArgumentCheck<Spec>& check, Array* key_cache, Array* value_cache) {
-  *key_cache = check(Given::kKeyCache, Spec::kDType, Spec::kKeyCache, "num_blocks");
+  *key_cache = check(Given::kKeyCache, CacheDType<Spec>(), Spec::kKeyCache, "num_blocks");
   if constexpr (Spec::kSharedKV) {
     check.None(Given::kValueCache, "shared_kv");
     *value_cache = *key_cache;
     value_cache->shape[3] = Spec::kValueDim;
   } else {
-    *value_cache = check(Given::kValueCache, Spec::kDType, Spec::kValueCache, "num_blocks");
+    *value_cache = check(Given::kValueCache, CacheDType<Spec>(), Spec::kValueCache, "num_blocks");
     if (value_cache->shape[0] != key_cache->shape[0]) {
       Raise("ValueError", "value_cache: expected as many blocks as key_cache, %" PRId64 ", got %" PRId64,
             key_cache->shape[0], value_cache->shape[0]);
     }
   }
+}
+
+// The scales of keys, or of values, in strides as those of a cache: 0 where there is no such axis. Their memory is as
+// it was checked, and AsSpan's as kernels see it.
+template <typename Of, typename Spec>
+Cache<Of> CheckScales(const ArgumentCheck<Spec>& check, const Parameter& of, [[maybe_unused]] int64_t num_blocks) {
+  if constexpr (kTokenScales<Spec>) {
+    const Array scales = check(of, kFloat32, {num_blocks, Spec::kNumKVHeads, Spec::kBlockSize});
+    return {scales, {scales.strides[0]}, {scales.strides[2]}, {scales.strides[1]}};
+  } else if constexpr (kHasScales<Spec>) {
+    const Array scales = check(of, kFloat32, Spec::kScaleShape);
+    return {scales, {0}, {0}, {scales.shape[0] == 1 ? 0 : scales.strides[0]}};
+  } else {
+    check.None(of, "no kv_dtype");
+    return {};
+  }
+}
+
+template <typename Of>
+Cache<Of> AsSpan(Cache<Of> scales) {
+  scales.memory.tensor.ndim = 1;
+  scales.memory.shape[0] = scales.memory.tensor.data == nullptr ? 0 : 1;
+  scales.memory.strides[0] = 1;
+  return scales;
 }
 
 // Both caches of a call as kernels see them.

@@ -39,6 +39,8 @@ struct DecodeArguments {
   BlockTable block_table;
   Array context_lens, out, lse;  // lse.tensor.data is nullptr where none was given
   Array alibi_slopes, sinks;     // where the spec has alibi, and sinks
+  Cache<KeyScales> key_scale;    // where its caches hold codes
+  Cache<ValueScales> value_scale;
   int64_t batch, num_blocks;
   Scale scale;
 
@@ -115,6 +117,13 @@ void CheckAttention(const ArgumentCheck<Spec>& check, int64_t num_rows, DecodeAr
   CheckWritten(args, key_cache, value_cache);
   args.alibi_slopes = CheckHeads<Spec::kAlibi>(check, Given::kAlibiSlopes, "no alibi", args);
   args.sinks = CheckHeads<Spec::kSinks>(check, Given::kSinks, "no sinks", args);
+  const auto key_scale = CheckScales<KeyScales>(check, Given::kKeyScale, args.num_blocks);
+  const auto value_scale = CheckScales<ValueScales>(check, Given::kValueScale, args.num_blocks);
+  if constexpr (kHasScales<Spec>) {
+    CheckNotWritten(args, {"key_scale", &key_scale.memory});
+    CheckNotWritten(args, {"value_scale", &value_scale.memory});
+    args.key_scale = AsSpan(key_scale), args.value_scale = AsSpan(value_scale);
+  }
   const Caches caches = AsCaches<Spec>(key_cache, value_cache);
   args.key_cache = caches.keys, args.value_cache = caches.values;
 }

@@ -7,6 +7,7 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
+from pa_compiler.verification.codes import coded
 from pa_compiler.verification.inputs import GARBAGE_IDS, head_arrays, needed_entries, noise, place, used_slots
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -91,8 +92,11 @@ def make_inputs(spec, context_lens, *, seed=0, poison="nan", placement=None, spa
         caches.append(cache)
     if spec.shared_kv:
         caches[1] = None
-    laid_out = lay_out(spec, *caches)
     heads = head_arrays(np.random.default_rng((1, seed)), spec, len(context_lens))
+    if spec.has_scales:  # poison is any of those that codes and scales have
+        codes = coded(np.random.default_rng((2, seed)), spec, *caches, valid)
+        caches, heads = [codes.keys, codes.values], heads | codes.scales
+    laid_out = lay_out(spec, *caches)
     return Inputs(query, *laid_out, block_table, context_lens, DTYPES[spec.result_dtype], spec.result_dim, heads)
 
 
@@ -103,7 +107,7 @@ def lay_out(spec, key: np.ndarray, value: np.ndarray | None) -> tuple[np.ndarray
     if spec.kv_layout == "HND":
         return tuple(cache if cache is None else np.ascontiguousarray(cache.swapaxes(1, 2)) for cache in (key, value))
     num_blocks, block_size, num_kv_heads, head_dim = key.shape
-    pair = 2 if spec.dtype == "bfloat16" else 1
+    pair = spec.packed_pair
     key_cache = np.empty((num_blocks, num_kv_heads, head_dim // pair, pair * block_size), key.dtype)
     value_cache = np.empty((num_blocks, num_kv_heads, block_size // pair, pair * value.shape[3]), value.dtype)
     block, slot, head, d = np.indices(key.shape, sparse=True)

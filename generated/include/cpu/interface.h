@@ -18,9 +18,10 @@ struct DecodeParameters {
   static constexpr Parameter kQuery{0, "query"}, kKeyCache{1, "key_cache"}, kValueCache{2, "value_cache"},
       kBlockTable{3, "block_table"}, kBlockIndptr{4, "block_table[0]"}, kBlockIndices{5, "block_table[1]"},
       kContextLens{6, "context_lens"}, kOut{7, "out"}, kLse{8, "lse"}, kAlibiSlopes{9, "alibi_slopes"},
-      kSinks{10, "sinks"}, kScale{11, "scale"}, kNumThreads{12, "num_threads"}, kThreading{13, "threading"},
-      kCpus{14, "cpus"}, kAsUint16{15, "as_uint16"};
-  static constexpr int kCount = 16;
+      kSinks{10, "sinks"}, kKeyScale{11, "key_scale"}, kValueScale{12, "value_scale"}, kScale{13, "scale"},
+      kNumThreads{14, "num_threads"}, kThreading{15, "threading"}, kCpus{16, "cpus"},
+      kAsUint16{17, "as_uint16"};
+  static constexpr int kCount = 18;
 };
 
 // What attend takes, in this order.
@@ -28,10 +29,11 @@ struct AttendParameters {
   static constexpr Parameter kQuery{0, "query"}, kKeyCache{1, "key_cache"}, kValueCache{2, "value_cache"},
       kBlockTable{3, "block_table"}, kBlockIndptr{4, "block_table[0]"}, kBlockIndices{5, "block_table[1]"},
       kContextLens{6, "context_lens"}, kQueryStartLoc{7, "query_start_loc"}, kOut{8, "out"}, kLse{9, "lse"},
-      kAlibiSlopes{10, "alibi_slopes"}, kSinks{11, "sinks"}, kTreeMask{12, "tree_mask"}, kScale{13, "scale"},
-      kCausal{14, "causal"}, kNumThreads{15, "num_threads"}, kThreading{16, "threading"}, kCpus{17, "cpus"},
-      kAsUint16{18, "as_uint16"};
-  static constexpr int kCount = 19;
+      kAlibiSlopes{10, "alibi_slopes"}, kSinks{11, "sinks"}, kKeyScale{12, "key_scale"},
+      kValueScale{13, "value_scale"}, kTreeMask{14, "tree_mask"}, kScale{15, "scale"}, kCausal{16, "causal"},
+      kNumThreads{17, "num_threads"}, kThreading{18, "threading"}, kCpus{19, "cpus"},
+      kAsUint16{20, "as_uint16"};
+  static constexpr int kCount = 21;
 };
 
 // What attend_shared_prefix takes, in this order.
@@ -40,18 +42,19 @@ struct AttendSharedPrefixParameters {
       kPrefixTable{3, "prefix_table"}, kPrefixLen{4, "prefix_len"}, kPrefixStartLoc{5, "prefix_start_loc"},
       kBlockTable{6, "block_table"}, kBlockIndptr{7, "block_table[0]"}, kBlockIndices{8, "block_table[1]"},
       kContextLens{9, "context_lens"}, kQueryStartLoc{10, "query_start_loc"}, kOut{11, "out"}, kLse{12, "lse"},
-      kAlibiSlopes{13, "alibi_slopes"}, kSinks{14, "sinks"}, kScale{15, "scale"},
-      kNumThreads{16, "num_threads"}, kThreading{17, "threading"}, kCpus{18, "cpus"},
-      kAsUint16{19, "as_uint16"};
-  static constexpr int kCount = 20;
+      kAlibiSlopes{13, "alibi_slopes"}, kSinks{14, "sinks"}, kKeyScale{15, "key_scale"},
+      kValueScale{16, "value_scale"}, kScale{17, "scale"}, kNumThreads{18, "num_threads"},
+      kThreading{19, "threading"}, kCpus{20, "cpus"}, kAsUint16{21, "as_uint16"};
+  static constexpr int kCount = 22;
 };
 
 // What append_kv takes, in this order.
 struct AppendKvParameters {
   static constexpr Parameter kKey{0, "key"}, kValue{1, "value"}, kKeyCache{2, "key_cache"},
-      kValueCache{3, "value_cache"}, kSlotMapping{4, "slot_mapping"}, kNumThreads{5, "num_threads"},
-      kThreading{6, "threading"}, kCpus{7, "cpus"}, kAsUint16{8, "as_uint16"};
-  static constexpr int kCount = 9;
+      kValueCache{3, "value_cache"}, kSlotMapping{4, "slot_mapping"}, kKeyScale{5, "key_scale"},
+      kValueScale{6, "value_scale"}, kNumThreads{7, "num_threads"}, kThreading{8, "threading"},
+      kCpus{9, "cpus"}, kAsUint16{10, "as_uint16"};
+  static constexpr int kCount = 11;
 };
 
 // What merge_states takes, in this order.

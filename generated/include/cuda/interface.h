@@ -16,8 +16,9 @@ struct DecodeParameters {
   static constexpr Parameter kQuery{0, "query"}, kKeyCache{1, "key_cache"}, kValueCache{2, "value_cache"},
       kBlockTable{3, "block_table"}, kBlockIndptr{4, "block_table[0]"}, kBlockIndices{5, "block_table[1]"},
       kContextLens{6, "context_lens"}, kOut{7, "out"}, kLse{8, "lse"}, kAlibiSlopes{9, "alibi_slopes"},
-      kSinks{10, "sinks"}, kScale{11, "scale"}, kCheck{12, "check"}, kAsUint16{13, "as_uint16"};
-  static constexpr int kCount = 14;
+      kSinks{10, "sinks"}, kKeyScale{11, "key_scale"}, kValueScale{12, "value_scale"}, kScale{13, "scale"},
+      kCheck{14, "check"}, kAsUint16{15, "as_uint16"};
+  static constexpr int kCount = 16;
 };
 
 // What attend takes, in this order.
@@ -25,17 +26,18 @@ struct AttendParameters {
   static constexpr Parameter kQuery{0, "query"}, kKeyCache{1, "key_cache"}, kValueCache{2, "value_cache"},
       kBlockTable{3, "block_table"}, kBlockIndptr{4, "block_table[0]"}, kBlockIndices{5, "block_table[1]"},
       kContextLens{6, "context_lens"}, kQueryStartLoc{7, "query_start_loc"}, kOut{8, "out"}, kLse{9, "lse"},
-      kAlibiSlopes{10, "alibi_slopes"}, kSinks{11, "sinks"}, kTreeMask{12, "tree_mask"}, kScale{13, "scale"},
-      kCausal{14, "causal"}, kCheck{15, "check"}, kAsUint16{16, "as_uint16"};
-  static constexpr int kCount = 17;
+      kAlibiSlopes{10, "alibi_slopes"}, kSinks{11, "sinks"}, kKeyScale{12, "key_scale"},
+      kValueScale{13, "value_scale"}, kTreeMask{14, "tree_mask"}, kScale{15, "scale"}, kCausal{16, "causal"},
+      kCheck{17, "check"}, kAsUint16{18, "as_uint16"};
+  static constexpr int kCount = 19;
 };
 
 // What append_kv takes, in this order.
 struct AppendKvParameters {
   static constexpr Parameter kKey{0, "key"}, kValue{1, "value"}, kKeyCache{2, "key_cache"},
-      kValueCache{3, "value_cache"}, kSlotMapping{4, "slot_mapping"}, kCheck{5, "check"},
-      kAsUint16{6, "as_uint16"};
-  static constexpr int kCount = 7;
+      kValueCache{3, "value_cache"}, kSlotMapping{4, "slot_mapping"}, kKeyScale{5, "key_scale"},
+      kValueScale{6, "value_scale"}, kCheck{7, "check"}, kAsUint16{8, "as_uint16"};
+  static constexpr int kCount = 9;
 };
 
 // What merge_states takes, in this order.

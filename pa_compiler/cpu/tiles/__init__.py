@@ -42,6 +42,8 @@ def check(spec: PagedAttentionSpec, pipeline: str) -> None:
     Raises:
         ValueError: names the field, what the pipeline takes and what it got.
     """
+    if pipeline == "staged" and spec.kv_dtype is not None:
+        raise ValueError(f"kv_dtype: expected {spec.dtype} for pipeline staged, got {spec.kv_dtype!r}")
     of_sequence = rows(spec) * max(spec.block_size, spec.result_dim)
     if pipeline == "staged" and spec.batch_chunk * of_sequence > STAGED_ELEMENTS:
         sizes = f"{rows(spec)} heads, block_size = {spec.block_size} and value_dim = {spec.result_dim}"
@@ -87,7 +89,7 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
         return dataclasses.replace(InTileRegisters.choose(known), few_rows=0, few=in_place) if copies else in_place
     if InTileRegisters.takes(known)[0]:
         return InTileRegisters.choose(known)
-    packed, as_they_lie = spec.kv_layout == "packed", known.dot_pairs or spec.dtype == "float32"
+    packed, as_they_lie = spec.kv_layout == "packed", known.as_they_lie
     strategy = TokensInLanes if packed and not as_they_lie else HeadsInLanes
     if strategy is HeadsInLanes and not known.dot_pairs:
         known = known._replace(rows=ATTEND_ROWS * known.machine.attend_vectors)

@@ -53,7 +53,8 @@ class Basis(NamedTuple):
     @property
     def qk_lanes(self) -> int:
         """VectorTiling.qk_lanes: of vectors of whole words, whether they are taken apart or not."""
-        return math.gcd(self.spec.head_dim // self.values.halves, self.target.vector_lanes)
+        steps = self.keys.terms if self.keys.apart else self.values.halves
+        return math.gcd(self.spec.head_dim // steps, self.target.vector_lanes)
 
     @property
     def pv_lanes(self) -> int:
@@ -63,7 +64,12 @@ class Basis(NamedTuple):
     @property
     def load_cost(self) -> float:
         """Machine.load_costs of this type."""
-        return self.machine.load_costs[0 if self.spec.dtype == "float32" or self.dot_pairs else 1]
+        return self.machine.load_costs[0 if self.as_they_lie else 1]
+
+    @property
+    def as_they_lie(self) -> bool:
+        """Whether the matmuls multiply what lies in the caches, and convert nothing."""
+        return self.keys.dtype == "float32" or (self.dot_pairs and not self.keys.apart)
 
     def kv_tile(self, token_group: int) -> int:
         """Tokens of one step: what fits in the second-level cache, in whole groups; in the staged pipeline a block."""
@@ -72,14 +78,14 @@ class Basis(NamedTuple):
             return spec.block_size
         share = self.machine.second_level // (1 if spec.num_kv_heads == 1 else 2)
         elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
-        tokens = min(self.machine.kv_tile, share // (elements * ITEMSIZES[spec.dtype]))
+        tokens = min(self.machine.kv_tile, share // (elements * ITEMSIZES[spec.cache_dtype]))
         return max(1, tokens // token_group) * token_group
 
     def sweep(self, most_rows: int | None = None) -> str | None:
         """Tiling.sweep: for work that the memory limits, in the order in which a block lies there."""
         spec = self.spec
         read = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
-        intensity = 2 * self.rows * (spec.head_dim + spec.result_dim) / (read * ITEMSIZES[spec.dtype])
+        intensity = 2 * self.rows * (spec.head_dim + spec.result_dim) / (read * ITEMSIZES[spec.cache_dtype])
         scratch = 2 * self.machine.kv_tile * spec.num_heads * ITEMSIZES["float32"]
         if not self.fused or intensity > self.machine.sweep_intensity or scratch > self.machine.sweep_bytes:
             return None
@@ -107,11 +113,14 @@ class Basis(NamedTuple):
             "split_blocks": split_blocks(self.spec),
             "qk_lanes": self.qk_lanes,
             "pv_lanes": self.pv_lanes,
+            "weighs_values": self.spec.token_scales,
         }
 
 
 def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Basis:
     """What is known of a spec on a target before a strategy is chosen."""
+    if spec.kv_dtype is not None:
+        return _of_codes(spec, target, pipeline)
     packed = spec.kv_layout == "packed"
     pairs = spec.head_dim % 2 == 0 and (packed or spec.result_dim % 2 == 0)
     in_pairs = spec.dtype == "bfloat16" and pairs
@@ -121,6 +130,16 @@ def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Basis:
     halves, terms = 1 if packed else word, 2 if dot_pairs else 1
     keys = Element(spec.dtype, word, 1 if dot_pairs else halves, terms)
     return Basis(spec, target, pipeline, machine_of(target), rows(spec), keys, Element(spec.dtype, word, halves, terms))
+
+
+def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Basis:
+    """The same of caches of codes, each a word, which become bfloat16 where pairs are multiplied, else float32."""
+    whole_words = spec.head_dim % (2 * DOT_DIMS) == spec.result_dim % DOT_DIMS == 0
+    machine = machine_of(target)
+    pairs = target.dot_pairs and machine.pairs_codes and pipeline == "fused"
+    dot_pairs = spec.dtype == "bfloat16" and pairs and whole_words
+    element = Element(spec.cache_dtype, terms=2 if dot_pairs else 1)
+    return Basis(spec, target, pipeline, machine, rows(spec), element, element)
 
 
 def rows(spec: PagedAttentionSpec) -> int:

@@ -39,11 +39,10 @@ class HeadsInLanes(CpuTiling):
         """
         most = basis.target.vector_registers // 2 // (basis.rows // basis.target.vector_lanes)
         tokens = min(1 << (most.bit_length() - 1), 8)
-        is_float32 = basis.keys.dtype == "float32"
         return cls(
             **basis.common(tokens, None),
-            copy_keys=not is_float32 and not basis.dot_pairs,
-            copy_values=not is_float32,
+            copy_keys=not basis.as_they_lie,
+            copy_values=basis.keys.dtype != "float32",
             streams=1,
             qk_rows=basis.rows,
             qk_tokens=tokens,

@@ -32,6 +32,8 @@ class InTileRegisters(CpuTiling):
         spec = basis.spec
         if not (basis.target.tile_registers and basis.dot_pairs and basis.fused):
             return False, "tile registers multiply bfloat16 on CPUs with AMX alone."
+        if spec.kv_dtype is not None:
+            return False, f"tile registers take no kv_dtype {spec.kv_dtype}."
         if spec.head_dim % (2 * _PAIRS) or spec.result_dim % _SUMS:
             return False, f"tile registers take head_dim in steps of {2 * _PAIRS}, value_dim in steps of {_SUMS}."
         return True, "AMX multiplies whole tiles of bfloat16."

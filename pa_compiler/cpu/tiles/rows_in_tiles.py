@@ -36,6 +36,8 @@ class RowsInTiles(CpuTiling):
         spec = basis.spec
         if not (spec.kv_layout != "packed" and basis.target.tile_registers and basis.dot_pairs and basis.fused):
             return False, "tile registers multiply bfloat16 on CPUs with AMX alone."
+        if spec.kv_dtype is not None:
+            return False, f"tile registers take no kv_dtype {spec.kv_dtype}."
         if spec.head_dim % (2 * _WORDS) or spec.result_dim % (2 * _WORDS) or spec.block_size % TILE_TOKENS:
             steps = f"head_dim and value_dim in steps of {2 * _WORDS}, and blocks in steps of {TILE_TOKENS} tokens"
             return False, f"tile registers take {steps}."

@@ -31,6 +31,8 @@ class TokensInTiles(CpuTiling):
         spec = basis.spec
         if not (spec.kv_layout == "packed" and basis.target.tile_registers and basis.dot_pairs and basis.fused):
             return False, "tile registers multiply packed bfloat16 on CPUs with AMX alone."
+        if spec.kv_dtype is not None:
+            return False, f"tile registers take no kv_dtype {spec.kv_dtype}."
         if spec.head_dim % (2 * _PAIRS) or spec.result_dim % _COLUMNS:
             return False, f"tile registers take head_dim in steps of {2 * _PAIRS}, value_dim in steps of {_COLUMNS}."
         if not decodes_in_step(spec):

@@ -1,0 +1,91 @@
+"""Caches of codes: each element is a code of 8 bits times a scale. Their types, and the fields of a spec for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pa_compiler.spec import PagedAttentionSpec
+
+SCALES = ("tensor", "head", "token_head")
+"""What may have a scale of its own."""
+
+KV_TYPES: Mapping[str, tuple[str, ...]] = {
+    "int8": ("token_head",),
+    "float8_e4m3fn": ("tensor", "head"),
+    "float8_e5m2": ("tensor", "head"),
+}
+"""The types of codes, with what may have a scale; the first where a spec does not say."""
+
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+"""The largest finite number of each type; of int8 the largest code that append_kv writes, of either sign."""
+
+
+class CachesOfCodes:
+    """What a spec's fields kv_dtype and kv_scale mean."""
+
+    dtype: str
+    kv_dtype: str | None
+    kv_scale: str | None
+    num_kv_heads: int
+    block_size: int
+
+    @property
+    def cache_dtype(self) -> str:
+        """Element type of the caches: kv_dtype, or else dtype."""
+        return self.kv_dtype or self.dtype
+
+    @property
+    def scales_of(self) -> str | None:
+        """What has a scale of its own: kv_scale, or else the first that kv_dtype has. None without a kv_dtype."""
+        return (self.kv_scale or KV_TYPES[self.kv_dtype][0]) if self.kv_dtype else None
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether the caches hold codes, with scales beside them."""
+        return self.kv_dtype is not None
+
+    @property
+    def token_scales(self) -> bool:
+        """Whether each head of each token has a scale, which append_kv writes."""
+        return self.scales_of == "token_head"
+
+    @property
+    def scale_shape(self) -> tuple[str | int, ...]:
+        """Shape of key_scale and of value_scale, with the run-time extent by name: the same in every layout."""
+        if self.token_scales:
+            return ("num_blocks", self.num_kv_heads, self.block_size)
+        return (self.num_kv_heads,) if self.scales_of == "head" else (1,)
+
+
+def checked_kv_type(spec: PagedAttentionSpec) -> dict[str, str | None]:
+    """The fields kv_dtype and kv_scale of a spec as they are kept: None where the caches hold dtype.
+
+    Raises:
+        TypeError: one of them is no string.
+        ValueError: one of them is not known, does not go with the other, or other fields do not go with them.
+    """
+    fields = {"kv_dtype": (spec.dtype, *KV_TYPES), "kv_scale": SCALES}
+    found: dict[str, str | None] = {}
+    for name, choices in fields.items():
+        value = getattr(spec, name)
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name}: expected a string, got {value!r} of type {type(value).__name__}")
+        if value is not None and value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        found[name] = None if value is None else choices[choices.index(value)]  # nor a str of another class
+    if found["kv_dtype"] == spec.dtype:
+        found["kv_dtype"] = None
+    kv_dtype, kv_scale = found["kv_dtype"], found["kv_scale"]
+    if kv_dtype is None:
+        if kv_scale is not None:
+            raise ValueError(f"kv_scale: expected None without a kv_dtype other than dtype, got {kv_scale!r}")
+        return found
+    if kv_scale not in (None, *KV_TYPES[kv_dtype]):
+        raise ValueError(
+            f"kv_scale: expected {' or '.join(KV_TYPES[kv_dtype])} with kv_dtype {kv_dtype}, got {kv_scale!r}"
+        )
+    if spec.shared_kv:
+        raise ValueError(f"shared_kv: expected False with kv_dtype {kv_dtype}, got True")
+    return found

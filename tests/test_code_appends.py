@@ -1,0 +1,122 @@
+"""append_kv into caches of codes: bit for bit as NumPy and ml_dtypes have them, with scales that it reads or makes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from inputs import DTYPES
+from tolerances import assert_same_bits
+
+import pa_compiler
+from pa_compiler import PagedAttentionSpec
+from pa_compiler.verification.codes import CODE_DTYPES, quantised
+
+DIM = 128
+
+
+def every_number(dtype):
+    """All numbers of a type of 16 bits, infinities and NaN too; of float32 those that are around a rounding."""
+    if dtype != "float32":
+        return np.arange(1 << 16, dtype=np.uint16).view(DTYPES[dtype])
+    rng = np.random.default_rng(0)
+    any_bits = rng.integers(0, 1 << 32, 1 << 15, dtype=np.uint32).view(np.float32)
+    halves = np.concatenate([np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for dtype in _FLOAT8])
+    between = (halves[:-1] + halves[1:]) / 2
+    near = [np.nextafter(between, np.float32(end)) for end in (-np.inf, np.inf)]
+    ordinary = rng.standard_normal(1 << 14).astype(np.float32)
+    numbers = np.concatenate([any_bits, halves, between, *near, ordinary])
+    return np.resize(numbers, -(-len(numbers) // DIM) * DIM)
+
+
+_FLOAT8 = [CODE_DTYPES[name] for name in ("float8_e4m3fn", "float8_e5m2")]
+
+
+def append(module, key, value, scales):
+    """(caches in NHD, scales) after append_kv of tokens into the slots from 0 on."""
+    block_size = module.spec.block_size
+    blocks = -(-len(key) // block_size)
+    caches = module.empty_cache(blocks)
+    given = dict(zip(("key_scale", "value_scale"), scales or module.empty_scales(blocks), strict=True))
+    module.append_kv(key, value, *caches, np.arange(len(key)), **given)
+    in_order = pa_compiler.convert_cache(*caches, module.spec.kv_layout, "NHD")
+    return [cache.reshape(-1, *cache.shape[2:])[: len(key)] for cache in in_order], list(given.values())
+
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@every_dtype
+@pytest.mark.parametrize("scale", [1.0, 0.37, 1e-30, 2.0**-140, 0.0, np.inf, np.nan, -2.0])
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_number_as_float8(compiled, kv_dtype, dtype, scale):
+    spec = PagedAttentionSpec(1, 1, DIM, 16, dtype, kv_dtype=kv_dtype)
+    numbers = every_number(dtype).reshape(-1, 1, DIM)
+    scales = [np.array([each], np.float32) for each in (scale, 1.0)]
+    (keys, values), _ = append(compiled(spec), numbers, numbers[::-1], scales)
+    with np.errstate(all="ignore"):
+        for cache, new, of in ((keys, numbers, scales[0]), (values, numbers[::-1], scales[1])):
+            _assert_same_codes(cache, quantised(new, kv_dtype, of).codes)
+
+
+def _assert_same_codes(found, expected):
+    """The same bytes, but that a NaN may have either sign: that of 0 / 0 is the CPU's."""
+    is_nan = np.isnan(expected.astype(np.float32))
+    np.testing.assert_array_equal(np.isnan(found.astype(np.float32)), is_nan)
+    assert_same_bits(np.where(is_nan, 0, found.view(np.uint8)), np.where(is_nan, 0, expected.view(np.uint8)))
+
+
+@every_dtype
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND", "packed"])
+@pytest.mark.parametrize("order", ["by magnitude", "any"])
+def test_every_number_as_int8(compiled, order, kv_layout, dtype):
+    """In rows of numbers of about one size, and in rows of any, most of which have an infinity or a NaN."""
+    spec = PagedAttentionSpec(2, 2, DIM, 16, dtype, kv_layout=kv_layout, kv_dtype="int8")
+    numbers = every_number(dtype)
+    rng = np.random.default_rng(1)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        by_magnitude = np.argsort(np.abs(numbers.astype(np.float64)))
+    places = by_magnitude if order == "by magnitude" else rng.permutation(len(numbers))
+    rows = np.resize(numbers[places], 2 * (len(numbers) // DIM) * DIM).reshape(-1, 2, DIM)
+    (keys, values), scales = append(compiled(spec), rows, rows[::-1], None)
+    for cache, scale, new in ((keys, scales[0], rows), (values, scales[1], rows[::-1])):
+        expected = quantised(new, "int8")
+        assert_same_bits(cache, expected.codes)
+        made = scale.swapaxes(1, 2).reshape(-1, 2)[: len(rows)]
+        np.testing.assert_array_equal(made, expected.scale)
+
+
+ROWS = {
+    "zeros": ([0.0, -0.0, 0.0], [0, 0, 0], 0.0),
+    "the largest is 127": ([-3.0, 1.5, 0.0], [-127, 64, 0], 3 / 127),  # 63.5 is a tie: to the even
+    "ties": ([127.0, 0.5, 1.5], [127, 0, 2], 1.0),
+    "an infinity": ([np.inf, 1.0, -np.inf], [0, 0, 0], np.inf),
+    "NaN": ([np.nan, 1.0, np.inf], [0, 0, 0], np.nan),
+    "a scale of 0": ([2.0**-149, 0.0, 0.0], [0, 0, 0], 0.0),
+    "the largest numbers": ([3.4e38, -3.4e38, 1.0], [127, -127, 0], np.float32(3.4e38) / np.float32(127)),
+}
+
+
+@pytest.mark.parametrize(("row", "codes", "scale"), ROWS.values(), ids=ROWS)
+def test_defined_rows_of_int8(compiled, row, codes, scale):
+    spec = PagedAttentionSpec(1, 1, 3, 1, "float32", kv_dtype="int8")
+    new = np.array(row, np.float32).reshape(1, 1, 3)
+    (keys, _), (key_scale, _) = append(compiled(spec), new, new, None)
+    assert keys.ravel().tolist() == codes
+    np.testing.assert_array_equal(key_scale.ravel(), np.float32(scale))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_of_two_tokens_with_a_slot_the_later_stays(compiled, threads):
+    spec = PagedAttentionSpec(8, 8, 64, 16, "bfloat16", kv_dtype="int8")
+    module = compiled(spec)
+    module.num_threads = threads
+    rng = np.random.default_rng(2)
+    new = rng.standard_normal((3000, 8, 64)).astype(DTYPES["bfloat16"])
+    caches, scales = module.empty_cache(2), module.empty_scales(2)
+    slots = rng.integers(-1, 32, 3000)
+    module.append_kv(new, new, *caches, slots, key_scale=scales[0], value_scale=scales[1])
+    last = {slot: number for number, slot in enumerate(slots.tolist()) if slot >= 0}
+    for slot, number in last.items():
+        expected = quantised(new[number], "int8")
+        assert_same_bits(caches[0][slot // 16, slot % 16], expected.codes)
+        assert_same_bits(scales[1][slot // 16, :, slot % 16], expected.scale)

@@ -1,0 +1,158 @@
+"""kv_dtype, kv_scale, and scales in calls: what a spec may say, what is taken, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+from inputs import DTYPES, make_inputs
+
+import pa_compiler
+from pa_compiler import PagedAttentionSpec
+
+PLAIN = PagedAttentionSpec(4, 2, 32, 16, "bfloat16")
+INT8 = dataclasses.replace(PLAIN, kv_dtype="int8")
+E4M3 = dataclasses.replace(PLAIN, kv_dtype="float8_e4m3fn", kv_scale="head")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        ({"kv_dtype": "int4"}, ValueError, "kv_dtype: expected one of bfloat16, int8, float8_e4m3fn, float8_e5m2"),
+        ({"kv_dtype": "float16"}, ValueError, "kv_dtype: expected one of"),
+        ({"kv_dtype": 8}, TypeError, "kv_dtype: expected a string, got 8"),
+        ({"kv_scale": "tensor"}, ValueError, "kv_scale: expected None without a kv_dtype other than dtype"),
+        ({"kv_dtype": "int8", "kv_scale": "tensor"}, ValueError, "kv_scale: expected token_head with kv_dtype int8"),
+        ({"kv_dtype": "int8", "kv_scale": "channel"}, ValueError, "kv_scale: expected one of tensor, head, token_head"),
+        (
+            {"kv_dtype": "float8_e5m2", "kv_scale": "token_head"},
+            ValueError,
+            "kv_scale: expected tensor or head with kv_dtype float8_e5m2",
+        ),
+        ({"kv_dtype": "int8", "shared_kv": True}, ValueError, "shared_kv: expected False with kv_dtype int8"),
+    ],
+)
+def test_a_spec_is_refused(fields, error, says):
+    with pytest.raises(error, match=says):
+        dataclasses.replace(PLAIN, **fields)
+
+
+def test_dtype_as_kv_dtype_is_none():
+    same = dataclasses.replace(PLAIN, kv_dtype="bfloat16")
+    assert (same, same.kv_dtype, same.has_scales) == (PLAIN, None, False)
+
+
+def test_the_first_scale_is_the_default():
+    assert INT8.stated()["kv_scale"] == "token_head"
+    assert dataclasses.replace(PLAIN, kv_dtype="float8_e5m2").scale_shape == (1,)
+    assert E4M3.scale_shape == (2,)
+    assert INT8.scale_shape == ("num_blocks", 2, 16)
+    assert hash(dataclasses.replace(INT8, kv_scale="token_head")) == hash(INT8)
+
+
+@pytest.mark.parametrize(("spec", "expected"), [(PLAIN, 256), (E4M3, 128), (INT8, 144)])
+def test_bytes_of_a_token(spec, expected):
+    assert spec.token_bytes == expected
+
+
+@pytest.mark.parametrize(("target", "pipeline"), [("llvm", "staged"), ({"kind": "cuda", "arch": "sm_90"}, "fused")])
+def test_other_pipelines_and_targets_refuse_codes(target, pipeline):
+    with pytest.raises(ValueError, match=r"kv_dtype: expected bfloat16 for .*, got 'int8'"):
+        pa_compiler.compile(INT8, target=target, pipeline=pipeline)
+
+
+def test_caches_and_scales(compiled):
+    key_cache, value_cache = compiled(E4M3).empty_cache(3)
+    assert key_cache.dtype == value_cache.dtype == ml_dtypes.float8_e4m3fn
+    assert [scale.tolist() for scale in compiled(E4M3).empty_scales(3)] == [[1, 1], [1, 1]]
+    key_scale, value_scale = compiled(INT8).empty_scales(3)
+    assert key_scale.shape == value_scale.shape == (3, 2, 16)
+    assert not key_scale.any()
+    with pytest.raises(NotImplementedError, match="empty_scales: expected a spec with a kv_dtype"):
+        compiled(PLAIN).empty_scales(3)
+    with pytest.raises(ValueError, match="num_blocks: expected at least 1, got 0"):
+        compiled(INT8).empty_scales(0)
+
+
+BAD = {
+    "missing": (TypeError, "expected an array, since the spec has kv_dtype, got None", lambda scale: None),
+    "float64": (TypeError, "expected dtype float32, got float64", lambda scale: scale.astype(np.float64)),
+    "another rank": (ValueError, "expected shape", lambda scale: scale[None]),
+    "a block less": (ValueError, "expected shape", lambda scale: scale[:-1]),
+    "strided": (ValueError, "expected a contiguous last axis", lambda scale: np.repeat(scale, 2, axis=-1)[..., ::2]),
+    "a number": (TypeError, "expected an array with DLPack, got float", lambda scale: 1.0),
+}
+
+
+@pytest.mark.parametrize("name", ["key_scale", "value_scale"])
+@pytest.mark.parametrize(("error", "says", "change"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize("spec", [INT8, E4M3], ids=["int8", "e4m3"])
+def test_a_scale_is_refused(compiled, spec, error, says, change, name):
+    inputs = make_inputs(spec, [33, 5])
+    scales = inputs.heads | {name: change(inputs.heads[name])}
+    out = inputs.out
+    with pytest.raises(error, match=rf"{name}: {says}"):
+        compiled(spec).decode(*inputs.arguments, out=out, **scales)
+    assert np.isnan(out.astype(np.float32)).all()
+    key = np.zeros((1, 2, 32), DTYPES["bfloat16"])
+    with pytest.raises(error, match=rf"{name}: {says}"):
+        compiled(spec).append_kv(key, key, *inputs.arguments[1:3], np.zeros(1, np.int64), **scales)
+
+
+def test_scales_are_refused_where_there_are_none(compiled):
+    inputs = make_inputs(PLAIN, [3])
+    with pytest.raises(TypeError, match="key_scale: expected None, since the spec has no kv_dtype"):
+        compiled(PLAIN).decode(*inputs.arguments, key_scale=np.ones(1, np.float32))
+
+
+@pytest.mark.parametrize("other", [np.int8, np.uint8, ml_dtypes.float8_e5m2, ml_dtypes.bfloat16])
+def test_a_cache_of_another_type_is_refused(compiled, other):
+    inputs = make_inputs(E4M3, [3])
+    cache = np.zeros(inputs.key_cache.shape, other)
+    with pytest.raises(TypeError, match="key_cache: expected dtype float8_e4m3fn"):
+        compiled(E4M3).decode(*inputs.replace(key_cache=cache).arguments, **inputs.heads)
+
+
+def test_scales_that_are_made_are_apart_from_all_else(compiled):
+    module = compiled(INT8)
+    caches, (key_scale, value_scale) = module.empty_cache(2), module.empty_scales(2)
+    key, slots = np.zeros((1, 2, 32), DTYPES["bfloat16"]), np.zeros(1, np.int64)
+    with pytest.raises(ValueError, match="value_scale: expected memory apart from key_scale"):
+        module.append_kv(key, key, *caches, slots, key_scale=key_scale, value_scale=key_scale)
+    inside = caches[0].reshape(-1)[: 4 * key_scale.size].view(np.float32).reshape(key_scale.shape)
+    with pytest.raises(ValueError, match="key_scale: expected memory apart from key_cache"):
+        module.append_kv(key, key, *caches, slots, key_scale=inside, value_scale=value_scale)
+    key_scale.flags.writeable = False
+    with pytest.raises(ValueError, match="key_scale: expected a writable array"):
+        module.append_kv(key, key, *caches, slots, key_scale=key_scale, value_scale=value_scale)
+
+
+def test_scales_that_are_read_may_be_one_array_and_read_only(compiled):
+    module = compiled(E4M3)
+    caches, (scale, _) = module.empty_cache(2), module.empty_scales(2)
+    scale.flags.writeable = False
+    key = np.full((1, 2, 32), 3, DTYPES["bfloat16"])
+    module.append_kv(key, key, *caches, np.array([17]), key_scale=scale, value_scale=scale)
+    assert (caches[1][1, 1].astype(np.float32) == 3).all()
+
+
+def test_a_module_with_codes_is_saved_and_loaded(compiled, tmp_path):
+    compiled(INT8).save(tmp_path / "codes.so")
+    loaded = pa_compiler.load(tmp_path / "codes.so")
+    assert loaded.spec == INT8
+    assert loaded.verify(0.5, seed=1).passed
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_convert_cache_takes_codes(kv_dtype):
+    cache = np.arange(2 * 16 * 3 * 5, dtype=np.uint8).view(kv_dtype).reshape(2, 16, 3, 5)
+    keys, values = pa_compiler.convert_cache(cache, cache, "NHD", "HND")
+    for one in (keys, values):
+        assert one.dtype == cache.dtype
+        assert one.tobytes() == np.ascontiguousarray(cache.swapaxes(1, 2)).tobytes()
+    packed = pa_compiler.convert_cache(cache, cache, "NHD", "packed")
+    assert packed[0].tobytes() == np.ascontiguousarray(cache.transpose(0, 2, 3, 1)).tobytes()
+    assert packed[1].tobytes() == values.tobytes()
+    assert pa_compiler.convert_cache(*packed, "packed", "NHD")[0].tobytes() == cache.tobytes()

@@ -1,0 +1,166 @@
+"""Caches of codes, int8 and float8 with scales beside them, in decode and attend: against the reference, bit by bit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from inputs import make_inputs
+from ragged_inputs import assert_near_float64, make_ragged
+from tolerances import assert_close_to_oracle, assert_same_bits
+
+from pa_compiler import PagedAttentionSpec
+from pa_compiler.runtime.cpu_features import missing_features
+from pa_compiler.verification.codes import CODE_DTYPES
+
+INT8, E4M3, E5M2 = ({"kv_dtype": name} for name in CODE_DTYPES)
+
+SPECS = {
+    "int8": PagedAttentionSpec(8, 2, 64, 16, "bfloat16", **INT8),
+    "int8_HND_float32": PagedAttentionSpec(6, 2, 24, 5, "float32", kv_layout="HND", **INT8),
+    "int8_MQA": PagedAttentionSpec(16, 1, 32, 1, "bfloat16", "float32", **INT8),  # heads in lanes, keys in scratch
+    "int8_odd_float16": PagedAttentionSpec(5, 5, 7, 3, "float16", value_dim=9, **INT8),
+    "e4m3": PagedAttentionSpec(4, 4, 48, 16, "bfloat16", **E4M3),  # a group of 1
+    "e4m3_of_heads": PagedAttentionSpec(34, 2, 32, 8, "bfloat16", kv_layout="HND", kv_scale="head", **E4M3),
+    "e4m3_float32": PagedAttentionSpec(16, 1, 16, 16, "float32", **E4M3),
+    "e5m2": PagedAttentionSpec(6, 2, 32, 8, "float16", kv_scale="head", **E5M2),
+    "e5m2_scores": PagedAttentionSpec(6, 2, 32, 8, "bfloat16", window=70, softcap=20.0, alibi=True, sinks=True, **E5M2),
+    "int8_packed": PagedAttentionSpec(10, 2, 64, 16, "bfloat16", kv_layout="packed", **INT8),
+    "int8_packed_window": PagedAttentionSpec(3, 3, 24, 32, "float32", kv_layout="packed", window=70, **INT8),
+    "e4m3_packed": PagedAttentionSpec(32, 2, 32, 64, "bfloat16", kv_layout="packed", kv_scale="head", **E4M3),
+    "int8_window": PagedAttentionSpec(6, 2, 32, 8, "bfloat16", window=70, alibi=True, sinks=True, **INT8),
+}
+LENS = (1, 0, 33, 700, 128, 16, 129)
+
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+@every_spec
+def test_decode_is_close_to_the_reference(compiled, spec):
+    inputs = make_inputs(spec, LENS)
+    module = compiled(spec, attend=True)
+    out, lse = module.decode(*inputs.arguments, return_lse=True, **inputs.heads)
+    assert_close_to_oracle(spec, inputs, out, lse)
+
+
+@every_spec
+def test_attend_is_close_to_the_reference(compiled, spec):
+    ragged = make_ragged(spec, list(zip((1, 0, 20, 31, 1, 16, 3), LENS, strict=True)), seed=1)
+    assert_near_float64(spec, ragged, *ragged.attend(compiled(spec, attend=True)))
+
+
+@every_spec
+def test_verify_finds_nothing(compiled, spec):
+    found = compiled(spec, attend=True).verify(1, seed=3)
+    assert found.passed, found.failures[0]
+
+
+@every_spec
+def test_nothing_depends_on_threads_the_batch_or_what_is_not_seen(compiled, spec):
+    inputs = make_inputs(spec, LENS, seed=4)
+    module = compiled(spec, attend=True)
+    out = module.decode(*inputs.arguments, **inputs.heads)
+    for number, others in enumerate((1, 3, 8)):
+        module.num_threads = others
+        assert_same_bits(module.decode(*inputs.arguments, **inputs.heads), out)
+        alone = inputs.take([number + 2])
+        assert_same_bits(module.decode(*alone.arguments, **inputs.heads)[0], out[number + 2])
+    poisoned = make_inputs(spec, LENS, seed=4, placement=5)  # other places, and other poison there
+    assert_same_bits(module.decode(*poisoned.arguments, **poisoned.heads), out)
+
+
+def code_spec(kv_dtype, dtype, **fields):
+    return PagedAttentionSpec(256, 1, 256, 1, dtype, "float32", kv_dtype=kv_dtype, head_tile=1, **fields)
+
+
+CODES = np.arange(256, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kv_dtype", CODE_DTYPES)
+def test_every_code_as_a_key(compiled, kv_dtype, dtype):
+    """Head h has a query of 1 in element h: its score, and lse of the one token, is the number of code h."""
+    spec = code_spec(kv_dtype, dtype)
+    module = compiled(spec)
+    query = np.eye(256, dtype=np.float32)[None].astype(make_inputs(spec, [1]).query.dtype)
+    codes = CODES.view(CODE_DTYPES[kv_dtype]).reshape(1, 1, 1, 256)
+    given = np.where(
+        np.isnan(codes.astype(np.float32)) | np.isinf(codes.astype(np.float32)), codes.dtype.type(0), codes
+    )
+    scales = {name: np.full_like(scale, 0.5) for name, scale in zip(*_scales(module), strict=True)}
+    arrays = (given, np.zeros_like(codes), np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+    _, lse = module.decode(query, *arrays, 1.0, return_lse=True, **scales)
+    np.testing.assert_array_equal(lse[0], given.ravel().astype(np.float32) / 2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kv_dtype", CODE_DTYPES)
+def test_every_code_as_a_value(compiled, kv_dtype, dtype):
+    """out of one token is its value: NaN and infinities of float8 too, each in its own element alone."""
+    spec = code_spec(kv_dtype, dtype)
+    module = compiled(spec)
+    query = np.zeros((1, 256, 256), make_inputs(spec, [1]).query.dtype)
+    codes = CODES.view(CODE_DTYPES[kv_dtype]).reshape(1, 1, 1, 256)
+    scales = {name: np.full_like(scale, 0.5) for name, scale in zip(*_scales(module), strict=True)}
+    arrays = (np.zeros_like(codes), codes, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+    out = module.decode(query, *arrays, **scales)
+    np.testing.assert_array_equal(out[0, 0], codes.ravel().astype(np.float32) / 2)
+    np.testing.assert_array_equal(out[0], np.broadcast_to(out[0, 0], out[0].shape))
+
+
+def _scales(module):
+    return ("key_scale", "value_scale"), module.empty_scales(1)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_a_code_of_nan_in_a_key_is_nan(compiled, kv_dtype):
+    spec = code_spec(kv_dtype, "bfloat16")
+    module = compiled(spec)
+    key = np.full((1, 1, 1, 256), 0x7F, np.uint8).view(CODE_DTYPES[kv_dtype])
+    query = np.ones((1, 256, 256), make_inputs(spec, [1]).query.dtype)
+    arrays = (key, np.zeros_like(key), np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+    scales = dict(zip(*_scales(module), strict=True))
+    out, lse = module.decode(query, *arrays, return_lse=True, **scales)
+    assert np.isnan(out).all()
+    assert np.isnan(lse).all()
+
+
+def causal_and_odd(batch, head, query_pos, key_pos):
+    return (key_pos % 3 != 1) & (key_pos <= query_pos)
+
+
+def halved(score, batch, head, query_pos, key_pos):
+    return score * 0.5 - 0.01 * (query_pos - key_pos)
+
+
+@pytest.mark.parametrize("fields", [INT8, E4M3], ids=["int8", "e4m3"])
+def test_functions_of_scores_see_scaled_scores(compiled, fields):
+    spec = PagedAttentionSpec(8, 2, 32, 16, "bfloat16", score_mod=halved, mask_mod=causal_and_odd, **fields)
+    found = compiled(spec, attend=True).verify(2, seed=5)
+    assert found.passed, found.failures[0]
+
+
+@pytest.mark.parametrize("fields", [INT8, E5M2], ids=["int8", "e5m2"])
+def test_a_shared_prefix_and_the_same_bits_of_an_invariant_spec(compiled, fields):
+    spec = PagedAttentionSpec(8, 2, 32, 16, "bfloat16", **fields)
+    assert compiled(spec, attend=True, shared_prefix=True, merge_states=True).verify(2, seed=6).passed
+    invariant = dataclasses.replace(spec, invariant=True)
+    module, inputs = compiled(invariant, attend=True), make_inputs(invariant, [40, 300])
+    assert module.verify(1, seed=7).passed
+    starts = np.array([0, 1, 2], np.int32)
+    decoded = module.decode(*inputs.arguments, **inputs.heads)
+    assert_same_bits(module.attend(*inputs.arguments, starts, **inputs.heads), decoded)
+
+
+@pytest.mark.parametrize("target", ["x86-64", "x86-64-v3", "x86-64-v4", "cooperlake"])
+@pytest.mark.parametrize("name", ["int8", "int8_packed", "e4m3", "e4m3_packed", "e5m2"])
+def test_other_instruction_sets(compiled, name, target):
+    """Codes become float32 there, and on cooperlake, which has vdpbf16ps and no AMX, pairs of bfloat16."""
+    spec = dataclasses.replace(SPECS[name], dtype="bfloat16")
+    inputs = make_inputs(spec, LENS, seed=8)
+    module = compiled(spec, target={"kind": "llvm", "mcpu": target})
+    if missing := missing_features(module.manifest.features):
+        pytest.skip(f"this CPU lacks {' '.join(missing)}")
+    out, lse = module.decode(*inputs.arguments, return_lse=True, **inputs.heads)
+    assert_close_to_oracle(spec, inputs, out, lse)
