@@ -15,13 +15,14 @@ from package import python_files
 ARROWS = {
     "bounds": {"spec", "score"},
     "score_checks": {"score"},
-    "spec": {"score", "score_checks", "tracing"},
+    "spec": {"score", "score_checks", "tracing", "kv_types"},
+    "kv_types": {"spec"},  # the names of types alone
     "interface": {"spec"},
     "key_ranges": {"spec"},
     "reference": {"reference_weights"},
     "reference_weights": {"score", "reference_functions"},
     "reference_functions": {"score"},
-    "layout": {"spec"},
+    "layout": {"spec", "kv_types"},
     "tiles": {"spec"},
     "runtime": {
         "spec",
@@ -33,7 +34,7 @@ ARROWS = {
     },  # a module verifies itself, by what compares it with the reference, and makes a page of itself
     "verification": {
         *("spec", "interface", "layout", "reference", "reference_weights", "reference_functions", "runtime"),
-        *("score", "bounds", "tracing", "key_ranges"),
+        *("score", "bounds", "tracing", "key_ranges", "kv_types"),
     },
     "score": set(),
     "score_text": {"score"},
@@ -47,7 +48,7 @@ ARROWS = {
     "store": {"interrupts"},
     "native": {"commands"},
     "tvmscript": set(),
-    "kernels": {"spec", "score", "ranges", "bounds", "interface", "key_ranges", "tiles", "tvmscript"},
+    "kernels": {"spec", "score", "ranges", "bounds", "interface", "key_ranges", "kv_types", "tiles", "tvmscript"},
     "schedules": {"tiles", "spec", "kernels", "tvmscript"},
     "host": {"spec", "bounds", "interface", "key_ranges", "tiles", "installation", "runtime", "cpu"},
     "backend": {"spec"},
@@ -74,7 +75,7 @@ ARROWS = {
         "cli",  # what is said of specs and targets
     },
     "cli": {
-        *("__init__", "spec", "bounds", "interface", "runtime", "verification", "words"),
+        *("__init__", "spec", "kv_types", "bounds", "interface", "runtime", "verification", "words"),
         *("artifact", "backend", "backends", "compiler", "generate", "report", "store"),
         "cuda",  # the names of GPUs
     },
