@@ -16,7 +16,9 @@ RUNS_WITH = ((0, 1, 6), (0, 1, 16))
 PINNED = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 """What compiles: a TVM runs with the tvm-ffi that it was built with alone, and its Python names change."""
 
-COMPILES_WITH = {"apache-tvm": "tvm"} | {name: name for name in ("click", "filelock", "jinja2", "platformdirs", "rich")}
+COMPILES_WITH = {"apache-tvm": "tvm"} | {
+    name: name for name in ("click", "filelock", "jinja2", "platformdirs", "pygments", "rich")
+}
 """The packages of the extra `compiler` that a library does not need to run, and what is imported of each."""
 
 INSTALL = "pip install 'pa-compiler[compiler]'"
