@@ -16,7 +16,7 @@ from pa_compiler.kernels.pv_in_place import update_in_place
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.pv_whole import pv_whole
 from pa_compiler.kernels.qk_matmul import qk_matmul
-from pa_compiler.kernels.rows import OfRows, TokenRows
+from pa_compiler.kernels.rows import OfRows, TokenRows, by_rows
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import Scoring
 from pa_compiler.kernels.sight import LAST_BEGIN, LEAST_LIMIT, LIMIT, Bounds, Sight, Tree, find_edges
@@ -59,14 +59,14 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     """The four stages for one tile of rows."""
     rows, tokens, terms = tiling.row_tile, tiling.padded_kv_tile, tiling.values.terms
     in_pairs, rows_of = terms == 2, rows_of_item(spec, tiling)
-    qk_stage = _by_rows(tiling, lambda few: qk_matmul(spec, tiling, few))
+    qk_stage = by_rows(tiling, lambda few: qk_matmul(spec, tiling, few))
     in_whole = tiling.in_tile_registers and tiling.copy_values
     if tiling.value_pairs:
         update_stage = _pv_update_in_place(spec, tiling)
     elif in_whole:
         update_stage = _pv_update_whole(spec, tiling)
     else:
-        update_stage = _by_rows(tiling, lambda few: _pv_update(spec, tiling, few))
+        update_stage = by_rows(tiling, lambda few: _pv_update(spec, tiling, few))
     softmax_stage = softmax_whole(spec, tiling) if in_whole else softmax_prepare(spec, tiling)
     rescale_stage = state.rescale(rows)
     functions = ScoreFunctions(spec, many_tokens=True)
@@ -123,24 +123,6 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         )  # fmt: skip
 
     return stage
-
-
-def _by_rows(tiling: Tiling, made: Callable[[bool], Callable[..., None]]) -> Callable[..., None]:
-    """made(few=False), or made(few=True) where a tile has few_rows rows at most: the bits of the rows are the same."""
-    few = tiling.few_rows
-    stage, few_stage = made(False), made(few > 0)
-
-    @script.inline
-    def either(num_rows, *arguments):
-        if few > 0:
-            if num_rows <= few:
-                few_stage(*arguments)
-            else:
-                stage(*arguments)
-        else:
-            stage(*arguments)
-
-    return either
 
 
 def _pv_update(spec: PagedAttentionSpec, tiling: Tiling, few: bool) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from pa_compiler.kernels import state
 from pa_compiler.kernels.caches import copy_shape, load_tile, value_access, whole
 from pa_compiler.kernels.computed import words_of
 from pa_compiler.kernels.elements import INFINITE, LOW, dot_pairs, larger_exponent, pair_halves
-from pa_compiler.kernels.rows import begins_late
+from pa_compiler.kernels.rows import begins_late, by_rows
 from pa_compiler.kernels.sight import find_edges
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -137,8 +137,7 @@ def pv_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     computed has those of a mask.
     """
     rows, dim, pairs, group = tiling.row_tile, spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
-    products, few_products = (_products(spec, tiling, few) for few in (False, True))
-    products_apart, few = _products_apart(spec, tiling), tiling.few_rows
+    products, products_apart = by_rows(tiling, lambda few: _products(spec, tiling, few)), _products_apart(spec, tiling)
     edges_stage, fold_apart = find_edges(tiling), state.fold(1, rows, dim, "apart_")
 
     def seen(value, computed, edges, row, t, num_full):
@@ -149,10 +148,7 @@ def pv_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     @inline
     def stage(num_rows, weights, values, infinite, tile, num_full, computed, edges, factors, running, step, num_steps):
         if infinite[0] == 0:
-            if num_rows <= few:
-                few_products(weights, values, tile.num_groups, factors, running, step, num_steps)
-            else:
-                products(weights, values, tile.num_groups, factors, running, step, num_steps)
+            products(num_rows, weights, values, tile.num_groups, factors, running, step, num_steps)
         else:
             tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
             edges_stage(edges, tile, num_full)

@@ -13,6 +13,7 @@ from tvm.tirx import Buffer
 from pa_compiler.bounds import affine, bounds
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiles import TILE_TOKENS, Tiling
+from pa_compiler.tvmscript import inline
 
 
 class Rows(NamedTuple):
@@ -217,3 +218,21 @@ def first_of_range(spec: PagedAttentionSpec, tiling: Tiling, block_begin: Expr, 
 def masks_first_tile(spec: PagedAttentionSpec, many_tokens: bool = False, in_step: bool = False) -> bool:
     """Whether tiles may begin before the first key that is seen: packed, or in_step, Tiling.rows_in_place."""
     return begins_late(spec, many_tokens) and (spec.kv_layout == "packed" or in_step)
+
+
+def by_rows(tiling: Tiling, made: Callable[[bool], Callable[..., None]]) -> Callable[..., None]:
+    """made(few=False), or made(few=True) where a tile has few_rows rows at most: the bits of the rows are the same."""
+    few = tiling.few_rows
+    stage, few_stage = made(False), made(few > 0)
+
+    @inline
+    def either(num_rows, *arguments):
+        if few > 0:
+            if num_rows <= few:
+                few_stage(*arguments)
+            else:
+                stage(*arguments)
+        else:
+            stage(*arguments)
+
+    return either

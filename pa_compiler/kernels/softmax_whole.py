@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 
 from pa_compiler.kernels.elements import PAIR_OF_ONES, dot_pairs, pair_rounded
 from pa_compiler.kernels.exp import store_weight
-from pa_compiler.kernels.rows import OfRows, of_row
+from pa_compiler.kernels.rows import OfRows, by_rows, of_row
 from pa_compiler.kernels.scores import are_products
 from pa_compiler.kernels.sight import hide_scores
 from pa_compiler.kernels.softmax import scale_scores
@@ -29,9 +29,9 @@ def softmax_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     exponential; the others, and all where they are more than products, are kept scaled. With num_rows up to few_rows
     the rows after these become empty states, whatever their scores.
     """
-    rows, tokens, few, in_two = tiling.row_tile, tiling.padded_kv_tile, tiling.few_rows, are_products(spec)
-    scale_stage, hide_stage, empty_stage = scale_scores(spec, tiling), hide_scores(), _empty_states(tiling)
-    weigh, weigh_few = _softmax(spec, tiling, "", rows), _softmax(spec, tiling, "few_", few)
+    rows, tokens, in_two = tiling.row_tile, tiling.padded_kv_tile, are_products(spec)
+    scale_stage, hide_stage = scale_scores(spec, tiling), hide_scores()
+    weigh = by_rows(tiling, lambda few: _softmax_few(spec, tiling) if few else _softmax(spec, tiling, "", rows))
 
     @inline
     def stage(scores, state, scale, headroom, tile, num_groups, scoring, pairs, num_full, num_rows):
@@ -43,21 +43,18 @@ def softmax_whole(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
             T.writes(scaled[0:rows, 0:tokens])
             scale_stage(scores, scaled, slot, scale, tile, num_done, num_groups, scoring)
             hide_stage(scaled, tile)
-        if num_rows <= few:
-            empty_stage(state)
-            weigh_few(scores, scaled, state, scale, headroom, tile.valid_len, num_done, num_groups, pairs)
-        else:
-            weigh(scores, scaled, state, scale, headroom, tile.valid_len, num_done, num_groups, pairs)
+        weigh(num_rows, scores, scaled, state, scale, headroom, tile.valid_len, num_done, num_groups, pairs)
 
     return stage
 
 
-def _empty_states(tiling: Tiling) -> Callable[..., None]:
-    """Empty states of the rows after the first few_rows."""
+def _softmax_few(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """_softmax of the first few_rows rows. Those after them become empty states."""
     few, rows = tiling.few_rows, tiling.row_tile
+    weigh = _softmax(spec, tiling, "few_", few)
 
     @inline
-    def stage(state):
+    def stage(scores, scaled, state, scale, headroom, valid_len, num_full, num_groups, pairs):
         with T.sblock("empty_rest"):
             T.reads()
             T.writes(state.row_max[state.slot, few:rows], state.row_sum[state.slot, few:rows])
@@ -66,6 +63,7 @@ def _empty_states(tiling: Tiling) -> Callable[..., None]:
                     vr = T.axis.spatial(rows, few + r)
                     state.row_max[state.slot, vr] = T.float32(EMPTY_ROW_MAX)
                     state.row_sum[state.slot, vr] = T.float32(0)
+        weigh(scores, scaled, state, scale, headroom, valid_len, num_full, num_groups, pairs)
 
     return stage
 

@@ -84,7 +84,7 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     if TokensInTiles.takes(known)[0]:
         in_place = TokensInTiles.choose_attend(known)
         copies = InTileRegisters.takes(known)[0] and InTileRegisters.adds_as(in_place)
-        return dataclasses.replace(InTileRegisters.choose(known), few=in_place) if copies else in_place
+        return dataclasses.replace(InTileRegisters.choose(known), few_rows=0, few=in_place) if copies else in_place
     if InTileRegisters.takes(known)[0]:
         return InTileRegisters.choose(known)
     packed, as_they_lie = spec.kv_layout == "packed", known.dot_pairs or spec.dtype == "float32"
