@@ -27,6 +27,7 @@ CPUS = {
     }.items()
 }
 IN_TILE_REGISTERS = PagedAttentionSpec(16, 1, 64, 16, "bfloat16")
+SWEPT_BY_TILES = PagedAttentionSpec(16, 8, 128, 16, "bfloat16")
 HEADS_IN_LANES = PagedAttentionSpec(16, 1, 32, 16, "bfloat16")  # in pairs
 MASKED = {"mask_mod": lambda batch, head, query_pos, key_pos: (key_pos % 3 + head) % 2 == 0}
 WITH_MASKS = [
@@ -40,8 +41,13 @@ WITH_MASKS = [
     )
 ]
 WITH_MASKS.append(dataclasses.replace(BASE, mask_mod=lambda b, h, q, k: (k < 4) | (q - k < 40)))  # in two intervals
-ALL_SPECS = [*SPECS.values(), HEADS_IN_LANES, IN_TILE_REGISTERS, *WITH_MASKS]
+ALL_SPECS = [*SPECS.values(), HEADS_IN_LANES, IN_TILE_REGISTERS, SWEPT_BY_TILES, *WITH_MASKS]
 ALL_SPECS.append(dataclasses.replace(IN_TILE_REGISTERS, kv_layout="packed"))
+ALL_SPECS += [
+    dataclasses.replace(spec, **codes)
+    for spec in (BASE, IN_TILE_REGISTERS, dataclasses.replace(IN_TILE_REGISTERS, kv_layout="packed"))
+    for codes in ({"kv_dtype": "int8"}, {"kv_dtype": "float8_e4m3fn", "kv_scale": "head"})
+]
 
 ON_CUDA = PagedAttentionSpec(8, 2, 64, 16, "bfloat16")
 

@@ -119,9 +119,9 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "batch_chunk": "Sequences of one chunk.",
     }
     names = {
-        "dtype": (DTYPES, "Type of query, and of the caches without --kv-dtype."),
+        "dtype": (DTYPES, "Type of query, and of caches that have no type of their own."),
         "kv_dtype": ((*DTYPES, *KV_TYPES), "Type of the caches: codes, with scales beside them, if not --dtype."),
-        "kv_scale": (SCALES, "What has a scale of its own, with --kv-dtype."),
+        "kv_scale": (SCALES, "What has a scale of its own in caches of codes."),
         "out_dtype": (DTYPES, "Type of out."),
         "kv_layout": (KV_LAYOUTS, "Layout of the caches."),
     }

@@ -14,7 +14,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.kernels.ahead import EARLY_KEYS, KEYS, VALUES
-from pa_compiler.schedules.cpu import functions, heads_in_lanes
+from pa_compiler.schedules.cpu import functions, heads_in_lanes, scales
 from pa_compiler.schedules.cpu.head_dim_in_lanes import vectorize_rows
 from pa_compiler.schedules.cpu.heads_in_lanes import four_maxima, rows_last, vertical
 from pa_compiler.schedules.fetch import fetch
@@ -231,7 +231,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = (
     {
         name: apply
         for name, apply in heads_in_lanes.STAGES.items()
-        if name not in ("few_pv_update", "pv_update", "pair_probs", "softmax_prepare")
+        if name not in ("few_pv_update", "pv_update", "pair_probs", "softmax_prepare", *scales.STAGES)
     }
     | {
         "seen_scores": seen_scores,

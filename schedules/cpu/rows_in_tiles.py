@@ -15,7 +15,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import head_dim_in_lanes, in_tile_registers, tokens_in_lanes, tokens_in_tiles
+from pa_compiler.schedules.cpu import head_dim_in_lanes, in_tile_registers, scales, tokens_in_tiles
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.tile_nests import COLUMNS, Registers, clear, load, multiply, store
 from pa_compiler.schedules.intrinsics.transpose import transpose
@@ -128,8 +128,8 @@ def fold(sch: Schedule, tiling: VectorTiling) -> None:
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     name: apply
-    for name, apply in tokens_in_lanes.STAGES.items()
-    if name not in ("columns", "visible_rows", "pv_matmul", "pv_update", "pair_probs")
+    for name, apply in head_dim_in_lanes.STAGES.items()
+    if name not in ("columns", "visible_rows", "pv_matmul", "pv_update", "pair_probs", *scales.STAGES)
 } | {
     "qk_matmul": qk_matmul,
     "softmax_prepare": tokens_in_tiles.softmax_prepare,
@@ -145,5 +145,5 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
 }
 """How each stage is scheduled, by the name of its sblock."""
 
-SCALAR = tokens_in_lanes.SCALAR | {"pv_update": "around stages", "finite_sums": "around stages"}
+SCALAR = head_dim_in_lanes.SCALAR | {"pv_update": "around stages", "finite_sums": "around stages"}
 """The sblocks that run as they are written, and why."""

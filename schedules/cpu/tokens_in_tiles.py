@@ -14,7 +14,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import head_dim_in_lanes, in_tile_registers, tokens_in_lanes
+from pa_compiler.schedules.cpu import head_dim_in_lanes, in_tile_registers, scales, tokens_in_lanes
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.add_lanes import ROWS, add_lanes
 from pa_compiler.schedules.intrinsics.max_lanes import max_lanes
@@ -128,7 +128,7 @@ _OF_SUMS = {
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     name: apply
     for name, apply in tokens_in_lanes.STAGES.items()
-    if name not in ("columns", "visible_rows", "pv_matmul", "pv_update")
+    if name not in ("columns", "visible_rows", "pv_matmul", "pv_update", *scales.STAGES)
 } | {
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
