@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pa_compiler.spec import PagedAttentionSpec
 
 SCALES = ("tensor", "head", "token_head")
 """What may have a scale of its own."""
@@ -30,6 +26,7 @@ class CachesOfCodes:
     kv_scale: str | None
     num_kv_heads: int
     block_size: int
+    shared_kv: bool
 
     @property
     def cache_dtype(self) -> str:
@@ -59,7 +56,7 @@ class CachesOfCodes:
         return (self.num_kv_heads,) if self.scales_of == "head" else (1,)
 
 
-def checked_kv_type(spec: PagedAttentionSpec) -> dict[str, str | None]:
+def checked_kv_type(spec: CachesOfCodes) -> dict[str, str | None]:
     """The fields kv_dtype and kv_scale of a spec as they are kept: None where the caches hold dtype.
 
     Raises:
