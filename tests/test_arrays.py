@@ -9,6 +9,8 @@ from inputs import DTYPES, make_inputs
 from specs import DTYPE_SPECS, OUT_DTYPE_SPECS
 from tolerances import assert_same_bits
 
+from pa_compiler import PagedAttentionSpec
+
 LENGTHS = [0, 1, 8, 37, 9]
 
 every_dtype = pytest.mark.parametrize(
@@ -149,3 +151,22 @@ def test_bfloat16_as_torch_and_as_numpy_agree(compiled):
     out = as_torch(inputs.out)
     module.decode(*inputs.arguments, out=out)
     assert_same_bits(as_numpy(out), module.decode(*inputs.arguments))
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_codes_in_torch(compiled, kv_dtype):
+    """Caches that torch's own 8-bit types are of: append_kv and decode do with them what they do with NumPy's."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: its tensors are not tested")
+    module = compiled(PagedAttentionSpec(8, 2, 64, 16, "float32", kv_dtype=kv_dtype))
+    rng = np.random.default_rng(0)
+    key, value, query = (rng.standard_normal((40, heads, 64), np.float32) for heads in (2, 2, 8))
+    outs = []
+    for like, made in (("numpy", np.asarray), ("torch", torch.from_numpy)):
+        caches = module.empty_cache(3, like=like)
+        if like == "torch":
+            assert {cache.dtype for cache in caches} == {getattr(torch, kv_dtype)}
+        scales = dict(zip(("key_scale", "value_scale"), map(made, module.empty_scales(3)), strict=True))
+        module.append_kv(made(key), made(value), *caches, made(np.arange(40)), **scales)
+        lens, table = made(np.array([40])), made(np.array([[0, 1, 2]]))
+        outs.append(np.asarray(module.decode(made(query[:1]), *caches, table, lens, **scales)))
+    assert_same_bits(*outs)
