@@ -13,7 +13,8 @@ from tvm.script import tirx as T
 
 from pa_compiler.kernels import state
 from pa_compiler.kernels.caches import rows_from, value_access
-from pa_compiler.kernels.elements import HIGH, INFINITE, LOW, dot_pairs, larger_exponent
+from pa_compiler.kernels.elements import HIGH, LOW, dot_pairs, larger_exponent
+from pa_compiler.kernels.infinite import find_any
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
@@ -123,6 +124,7 @@ def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., No
     """infinite[0] = 1 where values that some row sees, after num_full groups, have an infinity or a NaN, else 0."""
     dim, pairs, group = spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
     read = value_access(spec, tiling).pair
+    any_infinite = find_any(_LANES)
 
     @inline
     def stage(values, head_offset, tile, num_full, infinite):
@@ -140,12 +142,7 @@ def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., No
                     word = T.meta_var(read(values, vt, head_offset, vd * _LANES + vlane))
                     exponent = T.meta_var(larger_exponent(T.bitwise_and(word, _ones(tile, vt))))
                     largest[vlane] = T.max(largest[vlane], exponent)
-            for lane in range(_LANES):
-                with T.sblock("infinite"):
-                    vlane = T.axis.reduce(_LANES, lane)
-                    with T.init():
-                        infinite[0] = 0
-                    infinite[0] = T.Select(largest[vlane] == INFINITE, 1, infinite[0])
+            any_infinite(largest, infinite)
 
     return stage
 

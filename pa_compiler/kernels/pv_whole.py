@@ -12,7 +12,8 @@ from tvm.script import tirx as T
 from pa_compiler.kernels import state
 from pa_compiler.kernels.caches import copy_shape, load_tile, value_access, whole
 from pa_compiler.kernels.computed import words_of
-from pa_compiler.kernels.elements import INFINITE, LOW, dot_pairs, larger_exponent, pair_halves
+from pa_compiler.kernels.elements import LOW, dot_pairs, larger_exponent, pair_halves
+from pa_compiler.kernels.infinite import find_any
 from pa_compiler.kernels.rows import begins_late, by_rows
 from pa_compiler.kernels.sight import find_edges
 from pa_compiler.spec import PagedAttentionSpec
@@ -86,6 +87,7 @@ def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., No
     values: the copy of a tile, [tokens / 2, value_dim].
     """
     dim, pairs, group = spec.result_dim, tiling.padded_kv_tile // 2, tiling.token_group // 2
+    any_infinite = find_any(_LANES)
 
     @inline
     def stage(values, infinite, num_groups):
@@ -100,12 +102,7 @@ def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., No
                     with T.init():
                         largest[vlane] = 0
                     largest[vlane] = T.max(largest[vlane], larger_exponent(values[vt * _LANES + vlane, vd]))
-            for lane in range(_LANES):
-                with T.sblock("infinite"):
-                    vlane = T.axis.reduce(_LANES, lane)
-                    with T.init():
-                        infinite[0] = 0
-                    infinite[0] = T.Select(largest[vlane] == INFINITE, 1, infinite[0])
+            any_infinite(largest, infinite)
 
     return stage
 

@@ -20,6 +20,7 @@ from tvm.script import tirx as T
 from pa_compiler.kernels import state
 from pa_compiler.kernels.caches import rows_from, value_access, whole
 from pa_compiler.kernels.elements import INFINITE, LOW, dot_pairs, half
+from pa_compiler.kernels.infinite import find_any
 from pa_compiler.kernels.row_sums import add_up, weight_rows
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import TILE_ROWS, TILE_TOKENS, Tiling
@@ -140,6 +141,7 @@ def pv_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
 def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """infinite[0] = 1 where the sums of a row of head tile i have an infinity or a NaN, else 0."""
     rows, vectors = 2 * tiling.row_tile, spec.result_dim // 2 // TILE_ROWS
+    any_infinite = find_any(TILE_ROWS)
 
     @inline
     def stage(acc, i, infinite):
@@ -155,12 +157,7 @@ def _find_infinite(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., No
                         largest[vlane] = 0
                     number = T.meta_var(T.reinterpret("int32", acc[i, vm, vw * TILE_ROWS + vlane]))
                     largest[vlane] = T.max(largest[vlane], T.bitwise_and(number, INFINITE))
-            for lane in range(TILE_ROWS):
-                with T.sblock("infinite"):
-                    vlane = T.axis.reduce(TILE_ROWS, lane)
-                    with T.init():
-                        infinite[0] = 0
-                    infinite[0] = T.Select(largest[vlane] == INFINITE, 1, infinite[0])
+            any_infinite(largest, infinite)
 
     return stage
 
