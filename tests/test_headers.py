@@ -99,7 +99,7 @@ STRIDES = ("k_block", "k_row", "k_head", "v_block", "v_row", "v_head")
 def test_one_stride_in_the_table_for_another_is_refused(name, distance, include, tmp_path, monkeypatch):
     texts = installation.templates()
     table = texts["cpu/calls.j2"]
-    values = dict(re.findall(r'"(\w+)": "(args\.\w+\.\w+_stride)"', table))
+    values = dict(re.findall(r'"(\w+)": "(args\.\w+_cache\.\w+_stride)"', table))
     assert tuple(values) == STRIDES
     other = STRIDES[(STRIDES.index(name) + distance) % len(STRIDES)]
     wrong = table.replace(f'"{name}": "{values[name]}"', f'"{name}": "{values[other]}"')

@@ -226,6 +226,8 @@ void TestCall() {
                        none,
                        none,
                        none,
+                       none,
+                       none,
                        Any(tree.tensor),
                        Packed(1.0f),
                        Any(1),
@@ -234,7 +236,7 @@ void TestCall() {
                        Any(0),
                        Any(0)};
   {
-    const AttendCall<Spec> call(Inputs(given, 19, 19));
+    const AttendCall<Spec> call(Inputs(given, 21, 21));
     EXPECT(call.plan.num_dealt == 2 + 3 && call.plan.decode.num_partials == 3 && call.args.batch == 2);
     EXPECT(call.queries.Count(0) == 3 && call.queries.FirstPos(0) == 2 && call.args.lse.shape[0] == 4);
     const DecodeArguments rows =
@@ -242,15 +244,15 @@ void TestCall() {
     EXPECT(static_cast<float*>(rows.query.tensor.data) == query.data<float>() + 2 * 24);
     EXPECT(static_cast<float*>(rows.out.tensor.data) == out.data<float>() + 2 * 12);
   }
-  given[14] = Any(0);
+  given[16] = Any(0);
   EXPECT_RAISES("ValueError: tree_mask: expected causal=True beside it, got causal=False",
-                AttendCall<Spec>(Inputs(given, 19, 19)));
-  given[14] = Any(1), start[2] = 3;
+                AttendCall<Spec>(Inputs(given, 21, 21)));
+  given[16] = Any(1), start[2] = 3;
   EXPECT_RAISES("ValueError: query_start_loc: expected num_tokens last, 4, got 3",
-                AttendCall<Spec>(Inputs(given, 19, 19)));
+                AttendCall<Spec>(Inputs(given, 21, 21)));
   start[2] = 4, table.data<int64_t>()[1] = 9;
   EXPECT_RAISES("IndexError: block_table: expected a block id in [0, 9), got 9 for sequence 0 at position 1",
-                AttendCall<Spec>(Inputs(given, 19, 19)));
+                AttendCall<Spec>(Inputs(given, 21, 21)));
 }
 
 }  // namespace

@@ -97,13 +97,15 @@ void TestDecodeCall() {
                                      none,
                                      none,
                                      none,
+                                     none,
+                                     none,
                                      Packed(1.0f),
                                      Packed(int64_t{8}),
                                      Packed(int64_t{kOwn}),
                                      Packed(int64_t{0}),
                                      Packed(int64_t{0})};
   {
-    DecodeCall<Spec> call(Inputs(given, 16, 16));
+    DecodeCall<Spec> call(Inputs(given, 18, 18));
     EXPECT(call.plan.num_items == 4 && call.plan.num_partials == 3 && call.args.batch == 2);
     EXPECT(call.threads.limit == 35 / Spec::kThreadTokens + 1);
     EXPECT(static_cast<const int32_t*>(call.args.context_lens.tensor.data)[1] == 30);
@@ -112,7 +114,7 @@ void TestDecodeCall() {
   }
   len[1] = 33;
   EXPECT_RAISES("ValueError: context_lens: expected a length from 0 to 32 for sequence 1, got 33",
-                DecodeCall<Spec>(Inputs(given, 16, 16)));
+                DecodeCall<Spec>(Inputs(given, 18, 18)));
 }
 
 // Which heads of which cache are written, by so many tokens.
@@ -120,10 +122,10 @@ template <typename Spec>
 void TestHeads(int64_t num_tokens, int64_t heads_of_a_call) {
   Made key(kFloat32, {num_tokens, 2, 6}), value(kFloat32, {num_tokens, 2, 3}), slots(kInt32, {num_tokens});
   Made keys(kFloat32, {1, 4, 2, 6}), values(kFloat32, {1, 4, 2, 3});
-  const TVMFFIAny given[] = {Any(key.tensor),       Any(value.tensor),  Any(keys.tensor),
-                             Any(values.tensor),    Any(slots.tensor),  Packed(int64_t{2}),
+  const TVMFFIAny given[] = {Any(key.tensor),       Any(value.tensor),  Any(keys.tensor),  Any(values.tensor),
+                             Any(slots.tensor),     TVMFFIAny{},        TVMFFIAny{},       Packed(int64_t{2}),
                              Packed(int64_t{kOwn}), Packed(int64_t{0}), Packed(int64_t{0})};
-  const AppendCall<Spec> call(Inputs(given, 9, 9));
+  const AppendCall<Spec> call(Inputs(given, 11, 11));
   EXPECT(call.slot_mapping.tensor.dtype.bits == 64 && Same(call.key.tensor.dtype, {kDLUInt, 32, 1}));
   std::atomic<int> written[2][2] = {};
   auto write_to = [&](int which, const Made& cache) {
