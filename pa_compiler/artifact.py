@@ -59,7 +59,7 @@ def loaded(entry: Mapping[str, bytes], spec: PagedAttentionSpec) -> Module:
     about = manifest.read(library, "pa.so")
     if about.spec == spec:  # where the library states the type of out, the spec may leave it to follow dtype
         about = dataclasses.replace(about, spec=spec)
-    return _load.make(library, about, open_library(library, "pa.so"), sources, entry[_LINKS].decode())
+    return _load.make(library, about, open_library(library, "pa.so"), sources, entry.get(_LINKS, b"").decode())
 
 
 def in_order(texts: Mapping[str, str]) -> dict[str, str]:

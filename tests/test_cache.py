@@ -68,6 +68,8 @@ CHANGES = {
     **{name: {name: "float16"} for name in ("dtype", "out_dtype")},
     "num_kv_heads": {"num_kv_heads": 1},
     "kv_layout": {"kv_layout": "HND"},
+    "kv_dtype": {"kv_dtype": "int8"},
+    "kv_scale": {"kv_dtype": "float8_e5m2", "kv_scale": "head"},
     "score_mod": {"score_mod": lambda score, *_: 2.0 * score},
     "mask_mod": {"mask_mod": lambda batch, head, query_pos, key_pos: key_pos % 2 == 0},
     "inputs": {"score_mod": lambda score, *_, bias: score + bias[0], "inputs": {"bias": ("float32", (1,))}},
