@@ -43,5 +43,5 @@ def test_results_are_those_of_the_module(compiled, spec):
 
 def test_a_module_without_attend_is_refused(compiled):
     module = compiled(pa_compiler.PagedAttentionSpec(2, 1, 16, 16, "float32"))
-    with pytest.raises(ValueError, match=r"^module: expected one with attend and without inputs, got Module"):
+    with pytest.raises(ValueError, match=r"^module: expected one with attend, without inputs and kv_dtype, got Module"):
         DenseCalls(module)

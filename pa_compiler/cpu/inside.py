@@ -17,7 +17,6 @@ from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.cpu.tiles.basis import Basis, basis
 from pa_compiler.cpu.tiles.heads_in_lanes import HeadsInLanes
-from pa_compiler.cpu.tiles.tokens_in_tiles import TokensInTiles
 from pa_compiler.key_ranges import decodes_by_attend
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.words import counted
@@ -88,7 +87,7 @@ def options(spec: PagedAttentionSpec, cpu: CpuTarget, pipeline: str) -> list[Opt
         takes, reason = (True, why if taken else "It takes what no other does.") if last else strategy.takes(known)
         if strategy is HeadsInLanes:
             takes = known.rows % known.target.vector_lanes == 0  # what it needs, whatever is preferred to it
-        elif strategy is not TokensInTiles:
+        elif not strategy.in_tile_registers:
             takes = True
         found.append(Option(strategy.strategy, taken, reason, _cost(strategy.choose(known), known) if takes else ""))
     return found
