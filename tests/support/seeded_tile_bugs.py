@@ -32,7 +32,7 @@ TILE_FAULTS = {
         "test_rows_in_tiles.py",
     ),
     "a token group that is not seen whole read in place as rows": Fault(
-        f"{_KERNELS}rows_in_place.py",
+        f"{_KERNELS}row_sums.py",
         "holds = to * group + group <= tile.valid_len",
         "holds = to * group <= tile.valid_len",
         "test_rows_in_tiles.py",
