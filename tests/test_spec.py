@@ -113,6 +113,8 @@ def test_positional_order():
         "mask_mod": None,
         "inputs": (),
         "invariant": False,
+        "kv_dtype": None,
+        "kv_scale": None,
     }
 
 
