@@ -31,12 +31,6 @@ TILE_FAULTS = {
         "IfThenElse(of_rows == 1,",
         "test_rows_in_tiles.py",
     ),
-    "a token group that is not seen whole read in place as rows": Fault(
-        f"{_KERNELS}row_sums.py",
-        "holds = to * group + group <= tile.valid_len",
-        "holds = to * group <= tile.valid_len",
-        "test_rows_in_tiles.py",
-    ),
     "the neighbour of an element that is not finite": Fault(
         f"{_KERNELS}rows_in_place.py", "if infinite[0] != 0:", "if infinite[0] == 2:", "test_rows_in_tiles.py"
     ),
