@@ -16,7 +16,7 @@ from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.assembly import Counts, Loop, count, inner_loops
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles import CpuTiling
-from pa_compiler.cpu.tiles.in_tile_registers import TILES
+from pa_compiler.cpu.tiles.basis import TILES
 from pa_compiler.key_ranges import decodes_by_attend
 from pa_compiler.runtime import threads
 from pa_compiler.spec import PagedAttentionSpec

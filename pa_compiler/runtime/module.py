@@ -89,9 +89,7 @@ class Module(Calls):
             MemoryError: the system does not give that much.
             ImportError: there is no torch.
         """
-        num_blocks = whole_number("num_blocks", num_blocks, 1)
-        if like not in ("numpy", "torch"):
-            raise ValueError(f"like: expected 'numpy' or 'torch', got {like!r}")
+        num_blocks = _checked_new(num_blocks, like)
         return self._caches(num_blocks, lambda shape: self._zeros(shape, like))
 
     def empty_scales(self, num_blocks: int, *, like: str = "numpy") -> tuple[Any, Any]:
@@ -108,9 +106,7 @@ class Module(Calls):
             TypeError, ValueError, MemoryError, ImportError: as empty_cache.
             NotImplementedError: the caches hold dtype, without scales.
         """
-        num_blocks = whole_number("num_blocks", num_blocks, 1)
-        if like not in ("numpy", "torch"):
-            raise ValueError(f"like: expected 'numpy' or 'torch', got {like!r}")
+        num_blocks = _checked_new(num_blocks, like)
         if not self.spec.has_scales:
             raise NotImplementedError("empty_scales: expected a spec with a kv_dtype, got one without")
         shape = tuple(num_blocks if isinstance(extent, str) else extent for extent in self.spec.scale_shape)
@@ -271,6 +267,18 @@ class Module(Calls):
 
 _ITEMS: Mapping[int, Callable[..., Any]] = {len(kind._fields): kind for kind in (WorkItem, AttendItem, PrefixItem)}
 """By how many numbers a line of a plan has."""
+
+
+def _checked_new(num_blocks: int, like: str) -> int:
+    """What new arrays of so many blocks are asked for with.
+
+    Raises:
+        TypeError, ValueError: num_blocks is not a whole number from 1 on, or like no kind of arrays.
+    """
+    num_blocks = whole_number("num_blocks", num_blocks, 1)
+    if like not in ("numpy", "torch"):
+        raise ValueError(f"like: expected 'numpy' or 'torch', got {like!r}")
+    return num_blocks
 
 
 def _again(

@@ -14,6 +14,9 @@ from pa_compiler.tiles import Element, VectorTiling, divisors, equal_tile
 DOT_DIMS = 8
 """What head_dim and value_dim are multiples of where pairs of bfloat16 are multiplied: words fill vectors of 4."""
 
+TILES = 4
+"""Tile registers that a block of sums has."""
+
 
 class CpuTiling(VectorTiling):
     """A strategy of the CPU: the tiles of a schedule, and what chooses them."""

@@ -6,14 +6,11 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from pa_compiler.cpu.tiles.basis import Basis, CpuTiling
+from pa_compiler.cpu.tiles.basis import TILES, Basis, CpuTiling
 from pa_compiler.cpu.tiles.tokens_in_tiles import TokensInTiles
 from pa_compiler.key_ranges import ATTEND_KV_TILE, decodes_in_step
 from pa_compiler.spec import PACKED_TOKENS
 from pa_compiler.tiles import divisors
-
-TILES = 4
-"""Tile registers that a block of sums has."""
 
 _PAIRS, _SUMS = 16, 16 * TILES
 """Pairs that an instruction adds up, and rows of sums of a block (schedules/intrinsics/tile_products.py)."""

@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from pa_compiler.cpu.tiles.basis import Basis, CpuTiling
+from pa_compiler.cpu.tiles.basis import TILES, Basis, CpuTiling
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import TILE_TOKENS, equal_tile, largest_divisor
-
-TILES = 4
-"""Tile registers that a block of sums has."""
 
 _WORDS = 16
 """Words of a row of a tile."""

@@ -6,13 +6,10 @@ import dataclasses
 import math
 from typing import ClassVar
 
-from pa_compiler.cpu.tiles.basis import Basis, CpuTiling
+from pa_compiler.cpu.tiles.basis import TILES, Basis, CpuTiling
 from pa_compiler.key_ranges import ATTEND_KV_TILE, decodes_in_step
 from pa_compiler.spec import PACKED_TOKENS
 from pa_compiler.tiles import divisors, equal_tile, largest_divisor
-
-TILES = 4
-"""Tile registers that a block of sums has."""
 
 _PAIRS = _COLUMNS = 16
 """Pairs that an instruction adds up, at most, and columns of sums (schedules/intrinsics/tile_nests.py)."""
